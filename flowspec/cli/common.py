@@ -1,0 +1,60 @@
+"""What several commands share: the effective configuration and the split model it names."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import flowspec
+from flowspec.config import RunConfig, override, read_run_config
+from flowspec.model.manifest import MANIFEST_NAME, read_manifest
+from flowspec.model.source import open_checkpoint, resolve_model
+from flowspec.model.split import run_split
+from flowspec.model.split_plan import even_layers, parse_layers, plan_split
+
+BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
+
+
+def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+    """Defaults, then the YAML file, then the flags that were given; bundled models by name."""
+    config = RunConfig() if file is None else read_run_config(file)
+    given = {name: value for name, value in flags.items() if value is not None}
+    sampling: dict[str, Any] = {
+        name: given.pop(name)
+        for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+        if name in given
+    }
+    if sampling:
+        given["sampling"] = asdict(override(config.sampling, sampling, where="sampling"))
+    return override(config, given, where="options")
+
+
+def bundled(name: str) -> str:
+    """`name`, or where the package's own copy of it lies if it does not exist here."""
+    own = BUNDLED.parent.parent / name
+    return name if Path(name).exists() or not own.exists() else str(own)
+
+
+def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Path:
+    """The split model that `config` names, made now where it is not there yet."""
+    folder = resolve_model(bundled(config.model))
+    if (folder / MANIFEST_NAME).exists():
+        have = read_manifest(folder).layers
+        wanted = parse_layers(config.layers) if config.layers else have
+        if wanted != have:
+            raise ValueError(f"{folder} is split as {have}, not {wanted}; split the model again")
+        return folder
+    checkpoint = open_checkpoint(folder)
+    if config.layers:
+        layers = parse_layers(config.layers)
+    else:
+        layers = even_layers(checkpoint.config.num_layers, config.stages)
+    name = folder.resolve().name
+    if config.model.endswith("models/demo/target"):
+        name = "demo"
+    cut = "+".join(str(count) for count in layers)
+    out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
+    run_split(
+        plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name, on_bytes=on_bytes
+    )
+    return out

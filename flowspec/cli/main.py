@@ -1,0 +1,56 @@
+"""The `flowspec` command: one file per subcommand, one place for errors."""
+
+import logging
+import signal
+import sys
+from types import FrameType
+
+import typer
+
+from flowspec import __version__
+from flowspec.cli import run, split, stage, verify
+from flowspec.request import ClusterError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Run one large language model on several weak machines, fast and lossless.",
+)
+app.command("run")(run.run)
+app.command("split")(split.split)
+app.command("verify")(verify.verify)
+app.command("stage", hidden=True)(stage.stage)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    verbose: bool = typer.Option(False, "--verbose", help="Log what is done, on stderr."),
+) -> None:
+    """Run one large language model on several weak machines, fast and lossless."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
+    if version:
+        typer.echo(f"flowspec {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
+    try:
+        app()
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (ClusterError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(3)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """SIGTERM and a closed terminal unwind like Ctrl-C, so that no process is left behind."""
+    del frame
+    raise SystemExit(128 + number)

@@ -1,0 +1,209 @@
+"""`flowspec run`: one prompt through a pipeline of local processes."""
+
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from flowspec.cli.common import bundled, effective_config, split_folder
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig, as_yaml, override
+from flowspec.engine import HeadParts, load_head_parts
+from flowspec.model.load import load_whole
+from flowspec.request import Completion, DecodeStats, Request
+from flowspec.strategies import STRATEGIES
+from flowspec.targets.local import LocalTarget
+from flowspec.text import render_chat
+from flowspec.wire import Status, Tokens
+
+DEFAULT_PROMPT = (
+    "Anna has 3 boxes with 12 apples in each box. She gives 7 apples to her brother. "
+    "How many apples does Anna have left?"
+)
+PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
+
+
+def run(
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
+    model: Annotated[
+        str | None, typer.Option(help="Split folder, model folder or HF id [bundled model].")
+    ] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the EAGLE head [bundled].")] = None,
+    stages: Annotated[int | None, typer.Option(help="Number of stage processes [4].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers per stage, as in 3+3+2.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy [0].")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens [0: off].")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [1: off].")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Of the likeliest token's p [0].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling noise [0].")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit [200].")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda[:n].")] = None,
+    shape_stable: Annotated[bool | None, typer.Option(help="Bit-equal in 16 bits, slow.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a decode setting: key=value.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
+    show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
+    check: Annotated[bool, typer.Option(help="Compare with the target alone.")] = True,
+) -> None:
+    """Split the model if need be, start head and stages here, stream the answer."""
+    flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
+    effective = effective_config(config, flags)
+    if set_:
+        effective = override(effective, {"decode": _settings(effective, set_)}, where="--set")
+    if show_config:
+        typer.echo(as_yaml(effective), nl=False)
+        return
+    _generate(effective, prompt, tuple(stop or ()), check=check)
+
+
+_CONFIG_FLAGS = (
+    *("model", "draft", "stages", "layers", "strategy", "dtype", "device", "shape_stable"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
+)
+
+
+def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
+    import yaml
+
+    settings = dict(config.decode)
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes key=value, not {pair!r}")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: bool) -> None:
+    config = override(config, {"draft": bundled(config.draft)}, where="draft")
+    folder = split_folder(config)
+    parts = load_head_parts(config, folder)
+    torch.set_num_threads(config.threads_per_process)
+    request = Request(
+        id=1,
+        prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
+        sampling=config.sampling,
+        max_new_tokens=config.max_new_tokens,
+        stop=stop,
+        eos_token_ids=parts.eos_token_ids,
+    )
+    num_stages = len(parts.manifest.layers)
+    notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
+    typer.echo(f"starting {notice} ...", err=True)
+    with LocalCluster(config, parts) as cluster:
+        completion, elapsed_s = _show_stream(cluster, request)
+        statuses = cluster.statuses()
+    _summary(completion, statuses, elapsed_s)
+    if completion.error:
+        raise ValueError(completion.error)
+    if check:
+        _check(config, parts, request, completion)
+
+
+def _show_stream(cluster: LocalCluster, request: Request) -> tuple[Completion, float]:
+    """The text on stdout as it comes, with a live line under it (or, piped, on stderr)."""
+    start = time.monotonic()
+    rich = sys.stdout.isatty()
+    live = Live(console=Console(), refresh_per_second=8, transient=False) if rich else None
+    text, shown = "", start
+    if live:
+        live.start()
+    try:
+        for event in cluster.stream(request):
+            if isinstance(event, Completion):
+                if live:
+                    live.update(Text(event.text))
+                else:
+                    typer.echo("")
+                return event, time.monotonic() - start
+            text = _show(event, text, live)
+            line = _live_line(cluster, start)
+            if live:
+                live.update(Group(Text(text), Text(line, style="dim")))
+            elif time.monotonic() - shown > PLAIN_INTERVAL_S:
+                shown = time.monotonic()
+                typer.echo(f"[{line}]", err=True)
+    finally:
+        if live:
+            live.stop()
+    raise AssertionError("a stream ends with its Completion")
+
+
+def _show(event: Tokens, text: str, live: Live | None) -> str:
+    if live is None:
+        typer.echo(event.text, nl=False)
+        sys.stdout.flush()
+    return text + event.text
+
+
+def _live_line(cluster: LocalCluster, start: float) -> str:
+    session = cluster.head.session or cluster.head.last
+    if session is None:
+        return "starting"
+    stats = session.stats
+    elapsed = max(time.monotonic() - max(stats.first_token_at, start), 1e-9)
+    shares = _busy_shares(cluster.statuses(), time.monotonic() - start)
+    stages = " ".join(f"{rank}:{share:.0%}" for rank, share in shares.items())
+    return (
+        f"{(stats.num_tokens - 1) / elapsed:.1f} tokens/s, "
+        f"{stats.mean_accepted_length:.2f} tokens per verdict, stages busy {stages or '-'}"
+    )
+
+
+def _busy_shares(statuses: Mapping[int, Status], elapsed_s: float) -> dict[int, float]:
+    return {
+        rank: min(1.0, status.busy_s / max(elapsed_s, 1e-9))
+        for rank, status in sorted(statuses.items())
+    }
+
+
+def _summary(completion: Completion, statuses: Mapping[int, Status], elapsed_s: float) -> None:
+    stats = completion.stats
+    alphas = " ".join(f"{alpha:.2f}" for alpha in stats.acceptance_by_depth()[:8])
+    shares = _busy_shares(statuses, elapsed_s)
+    pruned = sum(status.num_rows_pruned for status in statuses.values())
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("finished", f"{completion.reason.value}, {stats.num_tokens} tokens")
+    table.add_row("speed", f"{stats.tokens_per_s:.1f} tokens/s after the first token")
+    table.add_row("first token", f"{_ttft_ms(stats):.0f} ms")
+    table.add_row("tau", f"{stats.mean_accepted_length:.2f} tokens per verdict")
+    table.add_row("alpha per depth", alphas or "-")
+    busy = " ".join(f"{rank}:{share:.0%}" for rank, share in shares.items())
+    table.add_row("stages busy", busy)
+    sent = f"{stats.num_rows_sent} rows in {stats.num_segments} segments"
+    table.add_row("sent", f"{sent}, {stats.num_draft_forwards} drafter forwards")
+    table.add_row("pruned in flight", f"{pruned} rows")
+    Console(width=100).print(table)
+
+
+def _ttft_ms(stats: DecodeStats) -> float:
+    return max(0.0, stats.first_token_at - stats.submitted_at) * 1e3
+
+
+def _check(config: RunConfig, parts: HeadParts, request: Request, completion: Completion) -> None:
+    torch.set_num_threads(os.cpu_count() or 1)
+    whole = load_whole(parts.folder, device=config.device, dtype=config.dtype)
+    alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
+    tokens, _, _ = alone.generate(request, parts.new_text)
+    if tuple(tokens) == completion.tokens:
+        typer.echo("identical to the target alone: yes")
+        return
+    pairs = zip(tokens, completion.tokens, strict=False)
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), 0))
+    typer.echo(f"identical to the target alone: NO, from token {first} on (see flowspec verify)")
+    raise typer.Exit(1)

@@ -1,0 +1,74 @@
+"""`flowspec split`: cut a model into one folder per stage."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from flowspec.model.manifest import Manifest
+from flowspec.model.source import open_checkpoint, resolve_model
+from flowspec.model.split import run_split
+from flowspec.model.split_plan import SplitPlan, even_layers, parse_layers, plan_split
+
+
+def split(
+    model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
+    stages: Annotated[int | None, typer.Option(help="Number of stages, layers shared out.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers per stage, as in 8+8+8+8.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the result.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
+    ] = None,
+    offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
+) -> None:
+    """Split MODEL into stage folders that the workers load.
+
+    Raises ValueError for anything about the model, the plan or the output folder that is wrong.
+    """
+    if (stages is None) == (layers is None):
+        raise ValueError("give either --stages N or --layers 8+8+8+8")
+    folder = resolve_model(model, offline=offline)
+    # A folder is known by its last name only: a manifest travels, and paths are private.
+    model_id = folder.resolve().name if Path(model).is_dir() else model
+    checkpoint = open_checkpoint(folder)
+    if layers is None:
+        assert stages is not None
+        counts = even_layers(checkpoint.config.num_layers, stages)
+    else:
+        counts = parse_layers(layers)
+    plan = plan_split(checkpoint, layers=counts, dtype=dtype)
+    out = out or Path("out") / f"{model_id.rsplit('/', maxsplit=1)[-1]}-{len(counts)}stages"
+    manifest = _run(plan, out, model_id)
+    _report(manifest, out)
+
+
+def _run(plan: SplitPlan, out: Path, model_id: str) -> Manifest:
+    columns = (TextColumn("splitting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    # On stderr, so that the report can be piped.
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("split", total=plan.total_bytes)
+        return run_split(
+            plan, out, model_id=model_id, on_bytes=lambda count: progress.advance(task, count)
+        )
+
+
+def _report(manifest: Manifest, out: Path) -> None:
+    for folder in ("head", *(f"stage_{k + 1}" for k in range(manifest.num_stages))):
+        size = sum(r.bytes for name, r in manifest.files.items() if name.startswith(folder + "/"))
+        about = "embedding, lm_head, tokenizer"
+        if folder != "head":
+            first, last = manifest.layer_range(int(folder.removeprefix("stage_")))
+            about = f"layers {first} to {last - 1}"
+        typer.echo(f"{out / folder}  {size / 1e6:10.1f} MB  {about}")
+    typer.echo(f"{manifest.model_id}: {manifest.num_stages} stages, {manifest.dtype}, whole.")
+    typer.echo(f"Next: flowspec run --model {out}")

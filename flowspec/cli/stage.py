@@ -1,0 +1,32 @@
+"""`flowspec stage`: one stage process; started by the head, not by hand."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowspec.cluster.worker import WorkerConfig, run_worker
+
+
+def stage(
+    split: Annotated[Path, typer.Option(help="Folder of the split model.")],
+    sockets: Annotated[str, typer.Option(help="Folder of the cluster's sockets.")],
+    rank: Annotated[int, typer.Option(help="Which stage, from 1.")],
+    num_stages: Annotated[int, typer.Option()],
+    device: str = "cpu",
+    dtype: str = "float32",
+    threads: int = 1,
+    shape_stable: bool = False,
+) -> None:
+    """Serve one stage until the head says stop or is gone."""
+    config = WorkerConfig(
+        split_folder=split,
+        socket_folder=sockets,
+        rank=rank,
+        num_stages=num_stages,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        shape_stable=shape_stable,
+    )
+    raise typer.Exit(run_worker(config))

@@ -1,0 +1,212 @@
+"""LocalCluster: the head in this process, one process per stage beside it, ZeroMQ between."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from flowspec.config import DecodeConfig, RunConfig
+from flowspec.driver import Driver
+from flowspec.engine import HeadParts, build_head
+from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
+from flowspec.strategies import StrategySpec
+from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.wire import Cancel, Failed, Finished, Ready, Status, Stop, Submit, Tokens
+
+START_TIMEOUT_S = 120.0
+POLL_S = 0.2  # how often the children are looked at
+STOP_TIMEOUT_S = 2.0
+LOG_TAIL_LINES = 8
+
+
+class LocalCluster:
+    """Start with `with`; leaving ends every process, whatever happened inside."""
+
+    def __init__(self, config: RunConfig, parts: HeadParts) -> None:
+        self.config = config
+        self.parts = parts
+        self.num_stages = len(parts.manifest.layers)
+        self.head = build_head(config, parts)
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        # mkdtemp makes it for this user alone: who may enter may speak to the cluster
+        self.folder = tempfile.mkdtemp(prefix="flowspec-")
+        self.transport = ZmqTransport(0, local_addresses(self.folder, self.num_stages))
+        self.driver = Driver(self.head, self.transport, self.num_stages)
+
+    def __enter__(self) -> "LocalCluster":
+        try:
+            for rank in range(1, self.num_stages + 1):
+                self.children[rank] = self._spawn(rank)
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
+        """See Cluster.configure."""
+        self.head.configure(spec, config)
+
+    def stream(self, request: Request) -> Iterator[Tokens | Completion]:
+        """See Cluster.stream."""
+        driver, tokens, text = self.driver, list[int](), ""
+        driver.inject(Submit(request=request))
+        driver.last_heard = time.monotonic()
+        while True:
+            while driver.to_client:
+                event = driver.to_client.popleft()
+                if isinstance(event, Tokens) and event.request == request.id:
+                    tokens.extend(event.tokens)
+                    text += event.text
+                    yield event
+                elif isinstance(event, Finished) and event.request == request.id:
+                    self._raise_failure(event, tokens)
+                    self._await_closed()
+                    yield self.head.completion(request, event, tokens, text)
+                    return
+            driver.turn(POLL_S)
+            self._check_children(tokens)
+            self._check_progress(tokens)
+
+    def cancel(self, request: int) -> None:
+        """See Cluster.cancel."""
+        self.driver.inject(Cancel(request=request))
+
+    def statuses(self) -> dict[int, Status]:
+        """See Cluster.statuses."""
+        return dict(self.head.statuses)
+
+    def close(self) -> None:
+        """End every process: by message, then by SIGTERM, then by SIGKILL. Safe to call twice."""
+        try:
+            running = [rank for rank, child in self.children.items() if child.poll() is None]
+            for rank in running:
+                self.transport.send(rank, Stop())
+            _await_exit(self.children.values(), STOP_TIMEOUT_S if running else 0.0)
+        finally:
+            for child in self.children.values():
+                child.terminate()
+            _await_exit(self.children.values(), 1.0)
+            for child in self.children.values():
+                child.kill()
+                child.wait(timeout=STOP_TIMEOUT_S)
+            self.transport.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
+        config = self.config
+        command = [
+            *(sys.executable, "-m", "flowspec", "stage"),
+            *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
+            *("--rank", str(rank), "--num-stages", str(self.num_stages)),
+            *("--device", config.device, "--dtype", config.dtype),
+            *("--threads", str(config.threads_per_process)),
+        ]
+        if config.shape_stable:
+            command.append("--shape-stable")
+        with self._log_path(rank).open("wb") as log:
+            # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
+            # pipe on stdin tells a stage when the head is gone without a word.
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _await_ready(self) -> None:
+        """Until every stage has loaded the right model."""
+        ready: set[int] = set()
+        end = time.monotonic() + START_TIMEOUT_S
+        while len(ready) < self.num_stages:
+            for message in self.transport.receive(POLL_S):
+                match message:
+                    case Ready() if message.model == self.parts.manifest.model_hash:
+                        ready.add(message.stage)
+                    case Ready():
+                        raise ClusterError(rank_name(message.stage), "has loaded another split")
+                    case Failed():
+                        raise ClusterError(rank_name(message.stage), message.text)
+            self._check_children([])
+            if time.monotonic() > end:
+                late = min(set(self.children) - ready)
+                raise ClusterError(
+                    rank_name(late), f"not ready after {START_TIMEOUT_S:.0f} s{self._log(late)}"
+                )
+
+    def _await_closed(self) -> None:
+        """Until the stages have freed the request and told their totals, a second at most."""
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            statuses = self.head.statuses
+            if len(statuses) == self.num_stages and not any(
+                status.num_requests for status in statuses.values()
+            ):
+                return
+            self.driver.turn(0.05)
+
+    def _check_children(self, tokens: Sequence[int]) -> None:
+        for rank, child in self.children.items():
+            code = child.poll()
+            if code is None:
+                continue
+            self._hear_last_words(rank, tokens)
+            how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            raise ClusterError(
+                f"{rank_name(rank)} (process {child.pid})",
+                f"ended by {how}{self._log(rank)}",
+                tuple(tokens),
+            )
+
+    def _hear_last_words(self, rank: int, tokens: Sequence[int]) -> None:
+        """A stage that fails in order says why before it ends."""
+        for message in self.transport.receive(POLL_S):
+            if isinstance(message, Failed):
+                raise ClusterError(rank_name(message.stage), message.text, tuple(tokens))
+
+    def _check_progress(self, tokens: Sequence[int]) -> None:
+        silence = time.monotonic() - self.driver.last_heard
+        session = self.head.session
+        if silence < self.config.timeout_s or session is None or not session.flights:
+            return
+        flight = min(session.flights)
+        heard = self.head.statuses
+        quiet = [rank_name(rank) for rank in sorted(self.children)]
+        raise ClusterError(
+            "pipeline",
+            f"no word from {', '.join(quiet)} for {silence:.0f} s while segment {flight} is in "
+            f"flight (statuses so far from stages {sorted(heard)}); one of them hangs",
+            tuple(tokens),
+        )
+
+    def _raise_failure(self, event: Finished, tokens: Sequence[int]) -> None:
+        if event.reason is FinishReason.ERROR and event.error.startswith("stage "):
+            where, _, cause = event.error.partition(": ")
+            raise ClusterError(where, cause, tuple(tokens))
+
+    def _log_path(self, rank: int) -> Path:
+        return Path(self.folder) / f"stage_{rank}.log"
+
+    def _log(self, rank: int) -> str:
+        """The end of a stage's own output, to follow an error."""
+        try:
+            lines = self._log_path(rank).read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
+
+
+def _await_exit(children: Iterable[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while any(child.poll() is None for child in children) and time.monotonic() < end:
+        time.sleep(0.02)

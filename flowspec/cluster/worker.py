@@ -1,0 +1,80 @@
+"""A stage process: loads its layers, then serves until told to stop or its parent is gone."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowspec.driver import Driver
+from flowspec.effects import HEAD
+from flowspec.engine import build_stage
+from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.wire import Failed, Ready
+
+IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
+_PR_SET_PDEATHSIG = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What a stage process is started with."""
+
+    split_folder: Path
+    socket_folder: str
+    rank: int
+    num_stages: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    shape_stable: bool = False
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Serve as stage `rank`; returns the exit code. The head learns of every failure."""
+    _end_with_parent()
+    torch.set_num_threads(config.threads)
+    addresses = local_addresses(config.socket_folder, config.num_stages)
+    transport = ZmqTransport(config.rank, addresses)
+    try:
+        stage, model_hash = build_stage(
+            config.split_folder,
+            config.rank,
+            device=config.device,
+            dtype=config.dtype,
+            shape_stable=config.shape_stable,
+        )
+        transport.send(HEAD, Ready(stage=config.rank, model=model_hash))
+        driver = Driver(stage, transport, config.num_stages)
+        while not driver.stopped:
+            driver.turn(IDLE_WAIT_S)
+    except Exception as error:
+        # The head must hear of it whatever it was; the traceback is for this process's log.
+        traceback.print_exc()
+        text = f"{type(error).__name__}: {error}"
+        transport.send(HEAD, Failed(stage=config.rank, request=0, text=text))
+        return 1
+    finally:
+        transport.close()
+    return 0
+
+
+def _end_with_parent() -> None:
+    """Die with the process that holds the other end of stdin, also in the middle of a forward."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

@@ -1,0 +1,104 @@
+"""Configuration: frozen dataclasses read from YAML; an unknown key is refused by name."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from flowspec.request import SamplingParams
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """How one request is drafted and streamed; each strategy has its own defaults."""
+
+    segment_size: int = 32  # most tree rows in one segment
+    tree_size: int = 60  # nodes below the root, kept or drafted per round
+    tree_depth: int = 6  # levels below the root that one draft grows
+    topk: int = 10  # children proposed per node, and nodes expanded per drafter forward
+    coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
+    refresh: bool = True  # re-score the root's children when its true feature arrives
+    min_score: float = 0.002  # streaming: least probability of being true that is worth a row
+    max_in_flight: int = 0  # segments in the pipe at once; 0: one per stage and one waiting
+    prefill_chunk: int = 64  # prompt tokens per segment
+
+    def __post_init__(self) -> None:
+        for name in ("segment_size", "tree_size", "tree_depth", "topk", "prefill_chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
+        for name, most in (("segment_size", 1024), ("tree_size", 2048), ("prefill_chunk", 1024)):
+            if getattr(self, name) > most:
+                raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {most}")
+        if self.max_in_flight < 0:
+            raise ValueError(f"decode.max_in_flight must not be negative: {self.max_in_flight}")
+        if not 0.0 <= self.min_score < 1.0:
+            raise ValueError(f"decode.min_score must be in [0, 1), not {self.min_score}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One local run: which model, cut how, decoded how."""
+
+    model: str = "models/demo/target"  # HF id, or folder of a checkpoint or of a split model
+    draft: str = "models/demo/eagle"  # folder of the draft head
+    stages: int = 4
+    layers: str = ""  # explicit split such as 3+3+2; overrides stages
+    strategy: str = "streaming"
+    drafter: str = "eagle"
+    dtype: str = "float32"  # float32, bfloat16 or float16; float32 is exact on any hardware
+    device: str = "cpu"
+    threads_per_process: int = 1
+    shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
+    max_new_tokens: int = 200
+    timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
+
+    def __post_init__(self) -> None:
+        if self.stages < 1:
+            raise ValueError(f"stages must be at least 1, not {self.stages}")
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
+
+
+def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
+    """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it."""
+    known = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+    merged = {name: getattr(config, name) for name in known} | dict(values)
+    merged = {k: asdict(v) if isinstance(v, SamplingParams) else v for k, v in merged.items()}
+    try:
+        checked = TypeAdapter(type(config)).validate_python(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where}: {name}: {first['msg']}") from None
+    changes: dict[str, Any] = {name: getattr(checked, name) for name in known}
+    return replace(config, **changes)  # type: ignore[type-var]
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """A RunConfig from YAML. Raises ValueError naming file and key."""
+    try:
+        data = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise ValueError(f"config file {path} does not exist") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping, not {type(data).__name__}")
+    return override(RunConfig(), data, where=str(path))
+
+
+def as_yaml(config: RunConfig) -> str:
+    """The effective configuration, in the form `read_run_config` takes."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)

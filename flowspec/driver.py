@@ -1,0 +1,54 @@
+"""Driver: runs one core over a transport and the wall clock. The other driver is the simulator."""
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send
+from flowspec.transport.base import Transport
+from flowspec.wire import Message, Stop
+
+
+class Driver:
+    """One core on its device. Times in seconds."""
+
+    def __init__(self, core: Core, transport: Transport, num_stages: int) -> None:
+        self.core = core
+        self.transport = transport
+        self.to_client: deque[Message] = deque()
+        self.stopped = False
+        self.last_heard = time.monotonic()
+        self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
+
+    def inject(self, message: Message) -> None:
+        """A message from this process itself (the head's client)."""
+        self._send(self.core.handle(message, time.monotonic()))
+
+    def turn(self, timeout_s: float) -> None:
+        """Serve what has come, then do one thing; wait for messages only when there is nothing."""
+        self._serve(0.0)
+        step = self.core.poll(time.monotonic())
+        if step is None:
+            self._serve(timeout_s)
+            return
+        self._send(step.sends)
+        if step.work is not None:
+            start = time.monotonic()
+            step.work.run()
+            now = time.monotonic()
+            self._send(step.work.finish(now, now - start))
+
+    def _serve(self, timeout_s: float) -> None:
+        for message in self.transport.receive(timeout_s):
+            self.last_heard = time.monotonic()
+            if isinstance(message, Stop):
+                self.stopped = True
+            self._send(self.core.handle(message, self.last_heard))
+
+    def _send(self, sends: Iterable[Send]) -> None:
+        for send in sends:
+            if send.to == CLIENT:
+                self.to_client.append(send.message)
+                continue
+            for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
+                self.transport.send(rank, send.message)  # type: ignore[arg-type]

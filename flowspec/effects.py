@@ -1,0 +1,59 @@
+"""What the state machines (cores) give back to whoever drives them: messages to send, work to run.
+
+A core owns no socket, thread, sleep or clock. A driver (the simulator or a real process) feeds it
+messages with `handle` and, when the inbox is empty, asks `poll` for the next thing to do. While a
+core's work runs, its messages wait: a device does one thing at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from flowspec.wire import Message
+
+CLIENT = -1  # rank of whoever submitted a request, seen from the head
+HEAD = 0
+EVERY_STAGE = -2  # as a destination: stages 1..N, the sender left out
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Give `message` to rank `to`; its kind decides whether it travels as control or as data."""
+
+    to: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A computation: `run` does it, `finish(now, elapsed)` gives what follows; times in seconds.
+
+    kind and sizes are what a device profile needs to charge it: "forward" (a stage's layers),
+    "verify" (layers, lm_head and sampler), "draft" (one drafter forward).
+    """
+
+    kind: str
+    rows: int
+    context: int
+    run: Callable[[], None]
+    finish: Callable[[float, float], Sequence[Send]]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Messages to send now, then work to run (or none)."""
+
+    sends: Sequence[Send] = ()
+    work: Work | None = None
+
+
+class Core(Protocol):
+    """A state machine without input/output."""
+
+    rank: int
+
+    def handle(self, message: Message, now: float) -> Sequence[Send]:
+        """Take one message in; never computes."""
+
+    def poll(self, now: float) -> Step | None:
+        """The next thing to do, asked when no message waits; None: wait for a message."""

@@ -1,0 +1,94 @@
+"""Composition root: builds the cores of a cluster from a split model and a configuration."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flowspec.config import DecodeConfig, RunConfig, override
+from flowspec.drafters.base import Drafter, NoDrafter
+from flowspec.drafters.eagle import EagleDrafter
+from flowspec.head import Head
+from flowspec.model.load import load_head_part, load_stage
+from flowspec.model.load_eagle import load_eagle
+from flowspec.model.manifest import Manifest, read_manifest
+from flowspec.request import Request
+from flowspec.stage import Stage
+from flowspec.strategies import StrategySpec, find_strategy
+from flowspec.text import TextStream, load_tokenizer
+
+DRAFTERS = ("eagle", "none")
+
+
+@dataclass(slots=True)
+class HeadParts:
+    """What the head holds in memory besides its core."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: Any
+    drafter: Drafter
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+
+    def new_text(self, request: Request) -> TextStream:
+        """A detokenizer for one request."""
+        return TextStream(self.tokenizer, request.stop)
+
+
+def decode_config(config: RunConfig) -> tuple[StrategySpec, DecodeConfig]:
+    """The strategy and its defaults with the run's overrides."""
+    spec = find_strategy(config.strategy)
+    return spec, override(spec.defaults, config.decode, where="decode")
+
+
+def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
+    """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
+    if config.drafter not in DRAFTERS:
+        raise ValueError(f"unknown drafter {config.drafter!r}; known: {', '.join(DRAFTERS)}")
+    part = load_head_part(split_folder, device=config.device, dtype=config.dtype)
+    drafter: Drafter = NoDrafter()
+    if config.drafter == "eagle":
+        net = load_eagle(
+            config.draft,
+            target_config=part.config,
+            embedding=part.embed_tokens,
+            device=config.device,
+            dtype=config.dtype,
+        )
+        drafter = EagleDrafter(net, part.lm_head)
+    return HeadParts(
+        folder=split_folder,
+        manifest=read_manifest(split_folder),
+        tokenizer=load_tokenizer(split_folder / "head"),
+        drafter=drafter,
+        max_context=part.config.max_position_embeddings,
+        eos_token_ids=part.config.eos_token_ids,
+    )
+
+
+def build_head(config: RunConfig, parts: HeadParts) -> Head:
+    """The head's core."""
+    spec, decode = decode_config(config)
+    return Head(
+        len(parts.manifest.layers),
+        spec,
+        decode,
+        parts.drafter,
+        max_context=parts.max_context,
+        new_text=parts.new_text,
+    )
+
+
+def build_stage(
+    split_folder: Path,
+    rank: int,
+    *,
+    device: str,
+    dtype: str,
+    shape_stable: bool,
+    verify: bool = True,
+) -> tuple[Stage, str]:
+    """A stage's core and the model hash of the split it belongs to."""
+    manifest = read_manifest(split_folder)
+    model = load_stage(split_folder, rank, device=device, dtype=dtype, verify=verify)
+    return Stage(rank, len(manifest.layers), model, shape_stable=shape_stable), manifest.model_hash

@@ -1,0 +1,63 @@
+"""Prompts from files: `question.jsonl` (MT-bench form), JSON lines with a prompt, or plain text."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MAX_PROMPT_CHARS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question; `turns` are the user's messages in order."""
+
+    id: str
+    source: str  # name of its file or folder
+    turns: tuple[str, ...]
+
+
+def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of each file at `path` (a file, or a folder searched for them).
+
+    Raises ValueError naming file and line where something is not a prompt.
+    """
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
+        if not files:
+            raise ValueError(f"{path} has no .jsonl or .txt file")
+        return [prompt for file in files for prompt in load_prompts(file, limit=limit)]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"prompt file {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    source = path.parent.name if path.name == "question.jsonl" else path.stem
+    if path.suffix != ".jsonl":
+        if not text.strip():
+            raise ValueError(f"{path} is empty")
+        return [Prompt(path.stem, source, (text.strip(),))]
+    prompts: list[Prompt] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if limit is not None and len(prompts) >= limit:
+            break
+        if line.strip():
+            prompts.append(_parse(line, source, f"{path}:{number}", number))
+    return prompts
+
+
+def _parse(line: str, source: str, where: str, number: int) -> Prompt:
+    try:
+        record: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be an object, not {type(record).__name__}")
+    turns = record.get("turns", [record["prompt"]] if "prompt" in record else None)
+    if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
+        raise ValueError(f'{where} needs "turns" (a list of texts) or "prompt" (a text)')
+    if any(len(turn) > MAX_PROMPT_CHARS for turn in turns):
+        raise ValueError(f"{where} is longer than {MAX_PROMPT_CHARS} characters")
+    name = record.get("question_id", record.get("id", number))
+    return Prompt(str(name), source, tuple(turns))

@@ -1,0 +1,145 @@
+"""Verification: every strategy's tokens against the target alone, same prompt, parameters, seed."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+
+from flowspec.acceptance.coupled import noise_rows
+from flowspec.acceptance.warp import warp
+from flowspec.cluster.base import Cluster, generate
+from flowspec.request import Request, SamplingParams
+from flowspec.targets.local import LocalTarget
+
+NEAR_TIE_EPS = 32  # rounding steps of the dtype, relative to the largest logit
+
+
+@dataclass(slots=True)
+class Combination:
+    """One row of the report."""
+
+    strategy: str
+    drafter: str
+    driver: str
+    stages: int
+    temperature: float
+    runs: int = 0
+    mismatches: int = 0
+    near_ties: int = 0
+    tokens: int = 0
+    verdicts: int = 0
+    divergences: list[str] = field(default_factory=list)
+
+    @property
+    def tau(self) -> float:
+        """Mean tokens per verdict over all runs."""
+        return self.tokens / self.verdicts if self.verdicts else 0.0
+
+    def as_json(self) -> dict[str, object]:
+        """The record written by --json."""
+        return {
+            "strategy": self.strategy,
+            "drafter": self.drafter,
+            "driver": self.driver,
+            "stages": self.stages,
+            "temperature": self.temperature,
+            "runs": self.runs,
+            "mismatches": self.mismatches,
+            "near_ties": self.near_ties,
+            "tau": round(self.tau, 4),
+            "tokens": self.tokens,
+            "divergences": self.divergences,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two token sequences part: the reference's preference there, in logits."""
+
+    position: int  # index into the generated tokens
+    expected: int | None
+    found: int | None
+    gap: float
+    resolution: float
+
+    @property
+    def is_near_tie(self) -> bool:
+        """Whether rounding of this dtype can explain it."""
+        return self.gap < self.resolution
+
+    def __str__(self) -> str:
+        kind = "near-tie" if self.is_near_tie else "ERROR"
+        return (
+            f"{kind} at token {self.position}: {self.expected} expected, {self.found} found, "
+            f"logit gap {self.gap:.2e} (resolution {self.resolution:.2e})"
+        )
+
+
+def resolution_of(dtype: torch.dtype, largest_logit: float) -> float:
+    """Logit gaps below this are rounding: NEAR_TIE_EPS steps of a 16-bit dtype; 0 in fp32."""
+    if dtype == torch.float32:
+        return 0.0
+    return NEAR_TIE_EPS * torch.finfo(dtype).eps * max(1.0, abs(largest_logit))
+
+
+def find_divergence(
+    alone: LocalTarget, request: Request, expected: Sequence[int], found: Sequence[int]
+) -> Divergence | None:
+    """None where the sequences are equal; else the first difference and how close it was."""
+    if list(expected) == list(found):
+        return None
+    pairs = zip(expected, found, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
+    if at >= len(expected) or at >= len(found):
+        return Divergence(
+            at,
+            expected[at] if at < len(expected) else None,
+            found[at] if at < len(found) else None,
+            float("inf"),
+            0.0,
+        )
+    _, logits = next(islice(alone.stream(request), at, None))
+    scores = logits[None]
+    sampling = request.sampling
+    if sampling.temperature > 0:
+        noise = noise_rows(sampling.seed, [len(request.prompt) + at], logits.shape[-1])
+        scores = (warp(scores, sampling) + noise) * sampling.temperature
+    gap = float(scores[0, expected[at]] - scores[0, found[at]])
+    resolution = resolution_of(alone.model.dtype, float(logits.abs().max()))
+    return Divergence(at, expected[at], found[at], gap, resolution)
+
+
+class Verifier:
+    """Keeps the reference answers, so that each is computed once for all strategies."""
+
+    def __init__(self, alone: LocalTarget) -> None:
+        self.alone = alone
+        self._expected: dict[tuple[tuple[int, ...], SamplingParams], list[int]] = {}
+
+    def expected(self, request: Request) -> list[int]:
+        """The target's own tokens."""
+        key = (request.prompt, request.sampling)
+        if key not in self._expected:
+            self._expected[key] = self.alone.generate(request)[0]
+        return self._expected[key]
+
+    def check(
+        self, cluster: Cluster, requests: Sequence[Request], row: Combination
+    ) -> Iterator[Divergence | None]:
+        """Run the requests, add to `row`, and give each one's divergence."""
+        for request in requests:
+            completion = generate(cluster, request)
+            if completion.error:
+                raise ValueError(completion.error)
+            row.runs += 1
+            row.tokens += completion.stats.num_tokens
+            row.verdicts += completion.stats.num_verdicts
+            divergence = find_divergence(
+                self.alone, request, self.expected(request), completion.tokens
+            )
+            if divergence is not None:
+                row.near_ties += divergence.is_near_tie
+                row.mismatches += not divergence.is_near_tie
+                row.divergences.append(str(divergence))
+            yield divergence

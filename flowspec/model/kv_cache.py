@@ -1,0 +1,210 @@
+"""TreeKVCache: keys and values of one request on one device, a committed prefix plus tree rows.
+
+Shapes: P committed rows, T tree rows behind them, n rows being added, S = P + T keys, g key/value
+heads, h query heads, d head dimension. Tree rows are named by their index 0..T-1 behind the prefix.
+A row attends to the whole prefix, its ancestors in the tree and itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flowspec.model.llama import Attend
+
+COMMITTED = -1  # as a parent: the last committed row
+
+
+class CacheFull(ValueError):
+    """More rows than the cache was made for."""
+
+
+@dataclass(slots=True)
+class Window:
+    """The rows of one forward: where their keys go and what each may see."""
+
+    cache: "TreeKVCache"
+    start: int  # first slot written
+    num_rows: int
+    mask: Tensor | None  # [n, S] bool, None when every row sees every key
+    paths: Tensor | None = None  # shape-stable mode: slots of each row's path by position, [n, S]
+
+    def attend(self, layer: int) -> Attend:
+        """The attention of local layer `layer`: stores k and v, looks back through the mask."""
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            end = self.start + self.num_rows
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            keys[:, self.start : end] = k.transpose(0, 1)
+            values[:, self.start : end] = v.transpose(0, 1)
+            if self.paths is not None:
+                return _attend_by_path(q, keys, values, self.paths, self.mask)
+            return _attend(q, keys[:, :end], values[:, :end], self.mask)
+
+        return run
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [n, h, d] over k, v [g, S, d]; query heads of a group share its keys without a copy."""
+    n, heads, d = q.shape
+    groups = k.shape[0]
+    share = heads // groups
+    q = q.view(n, groups, share, d).permute(1, 0, 2, 3).reshape(1, groups, n * share, d)
+    if mask is not None and share > 1:
+        mask = mask.repeat_interleave(share, dim=0)
+    out = F.scaled_dot_product_attention(q, k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask)
+    return out.view(groups, n, share, d).permute(1, 0, 2, 3).reshape(n, heads, d)
+
+
+def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, paths: Tensor, mask: Tensor | None) -> Tensor:
+    """Each row over its own path in position order, padded to one length: the same sums always.
+
+    Costs a gathered copy of the context per row; only the shape-stable mode pays it.
+    """
+    n, heads, d = q.shape
+    groups = k.shape[0]
+    assert mask is not None
+    keys, values = k[:, paths].transpose(0, 1), v[:, paths].transpose(0, 1)  # [n, g, S, d]
+    scores = q.view(n, groups, heads // groups, d) @ keys.transpose(-1, -2) / d**0.5
+    scores = scores.float().masked_fill(~mask[:, None, None, :], float("-inf"))
+    return (scores.softmax(-1).to(v.dtype) @ values).reshape(n, heads, d)
+
+
+class TreeKVCache:
+    """Preallocated keys and values [L, g, capacity, d]; rows commit and die by compaction."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        stable_context: int | None = None,
+    ) -> None:
+        shape = (num_layers, num_kv_heads, capacity, head_dim)
+        # Zeroed, not empty: a masked slot still meets the softmax, and 0 * NaN would be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.stable_context = stable_context  # shape-stable mode: every path is padded to this
+        self.prefix_length = 0
+        self.num_tree_rows = 0
+        # ancestors[i, j]: tree row j is an ancestor of tree row i, or i itself
+        self._ancestors = np.zeros((64, 64), dtype=bool)
+
+    def append_prefix(self, num_rows: int) -> Window:
+        """Rows known to be true: a chain behind the prefix, committed at once (no tree may stand).
+
+        Raises CacheFull when they do not fit.
+        """
+        assert self.num_tree_rows == 0, "prefix rows must come before tree rows"
+        start = self.prefix_length
+        self._check_room(num_rows)
+        self.prefix_length += num_rows
+        if self.stable_context is not None:
+            paths = np.arange(self.stable_context)[None, :].repeat(num_rows, 0)
+            lengths = start + 1 + np.arange(num_rows)
+            return self._by_path(start, paths, lengths)
+        mask = torch.ones(num_rows, start + num_rows, dtype=torch.bool).tril(start)
+        return Window(self, start, num_rows, None if num_rows == 1 else self._on_device(mask))
+
+    def append_tree(self, parents: Sequence[int]) -> Window:
+        """Rows of the tree, parents first; a parent is a tree row (also one of these) or COMMITTED.
+
+        Raises CacheFull when they do not fit.
+        """
+        n, first = len(parents), self.num_tree_rows
+        self._check_room(n)
+        self._grow(first + n)
+        for row, parent in enumerate(parents, start=first):
+            assert COMMITTED <= parent < row, f"tree row {row} before its parent {parent}"
+            if parent == COMMITTED:
+                self._ancestors[row, : first + n] = False
+            else:
+                self._ancestors[row] = self._ancestors[parent]
+            self._ancestors[row, row] = True
+        self.num_tree_rows += n
+        start = self.prefix_length + first
+        tail = self._ancestors[first : first + n, : first + n]
+        if self.stable_context is not None:
+            return self._by_path(start, *self._tree_paths(tail))
+        if tail.all():
+            return Window(self, start, n, None)
+        mask = np.ones((n, start + n), dtype=bool)
+        mask[:, self.prefix_length :] = tail
+        return Window(self, start, n, self._on_device(torch.from_numpy(mask)))
+
+    def reroot(self, path: Sequence[int], keep: Sequence[int]) -> None:
+        """Commit the tree rows `path` (root first), keep `keep` (ascending), forget all others.
+
+        Moves only rows behind the prefix, and of those only the ones not already in place.
+        """
+        order = [*path, *keep]
+        still = 0
+        while still < len(order) and order[still] == still:
+            still += 1
+        if still < len(order):
+            index = self.prefix_length + torch.tensor(order[still:], device=self.keys.device)
+            start, end = self.prefix_length + still, self.prefix_length + len(order)
+            self.keys[:, :, start:end] = self.keys.index_select(2, index)
+            self.values[:, :, start:end] = self.values.index_select(2, index)
+        kept = np.asarray(keep, dtype=np.intp)
+        self._ancestors[: len(kept), : len(kept)] = self._ancestors[np.ix_(kept, kept)]
+        self._ancestors[: len(kept), len(kept) :] = False
+        self.prefix_length += len(path)
+        self.num_tree_rows = len(kept)
+
+    def with_ancestors(self, rows: Sequence[int]) -> list[int]:
+        """The tree rows `rows` and all their ancestors in the tree, ascending."""
+        marked = self._ancestors[list(rows), : self.num_tree_rows].any(axis=0)
+        return np.flatnonzero(marked).tolist()
+
+    def drop_last(self, num_rows: int) -> None:
+        """Forget the newest rows (padding of the shape-stable mode)."""
+        from_tree = min(num_rows, self.num_tree_rows)
+        self.num_tree_rows -= from_tree
+        self.prefix_length -= num_rows - from_tree
+
+    def _check_room(self, num_rows: int) -> None:
+        needed = self.prefix_length + self.num_tree_rows + num_rows
+        if needed > self.capacity:
+            raise CacheFull(f"the KV cache holds {self.capacity} rows, {needed} are needed")
+
+    def _grow(self, rows: int) -> None:
+        size = len(self._ancestors)
+        if rows > size:
+            wider = np.zeros((max(rows, 2 * size),) * 2, dtype=bool)
+            wider[:size, :size] = self._ancestors
+            self._ancestors = wider
+
+    def _tree_paths(self, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slots by position [n, context] and path lengths [n] of rows with ancestors `tail`."""
+        assert self.stable_context is not None
+        paths = np.zeros((len(tail), self.stable_context), dtype=np.int64)
+        paths[:, : self.prefix_length] = np.arange(self.prefix_length)
+        lengths = np.zeros(len(tail), dtype=np.int64)
+        for row, ancestors in enumerate(tail):
+            slots = self.prefix_length + np.flatnonzero(ancestors)
+            lengths[row] = self.prefix_length + len(slots)
+            paths[row, self.prefix_length : lengths[row]] = slots
+        return paths, lengths
+
+    def _by_path(self, start: int, paths: np.ndarray, lengths: np.ndarray) -> Window:
+        mask = np.arange(paths.shape[1])[None, :] < lengths[:, None]
+        paths = np.where(mask, paths, 0)
+        return Window(
+            self,
+            start,
+            len(paths),
+            self._on_device(torch.from_numpy(mask)),
+            self._on_device(torch.from_numpy(paths)),
+        )
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.keys.device, non_blocking=True)

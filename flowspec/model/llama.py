@@ -1,0 +1,117 @@
+"""The Llama decoder block, shared by every supported family, the drafters and training.
+
+Shapes: `...` is [n] for the rows of a segment or [B, T] for a training batch; H hidden size,
+h query heads, g key/value heads, d head dimension. What differs between families (biases, explicit
+head_dim, RoPE scaling) comes from `ModelConfig`; how rows see one another comes from `attend`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowspec.model.config import Llama3RopeScaling, ModelConfig
+
+# attend(q [..., h, d], k [..., g, d], v [..., g, d]) -> [..., h, d]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Rope = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467), in fp32 as the checkpoints were trained."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., H] over its last dimension."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies [d/2] in fp32, scaled by the `llama3` rule where asked for."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    if config.rope_scaling is None:
+        return frequencies
+    return _llama3_frequencies(frequencies, config.rope_scaling)
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
+    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
+    return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
+
+
+def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rope:
+    """(cos, sin), each [..., 1, d], for positions [...]; the middle 1 broadcasts over heads."""
+    angles = positions.float().unsqueeze(-1) * frequencies
+    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x: Tensor, rope: Rope) -> Tensor:
+    """Rotate x [..., heads, d] by its positions (arXiv 2104.09864, half-split layout of HF)."""
+    cos, sin = rope
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; who sees whom is the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        hidden, heads = config.hidden_size, config.num_heads * config.head_dim
+        groups = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, heads, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(heads, hidden, bias=config.output_bias)
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        split = (-1, self.head_dim)
+        q = apply_rope(self.q_proj(x).unflatten(-1, split), rope)
+        k = apply_rope(self.k_proj(x).unflatten(-1, split), rope)
+        v = self.v_proj(x).unflatten(-1, split)
+        return self.o_proj(attend(q, k, v).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer; parameter names are those of HF's `model.layers.i`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """x [..., H] -> [..., H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,0 +1,208 @@
+"""Weights from disk into modules: a stage of a split model, the whole model, the head's part.
+
+Modules are made without memory (meta device) and take the mapped tensors as they are. Devices and
+dtypes are as torch names them; `dtype` None keeps the stored one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from flowspec.model.config import DTYPES, ModelConfig, read_config, read_json
+from flowspec.model.manifest import (
+    HEAD_FOLDER,
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    Manifest,
+    check_file,
+    read_manifest,
+    stage_folder,
+)
+from flowspec.model.source import EMBEDDING, LM_HEAD, open_checkpoint
+from flowspec.model.stage_model import StageModel
+from flowspec.model.tensor_files import load_bin, read_header
+
+Net = TypeVar("Net", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadPart:
+    """What the head needs of the target: embed_tokens [V, H], lm_head [V, H] (one when tied)."""
+
+    embed_tokens: Tensor
+    lm_head: Tensor
+    config: ModelConfig
+
+
+def load_stage(
+    folder: Path | str,
+    stage: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    verify: bool = True,
+) -> StageModel:
+    """Stage 1..N of a split model; `verify` compares the files' sha256 with the manifest.
+
+    Raises ValueError when there is no such stage, or a file is missing, corrupt or another one.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    first, last = manifest.layer_range(stage)
+    config = _part_config(folder, manifest, stage_folder(stage), verify=verify)
+    about = read_json(folder / stage_folder(stage) / "config.json").get("flowspec")
+    found = about if isinstance(about, dict) else {}
+    if (found.get("first_layer"), found.get("last_layer")) != (first, last):
+        raise ValueError(
+            f"{folder / stage_folder(stage)} was made for layers {found.get('first_layer')} to "
+            f"{found.get('last_layer')}, the manifest says {first} to {last}; split again"
+        )
+    model = _empty_stage(config, first, last)
+    path = check_file(folder, manifest, f"{stage_folder(stage)}/{WEIGHTS_NAME}", verify=verify)
+    return _fill_stage(model, read_tensors(path, device=device, dtype=dtype), path)
+
+
+def load_whole(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    verify: bool = True,
+) -> StageModel:
+    """The target alone: all layers, embedding and lm_head, of a HF folder or a split model.
+
+    Raises ValueError as `open_checkpoint` and `load_stage`.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST_NAME).exists():
+        manifest = read_manifest(folder)
+        config = _part_config(folder, manifest, HEAD_FOLDER, verify=verify)
+        names = [f"{stage_folder(k + 1)}/{WEIGHTS_NAME}" for k in range(manifest.num_stages)]
+        paths = [check_file(folder, manifest, name, verify=verify) for name in names]
+    else:
+        checkpoint = open_checkpoint(folder)
+        config = checkpoint.config
+        paths = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+        dtype = dtype or checkpoint.stored_dtype
+        if dtype is None:
+            raise ValueError(f"{folder} mixes dtypes; choose one ({', '.join(DTYPES)})")
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors.update(read_tensors(path, device=device, dtype=dtype))
+    if config.tie_word_embeddings:
+        tensors.pop(LM_HEAD, None)
+    return _fill_stage(_empty_stage(config, 0, config.num_layers), tensors, folder)
+
+
+def load_head_part(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    verify: bool = True,
+) -> HeadPart:
+    """The embedding and lm_head beside the drafter, from `head/` of a split model.
+
+    Raises ValueError when a file is missing, corrupt or another one.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    config = _part_config(folder, manifest, HEAD_FOLDER, verify=verify)
+    path = check_file(folder, manifest, f"{HEAD_FOLDER}/{WEIGHTS_NAME}", verify=verify)
+    tensors = read_tensors(path, device=device, dtype=dtype)
+    shape = (config.vocab_size, config.hidden_size)
+    expected = (
+        {EMBEDDING: shape} if config.tie_word_embeddings else {EMBEDDING: shape, LM_HEAD: shape}
+    )
+    check_tensors(expected, tensors, path)
+    embedding = tensors[EMBEDDING]
+    return HeadPart(embed_tokens=embedding, lm_head=tensors.get(LM_HEAD, embedding), config=config)
+
+
+def read_tensors(
+    path: Path, *, device: torch.device | str = "cpu", dtype: str | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a safetensors or `.bin` file, mapped where nothing has to change.
+
+    Raises ValueError when the file is damaged or `dtype` is not one of DTYPES.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not supported: {', '.join(DTYPES)}")
+    target = None if dtype is None else getattr(torch, dtype)
+    if path.suffix == ".bin":
+        tensors = load_bin(path)
+    else:
+        read_header(path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
+    return {
+        # Integer tables (a vocabulary map, say) keep their type.
+        name: tensor.to(device, target if tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
+        if not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def check_tensors(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: Path
+) -> None:
+    """Same names, same shapes; ValueError names the first that differ."""
+    missing, unknown = (
+        sorted(expected.keys() - found.keys()),
+        sorted(found.keys() - expected.keys()),
+    )
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: missing tensors {missing[:5]}, unexpected tensors {unknown[:5]} "
+            f"({len(missing)} and {len(unknown)} in all)"
+        )
+    for name, shape in expected.items():
+        if tuple(found[name].shape) != shape:
+            raise ValueError(f"{where}: {name} is {list(found[name].shape)}, needed {list(shape)}")
+
+
+def fill(model: Net, tensors: Mapping[str, Tensor], where: Path) -> Net:
+    """Make `tensors` the parameters of `model`, for inference; ValueError unless they fit."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    check_tensors(expected, tensors, where)
+    # Not strict: of two tied names only one is given, and all names have been compared above.
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _part_config(folder: Path, manifest: Manifest, part: str, *, verify: bool) -> ModelConfig:
+    check_file(folder, manifest, f"{part}/config.json", verify=verify)
+    config = read_config(folder / part)
+    if config.num_layers != sum(manifest.layers) or config.architecture != manifest.architecture:
+        raise ValueError(
+            f"{folder / part}/config.json is of a {config.architecture} with {config.num_layers} "
+            f"layers, the manifest of a {manifest.architecture} with {sum(manifest.layers)}; "
+            "split again"
+        )
+    return config
+
+
+def _empty_stage(config: ModelConfig, first: int, last: int) -> StageModel:
+    with torch.device("meta"):
+        return StageModel(
+            config,
+            first_layer=first,
+            last_layer=last,
+            with_embedding=first == 0,
+            with_head=last == config.num_layers,
+        )
+
+
+def _fill_stage(model: StageModel, tensors: Mapping[str, Tensor], where: Path) -> StageModel:
+    fill(model, tensors, where)
+    if LM_HEAD not in tensors and model.lm_head is not None:
+        model.lm_head.weight = nn.Parameter(tensors[EMBEDDING], requires_grad=False)
+    return model

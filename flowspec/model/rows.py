@@ -1,0 +1,70 @@
+"""Running rows of a request through a stage's model: the one way in, for stages and for references.
+
+In shape-stable mode every forward has the same number of rows and every row attends to its own path
+in position order, padded to one length. Kernels then do the same sums for a row whatever
+the segment it came in, so that fp16 and bf16 give the same bits in every strategy. It costs time
+and is for verification.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowspec.model.kv_cache import COMMITTED, TreeKVCache, Window
+from flowspec.model.stage_model import StageModel
+
+STABLE_ROWS = 32
+
+
+def run_rows(
+    model: StageModel,
+    cache: TreeKVCache,
+    x: Tensor,
+    positions: Sequence[int],
+    *,
+    parents: Sequence[int] | None,
+    features: Collection[int] = (),
+) -> tuple[Tensor, Mapping[int, Tensor]]:
+    """Run n rows; x is tokens [n] or hidden [n, H]; adds them to the cache.
+
+    `parents` are tree rows as in TreeKVCache.append_tree; None: prefix rows. Returns hidden [n, H]
+    and the owned feature layers' hidden states [n, H] each.
+    """
+    where = torch.tensor(positions, device=model.device)
+    x = x.to(model.device)
+    if cache.stable_context is None:
+        window = _window(cache, len(positions), parents)
+        return model(x, where, window, features=features)
+    outputs: list[Tensor] = []
+    taps: dict[int, list[Tensor]] = {}
+    for start in range(0, len(positions), STABLE_ROWS):
+        n = min(STABLE_ROWS, len(positions) - start)
+        piece = x[start : start + n]
+        padding = STABLE_ROWS - n
+        filler = piece[:1].expand(padding, *piece.shape[1:])
+        above = None if parents is None else [*parents[start : start + n], *[COMMITTED] * padding]
+        window = _window(cache, STABLE_ROWS, above)
+        rows = torch.cat((where[start : start + n], where[start : start + 1].expand(padding)))
+        hidden, owned = model(torch.cat((piece, filler)), rows, window, features=features)
+        cache.drop_last(padding)
+        outputs.append(hidden[:n])
+        for layer, value in owned.items():
+            taps.setdefault(layer, []).append(value[:n])
+    return torch.cat(outputs), {layer: torch.cat(pieces) for layer, pieces in taps.items()}
+
+
+def run_logits(model: StageModel, hidden: Tensor, *, shape_stable: bool) -> Tensor:
+    """Logits [n, V] of hidden [n, H], in forwards of fixed size where asked."""
+    if not shape_stable:
+        return model.logits(hidden)
+    pieces = []
+    for start in range(0, len(hidden), STABLE_ROWS):
+        piece = hidden[start : start + STABLE_ROWS]
+        filler = piece[:1].expand(STABLE_ROWS - len(piece), -1)
+        pieces.append(model.logits(torch.cat((piece, filler)))[: len(piece)])
+    return torch.cat(pieces)
+
+
+def _window(cache: TreeKVCache, num_rows: int, parents: Sequence[int] | None) -> Window:
+    return cache.append_prefix(num_rows) if parents is None else cache.append_tree(parents)

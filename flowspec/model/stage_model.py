@@ -1,0 +1,110 @@
+"""StageModel: the consecutive layers that one stage runs, with the ends of the model it owns.
+
+Parameter names are those of the HF checkpoint, layer indices global, so that a stage's state dict
+is a plain subset of the model's.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowspec.model.config import ModelConfig
+from flowspec.model.kv_cache import TreeKVCache, Window
+from flowspec.model.llama import Block, RMSNorm, rope_angles, rope_frequencies
+
+FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
+
+
+class StageModel(nn.Module):
+    """Layers first_layer <= i < last_layer; shapes: n rows, H hidden, V vocabulary."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        first_layer: int,
+        last_layer: int,
+        with_embedding: bool,
+        with_head: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.first_layer, self.last_layer = first_layer, last_layer
+        body: Any = nn.Module()  # its parts are named as in the checkpoint, and not all are here
+        if with_embedding:
+            body.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = {str(i): Block(config) for i in range(first_layer, last_layer)}
+        body.layers = nn.ModuleDict(blocks)
+        self.model: Any = body
+        self.lm_head: nn.Linear | None = None
+        if with_head:
+            body.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            if with_embedding and config.tie_word_embeddings:
+                self.lm_head.weight = body.embed_tokens.weight
+        self._frequencies: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the hidden states that leave."""
+        return next(self.parameters()).dtype
+
+    def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
+        """An empty cache for one request of at most `capacity` rows, tree rows included."""
+        return TreeKVCache(
+            num_layers=self.last_layer - self.first_layer,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            capacity=capacity,
+            dtype=self.dtype,
+            device=self.device,
+            stable_context=stable_context,
+        )
+
+    def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
+        """Those of `layers` (output-of-layer ids, or FINAL_NORM) that this stage can give."""
+        return tuple(
+            layer
+            for layer in layers
+            if self.first_layer <= layer < self.last_layer
+            or (layer == FINAL_NORM and self.lm_head is not None)
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, x: Tensor, positions: Tensor, window: Window, *, features: Collection[int] = ()
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Run n rows: x is tokens [n] where the stage has the embedding, else hidden [n, H].
+
+        Returns the hidden states [n, H] (after the last norm where the stage has it) and those of
+        `features` that it owns, each [n, H].
+        """
+        if x.dtype == torch.int64:
+            x = self.model.embed_tokens(x)
+        if self._frequencies is None:
+            self._frequencies = rope_frequencies(self.config).to(x.device)
+        rope = rope_angles(self._frequencies, positions, x.dtype)
+        owned: dict[int, Tensor] = {}
+        blocks = self.model.layers
+        for index in range(self.first_layer, self.last_layer):
+            x = blocks[str(index)](x, rope, window.attend(index - self.first_layer))
+            if index in features:
+                owned[index] = x
+        if self.lm_head is not None:
+            x = self.model.norm(x)
+            if FINAL_NORM in features:
+                owned[FINAL_NORM] = x
+        return x, owned
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, H] after the last norm -> logits [n, V] in fp32."""
+        assert self.lm_head is not None, "only the last stage has the lm_head"
+        return self.lm_head(hidden).float()

@@ -1,0 +1,124 @@
+"""What a user asks for and what comes back: parameters, requests, completions, statistics."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NewType
+
+NodeId = NewType("NodeId", int)
+NO_NODE = NodeId(-1)  # the parent of a request's first token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is chosen from the logits; temperature 0 is greedy, the others then idle.
+
+    Filters apply in this order: temperature, top-k, top-p, min-p (see acceptance/warp.py).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0  # of the most likely token's probability
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0.0 <= self.min_p < 1.0:
+            raise ValueError(f"min_p must be at least 0 and below 1, not {self.min_p}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation. `prompt` is token ids; `stop` strings end the text and are left out."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("the prompt has no tokens; give at least one")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if any(not text for text in self.stop):
+            raise ValueError("a stop string must not be empty")
+
+
+class FinishReason(str, Enum):
+    """Why a generation ended."""
+
+    STOP = "stop"  # EOS or a stop string
+    LENGTH = "length"  # max_new_tokens or the context is full
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(slots=True, kw_only=True)
+class DecodeStats:
+    """Counts of one request as the head saw them; times in seconds of the driver's clock."""
+
+    num_tokens: int = 0
+    num_verdicts: int = 0
+    num_segments: int = 0
+    num_rows_sent: int = 0
+    num_draft_forwards: int = 0
+    num_misses: int = 0  # verdicts whose token was not in the tree
+    accepted_per_verdict: list[int] = field(default_factory=list)
+    submitted_at: float = 0.0
+    first_token_at: float = 0.0
+    finished_at: float = 0.0
+
+    @property
+    def mean_accepted_length(self) -> float:
+        """Tokens per verdict (tau): the accepted drafts and the one the target adds."""
+        return self.num_tokens / self.num_verdicts if self.num_verdicts else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed: tokens after the first over the time since the first."""
+        elapsed = self.finished_at - self.first_token_at
+        return (self.num_tokens - 1) / elapsed if elapsed > 0 else 0.0
+
+    def acceptance_by_depth(self) -> list[float]:
+        """alpha_d, d = 1, 2, ...: of the verdicts that reached depth d-1, the share reaching d."""
+        deepest = max(self.accepted_per_verdict, default=0)
+        reached = [
+            sum(count >= depth for count in self.accepted_per_verdict)
+            for depth in range(deepest + 1)
+        ]
+        return [after / before for before, after in zip(reached, reached[1:], strict=False)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a generation gave. `text` ends before a stop string; `tokens` excludes nothing."""
+
+    request: int
+    tokens: tuple[int, ...]
+    text: str
+    reason: FinishReason
+    stats: DecodeStats
+    error: str = ""
+
+
+class ClusterError(RuntimeError):
+    """A device or link failed: names the process and the cause. What was generated is kept."""
+
+    def __init__(self, where: str, cause: str, tokens: tuple[int, ...] = ()) -> None:
+        super().__init__(f"{where}: {cause}")
+        self.where, self.cause, self.tokens = where, cause, tokens
+
+
+def rank_name(rank: int) -> str:
+    """How a person calls rank `rank`."""
+    return {-1: "client", 0: "head"}.get(rank, f"stage {rank}")

@@ -1,0 +1,149 @@
+"""Session: what a strategy may see of one request: its tree, what is in flight, what it costs.
+
+Strategies decide through it; only the head changes it.
+"""
+
+from dataclasses import dataclass, field
+
+from flowspec.config import DecodeConfig
+from flowspec.drafters.base import DraftSession, Proposal
+from flowspec.request import DecodeStats, NodeId, Request
+from flowspec.tree import DraftTree, Node
+from flowspec.wire import Reroot
+
+
+@dataclass(slots=True)
+class Flight:
+    """One segment on its way."""
+
+    nodes: tuple[NodeId, ...]
+    started_at: float | None = None  # when the first stage took it, as the head learnt
+
+
+class SegmentCost:
+    """t(n): what a segment of n rows costs the slowest stage, learnt from segments that came back.
+
+    Exponential averages at powers of two; between them linear, and never falling with n. Sizes not
+    seen yet cost what the largest smaller one does, so they get tried.
+    """
+
+    _SIZES = tuple(2**k for k in range(11))
+
+    def __init__(self, decay: float = 0.1) -> None:
+        self._decay = decay
+        self._mean_ms: dict[int, float] = {}
+
+    def record(self, rows: int, elapsed_ms: float) -> None:
+        """A stage took `elapsed_ms` for `rows` rows."""
+        size = min((s for s in self._SIZES if s >= rows), default=self._SIZES[-1])
+        before = self._mean_ms.get(size, elapsed_ms)
+        # The first forward of a size pays for allocations; a longer one only moves the mean a bit.
+        self._mean_ms[size] = before + self._decay * (min(elapsed_ms, 4 * before) - before)
+
+    def milliseconds(self, rows: int) -> float:
+        """Expected time of a segment of `rows` rows; 1.0 while nothing is known."""
+        known = [(size, ms) for size, ms in sorted(self._mean_ms.items())]
+        if not known:
+            return 1.0
+        below = max((ms for size, ms in known if size <= rows), default=known[0][1])
+        size_below = max((size for size, _ in known if size <= rows), default=known[0][0])
+        above = next(((size, ms) for size, ms in known if size > rows), None)
+        if above is None or rows <= size_below:
+            return below
+        share = (rows - size_below) / (above[0] - size_below)
+        return below + share * max(0.0, above[1] - below)
+
+
+@dataclass(slots=True)
+class Session:
+    """One request in the head. `seq_no`s count this request's segments."""
+
+    request: Request
+    config: DecodeConfig
+    num_stages: int
+    drafter: DraftSession
+    cost: SegmentCost
+    tree: DraftTree = field(default_factory=DraftTree)
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    flights: dict[int, Flight] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)  # generated so far
+    verdict: Reroot | None = None  # the newest
+    now: float = 0.0  # the driver's clock at the last event, seconds
+    draft_s: float = 0.0  # what a drafter forward takes, a running mean
+    context: int = 0  # positions that exist: prompt and every token that may be generated
+    num_prompt_sent: int = 0
+    last_was_hit: bool = False  # the newest verdict's token was in the tree
+    root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
+    positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the prompt is through and the tree has a root."""
+        return len(self.tree) > 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Segments sent and not back."""
+        return len(self.flights)
+
+    @property
+    def num_waiting(self) -> int:
+        """Segments sent that the first stage has not taken yet."""
+        return sum(flight.started_at is None for flight in self.flights.values())
+
+    @property
+    def first_stage_busy_s(self) -> float:
+        """How much longer the first stage is expected to compute, in seconds."""
+        running = [f for f in self.flights.values() if f.started_at is not None]
+        if not running:
+            return 0.0
+        newest = running[-1]
+        assert newest.started_at is not None
+        until = newest.started_at + self.cost.milliseconds(len(newest.nodes)) / 1e3
+        return max(0.0, until - self.now)
+
+    @property
+    def drained(self) -> bool:
+        """Nothing is in flight."""
+        return not self.flights
+
+    @property
+    def round_over(self) -> bool:
+        """The pipe is empty and the root is a token the target has not seen: draft anew."""
+        return self.drained and not self.tree.root.sent
+
+    def position_of(self, node: NodeId) -> int | None:
+        """Absolute position of a living or lately accepted node."""
+        if node in self.tree:
+            return self.tree[node].position
+        return self.positions.get(node)
+
+    def count_draft(self, elapsed: float) -> None:
+        """A drafter forward took `elapsed` seconds."""
+        self.stats.num_draft_forwards += 1
+        self.draft_s += (elapsed - self.draft_s) * (0.1 if self.draft_s else 1.0)
+
+    def drop_tree(self) -> None:
+        """Forget all guesses but the root's children as last proposed: a new round begins."""
+        self.tree.drop_descendants()
+        proposal = self.root_proposal
+        if proposal is not None and proposal.node == self.tree.root.id:
+            self.grow([proposal], floor_count=self.config.tree_size)
+
+    def grow(self, proposals: list[Proposal], *, floor_count: int) -> list[Node]:
+        """Add proposed children that are among the `floor_count` best; returns those added."""
+        scores = sorted((node.score for node in self.tree.nodes.values()), reverse=True)
+        floor = scores[floor_count] if len(scores) > floor_count else float("-inf")
+        added = []
+        for proposal in proposals:
+            if proposal.node not in self.tree:
+                continue
+            node = self.tree[proposal.node]
+            node.expanded = True
+            if node.position + 1 >= self.context - 1:
+                continue  # what follows the last token is never asked for
+            for token, logprob in proposal.children:
+                if node.score + logprob < floor and token not in node.children:
+                    break  # children come best first
+                added.append(self.tree.add(node.id, token, logprob))
+        return added

@@ -1,0 +1,73 @@
+"""A cluster in one process on the simulator's virtual clock, with the interface of a real one."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from flowspec.config import DecodeConfig
+from flowspec.effects import HEAD, Core
+from flowspec.head import Head
+from flowspec.request import ClusterError, Completion, Request
+from flowspec.simulate.scheduler import (
+    ChargeLink,
+    ChargeWork,
+    Simulator,
+    instant_link,
+    unit_work,
+)
+from flowspec.stage import Stage
+from flowspec.strategies import StrategySpec
+from flowspec.wire import Cancel, Finished, Status, Submit, Tokens
+
+
+class SimulatedCluster:
+    """Head and stages under one Simulator. Times in its statistics are virtual seconds."""
+
+    def __init__(
+        self,
+        head: Head,
+        stages: Sequence[Stage],
+        *,
+        work_time: ChargeWork = unit_work,
+        link_time: ChargeLink = instant_link,
+        wrap: Callable[[Core], Core] = lambda core: core,
+    ) -> None:
+        self.head = head
+        cores: dict[int, Core] = {HEAD: wrap(head)}
+        cores.update({stage.rank: wrap(stage) for stage in stages})
+        self.stages = list(stages)
+        self.simulator = Simulator(cores, work_time=work_time, link_time=link_time)
+
+    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
+        """See Cluster.configure."""
+        self.head.configure(spec, config)
+
+    def stream(self, request: Request) -> Iterator[Tokens | Completion]:
+        """See Cluster.stream."""
+        simulator = self.simulator
+        simulator.submit(Submit(request=request))
+        tokens: list[int] = []
+        text = ""
+        while simulator.step():
+            while simulator.to_client:
+                event = simulator.to_client.popleft()
+                if isinstance(event, Tokens):
+                    tokens.extend(event.tokens)
+                    text += event.text
+                    yield event
+                elif isinstance(event, Finished):
+                    simulator.run()  # what is on its way still arrives
+                    yield self.head.completion(request, event, tokens, text)
+                    return
+        raise ClusterError(
+            "simulator", "nothing is left to do and the request is not over", (*tokens,)
+        )
+
+    def cancel(self, request: int) -> None:
+        """See Cluster.cancel."""
+        self.simulator.submit(Cancel(request=request))
+
+    def statuses(self) -> dict[int, Status]:
+        """See Cluster.statuses."""
+        return dict(self.head.statuses)
+
+    def close(self) -> None:
+        """Nothing to end."""

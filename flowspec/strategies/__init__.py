@@ -1,0 +1,63 @@
+"""The decoding strategies by name. Adding one: one file here, one row in the table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flowspec.config import DecodeConfig
+from flowspec.strategies.ar import Ar
+from flowspec.strategies.base import Strategy
+from flowspec.strategies.flowspec import FlowSpec
+from flowspec.strategies.naive_pp import NaivePp
+from flowspec.strategies.pipedec import PipeDec
+from flowspec.strategies.pruned_pp import PrunedPp
+from flowspec.strategies.serial_pp import SerialPp
+from flowspec.strategies.streaming import Streaming
+
+
+@dataclass(frozen=True, slots=True)
+class StrategySpec:
+    """A strategy, its defaults and whether it needs a drafter."""
+
+    make: Callable[[], Strategy]
+    defaults: DecodeConfig
+    about: str
+    drafts: bool = True
+
+
+STRATEGIES: dict[str, StrategySpec] = {
+    "ar": StrategySpec(Ar, DecodeConfig(), "plain pipeline, one token per trip", drafts=False),
+    "serial_pp": StrategySpec(
+        SerialPp, DecodeConfig(tree_size=60), "whole tree in one segment, round by round"
+    ),
+    "naive_pp": StrategySpec(
+        NaivePp, DecodeConfig(tree_size=80), "tree in chunks, one verdict per round"
+    ),
+    "pruned_pp": StrategySpec(
+        PrunedPp,
+        DecodeConfig(tree_size=80, segment_size=16, refresh=False),
+        "segments by score, pruned with every verdict, no growth",
+    ),
+    "pipedec": StrategySpec(
+        PipeDec,
+        DecodeConfig(tree_size=256, segment_size=16, topk=16, refresh=False),
+        "one tree level per tick (PipeDec)",
+    ),
+    "flowspec": StrategySpec(
+        FlowSpec,
+        DecodeConfig(tree_size=80, segment_size=16),
+        "the published FlowSpec: prune and expand, drain on a miss",
+    ),
+    "streaming": StrategySpec(
+        Streaming,
+        DecodeConfig(tree_size=256, topk=8, coupled_drafting=True),
+        "asynchronous best-first streaming without a drain",
+    ),
+}
+DEFAULT_STRATEGY = "streaming"
+
+
+def find_strategy(name: str) -> StrategySpec:
+    """The row of the table. Raises ValueError listing the known names."""
+    if name not in STRATEGIES:
+        raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]

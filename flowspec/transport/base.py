@@ -1,0 +1,22 @@
+"""What a driver needs of a network: send a message to a rank, receive what has come."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from flowspec.wire import WireMessage
+
+
+class Transport(Protocol):
+    """Control messages overtake data; data between two ranks keeps its order."""
+
+    def send(self, to: int, message: WireMessage) -> None:
+        """Hand over a message; raises ClusterError where the peer takes nothing for too long."""
+
+    def receive(self, timeout_s: float) -> Sequence[WireMessage]:
+        """What has come, control first; waits at most `timeout_s` for the first message.
+
+        Raises WireError on frames that are no message.
+        """
+
+    def close(self) -> None:
+        """Give up sockets; what was handed over is still delivered within a second."""

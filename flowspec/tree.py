@@ -1,0 +1,168 @@
+"""DraftTree: the living tree of guesses of one request, rooted at the newest known token.
+
+Nodes are never renumbered or reused. `score` is the log-probability, as the drafter sees it, that a
+node is on the true path given the root; a child never scores above its parent and is always
+younger, so ordering by (-score, id) puts ancestors first, ties included.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import nlargest
+
+from flowspec.request import NO_NODE, NodeId
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One guessed (or, at the root, known) token. `position` is absolute in the text."""
+
+    id: NodeId
+    parent: NodeId
+    token: int
+    position: int
+    logprob: float  # of this token given its parent, never above 0
+    score: float  # sum of logprobs from the root's child down to here
+    sent: bool = False
+    expanded: bool = False  # the drafter has proposed its children
+    children: dict[int, NodeId] = field(default_factory=dict)  # by token
+
+
+def by_score(node: Node) -> tuple[float, int]:
+    """Sort key, best last: ancestors beat descendants, elder beats younger on ties."""
+    return node.score, -node.id
+
+
+class DraftTree:
+    """Alive nodes by id; everything outside the root's subtree is forgotten at once."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, Node] = {}
+        self._next_id = 0
+        self._root = NO_NODE
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def __contains__(self, node: NodeId) -> bool:
+        return node in self.nodes
+
+    def __getitem__(self, node: NodeId) -> Node:
+        return self.nodes[node]
+
+    @property
+    def root(self) -> Node:
+        """The newest known token: accepted by the target, its own successor not known yet."""
+        return self.nodes[self._root]
+
+    def new_id(self) -> NodeId:
+        """An id never used in this request before."""
+        self._next_id += 1
+        return NodeId(self._next_id - 1)
+
+    def plant(self, parent: NodeId, token: int, position: int) -> Node:
+        """Begin with a known token behind the prompt's last node `parent`."""
+        assert not self.nodes, "the tree already has a root"
+        node = Node(self.new_id(), parent, token, position, logprob=0.0, score=0.0)
+        self.nodes[node.id] = node
+        self._root = node.id
+        return node
+
+    def add(self, parent: NodeId, token: int, logprob: float) -> Node:
+        """The child of `parent` with `token`; an existing one is rescored instead of doubled."""
+        above = self.nodes[parent]
+        logprob = min(logprob, 0.0)
+        if token in above.children:
+            node = self.nodes[above.children[token]]
+            self.rescore(node, logprob)
+            return node
+        node = Node(
+            self.new_id(), parent, token, above.position + 1, logprob, above.score + logprob
+        )
+        self.nodes[node.id] = node
+        above.children[token] = node.id
+        return node
+
+    def rescore(self, node: Node, logprob: float) -> None:
+        """Give `node` another logprob and carry the change down its subtree."""
+        change = min(logprob, 0.0) - node.logprob
+        if change == 0.0:
+            return
+        node.logprob += change
+        for below in self.subtree(node):
+            below.score = self.nodes[below.parent].score + below.logprob
+
+    def subtree(self, node: Node) -> Iterator[Node]:
+        """`node` and its descendants, parents first."""
+        stack = [node]
+        while stack:
+            top = stack.pop()
+            yield top
+            stack.extend(self.nodes[child] for child in top.children.values())
+
+    def path(self, node: NodeId) -> list[Node]:
+        """From the root to `node`, both included; node must be alive."""
+        path = [self.nodes[node]]
+        while path[-1].id != self._root:
+            path.append(self.nodes[path[-1].parent])
+        path.reverse()
+        return path
+
+    def reroot(self, parent: NodeId, token: int) -> tuple[list[Node], bool]:
+        """The truth after `parent` is `token`: commit the path down to it, forget all else.
+
+        Returns the path (old root to parent) and whether the new root was in the tree.
+        """
+        path = self.path(parent)
+        child = path[-1].children.get(token)
+        if child is None:
+            root = Node(self.new_id(), parent, token, path[-1].position + 1, 0.0, 0.0)
+            self.nodes = {root.id: root}
+        else:
+            root = self.nodes[child]
+            base = root.score
+            self.nodes = {node.id: node for node in self.subtree(root)}
+            root.logprob = 0.0
+            for node in self.nodes.values():
+                node.score -= base
+        self._root = root.id
+        return path, child is not None
+
+    def remove(self, node: Node) -> None:
+        """Forget an unsent node and its (unsent) descendants."""
+        assert node.id != self._root, "the root is known to be true"
+        for below in list(self.subtree(node)):
+            assert not below.sent, f"node {below.id} is in flight"
+            del self.nodes[below.id]
+        del self.nodes[node.parent].children[node.token]
+
+    def keep_best(self, count: int) -> None:
+        """Forget unsent nodes outside the `count` best below the root (ancestor-closed)."""
+        below = [node for node in self.nodes.values() if node.id != self._root]
+        kept = {node.id for node in nlargest(count, below, key=by_score)}
+        for node in below:
+            if node.id in self.nodes and node.id not in kept and not node.sent:
+                self.remove(node)
+
+    def drop_descendants(self) -> None:
+        """Forget everything below the root, also what is in flight: it will be drafted anew."""
+        root = self.root
+        root.children.clear()
+        root.expanded = False
+        self.nodes = {root.id: root}
+
+    def level(self, position: int, count: int) -> list[Node]:
+        """The `count` best nodes at an absolute position, best first."""
+        return nlargest(count, (n for n in self.nodes.values() if n.position == position), by_score)
+
+    def unsent(self) -> Iterable[Node]:
+        """Nodes not yet given to the pipe, in no order."""
+        return (node for node in self.nodes.values() if not node.sent)
+
+    def best_unsent(self, count: int) -> list[Node]:
+        """The `count` best unsent nodes, best first: parents come before children."""
+        return nlargest(count, self.unsent(), key=by_score)
+
+    def best_unexpanded(self, count: int) -> list[Node]:
+        """The `count` best nodes below the root without proposed children, best first."""
+        open_nodes = (n for n in self.nodes.values() if not n.expanded and n.id != self._root)
+        return nlargest(count, open_nodes, key=by_score)
