@@ -31,9 +31,13 @@ class DecodeConfig:
         for name in ("segment_size", "tree_size", "tree_depth", "topk", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
-        for name, most in (("segment_size", 1024), ("tree_size", 2048), ("prefill_chunk", 1024)):
+        for name, most in (("segment_size", 1024), ("tree_size", 1024), ("prefill_chunk", 1024)):
             if getattr(self, name) > most:
                 raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {most}")
+        if self.topk * self.tree_depth > 1024:
+            raise ValueError(
+                f"decode.topk x decode.tree_depth is {self.topk * self.tree_depth}, at most 1024"
+            )
         if self.max_in_flight < 0:
             raise ValueError(f"decode.max_in_flight must not be negative: {self.max_in_flight}")
         if not 0.0 <= self.min_score < 1.0:
@@ -46,7 +50,7 @@ class RunConfig:
 
     model: str = "models/demo/target"  # HF id, or folder of a checkpoint or of a split model
     draft: str = "models/demo/eagle"  # folder of the draft head
-    stages: int = 4
+    stages: int | None = None  # how many; default: as the model is split, else 4
     layers: str = ""  # explicit split such as 3+3+2; overrides stages
     strategy: str = "streaming"
     drafter: str = "eagle"
@@ -60,7 +64,7 @@ class RunConfig:
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
 
     def __post_init__(self) -> None:
-        if self.stages < 1:
+        if self.stages is not None and self.stages < 1:
             raise ValueError(f"stages must be at least 1, not {self.stages}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
@@ -71,17 +75,22 @@ class RunConfig:
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it."""
     known = [f.name for f in fields(config)]  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
     merged = {name: getattr(config, name) for name in known} | dict(values)
+    for name, value in values.items():
+        inner = getattr(config, name)  # pydantic alone would ignore unknown keys in there
+        if isinstance(inner, SamplingParams) and isinstance(value, Mapping):
+            merged[name] = override(inner, value, where=f"{where}: {name}")
     merged = {k: asdict(v) if isinstance(v, SamplingParams) else v for k, v in merged.items()}
     try:
         checked = TypeAdapter(type(config)).validate_python(merged)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where}: {name}: {first['msg']}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise ValueError(": ".join(part for part in (where, name, message) if part)) from None
     changes: dict[str, Any] = {name: getattr(checked, name) for name in known}
     return replace(config, **changes)  # type: ignore[type-var]
 

@@ -341,12 +341,11 @@ class Head:
         return ()
 
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
+        active = self.active
+        if active is None or message.request not in (0, active.session.request.id):
+            return ()  # a late word about a request that is over
         error = f"{rank_name(message.stage)}: {message.text}"
-        if self.active is None:
-            return self._refuse(message.request, error)
-        if message.request in (0, self.active.session.request.id):
-            return self._finish(FinishReason.ERROR, now, error)
-        return ()
+        return self._finish(FinishReason.ERROR, now, error)
 
 
 def max_rows_alive(config: DecodeConfig) -> int:

@@ -32,13 +32,16 @@ class SegmentCost:
     def __init__(self, decay: float = 0.1) -> None:
         self._decay = decay
         self._mean_ms: dict[int, float] = {}
+        self._counts: dict[int, int] = {}
 
     def record(self, rows: int, elapsed_ms: float) -> None:
         """A stage took `elapsed_ms` for `rows` rows."""
         size = min((s for s in self._SIZES if s >= rows), default=self._SIZES[-1])
         before = self._mean_ms.get(size, elapsed_ms)
-        # The first forward of a size pays for allocations; a longer one only moves the mean a bit.
-        self._mean_ms[size] = before + self._decay * (min(elapsed_ms, 4 * before) - before)
+        count = self._counts[size] = self._counts.get(size, 0) + 1
+        # The first forward of a size may pay for allocations: early on every one counts alike.
+        share = max(self._decay, 1 / count)
+        self._mean_ms[size] = before + share * (min(elapsed_ms, 4 * before) - before)
 
     def milliseconds(self, rows: int) -> float:
         """Expected time of a segment of `rows` rows; 1.0 while nothing is known."""

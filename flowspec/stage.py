@@ -189,7 +189,7 @@ class Stage:
         if segment.verdict is not None:  # the control message may be late; rows must not pile up
             sends += self._reroot(segment.verdict)
         state = self.requests.get(segment.request)
-        if not segment.prefix:
+        if state is None or not segment.prefix:
             alive = state.admit(segment) if state is not None else []
             self.num_rows_pruned += len(segment.nodes) - len(alive)
             segment = select(segment, alive)
@@ -221,7 +221,7 @@ class Stage:
 
     def _verdict(self, state: StageRequest, segment: Segment) -> list[Send]:
         assert state.verifier is not None
-        is_prompt_end = segment.prefix and segment.verify
+        is_prompt_end = segment.prefix and segment.verify and segment.nodes
         if not segment.verify or not (state.verifier.walk() or is_prompt_end):
             return []
         position = state.tip_position + 1
@@ -242,16 +242,16 @@ class Stage:
         if state is None or verdict.position <= state.verdict_position:
             return []
         features = state.features
-        path_nodes = _nodes_to(state, verdict.parent)
-        keep_from = dict(state.rows)
+        nodes_before, rows_before = state.nodes, state.rows
         path = state.reroot(verdict)
+        path_nodes = [nodes_before[row] for row in path]
         sends = []
         for layer in state.feature_layers:
             rows = features[layer]
             if path:
                 hidden = torch.stack([rows[row] for row in path])
                 sends.append(self._features(verdict.request, layer, path_nodes, hidden))
-            features[layer] = [rows[keep_from[node]] for node in state.nodes]
+            features[layer] = [rows[rows_before[node]] for node in state.nodes]
         return sends
 
     def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
@@ -383,13 +383,3 @@ def select(segment: Segment, rows: Sequence[int]) -> Segment:
         tokens=tuple(segment.tokens[row] for row in rows),
         hidden=hidden,
     )
-
-
-def _nodes_to(state: StageRequest, last: NodeId) -> list[NodeId]:
-    """The nodes from just below the tip down to `last`."""
-    nodes = []
-    while last != state.tip:
-        nodes.append(last)
-        last = state.parents[state.rows[last]]
-    nodes.reverse()
-    return nodes

@@ -92,8 +92,8 @@ class TextStream:
         assert self._tokenizer is not None
         before = self._decode(self._first, self._settled)
         after = self._decode(self._first, len(self._tokens))
-        if not final and after.endswith("\ufffd"):
-            return ""  # an unfinished character
+        if not final and (len(after) <= len(before) or after.endswith("\ufffd")):
+            return ""  # no text of its own (special tokens), or an unfinished character
         self._first, self._settled = self._settled, len(self._tokens)
         return after[len(before) :]
 

@@ -84,10 +84,10 @@ class DraftTree:
 
     def rescore(self, node: Node, logprob: float) -> None:
         """Give `node` another logprob and carry the change down its subtree."""
-        change = min(logprob, 0.0) - node.logprob
-        if change == 0.0:
+        logprob = min(logprob, 0.0)
+        if logprob == node.logprob:
             return
-        node.logprob += change
+        node.logprob = logprob
         for below in self.subtree(node):
             below.score = self.nodes[below.parent].score + below.logprob
 

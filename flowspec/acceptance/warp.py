@@ -18,7 +18,9 @@ def warp(logits: Tensor, sampling: SamplingParams) -> Tensor:
         least = logits.topk(sampling.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
     if sampling.top_p < 1.0:
-        ordered, index = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+        # sorted as logits: near ones may round to equal probabilities
+        ordered, index = logits.sort(dim=-1, descending=True, stable=True)
+        ordered = ordered.softmax(-1)
         # a token goes when those before it already hold top_p
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         outside[..., 0] = False

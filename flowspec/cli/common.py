@@ -12,6 +12,7 @@ from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 
+DEFAULT_STAGES = 4
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -41,14 +42,17 @@ def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Pa
     if (folder / MANIFEST_NAME).exists():
         have = read_manifest(folder).layers
         wanted = parse_layers(config.layers) if config.layers else have
-        if wanted != have:
-            raise ValueError(f"{folder} is split as {have}, not {wanted}; split the model again")
+        if wanted != have or config.stages not in (None, len(have)):
+            raise ValueError(
+                f"{folder} is split into {len(have)} stages of {have} layers, not as asked; "
+                "name the unsplit model instead, or split it again with `flowspec split`"
+            )
         return folder
     checkpoint = open_checkpoint(folder)
     if config.layers:
         layers = parse_layers(config.layers)
     else:
-        layers = even_layers(checkpoint.config.num_layers, config.stages)
+        layers = even_layers(checkpoint.config.num_layers, config.stages or DEFAULT_STAGES)
     name = folder.resolve().name
     if config.model.endswith("models/demo/target"):
         name = "demo"

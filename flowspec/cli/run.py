@@ -17,7 +17,7 @@ from rich.text import Text
 from flowspec.cli.common import bundled, effective_config, split_folder
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig, as_yaml, override
-from flowspec.engine import HeadParts, load_head_parts
+from flowspec.engine import HeadParts, decode_config, load_head_parts
 from flowspec.model.load import load_whole
 from flowspec.request import Completion, DecodeStats, Request
 from flowspec.strategies import STRATEGIES
@@ -90,6 +90,7 @@ def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
 
 
 def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: bool) -> None:
+    decode_config(config)  # a wrong strategy or setting is said before anything is loaded
     config = override(config, {"draft": bundled(config.draft)}, where="draft")
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
@@ -204,6 +205,7 @@ def _check(config: RunConfig, parts: HeadParts, request: Request, completion: Co
         typer.echo("identical to the target alone: yes")
         return
     pairs = zip(tokens, completion.tokens, strict=False)
-    first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(tokens), 0))
+    shorter = min(len(tokens), len(completion.tokens))
+    first = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
     typer.echo(f"identical to the target alone: NO, from token {first} on (see flowspec verify)")
     raise typer.Exit(1)

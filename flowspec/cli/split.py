@@ -53,9 +53,15 @@ def split(
 
 def _run(plan: SplitPlan, out: Path, model_id: str) -> Manifest:
     columns = (TextColumn("splitting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    # On stderr, so that the report can be piped.
+    # On stderr, so that the report can be piped; in a log a bar is noise.
     console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
         task = progress.add_task("split", total=plan.total_bytes)
         return run_split(
             plan, out, model_id=model_id, on_bytes=lambda count: progress.advance(task, count)

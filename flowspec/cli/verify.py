@@ -88,6 +88,8 @@ def verify(
         prompts=load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit),
         max_tokens=max_tokens,
     )
+    if not plan.prompts:
+        raise ValueError("no prompts to verify with; give --limit 1 or more and a file with some")
     rows = _run(plan)
     _report(rows)
     if json_file:

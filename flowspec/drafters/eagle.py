@@ -23,7 +23,7 @@ from flowspec.request import NO_NODE, NodeId, Request
 from flowspec.tree import DraftTree, Node
 
 MAX_ABSORBED_ROWS = 128  # per forward, so that the head's inbox is served in between
-SPARE_ROWS = 1024  # tree rows; dead ones are cleared away when they run out
+SPARE_ROWS = 2304  # tree rows, over twice the largest tree; dead ones go when these run out
 
 
 class EagleDrafter:
@@ -67,6 +67,7 @@ class EagleSession:
         self._rows: dict[NodeId, int] = {}  # guessed nodes in the cache's tree
         self._guesses: dict[NodeId, Tensor] = {}  # their guessed features [H]
         self._owners: list[NodeId] = []  # node of each tree row
+        self._positions: list[int] = []  # RoPE position of each tree row
 
     def accept(self, tokens: Sequence[int]) -> None:
         """See DraftSession.accept."""
@@ -90,18 +91,17 @@ class EagleSession:
         self.num_absorbed += n
         self._count_ready()
         at_root = self.num_absorbed == len(self.tokens) - 1 and len(tree) > 0
-        root = tree.root.id if at_root else None
-        self._keep_rows(tree, path=range(first, first + n), without=root)
-        if root is None:
+        self._keep_rows(tree, path=range(first, first + n))
+        if not at_root:
             return None
-        self._guesses[root] = guesses[-1]
+        self._guesses[tree.root.id] = guesses[-1]
         return self._propose([tree.root], logits[-1:])[0]
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
         """See DraftSession.expand."""
         room = self.cache.capacity - self.cache.prefix_length - self.cache.num_tree_rows
         if room < len(nodes) + MAX_ABSORBED_ROWS:
-            self._keep_rows(tree, path=(), without=None)
+            self._keep_rows(tree, path=())
         parents = [self._rows.get(node.parent, COMMITTED) for node in nodes]
         features = torch.stack([self._guesses[node.parent] for node in nodes])
         positions = [node.position - 1 for node in nodes]
@@ -113,6 +113,7 @@ class EagleSession:
                 self._owners[self._rows[node.id]] = NO_NODE
             self._rows[node.id] = row
             self._owners.append(node.id)
+            self._positions.append(positions[row - first])
             self._guesses[node.id] = guess
         return self._propose(nodes, logits)
 
@@ -139,16 +140,17 @@ class EagleSession:
         guesses = self.drafter.net(ids, features.to(device), rope, window.attend(0))
         return guesses, torch.nn.functional.linear(guesses, self.drafter.lm_head)
 
-    def _keep_rows(self, tree: DraftTree, *, path: Sequence[int], without: NodeId | None) -> None:
+    def _keep_rows(self, tree: DraftTree, *, path: Sequence[int]) -> None:
         """Commit `path`; keep the rows of living nodes and of those that lead to them.
 
-        `without` is the root when `path` ends with it: what leads to it is then in the prefix.
+        What is absorbed is in the prefix now: its guessed row goes, or it would be seen twice.
         """
-        keep = [row for row, node in enumerate(self._owners) if node in tree and node != without]
-        if without is None:
-            keep = self.cache.with_ancestors(keep)
+        living = [row for row, node in enumerate(self._owners) if node in tree]
+        rows = self.cache.with_ancestors(living)
+        keep = [row for row in rows if self._positions[row] >= self.num_absorbed]
         self.cache.reroot(path, keep)
         self._owners = [self._owners[row] for row in keep]
+        self._positions = [self._positions[row] for row in keep]
         self._rows = {node: row for row, node in enumerate(self._owners)}
         alive = set(self._rows)
         self._guesses = {

@@ -12,7 +12,7 @@ from flowspec.cluster.base import Cluster, generate
 from flowspec.request import Request, SamplingParams
 from flowspec.targets.local import LocalTarget
 
-NEAR_TIE_EPS = 32  # rounding steps of the dtype, relative to the largest logit
+NEAR_TIE_EPS = 4  # rounding steps of the dtype, relative to the largest logit
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Divergence:
     @property
     def is_near_tie(self) -> bool:
         """Whether rounding of this dtype can explain it."""
-        return self.gap < self.resolution
+        return abs(self.gap) < self.resolution
 
     def __str__(self) -> str:
         kind = "near-tie" if self.is_near_tie else "ERROR"

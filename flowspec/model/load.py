@@ -204,5 +204,5 @@ def _empty_stage(config: ModelConfig, first: int, last: int) -> StageModel:
 def _fill_stage(model: StageModel, tensors: Mapping[str, Tensor], where: Path) -> StageModel:
     fill(model, tensors, where)
     if LM_HEAD not in tensors and model.lm_head is not None:
-        model.lm_head.weight = nn.Parameter(tensors[EMBEDDING], requires_grad=False)
+        model.lm_head.weight = model.get_parameter(EMBEDDING)
     return model

@@ -49,6 +49,8 @@ class SimulatedCluster:
         while simulator.step():
             while simulator.to_client:
                 event = simulator.to_client.popleft()
+                if event.request != request.id:  # type: ignore[union-attr]
+                    continue  # a late word about a request that is over
                 if isinstance(event, Tokens):
                     tokens.extend(event.tokens)
                     text += event.text

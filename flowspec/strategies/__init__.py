@@ -49,7 +49,9 @@ STRATEGIES: dict[str, StrategySpec] = {
     ),
     "streaming": StrategySpec(
         Streaming,
-        DecodeConfig(tree_size=256, topk=8, coupled_drafting=True),
+        DecodeConfig(
+            segment_size=64, tree_size=320, topk=10, min_score=0.001, coupled_drafting=True
+        ),
         "asynchronous best-first streaming without a drain",
     ),
 }

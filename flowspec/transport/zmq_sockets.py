@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import zmq
 
+from flowspec.codec import MAX_FRAME_BYTES, WireError, decode, encode
 from flowspec.request import ClusterError, rank_name
-from flowspec.wire import DATA, MAX_FRAME_BYTES, WireError, WireMessage, decode, encode
+from flowspec.wire import DATA, WireMessage
 
 SEND_TIMEOUT_MS = 10_000
 MAX_QUEUED_MESSAGES = 1000
