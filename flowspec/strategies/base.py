@@ -60,6 +60,30 @@ class TreeRound:
         return []
 
 
+class ScoredRound(TreeRound):
+    """A round whose tree is handed out best nodes first, in N + 1 segments (FlowSpec)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.segments: list[list[Node]] = []
+
+    def restart(self, s: Session) -> None:
+        """Begin again from the root; what is left of the tree's segments is dead."""
+        super().restart(s)
+        self.segments.clear()
+
+    def next_segment(self, s: Session) -> Outgoing | None:
+        """What lives of the next segment; they are cut when the tree is grown, the pipe empty."""
+        if self.grown and s.round_over and not self.segments:
+            best_first = s.tree.best_unsent(len(s.tree))
+            self.segments = pieces(best_first, s.num_stages + 1, s.config.segment_size)
+        while self.segments:
+            alive = [node for node in self.segments.pop(0) if node.id in s.tree]
+            if alive:
+                return Outgoing(alive)
+        return None
+
+
 def pieces(nodes: Sequence[Node], count: int, least: int) -> list[list[Node]]:
     """At most `count` near-equal runs of `nodes`, at least `least` in each but the last."""
     size = max(ceil(len(nodes) / count), min(least, len(nodes)), 1)

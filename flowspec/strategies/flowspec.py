@@ -11,7 +11,7 @@ code errs in both).
 from collections.abc import Sequence
 
 from flowspec.session import Session
-from flowspec.strategies.base import Outgoing, TreeRound, pieces
+from flowspec.strategies.base import Outgoing, ScoredRound
 from flowspec.tree import Node, by_score
 
 EXPAND_SIZE = 64  # nodes of a re-draft
@@ -21,21 +21,15 @@ class FlowSpec:
     """Continuous segments of one living tree, in rounds."""
 
     def __init__(self) -> None:
-        self.round = TreeRound()
-        self.segments: list[list[Node]] = []  # of the round's first tree, not sent yet
+        self.round = ScoredRound()
         self.level = 0  # absolute position the re-draft has reached; 0: none is running
         self.deepest = 0
         self.redraft_again = False
 
     def next_segment(self, s: Session) -> Outgoing | None:
         """The first tree's segments, then whatever a finished re-draft has added."""
-        if self.round.grown and s.round_over and not self.segments:
-            best_first = s.tree.best_unsent(len(s.tree))
-            self.segments = pieces(best_first, s.num_stages + 1, s.config.segment_size)
-        while self.segments:
-            alive = [node for node in self.segments.pop(0) if node.id in s.tree]
-            if alive:
-                return Outgoing(alive)
+        if (first := self.round.next_segment(s)) is not None:
+            return first
         if self.level or not self.round.grown:
             return None
         appended = s.tree.best_unsent(EXPAND_SIZE)
@@ -63,7 +57,6 @@ class FlowSpec:
         if s.last_was_hit:
             self.redraft_again = True
             return
-        self.segments.clear()
         self.level, self.redraft_again = 0, False
         self.round.restart(s)
 

@@ -7,7 +7,7 @@ The round goes on while the truth is in the tree; the next one is drafted when t
 from collections.abc import Sequence
 
 from flowspec.session import Session
-from flowspec.strategies.base import Outgoing, TreeRound, pieces
+from flowspec.strategies.base import Outgoing, ScoredRound
 from flowspec.tree import Node
 
 
@@ -15,29 +15,20 @@ class PrunedPp:
     """Draft, send the best first, prune with every verdict, begin again when all is decided."""
 
     def __init__(self) -> None:
-        self.round = TreeRound()
-        self.segments: list[list[Node]] = []
+        self.round = ScoredRound()
 
     def next_segment(self, s: Session) -> Outgoing | None:
-        """What is still alive of the next segment."""
-        if self.round.grown and s.round_over and not self.segments:
-            best_first = s.tree.best_unsent(len(s.tree))
-            self.segments = pieces(best_first, s.num_stages + 1, s.config.segment_size)
-        while self.segments:
-            alive = [node for node in self.segments.pop(0) if node.id in s.tree]
-            if alive:
-                return Outgoing(alive)
-        return None
+        """The round's next segment."""
+        return self.round.next_segment(s)
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """Grow the round's tree, once the one before is decided."""
-        if self.segments or not s.round_over:
+        if self.round.segments or not s.round_over:
             return []
         return self.round.next_draft(s)
 
     def on_verdict(self, s: Session) -> None:
         """Off the round's tree: what is left of it is dead."""
         root = s.tree.root
-        if not root.sent and not any(root in segment for segment in self.segments):
-            self.segments.clear()
+        if not root.sent and not any(root in segment for segment in self.round.segments):
             self.round.restart(s)
