@@ -1,0 +1,91 @@
+"""Real processes on a tiny checkpoint, made and split once."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from checkpoints import save_checkpoint
+
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts, load_head_parts
+from flowspec.model.source import open_checkpoint
+from flowspec.model.split import run_split
+from flowspec.model.split_plan import plan_split
+
+GONE_WITHIN_S = 5.0
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`target/` and `eagle/`."""
+    torch.set_num_threads(1)
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", num_layers=2)
+
+
+def split_target(checkpoint: Path, layers: tuple[int, ...]) -> Path:
+    """The target split as `layers` says."""
+    out = checkpoint / f"split-{len(layers)}"
+    plan = plan_split(open_checkpoint(checkpoint / "target"), layers=layers, dtype=None)
+    run_split(plan, out, model_id="tiny")
+    return out
+
+
+@pytest.fixture(scope="session")
+def split(checkpoint: Path) -> Path:
+    """The target in two stages."""
+    return split_target(checkpoint, (1, 1))
+
+
+@pytest.fixture(scope="session")
+def whole_split(checkpoint: Path) -> Path:
+    """The target in one stage."""
+    return split_target(checkpoint, (2,))
+
+
+@pytest.fixture(scope="session")
+def config(checkpoint: Path, split: Path) -> RunConfig:
+    """A run on the tiny checkpoint."""
+    return RunConfig(model=str(split), draft=str(checkpoint / "eagle"), stages=2)
+
+
+@pytest.fixture(scope="session")
+def parts(config: RunConfig, split: Path) -> HeadParts:
+    """The head's share, loaded once for all clusters."""
+    return load_head_parts(config, split)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still exists; one that nobody has buried yet does not count."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def all_gone() -> Iterator[Callable[[Iterable[int]], None]]:
+    """Asserts that processes end in time; whatever a failed test leaves is killed."""
+    known: set[int] = set()
+
+    def check(pids: Iterable[int]) -> None:
+        known.update(pids)
+        end = time.monotonic() + GONE_WITHIN_S
+        while left := [pid for pid in known if is_running(pid)]:
+            assert time.monotonic() < end, f"still running: {left}"
+            time.sleep(0.05)
+
+    yield check
+    for pid in known:
+        if is_running(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def stage_pids(cluster: LocalCluster) -> list[int]:
+    """Process ids of the stages, stage 1 first."""
+    return [cluster.children[rank].pid for rank in sorted(cluster.children)]

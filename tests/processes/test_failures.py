@@ -1,0 +1,192 @@
+"""Killed, stopped, broken: an error that names the stage, soon, and no process left behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import pytest
+import zmq
+
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts
+from flowspec.model.load import load_whole
+from flowspec.model.manifest import read_manifest
+from flowspec.request import ClusterError, Request
+from flowspec.targets.local import LocalTarget
+from flowspec.transport.zmq_sockets import DATA_LANE, local_addresses
+from flowspec.wire import Tokens
+from processes.conftest import GONE_WITHIN_S, stage_pids
+
+
+@pytest.fixture
+def endless(parts: HeadParts) -> Request:
+    """A request that is still being served when something happens."""
+    return Request(id=1, prompt=tuple(parts.tokenizer.encode("the fox")), max_new_tokens=12_000)
+
+
+@pytest.fixture
+def single(config: RunConfig, parts: HeadParts, whole_split: Path) -> tuple[RunConfig, HeadParts]:
+    """A cluster of one stage, where a second process would only cost time."""
+    whole = replace(parts, folder=whole_split, manifest=read_manifest(whole_split))
+    return replace(config, model=str(whole_split), stages=1, strategy="ar"), whole
+
+
+def tokens_until_failure(
+    cluster: LocalCluster, request: Request, act: Callable[[], object], *, after: int = 5
+) -> tuple[ClusterError, list[int], float]:
+    """Stream, call `act` after some tokens; the error, the tokens seen, seconds from act to it."""
+    seen: list[int] = []
+    acted_at = 0.0
+    try:
+        for event in cluster.stream(request):
+            assert isinstance(event, Tokens), "the request ended without an error"
+            seen.extend(event.tokens)
+            if len(seen) >= after and not acted_at:
+                act()
+                acted_at = time.monotonic()
+    except ClusterError as error:
+        return error, seen, time.monotonic() - acted_at
+    raise AssertionError("no error")
+
+
+def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless, all_gone):
+    """What was accepted is the user's; the rest of the cluster must not linger."""
+    with LocalCluster(replace(config, strategy="ar"), parts) as cluster:
+        pids = stage_pids(cluster)
+        error, seen, took_s = tokens_until_failure(
+            cluster, endless, lambda: os.kill(pids[1], signal.SIGKILL)
+        )
+    assert took_s < 5.0
+    assert error.where.startswith("stage 2 ")
+    assert "SIGKILL" in error.cause
+    assert list(error.tokens) == seen
+    alone = LocalTarget(load_whole(parts.folder), parts.max_context)
+    assert seen == alone.generate(replace(endless, max_new_tokens=len(seen)))[0]
+    all_gone(pids)
+
+
+def test_a_stopped_stage_is_given_up_after_the_timeout(single, endless, all_gone):
+    """A process that hangs sends no word and ends no socket: only time tells."""
+    config, parts = single
+    with LocalCluster(replace(config, timeout_s=1.0), parts) as cluster:
+        pids = stage_pids(cluster)
+        error, seen, took_s = tokens_until_failure(
+            cluster, endless, lambda: os.kill(pids[0], signal.SIGSTOP)
+        )
+        assert took_s < 4.0
+    assert "stage 1" in str(error)
+    assert "no word" in error.cause
+    assert list(error.tokens) == seen
+    all_gone(pids)
+
+
+def test_garbage_in_a_stages_socket_is_refused_by_name(single, endless, all_gone):
+    """Bytes that are no message must not be guessed at, and must not hang anybody."""
+    with LocalCluster(*single) as cluster:
+        pids = stage_pids(cluster)
+        context = zmq.Context()
+        socket = context.socket(zmq.PUSH)
+        socket.connect(local_addresses(cluster.folder, 1)[1][DATA_LANE])
+        error, _, took_s = tokens_until_failure(
+            cluster, endless, lambda: socket.send_multipart([b"\x80\x04 no message", b"", b""])
+        )
+        context.destroy(linger=0)
+    assert took_s < 5.0
+    assert error.where.startswith("stage 1")
+    assert "not a FlowSpec frame" in error.cause
+    all_gone(pids)
+
+
+def test_a_stage_with_a_damaged_file_says_so(config, parts, tmp_path, all_gone):
+    """Before any request: which stage, which file, what is wrong with it."""
+    folder = tmp_path / "split"
+    shutil.copytree(parts.folder, folder)
+    weights = folder / "stage_2" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 0xFF
+    weights.write_bytes(content)
+    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    with pytest.raises(ClusterError, match=r"stage 2\b.*stage_2/model.safetensors.*corrupt"):
+        cluster.__enter__()
+    all_gone(stage_pids(cluster))
+    assert not Path(cluster.folder).exists()
+
+
+def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
+    """A copy that was interrupted must not look like a hang."""
+    folder = tmp_path / "split"
+    config, parts = single
+    shutil.copytree(parts.folder, folder)
+    (folder / "stage_1" / "model.safetensors").unlink()
+    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    with pytest.raises(ClusterError, match=r"stage 1\b.*stage_1/model.safetensors is missing"):
+        cluster.__enter__()
+    all_gone(stage_pids(cluster))
+
+
+# `flowspec run` ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Running:
+    """A `flowspec run` in the middle of an answer, and its stages."""
+
+    process: subprocess.Popen[bytes]
+    stages: list[int]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    config: RunConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[signal.Signals, Running]]:
+    """One per signal, started together since starting is slow."""
+    folder = tmp_path_factory.mktemp("runs")
+    models = {
+        signal.SIGKILL: str(whole_split),
+        signal.SIGTERM: config.model,
+        signal.SIGINT: str(whole_split),
+    }
+    command = [sys.executable, "-m", "flowspec", "run", "--draft", config.draft]
+    command += ["--strategy", "ar", "--max-new-tokens", "12000"]
+    processes = {
+        number: subprocess.Popen(
+            [*command, "--model", model],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        for number, model in models.items()
+    }
+    try:
+        yield {number: in_the_middle(process) for number, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()  # its stages notice
+            process.wait(timeout=5)
+
+
+def in_the_middle(process: subprocess.Popen[bytes]) -> Running:
+    """Waits for the answer's first byte."""
+    assert process.stdout is not None
+    assert process.stdout.read(1), f"ended early with exit code {process.wait()}"
+    stages = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+    assert stages
+    return Running(process, stages)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ending_the_head_ends_every_process(runs, all_gone, number):
+    """Politely, by Ctrl-C or by the kernel: no stage outlives its head."""
+    run = runs[number]
+    run.process.send_signal(number)
+    all_gone(run.stages)
+    assert run.process.wait(timeout=GONE_WITHIN_S) != 0

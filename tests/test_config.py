@@ -1,0 +1,152 @@
+"""Configuration: what is not known is refused by name, what is written can be read again."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowspec.config import DecodeConfig, RunConfig, as_yaml, override, read_run_config
+from flowspec.request import SamplingParams
+
+
+def read(tmp_path: Path, text: str) -> RunConfig:
+    """A RunConfig from YAML text."""
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return read_run_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stagse: 3", "unknown key stagse; known: model, draft"),
+        ("sampling: {temprature: 1.0}", "temprature"),
+        ("sampling: {temperature: 1.0, beam: 4}", "beam"),
+        ("sampling: 3", "sampling"),
+        ("sampling: [1, 2]", "sampling"),
+        ("sampling: {temperature: hot}", "temperature"),
+        ("sampling: {temperature: -1}", "temperature"),
+        ("sampling: {top_k: 1.5}", "top_k"),
+        ("stages: four", "stages"),
+        ("stages: 1.5", "stages"),
+        ("3: 4", "unknown key 3"),
+        ("threads_per_process: null", "threads_per_process"),
+        ("stages: 0", "stages must be at least 1"),
+        ("dtype: int8", "dtype"),
+        ("timeout_s: 0", "timeout_s"),
+        ("decode: 3", "decode"),
+        ("shape_stable: perhaps", "shape_stable"),
+        ("model: 7", "model"),
+        ("- a\n- b", "mapping"),
+        ("{", "not YAML"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
+    """A typing error must not silently run with a default; the key is named."""
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, text)
+
+
+def test_unknown_keys_name_the_file(tmp_path: Path) -> None:
+    """Several files may be in play; at any depth the message leads to the right one."""
+    for text in ("stagse: 3", "stages: four", "sampling: {temprature: 1.0}"):
+        with pytest.raises(ValueError, match=r"run\.yaml"):
+            read(tmp_path, text)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """Named, without a traceback of the YAML library."""
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        read_run_config(tmp_path / "nowhere.yaml")
+
+
+def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    """A file of comments is a valid file."""
+    assert read(tmp_path, "# nothing\n") == RunConfig()
+
+
+def test_values_are_read(tmp_path: Path) -> None:
+    """Integers where floats are due are fine."""
+    config = read(
+        tmp_path, "stages: 2\ntimeout_s: 5\nsampling: {temperature: 1, seed: 9}\nlayers: 2+2\n"
+    )
+    assert (config.stages, config.timeout_s, config.layers) == (2, 5.0, "2+2")
+    assert config.sampling == SamplingParams(temperature=1.0, seed=9)
+    assert isinstance(config.sampling.temperature, float)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig(),
+        RunConfig(
+            model="a/b",
+            draft="c",
+            stages=7,
+            layers="1+2",
+            strategy="ar",
+            drafter="none",
+            dtype="bfloat16",
+            device="cuda:1",
+            threads_per_process=3,
+            shape_stable=True,
+            max_new_tokens=5,
+            timeout_s=2.5,
+            sampling=SamplingParams(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=2**62),
+            decode={"segment_size": 5, "refresh": False, "min_score": 1e-05},
+        ),
+    ],
+)
+def test_yaml_round_trip(tmp_path: Path, config: RunConfig) -> None:
+    """A run prints its effective configuration; giving that back repeats the run."""
+    assert read(tmp_path, as_yaml(config)) == config
+
+
+def test_nested_override_refuses_unknown_keys() -> None:
+    """Also from code, where the value is a plain dict."""
+    with pytest.raises(ValueError, match="sampling.*topk"):
+        override(RunConfig(), {"sampling": {"topk": 4}}, where="here")
+
+
+def test_override_keeps_the_rest() -> None:
+    """Only what is named changes, and the original does not."""
+    config = RunConfig(stages=3, sampling=SamplingParams(temperature=0.5, seed=4))
+    changed = override(config, {"dtype": "float16"}, where="here")
+    assert changed == replace(config, dtype="float16")
+    assert config.dtype == "float32"
+    assert override(config, {}, where="here") == config
+    given = SamplingParams(top_k=3)
+    assert override(config, {"sampling": given}, where="here").sampling == given
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"segment": 4}, "unknown key segment; known: segment_size"),
+        ({"segment_size": 0}, "segment_size must be at least 1"),
+        ({"segment_size": 1025}, "at most 1024"),
+        ({"tree_size": 0}, "tree_size"),
+        ({"tree_size": 2049}, "at most 1024"),
+        ({"tree_depth": 0}, "tree_depth"),
+        ({"topk": 0}, "topk"),
+        ({"prefill_chunk": 1025}, "prefill_chunk"),
+        ({"max_in_flight": -1}, "max_in_flight"),
+        ({"min_score": 1.0}, "min_score"),
+        ({"min_score": float("nan")}, "min_score"),
+        ({"refresh": "perhaps"}, "refresh"),
+        ({"topk": [1]}, "topk"),
+    ],
+)
+def test_decode_values_are_checked(values: dict[str, Any], message: str) -> None:
+    """Sizes bound queues and caches on every device."""
+    with pytest.raises(ValueError, match=message) as caught:
+        override(DecodeConfig(), values, where="decode")
+    assert "decode" in str(caught.value)
+
+
+def test_nested_override_keeps_the_rest() -> None:
+    """One sampling value given later does not put the others back to their defaults."""
+    config = RunConfig(sampling=SamplingParams(temperature=0.5, seed=4))
+    changed = override(config, {"sampling": {"seed": 5}}, where="here")
+    assert changed.sampling == SamplingParams(temperature=0.5, seed=5)

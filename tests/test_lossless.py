@@ -1,0 +1,55 @@
+"""Lossless or it is a bug: every strategy gives exactly the tokens of the target alone."""
+
+from dataclasses import replace
+
+import pytest
+from clusters import grid, make_cluster, run_watched
+from scripted import drafter_named, eagle_drafter
+from tiny import SAMPLINGS, T0, T1, expected, local_target, request, whole_model_bf16
+
+from flowspec.cluster.base import generate
+from flowspec.strategies import STRATEGIES
+from flowspec.wire import Segment
+
+STAGE_COUNTS = (1, 2, 3, 8)
+TOKENS = 8
+
+
+@pytest.mark.parametrize("drafter", ["eagle", "perfect", "hostile"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_text_is_the_targets_own(strategy, drafter):
+    """Strategy, drafter, temperature and cut may change the speed, never a token."""
+    cases = [(count, T0) for count in STAGE_COUNTS]
+    cases += grid(STAGE_COUNTS, SAMPLINGS[1:])
+    for num_stages, sampling in cases:
+        asked = request(sampling=sampling, max_new_tokens=TOKENS)
+        setup = {"num_stages": num_stages, "strategy": strategy}
+        if drafter == "eagle":
+            setup["topk"] = 12  # untrained: a wide net is right now and then
+        completion, _ = run_watched({**setup, "drafter": drafter_named(drafter)}, asked)
+        where = f"{num_stages} stages, {sampling}"
+        assert list(completion.tokens) == expected(asked), where
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_shared_noise_in_the_drafter_changes_the_drafts_alone(strategy):
+    """Coupled drafting is there for the hit rate: other rows are sent, the text stays."""
+    asked = request(sampling=replace(T1, top_k=12), max_new_tokens=TOKENS)
+    rows_sent = []
+    for coupled in (False, True):
+        setup = {"num_stages": 2, "strategy": strategy, "drafter": eagle_drafter()}
+        completion, watches = run_watched({**setup, "coupled_drafting": coupled}, asked)
+        assert list(completion.tokens) == expected(asked)
+        segments = [m for m in watches[1].seen if isinstance(m, Segment)]
+        rows_sent.append([segment.tokens for segment in segments])
+    assert (rows_sent[0] != rows_sent[1]) == STRATEGIES[strategy].drafts
+
+
+@pytest.mark.parametrize("strategy", ["ar", "serial_pp", "streaming"])
+def test_shape_stable_mode_is_exact_in_bfloat16(strategy):
+    """In 16 bits sums depend on kernel shapes; with fixed shapes equality holds all the same."""
+    alone = replace(local_target(), model=whole_model_bf16(), shape_stable=True)
+    for sampling in (T0, T1):
+        asked = request(sampling=sampling, max_new_tokens=6)
+        cluster = make_cluster(2, strategy, drafter=drafter_named("mixed"), bf16=True)
+        assert list(generate(cluster, asked).tokens) == alone.generate(asked)[0]
