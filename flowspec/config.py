@@ -17,7 +17,7 @@ T = TypeVar("T")
 class DecodeConfig:
     """How one request is drafted and streamed; each strategy has its own defaults."""
 
-    segment_size: int = 32  # most tree rows in one segment
+    segment_size: int = 32  # tree rows in a segment: most (streaming, pipedec), least (flowspec)
     tree_size: int = 60  # nodes below the root, kept or drafted per round
     tree_depth: int = 6  # levels below the root that one draft grows
     topk: int = 10  # children proposed per node, and nodes expanded per drafter forward
@@ -68,6 +68,8 @@ class RunConfig:
             raise ValueError(f"stages must be at least 1, not {self.stages}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.threads_per_process < 1:
+            raise ValueError(f"threads_per_process must be at least 1: {self.threads_per_process}")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send
 from flowspec.transport.base import Transport
-from flowspec.wire import Message, Stop
+from flowspec.wire import Message, Status, Stop
 
 
 class Driver:
@@ -18,6 +18,7 @@ class Driver:
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_heard = time.monotonic()
+        self.last_progress = self.last_heard  # of anything but statuses; work done here counts
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
 
     def inject(self, message: Message) -> None:
@@ -35,12 +36,14 @@ class Driver:
         if step.work is not None:
             start = time.monotonic()
             step.work.run()
-            now = time.monotonic()
+            now = self.last_progress = time.monotonic()
             self._send(step.work.finish(now, now - start))
 
     def _serve(self, timeout_s: float) -> None:
         for message in self.transport.receive(timeout_s):
             self.last_heard = time.monotonic()
+            if not isinstance(message, Status):
+                self.last_progress = self.last_heard
             if isinstance(message, Stop):
                 self.stopped = True
             self._send(self.core.handle(message, self.last_heard))

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowspec.config import DecodeConfig, RunConfig, override
 from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.eagle import EagleDrafter
@@ -41,13 +43,27 @@ def decode_config(config: RunConfig) -> tuple[StrategySpec, DecodeConfig]:
     return spec, override(spec.defaults, config.decode, where="decode")
 
 
-def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
-    """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
+def check_run(config: RunConfig) -> None:
+    """Raise ValueError for what can be said before anything is loaded."""
+    spec, _ = decode_config(config)
     if config.drafter not in DRAFTERS:
         raise ValueError(f"unknown drafter {config.drafter!r}; known: {', '.join(DRAFTERS)}")
+    if spec.drafts and config.drafter == "none":
+        raise ValueError(f"strategy {config.strategy} needs a drafter; --strategy ar needs none")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError:
+        raise ValueError(f"device {config.device!r} is not one torch knows; cpu or cuda") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {config.device} was asked for, torch finds no CUDA here")
+
+
+def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
+    """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
+    check_run(config)
     part = load_head_part(split_folder, device=config.device, dtype=config.dtype)
     drafter: Drafter = NoDrafter()
-    if config.drafter == "eagle":
+    if config.drafter == "eagle" and find_strategy(config.strategy).drafts:
         net = load_eagle(
             config.draft,
             target_config=part.config,
@@ -86,9 +102,8 @@ def build_stage(
     device: str,
     dtype: str,
     shape_stable: bool,
-    verify: bool = True,
 ) -> tuple[Stage, str]:
     """A stage's core and the model hash of the split it belongs to."""
     manifest = read_manifest(split_folder)
-    model = load_stage(split_folder, rank, device=device, dtype=dtype, verify=verify)
+    model = load_stage(split_folder, rank, device=device, dtype=dtype)
     return Stage(rank, len(manifest.layers), model, shape_stable=shape_stable), manifest.model_hash

@@ -7,7 +7,7 @@ rules and statistics live here, once, for every strategy.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import Drafter, NoDrafter, Proposal
@@ -20,7 +20,7 @@ from flowspec.request import (
     Request,
     rank_name,
 )
-from flowspec.session import Flight, SegmentCost, Session
+from flowspec.session import SegmentCost, Session, new_segment, tree_segment
 from flowspec.strategies import StrategySpec
 from flowspec.strategies.base import Strategy
 from flowspec.text import TextStream
@@ -79,9 +79,11 @@ class Head:
         self.new_text = new_text
         self.cost = SegmentCost()
         self.active: _Active | None = None
-        self.waiting: deque[Request] = deque()
+        self.waiting: deque[tuple[Request, float]] = deque()  # with the time of its coming
+        self.newest_id = 0
         self.last: Session | None = None  # the session that finished last, for its statistics
         self.statuses: dict[int, Status] = {}
+        self.heard_at: dict[int, float] = {}  # when each stage's status came
 
     @property
     def session(self) -> Session | None:
@@ -117,6 +119,7 @@ class Head:
                 return self._cancel(message.request, now)
             case Status():
                 self.statuses[message.stage] = message
+                self.heard_at[message.stage] = now
             case Failed():
                 return self._failed(message, now)
             case _:
@@ -147,7 +150,7 @@ class Head:
         if self.active is None:
             if not self.waiting:
                 return None
-            return Step(sends=self._open(self.waiting.popleft(), now))
+            return Step(sends=self._open(*self.waiting.popleft()))
         session, strategy = self.active.session, self.active.strategy
         session.now = now
         segment = self._next_piece(session, strategy)
@@ -161,6 +164,11 @@ class Head:
         return None if segment is None else Step(sends=[Send(FIRST_STAGE, segment)])
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
+        if not self.newest_id < request.id < 2**63:
+            return self._refuse(
+                request.id, f"request id {request.id} must be above the last, {self.newest_id}"
+            )
+        self.newest_id = request.id
         room = self.max_context - len(request.prompt)
         if room < 1:
             return self._refuse(
@@ -170,13 +178,15 @@ class Head:
             )
         if len(self.waiting) >= MAX_QUEUED:
             return self._refuse(request.id, f"{MAX_QUEUED} requests are waiting already")
-        self.waiting.append(request)
+        # what does not fit the context is never asked for, and no memory is taken for it
+        request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
+        self.waiting.append((request, now))
         return ()
 
     def _refuse(self, request: int, error: str) -> Sequence[Send]:
         return [Send(CLIENT, Finished(request=request, reason=FinishReason.ERROR, error=error))]
 
-    def _open(self, request: Request, now: float) -> Sequence[Send]:
+    def _open(self, request: Request, submitted_at: float) -> Sequence[Send]:
         spec, config = self.spec, self.config
         drafter = self.drafter if spec.drafts else NoDrafter()
         session = Session(
@@ -189,9 +199,9 @@ class Head:
         for _ in request.prompt:
             session.tree.new_id()  # prompt token i is node i
         session.drafter.accept(request.prompt)
-        session.stats.submitted_at = now
+        session.stats.submitted_at = submitted_at
         self.active = _Active(session, spec.make(), self.new_text(request))
-        session.context = min(len(request.prompt) + request.max_new_tokens, self.max_context)
+        session.context = len(request.prompt) + request.max_new_tokens
         opened = Open(
             request=request.id,
             capacity=session.context + max_rows_alive(config),
@@ -215,7 +225,7 @@ class Head:
         session.num_prompt_sent = end
         nodes = tuple(NodeId(i) for i in range(start, end))
         session.positions.update((node, int(node)) for node in nodes)
-        return _segment(
+        return new_segment(
             session,
             nodes=nodes,
             parents=tuple(NodeId(i - 1) for i in range(start, end)),
@@ -226,6 +236,8 @@ class Head:
 
     def _next_tree_piece(self, session: Session, strategy: Strategy) -> Segment | None:
         """What the strategy sends now, as far as the stages' caches have room for it."""
+        if session.num_in_flight > 2 * session.num_stages:
+            return None
         alive = sum(node.sent for node in session.tree.nodes.values())
         room = max_rows_alive(session.config) - alive
         if room <= 0:
@@ -233,7 +245,7 @@ class Head:
         outgoing = strategy.next_segment(session)
         if outgoing is None:
             return None
-        return _tree_segment(session, outgoing.nodes[:room], outgoing.verify)
+        return tree_segment(session, outgoing.nodes[:room], outgoing.verify)
 
     def _absorb(self, session: Session) -> Work:
         proposed: list[Proposal] = []
@@ -284,19 +296,22 @@ class Head:
         session.verdict = verdict
         if not session.decoding:
             tree.plant(verdict.parent, verdict.token, verdict.position)
-            new = [verdict.token]
+            new, num_drafted = [verdict.token], None
             session.stats.first_token_at = now
         else:
             path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
             new = [*(node.token for node in path[1:]), verdict.token]
             session.positions.update((node.id, node.position) for node in path)
-            session.stats.accepted_per_verdict.append(len(path) - 1)
-            session.stats.num_misses += not session.last_was_hit
-            session.stats.num_verdicts += 1
-        return self._take_tokens(active, new, now)
+            num_drafted = len(new) - (not session.last_was_hit)
+        return self._take_tokens(active, new, num_drafted, now)
 
-    def _take_tokens(self, active: _Active, new: list[int], now: float) -> Sequence[Send]:
-        """Apply the stop rules in order of position; nothing after the end is counted."""
+    def _take_tokens(
+        self, active: _Active, new: list[int], num_drafted: int | None, now: float
+    ) -> Sequence[Send]:
+        """Apply the stop rules in order of position; nothing after the end is counted.
+
+        Of the new tokens the first `num_drafted` were in the tree; None: the prompt's verdict.
+        """
         session, request = active.session, active.session.request
         limit = session.context - len(request.prompt)
         new = new[: limit - len(session.tokens)]
@@ -308,6 +323,9 @@ class Head:
         session.tokens.extend(new)
         session.stats.num_tokens = len(session.tokens)
         session.drafter.accept(new)
+        if num_drafted is not None:
+            found = min(num_drafted, len(new))
+            session.stats.count_verdict(found, missed=len(new) > found)
         reason = None
         if active.text.stopped or (new and new[-1] in request.eos_token_ids):
             reason = FinishReason.STOP
@@ -325,6 +343,7 @@ class Head:
         session = self.active.session
         session.stats.finished_at = now
         self.last, self.active = session, None
+        self.statuses.clear()  # those to come tell whether the caches are free
         request = session.request.id
         return [
             Send(FIRST_STAGE, Close(request=request)),
@@ -335,7 +354,7 @@ class Head:
         if self.active is not None and self.active.session.request.id == request:
             return self._finish(FinishReason.CANCELLED, now)
         for queued in self.waiting:
-            if queued.id == request:
+            if queued[0].id == request:
                 self.waiting.remove(queued)
                 return [Send(CLIENT, Finished(request=request, reason=FinishReason.CANCELLED))]
         return ()
@@ -351,41 +370,3 @@ class Head:
 def max_rows_alive(config: DecodeConfig) -> int:
     """Most tree rows of one request that a stage's cache must hold at once."""
     return max(MIN_ROWS_ALIVE, config.tree_size + 1)
-
-
-def _tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:
-    for node in nodes:
-        node.sent = True
-    return _segment(
-        session,
-        nodes=tuple(node.id for node in nodes),
-        parents=tuple(node.parent for node in nodes),
-        tokens=tuple(node.token for node in nodes),
-        prefix=False,
-        verify=verify,
-    )
-
-
-def _segment(
-    session: Session,
-    *,
-    nodes: tuple[NodeId, ...],
-    parents: tuple[NodeId, ...],
-    tokens: tuple[int, ...],
-    prefix: bool,
-    verify: bool,
-) -> Segment:
-    seq_no = session.stats.num_segments
-    session.stats.num_segments += 1
-    session.stats.num_rows_sent += 0 if prefix else len(nodes)
-    session.flights[seq_no] = Flight(nodes)
-    return Segment(
-        request=session.request.id,
-        seq_no=seq_no,
-        nodes=nodes,
-        parents=parents,
-        tokens=tokens,
-        prefix=prefix,
-        verify=verify,
-        verdict=session.verdict,
-    )

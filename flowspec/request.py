@@ -24,6 +24,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
             raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
+        if 0.0 < self.temperature < 1e-9:
+            raise ValueError(f"temperature {self.temperature} is too small; 0 is greedy")
         if not 0 <= self.top_k < 2**31:
             raise ValueError(f"top_k must be 0 (off) or more, below 2**31, not {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:
@@ -72,16 +74,28 @@ class DecodeStats:
     num_segments: int = 0
     num_rows_sent: int = 0
     num_draft_forwards: int = 0
-    num_misses: int = 0  # verdicts whose token was not in the tree
-    accepted_per_verdict: list[int] = field(default_factory=list)
+    run_length: int = 0  # tokens found in the tree since the last one that was not
+    runs: list[int] = field(default_factory=list)  # finished runs, each ended by a miss
     submitted_at: float = 0.0
     first_token_at: float = 0.0
     finished_at: float = 0.0
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens per verdict (tau): the accepted drafts and the one the target adds."""
-        return self.num_tokens / self.num_verdicts if self.num_verdicts else 0.0
+        """Tokens per verdict (tau): the accepted drafts and the one the target adds.
+
+        The first token comes from the prompt and counts for no verdict. Strategies that ask for a
+        verdict more often than once a round have a smaller tau at the same acceptance.
+        """
+        return (self.num_tokens - 1) / self.num_verdicts if self.num_verdicts else 0.0
+
+    def count_verdict(self, num_drafted: int, *, missed: bool) -> None:
+        """A verdict found `num_drafted` new tokens in the tree; `missed`: and then one outside."""
+        self.num_verdicts += 1
+        self.run_length += num_drafted
+        if missed:
+            self.runs.append(self.run_length)
+            self.run_length = 0
 
     @property
     def tokens_per_s(self) -> float:
@@ -90,12 +104,12 @@ class DecodeStats:
         return (self.num_tokens - 1) / elapsed if elapsed > 0 else 0.0
 
     def acceptance_by_depth(self) -> list[float]:
-        """alpha_d, d = 1, 2, ...: of the verdicts that reached depth d-1, the share reaching d."""
-        deepest = max(self.accepted_per_verdict, default=0)
-        reached = [
-            sum(count >= depth for count in self.accepted_per_verdict)
-            for depth in range(deepest + 1)
-        ]
+        """alpha_d, d = 1, 2, ...: of the runs that reached depth d-1, the share reaching d.
+
+        A run is the tokens found in the tree between two misses, whatever the verdicts between.
+        """
+        deepest = max(self.runs, default=0)
+        reached = [sum(run >= depth for run in self.runs) for depth in range(deepest + 1)]
         return [after / before for before, after in zip(reached, reached[1:], strict=False)]
 
 

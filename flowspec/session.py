@@ -3,13 +3,14 @@
 Strategies decide through it; only the head changes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import DraftSession, Proposal
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.tree import DraftTree, Node
-from flowspec.wire import Reroot
+from flowspec.wire import Reroot, Segment
 
 
 @dataclass(slots=True)
@@ -74,6 +75,7 @@ class Session:
     now: float = 0.0  # the driver's clock at the last event, seconds
     draft_s: float = 0.0  # what a drafter forward takes, a running mean
     context: int = 0  # positions that exist: prompt and every token that may be generated
+    num_segments: int = 0  # sent, the prompt's included
     num_prompt_sent: int = 0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
@@ -150,3 +152,45 @@ class Session:
                     break  # children come best first
                 added.append(self.tree.add(node.id, token, logprob))
         return added
+
+
+def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:
+    """Nodes of the tree as the request's next segment; they count as sent."""
+    for node in nodes:
+        node.sent = True
+    return new_segment(
+        session,
+        nodes=tuple(node.id for node in nodes),
+        parents=tuple(node.parent for node in nodes),
+        tokens=tuple(node.token for node in nodes),
+        prefix=False,
+        verify=verify,
+    )
+
+
+def new_segment(
+    session: Session,
+    *,
+    nodes: tuple[NodeId, ...],
+    parents: tuple[NodeId, ...],
+    tokens: tuple[int, ...],
+    prefix: bool,
+    verify: bool,
+) -> Segment:
+    """The request's next segment, entered in its flights."""
+    seq_no = session.num_segments
+    session.num_segments += 1
+    if not prefix:
+        session.stats.num_segments += 1
+        session.stats.num_rows_sent += len(nodes)
+    session.flights[seq_no] = Flight(nodes)
+    return Segment(
+        request=session.request.id,
+        seq_no=seq_no,
+        nodes=nodes,
+        parents=parents,
+        tokens=tokens,
+        prefix=prefix,
+        verify=verify,
+        verdict=session.verdict,
+    )

@@ -27,6 +27,7 @@ from flowspec.wire import (
     Features,
     Message,
     Open,
+    Ping,
     Reroot,
     Segment,
     Started,
@@ -34,6 +35,7 @@ from flowspec.wire import (
 )
 
 MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more is a broken peer
+MAX_TREE_ROWS = 4096  # of one request, beside its context
 STATUS_INTERVAL_S = 0.25
 
 
@@ -144,6 +146,8 @@ class Stage:
         match message:
             case Reroot():
                 return self._reroot(message)
+            case Ping():
+                return [self._status(now)]
             case Open() | Segment() | Close():
                 if len(self.queue) >= MAX_QUEUED:
                     return self._fail(message.request, f"{MAX_QUEUED} segments are waiting already")
@@ -166,6 +170,9 @@ class Stage:
 
     def _open(self, message: Open) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
+        error = self._refusal(message)
+        if error:
+            return self._fail(message.request, error)
         layers = self.model.owned_features(message.feature_layers)
         capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
         self.requests[message.request] = StageRequest(
@@ -178,6 +185,18 @@ class Stage:
             verifier=Verifier() if self.is_last else None,
         )
         return self._pass_on(message)
+
+    def _refusal(self, message: Open) -> str:
+        """Why this request cannot have the cache it asks for; checked before memory is taken."""
+        longest = self.model.config.max_position_embeddings
+        if message.context > longest:
+            return f"a context of {message.context} was asked for, the model holds {longest}"
+        if message.capacity > message.context + MAX_TREE_ROWS:
+            return (
+                f"a cache of {message.capacity} rows was asked for, a context of "
+                f"{message.context} needs at most {message.context + MAX_TREE_ROWS}"
+            )
+        return ""
 
     def _pass_on(self, message: Open | Close) -> list[Send]:
         return [] if self.is_last else [Send(self.rank + 1, message)]
@@ -192,7 +211,7 @@ class Stage:
         if state is None or not segment.prefix:
             alive = state.admit(segment) if state is not None else []
             self.num_rows_pruned += len(segment.nodes) - len(alive)
-            segment = select(segment, alive)
+            segment = segment.select(alive)
         if state is None or not segment.nodes:
             return Step(sends=[*sends, *self._hand_on(replace(segment, hidden=None), state)])
         job = _Job(self, state, segment)
@@ -304,6 +323,9 @@ class _Job:
                 features=state.feature_layers,
             )
             self.owned = dict(owned)
+            if not stage.is_last:
+                # waits for an accelerator here, where its time is measured
+                self.hidden = self.hidden.cpu()
         except CacheFull as error:
             self.error = str(error)
             return
@@ -367,19 +389,3 @@ class _Job:
             else:
                 self.state.features[layer].extend(self.owned[layer])
         return sends
-
-
-def select(segment: Segment, rows: Sequence[int]) -> Segment:
-    """The segment with only these rows."""
-    if len(rows) == len(segment.nodes):
-        return segment
-    hidden = segment.hidden
-    if hidden is not None:
-        hidden = hidden[list(rows)] if rows else None
-    return replace(
-        segment,
-        nodes=tuple(segment.nodes[row] for row in rows),
-        parents=tuple(segment.parents[row] for row in rows),
-        tokens=tuple(segment.tokens[row] for row in rows),
-        hidden=hidden,
-    )

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
+
 
 class Tokenizer(Protocol):
     """The two calls the head needs."""
@@ -92,6 +94,8 @@ class TextStream:
         assert self._tokenizer is not None
         before = self._decode(self._first, self._settled)
         after = self._decode(self._first, len(self._tokens))
+        held = len(self._tokens) - self._settled
+        final = final or held > MAX_HELD_TOKENS
         if not final and (len(after) <= len(before) or after.endswith("\ufffd")):
             return ""  # no text of its own (special tokens), or an unfinished character
         self._first, self._settled = self._settled, len(self._tokens)

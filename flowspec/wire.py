@@ -4,7 +4,8 @@ flowspec/codec.py turns them into bytes; docs/wire_protocol.md describes each fi
 H hidden size.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import Tensor
@@ -43,6 +44,21 @@ class Segment:
     slowest_rows: int = 0  # the slowest forward on the way so far: its rows and milliseconds
     slowest_ms: float = 0.0
     verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
+
+    def select(self, rows: Sequence[int]) -> "Segment":
+        """The segment with only these of its rows."""
+        if len(rows) == len(self.nodes):
+            return self
+        hidden = self.hidden
+        if hidden is not None:
+            hidden = hidden[list(rows)] if rows else None
+        return replace(
+            self,
+            nodes=tuple(self.nodes[row] for row in rows),
+            parents=tuple(self.parents[row] for row in rows),
+            tokens=tuple(self.tokens[row] for row in rows),
+            hidden=hidden,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +141,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """Keeps an idle link known to be alive; needs no answer."""
+    """Head to a stage that has been silent: it answers with a Status between two forwards."""
 
     rank: int
 

@@ -64,8 +64,8 @@ def rows(draw: st.DrawFn, *kinds: st.SearchStrategy[int]) -> list[tuple[int, ...
 
 SAMPLING = st.builds(
     SamplingParams,
-    temperature=st.floats(0, 100),
-    top_k=U32,
+    temperature=st.just(0.0) | st.floats(1e-9, 100),
+    top_k=st.integers(0, 2**31 - 1),
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**63 - 1),

@@ -86,15 +86,24 @@ def test_statistics() -> None:
     stats = DecodeStats(
         num_tokens=9, num_verdicts=3, submitted_at=0.0, first_token_at=2.0, finished_at=6.0
     )
-    assert stats.mean_accepted_length == 3.0
+    assert stats.mean_accepted_length == 8 / 3  # the first token has no verdict
     assert stats.tokens_per_s == 2.0
 
 
 def test_acceptance_by_depth() -> None:
-    """Of 4 verdicts 3 accepted a node, 2 of these a second one, 1 of these a third."""
-    stats = DecodeStats(accepted_per_verdict=[0, 1, 2, 3])
-    assert stats.acceptance_by_depth() == [3 / 4, 2 / 3, 1 / 2]
-    assert DecodeStats(accepted_per_verdict=[0, 0]).acceptance_by_depth() == []
+    """Of 4 runs 3 found a token, 2 of these a second one, 1 of these a third."""
+    assert DecodeStats(runs=[0, 1, 2, 3]).acceptance_by_depth() == [3 / 4, 2 / 3, 1 / 2]
+    assert DecodeStats(runs=[0, 0]).acceptance_by_depth() == []
+
+
+def test_runs_end_with_a_miss_whatever_the_verdicts_between() -> None:
+    """A strategy that asks once per level must show the same alpha as one that asks per tree."""
+    per_tree, per_level = DecodeStats(), DecodeStats()
+    per_tree.count_verdict(2, missed=True)
+    for num_drafted, missed in ((1, False), (1, False), (0, True)):
+        per_level.count_verdict(num_drafted, missed=missed)
+    assert per_tree.runs == per_level.runs == [2]
+    assert (per_tree.num_verdicts, per_level.num_verdicts) == (1, 3)
 
 
 def test_cluster_error_keeps_what_was_generated() -> None:

@@ -10,7 +10,7 @@ from tiny import PROMPT, T0, T1, VOCAB, stage_models, truth
 import flowspec.stage
 from flowspec.effects import EVERY_STAGE, HEAD, Send
 from flowspec.request import SamplingParams
-from flowspec.stage import Stage, select
+from flowspec.stage import Stage
 from flowspec.wire import (
     Close,
     Exit,
@@ -206,7 +206,7 @@ def test_segments_of_an_unknown_request_travel_on_empty():
 def test_an_emptied_end_of_the_prompt_gives_no_verdict():
     """A stage before this one could not run it: there is no token to announce."""
     last = Stage(2, 2, stage_models(2)[1])
-    empty = select(prompt(), [])
+    empty = prompt().select([])
     sends = give(last, opened(), empty)
     assert [type(s.message) for s in sends] == [Exit]
 

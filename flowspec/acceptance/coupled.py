@@ -25,8 +25,8 @@ def gumbel_noise(seed: int, position: int, vocab_size: int) -> Tensor:
     """
     counter = np.array([0, position, 0, 0], dtype=np.uint64)  # word 0 counts within the position
     bits = np.random.Philox(key=seed, counter=counter)
-    # (0, 1), both ends excluded, from the upper 53 bits
-    uniform = ((bits.random_raw(vocab_size) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # (0, 1), both ends excluded, from the upper 52 bits: one more and the last would round to 1
+    uniform = ((bits.random_raw(vocab_size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 

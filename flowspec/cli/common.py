@@ -54,8 +54,6 @@ def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Pa
     else:
         layers = even_layers(checkpoint.config.num_layers, config.stages or DEFAULT_STAGES)
     name = folder.resolve().name
-    if config.model.endswith("models/demo/target"):
-        name = "demo"
     cut = "+".join(str(count) for count in layers)
     out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
     run_split(

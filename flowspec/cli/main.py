@@ -1,6 +1,6 @@
 """The `flowspec` command: one file per subcommand, one place for errors."""
 
-import logging
+import contextlib
 import signal
 import sys
 from types import FrameType
@@ -27,10 +27,8 @@ app.command("stage", hidden=True)(stage.stage)
 @app.callback(invoke_without_command=True)
 def root(
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
-    verbose: bool = typer.Option(False, "--verbose", help="Log what is done, on stderr."),
 ) -> None:
     """Run one large language model on several weak machines, fast and lossless."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, stream=sys.stderr)
     if version:
         typer.echo(f"flowspec {__version__}")
         raise typer.Exit
@@ -38,7 +36,7 @@ def root(
 
 def main() -> None:
     """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
     try:
         app()
@@ -51,6 +49,8 @@ def main() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """SIGTERM and a closed terminal unwind like Ctrl-C, so that no process is left behind."""
+    """Ctrl-C, SIGTERM and a closed terminal unwind everything, so that no process is left."""
     del frame
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        typer.echo(f"\nerror: ended by {signal.Signals(number).name}", err=True)
     raise SystemExit(128 + number)

@@ -57,6 +57,7 @@ def verify(
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
     limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     shape_stable: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
@@ -68,18 +69,21 @@ def verify(
     """
     if driver not in DRIVERS:
         raise ValueError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
-    if model is not None and draft is None:
-        raise ValueError("--draft is needed with a MODEL: the folder of its EAGLE head")
     names = tuple(STRATEGIES) if strategies == "all" else tuple(strategies.split(","))
     for name in names:
         find_strategy(name)
+    if model is not None and draft is None and any(STRATEGIES[name].drafts for name in names):
+        raise ValueError("--draft is needed with a MODEL: the folder of its EAGLE head")
     default = RunConfig()
     plan = _Plan(
         config=RunConfig(
             model=model or default.model,
             draft=bundled(draft or default.draft),
             dtype=dtype,
+            device=device,
             shape_stable=shape_stable,
+            # the strategy decides only whether a drafter is loaded; ar needs none
+            strategy=next((name for name in names if STRATEGIES[name].drafts), names[0]),
         ),
         strategies=names,
         stages=_numbers(stages, int, "--stages"),

@@ -6,17 +6,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
 from flowspec.strategies import StrategySpec
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
-from flowspec.wire import Cancel, Failed, Finished, Ready, Status, Stop, Submit, Tokens
+from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
 
 START_TIMEOUT_S = 120.0
 POLL_S = 0.2  # how often the children are looked at
@@ -35,8 +36,13 @@ class LocalCluster:
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
-        self.transport = ZmqTransport(0, local_addresses(self.folder, self.num_stages))
+        try:
+            self.transport = ZmqTransport(0, local_addresses(self.folder, self.num_stages))
+        except ValueError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         self.driver = Driver(self.head, self.transport, self.num_stages)
+        self._pinged_at = 0.0
 
     def __enter__(self) -> "LocalCluster":
         try:
@@ -62,9 +68,26 @@ class LocalCluster:
 
     def stream(self, request: Request) -> Iterator[Tokens | Completion]:
         """See Cluster.stream."""
-        driver, tokens, text = self.driver, list[int](), ""
-        driver.inject(Submit(request=request))
-        driver.last_heard = time.monotonic()
+        tokens: list[int] = []
+        finished = False
+        try:
+            self.driver.inject(Submit(request=request))
+            self.driver.last_heard = time.monotonic()
+            for event in self._events(request, tokens):
+                finished = isinstance(event, Completion)
+                yield event
+        except WireError as error:
+            raise ClusterError("head", str(error), tuple(tokens)) from error
+        except ClusterError as error:
+            raise ClusterError(error.where, error.cause, tuple(tokens)) from error
+        except GeneratorExit:
+            if not finished:  # the caller has turned away: do not go on without it
+                self.cancel(request.id)
+                self._await_closed()
+            raise
+
+    def _events(self, request: Request, tokens: list[int]) -> Iterator[Tokens | Completion]:
+        driver, text = self.driver, ""
         while True:
             while driver.to_client:
                 event = driver.to_client.popleft()
@@ -73,13 +96,14 @@ class LocalCluster:
                     text += event.text
                     yield event
                 elif isinstance(event, Finished) and event.request == request.id:
-                    self._raise_failure(event, tokens)
-                    self._await_closed()
+                    self._raise_failure(event)
+                    if self.head.last and self.head.last.request.id == request.id:
+                        self._await_closed()
                     yield self.head.completion(request, event, tokens, text)
                     return
             driver.turn(POLL_S)
-            self._check_children(tokens)
-            self._check_progress(tokens)
+            self._check_children()
+            self._check_progress()
 
     def cancel(self, request: int) -> None:
         """See Cluster.cancel."""
@@ -137,7 +161,7 @@ class LocalCluster:
                         raise ClusterError(rank_name(message.stage), "has loaded another split")
                     case Failed():
                         raise ClusterError(rank_name(message.stage), message.text)
-            self._check_children([])
+            self._check_children()
             if time.monotonic() > end:
                 late = min(set(self.children) - ready)
                 raise ClusterError(
@@ -155,44 +179,48 @@ class LocalCluster:
                 return
             self.driver.turn(0.05)
 
-    def _check_children(self, tokens: Sequence[int]) -> None:
+    def _check_children(self) -> None:
         for rank, child in self.children.items():
             code = child.poll()
             if code is None:
                 continue
-            self._hear_last_words(rank, tokens)
+            self._hear_last_words()
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
             raise ClusterError(
                 f"{rank_name(rank)} (process {child.pid})",
                 f"ended by {how}{self._log(rank)}",
-                tuple(tokens),
             )
 
-    def _hear_last_words(self, rank: int, tokens: Sequence[int]) -> None:
+    def _hear_last_words(self) -> None:
         """A stage that fails in order says why before it ends."""
         for message in self.transport.receive(POLL_S):
             if isinstance(message, Failed):
-                raise ClusterError(rank_name(message.stage), message.text, tuple(tokens))
+                raise ClusterError(rank_name(message.stage), message.text)
 
-    def _check_progress(self, tokens: Sequence[int]) -> None:
-        silence = time.monotonic() - self.driver.last_heard
-        session = self.head.session
-        if silence < self.config.timeout_s or session is None or not session.flights:
+    def _check_progress(self) -> None:
+        """No answer about the request for half the timeout: ask all; who stays silent hangs."""
+        now = time.monotonic()
+        silence = now - self.driver.last_progress
+        if silence < self.config.timeout_s / 2:
+            self._pinged_at = 0.0
             return
-        flight = min(session.flights)
-        heard = self.head.statuses
-        quiet = [rank_name(rank) for rank in sorted(self.children)]
-        raise ClusterError(
-            "pipeline",
-            f"no word from {', '.join(quiet)} for {silence:.0f} s while segment {flight} is in "
-            f"flight (statuses so far from stages {sorted(heard)}); one of them hangs",
-            tuple(tokens),
-        )
+        if not self._pinged_at:
+            self._pinged_at = now
+            for rank in self.children:
+                self.transport.send(rank, Ping(rank=0))
+        if silence < self.config.timeout_s:
+            return
+        heard_at = self.head.heard_at
+        silent = [r for r in sorted(self.children) if heard_at.get(r, 0.0) < self._pinged_at]
+        if silent:
+            where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
+            raise ClusterError(where, f"no answer for {self.config.timeout_s / 2:.1f} s: it hangs")
+        raise ClusterError("head", f"nothing has moved for {silence:.0f} s; all stages answer")
 
-    def _raise_failure(self, event: Finished, tokens: Sequence[int]) -> None:
+    def _raise_failure(self, event: Finished) -> None:
         if event.reason is FinishReason.ERROR and event.error.startswith("stage "):
             where, _, cause = event.error.partition(": ")
-            raise ClusterError(where, cause, tuple(tokens))
+            raise ClusterError(where, cause)
 
     def _log_path(self, rank: int) -> Path:
         return Path(self.folder) / f"stage_{rank}.log"

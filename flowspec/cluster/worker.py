@@ -1,7 +1,6 @@
 """A stage process: loads its layers, then serves until told to stop or its parent is gone."""
 
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -20,7 +19,6 @@ from flowspec.wire import Failed, Ready
 
 IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
 _PR_SET_PDEATHSIG = 1
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

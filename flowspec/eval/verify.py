@@ -34,7 +34,7 @@ class Combination:
     @property
     def tau(self) -> float:
         """Mean tokens per verdict over all runs."""
-        return self.tokens / self.verdicts if self.verdicts else 0.0
+        return (self.tokens - self.runs) / self.verdicts if self.verdicts else 0.0
 
     def as_json(self) -> dict[str, object]:
         """The record written by --json."""
@@ -104,7 +104,7 @@ def find_divergence(
     sampling = request.sampling
     if sampling.temperature > 0:
         noise = noise_rows(sampling.seed, [len(request.prompt) + at], logits.shape[-1])
-        scores = (warp(scores, sampling) + noise) * sampling.temperature
+        scores = (warp(scores, sampling) + noise.to(scores.device)) * sampling.temperature
     gap = float(scores[0, expected[at]] - scores[0, found[at]])
     resolution = resolution_of(alone.model.dtype, float(logits.abs().max()))
     return Divergence(at, expected[at], found[at], gap, resolution)

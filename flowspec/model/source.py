@@ -51,6 +51,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Changes when a file of the checkpoint does (by size and time, as `make` sees it)."""
         files = {tensor.file for tensor in self.tensors.values()}
+        folders = {path.parent for path in files}
+        files |= {folder / name for folder in folders for name in TOKENIZER_FILES}
+        files = {path for path in files if path.exists()}
         stats = {path.name: path.resolve().stat() for path in files}
         content = {
             "config": self.hf_config,

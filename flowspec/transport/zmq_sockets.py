@@ -75,7 +75,14 @@ class ZmqTransport:
         inbox = self._context.socket(zmq.PULL)
         inbox.set_hwm(MAX_QUEUED_MESSAGES)
         inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        inbox.bind(address)
+        try:
+            inbox.bind(address)
+        except zmq.ZMQError as error:
+            self.close()
+            raise ValueError(
+                f"{rank_name(self.rank)} cannot listen at {address}: {error}; for a local run set "
+                "TMPDIR to a short path on a local disk"
+            ) from None
         return inbox
 
     def _connect(self, to: int, lane: str) -> zmq.Socket[bytes]:
