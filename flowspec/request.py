@@ -107,10 +107,14 @@ class DecodeStats:
         """alpha_d, d = 1, 2, ...: of the runs that reached depth d-1, the share reaching d.
 
         A run is the tokens found in the tree between two misses, whatever the verdicts between.
+        The run that the end of the text cut off counts as far as it went.
         """
-        deepest = max(self.runs, default=0)
-        reached = [sum(run >= depth for run in self.runs) for depth in range(deepest + 1)]
-        return [after / before for before, after in zip(reached, reached[1:], strict=False)]
+        last = self.run_length
+        alphas = []
+        for depth in range(1, max([*self.runs, last]) + 1):
+            reached = sum(run >= depth - 1 for run in self.runs) + (last >= depth)
+            alphas.append((sum(run >= depth for run in self.runs) + (last >= depth)) / reached)
+        return alphas
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

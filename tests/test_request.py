@@ -94,6 +94,9 @@ def test_acceptance_by_depth() -> None:
     """Of 4 runs 3 found a token, 2 of these a second one, 1 of these a third."""
     assert DecodeStats(runs=[0, 1, 2, 3]).acceptance_by_depth() == [3 / 4, 2 / 3, 1 / 2]
     assert DecodeStats(runs=[0, 0]).acceptance_by_depth() == []
+    # a run cut off by the end of the text reached its depth and failed nowhere
+    assert DecodeStats(runs=[0, 1], run_length=1).acceptance_by_depth() == [2 / 3]
+    assert DecodeStats(run_length=3).acceptance_by_depth() == [1.0, 1.0, 1.0]
 
 
 def test_runs_end_with_a_miss_whatever_the_verdicts_between() -> None:

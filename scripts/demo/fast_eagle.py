@@ -1,0 +1,195 @@
+"""EAGLE-1 head in the form that trains fast, unrolled over several draft steps.
+
+Row i holds token i+1 and the feature of token i; its output guesses the feature of token i+1. In
+step 1 the feature is the target's. In step k it is the head's own output of step k-1, and row i
+sees true rows up to i-k+1 and the drafted rows of steps 2..k between, as in real drafting
+(HASS, arXiv 2408.15766; EAGLE-3's training-time test, arXiv 2503.01840).
+
+Shapes: B blocks, T rows, H hidden, h query heads, g key/value heads, d head size, V vocabulary,
+K unrolled steps, R rows in the loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from demo.fast_llama import norm, rotate
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NAMES = ("fc.weight", "fc.bias", "qkv", "o_proj", "gate_up", "down_proj", "norm")
+Heads = tuple[int, int, int]
+
+
+def shifted(x: Tensor) -> Tensor:
+    """x [B, T, ...] moved one row down; row 0 repeats itself and never counts."""
+    return torch.cat((x[:, :1], x[:, :-1]), dim=1)
+
+
+def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: Tensor) -> Tensor:
+    """Rows of step k over step 1's rows (bias [B, 1, T, T]) and one drafted row per later step.
+
+    q [B, T, h, d]; keys[0] and values[0] [B, T, g, d] are step 1's, the others one row per query.
+    """
+    b, t, h, d = q.shape
+    g = keys[0].shape[2]
+    r = h // g
+    q = q * d**-0.5
+    rows = q.view(b, t, g, r, d).permute(0, 2, 3, 1, 4).reshape(b * g, r * t, d)
+    columns = keys[0].permute(0, 2, 3, 1).reshape(b * g, d, t)
+    scores = torch.bmm(rows, columns).view(b, h, t, t).float() + bias
+    grouped = q.view(b, t, g, r, d)
+    # [B, h, T, 1] each: the drafted ancestors, one per step, and the row itself
+    own = [
+        (grouped * k[:, :, :, None]).float().sum(-1).flatten(2).permute(0, 2, 1)[..., None]
+        for k in keys[1:]
+    ]
+    weights = torch.cat((scores, *own), dim=-1).softmax(-1).bfloat16()
+    trunk = weights[..., :t].reshape(b * g, r * t, t)
+    base = values[0].permute(0, 2, 1, 3).reshape(b * g, t, d)
+    mixed = torch.bmm(trunk, base).view(b, g, r, t, d).permute(0, 3, 1, 2, 4)
+    for i, v in enumerate(values[1:]):
+        mixed = mixed + weights[..., t + i].permute(0, 2, 1).view(b, t, g, r, 1) * v[:, :, :, None]
+    return mixed.reshape(b, t, h * d)
+
+
+def draft_step(
+    embedded: Tensor, feature: Tensor, w: list[Tensor], rope: tuple[Tensor, Tensor],
+    drafted: tuple[list[Tensor], list[Tensor]], bias: Tensor, heads: Heads,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """One unrolled step: outputs [B, T, H] and its own keys and values [B, T, g, d]."""
+    h, g, d = heads
+    fc, fc_bias, qkv, o, gate_up, down, norm2 = w
+    x = F.linear(torch.cat((embedded, feature), dim=-1), fc, fc_bias)
+    rows = F.linear(x, qkv).unflatten(-1, (h + 2 * g, d))
+    q, k, v = rows.split((h, g, g), dim=-2)
+    q, k = rotate(q, *rope), rotate(k, *rope)
+    keys, values = drafted
+    x = x + F.linear(draft_attention(q, [*keys, k], [*values, v], bias), o)
+    gate, up = F.linear(norm(x, norm2, 1e-5), gate_up).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate) * up, down), k, v
+
+
+def _distil_rows(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [R] of student [R, V] to softmax(teacher) and its gradient times `scale`."""
+    s, t = student.float(), teacher.float()
+    s, t = s - s.logsumexp(-1, keepdim=True), t - t.logsumexp(-1, keepdim=True)
+    p = t.exp()
+    # Minus the teacher's entropy: the KL divergence, zero for a perfect head.
+    return (p * (t - s)).sum(-1), ((s.exp() - p) * scale).bfloat16()
+
+
+distil_rows = torch.compile(_distil_rows, dynamic=True)
+
+
+class DistilLoss(torch.autograd.Function):
+    """Weighted KL to the target's distribution of every step; gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        steps: Tensor,
+        true: Tensor,
+        teacher_head: Tensor,
+        student_head: Tensor,
+        scales: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """steps [K, R, h], true [R, H], heads [V, h] and [V, H], scales [K] -> (loss, KL [K])."""
+        grads, kl = torch.empty_like(steps), torch.zeros(len(steps))
+        learn = student_head.requires_grad
+        dhead = torch.zeros_like(student_head) if learn else None
+        for i in range(0, true.shape[0], 512):
+            part = slice(i, i + 512)
+            teacher = true[part] @ teacher_head.T
+            for k in range(len(steps)):
+                logits = steps[k, part] @ student_head.T
+                loss, grad = distil_rows(logits, teacher, scales[k])
+                grads[k, part] = grad @ student_head
+                kl[k] += loss.sum()
+                if dhead is not None:
+                    dhead += grad.T @ steps[k, part]
+        ctx.save_for_backward(grads, dhead)
+        ctx.mark_non_differentiable(kl)
+        return (kl * scales).sum(), kl / true.shape[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient was prepared; the loss is the root, so the outer one is 1."""
+        grads, dhead = ctx.saved_tensors
+        return grads, None, None, dhead, None
+
+
+class FastEagle(nn.Module):
+    """bf16 parameters of the head; the embedding is the target's, frozen."""
+
+    def __init__(self, embed: Tensor, heads: Heads, intermediate: int, seed: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.heads, size = heads, embed.shape[1]
+        h, g, d = heads
+
+        def matrix(rows: int, columns: int, scale: float) -> nn.Parameter:
+            return nn.Parameter((torch.randn(rows, columns) * scale).bfloat16())
+
+        self.register_buffer("embed", embed)
+        fc = torch.cat((torch.zeros(size, size), torch.eye(size)), dim=1)
+        self.weights = nn.ParameterList([
+            nn.Parameter(fc.bfloat16()),
+            nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)),
+            matrix((h + 2 * g) * d, size, size**-0.5),
+            matrix(size, h * d, 0.0),
+            matrix(2 * intermediate, size, size**-0.5),
+            matrix(size, intermediate, 0.0),
+            nn.Parameter(torch.ones(size, dtype=torch.bfloat16)),
+        ])  # fmt: skip
+        self.step = torch.compile(draft_step, dynamic=False)
+
+    def unroll(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        rope: tuple[Tensor, Tensor],
+        same: Tensor,
+        steps: int,
+    ) -> list[Tensor]:
+        """Outputs [B, T, H] of every step.
+
+        tokens [B, T] is the token of each row (one ahead of its feature), features [B, T, H] the
+        target's, same [B, T, T] marks rows of one sample.
+        """
+        weights = list(self.weights)
+        embedded = F.embedding(tokens, self.embed)
+        rows = torch.arange(tokens.shape[1])
+        age = rows[:, None] - rows[None, :]
+        outputs: list[Tensor] = []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        feature = features
+        for k in range(steps):
+            # Step 1 sees itself among the true rows; a later step brings its own row apart.
+            sees = same & (age >= k)
+            bias = torch.where(sees, 0.0, -1e4)[:, None].bfloat16()
+            drafted = (keys, values)
+            out, key, value = self.step(embedded, feature, weights, rope, drafted, bias, self.heads)
+            keys, values = [*keys, key], [*values, value]
+            outputs.append(out)
+            feature = shifted(out)
+            keys = [keys[0], *map(shifted, keys[1:])]
+            values = [values[0], *map(shifted, values[1:])]
+        return outputs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors under the names of the public EAGLE-1 checkpoints."""
+        h, g, d = self.heads
+        fc, bias, qkv, o, gate_up, down, norm2 = list(self.weights)
+        attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
+        named = {"embed_tokens.weight": self.embed, "fc.weight": fc, "fc.bias": bias}
+        for name, part in zip("qkv", qkv.split((h * d, g * d, g * d)), strict=True):
+            named[f"{attention}{name}_proj.weight"] = part
+        named[attention + "o_proj.weight"] = o
+        for name, part in zip(("gate", "up"), gate_up.chunk(2), strict=True):
+            named[f"{mlp}{name}_proj.weight"] = part
+        named[mlp + "down_proj.weight"] = down
+        named["layers.0.post_attention_layernorm.weight"] = norm2
+        return {name: t.detach().clone().contiguous() for name, t in named.items()}

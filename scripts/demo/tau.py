@@ -1,0 +1,259 @@
+"""Mean accepted length of chain and tree drafting, on the project's own model, cache and drafter.
+
+Round by round, as in a plain EAGLE-2 decoder: draft a tree, verify it in one forward, walk it with
+the target's own tokens. tau = tokens gained per round. Shapes: n rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from demo.generate import loops
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from flowspec.acceptance.coupled import choose
+from flowspec.drafters.eagle import EagleDrafter
+from flowspec.model.kv_cache import COMMITTED, TreeKVCache
+from flowspec.model.load import load_whole
+from flowspec.model.load_eagle import load_eagle
+from flowspec.model.rows import run_rows
+from flowspec.model.stage_model import FINAL_NORM, StageModel
+from flowspec.request import NO_NODE, Request, SamplingParams
+from flowspec.tree import DraftTree, Node
+
+SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "sum", "qa")
+MAX_PROMPT = 1900
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A tree of `nodes` drafts, `depth` levels, `topk` children a node; a chain has topk 1."""
+
+    nodes: int
+    depth: int
+    topk: int
+
+
+CHAIN, TREE = Shape(5, 5, 1), Shape(60, 7, 10)
+
+
+@dataclass(slots=True)
+class Sample:
+    """What one prompt gave."""
+
+    tokens: list[int]
+    rounds: int
+
+    @property
+    def tau(self) -> float:
+        """Tokens per round; the first token comes from the prompt's own forward."""
+        return (len(self.tokens) - 1) / max(self.rounds, 1)
+
+
+@dataclass(slots=True)
+class Pair:
+    """Target and head, with the target's end token."""
+
+    target: StageModel
+    drafter: EagleDrafter
+    eos: int = 2
+
+    @classmethod
+    def load(cls, target: Path, eagle: Path) -> Pair:
+        """Both in fp32, so that a tree's rows and a single row give the same text."""
+        model = load_whole(target, dtype="float32")
+        assert model.lm_head is not None, "a whole model has its lm_head"
+        net = load_eagle(eagle, target_config=model.config, dtype="float32")
+        return cls(model, EagleDrafter(net, model.lm_head.weight))
+
+
+def grow(
+    session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: Shape
+) -> None:
+    """EAGLE-2's tree: each level expands its `topk` best nodes; the `nodes` best are kept."""
+    beam: list[Node] = []
+    for token, logprob in first:
+        beam.append(tree.add(tree.root.id, token, logprob))
+    for level in range(1, shape.depth):
+        beam = tree.level(tree.root.position + level, shape.topk)
+        for proposal in session.expand(beam, tree):  # type: ignore[attr-defined]
+            for token, logprob in proposal.children:
+                tree.add(proposal.node, token, logprob)
+    tree.keep_best(shape.nodes)
+
+
+def verify(
+    model: StageModel, cache: TreeKVCache, tree: DraftTree, sampling: SamplingParams
+) -> tuple[list[Node], list[int], dict[int, Tensor]]:
+    """Walk the tree: accepted path (root first), the token after each node, features."""
+    nodes = tree.best_unsent(len(tree))
+    row = {node.id: i for i, node in enumerate(nodes)}
+    parents = [COMMITTED, *(row[node.parent] for node in nodes[1:])]
+    tokens = torch.tensor([node.token for node in nodes])
+    where = [node.position for node in nodes]
+    hidden, _ = run_rows(model, cache, tokens, where, parents=parents)
+    truth = choose(model.logits(hidden), [p + 1 for p in where], sampling)
+    path, following = [tree.root], [truth[0]]
+    while following[-1] in path[-1].children:
+        path.append(tree[path[-1].children[following[-1]]])
+        following.append(truth[row[path[-1].id]])
+    cache.reroot([row[node.id] for node in path], [])
+    return path, following, {node.position: hidden[row[node.id]] for node in path}
+
+
+@torch.inference_mode()
+def decode(
+    pair: Pair,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    shape: Shape,
+    max_new: int,
+    coupled: bool,
+) -> Sample:
+    """One prompt by speculative decoding."""
+    request = Request(id=0, prompt=tuple(prompt), sampling=sampling, max_new_tokens=max_new + 16)
+    session = pair.drafter.open(request, topk=shape.topk, coupled=coupled)
+    cache = pair.target.new_cache(len(prompt) + max_new + 128)
+    ids = torch.tensor(list(prompt))
+    hidden, _ = run_rows(pair.target, cache, ids, range(len(prompt)), parents=None)
+    text = choose(pair.target.logits(hidden[-1:]), [len(prompt)], sampling)
+    session.accept(list(prompt) + text)
+    session.accept_features(FINAL_NORM, dict(enumerate(hidden)))
+    tree, rounds = DraftTree(), 0
+    tree.plant(NO_NODE, text[0], len(prompt))
+    while len(text) < max_new and pair.eos not in text:
+        proposal = None
+        while session.num_rows_ready:
+            proposal = session.absorb(tree)
+        assert proposal is not None, "the root's features are known"
+        grow(session, tree, proposal.children, shape)
+        path, following, features = verify(pair.target, cache, tree, sampling)
+        text += following
+        rounds += 1
+        tree.reroot(path[-1].id, following[-1])
+        session.accept(following)
+        session.accept_features(FINAL_NORM, features)
+    if pair.eos in text:
+        text = text[: text.index(pair.eos) + 1]
+    return Sample(text, rounds)
+
+
+@torch.inference_mode()
+def plain(pair: Pair, prompt: Sequence[int], sampling: SamplingParams, length: int) -> list[int]:
+    """The target alone, token by token."""
+    cache = pair.target.new_cache(len(prompt) + length + 8)
+    ids = torch.tensor(list(prompt))
+    hidden, _ = run_rows(pair.target, cache, ids, range(len(prompt)), parents=None)
+    text: list[int] = []
+    while len(text) < length:
+        text += choose(pair.target.logits(hidden[-1:]), [len(prompt) + len(text)], sampling)
+        position = [len(prompt) + len(text) - 1]
+        hidden, _ = run_rows(pair.target, cache, torch.tensor(text[-1:]), position, parents=None)
+    return text
+
+
+def read_prompts(folder: Path, name: str, count: int, tokenizer: object) -> list[list[int]]:
+    """First turns of the first `count` questions that fit, in the chat template."""
+    prompts = []
+    for line in (folder / name / "question.jsonl").read_text(encoding="utf-8").splitlines():
+        message = [{"role": "user", "content": json.loads(line)["turns"][0]}]
+        ids = tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+            message, add_generation_prompt=True, return_dict=False
+        )
+        if len(ids) <= MAX_PROMPT:
+            prompts.append(list(ids))
+    return prompts[:count]
+
+
+MODES = {
+    "greedy chain": (0.0, CHAIN, False),
+    "greedy tree": (0.0, TREE, False),
+    "T=1 coupled chain": (1.0, CHAIN, True),
+    "T=1 coupled tree": (1.0, TREE, True),
+    "T=1 usual tree": (1.0, TREE, False),
+}
+
+
+def evaluate(
+    pair: Pair, tokenizer: object, data: Path, *, prompts: int, max_new: int, modes: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """mode -> set -> {all, plain (non-looping), looping (count), equal (count), tokens}."""
+    table: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in modes}
+    for name in SETS:
+        for number, prompt in enumerate(read_prompts(data, name, prompts, tokenizer)):
+            references: dict[float, list[int]] = {}
+            for mode in modes:
+                temperature, shape, coupled = MODES[mode]
+                sampling = SamplingParams(temperature=temperature, seed=number)
+                sample = decode(pair, prompt, sampling, shape, max_new, coupled)
+                if temperature not in references:
+                    references[temperature] = plain(pair, prompt, sampling, len(sample.tokens))
+                size = min(len(references[temperature]), len(sample.tokens))
+                equal = references[temperature][:size] == sample.tokens[:size]
+                row = table[mode].setdefault(name, {"samples": [], "equal": 0})  # type: ignore[dict-item]
+                row["samples"].append((sample.tau, loops(sample.tokens), len(sample.tokens)))  # type: ignore[attr-defined]
+                row["equal"] += equal
+    return {
+        mode: {name: summary(row) for name, row in rows.items()} for mode, rows in table.items()
+    }
+
+
+def summary(row: dict[str, object]) -> dict[str, float]:
+    """Means of one set; `plain` leaves looping samples out. A one-token answer has no rounds."""
+    samples = [s for s in row["samples"] if s[2] > 1]  # type: ignore[attr-defined]
+    straight = [tau for tau, share, _ in samples if share <= 0.3]
+    return {
+        "all": sum(tau for tau, _, _ in samples) / max(len(samples), 1),
+        "plain": sum(straight) / max(len(straight), 1),
+        "looping": len(samples) - len(straight),
+        "samples": len(samples),
+        "equal": row["equal"],  # type: ignore[dict-item]
+        "tokens": sum(n for _, _, n in samples),
+    }
+
+
+def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A Markdown table: tau over all samples / over non-looping samples."""
+    lines = ["| mode | " + " | ".join(SETS) + " | mean | looping | equal to plain |"]
+    lines.append("|" + "---|" * (len(SETS) + 4))
+    for mode, rows in table.items():
+        cells = [f"{rows[s]['all']:.2f} / {rows[s]['plain']:.2f}" for s in SETS]
+        means = []
+        for key in ("all", "plain"):
+            known = [rows[s][key] for s in SETS if rows[s][key] > 0]
+            means.append(sum(known) / max(len(known), 1))
+        count = sum(rows[s]["samples"] for s in SETS)
+        looping, equal = (sum(rows[s][key] for s in SETS) for key in ("looping", "equal"))
+        lines.append(
+            f"| {mode} | {' | '.join(cells)} | **{means[0]:.2f} / {means[1]:.2f}** "
+            f"| {looping:.0f} of {count:.0f} | {equal:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def sample_texts(
+    pair: Pair, tokenizer: object, data: Path, *, per_set: int, max_new: int
+) -> list[dict[str, str]]:
+    """What the target itself answers to the first prompts, greedy and at temperature 1."""
+    texts = []
+    for name in SETS:
+        for prompt in read_prompts(data, name, per_set, tokenizer):
+            row = {"set": name, "prompt": tokenizer.decode(prompt)[:400]}  # type: ignore[attr-defined]
+            for temperature in (0.0, 1.0):
+                sampling = SamplingParams(temperature=temperature, seed=0)
+                tokens = plain(pair, prompt, sampling, max_new)
+                if pair.eos in tokens:
+                    tokens = tokens[: tokens.index(pair.eos)]
+                row[f"T={temperature:.0f}"] = tokenizer.decode(tokens)  # type: ignore[attr-defined]
+            texts.append(row)
+    return texts
+
+
+def load_tokenizer(folder: Path) -> object:
+    """The target's tokenizer with its chat template."""
+    return AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,257 @@
+"""Train the EAGLE head and the small draft model on the target's own generations.
+
+Shapes: N blocks, B blocks of a micro-batch, T rows, H hidden, K unrolled steps, R rows in the loss.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo import corpus
+from demo.fast_eagle import DistilLoss, FastEagle
+from demo.fast_llama import FastLlama, document_bias, rope_table
+from demo.optim import MuonAdam, Slot
+from demo.train_target import make_optimizer, save_atomic
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+logger = logging.getLogger("train_demo")
+Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T+1], answers [B, T+1], features [B, T, H]
+Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, KL [K], outputs [K, R, H], truth [R, H]
+LENGTHS = {384: 10, 1152: 3}  # rows of a block: blocks of a micro-batch
+
+
+@dataclass
+class Blocks:
+    """Packed samples of one length with the target's features, computed once and kept in bf16."""
+
+    length: int
+    tokens: NDArray[np.uint16]
+    answer: NDArray[np.bool_]
+    features: dict[int, Tensor] = field(default_factory=dict)
+
+    def batch(self, target: FastLlama, start: int) -> Batch:
+        """tokens [B, T+1], answer mask [B, T+1], features [B, T, H] from block `start` on."""
+        part = slice(start, start + LENGTHS[self.length])
+        tokens = torch.from_numpy(self.tokens[part].astype(np.int64))
+        if start not in self.features:
+            inputs = tokens[:, :-1]
+            with torch.no_grad():
+                self.features[start] = target.features(inputs, document_bias(inputs))
+        return tokens, torch.from_numpy(self.answer[part]), self.features[start]
+
+
+def make_blocks(samples: list[corpus.Sample], seed: int) -> list[Blocks]:
+    """Short samples in short blocks, long ones in long blocks; whole micro-batches only."""
+    short, long = LENGTHS
+    rng = random.Random(seed)
+    result = []
+    for length, chosen in (
+        (short, [s for s in samples if len(s[0]) <= short + 1]),
+        (long, [s for s in samples if len(s[0]) > short + 1]),
+    ):
+        rng.shuffle(chosen)
+        tokens, weights = corpus.pack(chosen, length, 0.5, rng)
+        whole = len(tokens) // LENGTHS[length] * LENGTHS[length]
+        result.append(Blocks(length, tokens[:whole], weights[:whole] > 0.9))
+    return result
+
+
+def endless(blocks: list[Blocks], skip: int) -> Iterator[tuple[Blocks, int]]:
+    """Micro-batches in a new order each pass, without the first one of each length (held out)."""
+    places = [(b, i) for b in blocks for i in range(0, len(b.tokens), LENGTHS[b.length])]
+    places = [(b, i) for b, i in places if i > 0]
+    number = 0
+    while True:
+        random.Random(number).shuffle(places)
+        for place in places:
+            skip -= 1
+            if skip < 0:
+                yield place
+        number += 1
+
+
+def chosen_rows(mask: Tensor) -> tuple[Tensor, int]:
+    """Indices of the true entries, padded by repeats to a multiple of 512, and their count."""
+    rows = mask.reshape(-1).nonzero()[:, 0]
+    count = len(rows)
+    return torch.cat((rows, rows[: -count % 512])), count
+
+
+def same_sample(tokens: Tensor) -> Tensor:
+    """[B, T, T] true where two positions belong to one sample."""
+    document = (tokens == corpus.BOS).cumsum(-1)
+    return document[:, :, None] == document[:, None, :]
+
+
+def eagle_loss(head: FastEagle, target: FastLlama, batch: Batch, steps: int) -> Outcome:
+    """(loss, KL [K], outputs [K, R, H], true features [R, H]) of one micro-batch."""
+    tokens, answer, features = batch
+    length = features.shape[1]
+    rope = rope_table(target.shape, length)
+    outputs = head.unroll(tokens[:, 1:], features, rope, same_sample(tokens[:, :-1]), steps)
+    # Row i guesses feature i+1 and so the token i+2; the last row has no truth in this block.
+    mask = torch.zeros_like(answer[:, 1:])
+    mask[:, :-1] = answer[:, 2:]
+    rows, _ = chosen_rows(mask)
+    flat = torch.stack([out.reshape(-1, out.shape[-1])[rows] for out in outputs])
+    true = features.reshape(-1, features.shape[-1])[rows + 1]
+    scales = 0.9 ** torch.arange(steps) / 4096.0
+    loss, kl = DistilLoss.apply(flat, true, target.head.detach(), target.head.detach(), scales)
+    distance = F.smooth_l1_loss(flat.float(), true.float()[None].expand_as(flat), reduction="none")
+    feature_loss = (distance.mean(-1).sum(-1) * scales).sum()
+    return loss + 0.1 * feature_loss, kl, flat, true
+
+
+def draft_loss(draft: FastLlama, target: FastLlama, batch: Batch) -> Outcome:
+    """(loss, KL [1], outputs [1, R, h], true features [R, H]) of the draft model."""
+    tokens, answer, features = batch
+    inputs = tokens[:, :-1]
+    x = draft.features(inputs, document_bias(inputs))
+    rows, _ = chosen_rows(answer[:, 1:])
+    flat = x.reshape(-1, x.shape[-1])[rows][None]
+    true = features.reshape(-1, features.shape[-1])[rows]
+    scales = torch.full((1,), 1 / 4096.0)
+    loss, kl = DistilLoss.apply(flat, true, target.head.detach(), draft.head, scales)
+    return loss, kl, flat, true
+
+
+def eagle_optimizer(head: FastEagle) -> MuonAdam:
+    """Muon for the matrices, AdamW for bias and norm."""
+    fc, bias, qkv, o, gate_up, down, norm2 = list(head.weights)
+    h, g, d = head.heads
+    inner = down.shape[1]
+    return MuonAdam([
+        Slot(fc, 0.02, "muon"), Slot(bias, 0.002, "adam"),
+        Slot(qkv, 0.02, "muon", (h * d, g * d, g * d)), Slot(o, 0.02, "muon"),
+        Slot(gate_up, 0.02, "muon", (inner, inner)), Slot(down, 0.02, "muon"),
+        Slot(norm2, 0.002, "adam"),
+    ])  # fmt: skip
+
+
+Loss = Callable[[Batch], Outcome]
+
+
+@torch.no_grad()
+def agreement(
+    outputs: Tensor, true: Tensor, student_head: Tensor, teacher_head: Tensor
+) -> list[float]:
+    """Share of rows where drafter and target prefer the same token, for every unrolled step."""
+    wanted = (true @ teacher_head.T).argmax(-1)
+    return [
+        round(float(((x @ student_head.T).argmax(-1) == wanted).float().mean()), 3) for x in outputs
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One drafter's training."""
+
+    name: str
+    loss_of: Loss
+    target: FastLlama
+    student_head: Tensor
+    blocks: list[Blocks]
+    minutes: float
+    checkpoint: Path
+
+
+def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
+    """Train or resume until the minutes are spent; returns the held-out figures."""
+    elapsed, number, rows_seen = 0.0, 0, 0
+    if job.checkpoint.exists():
+        state = torch.load(job.checkpoint, weights_only=True)
+        optimizer.load(state["optimizer"])
+        elapsed, number, rows_seen = state["elapsed"], state["number"], state["rows"]
+        logger.info("%s: resumed at %.1f min", job.name, elapsed / 60)
+    begin, saved = time.monotonic() - elapsed, time.monotonic()
+    recent: list[Tensor] = []
+    budget = job.minutes * 60
+
+    def save(spent: float) -> dict[str, Any]:
+        state = {"elapsed": spent, "number": number, "rows": rows_seen}
+        save_atomic(state | {"optimizer": optimizer.state()}, job.checkpoint)
+        return report(job)
+
+    for block, start in endless(job.blocks, number):
+        spent = time.monotonic() - begin
+        if spent >= budget:
+            break
+        loss, kl, _, true = job.loss_of(block.batch(job.target, start))
+        loss.backward()
+        number, rows_seen = number + 1, rows_seen + len(true)
+        recent.append(kl)
+        # Warm-up over 20 steps, then full rate for a third of the time, then down to 2 %.
+        optimizer.step(min(1.0, number / 20, max(0.02, 1.5 * (1 - spent / budget))))
+        if number % 100 == 0:
+            kl_text = [round(x, 3) for x in torch.stack(recent).mean(0).tolist()]
+            logger.info("%s %5.1f min step %d %.2f M rows KL %s", job.name, spent / 60, number,
+                        rows_seen / 1e6, kl_text)  # fmt: skip
+            recent = []
+        if time.monotonic() - saved > 180:
+            save(spent)
+            saved = time.monotonic()
+    return save(budget) | {"rows": rows_seen, "steps": number}
+
+
+@torch.no_grad()
+def report(job: Job) -> dict[str, Any]:
+    """KL and agreement on the held-out micro-batch of each length."""
+    result: dict[str, Any] = {}
+    for block in job.blocks:
+        if len(block.tokens):
+            _, kl, outputs, true = job.loss_of(block.batch(job.target, 0))
+            hits = agreement(outputs, true, job.student_head, job.target.head)
+            result[str(block.length)] = {"kl": [round(x, 3) for x in kl.tolist()], "top1": hits}
+    logger.info("%s held out: %s", job.name, result)
+    return result
+
+
+def export_eagle(head: FastEagle, target: FastLlama, folder: Path) -> None:
+    """Write the head in the public EAGLE-1 layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    h, g, d = head.heads
+    config = target.hf_config() | {
+        "num_hidden_layers": 1, "num_attention_heads": h, "num_key_value_heads": g, "head_dim": d,
+        "intermediate_size": list(head.weights)[5].shape[1], "bias": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    save_file(head.tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def train_eagle(
+    target: FastLlama, blocks: list[Blocks], *, minutes: float, checkpoint: Path, steps: int = 5
+) -> tuple[FastEagle, dict[str, Any]]:
+    """The head, unrolled over `steps` drafts."""
+    s = target.shape
+    head = FastEagle(target.embed.detach(), (s.num_heads, s.num_heads, s.head_dim), 1408)
+
+    def loss(batch: Batch) -> Outcome:
+        return eagle_loss(head, target, batch, steps)
+
+    job = Job("eagle", loss, target, target.head, blocks, minutes, checkpoint)
+    return head, run(job, eagle_optimizer(head))
+
+
+def train_draft(
+    target: FastLlama, blocks: list[Blocks], *, shape: Any, minutes: float, checkpoint: Path
+) -> tuple[FastLlama, dict[str, Any]]:
+    """The small draft model, distilled from the target."""
+    draft = FastLlama(shape, seed=2)
+
+    def loss(batch: Batch) -> Outcome:
+        return draft_loss(draft, target, batch)
+
+    job = Job("draft", loss, target, draft.head, blocks, minutes, checkpoint)
+    return draft, run(job, make_optimizer(draft))

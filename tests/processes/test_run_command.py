@@ -1,0 +1,59 @@
+"""`flowspec run` on the bundled models, as a user sees it."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flowspec.cli.main import main
+
+SUMMARY = (
+    *("finished", "speed", "first token", "tau", "alpha per depth", "stages busy", "sent"),
+    *("pruned in flight", "identical to the target alone: yes"),
+)
+
+
+def flowspec_run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Runs in an empty folder, piped, as a script would."""
+    command = [sys.executable, "-m", "flowspec", "run", *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+def test_the_bundled_model_answers_and_the_summary_is_whole(tmp_path):
+    """The main job: every line of the closing summary, and the proof that the text is exact."""
+    options = ("--prompt", "What is the capital of Norway?", "--strategy", "pipedec")
+    sampled = ("--stages", "2", "--temperature", "1", "--seed", "7", "--max-new-tokens", "24")
+    done = flowspec_run(tmp_path, *options, *sampled)
+    assert done.returncode == 0, done.stderr
+    for line in SUMMARY:
+        assert re.search(f"^{re.escape(line)}", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^stages busy +1:\d+% 2:\d+%", done.stdout, re.MULTILINE)
+    assert "head + 2 stages" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--strategy", "warp"), "unknown strategy 'warp'; known: ar, serial_pp"),
+        (("--drafter", "none"), "needs a drafter"),
+        (("--stages", "9"), "1 to 8 stages are possible"),
+        (("--set", "topk"), "takes key=value"),
+        (("--device", "abacus"), "device 'abacus'"),
+        (("--model", "nowhere/at-all-"), "nowhere/at-all-"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(tmp_path, monkeypatch, capsys, options, message):
+    """No traceback, exit code 2, and what to do; said before any process starts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
+    monkeypatch.setattr(sys, "argv", ["flowspec", "run", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert message in errors[0]
