@@ -17,8 +17,7 @@ class Driver:
         self.transport = transport
         self.to_client: deque[Message] = deque()
         self.stopped = False
-        self.last_heard = time.monotonic()
-        self.last_progress = self.last_heard  # of anything but statuses; work done here counts
+        self.last_progress = time.monotonic()  # of anything but statuses; work here counts
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
 
     def inject(self, message: Message) -> None:
@@ -41,12 +40,12 @@ class Driver:
 
     def _serve(self, timeout_s: float) -> None:
         for message in self.transport.receive(timeout_s):
-            self.last_heard = time.monotonic()
+            now = time.monotonic()
             if not isinstance(message, Status):
-                self.last_progress = self.last_heard
+                self.last_progress = now
             if isinstance(message, Stop):
                 self.stopped = True
-            self._send(self.core.handle(message, self.last_heard))
+            self._send(self.core.handle(message, now))
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:

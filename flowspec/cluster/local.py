@@ -72,7 +72,7 @@ class LocalCluster:
         finished = False
         try:
             self.driver.inject(Submit(request=request))
-            self.driver.last_heard = time.monotonic()
+            self.driver.last_progress = time.monotonic()
             for event in self._events(request, tokens):
                 finished = isinstance(event, Completion)
                 yield event
