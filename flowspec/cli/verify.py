@@ -122,6 +122,7 @@ def _run(plan: _Plan) -> list[Combination]:
             folder = split_folder(config)
             parts = load_head_parts(config, folder)
             if verifier is None:
+                _say_left_out(plan, parts, console)
                 whole = load_whole(folder, device=config.device, dtype=config.dtype)
                 alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
                 verifier = Verifier(alone)
@@ -138,6 +139,15 @@ def _run(plan: _Plan) -> list[Combination]:
     return rows
 
 
+def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
+    """A prompt that fills the model's context has no answer to compare."""
+    left_out = len(plan.prompts) - len(_requests(plan, parts, 0.0))
+    if left_out == len(plan.prompts):
+        raise ValueError(f"every prompt is longer than the context of {parts.max_context} tokens")
+    if left_out:
+        console.print(f"{left_out} prompts left out: longer than {parts.max_context} tokens")
+
+
 def _rows(plan: _Plan, num_stages: int) -> Iterator[Combination]:
     for strategy in plan.strategies:
         drafter = plan.config.drafter if STRATEGIES[strategy].drafts else "none"
@@ -150,6 +160,8 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
     requests = []
     for seed, prompt in enumerate(plan.prompts, start=1):
         ids = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        if len(ids) >= parts.max_context:
+            continue  # said once, by _say_left_out
         requests.append(
             Request(
                 id=next(_REQUEST_IDS),
