@@ -129,11 +129,12 @@ def self_generate(
     batches = [order[i : i + batch] for i in range(0, len(order), batch)]
     random.Random(seed).shuffle(batches)
     samples: list[corpus.Sample] = []
-    made, begin = 0, time.monotonic()
+    made, asked, begin = 0, 0, time.monotonic()
     for number, members in enumerate(batches):
         if time.monotonic() - begin > minutes * 60:
             break
         chosen = [prompts[i] for i in members]
+        asked += len(chosen)
         temperature = (torch.arange(len(chosen)) % 2).float()
         for prompt, text in zip(
             chosen, continue_batch(model, chosen, temperature, max_new), strict=True
@@ -146,5 +147,5 @@ def self_generate(
             rate = made / (time.monotonic() - begin)
             logger.info("generated %d of %d batches, %d tokens, %.0f tok/s",
                         number + 1, len(batches), made, rate)  # fmt: skip
-    logger.info("kept %d of %d samples", len(samples), len(prompts))
+    logger.info("kept %d of %d samples", len(samples), asked)
     return samples

@@ -223,6 +223,7 @@ def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
     lines.append("|" + "---|" * (len(SETS) + 4))
     for mode, rows in table.items():
         cells = [f"{rows[s]['all']:.2f} / {rows[s]['plain']:.2f}" for s in SETS]
+        cells = [cell.replace(" / 0.00", " / –") for cell in cells]  # every sample looped
         means = []
         for key in ("all", "plain"):
             known = [rows[s][key] for s in SETS if rows[s][key] > 0]
