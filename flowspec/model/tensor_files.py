@@ -8,7 +8,7 @@ once touched count as memory of this process until the mapping goes.
 import hashlib
 import json
 import math
-import pickle
+import pickle  # for the name of the error that a refused `.bin` raises; nothing is unpickled
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
