@@ -49,7 +49,7 @@ class RunConfig:
     """One local run: which model, cut how, decoded how."""
 
     model: str = "models/demo/target"  # HF id, or folder of a checkpoint or of a split model
-    draft: str = "models/demo/eagle"  # folder of the draft head
+    draft: str = ""  # folder of the draft model; default: the drafter's own for the bundled model
     stages: int | None = None  # how many; default: as the model is split, else 4
     layers: str = ""  # explicit split such as 3+3+2; overrides stages
     strategy: str = "streaming"

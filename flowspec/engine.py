@@ -7,18 +7,15 @@ from typing import Any
 import torch
 
 from flowspec.config import DecodeConfig, RunConfig, override
+from flowspec.drafters import DraftSource, find_drafter
 from flowspec.drafters.base import Drafter, NoDrafter
-from flowspec.drafters.eagle import EagleDrafter
 from flowspec.head import Head
 from flowspec.model.load import load_head_part, load_stage
-from flowspec.model.load_eagle import load_eagle
 from flowspec.model.manifest import Manifest, read_manifest
 from flowspec.request import Request
 from flowspec.stage import Stage
 from flowspec.strategies import StrategySpec, find_strategy
 from flowspec.text import TextStream, load_tokenizer
-
-DRAFTERS = ("eagle", "none")
 
 
 @dataclass(slots=True)
@@ -46,8 +43,7 @@ def decode_config(config: RunConfig) -> tuple[StrategySpec, DecodeConfig]:
 def check_run(config: RunConfig) -> None:
     """Raise ValueError for what can be said before anything is loaded."""
     spec, _ = decode_config(config)
-    if config.drafter not in DRAFTERS:
-        raise ValueError(f"unknown drafter {config.drafter!r}; known: {', '.join(DRAFTERS)}")
+    find_drafter(config.drafter)
     if spec.drafts and config.drafter == "none":
         raise ValueError(f"strategy {config.strategy} needs a drafter; --strategy ar needs none")
     try:
@@ -63,15 +59,16 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
     check_run(config)
     part = load_head_part(split_folder, device=config.device, dtype=config.dtype)
     drafter: Drafter = NoDrafter()
-    if config.drafter == "eagle" and find_strategy(config.strategy).drafts:
-        net = load_eagle(
-            config.draft,
-            target_config=part.config,
-            embedding=part.embed_tokens,
+    if find_strategy(config.strategy).drafts:
+        spec = find_drafter(config.drafter)
+        source = DraftSource(
+            folder=Path(config.draft or spec.bundled),
+            target=part,
+            target_folder=split_folder / "head",
             device=config.device,
             dtype=config.dtype,
         )
-        drafter = EagleDrafter(net, part.lm_head)
+        drafter = spec.load(source)
     return HeadParts(
         folder=split_folder,
         manifest=read_manifest(split_folder),

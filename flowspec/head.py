@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import Drafter, NoDrafter, Proposal
+from flowspec.drafters.base import Drafter, DraftJob, NoDrafter, Proposal
 from flowspec.effects import CLIENT, Send, Step, Work
 from flowspec.request import (
     Completion,
@@ -155,10 +155,10 @@ class Head:
         session.now = now
         segment = self._next_piece(session, strategy)
         if segment is None and session.drafter.num_rows_ready:
-            return Step(work=self._absorb(session))
+            return Step(work=self._draft(session, None))
         if segment is None and session.decoding:
             if nodes := strategy.next_draft(session):
-                return Step(work=self._expand(session, nodes))
+                return Step(work=self._draft(session, nodes))
             # "nothing more to draft" may be what a strategy was waiting for
             segment = self._next_piece(session, strategy)
         return None if segment is None else Step(sends=[Send(FIRST_STAGE, segment)])
@@ -193,6 +193,7 @@ class Head:
             request=request,
             config=config,
             num_stages=self.num_stages,
+            draft_model=drafter,
             drafter=drafter.open(request, topk=config.topk, coupled=config.coupled_drafting),
             cost=self.cost,
         )
@@ -247,39 +248,29 @@ class Head:
             return None
         return tree_segment(session, outgoing.nodes[:room], outgoing.verify)
 
-    def _absorb(self, session: Session) -> Work:
-        proposed: list[Proposal] = []
+    def _draft(self, session: Session, nodes: Sequence[Node] | None) -> Work:
+        """One drafter forward: expand `nodes`, or (None) absorb what is newly known to be true."""
+        job = DraftJob(session.drafter, session.tree, nodes)
+        proposals: list[Proposal] = []
 
         def run() -> None:
-            proposal = session.drafter.absorb(session.tree)
-            if proposal is not None:
-                proposed.append(proposal)
+            for proposed in session.draft_model.draft([job]):
+                proposals.extend(proposed)
 
         def finish(now: float, elapsed: float) -> Sequence[Send]:
             del now
             session.count_draft(elapsed)
-            for proposal in proposed:
+            if nodes is not None:
+                session.grow(proposals, floor_count=session.config.tree_size)
+                return ()
+            for proposal in proposals:
                 session.root_proposal = proposal
                 if session.config.refresh or not session.tree.root.expanded:
                     session.grow([proposal], floor_count=session.config.tree_size)
             return ()
 
-        rows, context = session.drafter.num_rows_ready, len(session.tokens)
-        return Work("draft", rows, context, run, finish)
-
-    def _expand(self, session: Session, nodes: Sequence[Node]) -> Work:
-        proposals: list[Proposal] = []
-
-        def run() -> None:
-            proposals.extend(session.drafter.expand(nodes, session.tree))
-
-        def finish(now: float, elapsed: float) -> Sequence[Send]:
-            del now
-            session.count_draft(elapsed)
-            session.grow(proposals, floor_count=session.config.tree_size)
-            return ()
-
-        return Work("draft", len(nodes), len(session.tokens), run, finish)
+        rows = session.drafter.num_rows_ready if nodes is None else len(nodes)
+        return Work("draft", rows, len(session.tokens), run, finish)
 
     def _features(self, session: Session, message: Features) -> None:
         by_position = {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import DraftSession, Proposal
+from flowspec.drafters.base import Drafter, DraftSession, Proposal
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.tree import DraftTree, Node
 from flowspec.wire import Reroot, Segment
@@ -65,6 +65,7 @@ class Session:
     request: Request
     config: DecodeConfig
     num_stages: int
+    draft_model: Drafter
     drafter: DraftSession
     cost: SegmentCost
     tree: DraftTree = field(default_factory=DraftTree)

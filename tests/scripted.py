@@ -9,7 +9,7 @@ from typing import TypeAlias
 from tiny import CONFIG, VOCAB, randomize, truth, whole_model
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, Proposal
+from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
 from flowspec.drafters.eagle import EagleDrafter
 from flowspec.model.eagle_net import EagleNet
 from flowspec.request import Request
@@ -58,12 +58,25 @@ class ScriptedDrafter:
         self.seed = seed
         self.sessions: dict[int, ScriptedSession] = {}
 
-    def open(self, request: Request, *, topk: int, coupled: bool) -> "ScriptedSession":
+    def open(
+        self,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> "ScriptedSession":
         """See Drafter.open."""
-        del coupled
+        assert not num_shared, "nothing is reusable yet"
+        del coupled, reuse
         session = ScriptedSession(self, request, topk)
         self.sessions[request.id] = session
         return session
+
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """See Drafter.draft."""
+        return draft_each(jobs)
 
 
 class ScriptedSession:
@@ -75,6 +88,7 @@ class ScriptedSession:
         self.truth = truth(request.prompt, request.sampling)
         self.tokens: list[int] = []
         self.num_rows_ready = 0
+        self.num_reusable = 0
         self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
 
     def accept(self, tokens: Sequence[int]) -> None:

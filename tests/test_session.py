@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import NoDraftSession, Proposal
+from flowspec.drafters.base import NoDrafter, NoDraftSession, Proposal
 from flowspec.request import NodeId, Request
 from flowspec.session import Flight, SegmentCost, Session
 
@@ -21,6 +21,7 @@ def make_session(context: int = 1000, **config: int) -> Session:
         request=Request(id=1, prompt=(1, 2, 3, 4, 5)),
         config=DecodeConfig(**config),  # type: ignore[arg-type]
         num_stages=3,
+        draft_model=NoDrafter(),
         drafter=NoDraftSession(),
         cost=SegmentCost(),
         context=context,

@@ -7,10 +7,12 @@ from typing import Any
 
 import flowspec
 from flowspec.config import RunConfig, override, read_run_config
+from flowspec.drafters import find_drafter
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
+from flowspec.strategies import find_strategy
 
 DEFAULT_STAGES = 4
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
@@ -34,6 +36,22 @@ def bundled(name: str) -> str:
     """`name`, or where the package's own copy of it lies if it does not exist here."""
     own = BUNDLED.parent.parent / name
     return name if Path(name).exists() or not own.exists() else str(own)
+
+
+def draft_folder(config: RunConfig) -> str:
+    """Where the draft model lies: as configured, else the drafter's own for the bundled model.
+
+    Raises ValueError where a model of one's own comes without its draft model.
+    """
+    spec = find_drafter(config.drafter)
+    if not spec.bundled or not find_strategy(config.strategy).drafts:
+        return config.draft
+    if not config.draft and config.model != RunConfig().model:
+        raise ValueError(
+            f"drafter {config.drafter} needs --draft with a model of your own: the folder of a "
+            "draft model made for it"
+        )
+    return bundled(config.draft or spec.bundled)
 
 
 def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Path:

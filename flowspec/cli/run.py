@@ -14,10 +14,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flowspec.cli.common import bundled, effective_config, split_folder
+from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig, as_yaml, override
-from flowspec.engine import DRAFTERS, HeadParts, check_run, decode_config, load_head_parts
+from flowspec.drafters import DRAFTERS
+from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.request import Completion, DecodeStats, Request
@@ -38,13 +39,15 @@ def run(
     model: Annotated[
         str | None, typer.Option(help="Split folder, model folder or HF id [bundled model].")
     ] = None,
-    draft: Annotated[str | None, typer.Option(help="Folder of the EAGLE head [bundled].")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
     stages: Annotated[int | None, typer.Option(help="Number of stage processes [4].")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers per stage, as in 3+3+2.")] = None,
     strategy: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
     ] = None,
-    drafter: Annotated[str | None, typer.Option(help=f"{' or '.join(DRAFTERS)} [eagle].")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(DRAFTERS)} [eagle].")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy [0].")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens [0: off].")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [1: off].")] = None,
@@ -104,7 +107,7 @@ def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
 
 def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: bool) -> None:
     check_run(config)
-    config = override(config, {"draft": bundled(config.draft)}, where="draft")
+    config = override(config, {"draft": draft_folder(config)}, where="draft")
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
     torch.set_num_threads(config.threads_per_process)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from flowspec.cli.common import BUNDLED, bundled, split_folder
+from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
@@ -47,7 +47,7 @@ class _Plan:
 
 def verify(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
-    draft: Annotated[str | None, typer.Option(help="Folder of the EAGLE head [bundled].")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
     ] = None,
@@ -72,19 +72,17 @@ def verify(
     names = tuple(STRATEGIES) if strategies == "all" else tuple(strategies.split(","))
     for name in names:
         find_strategy(name)
-    if model is not None and draft is None and any(STRATEGIES[name].drafts for name in names):
-        raise ValueError("--draft is needed with a MODEL: the folder of its EAGLE head")
-    default = RunConfig()
+    config = RunConfig(
+        model=model or RunConfig().model,
+        draft=draft or "",
+        dtype=dtype,
+        device=device,
+        shape_stable=shape_stable,
+        # the strategy decides only whether a drafter is loaded; ar needs none
+        strategy=next((name for name in names if STRATEGIES[name].drafts), names[0]),
+    )
     plan = _Plan(
-        config=RunConfig(
-            model=model or default.model,
-            draft=bundled(draft or default.draft),
-            dtype=dtype,
-            device=device,
-            shape_stable=shape_stable,
-            # the strategy decides only whether a drafter is loaded; ar needs none
-            strategy=next((name for name in names if STRATEGIES[name].drafts), names[0]),
-        ),
+        config=replace(config, draft=draft_folder(config)),
         strategies=names,
         stages=_numbers(stages, int, "--stages"),
         temperatures=_numbers(temperatures, float, "--temperatures"),

@@ -22,6 +22,7 @@ class DraftSession(Protocol):
     """The drafter's side of one request. Methods that compute are `absorb` and `expand`."""
 
     num_rows_ready: int  # true tokens waiting to be absorbed (0: nothing to do)
+    num_reusable: int  # leading true tokens that a request with the same ones need not do again
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Tokens now known to be true, behind those known before (first the prompt)."""
@@ -36,14 +37,51 @@ class DraftSession(Protocol):
         """One forward over alive nodes whose parents are expanded."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftJob:
+    """One request's share of a drafter forward: nodes to expand, or (None) true rows to absorb."""
+
+    session: DraftSession
+    tree: DraftTree
+    nodes: Sequence[Node] | None = None
+
+
 class Drafter(Protocol):
     """A loaded draft model (or method)."""
 
     name: str
     feature_layers: tuple[int, ...]  # which of the target's hidden states it needs
 
-    def open(self, request: Request, *, topk: int, coupled: bool) -> DraftSession:
-        """Begin with a request; `topk` children per node, ranked by the shared noise if coupled."""
+    def open(
+        self,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> DraftSession:
+        """Begin with a request; `topk` children per node, ranked by the shared noise if coupled.
+
+        `reuse`, a session of this drafter that is over, gives its work on the first `num_shared`
+        tokens (at most its `num_reusable`), which the new prompt has too; `accept` still brings
+        every token, features come for later positions alone.
+        """
+
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """The proposals of each job, all in one forward where the method has one."""
+
+
+def draft_each(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+    """`Drafter.draft`, one job after the other."""
+    proposals = []
+    for job in jobs:
+        if job.nodes is not None:
+            proposals.append(job.session.expand(job.nodes, job.tree))
+        else:
+            absorbed = job.session.absorb(job.tree)
+            proposals.append([] if absorbed is None else [absorbed])
+    return proposals
 
 
 class NoDrafter:
@@ -52,16 +90,29 @@ class NoDrafter:
     name = "none"
     feature_layers: tuple[int, ...] = ()
 
-    def open(self, request: Request, *, topk: int, coupled: bool) -> "NoDraftSession":
+    def open(
+        self,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> "NoDraftSession":
         """A session that never has anything to say."""
-        del request, topk, coupled
+        del request, topk, coupled, reuse, num_shared
         return NoDraftSession()
+
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """See Drafter.draft."""
+        return draft_each(jobs)
 
 
 class NoDraftSession:
     """See NoDrafter."""
 
     num_rows_ready = 0
+    num_reusable = 2**31  # there is nothing to do again
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Nothing depends on the text."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import Proposal
+from flowspec.drafters.base import DraftJob, DraftSession, Proposal, draft_each
 from flowspec.model.eagle_net import EagleNet
 from flowspec.model.kv_cache import COMMITTED, TreeKVCache
 from flowspec.model.llama import rope_angles, rope_frequencies
@@ -37,13 +37,29 @@ class EagleDrafter:
         self.lm_head = lm_head
         self.frequencies = rope_frequencies(net.config).to(lm_head.device)
 
-    def open(self, request: Request, *, topk: int, coupled: bool) -> "EagleSession":
+    def open(
+        self,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> "EagleSession":
         """See Drafter.open."""
+        assert not num_shared, "nothing is reusable yet"
+        del reuse
         return EagleSession(self, request, topk=topk, coupled=coupled)
+
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """See Drafter.draft."""
+        return draft_each(jobs)
 
 
 class EagleSession:
     """One request's rows, guesses and true features."""
+
+    num_reusable = 0
 
     def __init__(
         self, drafter: EagleDrafter, request: Request, *, topk: int, coupled: bool

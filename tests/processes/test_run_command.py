@@ -42,7 +42,7 @@ def test_the_bundled_model_answers_and_the_summary_is_whole(tmp_path):
         (("--stages", "9"), "1 to 8 stages are possible"),
         (("--set", "topk"), "takes key=value"),
         (("--device", "abacus"), "device 'abacus'"),
-        (("--model", "nowhere/at-all-"), "nowhere/at-all-"),
+        (("--model", "nowhere/at-all-", "--draft", "x"), "nowhere/at-all-"),
     ],
 )
 def test_wrong_options_are_one_clear_line(tmp_path, monkeypatch, capsys, options, message):
