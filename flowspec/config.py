@@ -59,6 +59,9 @@ class RunConfig:
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
+    max_requests: int = 8  # served at once; further ones wait
+    kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
+    kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
@@ -70,6 +73,10 @@ class RunConfig:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
         if self.threads_per_process < 1:
             raise ValueError(f"threads_per_process must be at least 1: {self.threads_per_process}")
+        if not 1 <= self.max_requests <= 16:
+            raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
+        if self.kept_prefixes < 0 or self.kv_memory_mb < 0:
+            raise ValueError("kept_prefixes and kv_memory_mb must not be negative")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
 

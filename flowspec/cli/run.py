@@ -142,7 +142,7 @@ def _show_stream(cluster: LocalCluster, request: Request) -> tuple[Completion, f
     if live:
         live.start()
     try:
-        for event in cluster.stream(request):
+        for event in cluster.serve([request]):
             if isinstance(event, Completion):
                 if live:
                     live.update(Text(event.text))
@@ -187,10 +187,9 @@ class _Activity:
 
 
 def _live_line(cluster: LocalCluster, start: float, activity: _Activity) -> str:
-    session = cluster.head.session or cluster.head.last
-    if session is None:
+    stats = cluster.head.stats()
+    if stats is None:
         return "starting"
-    stats = session.stats
     elapsed = max(time.monotonic() - max(stats.first_token_at, start), 1e-9)
     activity.update(cluster.statuses(), time.monotonic())
     stages = " ".join(f"{rank}:{share:.0%}" for rank, share in sorted(activity.shares.items()))

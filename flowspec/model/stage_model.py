@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.model.config import ModelConfig
-from flowspec.model.kv_cache import TreeKVCache, Window
+from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
 from flowspec.model.llama import Block, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
@@ -56,6 +56,12 @@ class StageModel(nn.Module):
         """Of the weights, and of the hidden states that leave."""
         return next(self.parameters()).dtype
 
+    @property
+    def kv_bytes_per_row(self) -> int:
+        """What one row of a request takes in its cache here."""
+        config, layers = self.config, self.last_layer - self.first_layer
+        return 2 * layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
         """An empty cache for one request of at most `capacity` rows, tree rows included."""
         return TreeKVCache(
@@ -79,7 +85,12 @@ class StageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, x: Tensor, positions: Tensor, window: Window, *, features: Collection[int] = ()
+        self,
+        x: Tensor,
+        positions: Tensor,
+        window: Window | JointWindow,
+        *,
+        features: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """Run n rows: x is tokens [n] where the stage has the embedding, else hidden [n, H].
 
