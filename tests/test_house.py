@@ -44,6 +44,7 @@ LEVELS: dict[str, int] = {
     "flowspec.head": 11,
     "flowspec.answers": 12,
     "flowspec.engine": 12,
+    "flowspec.simulate.testbed": 6,
     "flowspec.simulate.cluster": 13,
     "flowspec.cluster": 13,
     "flowspec.eval": 14,
