@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo import chat_tokenizer, corpus, generate, tau, train_drafters, train_target
+from demo import chat_tokenizer, corpus, generate, tau, train_drafters, train_eagle3, train_target
 from demo.fast_llama import FastLlama, Shape, load_hf_tensors
 
 logger = logging.getLogger("train_demo")
@@ -106,16 +106,15 @@ def step_generate(args: argparse.Namespace) -> None:
     np.savez(path, tokens=np.concatenate([ids for ids, _ in samples]), ends=ends, starts=starts)
 
 
-def drafter_blocks(args: argparse.Namespace) -> list[train_drafters.Blocks]:
-    """The generated text with a tenth as much of the corpus, packed."""
+def drafter_samples(args: argparse.Namespace) -> list[corpus.Sample]:
+    """The generated text with a tenth as much of the corpus."""
     stored = np.load(args.work / "generated.npz")
     pieces = np.split(stored["tokens"], stored["ends"][:-1])
     samples = list(zip(pieces, stored["starts"].tolist(), strict=True))
     sets = train_target.load_sets(load_tokenizer(args), args.corpus, "train", 1153)
     rng = random.Random(1)
     own = [sample for chosen in sets.values() for sample in chosen]
-    samples += rng.sample(own, min(len(own), len(samples) // 10))
-    return train_drafters.make_blocks(samples, seed=0)
+    return samples + rng.sample(own, min(len(own), len(samples) // 10))
 
 
 def step_eagle(args: argparse.Namespace) -> None:
@@ -125,11 +124,28 @@ def step_eagle(args: argparse.Namespace) -> None:
         return
     target = load_target(args)
     head, figures = train_drafters.train_eagle(
-        target, drafter_blocks(args), minutes=args.eagle_minutes, checkpoint=args.work / "eagle.pt",
-        steps=args.unroll,
+        target, train_drafters.make_blocks(drafter_samples(args), seed=0),
+        minutes=args.eagle_minutes, checkpoint=args.work / "eagle.pt", steps=args.unroll,
     )  # fmt: skip
     train_drafters.export_eagle(head, target, folder)
     write_figures(args, "eagle", figures)
+
+
+def step_eagle3(args: argparse.Namespace) -> None:
+    """The EAGLE-3 head, in the official checkpoint layout."""
+    folder = args.out / "eagle3"
+    if (folder / "model.safetensors").exists():
+        return
+    target = load_target(args)
+    layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else None
+    plan = train_eagle3.Plan(
+        layers=layers or train_eagle3.default_layers(target.shape.num_layers),
+        draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,
+        checkpoint=args.work / "eagle3.pt", steps=args.eagle3_unroll,
+    )  # fmt: skip
+    head, figures = train_eagle3.train(target, drafter_samples(args), plan)
+    train_eagle3.export(head, target, plan, folder)
+    write_figures(args, "eagle3", figures)
 
 
 def step_draft(args: argparse.Namespace) -> None:
@@ -138,8 +154,8 @@ def step_draft(args: argparse.Namespace) -> None:
     if (folder / "model.safetensors").exists():
         return
     draft, figures = train_drafters.train_draft(
-        load_target(args), drafter_blocks(args), shape=DRAFT_SHAPE, minutes=args.draft_minutes,
-        checkpoint=args.work / "draft.pt",
+        load_target(args), train_drafters.make_blocks(drafter_samples(args), seed=0),
+        shape=DRAFT_SHAPE, minutes=args.draft_minutes, checkpoint=args.work / "draft.pt",
     )  # fmt: skip
     train_target.export(draft, args.work / "tokenizer", folder)
     write_figures(args, "draft", figures)
@@ -182,6 +198,7 @@ STEPS = {
     "target": step_target,
     "generate": step_generate,
     "eagle": step_eagle,
+    "eagle3": step_eagle3,
     "draft": step_draft,
     "evaluate": step_evaluate,
 }
@@ -199,12 +216,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="the model folders")
     parser.add_argument("--target-minutes", type=float, default=70)
     parser.add_argument("--eagle-minutes", type=float, default=25)
+    parser.add_argument("--eagle3-minutes", type=float, default=40)
     parser.add_argument("--draft-minutes", type=float, default=8)
     parser.add_argument("--generate-minutes", type=float, default=10)
     parser.add_argument("--unroll", type=int, default=5, help="draft steps in the head's training")
+    parser.add_argument("--eagle3-unroll", type=int, default=7, help="as --unroll, EAGLE-3")
+    parser.add_argument("--eagle3-layers", default="", help="feature layers, as in 1,3,4")
+    parser.add_argument("--draft-vocab", type=int, default=3584, help="tokens EAGLE-3 can say")
     parser.add_argument("--max-new", type=int, default=128, help="tokens of an answer")
     parser.add_argument("--prompts", type=int, default=8, help="per evaluation set")
     parser.add_argument("--modes", default="", help="comma-separated, of " + ", ".join(tau.MODES))
+    parser.add_argument("--eager", action="store_true", help="compile nothing: for short runs")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.step != "evaluate" and args.corpus is None:
@@ -221,6 +243,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
+    torch._dynamo.config.disable = args.eager
     # One graph per draft step and block length; past the limit torch would run them uncompiled.
     torch._dynamo.config.recompile_limit = 64
     args.work.mkdir(parents=True, exist_ok=True)

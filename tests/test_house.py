@@ -73,6 +73,7 @@ CORES = (
     "flowspec.model.rows",
     "flowspec.model.llama",
     "flowspec.model.eagle_net",
+    "flowspec.model.eagle3_net",
 )
 NOT_IN_CORES = (
     "zmq",

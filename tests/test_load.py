@@ -223,14 +223,18 @@ ONE = torch.ones(32)
 @pytest.mark.parametrize(
     ("drop", "add", "named"),
     [
-        ([], {"midlayer.hidden_norm.weight": ONE}, "EAGLE-3.*midlayer"),
+        ([], {"midlayer.hidden_norm.weight": ONE}, "EAGLE-3.*midlayer.*--drafter eagle3"),
         ([], {"d2t": torch.ones(5)}, "EAGLE-3.*d2t"),
         ([], {"fc.weight": torch.ones(32, 96)}, "EAGLE-3.*fc.weight"),
         ([], {"layers.0.input_layernorm.weight": ONE}, "unexpected.*input_layernorm"),
         ([], {"embedding_layernorm.weight": ONE}, "unexpected.*embedding_layernorm"),
         (["layers.0.mlp.down_proj.weight"], {}, "missing.*down_proj"),
-        (["layers.0.self_attn.k_proj.weight"], {}, "no EAGLE-1/2 head.*k_proj"),
-        (["fc.weight"], {"model.fc.weight": torch.ones(32, 64)}, "lacks.*found.*"),
+        (["layers.0.self_attn.k_proj.weight"], {}, "missing.*k_proj"),
+        (
+            ["fc.weight"],
+            {"model.fc.weight": torch.ones(32, 64)},
+            "no EAGLE-1/2 head.*no known kind.*layers.0",
+        ),
         ([], {"fc.weight": torch.ones(16, 32)}, "another target"),
         ([], {"embed_tokens.weight": torch.ones(62, 32)}, "vocabulary has 62.*61"),
         ([], {"layers.0.self_attn.o_proj.weight": torch.ones(32, 8)}, r"o_proj.*\[32, 8\]"),
@@ -244,9 +248,9 @@ def test_other_heads_are_refused_by_name(tmp_path, drop, add, named):
 
 
 def test_a_folder_that_is_no_eagle_head(tmp_path):
-    with pytest.raises(ValueError, match="neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(ValueError, match="none of model.safetensors, pytorch_model.bin"):
         load_eagle(tmp_path, target_config=TARGET)
     families.save(tmp_path, "biases")
-    with pytest.raises(ValueError, match="EAGLE"):
+    with pytest.raises(ValueError, match="no EAGLE-1/2 head.*language model"):
         load_eagle(tmp_path, target_config=TARGET)
     assert load_file(tmp_path / "model.safetensors")

@@ -28,17 +28,17 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: Tensor) -> Tensor:
-    """Rows of step k over step 1's rows (bias [B, 1, T, T]) and one drafted row per later step.
+    """Rows of step k over step 1's rows (bias [B, 1, T, S]) and one drafted row per later step.
 
-    q [B, T, h, d]; keys[0] and values[0] [B, T, g, d] are step 1's, the others one row per query.
+    q [B, T, h, d]; keys[0] and values[0] [B, S, g, d] are step 1's, the others one row per query.
     """
     b, t, h, d = q.shape
-    g = keys[0].shape[2]
+    s, g = keys[0].shape[1:3]
     r = h // g
     q = q * d**-0.5
     rows = q.view(b, t, g, r, d).permute(0, 2, 3, 1, 4).reshape(b * g, r * t, d)
-    columns = keys[0].permute(0, 2, 3, 1).reshape(b * g, d, t)
-    scores = torch.bmm(rows, columns).view(b, h, t, t).float() + bias
+    columns = keys[0].permute(0, 2, 3, 1).reshape(b * g, d, s)
+    scores = torch.bmm(rows, columns).view(b, h, t, s).float() + bias
     grouped = q.view(b, t, g, r, d)
     # [B, h, T, 1] each: the drafted ancestors, one per step, and the row itself
     own = [
@@ -46,11 +46,11 @@ def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: T
         for k in keys[1:]
     ]
     weights = torch.cat((scores, *own), dim=-1).softmax(-1).bfloat16()
-    trunk = weights[..., :t].reshape(b * g, r * t, t)
-    base = values[0].permute(0, 2, 1, 3).reshape(b * g, t, d)
+    trunk = weights[..., :s].reshape(b * g, r * t, s)
+    base = values[0].permute(0, 2, 1, 3).reshape(b * g, s, d)
     mixed = torch.bmm(trunk, base).view(b, g, r, t, d).permute(0, 3, 1, 2, 4)
     for i, v in enumerate(values[1:]):
-        mixed = mixed + weights[..., t + i].permute(0, 2, 1).view(b, t, g, r, 1) * v[:, :, :, None]
+        mixed = mixed + weights[..., s + i].permute(0, 2, 1).view(b, t, g, r, 1) * v[:, :, :, None]
     return mixed.reshape(b, t, h * d)
 
 

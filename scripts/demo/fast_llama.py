@@ -9,6 +9,7 @@ Shapes: B blocks, T tokens, H hidden, h query heads, g key/value heads, d head s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -156,17 +157,23 @@ class FastLlama(nn.Module):
         self.block = torch.compile(block_forward, dynamic=False)
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def features(self, tokens: Tensor, bias: Tensor) -> Tensor:
-        """tokens [B, T], bias [B, 1, T, T] -> hidden states after the final norm [B, T, H]."""
+    def features(self, tokens: Tensor, bias: Tensor, layers: Sequence[int] = ()) -> Tensor:
+        """tokens [B, T], bias [B, 1, T, T] -> hidden states after the final norm [B, T, H].
+
+        With `layers`, their outputs come before it, side by side: [B, T, (n+1)*H].
+        """
         length = tokens.shape[1]
         if length not in self.tables:
             self.tables[length] = rope_table(self.shape, length)
         cos, sin = self.tables[length]
         heads = (self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_dim)
         x = F.embedding(tokens, self.embed)
+        outputs = []
         for layer in self.layers:
             x = self.block(x, list(layer), cos, sin, bias, heads)
-        return norm(x, self.norm, self.shape.norm_eps)
+            outputs.append(x)
+        final = norm(x, self.norm, self.shape.norm_eps)
+        return torch.cat([*(outputs[i] for i in layers), final], dim=-1)
 
     def hf_config(self) -> dict[str, Any]:
         """config.json of the Hugging Face layout."""

@@ -9,7 +9,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 logger = logging.getLogger("train_demo")
-Batch = tuple[Tensor, Tensor, Tensor]  # tokens [B, T+1], answers [B, T+1], features [B, T, H]
-Outcome = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, KL [K], outputs [K, R, H], truth [R, H]
+# tokens [B, T+1], answers [B, T+1], features [B, T, H], or [B, T, (n+1)*H] with n layers' outputs
+Batch = tuple[Tensor, Tensor, Tensor]
+# loss, KL [K], and for each of the K steps outputs [R, H] and true features [R, H]
+Outcome = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
 LENGTHS = {384: 10, 1152: 3}  # rows of a block: blocks of a micro-batch
 
 
@@ -39,20 +41,24 @@ class Blocks:
     length: int
     tokens: NDArray[np.uint16]
     answer: NDArray[np.bool_]
+    layers: tuple[int, ...] = ()  # whose outputs come before the final features
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, target: FastLlama, start: int) -> Batch:
-        """tokens [B, T+1], answer mask [B, T+1], features [B, T, H] from block `start` on."""
+        """The micro-batch from block `start` on."""
         part = slice(start, start + LENGTHS[self.length])
         tokens = torch.from_numpy(self.tokens[part].astype(np.int64))
         if start not in self.features:
             inputs = tokens[:, :-1]
             with torch.no_grad():
-                self.features[start] = target.features(inputs, document_bias(inputs))
+                bias = document_bias(inputs)
+                self.features[start] = target.features(inputs, bias, self.layers)
         return tokens, torch.from_numpy(self.answer[part]), self.features[start]
 
 
-def make_blocks(samples: list[corpus.Sample], seed: int) -> list[Blocks]:
+def make_blocks(
+    samples: list[corpus.Sample], seed: int, layers: tuple[int, ...] = ()
+) -> list[Blocks]:
     """Short samples in short blocks, long ones in long blocks; whole micro-batches only."""
     short, long = LENGTHS
     rng = random.Random(seed)
@@ -64,7 +70,7 @@ def make_blocks(samples: list[corpus.Sample], seed: int) -> list[Blocks]:
         rng.shuffle(chosen)
         tokens, weights = corpus.pack(chosen, length, 0.5, rng)
         whole = len(tokens) // LENGTHS[length] * LENGTHS[length]
-        result.append(Blocks(length, tokens[:whole], weights[:whole] > 0.9))
+        result.append(Blocks(length, tokens[:whole], weights[:whole] > 0.9, layers))
     return result
 
 
@@ -96,7 +102,7 @@ def same_sample(tokens: Tensor) -> Tensor:
 
 
 def eagle_loss(head: FastEagle, target: FastLlama, batch: Batch, steps: int) -> Outcome:
-    """(loss, KL [K], outputs [K, R, H], true features [R, H]) of one micro-batch."""
+    """Of one micro-batch; the rows R are the same in every step."""
     tokens, answer, features = batch
     length = features.shape[1]
     rope = rope_table(target.shape, length)
@@ -111,11 +117,11 @@ def eagle_loss(head: FastEagle, target: FastLlama, batch: Batch, steps: int) -> 
     loss, kl = DistilLoss.apply(flat, true, target.head.detach(), target.head.detach(), scales)
     distance = F.smooth_l1_loss(flat.float(), true.float()[None].expand_as(flat), reduction="none")
     feature_loss = (distance.mean(-1).sum(-1) * scales).sum()
-    return loss + 0.1 * feature_loss, kl, flat, true
+    return loss + 0.1 * feature_loss, kl, list(flat), [true] * steps
 
 
 def draft_loss(draft: FastLlama, target: FastLlama, batch: Batch) -> Outcome:
-    """(loss, KL [1], outputs [1, R, h], true features [R, H]) of the draft model."""
+    """Of one micro-batch, in one step; the outputs are of the draft model's size."""
     tokens, answer, features = batch
     inputs = tokens[:, :-1]
     x = draft.features(inputs, document_bias(inputs))
@@ -124,7 +130,7 @@ def draft_loss(draft: FastLlama, target: FastLlama, batch: Batch) -> Outcome:
     true = features.reshape(-1, features.shape[-1])[rows]
     scales = torch.full((1,), 1 / 4096.0)
     loss, kl = DistilLoss.apply(flat, true, target.head.detach(), draft.head, scales)
-    return loss, kl, flat, true
+    return loss, kl, list(flat), [true]
 
 
 def eagle_optimizer(head: FastEagle) -> MuonAdam:
@@ -145,13 +151,21 @@ Loss = Callable[[Batch], Outcome]
 
 @torch.no_grad()
 def agreement(
-    outputs: Tensor, true: Tensor, student_head: Tensor, teacher_head: Tensor
+    outputs: Sequence[Tensor],
+    truths: Sequence[Tensor],
+    student_head: Tensor,
+    teacher_head: Tensor,
+    ids: Tensor,
 ) -> list[float]:
-    """Share of rows where drafter and target prefer the same token, for every unrolled step."""
-    wanted = (true @ teacher_head.T).argmax(-1)
-    return [
-        round(float(((x @ student_head.T).argmax(-1) == wanted).float().mean()), 3) for x in outputs
-    ]
+    """Share of rows where drafter and target prefer the same token, for every unrolled step.
+
+    `ids` [D] are the target's tokens of the student's.
+    """
+    shares = []
+    for x, true in zip(outputs, truths, strict=True):
+        hits = ids[(x @ student_head.T).argmax(-1)] == (true @ teacher_head.T).argmax(-1)
+        shares.append(round(float(hits.float().mean()), 3))
+    return shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +179,9 @@ class Job:
     blocks: list[Blocks]
     minutes: float
     checkpoint: Path
+    ids: Tensor | None = None  # the target's tokens of the student's, where those are fewer
+    log_every: int = 100
+    snapshot: Callable[[], None] = lambda: None  # called whenever a checkpoint was written
 
 
 def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
@@ -182,19 +199,20 @@ def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
     def save(spent: float) -> dict[str, Any]:
         state = {"elapsed": spent, "number": number, "rows": rows_seen}
         save_atomic(state | {"optimizer": optimizer.state()}, job.checkpoint)
+        job.snapshot()
         return report(job)
 
     for block, start in endless(job.blocks, number):
         spent = time.monotonic() - begin
         if spent >= budget:
             break
-        loss, kl, _, true = job.loss_of(block.batch(job.target, start))
+        loss, kl, _, truths = job.loss_of(block.batch(job.target, start))
         loss.backward()
-        number, rows_seen = number + 1, rows_seen + len(true)
+        number, rows_seen = number + 1, rows_seen + len(truths[0])
         recent.append(kl)
         # Warm-up over 20 steps, then full rate for a third of the time, then down to 2 %.
         optimizer.step(min(1.0, number / 20, max(0.02, 1.5 * (1 - spent / budget))))
-        if number % 100 == 0:
+        if number % job.log_every == 0:
             kl_text = [round(x, 3) for x in torch.stack(recent).mean(0).tolist()]
             logger.info("%s %5.1f min step %d %.2f M rows KL %s", job.name, spent / 60, number,
                         rows_seen / 1e6, kl_text)  # fmt: skip
@@ -209,10 +227,11 @@ def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
 def report(job: Job) -> dict[str, Any]:
     """KL and agreement on the held-out micro-batch of each length."""
     result: dict[str, Any] = {}
+    ids = torch.arange(len(job.student_head)) if job.ids is None else job.ids
     for block in job.blocks:
         if len(block.tokens):
-            _, kl, outputs, true = job.loss_of(block.batch(job.target, 0))
-            hits = agreement(outputs, true, job.student_head, job.target.head)
+            _, kl, outputs, truths = job.loss_of(block.batch(job.target, 0))
+            hits = agreement(outputs, truths, job.student_head, job.target.head, ids)
             result[str(block.length)] = {"kl": [round(x, 3) for x in kl.tolist()], "top1": hits}
     logger.info("%s held out: %s", job.name, result)
     return result
