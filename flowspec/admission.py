@@ -7,6 +7,7 @@ budget is what the tightest stage can hold, in rows of all requests together.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 from flowspec.config import DecodeConfig
 from flowspec.request import Request
@@ -32,19 +33,14 @@ class Kept:
     num_rows: int
 
     def num_shared(self, prompt: Sequence[int]) -> int:
-        """Leading tokens of `prompt` that need not be computed again: at most all but the last.
+        """Leading positions of `prompt` that need not be computed again.
 
-        Bounded by what the stages have committed and by what the drafter has complete.
+        One less than the tokens in common, as Drafter.open wants it, and at most what the stages
+        have committed and the drafter has complete.
         """
-        own = self.session.all_tokens
-        most = min(
-            len(prompt) - 1,
-            len(own),
-            self.session.num_committed,
-            self.session.drafter.num_reusable,
-        )
-        pairs = zip(prompt[:most], own, strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), most)
+        session = self.session
+        in_common = len(commonprefix([tuple(prompt), session.all_tokens]))
+        return max(0, min(in_common - 1, session.num_committed, session.drafter.num_reusable))
 
 
 @dataclass(slots=True)
