@@ -5,7 +5,8 @@
 
 The bundled model in processes on this machine. Every answer must be the target's own, computed
 alone in a process of its own before anything is measured. Sampled is RssAnon, the memory that a
-process owns alone, of the head (this process) and of each stage. Memory is flat when neither the
+process owns alone, of the head (this process) and of each stage, while glibc is told to give freed
+memory back at once, so that what is seen is held. Memory is flat when neither the
 line fitted through the last half of the samples nor the median of the last samples against that of
 the middle ones grows by more than --bound-mib. Exit code 1: a wrong answer, or memory that grows.
 Linux only.
@@ -46,6 +47,11 @@ MIB = 1 << 20
 MIN_SAMPLES = 12  # fewer say nothing about a slope
 NUM_SAMPLES = 100  # over a soak
 ALONE_TIMEOUT_S = 3600.0
+GIVE_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+}
 AROUND = 5  # samples in each median
 DTYPE = "float32"
 
@@ -109,13 +115,14 @@ class Watch:
     def __init__(self, cluster: LocalCluster, expected: int) -> None:
         children = cluster.children.items()
         self.pids = {"head": os.getpid(), **{f"stage {rank}": c.pid for rank, c in children}}
+        self.expected = expected
         self.every = max(1, expected // NUM_SAMPLES)
         self.start = time.monotonic()
         self.samples: list[Sample] = []
 
     def see(self, done: int) -> None:
         """A sample, if one is due."""
-        if self.samples and done < self.samples[-1].done + self.every:
+        if self.samples and done < min(self.samples[-1].done + self.every, self.expected):
             return
         memory = {name: private_bytes(pid) for name, pid in self.pids.items()}
         self.samples.append(Sample(done, time.monotonic() - self.start, memory))
@@ -286,6 +293,8 @@ def main() -> int:
     """Soak as asked; 0 when every answer was right and the memory flat."""
     options = _options()
     find_strategy(options.strategy)
+    if not os.environ.keys() >= GIVE_BACK.keys():  # read by glibc when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **GIVE_BACK})
     torch.set_num_threads(1)
     good, samples = True, {}
     with _parts(options) as (config, parts):

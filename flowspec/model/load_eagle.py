@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspec.model.config import ModelConfig, read_json
+from flowspec.model.config import ModelConfig, positive_int, read_json
 from flowspec.model.eagle_net import EagleNet
 from flowspec.model.load import fill, read_tensors
 
@@ -93,9 +93,9 @@ def _eagle_config(
             f"{path}: its vocabulary has {vocab} tokens, the target's {target.vocab_size}; it was "
             "made for another target"
         )
-    heads = hf.get("num_attention_heads") or target.num_heads
+    heads = positive_int(hf, "num_attention_heads", target.num_heads)
     query_rows = tensors[f"{_ATTENTION}q_proj.weight"].shape[0]
-    head_dim = hf.get("head_dim") or query_rows // heads
+    head_dim = positive_int(hf, "head_dim", query_rows // heads)
     sizes = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": vocab,
