@@ -6,6 +6,7 @@ frames' lengths before anything is allocated; arrays are views into the frames. 
 hidden size. docs/wire_protocol.md has the layouts.
 """
 
+import math
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -102,7 +103,10 @@ def _unpack(
 ) -> tuple[Any, ...]:
     if len(body) < layout.size or (len(body) > layout.size and not rest):
         raise WireError(f"{name}: {len(body)} header bytes, {layout.size} needed")
-    return layout.unpack_from(body)
+    values = layout.unpack_from(body)
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise WireError(f"{name}: a number that is none, or infinite")
+    return values
 
 
 def _expect(name: str, frame: memoryview, size: int) -> None:
@@ -287,7 +291,7 @@ def _decode_features(request: int, body: memoryview, frames: list[memoryview]) -
 
 def _encode_text(stage: int, text: str) -> bytes:
     raw = text.encode(errors="replace")[:MAX_TEXT_BYTES]  # file names may hold stray bytes
-    return _RANK.pack(stage) + raw
+    return _RANK.pack(stage) + raw.decode(errors="ignore").encode()  # no half character at the cut
 
 
 def _decode_text(name: str, body: memoryview) -> tuple[int, str]:
@@ -295,7 +299,10 @@ def _decode_text(name: str, body: memoryview) -> tuple[int, str]:
     raw = bytes(body[_RANK.size :])
     if len(raw) > MAX_TEXT_BYTES:
         raise WireError(f"{name}: text of {len(raw)} bytes, at most {MAX_TEXT_BYTES} allowed")
-    return stage, raw.decode(errors="replace")
+    try:
+        return stage, raw.decode()
+    except UnicodeDecodeError as error:
+        raise WireError(f"{name}: {error}") from None
 
 
 def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Failed:

@@ -271,6 +271,27 @@ def test_texts_that_utf8_cannot_hold_still_travel() -> None:
     assert arrived.text.startswith("no file ")
 
 
+def test_a_text_that_was_cut_arrives_as_it_left() -> None:
+    """The cut leaves no half character behind, and what is no text is refused."""
+    (frame,) = as_bytes(Failed(stage=1, request=0, text="x" + "é" * codec.MAX_TEXT_BYTES))
+    arrived = decode([frame])
+    assert isinstance(arrived, Failed)
+    assert arrived.text == "x" + "é" * ((codec.MAX_TEXT_BYTES - 1) // 2)
+    with pytest.raises(WireError, match="Failed"):
+        decode([frame[:-1] + b"\xff"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_times_are_numbers(value: float) -> None:
+    """A NaN would poison the averages that the head plans with."""
+    for message in (
+        Exit(request=1, seq_no=2, rows=3, slowest_rows=4, slowest_ms=value),
+        replace(SEGMENT, slowest_ms=value),
+    ):
+        with pytest.raises(WireError, match="a number that is none"):
+            decode(as_bytes(message))
+
+
 @pytest.mark.parametrize(
     ("byte", "value", "message"),
     [

@@ -19,6 +19,7 @@ LEVELS: dict[str, int] = {
     "flowspec.request": 1,
     "flowspec.wire": 2,
     "flowspec.codec": 3,
+    "flowspec.plain_yaml": 1,
     "flowspec.config": 2,
     "flowspec.trace": 2,
     "flowspec.effects": 3,

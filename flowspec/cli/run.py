@@ -21,6 +21,7 @@ from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
+from flowspec.plain_yaml import parse_yaml
 from flowspec.request import Completion, DecodeStats, Request
 from flowspec.strategies import STRATEGIES
 from flowspec.targets.local import LocalTarget
@@ -94,14 +95,12 @@ _CONFIG_FLAGS = (
 
 
 def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
-    import yaml
-
     settings = dict(config.decode)
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, not {pair!r}")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = parse_yaml(value, where=f"--set {key}")
     return settings
 
 
