@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import SCRIPTS, ScriptedDrafter, perfect
 from tiny import PROMPT, T0, T1, expected, request
+from tiny_drafters import MODEL_DRAFTERS, model_drafter
 
 from flowspec.cluster.base import generate, generate_all
 from flowspec.simulate.cluster import SimulatedCluster
@@ -64,6 +65,16 @@ def test_a_conversation_computes_each_token_once(strategy, sampling):
             session.truth = truth(tuple(session.tokens), sampling)
             assert number in (1, 2, 3)
             check_features(session)
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_model_drafters_go_on_where_the_last_turn_ended(name):
+    """Their own caches are used again, too."""
+    cluster = kept(3, "streaming", drafter=model_drafter(name), topk=12)
+    reused = conversation(cluster, 3, sampling=T1)
+    assert reused[0] == 0
+    assert reused[1] >= len(PROMPT) - 1, reused
+    assert reused[2] > reused[1]
 
 
 @given(

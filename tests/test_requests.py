@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import SCRIPTS, ScriptedDrafter, hostile, perfect
 from tiny import MAX_CONTEXT, PROMPT, T0, T1, expected, request
+from tiny_drafters import MODEL_DRAFTERS, model_drafter
 
 from flowspec.admission import Admission
 from flowspec.batching import best_counts, knee
@@ -49,6 +50,17 @@ def test_each_text_is_as_alone(strategy, script):
     check_answers(asked, completions)
     if strategy != "ar":
         assert any(isinstance(m, Batch) for m in watches[1].seen), "nothing was shared"
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+@pytest.mark.parametrize("strategy", ["streaming", "serial_pp", "flowspec"])
+def test_one_drafter_forward_serves_all(strategy, name):
+    """Model drafters draft for several requests at once; each text is as alone."""
+    asked = several(4, new=6)
+    drafter = model_drafter(name)
+    setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter, "topk": 12}
+    completions, _ = run_all_watched(setup, asked)
+    check_answers(asked, completions)
 
 
 @given(
