@@ -56,6 +56,7 @@ class RunConfig:
     drafter: str = "eagle"
     dtype: str = "float32"  # float32, bfloat16 or float16; float32 is exact on any hardware
     device: str = "cpu"
+    transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
@@ -68,6 +69,13 @@ class RunConfig:
             raise ValueError(f"stages must be at least 1, not {self.stages}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.transport not in ("zmq", "gloo", "nccl"):
+            raise ValueError(f"transport must be zmq, gloo or nccl, not {self.transport!r}")
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ValueError(
+                f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
+                f"{self.device!r}"
+            )
         if self.threads_per_process < 1:
             raise ValueError(f"threads_per_process must be at least 1: {self.threads_per_process}")
         if self.timeout_s <= 0:
