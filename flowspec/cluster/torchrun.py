@@ -6,18 +6,20 @@ All run the same command. The head prepares the split and tells the stages where
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 from flowspec.cluster.child import Child
-from flowspec.cluster.local import LocalCluster
+from flowspec.cluster.local import EXIT_TIMEOUT_S, LocalCluster
 from flowspec.cluster.worker import WorkerConfig, serve
 from flowspec.config import RunConfig, override
 from flowspec.engine import HeadParts
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError, rank_name
-from flowspec.transport.base import Transport
+from flowspec.transport.base import LostPeer, Transport
 from flowspec.transport.local import rank_device
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_by_torchrun, tell
 from flowspec.transport.torch_link import Meeting
@@ -124,6 +126,31 @@ class TorchrunCluster(LocalCluster):
         self.meeting = launch.meeting(config)
         tell(self.meeting, _SPLIT, str(parts.folder))
         super().__init__(config, parts)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        lost = self._find_lost() if kind is SystemExit else None
+        super().__exit__(kind, error, trace)
+        if lost is not None:
+            raise lost
+
+    def _find_lost(self) -> LostPeer | None:
+        end = time.monotonic() + EXIT_TIMEOUT_S
+        try:
+            while time.monotonic() < end:
+                self.transport.receive(0.1)
+        except LostPeer as lost:
+            return lost
+        return None
+
+    def _explain(self, error: ClusterError) -> ClusterError:
+        return error  # how the process ended is torchrun's to know
 
     def close(self) -> None:
         """Tell the stages to stop and wait a little for them to go. Safe to call twice."""

@@ -10,7 +10,7 @@ LOST = "connection lost"
 
 
 class LostPeer(ClusterError):
-    """A connection broke; its cause begins with LOST where the peer did not say that it leaves."""
+    """A connection broke or was closed by the peer; the cause begins with LOST."""
 
 
 class Transport(Protocol):

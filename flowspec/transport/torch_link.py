@@ -31,8 +31,8 @@ SEND_TIMEOUT_S = 10.0
 SLOWEST_BYTES_PER_S = 1e6  # what a long frame gets on top
 MAX_QUEUED_MESSAGES = 1000  # before the connection is made
 MAX_UNDER_WAY = 32  # sends whose end has not been looked at; their tensors are kept
-ENVELOPE_BYTES = 65536
-NUM_POSTED = 8  # receives of envelopes
+ENVELOPE_BYTES = 524_288  # most segments: one write, no question back
+NUM_POSTED = 4  # receives of envelopes
 MAX_FRAMES = 256
 JOIN_POLL_S = 0.02
 # gloo closes a connection on which a wait runs out: an idle one must have no limit
@@ -177,7 +177,7 @@ class Link:
         try:
             if self._connect():
                 self._read()
-            error = LostPeer(rank_name(self.peer), "has left the cluster")
+            error = LostPeer(rank_name(self.peer), f"{LOST}: it has left the cluster")
         except (WireError, ClusterError) as named:
             error = named
         except RuntimeError as lost:

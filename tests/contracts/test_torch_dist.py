@@ -102,7 +102,7 @@ def test_other_connections_outlive_a_broken_one(rank):
     assert [message.seq_no for message in head.receive(0.0)] == [3]
     head.send(1, segment(4))
     assert [message.seq_no for message in receive(one, 1)] == [4]
-    with pytest.raises(ClusterError, match="stage 2: has left the cluster"):
+    with pytest.raises(ClusterError, match="stage 2: connection lost: it has left"):
         head.receive(SOON_S)
 
 
@@ -139,11 +139,11 @@ def test_who_never_comes_is_named(rank, monkeypatch):
         rank(0).receive(SOON_S)
 
 
-@pytest.mark.parametrize("rows", [1, 1984, 2000, 2048, 4096])
-def test_frames_of_every_size_arrive(rank, rows):
-    """Below, around and above what an envelope holds; ids alone may be too long for it."""
+@pytest.mark.parametrize(("rows", "size"), [(1, 8), (128, 1000), (128, 1024), (4096, 64)])
+def test_frames_of_every_size_arrive(rank, rows, size):
+    """Below, around and above what an envelope holds."""
     head, stage = connected(rank, 0, 1)
-    sent = segment(1, torch.arange(8.0 * rows).view(rows, 8))
+    sent = segment(1, torch.arange(float(size * rows)).view(rows, size))
     head.send(1, sent)
     head.send(1, segment(2))
     first, second = receive(stage, 2)
@@ -175,7 +175,7 @@ def raw(*numbers: int) -> torch.Tensor:
         (raw(255, 255, 0, 0), "65535 frames, at most"),
         (raw(1, 0, 255, 255, 255, 255, torch_link.BY_GLOO), "4294967295 bytes, at most"),
         (raw(1, 0, 1, 0, 0, 0, torch_link.BY_NCCL), "not an envelope"),
-        (raw(1, 0, 0, 0, 1, 0, torch_link.INSIDE), "not an envelope"),
+        (raw(1, 0, 0, 0, 8, 0, torch_link.INSIDE), "not an envelope"),
         (raw(1, 0, 1, 0, 0, 0, 77), "not an envelope"),
     ],
 )
