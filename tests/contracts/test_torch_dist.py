@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from contracts.test_transport import receive, segment
 
-from flowspec.codec import WireError
+from flowspec.codec import WireError, decode, encode_tensors
 from flowspec.request import ClusterError
 from flowspec.transport import torch_dist, torch_link
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_in_folder, tell
@@ -150,6 +150,19 @@ def test_frames_of_every_size_arrive(rank, rows, size):
     assert torch.equal(first.hidden, sent.hidden)
     assert first.nodes == sent.nodes
     assert second == segment(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_stay_tensors_where_they_lie(dtype):
+    """That is what nccl sends: the memory itself, not a copy on the host."""
+    sent = segment(1, torch.arange(12.0).view(4, 3).to(dtype))
+    *_, hidden = frames = encode_tensors(sent)
+    assert hidden.data_ptr() == sent.hidden.data_ptr()
+    received = decode(frames)
+    assert received.hidden.dtype == dtype
+    assert torch.equal(received.hidden, sent.hidden)
+    with pytest.raises(WireError, match="frame of 11 bytes"):
+        decode([*frames[:-1], hidden[:11]])
 
 
 def test_an_envelope_is_full_to_the_last_byte():
