@@ -61,6 +61,7 @@ class RunConfig:
     drafter: str = "eagle"
     dtype: str = "float32"  # float32, bfloat16 or float16; float32 is exact on any hardware
     device: str = "cpu"
+    transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
@@ -74,6 +75,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.transport not in ("zmq", "gloo", "nccl"):
+            raise ValueError(f"transport must be zmq, gloo or nccl, not {self.transport!r}")
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ValueError(
+                f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
+                f"{self.device!r}"
+            )
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
         for name in ("kept_prefixes", "kv_memory_mb"):

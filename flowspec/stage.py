@@ -289,7 +289,7 @@ class Stage:
         return sends
 
     def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
-        message = Features(request=request, layer=layer, nodes=tuple(nodes), hidden=hidden.cpu())
+        message = Features(request=request, layer=layer, nodes=tuple(nodes), hidden=hidden)
         return Send(HEAD, message)
 
     def _status(self, now: float) -> Send:

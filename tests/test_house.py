@@ -231,6 +231,7 @@ def test_stage_knows_no_head() -> None:
     ("package", "home"),
     [
         ("zmq", "flowspec.transport"),
+        ("torch.distributed", "flowspec.transport"),
         ("bitsandbytes", "flowspec.model.quantize"),
         ("typer", "flowspec.cli"),
         ("rich", "flowspec.cli"),

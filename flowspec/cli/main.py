@@ -1,14 +1,18 @@
 """The `flowspec` command: one file per subcommand, one place for errors."""
 
 import contextlib
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 from flowspec import __version__
 from flowspec.cli import run, split, stage, verify
+from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
 app = typer.Typer(
@@ -38,6 +42,11 @@ def main() -> None:
     """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
+    with _one_voice():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, PermissionError) as error:
@@ -46,6 +55,18 @@ def main() -> None:
     except (ClusterError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of torchrun's processes, which all have the same to say, rank 0 alone says it."""
+    launch = find_launch()
+    if launch is None or launch.rank == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        yield
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -15,7 +15,9 @@ from flowspec.cluster.memory import kv_rows, peak_bytes
 from flowspec.driver import Driver
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
-from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.request import ClusterError, rank_name
+from flowspec.transport.base import Transport
+from flowspec.transport.local import local_transport
 from flowspec.wire import Failed, Ready
 
 IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
@@ -30,6 +32,7 @@ class WorkerConfig:
     socket_folder: str
     rank: int
     num_stages: int
+    transport: str = "zmq"
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
@@ -38,11 +41,21 @@ class WorkerConfig:
 
 
 def run_worker(config: WorkerConfig) -> int:
-    """Serve as stage `rank`; returns the exit code. The head learns of every failure."""
+    """Serve as stage `rank` of a local cluster; returns the exit code."""
     _end_with_parent()
+    transport = local_transport(
+        config.transport,
+        config.rank,
+        num_stages=config.num_stages,
+        folder=config.socket_folder,
+        device=config.device,
+    )
+    return serve(config, transport)
+
+
+def serve(config: WorkerConfig, transport: Transport) -> int:
+    """Load, serve until told to stop, return the exit code. The head learns of every failure."""
     torch.set_num_threads(config.threads)
-    addresses = local_addresses(config.socket_folder, config.num_stages)
-    transport = ZmqTransport(config.rank, addresses)
     try:
         stage, model_hash = build_stage(
             config.split_folder,
@@ -60,6 +73,9 @@ def run_worker(config: WorkerConfig) -> int:
         driver = Driver(stage, transport, config.num_stages)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
+    except ClusterError as error:
+        _report_lost(config, transport, error)
+        return 1
     except Exception as error:
         # The head must hear of it whatever it was; the traceback is for this process's log.
         traceback.print_exc()
@@ -69,6 +85,14 @@ def run_worker(config: WorkerConfig) -> int:
     finally:
         transport.close()
     return 0
+
+
+def _report_lost(config: WorkerConfig, transport: Transport, error: ClusterError) -> None:
+    """Tell the head which rank this stage has lost, as a failure of that rank."""
+    for rank in range(1, config.num_stages + 1):
+        if rank_name(rank) == error.where:
+            text = f"{error.cause} (seen by stage {config.rank})"
+            transport.send(HEAD, Failed(stage=rank, request=0, text=text))
 
 
 def _end_with_parent() -> None:
