@@ -270,7 +270,8 @@ class Head:
             return ()
 
         rows = session.drafter.num_rows_ready if nodes is None else len(nodes)
-        return Work("draft", rows, len(session.tokens), run, finish)
+        about = {"request": session.request.id, "nodes": [node.id for node in nodes or ()]}
+        return Work("draft", rows, len(session.tokens), run, finish, about)
 
     def _features(self, session: Session, message: Features) -> None:
         by_position = {}

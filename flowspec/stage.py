@@ -221,6 +221,7 @@ class Stage:
             context=state.tip_position + 1,
             run=job.run,
             finish=job.finish,
+            about={"segments": (segment,)},
         )
         return Step(sends=sends, work=work)
 

@@ -19,6 +19,7 @@ from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig, as_yaml, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
+from flowspec.eval.tracing import tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.request import Completion, DecodeStats, Request
@@ -63,6 +64,9 @@ def run(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
     show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Write a trace of the run there, for Perfetto.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare with the target alone.")] = True,
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
@@ -89,7 +93,7 @@ _CONFIG_FLAGS = (
         "device",
         "shape_stable",
     ),
-    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "trace"),
 )
 
 
@@ -122,10 +126,15 @@ def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: b
     num_stages = len(parts.manifest.layers)
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
-    with LocalCluster(config, parts) as cluster:
+    with (
+        tracing(config.trace) as trace_folder,
+        LocalCluster(config, parts, trace_folder) as cluster,
+    ):
         completion, elapsed_s = _show_stream(cluster, request)
         statuses = cluster.statuses()
     _summary(completion, statuses, elapsed_s)
+    if config.trace:
+        typer.echo(f"trace written to {config.trace}", err=True)
     if completion.error:
         raise ValueError(completion.error)
     if check:

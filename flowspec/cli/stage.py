@@ -17,6 +17,7 @@ def stage(
     dtype: str = "float32",
     threads: int = 1,
     shape_stable: bool = False,
+    trace_file: Path | None = None,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     config = WorkerConfig(
@@ -28,5 +29,6 @@ def stage(
         dtype=dtype,
         threads=threads,
         shape_stable=shape_stable,
+        trace_file=trace_file,
     )
     raise typer.Exit(run_worker(config))

@@ -14,6 +14,7 @@ import torch
 from flowspec.driver import Driver
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
+from flowspec.trace import open_trace
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
 from flowspec.wire import Failed, Ready
 
@@ -33,6 +34,7 @@ class WorkerConfig:
     dtype: str = "float32"
     threads: int = 1
     shape_stable: bool = False
+    trace_file: Path | None = None  # where to record what this process does
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -41,6 +43,7 @@ def run_worker(config: WorkerConfig) -> int:
     torch.set_num_threads(config.threads)
     addresses = local_addresses(config.socket_folder, config.num_stages)
     transport = ZmqTransport(config.rank, addresses)
+    trace = open_trace(config.trace_file, config.rank)
     try:
         stage, model_hash = build_stage(
             config.split_folder,
@@ -50,7 +53,7 @@ def run_worker(config: WorkerConfig) -> int:
             shape_stable=config.shape_stable,
         )
         transport.send(HEAD, Ready(stage=config.rank, model=model_hash))
-        driver = Driver(stage, transport, config.num_stages)
+        driver = Driver(stage, transport, config.num_stages, trace)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
     except Exception as error:
@@ -60,6 +63,7 @@ def run_worker(config: WorkerConfig) -> int:
         transport.send(HEAD, Failed(stage=config.rank, request=0, text=text))
         return 1
     finally:
+        trace.close()
         transport.close()
     return 0
 
