@@ -7,7 +7,7 @@ ran next, what the head waits for in the messages that made it act again. Times 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowspec.effects import HEAD
 from flowspec.eval.timeline import Hop, Process, Timeline, Work, segment_ids, sent_segments
@@ -66,7 +66,21 @@ def track(timeline: Timeline, rank: int) -> list[Span]:
                     pieces = causes.of(open_start, open_end)
                 spans += (Span(a, b, "idle", cause) for a, b, cause in pieces if b > a)
         now = end
-    return [*spans, *_host(timeline, process, now, timeline.end)]
+    spans += _host(timeline, process, now, timeline.end)
+    return _joined(spans)
+
+
+def _joined(spans: Iterable[Span]) -> list[Span]:
+    """Messages that changed nothing leave no mark in the idle time."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and span.work is None and joined[-1].end == span.start:
+            last = joined[-1]
+            if (last.category, last.name) == (span.category, span.name):
+                span = replace(last, end=span.end)
+                joined.pop()
+        joined.append(span)
+    return joined
 
 
 def _host(timeline: Timeline, process: Process, start: float, end: float) -> Iterator[Span]:

@@ -159,7 +159,7 @@ def _load(records: Iterable[Record]) -> Process:
             process.rank, process.pid, process.clock_kind = values
         elif kind == "work":
             process.works.append(_work(*values))
-        elif kind == "wait":
+        elif kind == "wait" and values[0] < values[1]:
             process.waits.append((values[0], values[1]))
         elif kind == "send":
             when, to, key, size, details = values

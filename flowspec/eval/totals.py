@@ -146,18 +146,11 @@ def critical_path(
         if cause is None or cause.sent.when >= now:
             start = min(max(wait[0], timeline.start), now)
             shares[rank_name(rank), "idle"] += now - start
-            # a wait without length cannot be walked over: step before it
-            now = start if start < now else _before(process, start)
+            now = start
             continue
         shares[LINKS, "waiting for link"] += now - max(cause.sent.when, timeline.start)
         rank, now = cause.source, cause.sent.when
     return {key: seconds for key, seconds in shares.items() if seconds > 0}
-
-
-def _before(process: Process, when: float) -> float:
-    """The end of the last wait that ended before `when`."""
-    index = bisect_left(process.waits, when, key=lambda wait: wait[1])
-    return process.waits[index - 1][1] if index else float("-inf")
 
 
 def _between(spans: Sequence[Span], start: float, end: float) -> Sequence[Span]:
