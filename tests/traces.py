@@ -83,15 +83,15 @@ def check_tiles(spans: Sequence[Mapping[str, Any]], wall_us: float) -> None:
     """Busy and idle times add up to the run: no gap, no overlap."""
     now = 0.0
     for span in spans:
-        assert span["ts"] == pytest.approx(now, abs=2e-3), span
+        assert span["ts"] == now, span
         now = span["ts"] + span["dur"]
-    assert now == pytest.approx(wall_us, abs=2e-3)
+    assert now == pytest.approx(wall_us, abs=0.13)
 
 
 def check_apart(spans: Sequence[Mapping[str, Any]]) -> None:
     """Marks of messages do not overlap."""
     for before, after in zip(spans, spans[1:], strict=False):
-        assert after["ts"] >= before["ts"] + before["dur"] - 1e-3, (before, after)
+        assert after["ts"] >= before["ts"] + before["dur"], (before, after)
 
 
 def check_pairs(events: Sequence[Mapping[str, Any]]) -> None:

@@ -141,9 +141,9 @@ class LocalCluster:
             for child in self.children.values():
                 child.kill()
                 child.wait(timeout=STOP_TIMEOUT_S)
-            self.driver.trace.close()
             self.transport.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+            self.driver.trace.close()
 
     def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
         config = self.config
