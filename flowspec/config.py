@@ -69,6 +69,7 @@ class RunConfig:
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
 

@@ -193,6 +193,7 @@ class Stage:
             context=max(p.state.tip_position + 1 for p in parts if p.state and p.segment.nodes),
             run=forward.run,
             finish=lambda now, elapsed: self._finish(forward, now, elapsed),
+            about={"segments": [part.segment for part in parts if part.segment.nodes]},
         )
         return Step(sends=sends, work=work)
 

@@ -21,8 +21,8 @@ LEVELS: dict[str, int] = {
     "flowspec.codec": 3,
     "flowspec.plain_yaml": 1,
     "flowspec.config": 2,
-    "flowspec.trace": 2,
     "flowspec.effects": 3,
+    "flowspec.trace": 4,
     "flowspec.tree": 4,
     "flowspec.verifier": 4,
     "flowspec.text": 4,
@@ -204,7 +204,7 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 
 def test_simulator_knows_cores_by_their_interface() -> None:
     """What schedules the cores must not know what they are; simulate.cluster puts them together."""
-    allowed = {"flowspec.effects", "flowspec.wire", "flowspec.request"}
+    allowed = {"flowspec.effects", "flowspec.wire", "flowspec.request", "flowspec.trace"}
     for module in MODULES:
         if is_within(module, "flowspec.simulate") and module != "flowspec.simulate.cluster":
             own = {used for used in imports(module) if used in MODULES}

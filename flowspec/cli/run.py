@@ -21,6 +21,7 @@ from flowspec.cluster.torchrun import TorchrunCluster, find_launch, fit_to_launc
 from flowspec.config import RunConfig, as_yaml, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
+from flowspec.eval.tracing import tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
@@ -76,6 +77,9 @@ def run(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
     show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Write a trace of the run there, for Perfetto.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare with the target alone.")] = True,
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
@@ -103,7 +107,7 @@ _CONFIG_FLAGS = (
         "transport",
         "shape_stable",
     ),
-    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "trace"),
 )
 
 
@@ -142,10 +146,15 @@ def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: b
     if config.transport != "zmq":
         typer.echo(f"{config.transport}: {TRUSTED_ONLY}", err=True)
     new_cluster = partial(TorchrunCluster, launch=launch) if launch else LocalCluster
-    with new_cluster(config, parts) as cluster:
+    with (
+        tracing(config.trace) as trace_folder,
+        new_cluster(config, parts, trace_folder) as cluster,
+    ):
         completion, elapsed_s = _show_stream(cluster, request)
         statuses = cluster.statuses()
     _summary(completion, statuses, elapsed_s)
+    if config.trace:
+        typer.echo(f"trace written to {config.trace}", err=True)
     if completion.error:
         raise ValueError(completion.error)
     if check:

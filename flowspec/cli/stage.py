@@ -19,6 +19,7 @@ def stage(
     threads: int = 1,
     kv_memory_mb: Annotated[int, typer.Option(help="For KV caches; 0: half of what is free.")] = 0,
     shape_stable: bool = False,
+    trace_file: Path | None = None,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     config = WorkerConfig(
@@ -32,5 +33,6 @@ def stage(
         threads=threads,
         shape_stable=shape_stable,
         kv_memory_mb=kv_memory_mb,
+        trace_file=trace_file,
     )
     raise typer.Exit(run_worker(config))

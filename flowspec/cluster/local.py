@@ -13,12 +13,14 @@ from types import TracebackType
 
 from flowspec.answers import Answers
 from flowspec.cluster.child import Child
+from flowspec.cluster.clocks import ping_clocks
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
 from flowspec.strategies import StrategySpec
+from flowspec.trace import open_trace, trace_path
 from flowspec.transport.base import LOST, LostPeer, Transport
 from flowspec.transport.local import local_transport, rank_device
 from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
@@ -31,10 +33,16 @@ LOG_TAIL_LINES = 8
 
 
 class LocalCluster:
-    """Start with `with`; leaving ends every process, whatever happened inside."""
+    """Start with `with`; leaving ends every process, whatever happened inside.
 
-    def __init__(self, config: RunConfig, parts: HeadParts) -> None:
+    With `trace_folder` every process records there what it does (flowspec/trace.py).
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+    ) -> None:
         self.config = config
+        self.trace_folder = trace_folder
         self.parts = parts
         self.num_stages = len(parts.manifest.layers)
         self.head = build_head(config, parts)
@@ -46,7 +54,8 @@ class LocalCluster:
         except ValueError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        self.driver = Driver(self.head, self.transport, self.num_stages)
+        trace = open_trace(self._trace_file(0), 0)
+        self.driver = Driver(self.head, self.transport, self.num_stages, trace)
         self._pinged_at = 0.0
 
     def __enter__(self) -> "LocalCluster":
@@ -54,6 +63,7 @@ class LocalCluster:
             for rank in range(1, self.num_stages + 1):
                 self.children[rank] = self._spawn(rank)
             self._await_ready()
+            ping_clocks(self.driver, self.head, self.children)
         except BaseException:
             self.close()
             raise
@@ -65,7 +75,11 @@ class LocalCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                ping_clocks(self.driver, self.head, self.children)
+        finally:
+            self.close()
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """See Cluster.configure."""
@@ -135,6 +149,7 @@ class LocalCluster:
                 child.wait(timeout=STOP_TIMEOUT_S)
             self.transport.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+            self.driver.trace.close()
 
     def _make_transport(self) -> Transport:
         device = rank_device(self.config.transport, self.config.device, 0)
@@ -154,6 +169,8 @@ class LocalCluster:
         ]
         if config.shape_stable:
             command.append("--shape-stable")
+        if self.trace_folder is not None:
+            command += ["--trace-file", str(self._trace_file(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
             # pipe on stdin tells a stage when the head is gone without a word.
@@ -252,6 +269,9 @@ class LocalCluster:
         if event.reason is FinishReason.ERROR and event.error.startswith("stage "):
             where, _, cause = event.error.partition(": ")
             raise ClusterError(where, cause)
+
+    def _trace_file(self, rank: int) -> Path | None:
+        return trace_path(self.trace_folder, rank) if self.trace_folder else None
 
     def _log_path(self, rank: int) -> Path:
         return Path(self.folder) / f"stage_{rank}.log"

@@ -19,6 +19,7 @@ from flowspec.config import RunConfig, override
 from flowspec.engine import HeadParts
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError, rank_name
+from flowspec.trace import trace_path
 from flowspec.transport.base import LostPeer, Transport
 from flowspec.transport.local import rank_device
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_by_torchrun, tell
@@ -26,7 +27,7 @@ from flowspec.transport.torch_link import Meeting
 
 PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
 START_TIMEOUT_S = 120.0
-_SPLIT = "split"
+_SPLIT, _TRACES = "split", "traces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,11 @@ def serve_rank(config: RunConfig, launch: Launch) -> int:
     meeting = launch.meeting(config)
     tell(meeting, str(launch.rank), f"{os.getpid()} on {socket.gethostname()}")
     folder = hear(meeting, _SPLIT, PREPARE_TIMEOUT_S)
-    if folder is None:
+    traces = hear(meeting, _TRACES, PREPARE_TIMEOUT_S)
+    if folder is None or traces is None:
         return 1
+    # on another machine than the head's there is no such folder, and nobody to collect from it
+    trace_file = trace_path(Path(traces), launch.rank) if traces and Path(traces).is_dir() else None
     stage = WorkerConfig(
         split_folder=Path(folder),
         socket_folder="",
@@ -92,6 +96,8 @@ def serve_rank(config: RunConfig, launch: Launch) -> int:
         dtype=config.dtype,
         threads=config.threads_per_process,
         shape_stable=config.shape_stable,
+        kv_memory_mb=config.kv_memory_mb,
+        trace_file=trace_file,
     )
     return serve(stage, TorchDistTransport(launch.rank, launch.num_stages, meeting))
 
@@ -122,10 +128,18 @@ class Elsewhere:
 class TorchrunCluster(LocalCluster):
     """The head's side."""
 
-    def __init__(self, config: RunConfig, parts: HeadParts, launch: Launch) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: HeadParts,
+        trace_folder: Path | None = None,
+        *,
+        launch: Launch,
+    ) -> None:
         self.meeting = launch.meeting(config)
         tell(self.meeting, _SPLIT, str(parts.folder))
-        super().__init__(config, parts)
+        tell(self.meeting, _TRACES, str(trace_folder or ""))
+        super().__init__(config, parts, trace_folder)
 
     def __exit__(
         self,

@@ -16,6 +16,7 @@ from flowspec.driver import Driver
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
 from flowspec.request import ClusterError, rank_name
+from flowspec.trace import open_trace
 from flowspec.transport.base import Transport
 from flowspec.transport.local import local_transport
 from flowspec.wire import Failed, Ready
@@ -38,6 +39,7 @@ class WorkerConfig:
     threads: int = 1
     shape_stable: bool = False
     kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
+    trace_file: Path | None = None  # where to record what this process does
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -56,6 +58,7 @@ def run_worker(config: WorkerConfig) -> int:
 def serve(config: WorkerConfig, transport: Transport) -> int:
     """Load, serve until told to stop, return the exit code. The head learns of every failure."""
     torch.set_num_threads(config.threads)
+    trace = open_trace(config.trace_file, config.rank)
     try:
         stage, model_hash = build_stage(
             config.split_folder,
@@ -70,7 +73,7 @@ def serve(config: WorkerConfig, transport: Transport) -> int:
         stage.peak_memory_bytes = peak_bytes
         ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
         transport.send(HEAD, ready)
-        driver = Driver(stage, transport, config.num_stages)
+        driver = Driver(stage, transport, config.num_stages, trace)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
     except ClusterError as error:
@@ -83,6 +86,7 @@ def serve(config: WorkerConfig, transport: Transport) -> int:
         transport.send(HEAD, Failed(stage=config.rank, request=0, text=text))
         return 1
     finally:
+        trace.close()
         transport.close()
     return 0
 
