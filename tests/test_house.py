@@ -58,6 +58,7 @@ CORES = (
     "flowspec.model.stage_model",
     "flowspec.model.rows",
     "flowspec.model.llama",
+    "flowspec.model.rope",
     "flowspec.model.eagle_net",
 )
 NOT_IN_CORES = (

@@ -58,7 +58,7 @@ class StageModel(nn.Module):
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
         """An empty cache for one request of at most `capacity` rows, tree rows included."""
-        return TreeKVCache(
+        cache = TreeKVCache(
             num_layers=self.last_layer - self.first_layer,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
@@ -67,6 +67,9 @@ class StageModel(nn.Module):
             device=self.device,
             stable_context=stable_context,
         )
+        if self.config.windows:
+            cache.windows = self.config.windows[self.first_layer : self.last_layer]
+        return cache
 
     def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
         """Those of `layers` (output-of-layer ids, or FINAL_NORM) that this stage can give."""
