@@ -19,6 +19,24 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
+class Linear(nn.Linear):
+    """nn.Linear that leaves weights without memory alone, for modules to be filled from disk."""
+
+    def reset_parameters(self) -> None:
+        """Random weights, unless on the meta device: torch imports 70 MB of compiler for that."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self) -> None:
+        """See Linear."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), in fp32 as the checkpoints were trained."""
 
@@ -65,10 +83,10 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         groups = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, heads, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads, hidden, bias=config.output_bias)
+        self.q_proj = Linear(hidden, heads, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, groups, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, groups, bias=config.qkv_bias)
+        self.o_proj = Linear(heads, hidden, bias=config.output_bias)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
@@ -97,9 +115,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowspec.model.config import ModelConfig
 from flowspec.model.kv_cache import TreeKVCache, Window
-from flowspec.model.llama import Block, RMSNorm, rope_angles, rope_frequencies
+from flowspec.model.llama import Block, Embedding, Linear, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
 
@@ -34,14 +34,14 @@ class StageModel(nn.Module):
         self.first_layer, self.last_layer = first_layer, last_layer
         body: Any = nn.Module()  # its parts are named as in the checkpoint, and not all are here
         if with_embedding:
-            body.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            body.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks = {str(i): Block(config) for i in range(first_layer, last_layer)}
         body.layers = nn.ModuleDict(blocks)
         self.model: Any = body
         self.lm_head: nn.Linear | None = None
         if with_head:
             body.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             if with_embedding and config.tie_word_embeddings:
                 self.lm_head.weight = body.embed_tokens.weight
         self._frequencies: Tensor | None = None
