@@ -19,7 +19,8 @@ from flowspec.strategies import StrategySpec
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
 from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
+SLOW_DISK_BYTES_PER_S = 50e6
 POLL_S = 0.2  # how often the children are looked at
 STOP_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 8
@@ -151,7 +152,9 @@ class LocalCluster:
     def _await_ready(self) -> None:
         """Until every stage has loaded the right model."""
         ready: set[int] = set()
-        end = time.monotonic() + START_TIMEOUT_S
+        size = sum(file.bytes for file in self.parts.manifest.files.values())
+        timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
+        end = time.monotonic() + timeout_s
         while len(ready) < self.num_stages:
             for message in self.transport.receive(POLL_S):
                 match message:
@@ -165,7 +168,7 @@ class LocalCluster:
             if time.monotonic() > end:
                 late = min(set(self.children) - ready)
                 raise ClusterError(
-                    rank_name(late), f"not ready after {START_TIMEOUT_S:.0f} s{self._log(late)}"
+                    rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 )
 
     def _await_closed(self) -> None:
