@@ -47,12 +47,18 @@ class ScriptedDrafter:
     """Proposes what its script says; records the features it is given."""
 
     def __init__(
-        self, script: Script, *, feature_layers: tuple[int, ...] = (), seed: int = 0
+        self,
+        script: Script,
+        *,
+        feature_layers: tuple[int, ...] = (),
+        seed: int = 0,
+        true: tuple[int, ...] = (),
     ) -> None:
         self.name = "scripted"
         self.script = script
         self.feature_layers = feature_layers
         self.seed = seed
+        self.true = true  # the text to be right about, where it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(
@@ -87,7 +93,7 @@ class ScriptedSession:
     def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
         self.script, self.topk = drafter.script, topk
         self.random = Random(drafter.seed)
-        self.truth = truth(request.prompt, request.sampling)
+        self.truth = drafter.true or truth(request.prompt, request.sampling)
         self.tokens: list[int] = []
         self.num_rows_ready = 0
         self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}

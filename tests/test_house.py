@@ -73,6 +73,7 @@ CORES = (
     "flowspec.model.stage_model",
     "flowspec.model.rows",
     "flowspec.model.llama",
+    "flowspec.model.rope",
     "flowspec.model.eagle_net",
     "flowspec.model.eagle3_net",
 )

@@ -25,7 +25,8 @@ from flowspec.transport.base import LOST, LostPeer, Transport
 from flowspec.transport.local import local_transport, rank_device
 from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
+SLOW_DISK_BYTES_PER_S = 50e6
 POLL_S = 0.2  # how often the children are looked at
 STOP_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
@@ -181,7 +182,9 @@ class LocalCluster:
     def _await_ready(self) -> None:
         """Until every stage has loaded the right model."""
         ready: set[int] = set()
-        end = time.monotonic() + START_TIMEOUT_S
+        size = sum(file.bytes for file in self.parts.manifest.files.values())
+        timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
+        end = time.monotonic() + timeout_s
         while len(ready) < self.num_stages:
             for message in self._receive():
                 match message:
@@ -196,7 +199,7 @@ class LocalCluster:
             if time.monotonic() > end:
                 late = min(set(self.children) - ready)
                 raise ClusterError(
-                    rank_name(late), f"not ready after {START_TIMEOUT_S:.0f} s{self._log(late)}"
+                    rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 )
 
     def _await_closed(self) -> None:
