@@ -9,8 +9,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from flowspec.calibration import Calibration, Forecasts
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import Drafter, DraftJob, NoDrafter, Proposal
+from flowspec.drafters.grafted import GraftedDrafter
 from flowspec.effects import CLIENT, Send, Step, Work
 from flowspec.request import (
     Completion,
@@ -78,6 +80,7 @@ class Head:
         self.max_context = max_context
         self.new_text = new_text
         self.cost = SegmentCost()
+        self.calibration = Calibration()
         self.active: _Active | None = None
         self.waiting: deque[tuple[Request, float]] = deque()  # with the time of its coming
         self.newest_id = 0
@@ -94,7 +97,7 @@ class Head:
         """Use another strategy for the requests to come."""
         assert self.active is None, "a request is being served"
         self.spec, self.config = spec, config
-        self.cost = SegmentCost()
+        self.cost, self.calibration = SegmentCost(), Calibration()
 
     def completion(
         self, request: Request, end: Finished, tokens: Sequence[int], text: str
@@ -188,7 +191,9 @@ class Head:
 
     def _open(self, request: Request, submitted_at: float) -> Sequence[Send]:
         spec, config = self.spec, self.config
-        drafter = self.drafter if spec.drafts else NoDrafter()
+        drafter: Drafter = self.drafter if spec.drafts else NoDrafter()
+        if config.graft and spec.drafts:
+            drafter = GraftedDrafter(drafter)
         session = Session(
             request=request,
             config=config,
@@ -197,6 +202,9 @@ class Head:
             drafter=drafter.open(request, topk=config.topk, coupled=config.coupled_drafting),
             cost=self.cost,
         )
+        if config.calibrate:
+            sampled = request.sampling.temperature > 0.0
+            session.forecasts = Forecasts(self.calibration, sampled=sampled)
         for _ in request.prompt:
             session.tree.new_id()  # prompt token i is node i
         session.drafter.accept(request.prompt)
@@ -262,11 +270,13 @@ class Head:
             session.count_draft(elapsed)
             if nodes is not None:
                 session.grow(proposals, floor_count=session.config.tree_size)
+                session.graft()
                 return ()
             for proposal in proposals:
                 session.root_proposal = proposal
                 if session.config.refresh or not session.tree.root.expanded:
                     session.grow([proposal], floor_count=session.config.tree_size)
+                    session.graft()
             return ()
 
         rows = session.drafter.num_rows_ready if nodes is None else len(nodes)
@@ -291,6 +301,7 @@ class Head:
             session.stats.first_token_at = now
         else:
             path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
+            session.learn(path, verdict.token)
             new = [*(node.token for node in path[1:]), verdict.token]
             session.positions.update((node.id, node.position) for node in path)
             num_drafted = len(new) - (not session.last_was_hit)
@@ -324,6 +335,7 @@ class Head:
             reason = FinishReason.LENGTH
         if reason is None:
             active.strategy.on_verdict(session)
+            session.graft()
             return [Send(CLIENT, Tokens(request=request.id, tokens=tuple(new), text=text))]
         text += active.text.flush()
         tokens = Tokens(request=request.id, tokens=tuple(new), text=text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.eagle import EagleDrafter
+from flowspec.drafters.ngram import NgramDrafter
 from flowspec.model.load import HeadPart
 from flowspec.model.load_eagle import load_eagle
 
@@ -42,6 +43,7 @@ def _load_eagle(source: DraftSource) -> Drafter:
 
 
 DRAFTERS: dict[str, DrafterSpec] = {
+    "ngram": DrafterSpec(lambda source: NgramDrafter(), "", "the text so far, no model"),
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
     "none": DrafterSpec(lambda source: NoDrafter(), "", "drafts nothing, for ar"),
 }

@@ -16,13 +16,19 @@ class Proposal:
 
     node: NodeId
     children: tuple[tuple[int, float], ...]
+    sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
 
 
 class DraftSession(Protocol):
     """The drafter's side of one request. Methods that compute are `absorb` and `expand`."""
 
-    num_rows_ready: int  # true tokens waiting to be absorbed (0: nothing to do)
-    num_reusable: int  # leading true tokens that a request with the same ones need not do again
+    @property
+    def num_rows_ready(self) -> int:
+        """True tokens waiting to be absorbed (0: nothing to do)."""
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading true tokens that a request with the same ones need not do again."""
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Tokens now known to be true, behind those known before (first the prompt)."""
