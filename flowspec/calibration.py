@@ -20,8 +20,8 @@ MAX_LOGIT = 9.0  # the surest forecast is taken for 0.99988
 NUM_BINS = 10  # one per unit of log-odds, from -5 to 5; what lies outside is in the outer ones
 MAX_EVIDENCE = 2048.0  # outcomes per bin; then the older ones count for half
 # Forecasts of the prior: how many outcomes it takes to believe a bin as much as what was known.
-PRIOR_COARSE = 12.0
-PRIOR_FINE = 24.0
+PRIOR_COARSE = 24.0
+PRIOR_FINE = 96.0
 
 
 class Child(NamedTuple):
@@ -121,7 +121,7 @@ class Forecasts:
     def __init__(self, calibration: Calibration, *, sampled: bool) -> None:
         self.calibration = calibration
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
-        self._open: dict[NodeId, dict[tuple[int, str, int], Child]] = {}
+        self._open: dict[NodeId, dict[tuple[int, str, int], tuple[Child, float]]] = {}
 
     def enter(self, parent: NodeId, token: int, child: Child) -> float:
         """Remember a forecast until it is settled; its calibrated log-probability."""
@@ -129,8 +129,9 @@ class Forecasts:
         about = self._open.setdefault(parent, {})
         key = token, child.source, child.depth
         about.pop(key, None)  # said again: the newest is last
-        about[key] = child
-        return self.calibration.apply(child)
+        calibrated = self.calibration.apply(child)
+        about[key] = child, calibrated
+        return calibrated
 
     def settle(
         self, path: Sequence[NodeId], tokens: Sequence[int], alive: Container[NodeId]
@@ -138,9 +139,8 @@ class Forecasts:
         """Behind node path[i] came tokens[i]; of all other nodes only `alive` ones matter still."""
         log_to = self.calibration.outcomes
         for node, true in zip(path, tokens, strict=True):
-            for (token, _, _), child in self._open.pop(node, {}).items():
+            for (token, _, _), (child, calibrated) in self._open.pop(node, {}).items():
                 if log_to is not None:
-                    calibrated = self.calibration.apply(child)
                     log_to.append(Outcome(child.source, child.logprob, calibrated, token == true))
                 self.calibration.record(child, token == true)
         self._open = {node: found for node, found in self._open.items() if node in alive}
@@ -167,7 +167,9 @@ class Forecasts:
 
     def _newest(self, parent: NodeId, token: int) -> Child:
         return next(
-            child for (about, _, _), child in reversed(self._open[parent].items()) if about == token
+            child
+            for (about, _, _), (child, _) in reversed(self._open[parent].items())
+            if about == token
         )
 
 

@@ -6,8 +6,8 @@
 A drafter is its name, with `+graft` and `+calibrate` where these are to be on. All forwards are
 really computed (bundled model); time is virtual: a stage's forward costs max(1, rows / knee) x
 stage-ms, a drafter's draft-ms, a look-up in the text nothing, a message link-ms. tau: tokens per
-verdict of serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's first over
-their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
+verdict of serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's
+first over their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
 from flowspec.drafters.eagle import EagleDrafter
+from flowspec.drafters.ngram import NgramDrafter
 from flowspec.model.eagle_net import EagleNet
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
@@ -134,5 +135,7 @@ def eagle_drafter() -> EagleDrafter:
 
 
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """`eagle`, or one of SCRIPTS."""
+    """`eagle`, `ngram`, or one of SCRIPTS."""
+    if name == "ngram":
+        return NgramDrafter()
     return eagle_drafter() if name == "eagle" else ScriptedDrafter(SCRIPTS[name], seed=seed)

@@ -26,7 +26,7 @@ OUTSIDER = "outsider"  # the text's, and none of the drafter's best
 WIDTH = 3  # children grafted per node: the text rarely knows more that are worth a row
 MAX_DEPTH = 16  # tokens below the root; repeated text would go on for ever
 MAX_GRAFTED = 48  # rows per graft
-LEAST_SCORE = 1e-3  # path probability of a grafted node, where the settings ask for less
+LEAST_SCORE = 0.02  # path probability of a grafted node; less would crowd out the drafter's own
 LEAST_LEFT = 1e-4  # probability that a drafter leaves to tokens it has not named
 
 
@@ -147,7 +147,7 @@ def merge(own: Proposal, text: Proposal, name: str) -> Proposal:
     """Both words on one node, best first, each child with its source.
 
     A child that both name keeps the higher of its two probabilities. One that only the text names
-    gets no more than what the drafter has left for all it has not named.
+    gets its share of what the drafter has left for all it has not named.
     """
     probable = dict(own.children)
     left = log(max(LEAST_LEFT, 1.0 - sum(exp(p) for p in probable.values())))
@@ -157,7 +157,7 @@ def merge(own: Proposal, text: Proposal, name: str) -> Proposal:
             probable[token] = max(probable[token], logprob)
             sources[token] = AGREED
         else:
-            probable[token] = min(logprob, left)
+            probable[token] = logprob + left
             sources[token] = OUTSIDER
     best_first = sorted(probable.items(), key=lambda child: -child[1])
     return Proposal(own.node, tuple(best_first), tuple(sources[t] for t, _ in best_first))
