@@ -29,6 +29,8 @@ class DecodeConfig:
     min_score: float = 0.002  # streaming: least probability of being true that is worth a row
     max_in_flight: int = 0  # segments in the pipe at once; 0: one per stage and one waiting
     prefill_chunk: int = 64  # prompt tokens per segment
+    graft: bool = False  # add branches from the text so far to any drafter's tree
+    calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone
 
     def __post_init__(self) -> None:
         for name in ("segment_size", "tree_size", "tree_depth", "topk", "prefill_chunk"):

@@ -9,6 +9,7 @@ from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from torch import Tensor
 
 from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
+from flowspec.drafters.ngram import NgramDrafter
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
 
@@ -139,7 +140,9 @@ class ScriptedSession:
 
 
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """One of MODEL_DRAFTERS, or one of SCRIPTS."""
+    """`ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
+    if name == "ngram":
+        return NgramDrafter()
     if name in MODEL_DRAFTERS:
         return model_drafter(name)
     return ScriptedDrafter(SCRIPTS[name], seed=seed)

@@ -29,6 +29,7 @@ LEVELS: dict[str, int] = {
     "flowspec.model": 4,
     "flowspec.transport": 4,
     "flowspec.acceptance": 5,
+    "flowspec.calibration": 5,
     "flowspec.drafters": 6,
     "flowspec.targets": 6,
     "flowspec.stage": 7,
