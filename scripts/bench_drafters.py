@@ -4,8 +4,8 @@
         [--limit 3] [--draft NAME=FOLDER ...] [--json FILE]
 
 A drafter is its name, with `+graft` and `+calibrate` where these are to be on. All forwards are
-really computed (bundled model); time is virtual: a stage's forward costs max(1, rows / knee) x
-stage-ms, a drafter's draft-ms, a look-up in the text nothing, a message link-ms. tau: tokens per
+really computed (bundled model); time is virtual, that of flowspec/simulate/testbed.py: a look-up in
+the text is free, any drafter's forward takes --draft-ms. tau: tokens per
 verdict of serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's
 first over their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
 """
@@ -22,39 +22,16 @@ import torch
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
-from flowspec.effects import Work
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.eval.prompts import load_prompts
 from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
+from flowspec.simulate.testbed import Testbed
 from flowspec.text import render_chat
-from flowspec.wire import Message
 
 FREE = ("ngram",)  # drafters without a forward
 SWITCHES = ("graft", "calibrate")
 DEFAULT = "eagle,eagle+graft,eagle+calibrate,eagle+graft+calibrate,ngram,ngram+calibrate"
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """What the virtual clock charges, in milliseconds."""
-
-    stage_ms: float
-    knee: int  # rows up to which a stage's forward costs the same
-    draft_ms: float
-    link_ms: float
-
-    def work(self, rank: int, work: Work) -> float:
-        """See ChargeWork."""
-        del rank
-        if work.kind == "draft":
-            return self.draft_ms / 1e3
-        return max(1.0, work.rows / self.knee) * self.stage_ms / 1e3
-
-    def link(self, source: int, to: int, message: Message) -> float:
-        """See ChargeLink."""
-        del source, to, message
-        return self.link_ms / 1e3
 
 
 @dataclass(slots=True)
@@ -110,7 +87,7 @@ def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) 
 
 
 def cluster_of(
-    config: RunConfig, parts: HeadParts, times: Times, options: argparse.Namespace
+    config: RunConfig, parts: HeadParts, bed: Testbed, options: argparse.Namespace
 ) -> SimulatedCluster:
     """A fresh emulated cluster: what it learns of costs and scores is its own."""
     stages = [
@@ -118,7 +95,7 @@ def cluster_of(
         for rank in range(1, options.stages + 1)
     ]
     head = build_head(config, parts)
-    return SimulatedCluster(head, stages, work_time=times.work, link_time=times.link)
+    return SimulatedCluster(head, stages, work_time=bed.work, link_time=bed.link)
 
 
 def run(
@@ -133,15 +110,14 @@ def run(
     config = RunConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=options.stages)
     config = replace(config, draft=draft_folder(config), decode=decode)
     parts = load_head_parts(config, split_folder(config))
-    draft_ms = 0.0 if drafter in FREE else options.draft_ms
-    times = Times(options.stage_ms, options.knee, draft_ms, options.link_ms)
+    bed = Testbed(draft_s=0.0 if drafter in FREE else options.draft_ms / 1e3)
     for temperature in options.temperatures:
         row = Row(name, temperature)
         runs = []
         for strategy in ("serial_pp", "streaming"):
             # coupled drafting for both: tau is then of the same drafts
             chosen = replace(config, strategy=strategy, decode={**decode, "coupled_drafting": True})
-            runs.append(cluster_of(chosen, parts, times, options))
+            runs.append(cluster_of(chosen, parts, bed, options))
         for asked in requests(parts, options, temperature):
             answers = [generate(cluster, asked) for cluster in runs]
             for answer in answers:
@@ -162,10 +138,7 @@ def main() -> None:
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--stage-ms", type=float, default=61.0)
-    parser.add_argument("--knee", type=int, default=80)
     parser.add_argument("--draft-ms", type=float, default=14.0)
-    parser.add_argument("--link-ms", type=float, default=0.5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.temperatures = [float(value) for value in options.temperatures.split(",")]

@@ -14,8 +14,9 @@ from flowspec.config import DecodeConfig
 from flowspec.drafters import grafted
 from flowspec.drafters.base import DraftJob, Proposal
 from flowspec.drafters.grafted import AGREED, OUTSIDER, GraftedDrafter, GraftedSession, merge
+from flowspec.pipe import Pipe
 from flowspec.request import NO_NODE, NodeId, Request
-from flowspec.session import SegmentCost, Session
+from flowspec.session import Session
 from flowspec.simulate.scheduler import adversarial
 from flowspec.strategies import STRATEGIES
 from flowspec.tree import DraftTree, Node
@@ -64,10 +65,8 @@ def session_of(
     session = Session(
         request=asked,
         config=config,
-        num_stages=2,
-        draft_model=drafter,
+        pipe=Pipe(2),
         drafter=inner,
-        cost=SegmentCost(),
         context=len(text) + 40,
     )
     inner.accept(text)
