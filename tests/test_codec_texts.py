@@ -1,12 +1,15 @@
-"""Texts on the wire: bounded, whole characters, whatever bytes an error holds."""
+"""Texts and times on the wire: bounded, whole characters, numbers that are numbers."""
+
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from test_codec import HEADER_BYTES, TEXTS, as_bytes
+from test_codec import HEADER_BYTES, SEGMENT, TEXTS, as_bytes
 
 from flowspec import codec
 from flowspec.codec import WireError, decode
-from flowspec.wire import Failed, Ready, WireMessage
+from flowspec.wire import Exit, Failed, Ready, WireMessage
 
 
 @given(TEXTS)
