@@ -76,7 +76,7 @@ def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, ca
         assert took_s < 4.0
     assert error.where == f"stage {victim} (process {pids[victim - 1]})"
     assert cause in error.cause
-    assert list(error.tokens) == seen
+    assert [*error.tokens.values()] == [tuple(seen)]
     all_gone(pids)
 
 

@@ -108,7 +108,7 @@ def test_a_failed_run_leaves_its_trace(
     def run() -> None:
         with tracing(str(out)) as folder, LocalCluster(config, parts, folder) as cluster:
             pids.extend(child.pid for child in cluster.children.values())
-            for number, _ in enumerate(cluster.stream(ask(parts, 1, count=5000))):
+            for number, _ in enumerate(cluster.serve([ask(parts, 1, count=5000)])):
                 if number == 100:
                     os.kill(cluster.children[2].pid, signal.SIGKILL)
 
