@@ -106,11 +106,9 @@ class Head:
             return NoDrafter()
         return GraftedDrafter(self.drafter) if self.config.graft else self.drafter
 
-    def stats(self) -> DecodeStats | None:
-        """Of the oldest request being served, else of the newest finished one."""
-        for active in self.active.values():
-            return active.session.stats
-        return next(reversed(self.finished.values()), None)
+    def served_stats(self) -> list[DecodeStats]:
+        """Of the requests being served now."""
+        return [active.session.stats for active in self.active.values()]
 
     def completion(
         self, request: Request, end: Finished, tokens: Sequence[int], text: str

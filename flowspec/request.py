@@ -100,6 +100,11 @@ class DecodeStats:
             self.run_length = 0
 
     @property
+    def time_to_first_token_s(self) -> float:
+        """From the request's coming; waiting for its turn counts."""
+        return max(0.0, self.first_token_at - self.submitted_at)
+
+    @property
     def tokens_per_s(self) -> float:
         """Decode speed: tokens after the first over the time since the first."""
         elapsed = self.finished_at - self.first_token_at

@@ -22,6 +22,7 @@ import torch
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
+from flowspec.drafters import parse_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.eval.prompts import load_prompts
 from flowspec.request import DecodeStats, Request, SamplingParams
@@ -30,7 +31,6 @@ from flowspec.simulate.testbed import Testbed
 from flowspec.text import render_chat
 
 FREE = ("ngram",)  # drafters without a forward
-SWITCHES = ("graft", "calibrate")
 DEFAULT = "eagle,eagle+graft,eagle+calibrate,eagle+graft+calibrate,ngram,ngram+calibrate"
 
 
@@ -102,10 +102,7 @@ def run(
     name: str, options: argparse.Namespace, texts: dict[tuple[float, int], tuple[int, ...]]
 ) -> Iterator[Row]:
     """A row per temperature; `texts` holds what the first drafter gave."""
-    drafter, *switches = name.split("+")
-    if unknown := sorted(set(switches) - set(SWITCHES)):
-        raise ValueError(f"{name}: unknown switch {unknown[0]}; known: {', '.join(SWITCHES)}")
-    decode = {switch: switch in switches for switch in SWITCHES}
+    drafter, decode = parse_drafter(name)
     folders = dict(pair.split("=", 1) for pair in options.draft)
     config = RunConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=options.stages)
     config = replace(config, draft=draft_folder(config), decode=decode)

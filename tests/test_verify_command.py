@@ -158,6 +158,22 @@ def test_every_strategy_passes_and_the_rows_say_so(command):
     assert f"{2 * len(rows)} runs, 0 mismatches" in result.output
 
 
+def test_drafters_and_company_change_nothing_but_the_speed(command, tiny):
+    """One hash per temperature, whatever drafted and whoever shared the pipe."""
+    words = [*command, "--strategies", "ar,streaming,naive_pp", "--stages", "2"]
+    words += ["--drafters", "eagle,eagle+graft+calibrate,ngram", "--requests", "1,2"]
+    words[words.index("--draft") + 1] = f"eagle={tiny / 'eagle'}"
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("rows.json").read_text())
+    assert len(rows) == (2 * 3 + 1) * 2 * 2
+    assert {row["requests"] for row in rows} == {1, 2}
+    assert {row["drafter"] for row in rows} == {"eagle", "eagle+graft+calibrate", "ngram", "none"}
+    hashes = {row["temperature"]: row["tokens_sha256"] for row in rows}
+    assert len(set(hashes.values())) == 2
+    assert all(row["tokens_sha256"] == hashes[row["temperature"]] for row in rows)
+
+
 def test_a_mismatch_ends_with_exit_code_1_and_is_in_the_rows(command, monkeypatch):
     """A verification that cannot fail would prove nothing."""
     right = Verifier.expected
@@ -179,6 +195,11 @@ def test_a_mismatch_ends_with_exit_code_1_and_is_in_the_rows(command, monkeypatc
     ("flags", "names"),
     [
         (["--strategies", "ar,warp"], ["warp", "streaming"]),
+        (["--drafters", "oracle"], ["oracle", "eagle"]),
+        (["--drafters", "eagle+wings"], ["wings", "graft"]),
+        (["--draft", "ngram=x"], ["ngram=x", "eagle"]),
+        (["--requests", "17"], ["max_requests", "17"]),
+        (["--requests", "0"], ["max_requests", "0"]),
         (["--driver", "carrier-pigeon"], ["carrier-pigeon", "simulated"]),
         (["--stages", "two"], ["--stages", "two"]),
         (["--stages", "0"], ["stages", "0"]),

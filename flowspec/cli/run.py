@@ -1,8 +1,6 @@
-"""`flowspec run`: one prompt through a pipeline of local processes."""
+"""`flowspec run`: prompts through a pipeline of local processes."""
 
-import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,12 +8,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from flowspec.cli.common import draft_folder, effective_config, split_folder
+from flowspec.cli.show import show_answers, show_summary
 from flowspec.cluster.local import LocalCluster
 from flowspec.cluster.torchrun import TorchrunCluster, find_launch, fit_to_launch, serve_rank
 from flowspec.config import RunConfig, as_yaml, override
@@ -25,22 +20,23 @@ from flowspec.eval.tracing import tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
-from flowspec.request import Completion, DecodeStats, Request
+from flowspec.request import Completion, Request
 from flowspec.strategies import STRATEGIES
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
 from flowspec.transport.local import TRUSTED_ONLY
-from flowspec.wire import Status, Tokens
 
 DEFAULT_PROMPT = (
     "Anna has 3 boxes with 12 apples in each box. She gives 7 apples to her brother. "
     "How many apples does Anna have left?"
 )
-PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
 
 
 def run(
-    prompt: Annotated[str, typer.Option(help="What to ask.")] = DEFAULT_PROMPT,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="What to ask; give it several times to ask all at once."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Split folder, model folder or HF id [bundled model].")
     ] = None,
@@ -59,6 +55,10 @@ def run(
     min_p: Annotated[float | None, typer.Option(help="Of the likeliest token's p [0].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling noise [0].")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length limit [200].")] = None,
+    max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
+    kv_memory_mb: Annotated[
+        int | None, typer.Option(help="KV cache of each stage [half of what is free, shared].")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:n].")] = None,
@@ -91,7 +91,7 @@ def run(
         decode = asdict(decode_config(effective)[1])
         typer.echo(as_yaml(replace(effective, decode=decode)), nl=False)
         return
-    _generate(effective, prompt, tuple(stop or ()), check=check)
+    _generate(effective, prompt or [DEFAULT_PROMPT], tuple(stop or ()), check=check)
 
 
 _CONFIG_FLAGS = (
@@ -107,7 +107,8 @@ _CONFIG_FLAGS = (
         "transport",
         "shape_stable",
     ),
-    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "trace"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
+    *("max_requests", "kv_memory_mb", "trace"),
 )
 
 
@@ -121,7 +122,9 @@ def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
     return settings
 
 
-def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: bool) -> None:
+def _generate(
+    config: RunConfig, prompts: Sequence[str], stop: tuple[str, ...], *, check: bool
+) -> None:
     launch = find_launch()
     if launch is not None:
         if launch.rank > 0:
@@ -132,14 +135,17 @@ def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: b
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
     torch.set_num_threads(config.threads_per_process)
-    request = Request(
-        id=1,
-        prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
-        sampling=config.sampling,
-        max_new_tokens=config.max_new_tokens,
-        stop=stop,
-        eos_token_ids=parts.eos_token_ids,
-    )
+    requests = [
+        Request(
+            id=number,
+            prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
+            sampling=config.sampling,
+            max_new_tokens=config.max_new_tokens,
+            stop=stop,
+            eos_token_ids=parts.eos_token_ids,
+        )
+        for number, prompt in enumerate(prompts, start=1)
+    ]
     num_stages = len(parts.manifest.layers)
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
@@ -150,122 +156,29 @@ def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: b
         tracing(config.trace) as trace_folder,
         new_cluster(config, parts, trace_folder) as cluster,
     ):
-        completion, elapsed_s = _show_stream(cluster, request)
+        completions, elapsed_s = show_answers(cluster, requests)
         statuses = cluster.statuses()
-    _summary(completion, statuses, elapsed_s)
+    show_summary(completions, statuses, elapsed_s)
     if config.trace:
         typer.echo(f"trace written to {config.trace}", err=True)
-    if completion.error:
-        raise ValueError(completion.error)
+    if failed := next((c for c in completions if c.error), None):
+        raise ValueError(failed.error)
     if check:
-        _check(config, parts, request, completion)
+        _check(config, parts, list(zip(requests, completions, strict=True)))
 
 
-def _show_stream(cluster: LocalCluster, request: Request) -> tuple[Completion, float]:
-    """The text on stdout as it comes, with a live line under it (or, piped, on stderr)."""
-    start = time.monotonic()
-    rich = sys.stdout.isatty()
-    live = Live(console=Console(), refresh_per_second=8, transient=False) if rich else None
-    text, shown = "", start
-    activity = _Activity()
-    if live:
-        live.start()
-    try:
-        for event in cluster.serve([request]):
-            if isinstance(event, Completion):
-                if live:
-                    live.update(Text(event.text))
-                else:
-                    typer.echo("")
-                return event, time.monotonic() - start
-            text = _show(event, text, live)
-            line = _live_line(cluster, start, activity)
-            if live:
-                live.update(Group(Text(text), Text(line, style="dim")))
-            elif time.monotonic() - shown > PLAIN_INTERVAL_S:
-                shown = time.monotonic()
-                typer.echo(f"[{line}]", err=True)
-    finally:
-        if live:
-            live.stop()
-    raise AssertionError("a stream ends with its Completion")
-
-
-def _show(event: Tokens, text: str, live: Live | None) -> str:
-    if live is None:
-        typer.echo(event.text, nl=False)
-        sys.stdout.flush()
-    return text + event.text
-
-
-class _Activity:
-    """What share of the time between its last two reports each stage computed."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float]] = {}  # (when, busy seconds) per stage
-        self.shares: dict[int, float] = {}
-
-    def update(self, statuses: Mapping[int, Status], now: float) -> None:
-        """Take in the newest reports."""
-        for rank, status in sorted(statuses.items()):
-            when, busy_s = self._seen.get(rank, (now, status.busy_s))
-            if status.busy_s != busy_s and now > when:
-                self.shares[rank] = min(1.0, (status.busy_s - busy_s) / (now - when))
-            if status.busy_s != busy_s or rank not in self._seen:
-                self._seen[rank] = (now, status.busy_s)
-
-
-def _live_line(cluster: LocalCluster, start: float, activity: _Activity) -> str:
-    stats = cluster.head.stats()
-    if stats is None:
-        return "starting"
-    elapsed = max(time.monotonic() - max(stats.first_token_at, start), 1e-9)
-    activity.update(cluster.statuses(), time.monotonic())
-    stages = " ".join(f"{rank}:{share:.0%}" for rank, share in sorted(activity.shares.items()))
-    return (
-        f"{(stats.num_tokens - 1) / elapsed:.1f} tokens/s, "
-        f"{stats.mean_accepted_length:.2f} tokens per verdict, stages busy {stages or '-'}"
-    )
-
-
-def _busy_shares(statuses: Mapping[int, Status], elapsed_s: float) -> dict[int, float]:
-    return {
-        rank: min(1.0, status.busy_s / max(elapsed_s, 1e-9))
-        for rank, status in sorted(statuses.items())
-    }
-
-
-def _summary(completion: Completion, statuses: Mapping[int, Status], elapsed_s: float) -> None:
-    stats = completion.stats
-    alphas = " ".join(f"{alpha:.2f}" for alpha in stats.acceptance_by_depth()[:8])
-    shares = _busy_shares(statuses, elapsed_s)
-    pruned = sum(status.num_rows_pruned for status in statuses.values())
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("finished", f"{completion.reason.value}, {stats.num_tokens} tokens")
-    table.add_row("speed", f"{stats.tokens_per_s:.1f} tokens/s after the first token")
-    table.add_row("first token", f"{_ttft_ms(stats):.0f} ms")
-    table.add_row("tau", f"{stats.mean_accepted_length:.2f} tokens per verdict")
-    table.add_row("alpha per depth", alphas or "-")
-    busy = " ".join(f"{rank}:{share:.0%}" for rank, share in shares.items())
-    table.add_row("stages busy", busy)
-    sent = f"{stats.num_rows_sent} rows in {stats.num_segments} segments"
-    table.add_row("sent", f"{sent}, {stats.num_draft_forwards} drafter forwards")
-    table.add_row("pruned in flight", f"{pruned} rows")
-    Console(width=100).print(table)
-
-
-def _ttft_ms(stats: DecodeStats) -> float:
-    return max(0.0, stats.first_token_at - stats.submitted_at) * 1e3
-
-
-def _check(config: RunConfig, parts: HeadParts, request: Request, completion: Completion) -> None:
+def _check(
+    config: RunConfig, parts: HeadParts, answers: Sequence[tuple[Request, Completion]]
+) -> None:
     whole = load_whole(parts.folder, device=config.device, dtype=config.dtype)
     alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
-    tokens, _, _ = alone.generate(request, parts.new_text)
-    divergence = find_divergence(alone, request, tokens, completion.tokens)
-    if divergence is None:
-        typer.echo("identical to the target alone: yes")
-        return
-    typer.echo(f"identical to the target alone: NO, {divergence}")
-    if not divergence.is_near_tie:
+    wrong = False
+    for request, completion in answers:
+        tokens, _, _ = alone.generate(request, parts.new_text)
+        divergence = find_divergence(alone, request, tokens, completion.tokens)
+        which = f"[{request.id}] " if len(answers) > 1 else ""
+        verdict = "yes" if divergence is None else f"NO, {divergence}"
+        typer.echo(f"{which}identical to the target alone: {verdict}")
+        wrong |= divergence is not None and not divergence.is_near_tie
+    if wrong:
         raise typer.Exit(1)

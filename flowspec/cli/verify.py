@@ -18,7 +18,7 @@ from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.drafters import DRAFTERS, find_drafter
+from flowspec.drafters import DRAFTERS, parse_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.eval.prompts import Prompt, load_prompts
 from flowspec.eval.verify import Combination, Verifier
@@ -29,7 +29,7 @@ from flowspec.strategies import STRATEGIES, find_strategy
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
 
-DRIVERS = ("simulated", "zmq")
+DRIVERS = ("simulated", "zmq", "gloo")  # the latter two: real processes over that transport
 _REQUEST_IDS = count(1)
 
 
@@ -39,7 +39,7 @@ class _Plan:
 
     config: RunConfig
     strategies: tuple[str, ...]
-    drafters: Mapping[str, str]  # name -> folder of its draft model
+    drafters: Mapping[str, str]  # as parse_drafter takes it -> folder of its draft model
     stages: tuple[int, ...]
     temperatures: tuple[float, ...]
     requests: tuple[int, ...]
@@ -68,13 +68,15 @@ def verify(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of the draft model, or DRAFTER=FOLDER [bundled]."),
+        typer.Option(help="Folder of the draft model, or DRAFTER=FOLDER for each [bundled]."),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
     ] = None,
     strategies: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
-    drafters: Annotated[str, typer.Option(help="all, or names with commas.")] = "eagle",
+    drafters: Annotated[
+        str, typer.Option(help="all, or names with commas, as in eagle,eagle+graft,ngram.")
+    ] = "eagle",
     stages: Annotated[str, typer.Option(help="Stage counts, as in 1,2,4.")] = "1,2,4",
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0,1",
     requests: Annotated[str, typer.Option(help="Requests served at once, as in 1,4.")] = "1",
@@ -141,21 +143,20 @@ def _numbers(text: str, kind: type, name: str) -> tuple:  # type: ignore[type-ar
 
 def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> dict[str, str]:
     """Where each drafter's model lies, as named or as bundled."""
-    names = _names(drafters, tuple(name for name in DRAFTERS if name != "none"))
-    for name in names:
-        find_drafter(name)
-    folders = dict.fromkeys(names, "")
+    asked = _names(drafters, tuple(name for name in DRAFTERS if name != "none"))
+    names = {text: parse_drafter(text)[0] for text in asked}
+    folders = dict.fromkeys(names.values(), "")
     for text in given:
         name, equals, folder = text.partition("=")
-        if not equals and len(names) == 1:
-            folders[names[0]] = text
+        if not equals and len(folders) == 1:
+            folders[next(iter(folders))] = text
         elif name in folders:
             folders[name] = folder
         else:
-            raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(names)}")
+            raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(folders)}")
     return {
-        name: draft_folder(replace(config, drafter=name, draft=folder))
-        for name, folder in folders.items()
+        text: draft_folder(replace(config, drafter=name, draft=folders[name]))
+        for text, name in names.items()
     }
 
 
@@ -173,7 +174,8 @@ def _run(plan: _Plan) -> list[Combination]:
                 plan.config,
                 stages=num_stages,
                 strategy=own[0].strategy,
-                drafter=drafter,
+                drafter=parse_drafter(drafter)[0],
+                transport="zmq" if plan.driver == "simulated" else plan.driver,
                 draft=plan.drafters.get(drafter, ""),
             )
             folder = split_folder(config)
@@ -199,7 +201,8 @@ def _check_row(
     shown: tuple[Progress, TaskID],
 ) -> None:
     spec = STRATEGIES[row.strategy]
-    cluster.configure(spec, spec.defaults)
+    _, switches = parse_drafter(row.drafter)
+    cluster.configure(spec, replace(spec.defaults, **switches))
     progress, task = shown
     for divergence in verifier.check(cluster, _requests(plan, parts, row.temperature), row):
         progress.advance(task)
@@ -238,7 +241,7 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
 
 @contextmanager
 def _cluster(driver: str, config: RunConfig, parts: HeadParts) -> Iterator[Cluster]:
-    if driver == "zmq":
+    if driver != "simulated":
         with LocalCluster(config, parts) as cluster:
             yield cluster
         return
@@ -256,7 +259,9 @@ def _cluster(driver: str, config: RunConfig, parts: HeadParts) -> Iterator[Clust
 
 
 def _report(rows: Sequence[Combination]) -> None:
-    table = Table("strategy", "drafter", "driver", "stages", "T", "at once", "runs", "mismatches")
+    table = Table(box=None, pad_edge=False)
+    for name in ("strategy", "drafter", "driver", "stages", "T", "at once", "runs", "mismatches"):
+        table.add_column(name, no_wrap=True)
     table.add_column("near-ties")
     table.add_column("tau")
     for row in rows:

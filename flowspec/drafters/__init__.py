@@ -65,6 +65,7 @@ def _load_draft_model(source: DraftSource) -> Drafter:
     return DraftModelDrafter(model, vocab_size=source.target.config.vocab_size)
 
 
+SWITCHES = ("graft", "calibrate")  # decode settings that any drafter's name may carry
 DRAFTERS: dict[str, DrafterSpec] = {
     "ngram": DrafterSpec(lambda source: NgramDrafter(), "", "the text so far, no model"),
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
@@ -81,3 +82,15 @@ def find_drafter(name: str) -> DrafterSpec:
     if name not in DRAFTERS:
         raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}")
     return DRAFTERS[name]
+
+
+def parse_drafter(text: str) -> tuple[str, dict[str, bool]]:
+    """`eagle+graft` is drafter eagle with the decode settings {"graft": True, "calibrate": False}.
+
+    Raises ValueError listing the known names.
+    """
+    name, *switches = text.split("+")
+    find_drafter(name)
+    if unknown := sorted(set(switches) - set(SWITCHES)):
+        raise ValueError(f"{text}: unknown switch {unknown[0]!r}; known: {', '.join(SWITCHES)}")
+    return name, {switch: switch in switches for switch in SWITCHES}
