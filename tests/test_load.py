@@ -230,7 +230,11 @@ ONE = torch.ones(32)
         ([], {"embedding_layernorm.weight": ONE}, "unexpected.*embedding_layernorm"),
         (["layers.0.mlp.down_proj.weight"], {}, "missing.*down_proj"),
         (["layers.0.self_attn.k_proj.weight"], {}, "missing.*k_proj"),
-        (["fc.weight"], {"model.fc.weight": torch.ones(32, 64)}, "no EAGLE-1/2 head.*no known kind.*layers.0"),
+        (
+            ["fc.weight"],
+            {"model.fc.weight": torch.ones(32, 64)},
+            "no EAGLE-1/2 head.*no known kind.*layers.0",
+        ),
         ([], {"fc.weight": torch.ones(16, 32)}, "another target"),
         ([], {"embed_tokens.weight": torch.ones(62, 32)}, "vocabulary has 62.*61"),
         ([], {"layers.0.self_attn.o_proj.weight": torch.ones(32, 8)}, r"o_proj.*\[32, 8\]"),
