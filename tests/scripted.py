@@ -1,17 +1,14 @@
 """Drafters that are always right, always wrong or in between, by script."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
 from random import Random
 from typing import TypeAlias
 
-from tiny import CONFIG, VOCAB, randomize, truth, whole_model
+from tiny import VOCAB, truth
+from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from torch import Tensor
 
 from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
-from flowspec.drafters.eagle import EagleDrafter
-from flowspec.model.eagle_net import EagleNet
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
 
@@ -123,16 +120,8 @@ class ScriptedSession:
         return self.truth[position] if position < len(self.truth) else None
 
 
-@lru_cache(maxsize=1)
-def eagle_drafter() -> EagleDrafter:
-    """An untrained EAGLE head: right now and then, by chance."""
-    net = EagleNet(replace(CONFIG, num_layers=1), fc_bias=True)
-    randomize(net, seed=2)
-    lm_head = whole_model().lm_head
-    assert lm_head is not None
-    return EagleDrafter(net, lm_head.weight)
-
-
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """`eagle`, or one of SCRIPTS."""
-    return eagle_drafter() if name == "eagle" else ScriptedDrafter(SCRIPTS[name], seed=seed)
+    """One of MODEL_DRAFTERS, or one of SCRIPTS."""
+    if name in MODEL_DRAFTERS:
+        return model_drafter(name)
+    return ScriptedDrafter(SCRIPTS[name], seed=seed)

@@ -217,3 +217,21 @@ def test_coupling_finds_the_token_more_often() -> None:
         return int((best == truth).sum())
 
     assert hits(True) > hits(False) + 50
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}, {"temperature": 0.0}]
+)
+def test_a_drafter_with_few_tokens_meets_the_noise_of_the_targets_ids(
+    filters: dict[str, float], coupled: bool
+) -> None:
+    """A column is the target's token that it stands for: as if the others were impossible."""
+    ids = torch.tensor([9, 2, 17, 11, 5, 30, 3])
+    logits = torch.randn(3, len(ids), generator=torch.Generator().manual_seed(1)) * 2
+    wide = torch.full((3, 40), float("-inf"))
+    wide[:, ids] = logits
+    params = SamplingParams(**{"temperature": 0.8, "seed": 6, **filters})  # type: ignore[arg-type]
+    got = draft_scores(logits, [4, 5, 9], params, coupled=coupled, target_ids=ids)
+    want = draft_scores(wide, [4, 5, 9], params, coupled=coupled)
+    torch.testing.assert_close(got, want[:, ids])

@@ -12,11 +12,13 @@ import torch
 from conftest import TINY, make_drafter, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_drafters import causal_attend
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
 from flowspec.drafters.base import Proposal
-from flowspec.drafters.eagle import MAX_ABSORBED_ROWS, SPARE_ROWS, EagleSession
+from flowspec.drafters.features import FeatureSession
+from flowspec.drafters.incremental import MAX_ABSORBED_ROWS, SPARE_ROWS
 from flowspec.model.llama import rope_angles
 from flowspec.model.stage_model import FINAL_NORM
 from flowspec.request import NodeId, Request, SamplingParams
@@ -26,16 +28,6 @@ DRAFTER = make_drafter(make_model())
 GREEDY, WARM = SamplingParams(), SamplingParams(temperature=0.9, seed=5)
 HIDDEN, VOCAB = TINY.hidden_size, TINY.vocab_size
 TOLERANCE = 1e-5
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each row sees itself and all rows before it."""
-    share = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    scores = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5
-    mask = torch.ones(len(q), len(q), dtype=torch.bool).tril()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
 def run_anew(tokens: Sequence[int], features: Sequence[Tensor], path: Sequence[int]) -> Tensor:
@@ -50,7 +42,7 @@ def run_anew(tokens: Sequence[int], features: Sequence[Tensor], path: Sequence[i
             below.append(guess)  # noqa: F821  set by the round before
         rope = rope_angles(DRAFTER.frequencies, torch.arange(len(ids)), torch.float32)
         with torch.inference_mode():
-            guess = DRAFTER.net(torch.tensor(ids), torch.stack(below), rope, attend)[-1]
+            guess = DRAFTER.net(torch.tensor(ids), torch.stack(below), rope, causal_attend)[-1]
     return guess
 
 
@@ -67,7 +59,7 @@ class Play:
         self, prompt: Sequence[int], *, sampling: SamplingParams, coupled: bool, exact: bool
     ) -> None:
         request = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=64)
-        self.session: EagleSession = DRAFTER.open(request, topk=VOCAB, coupled=coupled)
+        self.session: FeatureSession = DRAFTER.open(request, topk=VOCAB, coupled=coupled)
         self.sampling, self.coupled, self.exact = sampling, coupled, exact
         self.tree = DraftTree()
         self.tokens = list(prompt)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flowspec.model.kv_cache import COMMITTED, CacheFull, TreeKVCache
+from flowspec.model.kv_cache import COMMITTED, CacheFull, JointWindow, TreeKVCache
 from flowspec.model.rows import run_rows
 from flowspec.model.stage_model import StageModel
 
@@ -237,6 +237,43 @@ def test_drop_last_forgets_the_newest() -> None:
     grown.cache.append_prefix(4)
     grown.cache.drop_last(4)
     grown.add_prefix([8, 9])
+
+
+@pytest.mark.parametrize("capacity", [4, 200])
+def test_a_resized_cache_goes_on_from_the_kept_prefix(capacity: int) -> None:
+    """Later committed rows and all tree rows are left behind; the old cache stays as it is."""
+    grown = begin("gqa", [1, 2, 3, 4, 5])
+    grown.add_rows([COMMITTED, 0], [6, 7])
+    keys = grown.cache.keys.clone()
+    other = Grown(grown.model, grown.cache.resized(capacity, prefix_length=3), [1, 2, 3])
+    assert (other.cache.prefix_length, other.cache.num_tree_rows) == (3, 0)
+    other.add_prefix([9])
+    with pytest.raises(CacheFull, match=f"holds {capacity} rows"):
+        other.cache.append_tree([COMMITTED] * (capacity - 3))
+    if capacity > 4:
+        other.add_rows([COMMITTED, COMMITTED, 1], [10, 11, 12])
+    assert torch.equal(grown.cache.keys, keys)
+    grown.add_rows([1, COMMITTED], [8, 9])
+    with pytest.raises(AssertionError, match="not there"):
+        grown.cache.resized(64, prefix_length=6)
+
+
+def test_requests_in_one_forward_see_their_own_keys_alone() -> None:
+    """Rows of several caches run side by side: each gets what it would get alone."""
+    several = [begin("gqa", [1, 2, 3]), begin("gqa", [7]), begin("gqa", [4, 5])]
+    parents, tokens = (
+        [[COMMITTED, 0, COMMITTED], [COMMITTED], [COMMITTED, 0]],
+        [[4, 5, 6], [8], [6, 7]],
+    )
+    windows = [
+        grown.cache.append_tree(above) for grown, above in zip(several, parents, strict=True)
+    ]
+    where = torch.tensor([3, 4, 3, 1, 2, 3])
+    ids = torch.tensor([token for own in tokens for token in own])
+    hidden, _ = MODELS["gqa"](ids, where, JointWindow(windows))
+    texts = [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8], [4, 5, 6], [4, 5, 6, 7]]
+    for row, text in zip(hidden, texts, strict=True):
+        assert_close(row, full_forward(MODELS["gqa"], text)[0][-1])
 
 
 class Moved(TorchDispatchMode):

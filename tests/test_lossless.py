@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 from clusters import grid, make_cluster, run_watched
-from scripted import drafter_named, eagle_drafter
+from scripted import drafter_named
 from tiny import SAMPLINGS, T0, T1, expected, local_target, request, whole_model_bf16
+from tiny_drafters import eagle_drafter
 
 from flowspec.cluster.base import generate
 from flowspec.strategies import STRATEGIES

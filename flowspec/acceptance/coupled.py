@@ -44,13 +44,20 @@ def choose(logits: Tensor, positions: Sequence[int], sampling: SamplingParams) -
 
 
 def draft_scores(
-    logits: Tensor, positions: Sequence[int], sampling: SamplingParams, *, coupled: bool
+    logits: Tensor,
+    positions: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    coupled: bool,
+    target_ids: Tensor | None = None,
 ) -> Tensor:
     """The drafter's log-probabilities [n, V] that its tokens at `positions` are the target's.
 
     Uncoupled: log q at the request's temperature, as published (at temperature 0: log softmax).
     Coupled: log softmax(logits + T g): where the drafter's logits are right up to Gumbel-like
-    errors, the chance that the token wins the target's own argmax with the same noise.
+    errors, the chance that the token wins the target's own argmax with the same noise. A drafter
+    with a vocabulary of its own says which tokens of the target its V columns are: `target_ids`
+    [V], on the CPU.
     """
     logits = logits.float()
     temperature = sampling.temperature
@@ -58,6 +65,9 @@ def draft_scores(
         return logits.log_softmax(-1)
     if not coupled:
         return (logits / temperature).log_softmax(-1)
-    noise = noise_rows(sampling.seed, positions, logits.shape[-1]).to(logits.device)
+    size = logits.shape[-1] if target_ids is None else int(target_ids.max()) + 1
+    noise = noise_rows(sampling.seed, positions, size)
+    if target_ids is not None:
+        noise = noise[:, target_ids]
     kept = torch.where(warp(logits, sampling).isinf(), float("-inf"), logits)
-    return (kept + temperature * noise).log_softmax(-1)
+    return (kept + temperature * noise.to(logits.device)).log_softmax(-1)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowspec.drafters.base import Drafter, NoDrafter
+from flowspec.drafters.draft_model import DraftModelDrafter, check_vocabulary
 from flowspec.drafters.eagle import EagleDrafter
-from flowspec.model.load import HeadPart
+from flowspec.model.load import HeadPart, load_whole
 from flowspec.model.load_eagle import load_eagle
+from flowspec.text import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,18 @@ def _load_eagle(source: DraftSource) -> Drafter:
     return EagleDrafter(net, source.target.lm_head)
 
 
+def _load_draft_model(source: DraftSource) -> Drafter:
+    target, draft = (load_tokenizer(f).get_vocab() for f in (source.target_folder, source.folder))
+    model = load_whole(source.folder, device=source.device, dtype=source.dtype)
+    check_vocabulary(target, draft, model.config)
+    return DraftModelDrafter(model, vocab_size=source.target.config.vocab_size)
+
+
 DRAFTERS: dict[str, DrafterSpec] = {
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
+    "draft_model": DrafterSpec(
+        _load_draft_model, "models/demo/draft", "a small language model with the same tokenizer"
+    ),
     "none": DrafterSpec(lambda source: NoDrafter(), "", "drafts nothing, for ar"),
 }
 

@@ -19,10 +19,14 @@ class Proposal:
 
 
 class DraftSession(Protocol):
-    """The drafter's side of one request. Methods that compute are `absorb` and `expand`."""
+    """The drafter's side of one request. Methods that compute are `absorb` and `expand`.
+
+    A model's `num_reusable` is below the number of its tokens: the last row needs features (or a
+    successor) that only the next request brings.
+    """
 
     num_rows_ready: int  # true tokens waiting to be absorbed (0: nothing to do)
-    num_reusable: int  # leading true tokens that a request with the same ones need not do again
+    num_reusable: int  # leading positions whose work is complete, see Drafter.open
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Tokens now known to be true, behind those known before (first the prompt)."""
@@ -64,12 +68,17 @@ class Drafter(Protocol):
         """Begin with a request; `topk` children per node, ranked by the shared noise if coupled.
 
         `reuse`, a session of this drafter that is over, gives its work on the first `num_shared`
-        tokens (at most its `num_reusable`), which the new prompt has too; `accept` still brings
-        every token, features come for later positions alone.
+        positions (at most its `num_reusable`). The new prompt must have the same first
+        `num_shared + 1` tokens: a head's row at position i holds feature i beside token i + 1. Then
+        features of positions from `num_shared` on are all that is still needed; `accept` brings
+        every token anyway.
         """
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """The proposals of each job, all in one forward where the method has one."""
+        """The proposals of each job, all in one forward where the method has one.
+
+        At most one job per session.
+        """
 
 
 def draft_each(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:

@@ -47,6 +47,24 @@ class Window:
         return run
 
 
+class JointWindow:
+    """Windows of several requests whose rows run in one forward, one behind the other."""
+
+    def __init__(self, windows: Sequence[Window]) -> None:
+        self.windows = windows
+        self._sizes = [window.num_rows for window in windows]
+
+    def attend(self, layer: int) -> Attend:
+        """The attention of local layer `layer`: every request over its own keys."""
+        runs = [window.attend(layer) for window in self.windows]
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            pieces = zip(*(t.split(self._sizes) for t in (q, k, v)), strict=True)
+            return torch.cat([one(*piece) for one, piece in zip(runs, pieces, strict=True)])
+
+        return run
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q [n, h, d] over k, v [g, S, d]; query heads of a group share its keys without a copy."""
     n, heads, d = q.shape
@@ -105,7 +123,7 @@ class TreeKVCache:
         """
         assert self.num_tree_rows == 0, "prefix rows must come before tree rows"
         start = self.prefix_length
-        self._check_room(num_rows)
+        self.check_room(num_rows)
         self.prefix_length += num_rows
         if self.stable_context is not None:
             paths = np.arange(self.stable_context)[None, :].repeat(num_rows, 0)
@@ -120,7 +138,7 @@ class TreeKVCache:
         Raises CacheFull when they do not fit.
         """
         n, first = len(parents), self.num_tree_rows
-        self._check_room(n)
+        self.check_room(n)
         self._grow(first + n)
         for row, parent in enumerate(parents, start=first):
             assert COMMITTED <= parent < row, f"tree row {row} before its parent {parent}"
@@ -160,6 +178,29 @@ class TreeKVCache:
         self.prefix_length += len(path)
         self.num_tree_rows = len(kept)
 
+    def resized(
+        self, capacity: int, *, prefix_length: int, stable_context: int | None = None
+    ) -> "TreeKVCache":
+        """Another cache that begins with the first `prefix_length` committed rows of this one.
+
+        Both exist until the caller lets go of this one.
+        """
+        assert prefix_length <= min(self.prefix_length, capacity), "rows that are not there"
+        num_layers, num_kv_heads, _, head_dim = self.keys.shape
+        other = TreeKVCache(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            capacity=capacity,
+            dtype=self.keys.dtype,
+            device=self.keys.device,
+            stable_context=stable_context,
+        )
+        other.keys[:, :, :prefix_length] = self.keys[:, :, :prefix_length]
+        other.values[:, :, :prefix_length] = self.values[:, :, :prefix_length]
+        other.prefix_length = prefix_length
+        return other
+
     def with_ancestors(self, rows: Sequence[int]) -> list[int]:
         """The tree rows `rows` and all their ancestors in the tree, ascending."""
         marked = self._ancestors[list(rows), : self.num_tree_rows].any(axis=0)
@@ -171,7 +212,8 @@ class TreeKVCache:
         self.num_tree_rows -= from_tree
         self.prefix_length -= num_rows - from_tree
 
-    def _check_room(self, num_rows: int) -> None:
+    def check_room(self, num_rows: int) -> None:
+        """Raise CacheFull where `num_rows` more rows do not fit."""
         needed = self.prefix_length + self.num_tree_rows + num_rows
         if needed > self.capacity:
             raise CacheFull(f"the KV cache holds {self.capacity} rows, {needed} are needed")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.model.config import ModelConfig
-from flowspec.model.kv_cache import TreeKVCache, Window
+from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
 from flowspec.model.llama import Block, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
@@ -79,7 +79,12 @@ class StageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, x: Tensor, positions: Tensor, window: Window, *, features: Collection[int] = ()
+        self,
+        x: Tensor,
+        positions: Tensor,
+        window: Window | JointWindow,
+        *,
+        features: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """Run n rows: x is tokens [n] where the stage has the embedding, else hidden [n, H].
 

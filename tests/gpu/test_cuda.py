@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from scripted import eagle_drafter
 from tiny import MAX_CONTEXT, T0, T1, request, stage_models, whole_model
+from tiny_drafters import eagle_drafter
 
 from flowspec.cluster.base import generate
 from flowspec.drafters.eagle import EagleDrafter

@@ -1,0 +1,324 @@
+"""What model drafters share: one persistent tree cache per request, one forward for many requests.
+
+Row i of the cache's prefix belongs to true token i + `first_token` (1 for heads that set a token
+beside its parent's feature, 0 for plain language models) and has RoPE position i. Guessed nodes are
+tree rows behind it. `absorb` makes true rows of what is newly known, and of the guesses keeps those
+that live; `expand` adds rows of guesses. Both go through `IncrementalDrafter.draft`, which runs the
+rows of all its jobs together, so that the weights are read once. Shapes: n rows, H hidden size, V
+vocabulary, Vd the draft model's.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowspec.acceptance.coupled import draft_scores
+from flowspec.drafters.base import DraftJob, DraftSession, Proposal
+from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
+from flowspec.request import NO_NODE, NodeId, Request
+from flowspec.tree import DraftTree, Node
+
+MAX_ABSORBED_ROWS = 128  # per request and forward, so that the head's inbox is served in between
+SPARE_ROWS = 2304  # tree rows, over twice the largest tree; dead ones go when these run out
+UNLIMITED = 2**31
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One job's n rows in a forward, entered in its session's cache."""
+
+    tokens: Sequence[int] = ()
+    positions: Sequence[int] = ()  # of RoPE
+    window: Window | None = None  # None where n is 0
+    features: Tensor | None = None  # [n, ...], of drafters that need them
+    asked: Sequence[Node] = ()  # the last rows are theirs, and give their children
+    known: Sequence[Proposal] = ()  # what needs no row
+    path: Sequence[int] | None = None  # None: rows of guesses; else the tree rows that become true
+    num_absorbed: int = 0  # true rows, once it has run
+
+
+class IncrementalDrafter(ABC):
+    """A draft model; its sessions hold what belongs to one request."""
+
+    name: str
+    device: torch.device
+    feature_layers: tuple[int, ...] = ()
+    first_token = 0  # the true token of row 0
+    max_positions = UNLIMITED  # rows beyond are not computed, and get no children
+    target_ids: Tensor | None = None  # [Vd] on the CPU, where the vocabulary is not the target's
+
+    @abstractmethod
+    def new_cache(self, capacity: int) -> TreeKVCache:
+        """An empty cache for one request."""
+
+    @abstractmethod
+    def open(
+        self,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> "IncrementalSession":
+        """See Drafter.open."""
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        window: Window | JointWindow,
+        shares: Sequence[Share],
+    ) -> Tensor:
+        """The rows of all `shares` one behind the other, n in all: states [n, H]."""
+
+    @abstractmethod
+    def logits(self, states: Tensor) -> Tensor:
+        """States [n, H] -> logits [n, Vd] of the tokens after them."""
+
+    @torch.inference_mode()
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """See Drafter.draft; a session has one job at most."""
+        assert len({id(job.session) for job in jobs}) == len(jobs), "two jobs of one session"
+        sessions: list[IncrementalSession] = []
+        shares = []
+        for job in jobs:
+            assert isinstance(job.session, IncrementalSession)
+            sessions.append(job.session)
+            shares.append(job.session.begin(job))
+        outputs = self._run(shares)
+        return [
+            session.finish(job, share, *output)
+            for session, job, share, output in zip(sessions, jobs, shares, outputs, strict=True)
+        ]
+
+    def _run(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
+        """States [m, H] and logits [m, Vd] of each share's `asked` rows."""
+        busy = [share for share in shares if share.window is not None]
+        outputs = iter(self._run_busy(busy) if busy else [])
+        nothing = torch.empty(0)
+        return [(nothing, nothing) if share.window is None else next(outputs) for share in shares]
+
+    def _run_busy(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
+        sizes = [len(share.tokens) for share in shares]
+        tokens = torch.tensor([t for share in shares for t in share.tokens], device=self.device)
+        where = torch.tensor([p for share in shares for p in share.positions], device=self.device)
+        windows = [share.window for share in shares if share.window is not None]
+        window = windows[0] if len(windows) == 1 else JointWindow(windows)
+        states = self.forward(tokens, where, window, shares).split(sizes)
+        # the vocabulary is large: logits only where children are asked for
+        asked = [
+            own[len(own) - len(share.asked) :] for own, share in zip(states, shares, strict=True)
+        ]
+        counts = [len(own) for own in asked]
+        if not sum(counts):
+            return [(own, own) for own in asked]
+        return list(zip(asked, self.logits(torch.cat(asked)).split(counts), strict=True))
+
+
+class IncrementalSession:
+    """One request's rows. As it stands, for drafters that need tokens alone.
+
+    Subclasses add what else a row needs (`_features_of...`) and what is kept of it (`_record`).
+    """
+
+    num_rows_ready: int
+    num_reusable: int
+    cache: TreeKVCache
+
+    def __init__(
+        self,
+        drafter: IncrementalDrafter,
+        request: Request,
+        *,
+        topk: int,
+        coupled: bool,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> None:
+        self.drafter = drafter
+        self.sampling = request.sampling
+        self.topk, self.coupled = topk, coupled
+        rows = min(len(request.prompt) + request.max_new_tokens, drafter.max_positions)
+        self.tokens: list[int] = []  # all that is known to be true, the root last
+        self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions
+        if num_shared:
+            assert isinstance(reuse, IncrementalSession)
+            assert num_shared <= reuse.num_reusable, "more than is reusable"
+            count = num_shared + 1
+            same = tuple(reuse.tokens[:count]) == request.prompt[:count]
+            assert same, f"the first {count} tokens must be the same"
+            self.num_absorbed = min(num_shared, reuse.cache.prefix_length)
+            self.cache = reuse.cache.resized(rows + SPARE_ROWS, prefix_length=self.num_absorbed)
+        else:
+            self.cache = drafter.new_cache(rows + SPARE_ROWS)
+        self.num_rows_ready = 0
+        self.num_reusable = 0
+        self._rows: dict[NodeId, int] = {}  # guessed nodes in the cache's tree
+        self._owners: list[NodeId] = []  # node of each tree row
+        self._positions: list[int] = []  # RoPE position of each tree row
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See DraftSession.accept."""
+        self.tokens.extend(tokens)
+        self._count_ready()
+
+    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+        """See DraftSession.accept_features."""
+        del features
+        raise AssertionError(f"feature layer {layer} was not asked for")
+
+    def absorb(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.absorb."""
+        (proposals,) = self.drafter.draft([DraftJob(self, tree)])
+        return proposals[0] if proposals else None
+
+    def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
+        """See DraftSession.expand."""
+        (proposals,) = self.drafter.draft([DraftJob(self, tree, nodes)])
+        return proposals
+
+    def begin(self, job: DraftJob) -> Share:
+        """The rows of a job; `finish` takes what becomes of them."""
+        if job.nodes is None:
+            return self._begin_true(job.tree)
+        return self._begin_guesses(job.tree, job.nodes)
+
+    def _begin_true(self, tree: DraftTree) -> Share:
+        assert self.num_rows_ready > 0, "nothing was ready to absorb"
+        ready = self.num_absorbed + self.num_rows_ready
+        if len(self.tokens) - self.drafter.first_token > self.drafter.max_positions:
+            return Share(known=self._known_root(tree, ready), path=(), num_absorbed=ready)
+        path = self._known_path(tree)
+        start = self.num_absorbed + len(path)
+        n = min(ready - start, MAX_ABSORBED_ROWS)
+        if n == 0:
+            return Share(known=self._known_root(tree, ready), path=path, num_absorbed=ready)
+        first = self.cache.num_tree_rows
+        chain = [path[-1] if path else COMMITTED, *range(first, first + n - 1)]
+        tokens = self.tokens[start + self.drafter.first_token :]
+        return Share(
+            tokens=tokens[:n],
+            positions=range(start, start + n),
+            window=self.cache.append_tree(chain),
+            features=self._features_of_true(start, n),
+            asked=[tree.root] if self._is_root(tree, start + n) else [],
+            path=[*path, *range(first, first + n)],
+            num_absorbed=start + n,
+        )
+
+    def _begin_guesses(self, tree: DraftTree, nodes: Sequence[Node]) -> Share:
+        known = {node.id: self._known_children(node) for node in nodes}
+        asked = [node for node in nodes if known[node.id] is None]
+        room = self.cache.capacity - self.cache.prefix_length - self.cache.num_tree_rows
+        if room < len(asked) + MAX_ABSORBED_ROWS:
+            self._keep_rows(tree, path=())
+        parents = [self._rows.get(node.parent, COMMITTED) for node in asked]
+        return Share(
+            tokens=[node.token for node in asked],
+            positions=[node.position - self.drafter.first_token for node in asked],
+            window=self.cache.append_tree(parents) if asked else None,
+            features=self._features_of_guesses(asked) if asked else None,
+            asked=asked,
+            known=[Proposal(node, own) for node, own in known.items() if own is not None],
+        )
+
+    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
+        """The job's proposals, from states [m, H] and logits [m, Vd] of its `asked` rows."""
+        proposals = self._propose(share.asked, logits) if share.asked else []
+        if share.path is None:
+            self._enter(share)
+        else:
+            self.num_absorbed = share.num_absorbed
+            self._count_ready()
+            self._keep_rows(job.tree, path=share.path)
+        self._record(share.asked, states, proposals)
+        found = {proposal.node: proposal for proposal in [*proposals, *share.known]}
+        return [found[node.id] for node in job.nodes] if job.nodes else list(found.values())
+
+    def _is_root(self, tree: DraftTree, num_absorbed: int) -> bool:
+        """Whether the newest of `num_absorbed` true rows is that of the tree's root."""
+        return num_absorbed + self.drafter.first_token == len(self.tokens) and len(tree) > 0
+
+    def _known_root(self, tree: DraftTree, num_absorbed: int) -> list[Proposal]:
+        """The proposal of a root whose row is not computed now."""
+        if not self._is_root(tree, num_absorbed):
+            return []
+        children = self._known_children(tree.root)
+        assert children is not None
+        return [Proposal(tree.root.id, children)]
+
+    def _enter(self, share: Share) -> None:
+        """Rows of guesses are in the cache now."""
+        first = self.cache.num_tree_rows - len(share.asked)
+        pairs = zip(share.asked, share.positions, strict=True)
+        for row, (node, position) in enumerate(pairs, start=first):
+            if node.id in self._rows:  # drafted again: the newer guess stands
+                self._owners[self._rows[node.id]] = NO_NODE
+            self._rows[node.id] = row
+            self._owners.append(node.id)
+            self._positions.append(position)
+
+    def _keep_rows(self, tree: DraftTree, *, path: Sequence[int]) -> None:
+        """Commit `path`; keep the rows of living nodes and of those that lead to them.
+
+        What is absorbed is in the prefix now: its guessed row goes, or it would be seen twice.
+        """
+        living = [row for row, node in enumerate(self._owners) if node in tree]
+        rows = self.cache.with_ancestors(living)
+        keep = [row for row in rows if self._positions[row] >= self.num_absorbed]
+        self.cache.reroot(path, keep)
+        self._owners = [self._owners[row] for row in keep]
+        self._positions = [self._positions[row] for row in keep]
+        self._rows = {node: row for row, node in enumerate(self._owners) if node != NO_NODE}
+
+    def _propose(self, nodes: Sequence[Node], logits: Tensor) -> list[Proposal]:
+        positions = [node.position + 1 for node in nodes]
+        ids = self.drafter.target_ids
+        scores = draft_scores(
+            logits, positions, self.sampling, coupled=self.coupled, target_ids=ids
+        )
+        best = scores.topk(min(self.topk, scores.shape[-1]), dim=-1)
+        tokens = best.indices.cpu() if ids is None else ids[best.indices.cpu()]
+        return [
+            Proposal(
+                node.id,
+                tuple((t, v) for t, v in zip(ts, vs, strict=True) if v > float("-inf")),
+            )
+            for node, ts, vs in zip(nodes, tokens.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _count_ready(self) -> None:
+        ready = max(self._num_complete(), self.num_absorbed)
+        self.num_rows_ready = ready - self.num_absorbed
+        self.num_reusable = min(ready, max(len(self.tokens) - 1, 0))
+
+    # What differs between drafters --------------------------------------------------------------
+
+    def _num_complete(self) -> int:
+        """Leading true rows that can be computed, those that have been included."""
+        return len(self.tokens) - self.drafter.first_token
+
+    def _known_path(self, tree: DraftTree) -> list[int]:
+        """Tree rows that are exact rows of the true tokens after the prefix."""
+        return []
+
+    def _known_children(self, node: Node) -> tuple[tuple[int, float], ...] | None:
+        """What is known of a node's children without a row of its own."""
+        beyond = node.position - self.drafter.first_token >= self.drafter.max_positions
+        return () if beyond else None
+
+    def _features_of_true(self, start: int, n: int) -> Tensor | None:
+        """Beside the tokens of true rows start .. start + n."""
+        return None
+
+    def _features_of_guesses(self, nodes: Sequence[Node]) -> Tensor | None:
+        """Beside the tokens of guesses."""
+        return None
+
+    def _record(self, nodes: Sequence[Node], states: Tensor, proposals: Sequence[Proposal]) -> None:
+        """Of `nodes`, states [m, H] and proposals have been computed."""

@@ -1,0 +1,333 @@
+"""What every drafter promises, whatever comes when: the same proposals as from a fresh start.
+
+Texts, trees and features are random; nothing of a drafter's own mathematics is used here.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from random import Random
+
+import pytest
+import torch
+from scripted import SCRIPTS, drafter_named
+from tiny import CONFIG, T0, T1, VOCAB
+from tiny_drafters import MODEL_DRAFTERS
+from torch import Tensor
+
+from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
+from flowspec.request import NO_NODE, Request, SamplingParams
+from flowspec.tree import DraftTree, Node
+
+TOLERANCE = 1e-4
+MAX_NEW_TOKENS = 96
+ALL_DRAFTERS = (*MODEL_DRAFTERS, *SCRIPTS)
+
+
+@lru_cache(maxsize=1024)
+def feature(layer: int, position: int) -> Tensor:
+    """What the target might give there."""
+    generator = torch.Generator().manual_seed(1000 * (layer + 2) + position)
+    return torch.randn(CONFIG.hidden_size, generator=generator)
+
+
+class Play:
+    """A request being drafted: text and tree are the test's, the session is the drafter's."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        prompt: Sequence[int],
+        *,
+        sampling: SamplingParams = T0,
+        topk: int = VOCAB,
+        reuse: DraftSession | None = None,
+        num_shared: int = 0,
+    ) -> None:
+        asked = Request(
+            id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=MAX_NEW_TOKENS
+        )
+        self.drafter, self.asked, self.topk = drafter, asked, topk
+        self.session = drafter.open(
+            asked, topk=topk, coupled=True, reuse=reuse, num_shared=num_shared
+        )
+        self.tree = DraftTree()
+        self.tokens = list(prompt)
+        self.num_known = num_shared  # positions whose features have come
+        self.session.accept(prompt)
+
+    def plant(self, token: int) -> None:
+        """The prompt's verdict."""
+        self.tree.plant(NO_NODE, token, len(self.tokens))
+        self.take([token])
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """More truth."""
+        self.tokens += tokens
+        self.session.accept(tokens)
+
+    def verdict(self, parent: Node, token: int) -> None:
+        """The path to `parent` and then `token` are true; features come later."""
+        path, _ = self.tree.reroot(parent.id, token)
+        self.take([*(node.token for node in path[1:]), token])
+
+    def give(self, count: int | None = None, *, random: Random | None = None) -> None:
+        """Features of the next `count` positions (None: all), in any order."""
+        end = len(self.tokens) - 1
+        end = end if count is None else min(end, self.num_known + count)
+        due = [(n, at) for n in self.drafter.feature_layers for at in range(self.num_known, end)]
+        if random is not None:
+            random.shuffle(due)
+        for layer, at in due:
+            self.session.accept_features(layer, {at: feature(layer, at)})
+        self.num_known = max(self.num_known, end)
+
+    def absorb(self) -> list[Proposal]:
+        """All that is ready."""
+        found = []
+        while self.session.num_rows_ready:
+            before = self.session.num_rows_ready
+            found += self.drafter.draft([DraftJob(self.session, self.tree)])[0]
+            assert self.session.num_rows_ready < before
+        return found
+
+    def grow(self, parent: Node, tokens: Sequence[int]) -> list[Node]:
+        """Children by the test's own choice."""
+        parent.expanded = True
+        return [self.tree[self.tree.add(parent.id, token, -1.0).id] for token in tokens]
+
+    def expand(self, nodes: Sequence[Node]) -> list[Proposal]:
+        """One forward."""
+        return self.drafter.draft([DraftJob(self.session, self.tree, nodes)])[0]
+
+    def fresh(self) -> "Play":
+        """The same moment, come to with nothing drafted on the way."""
+        other = Play(self.drafter, self.asked.prompt, sampling=self.asked.sampling, topk=self.topk)
+        new = self.tokens[len(self.asked.prompt) :]
+        other.take(new[:-1])
+        other.plant(new[-1])
+        other.give()
+        return other
+
+
+def check_shape(proposal: Proposal, node: Node, topk: int) -> None:
+    """Children of the node asked for, best first, finite, each token once."""
+    assert proposal.node == node.id
+    tokens = [token for token, _ in proposal.children]
+    values = [value for _, value in proposal.children]
+    assert len(tokens) <= topk
+    assert len(set(tokens)) == len(tokens)
+    assert all(0 <= token < VOCAB for token in tokens)
+    assert all(float("-inf") < value <= 1e-6 for value in values)
+    assert values == sorted(values, reverse=True)
+
+
+def check_same(got: Sequence[Proposal], want: Sequence[Proposal]) -> None:
+    """Equal children and scores; ids may differ."""
+    assert len(got) == len(want)
+    for one, other in zip(got, want, strict=True):
+        mine, theirs = dict(one.children), dict(other.children)
+        assert mine.keys() == theirs.keys()
+        assert mine == pytest.approx(theirs, abs=TOLERANCE)
+
+
+def check_fresh(play: Play) -> None:
+    """From here on it drafts as if nothing had been before: root, children, grandchildren."""
+    play.give()
+    other = play.fresh()
+    (got,), (want,) = play.absorb()[-1:], other.absorb()
+    assert got.node == play.tree.root.id
+    check_same([got], [want])
+    used = {play.tree[n].token for n in play.tree.root.children.values()}
+    new = [token for token in range(VOCAB) if token not in used][:2]
+    nodes = [p.grow(p.tree.root, new) for p in (play, other)]
+    for _ in range(3):
+        check_same(play.expand(nodes[0]), other.expand(nodes[1]))
+        nodes = [p.grow(own[-1], [5, 9]) for p, own in zip((play, other), nodes, strict=True)]
+
+
+PROMPT = (3, 14, 15, 9, 26, 5, 35)
+
+
+@pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
+@pytest.mark.parametrize("name", ALL_DRAFTERS)
+def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingParams) -> None:
+    """The root's once all is absorbed, then one per expanded node, in order."""
+    play = Play(drafter_named(name), PROMPT, sampling=sampling, topk=4)
+    play.plant(8)
+    play.give()
+    assert play.session.num_rows_ready > 0
+    (proposal,) = play.absorb()
+    assert proposal.node == play.tree.root.id
+    children = play.grow(play.tree.root, [1, 2, 40])
+    proposals = play.expand(children[::-1])
+    assert [own.node for own in proposals] == [node.id for node in children[::-1]]
+    if name in MODEL_DRAFTERS:
+        for own, node in zip(
+            [proposal, *proposals], [play.tree.root, *children[::-1]], strict=True
+        ):
+            assert len(own.children) == 4
+            check_shape(own, node, topk=4)
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_absorbing_in_pieces_is_absorbing_at_once(name: str) -> None:
+    """Features and tokens in any order and portion; the root comes up exactly once."""
+    for seed in range(6):
+        random = Random(seed)
+        play = Play(drafter_named(name), PROMPT, sampling=T1)
+        plant_at = random.randrange(4)
+        found = []
+        for turn in range(5):
+            if turn == plant_at:
+                play.plant(8)
+            play.give(random.randrange(4), random=random)
+            if random.random() < 0.5:
+                found += play.absorb()
+        play.give(random=random)
+        found += play.absorb()
+        check_same(found, play.fresh().absorb())
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
+    """And ends where one that is absorbed as the features come does."""
+    play = Play(drafter_named(name), [(5 * n) % VOCAB for n in range(200)])
+    play.plant(8)
+    play.give()
+    ready = play.session.num_rows_ready
+    assert play.drafter.draft([DraftJob(play.session, play.tree)]) == [[]]
+    assert play.session.num_rows_ready == ready - 128
+    slow = Play(play.drafter, play.asked.prompt)
+    slow.plant(8)
+    found = []
+    while slow.num_known < len(play.asked.prompt):
+        slow.give(50)
+        found += slow.absorb()
+    check_same(play.absorb(), found)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("hit", [True, False])
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int) -> None:
+    """A hit or a miss, at the root or far below it, with and without drafted siblings."""
+    play = Play(drafter_named(name), PROMPT, sampling=T1)
+    play.plant(8)
+    play.give()
+    play.absorb()
+    node = play.tree.root
+    path = [node]
+    for level in range(depth + 2):
+        children = play.grow(node, [level, level + 10])
+        play.expand(children)
+        node = children[level % 2]
+        path.append(node)
+    play.verdict(path[depth], path[depth + 1].token if hit else 47)
+    assert (play.tree.root is path[depth + 1]) == hit
+    check_fresh(play)
+    play.verdict(play.tree.root, 46)
+    check_fresh(play)
+
+
+def act(play: Play, seed: int) -> DraftJob | None:
+    """A random event of a generation; the forward it asks for, if it does."""
+    random = Random(seed)
+    kind = random.choice(["grow", "grow", "verdict", "some features", "features"])
+    if kind == "verdict" and len(play.tokens) < len(play.asked.prompt) + MAX_NEW_TOKENS - 8:
+        nodes = sorted(play.tree.nodes.values(), key=lambda node: node.id)
+        play.verdict(random.choice(nodes), random.randrange(4))
+    elif kind == "some features":
+        play.give(2, random=random)
+    elif kind == "features":
+        play.give(random=random)
+    if play.session.num_rows_ready and random.random() < 0.8:
+        return DraftJob(play.session, play.tree)
+    grown = [n for n in play.tree.nodes.values() if n is not play.tree.root]
+    nodes = [n for n in grown if play.tree[n.parent].expanded]
+    picked = random.sample(nodes, min(len(nodes), random.randint(1, 4)))
+    return DraftJob(play.session, play.tree, picked) if picked else None
+
+
+def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) -> None:
+    """The head's part after a forward: nodes get children."""
+    random = Random(seed)
+    assert job.nodes is None or [p.node for p in proposals] == [n.id for n in job.nodes]
+    for proposal in proposals:
+        check_shape(proposal, play.tree[proposal.node], play.topk)
+        play.grow(play.tree[proposal.node], random.sample(range(4), 2))
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> None:
+    """Absorbing and expanding in any mixture; after it each is as good as fresh."""
+    drafter = drafter_named(name)
+    prompts = [PROMPT, PROMPT[:2], (9, 9, 4, 1), tuple(range(20))]
+    plays = [[Play(drafter, own, sampling=T1) for own in prompts] for _ in range(2)]
+    for play in [*plays[0], *plays[1]]:
+        play.plant(3)
+        play.give()
+    num_joint = 0
+    for turn in range(25):
+        found = []
+        for index in range(len(prompts)):
+            step = 1000 * seed + 10 * turn + index
+            jobs = [act(side[index], step) for side in plays]
+            assert (jobs[0] is None) == (jobs[1] is None)
+            if jobs[0] is not None and jobs[1] is not None:
+                found.append((index, step, jobs))
+        joint = drafter.draft([jobs[0] for _, _, jobs in found])
+        single = draft_each([jobs[1] for _, _, jobs in found])
+        num_joint += len(found) > 1
+        for (index, step, jobs), got, want in zip(found, joint, single, strict=True):
+            check_same(got, want)
+            settle(plays[0][index], jobs[0], got, step)
+            settle(plays[1][index], jobs[1], want, step)
+    assert num_joint > 10, "hardly anything ran together"
+    for play in plays[0]:
+        play.verdict(play.tree.root, 45)
+        check_fresh(play)
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+@pytest.mark.parametrize("late", [0, 3])
+def test_the_next_turn_goes_on_where_the_last_ended(name: str, late: int) -> None:
+    """Features from `num_shared` on are enough, wherever the texts part."""
+    first = Play(drafter_named(name), PROMPT)
+    first.plant(8)
+    first.give()
+    first.absorb()
+    children = first.grow(first.tree.root, [1, 2])
+    first.expand(children)
+    first.verdict(children[0], 30)
+    first.give()
+    first.absorb()
+    first.verdict(first.tree.root, 31)
+    first.verdict(first.tree.root, 32)
+    first.give(late)  # come too late to be absorbed
+    most = first.session.num_reusable
+    assert most >= len(PROMPT) + 1, "all that was absorbed counts"
+    assert most < len(first.tokens)
+    for num_shared in (most, most - 1, len(PROMPT), 2, 1, 0):
+        prompt = [*first.tokens[: num_shared + 1], 40, 41, 42]
+        play = Play(first.drafter, prompt, reuse=first.session, num_shared=num_shared)
+        play.plant(7)
+        check_fresh(play)
+    num_shared = play.session.num_reusable
+    prompt = [*play.tokens[: num_shared + 1], 43]
+    third = Play(first.drafter, prompt, reuse=play.session, num_shared=num_shared)
+    third.plant(9)
+    check_fresh(third)
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_reusing_what_is_not_shared_is_noticed(name: str) -> None:
+    """The row of the last shared position holds the token after it."""
+    first = Play(drafter_named(name), PROMPT)
+    first.plant(8)
+    first.give()
+    first.absorb()
+    with pytest.raises(AssertionError, match="first 6 tokens"):
+        Play(first.drafter, [*PROMPT[:5], 1, 2], reuse=first.session, num_shared=5)
+    with pytest.raises(AssertionError, match="reusable"):
+        Play(first.drafter, [*PROMPT, 8, 1, 2], reuse=first.session, num_shared=9)
