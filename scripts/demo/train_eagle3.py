@@ -22,6 +22,7 @@ from torch import Tensor
 
 INTERMEDIATE = 1408
 DECAY = 0.9  # weight of each step's loss over that of the step before
+LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
 STARTS_PER = 8  # rows of a block for one that drafts begin at
 
 
@@ -115,8 +116,8 @@ def train(
     def snapshot() -> None:
         export(head, target, plan, plan.checkpoint.with_suffix(""))
 
-    blocks = make_blocks(samples, 0, plan.layers)
-    job = Job("eagle3", loss, target, head.lm_head, blocks, plan.minutes, plan.checkpoint, ids, 20,
+    blocks = make_blocks(samples, 0, plan.layers, LENGTHS)
+    job = Job("eagle3", loss, target, head.lm_head, blocks, plan.minutes, plan.checkpoint, ids, 50,
               snapshot)  # fmt: skip
     figures = run(job, make_optimizer(head))
     return head, figures | {"layers": plan.layers, "covered": covered}
