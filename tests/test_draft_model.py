@@ -245,3 +245,5 @@ def test_a_folder_becomes_a_drafter(tmp_path: Path) -> None:
     (other / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="2 tokens differ"):
         find_drafter("draft_model").load(replace(source, folder=other))
+    with pytest.raises(ValueError, match="found: EAGLE-1/2 head.*use --drafter eagle"):
+        find_drafter("draft_model").load(replace(source, folder=tmp_path / "eagle"))

@@ -3,13 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.draft_model import DraftModelDrafter, check_vocabulary
 from flowspec.drafters.eagle import EagleDrafter
+from flowspec.drafters.eagle3 import Eagle3Drafter
+from flowspec.model.draft_kind import refuse_head
 from flowspec.model.load import HeadPart, load_whole
 from flowspec.model.load_eagle import load_eagle
+from flowspec.model.load_eagle3 import load_eagle3
 from flowspec.text import load_tokenizer
+
+Net = TypeVar("Net")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +38,26 @@ class DrafterSpec:
     about: str
 
 
-def _load_eagle(source: DraftSource) -> Drafter:
-    net = load_eagle(
+def _load_head(load: Callable[..., Net], source: DraftSource) -> Net:
+    return load(
         source.folder,
         target_config=source.target.config,
         embedding=source.target.embed_tokens,
         device=source.device,
         dtype=source.dtype,
     )
-    return EagleDrafter(net, source.target.lm_head)
+
+
+def _load_eagle(source: DraftSource) -> Drafter:
+    return EagleDrafter(_load_head(load_eagle, source), source.target.lm_head)
+
+
+def _load_eagle3(source: DraftSource) -> Drafter:
+    return Eagle3Drafter(_load_head(load_eagle3, source))
 
 
 def _load_draft_model(source: DraftSource) -> Drafter:
+    refuse_head(source.folder)
     target, draft = (load_tokenizer(f).get_vocab() for f in (source.target_folder, source.folder))
     model = load_whole(source.folder, device=source.device, dtype=source.dtype)
     check_vocabulary(target, draft, model.config)
@@ -52,6 +66,7 @@ def _load_draft_model(source: DraftSource) -> Drafter:
 
 DRAFTERS: dict[str, DrafterSpec] = {
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
+    "eagle3": DrafterSpec(_load_eagle3, "models/demo/eagle3", "EAGLE-3 head"),
     "draft_model": DrafterSpec(
         _load_draft_model, "models/demo/draft", "a small language model with the same tokenizer"
     ),

@@ -37,7 +37,7 @@ FAMILIES: dict[str, Family] = {
     "p_eagle": Family("P-EAGLE head (parallel drafting)"),
     "dflash": Family("DFlash head or one of its kin (JetSpec, DSpark, Domino)"),
     "medusa": Family("Medusa head"),
-    "model": Family("language model of its own"),
+    "model": Family("language model of its own", "draft_model"),
     "unknown": Family("draft checkpoint of no known kind"),
 }
 
@@ -107,6 +107,15 @@ def require(kind: DraftKind, family: str, path: Path) -> None:
         f"{path} is no {FAMILIES[family].title}, found: {kind.title} (it has "
         f"{', '.join(kind.evidence)}); {advice}"
     )
+
+
+def refuse_head(folder: Path) -> None:
+    """Raise ValueError where a language model is wanted and `folder` holds a draft head."""
+    for path in (folder / name for name in _FILES):
+        if path.exists():
+            kind = recognise(read_draft(path))
+            if kind.family not in ("model", "unknown"):
+                require(kind, "model", path)
 
 
 def _block_marks(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
