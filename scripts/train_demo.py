@@ -162,18 +162,19 @@ def step_draft(args: argparse.Namespace) -> None:
 
 
 def step_evaluate(args: argparse.Namespace) -> None:
-    """tau per evaluation set; prints a Markdown table."""
+    """tau per evaluation set, and acceptance by depth; prints a Markdown table of each head."""
     torch.set_grad_enabled(False)
-    pair = tau.Pair.load(args.out / "target", args.out / "eagle")
     tokenizer = tau.load_tokenizer(args.out / "target")
     modes = args.modes.split(",") if args.modes else list(tau.MODES)
-    table = tau.evaluate(
-        pair, tokenizer, args.eval_data, prompts=args.prompts, max_new=args.max_new, modes=modes
-    )
-    write_figures(args, "tau", table)
+    for head in args.heads.split(","):
+        pair = tau.Pair.load(args.out / "target", args.out / head)
+        table = tau.evaluate(
+            pair, tokenizer, args.eval_data, prompts=args.prompts, max_new=args.max_new, modes=modes
+        )
+        write_figures(args, f"tau_{head}", table)
+        print(f"{head}\n{tau.show(table)}")
     texts = tau.sample_texts(pair, tokenizer, args.eval_data, per_set=3, max_new=args.max_new)
     write_figures(args, "samples", {"texts": texts})
-    print(tau.show(table))
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
@@ -227,6 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8, help="per evaluation set")
     parser.add_argument("--modes", default="", help="comma-separated, of " + ", ".join(tau.MODES))
     parser.add_argument("--eager", action="store_true", help="compile nothing: for short runs")
+    parser.add_argument("--heads", default="eagle,eagle3", help="to evaluate")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.step != "evaluate" and args.corpus is None:

@@ -8,7 +8,7 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import run, split, stage, verify
+from flowspec.cli import check_head, run, split, stage, verify
 from flowspec.request import ClusterError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
+app.command("check-head")(check_head.check_head)
 app.command("stage", hidden=True)(stage.stage)
 
 
