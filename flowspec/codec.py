@@ -1,10 +1,12 @@
 """Messages as bytes. No pickle: fixed little-endian headers and arrays.
 
-A message is one to three frames: header, ids, hidden. Sizes are checked against the limits and the
+A message is one to three frames: header, ids, hidden; a batch is its header and the frames of its
+segments. Sizes are checked against the limits and the
 frames' lengths before anything is allocated; arrays are views into the frames. Shapes: n rows, H
 hidden size. docs/wire_protocol.md has the layouts.
 """
 
+import math
 import struct
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from flowspec.request import SamplingParams
 from flowspec.wire import (
+    Abandon,
+    Batch,
     Close,
     Exit,
     Failed,
@@ -32,11 +36,13 @@ from flowspec.wire import (
     WireMessage,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_ROWS = 4096
+MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
 MAX_TEXT_BYTES = 65536
 MAX_FRAME_BYTES = MAX_ROWS * MAX_HIDDEN * 4
+MAX_FRAMES = 1 + 3 * MAX_BATCH
 
 Frame: TypeAlias = bytes | memoryview
 
@@ -47,13 +53,17 @@ class WireError(ValueError):
 
 _MAGIC = b"FS"
 _HEAD = struct.Struct("<2sBBQ")  # magic, version, kind, request
-_OPEN = struct.Struct("<IIdIQddB")
+_OPEN = struct.Struct("<IIdIQddQIB")
+_VERDICT = struct.Struct("<BIqi")  # whether one follows
+_CLOSE = struct.Struct("<B")
+_BATCH = struct.Struct("<B")
 _SEGMENT = struct.Struct("<QIBBIIfIqi")
 _REROOT = struct.Struct("<Iqi")
 _STARTED = struct.Struct("<Q")
 _EXIT = struct.Struct("<QIIf")
 _FEATURES = struct.Struct("<iIBI")
-_STATUS = struct.Struct("<IdQQQI")
+_STATUS = struct.Struct("<IdQQQIQQ")
+_READY = struct.Struct("<Q")
 _RANK = struct.Struct("<i")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -67,8 +77,8 @@ def encode(message: WireMessage) -> list[Frame]:
 
 def decode(frames: Sequence[Frame]) -> WireMessage:
     """The message in `frames`. Raises WireError naming what is wrong."""
-    if not 1 <= len(frames) <= 3:
-        raise WireError(f"a message has 1 to 3 frames, not {len(frames)}")
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise WireError(f"a message has 1 to {MAX_FRAMES} frames, not {len(frames)}")
     header = memoryview(frames[0])
     if len(header) < _HEAD.size:
         raise WireError(f"header truncated: {len(header)} bytes, at least {_HEAD.size} needed")
@@ -83,7 +93,7 @@ def decode(frames: Sequence[Frame]) -> WireMessage:
     kind = _BY_NUMBER.get(number)
     if kind is None:
         raise WireError(f"unknown message kind {number}")
-    if len(frames) != kind.num_frames:
+    if kind.num_frames and len(frames) != kind.num_frames:
         raise WireError(f"{kind.name} has {kind.num_frames} frames, {len(frames)} came")
     return kind.decode(request, header[_HEAD.size :], [memoryview(f) for f in frames[1:]])
 
@@ -93,7 +103,10 @@ def _unpack(
 ) -> tuple[Any, ...]:
     if len(body) < layout.size or (len(body) > layout.size and not rest):
         raise WireError(f"{name}: {len(body)} header bytes, {layout.size} needed")
-    return layout.unpack_from(body)
+    values = layout.unpack_from(body)
+    if not all(math.isfinite(value) for value in values if isinstance(value, float)):
+        raise WireError(f"{name}: a number that is none, or infinite")
+    return values
 
 
 def _expect(name: str, frame: memoryview, size: int) -> None:
@@ -138,14 +151,17 @@ def _encode_open(head: bytes, m: Open) -> list[Frame]:
         s.seed,
         s.top_p,
         s.min_p,
+        m.reuse,
+        m.num_shared,
         len(m.feature_layers),
     )
     return [head + fixed + struct.pack(f"<{len(m.feature_layers)}i", *m.feature_layers)]
 
 
 def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> Open:
-    capacity, context, temperature, top_k, seed, top_p, min_p, num_layers = _unpack(
-        "Open", _OPEN, body, rest=True
+    fields = _unpack("Open", _OPEN, body, rest=True)
+    capacity, context, temperature, top_k, seed, top_p, min_p, reuse, num_shared, num_layers = (
+        fields
     )
     layers = body[_OPEN.size :]
     _expect("Open", layers, 4 * num_layers)
@@ -161,6 +177,8 @@ def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> Open:
         context=context,
         sampling=sampling,
         feature_layers=struct.unpack(f"<{num_layers}i", layers),
+        reuse=reuse,
+        num_shared=num_shared,
     )
 
 
@@ -212,6 +230,45 @@ def _decode_segment(request: int, body: memoryview, frames: list[memoryview]) ->
     )
 
 
+def _encode_batch(head: bytes, m: Batch) -> list[Frame]:
+    frames: list[Frame] = [head + _BATCH.pack(len(m.segments))]
+    for segment in m.segments:
+        frames.extend(encode(segment))
+    return frames
+
+
+def _decode_batch(_: int, body: memoryview, frames: list[memoryview]) -> Batch:
+    (count,) = _unpack("Batch", _BATCH, body)
+    if not 1 <= count <= MAX_BATCH or len(frames) != 3 * count:
+        raise WireError(
+            f"Batch: {count} segments in {len(frames)} frames; 1 to {MAX_BATCH} with 3 each"
+        )
+    parts = [decode(frames[3 * i : 3 * i + 3]) for i in range(count)]
+    segments = tuple(part for part in parts if isinstance(part, Segment))
+    if len(segments) < count:
+        raise WireError("Batch: holds another kind of message than segments")
+    if len({segment.request for segment in segments}) < count:
+        raise WireError("Batch: two segments of one request")
+    if sum(len(segment.nodes) for segment in segments) > MAX_ROWS:
+        raise WireError(f"Batch: more than {MAX_ROWS} rows")
+    return Batch(segments=segments)
+
+
+def _encode_close(head: bytes, m: Close) -> list[Frame]:
+    known = (0, 0, 0) if m.verdict is None else _verdict_fields(m.verdict)
+    verdict = _VERDICT.pack(m.verdict is not None, *known)
+    return [head + _CLOSE.pack(m.keep) + verdict]
+
+
+def _decode_close(request: int, body: memoryview, _: list[memoryview]) -> Close:
+    (keep,) = _unpack("Close", _CLOSE, body, rest=True)
+    known, position, parent, token = _unpack("Close", _VERDICT, body[_CLOSE.size :])
+    if keep > 1 or known > 1:
+        raise WireError(f"Close: flags {keep}, {known}, each 0 or 1")
+    verdict = Reroot(request=request, position=position, parent=parent, token=token)
+    return Close(request=request, keep=bool(keep), verdict=verdict if known else None)
+
+
 def _encode_features(head: bytes, m: Features) -> list[Frame]:
     dtype = _DTYPES.index(m.hidden.dtype)
     fixed = _FEATURES.pack(m.layer, len(m.nodes), dtype, m.hidden.shape[1])
@@ -234,7 +291,7 @@ def _decode_features(request: int, body: memoryview, frames: list[memoryview]) -
 
 def _encode_text(stage: int, text: str) -> bytes:
     raw = text.encode(errors="replace")[:MAX_TEXT_BYTES]  # file names may hold stray bytes
-    return _RANK.pack(stage) + raw
+    return _RANK.pack(stage) + raw.decode(errors="ignore").encode()  # no half character at the cut
 
 
 def _decode_text(name: str, body: memoryview) -> tuple[int, str]:
@@ -242,7 +299,10 @@ def _decode_text(name: str, body: memoryview) -> tuple[int, str]:
     raw = bytes(body[_RANK.size :])
     if len(raw) > MAX_TEXT_BYTES:
         raise WireError(f"{name}: text of {len(raw)} bytes, at most {MAX_TEXT_BYTES} allowed")
-    return stage, raw.decode(errors="replace")
+    try:
+        return stage, raw.decode()
+    except UnicodeDecodeError as error:
+        raise WireError(f"{name}: {error}") from None
 
 
 def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Failed:
@@ -250,16 +310,21 @@ def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Faile
     return Failed(stage=stage, request=request, text=text)
 
 
+def _encode_ready(head: bytes, m: Ready) -> list[Frame]:
+    return [head + _READY.pack(m.kv_rows) + _encode_text(m.stage, m.model)]
+
+
 def _decode_ready(_: int, body: memoryview, __: list[memoryview]) -> Ready:
-    stage, model = _decode_text("Ready", body)
-    return Ready(stage=stage, model=model)
+    (kv_rows,) = _unpack("Ready", _READY, body, rest=True)
+    stage, model = _decode_text("Ready", body[_READY.size :])
+    return Ready(stage=stage, model=model, kv_rows=kv_rows)
 
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
     name: str
     number: int
-    num_frames: int
+    num_frames: int  # 0: as many as it says
     encode: Callable[[bytes, Any], list[Frame]]
     decode: Callable[[int, memoryview, list[memoryview]], WireMessage]
 
@@ -281,7 +346,7 @@ def _plain(cls: type, number: int, layout: struct.Struct, *fields: str) -> _Kind
 _KINDS: dict[type, _Kind] = {
     Open: _Kind("Open", 1, 1, _encode_open, _decode_open),
     Segment: _Kind("Segment", 2, 3, _encode_segment, _decode_segment),
-    Close: _plain(Close, 3, struct.Struct("<")),
+    Close: _Kind("Close", 3, 1, _encode_close, _decode_close),
     Reroot: _plain(Reroot, 4, _REROOT, "position", "parent", "token"),
     Started: _plain(Started, 5, _STARTED, "seq_no"),
     Exit: _plain(Exit, 6, _EXIT, "seq_no", "rows", "slowest_rows", "slowest_ms"),
@@ -296,14 +361,16 @@ _KINDS: dict[type, _Kind] = {
         "num_rows_run",
         "num_rows_pruned",
         "num_requests",
+        "kv_rows_used",
+        "peak_memory_bytes",
     ),
     Failed: _Kind(
         "Failed", 9, 1, lambda head, m: [head + _encode_text(m.stage, m.text)], _decode_failed
     ),
-    Ready: _Kind(
-        "Ready", 10, 1, lambda head, m: [head + _encode_text(m.stage, m.model)], _decode_ready
-    ),
+    Ready: _Kind("Ready", 10, 1, _encode_ready, _decode_ready),
     Ping: _plain(Ping, 11, _RANK, "rank"),
     Stop: _plain(Stop, 12, struct.Struct("<")),
+    Batch: _Kind("Batch", 13, 0, _encode_batch, _decode_batch),
+    Abandon: _plain(Abandon, 14, struct.Struct("<")),
 }
 _BY_NUMBER = {kind.number: kind for kind in _KINDS.values()}

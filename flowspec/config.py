@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from flowspec.plain_yaml import read_yaml
 from flowspec.request import SamplingParams
 
 T = TypeVar("T")
+MAX_TIMEOUT_S = 86400.0
+MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,8 @@ class DecodeConfig:
             )
         if self.max_in_flight < 0:
             raise ValueError(f"decode.max_in_flight must not be negative: {self.max_in_flight}")
+        if self.max_in_flight > 1024:
+            raise ValueError("decode.max_in_flight is above 1024")
         if not 0.0 <= self.min_score < 1.0:
             raise ValueError(f"decode.min_score must be in [0, 1), not {self.min_score}")
 
@@ -59,19 +64,29 @@ class RunConfig:
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
+    max_requests: int = 8  # served at once; further ones wait
+    kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
+    kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
 
     def __post_init__(self) -> None:
-        if self.stages is not None and self.stages < 1:
-            raise ValueError(f"stages must be at least 1, not {self.stages}")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
-        if self.threads_per_process < 1:
-            raise ValueError(f"threads_per_process must be at least 1: {self.threads_per_process}")
-        if self.timeout_s <= 0:
-            raise ValueError(f"timeout_s must be positive, not {self.timeout_s}")
+        if not 1 <= self.max_requests <= 16:
+            raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
+        for name in ("kept_prefixes", "kv_memory_mb"):
+            if not 0 <= getattr(self, name) <= MAX_COUNT:
+                raise ValueError(f"{name} must be from 0 to {MAX_COUNT}")
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever
+            raise ValueError(
+                f"timeout_s must be positive, at most {MAX_TIMEOUT_S}, not {self.timeout_s}"
+            )
+        for name in ("stages", "threads_per_process", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= MAX_COUNT:
+                raise ValueError(f"{name} must be from 1 to {MAX_COUNT}")
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
@@ -99,12 +114,7 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
 
 def read_run_config(path: Path) -> RunConfig:
     """A RunConfig from YAML. Raises ValueError naming file and key."""
-    try:
-        data = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise ValueError(f"config file {path} does not exist") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    data = read_yaml(path) or {}
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(data).__name__}")
     return override(RunConfig(), data, where=str(path))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from flowspec.admission import Admission
 from flowspec.config import DecodeConfig, RunConfig, override
 from flowspec.drafters import DraftSource, find_drafter
 from flowspec.drafters.base import Drafter, NoDrafter
@@ -87,7 +88,11 @@ def build_head(config: RunConfig, parts: HeadParts) -> Head:
         spec,
         decode,
         parts.drafter,
-        max_context=parts.max_context,
+        admission=Admission(
+            max_context=parts.max_context,
+            max_active=config.max_requests,
+            max_kept=config.kept_prefixes,
+        ),
         new_text=parts.new_text,
     )
 

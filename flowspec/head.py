@@ -1,17 +1,21 @@
 """Head (rank 0): prompts in, segments out, verdicts in, tokens out.
 
-A sans-IO core (see effects.py). One match over messages; between them one decision at a time: send
-a piece of prompt, send what the strategy wants sent, or run one drafter forward. Prefill, stop
-rules and statistics live here, once, for every strategy.
+A sans-IO core (see effects.py). One match over messages; between them one decision at a time: begin
+a waiting request, fill the next slot (batching.py), or run one drafter forward. Prefill, stop rules
+and statistics live here, once, for every strategy.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from flowspec.admission import Admission, Waiting
+from flowspec.batching import Slots
+from flowspec.codec import MAX_BATCH
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import Drafter, DraftJob, NoDrafter, Proposal
-from flowspec.effects import CLIENT, Send, Step, Work
+from flowspec.drafters.base import Drafter, NoDrafter
+from flowspec.drafting import draft_work, next_drafts
+from flowspec.effects import CLIENT, EVERY_STAGE, Send, Step
+from flowspec.pipe import Pipe, SegmentCost
 from flowspec.request import (
     Completion,
     DecodeStats,
@@ -20,12 +24,12 @@ from flowspec.request import (
     Request,
     rank_name,
 )
-from flowspec.session import SegmentCost, Session, new_segment, tree_segment
+from flowspec.session import Session, new_segment
 from flowspec.strategies import StrategySpec
 from flowspec.strategies.base import Strategy
 from flowspec.text import TextStream
-from flowspec.tree import Node
 from flowspec.wire import (
+    Abandon,
     Cancel,
     Close,
     Exit,
@@ -40,16 +44,17 @@ from flowspec.wire import (
     Status,
     Submit,
     Tokens,
+    together,
 )
 
 FIRST_STAGE = 1
-MAX_QUEUED = 64  # requests waiting for their turn
 MIN_ROWS_ALIVE = 256
+MAX_FINISHED = 256  # requests whose statistics are kept until somebody asks for them
 
 
 @dataclass(slots=True)
-class _Active:
-    """The request being served."""
+class Active:
+    """A request being served."""
 
     session: Session
     strategy: Strategy
@@ -57,7 +62,7 @@ class _Active:
 
 
 class Head:
-    """Serves requests one after the other; further ones wait in a bounded queue."""
+    """Serves as many requests at once as `admission` lets begin; others wait in its queue."""
 
     rank = 0
 
@@ -68,50 +73,51 @@ class Head:
         config: DecodeConfig,
         drafter: Drafter,
         *,
-        max_context: int,
+        admission: Admission,
         new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
     ) -> None:
-        self.num_stages = num_stages
+        assert 1 <= admission.max_active <= MAX_BATCH, "more requests than a batch holds"
         self.spec = spec
         self.config = config
         self.drafter = drafter
-        self.max_context = max_context
         self.new_text = new_text
-        self.cost = SegmentCost()
-        self.active: _Active | None = None
-        self.waiting: deque[tuple[Request, float]] = deque()  # with the time of its coming
+        self.pipe = Pipe(num_stages)
+        self.slots = Slots(self.pipe, self._next_prompt_piece)
+        self.admission = admission
+        self.active: dict[int, Active] = {}  # oldest first
         self.newest_id = 0
-        self.last: Session | None = None  # the session that finished last, for its statistics
+        self.finished: dict[int, DecodeStats] = {}
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}  # when each stage's status came
 
-    @property
-    def session(self) -> Session | None:
-        """Of the request being served."""
-        return self.active.session if self.active else None
-
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """Use another strategy for the requests to come."""
-        assert self.active is None, "a request is being served"
+        assert not self.active, "a request is being served"
         self.spec, self.config = spec, config
-        self.cost = SegmentCost()
+        self.pipe.cost = SegmentCost()
+
+    def stats(self) -> DecodeStats | None:
+        """Of the oldest request being served, else of the newest finished one."""
+        for active in self.active.values():
+            return active.session.stats
+        return next(reversed(self.finished.values()), None)
 
     def completion(
         self, request: Request, end: Finished, tokens: Sequence[int], text: str
     ) -> Completion:
         """The answer to a request that has just ended, for the client's side of the head."""
-        served = self.last is not None and self.last.request.id == request.id
         return Completion(
             request=request.id,
             tokens=tuple(tokens),
             text=text,
             reason=end.reason,
-            stats=self.last.stats if served and self.last else DecodeStats(),
+            stats=self.finished.pop(request.id, DecodeStats()),
             error=end.error,
         )
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
         """Take one message in."""
+        self.pipe.now = now
         match message:
             case Submit():
                 return self._submit(message.request, now)
@@ -122,46 +128,51 @@ class Head:
                 self.heard_at[message.stage] = now
             case Failed():
                 return self._failed(message, now)
-            case _:
-                return self._handle_active(message, now)
+            case Started():
+                self.pipe.start((message.request, message.seq_no))
+            case Exit():
+                self._exit(message)
+            case Features():
+                self._features(message)
+            case Reroot():
+                active = self.active.get(message.request)
+                return self._reroot(active, message, now) if active is not None else ()
         return ()
 
-    def _handle_active(self, message: Message, now: float) -> Sequence[Send]:
-        """Messages about the request being served; those about others come too late."""
-        active = self.active
-        if active is None or getattr(message, "request", None) != active.session.request.id:
-            return ()
-        match message:
-            case Started():
-                if message.seq_no in active.session.flights:
-                    active.session.flights[message.seq_no].started_at = now
-            case Exit():
-                active.session.flights.pop(message.seq_no, None)
-                if message.rows:
-                    self.cost.record(message.slowest_rows, message.slowest_ms)
-            case Features():
-                self._features(active.session, message)
-            case Reroot():
-                return self._reroot(active, message, now)
-        return ()
+    def _exit(self, message: Exit) -> None:
+        segments = self.pipe.arrive((message.request, message.seq_no))
+        for request, seq_no in segments:
+            if request in self.active:
+                self.active[request].session.flights.discard(seq_no)
+        if segments and message.rows:
+            self.pipe.cost.record(message.slowest_rows, message.slowest_ms)
 
     def poll(self, now: float) -> Step | None:
-        """The next decision: a segment first, so that the pipe never waits for the drafter."""
-        if self.active is None:
-            if not self.waiting:
-                return None
-            return Step(sends=self._open(*self.waiting.popleft()))
-        session, strategy = self.active.session, self.active.strategy
-        session.now = now
-        segment = self._next_piece(session, strategy)
-        if segment is None and session.drafter.num_rows_ready:
-            return Step(work=self._draft(session, None))
-        if segment is None and session.decoding:
-            if nodes := strategy.next_draft(session):
-                return Step(work=self._draft(session, nodes))
+        """The next decision: a slot first, so that the pipe never waits for the drafter."""
+        self.pipe.now = now
+        if (begin := self.admission.next_to_begin()) is not None:
+            return Step(sends=self._open(begin))
+        if not self.active:
+            return None
+        slot = self._next_slot()
+        if not slot:
+            if shares := next_drafts(self.active.values()):
+                return Step(work=draft_work(self.drafter, self.pipe, shares))
             # "nothing more to draft" may be what a strategy was waiting for
-            segment = self._next_piece(session, strategy)
-        return None if segment is None else Step(sends=[Send(FIRST_STAGE, segment)])
+            slot = self._next_slot()
+        return Step(sends=[Send(FIRST_STAGE, together(slot))]) if slot else None
+
+    def _next_slot(self) -> list[Segment]:
+        slot = self.slots.next_slot(list(self.active.values()), self._room)
+        if slot:
+            num_rows = sum(len(segment.nodes) for segment in slot)
+            self.pipe.depart(num_rows, tuple((s.request, s.seq_no) for s in slot))
+        return slot
+
+    def _room(self, session: Session) -> int:
+        """How many more tree rows of the request the stages' caches can hold."""
+        alive = sum(node.sent for node in session.tree.nodes.values())
+        return max_rows_alive(session.config) - alive
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
         if not self.newest_id < request.id < 2**63:
@@ -169,110 +180,79 @@ class Head:
                 request.id, f"request id {request.id} must be above the last, {self.newest_id}"
             )
         self.newest_id = request.id
-        room = self.max_context - len(request.prompt)
-        if room < 1:
-            return self._refuse(
-                request.id,
-                f"the prompt has {len(request.prompt)} tokens, the model's context holds "
-                f"{self.max_context}; shorten the prompt",
-            )
-        if len(self.waiting) >= MAX_QUEUED:
-            return self._refuse(request.id, f"{MAX_QUEUED} requests are waiting already")
-        # what does not fit the context is never asked for, and no memory is taken for it
-        request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
-        self.waiting.append((request, now))
+        try:
+            self.admission.submit(request, now, num_tree_rows=max_rows_alive(self.config))
+        except ValueError as error:
+            return self._refuse(request.id, str(error))
         return ()
 
     def _refuse(self, request: int, error: str) -> Sequence[Send]:
         return [Send(CLIENT, Finished(request=request, reason=FinishReason.ERROR, error=error))]
 
-    def _open(self, request: Request, submitted_at: float) -> Sequence[Send]:
-        spec, config = self.spec, self.config
-        drafter = self.drafter if spec.drafts else NoDrafter()
+    def _open(self, begin: Waiting) -> Sequence[Send]:
+        """The oldest waiting request begins, with what a kept one has in common with it."""
+        admission, config, request = self.admission, self.config, begin.request
+        admission.waiting.popleft()
+        kept, num_shared = admission.find_shared(request.prompt, config)
+        gone = admission.make_room(begin.num_rows, kept)
+        if kept is None or kept.session.request.id in gone:
+            kept, num_shared = None, 0
+        elif num_shared:
+            del admission.kept[kept.session.request.id]
+        admission.rows[request.id] = begin.num_rows
+        drafter = self.drafter if self.spec.drafts else NoDrafter()
         session = Session(
             request=request,
             config=config,
-            num_stages=self.num_stages,
-            draft_model=drafter,
-            drafter=drafter.open(request, topk=config.topk, coupled=config.coupled_drafting),
-            cost=self.cost,
+            pipe=self.pipe,
+            drafter=drafter.open(
+                request,
+                topk=config.topk,
+                coupled=config.coupled_drafting,
+                reuse=kept.session.drafter if kept is not None else None,
+                num_shared=num_shared,
+            ),
+            num_prompt_sent=num_shared,
+            context=len(request.prompt) + request.max_new_tokens,
         )
-        for _ in request.prompt:
-            session.tree.new_id()  # prompt token i is node i
-        session.drafter.accept(request.prompt)
-        session.stats.submitted_at = submitted_at
-        self.active = _Active(session, spec.make(), self.new_text(request))
-        session.context = len(request.prompt) + request.max_new_tokens
+        session.begin(begin.submitted_at, num_shared)
+        self.active[request.id] = Active(session, self.spec.make(), self.new_text(request))
         opened = Open(
             request=request.id,
-            capacity=session.context + max_rows_alive(config),
+            capacity=begin.num_rows,
             context=session.context,
             sampling=request.sampling,
             feature_layers=drafter.feature_layers,
+            reuse=kept.session.request.id if kept is not None else 0,
+            num_shared=num_shared,
         )
-        return [Send(FIRST_STAGE, opened)]
-
-    def _next_piece(self, session: Session, strategy: Strategy) -> Segment | None:
-        if session.decoding:
-            return self._next_tree_piece(session, strategy)
-        return self._next_prompt_piece(session)
+        closed = [Send(FIRST_STAGE, Close(request=old)) for old in gone]
+        return [*closed, Send(FIRST_STAGE, opened)]
 
     def _next_prompt_piece(self, session: Session) -> Segment | None:
         """The next chunk of the prompt; stages work on different chunks at the same time."""
         prompt, start = session.request.prompt, session.num_prompt_sent
-        if start == len(prompt) or session.num_in_flight > 2 * session.num_stages:
+        if start == len(prompt):
             return None
         end = min(start + session.config.prefill_chunk, len(prompt))
         session.num_prompt_sent = end
-        nodes = tuple(NodeId(i) for i in range(start, end))
-        session.positions.update((node, int(node)) for node in nodes)
         return new_segment(
             session,
-            nodes=nodes,
+            nodes=tuple(NodeId(i) for i in range(start, end)),
             parents=tuple(NodeId(i - 1) for i in range(start, end)),
             tokens=prompt[start:end],
             prefix=True,
             verify=end == len(prompt),
         )
 
-    def _next_tree_piece(self, session: Session, strategy: Strategy) -> Segment | None:
-        """What the strategy sends now, as far as the stages' caches have room for it."""
-        if session.num_in_flight > 2 * session.num_stages:
-            return None
-        alive = sum(node.sent for node in session.tree.nodes.values())
-        room = max_rows_alive(session.config) - alive
-        if room <= 0:
-            return None
-        outgoing = strategy.next_segment(session)
-        if outgoing is None:
-            return None
-        return tree_segment(session, outgoing.nodes[:room], outgoing.verify)
-
-    def _draft(self, session: Session, nodes: Sequence[Node] | None) -> Work:
-        """One drafter forward: expand `nodes`, or (None) absorb what is newly known to be true."""
-        job = DraftJob(session.drafter, session.tree, nodes)
-        proposals: list[Proposal] = []
-
-        def run() -> None:
-            for proposed in session.draft_model.draft([job]):
-                proposals.extend(proposed)
-
-        def finish(now: float, elapsed: float) -> Sequence[Send]:
-            del now
-            session.count_draft(elapsed)
-            if nodes is not None:
-                session.grow(proposals, floor_count=session.config.tree_size)
-                return ()
-            for proposal in proposals:
-                session.root_proposal = proposal
-                if session.config.refresh or not session.tree.root.expanded:
-                    session.grow([proposal], floor_count=session.config.tree_size)
-            return ()
-
-        rows = session.drafter.num_rows_ready if nodes is None else len(nodes)
-        return Work("draft", rows, len(session.tokens), run, finish)
-
-    def _features(self, session: Session, message: Features) -> None:
+    def _features(self, message: Features) -> None:
+        """True features; those of a kept request complete what its next turn can use again."""
+        if message.request in self.active:
+            session = self.active[message.request].session
+        elif message.request in self.admission.kept:
+            session = self.admission.kept[message.request].session
+        else:
+            return
         by_position = {}
         for node, hidden in zip(message.nodes, message.hidden, strict=True):
             position = session.position_of(node)
@@ -280,7 +260,7 @@ class Head:
             by_position[position] = hidden
         session.drafter.accept_features(message.layer, by_position)
 
-    def _reroot(self, active: _Active, verdict: Reroot, now: float) -> Sequence[Send]:
+    def _reroot(self, active: Active, verdict: Reroot, now: float) -> Sequence[Send]:
         session, tree = active.session, active.session.tree
         if session.verdict is not None and verdict.position <= session.verdict.position:
             return ()  # an older truth, overtaken
@@ -297,7 +277,7 @@ class Head:
         return self._take_tokens(active, new, num_drafted, now)
 
     def _take_tokens(
-        self, active: _Active, new: list[int], num_drafted: int | None, now: float
+        self, active: Active, new: list[int], num_drafted: int | None, now: float
     ) -> Sequence[Send]:
         """Apply the stop rules in order of position; nothing after the end is counted.
 
@@ -327,35 +307,47 @@ class Head:
             return [Send(CLIENT, Tokens(request=request.id, tokens=tuple(new), text=text))]
         text += active.text.flush()
         tokens = Tokens(request=request.id, tokens=tuple(new), text=text)
-        return [Send(CLIENT, tokens), *self._finish(reason, now)]
+        return [Send(CLIENT, tokens), *self._finish(session, reason, now)]
 
-    def _finish(self, reason: FinishReason, now: float, error: str = "") -> Sequence[Send]:
-        assert self.active is not None
-        session = self.active.session
+    def _finish(
+        self, session: Session, reason: FinishReason, now: float, error: str = ""
+    ) -> Sequence[Send]:
+        """The request is over: its memory is free at once, or kept for a next turn."""
         session.stats.finished_at = now
-        self.last, self.active = session, None
-        self.statuses.clear()  # those to come tell whether the caches are free
         request = session.request.id
+        del self.active[request]
+        self.finished[request] = session.stats
+        if len(self.finished) > MAX_FINISHED:
+            del self.finished[next(iter(self.finished))]
+        self.statuses.clear()  # those to come tell whether the caches are free
+        keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and self.admission.max_kept > 0
+        sends = [Send(FIRST_STAGE, Close(request=request, keep=keep, verdict=session.verdict))]
+        if keep:
+            gone = self.admission.keep(session)
+            sends += [Send(FIRST_STAGE, Close(request=old)) for old in gone]
+        else:
+            del self.admission.rows[request]
+            sends.append(Send(EVERY_STAGE, Abandon(request=request)))
         return [
-            Send(FIRST_STAGE, Close(request=request)),
+            *sends,
             Send(CLIENT, Finished(request=request, reason=reason, error=error)),
         ]
 
     def _cancel(self, request: int, now: float) -> Sequence[Send]:
-        if self.active is not None and self.active.session.request.id == request:
-            return self._finish(FinishReason.CANCELLED, now)
-        for queued in self.waiting:
-            if queued[0].id == request:
-                self.waiting.remove(queued)
-                return [Send(CLIENT, Finished(request=request, reason=FinishReason.CANCELLED))]
+        if request in self.active:
+            return self._finish(self.active[request].session, FinishReason.CANCELLED, now)
+        if self.admission.withdraw(request):
+            return [Send(CLIENT, Finished(request=request, reason=FinishReason.CANCELLED))]
         return ()
 
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
-        active = self.active
-        if active is None or message.request not in (0, active.session.request.id):
-            return ()  # a late word about a request that is over
+        """A stage cannot serve one request, or (request 0) none."""
         error = f"{rank_name(message.stage)}: {message.text}"
-        return self._finish(FinishReason.ERROR, now, error)
+        sends: list[Send] = []
+        for request, active in list(self.active.items()):
+            if message.request in (0, request):
+                sends += self._finish(active.session, FinishReason.ERROR, now, error)
+        return sends
 
 
 def max_rows_alive(config: DecodeConfig) -> int:

@@ -1,5 +1,6 @@
 """What a user asks for and what comes back: parameters, requests, completions, statistics."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
@@ -74,6 +75,7 @@ class DecodeStats:
     num_segments: int = 0
     num_rows_sent: int = 0
     num_draft_forwards: int = 0
+    num_prompt_reused: int = 0  # prompt tokens that an earlier turn had computed already
     run_length: int = 0  # tokens found in the tree since the last one that was not
     runs: list[int] = field(default_factory=list)  # finished runs, each ended by a miss
     submitted_at: float = 0.0
@@ -130,11 +132,16 @@ class Completion:
 
 
 class ClusterError(RuntimeError):
-    """A device or link failed: names the process and the cause. What was generated is kept."""
+    """A device or link failed: names the process and the cause.
 
-    def __init__(self, where: str, cause: str, tokens: tuple[int, ...] = ()) -> None:
+    `tokens` keeps what was generated, by request.
+    """
+
+    def __init__(
+        self, where: str, cause: str, tokens: Mapping[int, tuple[int, ...]] | None = None
+    ) -> None:
         super().__init__(f"{where}: {cause}")
-        self.where, self.cause, self.tokens = where, cause, tokens
+        self.where, self.cause, self.tokens = where, cause, dict(tokens or {})
 
 
 def rank_name(rank: int) -> str:

@@ -7,55 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import Drafter, DraftSession, Proposal
+from flowspec.drafters.base import DraftSession, Proposal
+from flowspec.pipe import Pipe
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.tree import DraftTree, Node
 from flowspec.wire import Reroot, Segment
-
-
-@dataclass(slots=True)
-class Flight:
-    """One segment on its way."""
-
-    nodes: tuple[NodeId, ...]
-    started_at: float | None = None  # when the first stage took it, as the head learnt
-
-
-class SegmentCost:
-    """t(n): what a segment of n rows costs the slowest stage, learnt from segments that came back.
-
-    Exponential averages at powers of two; between them linear, and never falling with n. Sizes not
-    seen yet cost what the largest smaller one does, so they get tried.
-    """
-
-    _SIZES = tuple(2**k for k in range(11))
-
-    def __init__(self, decay: float = 0.1) -> None:
-        self._decay = decay
-        self._mean_ms: dict[int, float] = {}
-        self._counts: dict[int, int] = {}
-
-    def record(self, rows: int, elapsed_ms: float) -> None:
-        """A stage took `elapsed_ms` for `rows` rows."""
-        size = min((s for s in self._SIZES if s >= rows), default=self._SIZES[-1])
-        before = self._mean_ms.get(size, elapsed_ms)
-        count = self._counts[size] = self._counts.get(size, 0) + 1
-        # The first forward of a size may pay for allocations: early on every one counts alike.
-        share = max(self._decay, 1 / count)
-        self._mean_ms[size] = before + share * (min(elapsed_ms, 4 * before) - before)
-
-    def milliseconds(self, rows: int) -> float:
-        """Expected time of a segment of `rows` rows; 1.0 while nothing is known."""
-        known = [(size, ms) for size, ms in sorted(self._mean_ms.items())]
-        if not known:
-            return 1.0
-        below = max((ms for size, ms in known if size <= rows), default=known[0][1])
-        size_below = max((size for size, _ in known if size <= rows), default=known[0][0])
-        above = next(((size, ms) for size, ms in known if size > rows), None)
-        if above is None or rows <= size_below:
-            return below
-        share = (rows - size_below) / (above[0] - size_below)
-        return below + share * max(0.0, above[1] - below)
 
 
 @dataclass(slots=True)
@@ -64,17 +20,13 @@ class Session:
 
     request: Request
     config: DecodeConfig
-    num_stages: int
-    draft_model: Drafter
+    pipe: Pipe
     drafter: DraftSession
-    cost: SegmentCost
     tree: DraftTree = field(default_factory=DraftTree)
     stats: DecodeStats = field(default_factory=DecodeStats)
-    flights: dict[int, Flight] = field(default_factory=dict)
+    flights: set[int] = field(default_factory=set)  # seq_nos sent and not back
     tokens: list[int] = field(default_factory=list)  # generated so far
     verdict: Reroot | None = None  # the newest
-    now: float = 0.0  # the driver's clock at the last event, seconds
-    draft_s: float = 0.0  # what a drafter forward takes, a running mean
     context: int = 0  # positions that exist: prompt and every token that may be generated
     num_segments: int = 0  # sent, the prompt's included
     num_prompt_sent: int = 0
@@ -88,25 +40,14 @@ class Session:
         return len(self.tree) > 0
 
     @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        return self.pipe.num_stages
+
+    @property
     def num_in_flight(self) -> int:
-        """Segments sent and not back."""
+        """This request's segments sent and not back."""
         return len(self.flights)
-
-    @property
-    def num_waiting(self) -> int:
-        """Segments sent that the first stage has not taken yet."""
-        return sum(flight.started_at is None for flight in self.flights.values())
-
-    @property
-    def first_stage_busy_s(self) -> float:
-        """How much longer the first stage is expected to compute, in seconds."""
-        running = [f for f in self.flights.values() if f.started_at is not None]
-        if not running:
-            return 0.0
-        newest = running[-1]
-        assert newest.started_at is not None
-        until = newest.started_at + self.cost.milliseconds(len(newest.nodes)) / 1e3
-        return max(0.0, until - self.now)
 
     @property
     def drained(self) -> bool:
@@ -118,16 +59,40 @@ class Session:
         """The pipe is empty and the root is a token the target has not seen: draft anew."""
         return self.drained and not self.tree.root.sent
 
+    @property
+    def all_tokens(self) -> tuple[int, ...]:
+        """Prompt and what was generated."""
+        return (*self.request.prompt, *self.tokens)
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens whose rows every stage has committed once it knows the newest verdict."""
+        return 0 if self.verdict is None else self.verdict.position
+
     def position_of(self, node: NodeId) -> int | None:
         """Absolute position of a living or lately accepted node."""
         if node in self.tree:
             return self.tree[node].position
         return self.positions.get(node)
 
-    def count_draft(self, elapsed: float) -> None:
-        """A drafter forward took `elapsed` seconds."""
-        self.stats.num_draft_forwards += 1
-        self.draft_s += (elapsed - self.draft_s) * (0.1 if self.draft_s else 1.0)
+    def begin(self, submitted_at: float, num_shared: int) -> None:
+        """Number the prompt's nodes (token i is node i) and tell the drafter its tokens."""
+        prompt = self.request.prompt
+        for index in range(len(prompt)):
+            self.positions[self.tree.new_id()] = index
+        self.drafter.accept(prompt)
+        self.stats.submitted_at = submitted_at
+        self.stats.num_prompt_reused = num_shared
+
+    def take_proposals(self, proposals: list[Proposal], *, expanded: bool) -> None:
+        """The drafter's forward is done: children of expanded nodes, or a new word on the root."""
+        if expanded:
+            self.grow(proposals, floor_count=self.config.tree_size)
+            return
+        for proposal in proposals:
+            self.root_proposal = proposal
+            if self.config.refresh or not self.tree.root.expanded:
+                self.grow([proposal], floor_count=self.config.tree_size)
 
     def drop_tree(self) -> None:
         """Forget all guesses but the root's children as last proposed: a new round begins."""
@@ -184,7 +149,7 @@ def new_segment(
     if not prefix:
         session.stats.num_segments += 1
         session.stats.num_rows_sent += len(nodes)
-    session.flights[seq_no] = Flight(nodes)
+    session.flights.add(seq_no)
     return Segment(
         request=session.request.id,
         seq_no=seq_no,

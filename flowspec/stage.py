@@ -1,26 +1,29 @@
 """Stage: a filter. Rows come in, rows go out; a `Reroot` says which of them are dead.
 
-A sans-IO core (see effects.py). It knows nothing of the head's tree or strategy. Per request it
-keeps the cache of its layers and which node lies in which tree row. Rows of dead or unknown parents
-are dropped just before their forward; an emptied segment still travels on, so that the head's
-counts stay right. The last stage also holds the verifier and makes the verdicts.
+A sans-IO core (see effects.py). It knows nothing of the head's tree or strategy. Rows of several
+requests may come as one batch and then run in one forward. Rows of dead or unknown parents are
+dropped just before it; an emptied segment still travels on, so that the head's counts stay right.
+The last stage also holds the verifiers and makes the verdicts.
 """
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from flowspec.acceptance.coupled import choose
 from flowspec.effects import EVERY_STAGE, HEAD, Send, Step, Work
-from flowspec.model.kv_cache import COMMITTED, CacheFull, TreeKVCache
-from flowspec.model.rows import STABLE_ROWS, run_logits, run_rows
+from flowspec.model.kv_cache import TreeKVCache
+from flowspec.model.rows import STABLE_ROWS
 from flowspec.model.stage_model import StageModel
-from flowspec.request import NO_NODE, NodeId
+from flowspec.request import NodeId
+from flowspec.stage_forward import Forward, Part, Share
+from flowspec.stage_request import StageRequest
 from flowspec.verifier import Verifier
 from flowspec.wire import (
+    Abandon,
+    Batch,
     Close,
     Exit,
     Failed,
@@ -32,6 +35,8 @@ from flowspec.wire import (
     Segment,
     Started,
     Status,
+    segments_of,
+    together,
 )
 
 MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more is a broken peer
@@ -39,101 +44,32 @@ MAX_TREE_ROWS = 4096  # of one request, beside its context
 STATUS_INTERVAL_S = 0.25
 
 
-@dataclass(slots=True)
-class StageRequest:
-    """One request on one stage. Lists run parallel to the cache's tree rows."""
-
-    opened: Open
-    cache: TreeKVCache
-    feature_layers: tuple[int, ...]
-    verifier: Verifier | None
-    tip: NodeId = NO_NODE  # newest committed node
-    tip_position: int = -1
-    next_token: int | None = None  # the verdict after the tip, once known
-    verdict_position: int = -1
-    nodes: list[NodeId] = field(default_factory=list)
-    parents: list[NodeId] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    rows: dict[NodeId, int] = field(default_factory=dict)
-    features: dict[int, list[Tensor]] = field(default_factory=dict)
-
-    def is_alive(self, parent: NodeId, token: int) -> bool:
-        """Whether a row under `parent` may still be true, as far as this stage knows."""
-        if parent == self.tip:
-            return self.next_token is None or token == self.next_token
-        return parent in self.rows
-
-    def admit(self, segment: Segment) -> list[int]:
-        """Indices of the segment's rows that are alive; a row's parent may be in the segment."""
-        admitted: set[NodeId] = set()
-        alive = []
-        rows = zip(segment.nodes, segment.parents, segment.tokens, strict=True)
-        for index, (node, parent, token) in enumerate(rows):
-            if parent in admitted or self.is_alive(parent, token):
-                admitted.add(node)
-                alive.append(index)
-        return alive
-
-    def add_rows(self, segment: Segment) -> list[int]:
-        """Enter the rows; returns each one's parent as a row of the cache."""
-        above = []
-        for node, parent, token in zip(segment.nodes, segment.parents, segment.tokens, strict=True):
-            row = self.rows.get(parent, COMMITTED)
-            above.append(row)
-            depth = self.tip_position if row == COMMITTED else self.positions[row]
-            self.rows[node] = len(self.nodes)
-            self.nodes.append(node)
-            self.parents.append(parent)
-            self.tokens.append(token)
-            self.positions.append(depth + 1)
-        return above
-
-    def reroot(self, verdict: Reroot) -> list[int]:
-        """Commit the path to the verdict's parent, forget the dead; returns the path's rows."""
-        path: list[int] = []
-        node = verdict.parent
-        while node != self.tip:
-            assert node in self.rows, f"verdict on node {node}, which this stage never ran"
-            path.append(self.rows[node])
-            node = self.parents[path[-1]]
-        path.reverse()
-        keep: list[int] = []
-        alive: set[NodeId] = set()
-        for row, (node, parent) in enumerate(zip(self.nodes, self.parents, strict=True)):
-            is_root = parent == verdict.parent and self.tokens[row] == verdict.token
-            if is_root or parent in alive:
-                alive.add(node)
-                keep.append(row)
-        self.cache.reroot(path, keep)
-        if path:
-            self.tip_position = self.positions[path[-1]]
-        self.tip, self.next_token = verdict.parent, verdict.token
-        self.verdict_position = verdict.position
-        self.nodes = [self.nodes[row] for row in keep]
-        self.parents = [self.parents[row] for row in keep]
-        self.tokens = [self.tokens[row] for row in keep]
-        self.positions = [self.positions[row] for row in keep]
-        self.rows = {node: row for row, node in enumerate(self.nodes)}
-        return path
-
-
 class Stage:
-    """Rank 1..num_stages of the pipeline; `model` holds its layers."""
+    """Rank 1..num_stages of the pipeline; `model` holds its layers.
+
+    `kv_rows`, if set, is what all requests' caches together may take, in rows; 0: no limit.
+    """
 
     def __init__(
-        self, rank: int, num_stages: int, model: StageModel, *, shape_stable: bool = False
+        self,
+        rank: int,
+        num_stages: int,
+        model: StageModel,
+        *,
+        shape_stable: bool = False,
     ) -> None:
         self.rank = rank
         self.num_stages = num_stages
         self.model = model
         self.shape_stable = shape_stable
-        self.requests: dict[int, StageRequest] = {}
-        self.queue: deque[Open | Segment | Close] = deque()
+        self.kv_rows = 0
+        self.requests: dict[int, StageRequest] = {}  # kept ones included
+        self.queue: deque[Open | Segment | Batch | Close] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
         self.num_rows_run = 0
         self.num_rows_pruned = 0
+        self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process; its driver knows
         self._status_due = 0.0
 
     @property
@@ -141,16 +77,23 @@ class Stage:
         """Whether verdicts are made here."""
         return self.rank == self.num_stages
 
+    @property
+    def kv_rows_used(self) -> int:
+        """Rows of all caches held now."""
+        return sum(state.opened.capacity for state in self.requests.values())
+
     def handle(self, message: Message, now: float) -> Sequence[Send]:
         """Verdicts act at once; what came down the pipe waits for its turn."""
         match message:
             case Reroot():
                 return self._reroot(message)
+            case Abandon():
+                self.requests.pop(message.request, None)
             case Ping():
                 return [self._status(now)]
-            case Open() | Segment() | Close():
+            case Open() | Segment() | Batch() | Close():
                 if len(self.queue) >= MAX_QUEUED:
-                    return self._fail(message.request, f"{MAX_QUEUED} segments are waiting already")
+                    return self._fail(0, f"{MAX_QUEUED} segments are waiting already")
                 self.queue.append(message)
         return ()
 
@@ -162,31 +105,40 @@ class Stage:
             case Open():
                 return Step(sends=self._open(message))
             case Close():
-                self.requests.pop(message.request, None)
-                return Step(sends=[*self._pass_on(message), self._status(now)])
-            case Segment():
-                return self._forward(message)
+                return Step(sends=[*self._close(message), self._status(now)])
+            case Segment() | Batch():
+                return self._forward(segments_of(message))
         return None
 
     def _open(self, message: Open) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
-        error = self._refusal(message)
+        before = self.requests.pop(message.reuse, None)
+        error = self._refusal(message, before)
         if error:
             return self._fail(message.request, error)
         layers = self.model.owned_features(message.feature_layers)
-        capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
-        self.requests[message.request] = StageRequest(
+        state = StageRequest(
             opened=message,
-            cache=self.model.new_cache(
-                capacity, stable_context=message.context if self.shape_stable else None
-            ),
+            cache=self._new_cache(message, before),
             feature_layers=layers,
             features={layer: [] for layer in layers},
             verifier=Verifier() if self.is_last else None,
         )
+        if message.num_shared:
+            state.tip, state.tip_position = NodeId(message.num_shared - 1), message.num_shared - 1
+        self.requests[message.request] = state
         return self._pass_on(message)
 
-    def _refusal(self, message: Open) -> str:
+    def _new_cache(self, message: Open, before: StageRequest | None) -> TreeKVCache:
+        capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
+        context = message.context if self.shape_stable else None
+        if before is None:
+            return self.model.new_cache(capacity, stable_context=context)
+        return before.cache.resized(
+            capacity, prefix_length=message.num_shared, stable_context=context
+        )
+
+    def _refusal(self, message: Open, before: StageRequest | None) -> str:
         """Why this request cannot have the cache it asks for; checked before memory is taken."""
         longest = self.model.config.max_position_embeddings
         if message.context > longest:
@@ -196,45 +148,108 @@ class Stage:
                 f"a cache of {message.capacity} rows was asked for, a context of "
                 f"{message.context} needs at most {message.context + MAX_TREE_ROWS}"
             )
+        if self.kv_rows and self.kv_rows_used + message.capacity > self.kv_rows:
+            return (
+                f"a cache of {message.capacity} rows was asked for, "
+                f"{self.kv_rows - self.kv_rows_used} of {self.kv_rows} are free"
+            )
+        have = before.cache.prefix_length if before is not None else 0
+        if message.num_shared > have:
+            return (
+                f"{message.num_shared} rows of request {message.reuse} were to be used again, "
+                f"{have} are here"
+            )
         return ""
+
+    def _close(self, message: Close) -> list[Send]:
+        """Free the request, or keep what is committed of it."""
+        sends: list[Send] = []
+        if not message.keep:
+            self.requests.pop(message.request, None)
+        elif message.verdict is not None:
+            sends += self._reroot(message.verdict)
+        return [*sends, *self._pass_on(message)]
 
     def _pass_on(self, message: Open | Close) -> list[Send]:
         return [] if self.is_last else [Send(self.rank + 1, message)]
 
-    def _forward(self, segment: Segment) -> Step:
+    def _forward(self, segments: Sequence[Segment]) -> Step:
         """Drop the dead rows, run the living ones, hand them on."""
-        started = [Send(HEAD, Started(request=segment.request, seq_no=segment.seq_no))]
-        sends = started if self.rank == 1 else []
-        if segment.verdict is not None:  # the control message may be late; rows must not pile up
-            sends += self._reroot(segment.verdict)
+        sends: list[Send] = []
+        if self.rank == 1:
+            first = segments[0]
+            sends.append(Send(HEAD, Started(request=first.request, seq_no=first.seq_no)))
+        parts = []
+        for segment in segments:
+            if segment.verdict is not None:  # control may be late; rows must not pile up
+                sends += self._reroot(segment.verdict)
+            parts.append(self._admit(segment))
+        forward = Forward(self.model, parts, choose=self.is_last, shape_stable=self.shape_stable)
+        if not forward.num_rows:
+            return Step(sends=[*sends, *self._hand_on(parts)])
+        work = Work(
+            kind="verify" if self.is_last else "forward",
+            rows=forward.num_rows,
+            context=max(p.state.tip_position + 1 for p in parts if p.state and p.segment.nodes),
+            run=forward.run,
+            finish=lambda now, elapsed: self._finish(forward, now, elapsed),
+        )
+        return Step(sends=sends, work=work)
+
+    def _finish(self, forward: Forward, now: float, elapsed: float) -> Sequence[Send]:
+        """What follows: rows on, features of prompt rows, and on the last stage the verdicts."""
+        self.busy_s += elapsed
+        self.num_segments += 1
+        self.num_rows_run += sum(len(share.rows.positions) for share in forward.shares)
+        sends: list[Send] = []
+        for request, error in forward.errors.items():
+            self.requests.pop(request, None)
+            sends += self._fail(request, error)
+        for share in forward.shares:
+            sends += self._keep_features(share, forward.features)
+            forward.observe(share)
+        sends += self._hand_on(forward.outgoing(elapsed * 1e3))
+        if now >= self._status_due:
+            sends.append(self._status(now))
+        return sends
+
+    def _keep_features(self, share: Share, features: Mapping[int, Tensor]) -> list[Send]:
+        """Prompt rows are true: their features leave now; others wait for their verdict."""
+        segment, sends = share.segment, []
+        for layer in share.state.feature_layers:
+            own = share.of(features[layer])
+            if segment.prefix:
+                sends.append(self._features(segment.request, layer, segment.nodes, own))
+            else:
+                share.state.features[layer].extend(own)
+        return sends
+
+    def _admit(self, segment: Segment) -> Part:
+        """The segment with the rows that are alive here."""
         state = self.requests.get(segment.request)
         if state is None or not segment.prefix:
             alive = state.admit(segment) if state is not None else []
             self.num_rows_pruned += len(segment.nodes) - len(alive)
             segment = segment.select(alive)
-        if state is None or not segment.nodes:
-            return Step(sends=[*sends, *self._hand_on(replace(segment, hidden=None), state)])
-        job = _Job(self, state, segment)
-        work = Work(
-            kind="verify" if self.is_last else "forward",
-            rows=len(segment.nodes),
-            context=state.tip_position + 1,
-            run=job.run,
-            finish=job.finish,
-        )
-        return Step(sends=sends, work=work)
+        if not segment.nodes:
+            segment = replace(segment, hidden=None)
+        return Part(state, segment)
 
-    def _hand_on(self, segment: Segment, state: StageRequest | None) -> list[Send]:
-        """After this stage: on to the next, or out of the pipe with a verdict if one is due."""
+    def _hand_on(self, parts: Sequence[Part]) -> list[Send]:
+        """After this stage: on to the next, or out of the pipe with the verdicts that are due."""
         if not self.is_last:
-            return [Send(self.rank + 1, segment)]
-        sends = self._verdict(state, segment) if state is not None else []
+            return [Send(self.rank + 1, together([part.segment for part in parts]))]
+        sends: list[Send] = []
+        for part in parts:
+            if part.state is not None:
+                sends += self._verdict(part.state, part.segment)
+        first = parts[0].segment
         left = Exit(
-            request=segment.request,
-            seq_no=segment.seq_no,
-            rows=len(segment.nodes),
-            slowest_rows=segment.slowest_rows,
-            slowest_ms=segment.slowest_ms,
+            request=first.request,
+            seq_no=first.seq_no,
+            rows=sum(len(part.segment.nodes) for part in parts),
+            slowest_rows=first.slowest_rows,
+            slowest_ms=first.slowest_ms,
         )
         return [*sends, Send(HEAD, left)]
 
@@ -286,106 +301,10 @@ class Stage:
             num_rows_run=self.num_rows_run,
             num_rows_pruned=self.num_rows_pruned,
             num_requests=len(self.requests),
+            kv_rows_used=self.kv_rows_used,
+            peak_memory_bytes=self.peak_memory_bytes(),
         )
         return Send(HEAD, status)
 
     def _fail(self, request: int, text: str) -> list[Send]:
         return [Send(HEAD, Failed(stage=self.rank, request=request, text=text))]
-
-
-@dataclass(slots=True)
-class _Job:
-    """One segment's forward on one stage."""
-
-    stage: Stage
-    state: StageRequest
-    segment: Segment
-    hidden: Tensor | None = None
-    owned: dict[int, Tensor] = field(default_factory=dict)
-    choices: list[int] = field(default_factory=list)
-    error: str = ""
-
-    def run(self) -> None:
-        """Compute; everything that changes the request's state but the verdict happens here."""
-        stage, state, segment = self.stage, self.state, self.segment
-        try:
-            positions, parents = self._enter_rows()
-            if segment.hidden is None:
-                x = torch.tensor(segment.tokens, dtype=torch.int64)
-            else:
-                x = segment.hidden
-            self.hidden, owned = run_rows(
-                stage.model,
-                state.cache,
-                x,
-                positions,
-                parents=parents,
-                features=state.feature_layers,
-            )
-            self.owned = dict(owned)
-            if not stage.is_last:
-                # waits for an accelerator here, where its time is measured
-                self.hidden = self.hidden.cpu()
-        except CacheFull as error:
-            self.error = str(error)
-            return
-        if stage.is_last:
-            self._choose(positions)
-
-    def _enter_rows(self) -> tuple[list[int], list[int] | None]:
-        state, segment = self.state, self.segment
-        first = state.tip_position + 1
-        if not segment.prefix:
-            parents = state.add_rows(segment)
-            return state.positions[-len(segment.nodes) :], parents
-        state.tip, state.tip_position = segment.nodes[-1], first + len(segment.nodes) - 1
-        return list(range(first, first + len(segment.nodes))), None
-
-    def _choose(self, positions: list[int]) -> None:
-        """The target's token after each row; of a prompt only the last row matters."""
-        assert self.hidden is not None
-        hidden = self.hidden
-        if self.segment.prefix:
-            if not self.segment.verify:
-                return
-            hidden, positions = hidden[-1:], positions[-1:]
-        logits = run_logits(self.stage.model, hidden, shape_stable=self.stage.shape_stable)
-        sampling = self.state.opened.sampling
-        self.choices = choose(logits, [position + 1 for position in positions], sampling)
-
-    def finish(self, now: float, elapsed: float) -> Sequence[Send]:
-        """What follows: rows on, features of prompt rows, and on the last stage the verdict."""
-        stage, state, segment = self.stage, self.state, self.segment
-        stage.busy_s += elapsed
-        if self.error:
-            stage.requests.pop(segment.request, None)
-            return stage._fail(segment.request, self.error)
-        stage.num_segments += 1
-        stage.num_rows_run += len(segment.nodes)
-        if elapsed * 1e3 > segment.slowest_ms:
-            segment = replace(segment, slowest_rows=len(segment.nodes), slowest_ms=elapsed * 1e3)
-        sends = self._keep_features()
-        if state.verifier is not None and self.choices:
-            if segment.prefix:
-                state.verifier.begin(segment.nodes[-1], self.choices[-1])
-            else:
-                state.verifier.observe(segment.nodes, segment.parents, segment.tokens, self.choices)
-        hidden = None if stage.is_last else self.hidden
-        sends += stage._hand_on(replace(segment, hidden=hidden), state)
-        if now >= stage._status_due:
-            sends.append(stage._status(now))
-        return sends
-
-    def _keep_features(self) -> list[Send]:
-        """Prompt rows are true: their features leave now; others wait for their verdict."""
-        sends = []
-        for layer in self.state.feature_layers:
-            if self.segment.prefix:
-                sends.append(
-                    self.stage._features(
-                        self.segment.request, layer, self.segment.nodes, self.owned[layer]
-                    )
-                )
-            else:
-                self.state.features[layer].extend(self.owned[layer])
-        return sends

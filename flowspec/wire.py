@@ -21,9 +21,10 @@ class Open:
     capacity: int  # KV rows, tree rows included
     context: int  # longest path: prompt and every token that may be generated
     sampling: SamplingParams = SamplingParams()
-    feature_layers: tuple[
-        int, ...
-    ] = ()  # output-of-layer ids the drafter wants, -1: after the norm
+    # output-of-layer ids the drafter wants, -1: after the norm
+    feature_layers: tuple[int, ...] = ()
+    reuse: int = 0  # a closed request that was kept: its first num_shared rows are this one's too
+    num_shared: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,32 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Segments of several requests that travel and run as one, so that weights are read once.
+
+    The first one speaks for all in `Started`, `Exit` and `slowest_*`. A segment that travels alone
+    goes without a batch.
+    """
+
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
-    """Head to stages, along the pipe: forget a request."""
+    """Head to stages, along the pipe: a request is over.
+
+    Its memory is free, unless `keep`: then what is committed by `verdict` stays for an `Open` that
+    reuses it, or until a second `Close`.
+    """
+
+    request: int
+    keep: bool = False
+    verdict: "Reroot | None" = None  # newest one the head knew
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """Head to stages: free a request at once; its rows on the way are dead. `Close` follows."""
 
     request: int
 
@@ -83,7 +108,7 @@ class Reroot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
-    """First stage to head: this segment's forward begins (or it was empty): there is room again."""
+    """First stage to head: the forward of this segment (or its batch) begins; there is room."""
 
     request: int
     seq_no: int
@@ -91,7 +116,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit:
-    """Last stage to head: this segment left the pipe with `rows` of its rows still alive."""
+    """Last stage to head: this segment (or its batch) left with `rows` of its rows alive."""
 
     request: int
     seq_no: int
@@ -119,7 +144,9 @@ class Status:
     num_segments: int
     num_rows_run: int
     num_rows_pruned: int  # dropped in flight: dead before this stage ran them
-    num_requests: int  # caches held now
+    num_requests: int  # caches held now, kept ones included
+    kv_rows_used: int = 0  # that those caches take
+    peak_memory_bytes: int = 0  # of the process, 0: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +164,7 @@ class Ready:
 
     stage: int
     model: str
+    kv_rows: int = 0  # rows of all requests together that its memory holds; 0: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,7 +215,9 @@ class Finished:
 WireMessage: TypeAlias = (
     Open
     | Segment
+    | Batch
     | Close
+    | Abandon
     | Reroot
     | Started
     | Exit
@@ -199,8 +229,15 @@ WireMessage: TypeAlias = (
     | Stop
 )
 Message: TypeAlias = WireMessage | Submit | Cancel | Tokens | Finished
-DATA = (
-    Open,
-    Segment,
-    Close,
-)  # these keep their order from head to last stage; the rest may overtake
+# these keep their order from head to last stage; the rest may overtake
+DATA = (Open, Segment, Batch, Close)
+
+
+def segments_of(message: Segment | Batch) -> tuple[Segment, ...]:
+    """The segments that travel together."""
+    return message.segments if isinstance(message, Batch) else (message,)
+
+
+def together(segments: Sequence[Segment]) -> Segment | Batch:
+    """What carries `segments` (at least one)."""
+    return segments[0] if len(segments) == 1 else Batch(segments=tuple(segments))

@@ -10,7 +10,8 @@ from scripted import ScriptedDrafter, ScriptedSession, mixed
 from tiny import MAX_CONTEXT, stage_models, truth, whole_model
 from torch import Tensor
 
-from flowspec.cluster.base import generate
+from flowspec.admission import Admission
+from flowspec.cluster.base import generate_all
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import Drafter
 from flowspec.effects import Core, Send, Step
@@ -19,10 +20,11 @@ from flowspec.model.rows import run_rows
 from flowspec.request import Completion, Request
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.scheduler import ChargeLink, ChargeWork, instant_link, unit_work
-from flowspec.stage import Stage, StageRequest
+from flowspec.stage import Stage
+from flowspec.stage_request import StageRequest
 from flowspec.strategies import STRATEGIES
 from flowspec.text import TextStream
-from flowspec.wire import Close, Message, Segment
+from flowspec.wire import Batch, Close, Message, Segment
 
 MAX_EVENTS = 100_000
 
@@ -33,7 +35,7 @@ class Watch:
 
     core: Any
     max_queued: int = 0
-    truth: tuple[int, ...] = ()
+    truths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by request
     seen: list[Message] = field(default_factory=list)
     sent: list[Send] = field(default_factory=list)
 
@@ -73,13 +75,13 @@ class Watch:
     def _check(self) -> None:
         if not isinstance(self.core, Stage):
             return
-        segments = sum(isinstance(message, Segment) for message in self.core.queue)
+        segments = sum(isinstance(message, Segment | Batch) for message in self.core.queue)
         self.max_queued = max(self.max_queued, segments)
-        for state in self.core.requests.values():
+        for number, state in self.core.requests.items():
             check_request(state)
-            closing = self.core.queue and isinstance(self.core.queue[0], Close)
-            if closing and self.truth:
-                check_keys(self.core, state, self.truth)
+            closing = self.core.queue and self.core.queue[0]
+            if isinstance(closing, Close) and closing.request == number and number in self.truths:
+                check_keys(self.core, state, self.truths[number])
 
 
 def check_request(state: StageRequest) -> None:
@@ -142,6 +144,7 @@ def make_cluster(
     max_context: int = MAX_CONTEXT,
     new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
     bf16: bool = False,
+    limits: Mapping[str, int] = {},
     **decode: Any,
 ) -> SimulatedCluster:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
@@ -154,7 +157,7 @@ def make_cluster(
         spec,
         small(spec.defaults, **decode),
         drafter or ScriptedDrafter(mixed),
-        max_context=max_context,
+        admission=Admission(max_context=max_context, **limits),
         new_text=new_text,
     )
     stages = [
@@ -181,22 +184,33 @@ def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
 
 def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Completion, list[Watch]]:
     """One request with every invariant checked on the way and nothing left behind."""
+    (completion,), watches = run_all_watched(cluster_args, [asked])
+    return completion, watches
+
+
+def run_all_watched(
+    cluster_args: Mapping[str, Any], asked: Sequence[Request]
+) -> tuple[list[Completion], list[Watch]]:
+    """The same for several at once."""
     watches: list[Watch] = []
+    truths = {one.id: truth(one.prompt, one.sampling) for one in asked}
 
     def wrap(core: Core) -> Core:
-        watches.append(Watch(core, truth=truth(asked.prompt, asked.sampling)))
+        watches.append(Watch(core, truths=truths))
         return watches[-1]
 
     cluster = make_cluster(**cluster_args, wrap=wrap)
-    completion = generate(cluster, asked)
+    completions = generate_all(cluster, asked)
     check_empty(cluster)
-    return completion, watches
+    return completions, watches
 
 
 def check_empty(cluster: SimulatedCluster) -> None:
     """No trace of a request after its end."""
-    assert cluster.head.active is None
-    assert not cluster.head.waiting
+    assert not cluster.head.active
+    assert not cluster.head.pipe.trips
+    assert not cluster.head.admission.rows
+    assert not cluster.head.admission.waiting
     for stage in cluster.stages:
         assert not stage.requests, f"stage {stage.rank} still holds {list(stage.requests)}"
         assert not stage.queue, f"stage {stage.rank} still has {len(stage.queue)} messages waiting"

@@ -65,9 +65,14 @@ class ScriptedDrafter:
         num_shared: int = 0,
     ) -> "ScriptedSession":
         """See Drafter.open."""
-        assert not num_shared, "nothing is reusable yet"
-        del coupled, reuse
+        del coupled
         session = ScriptedSession(self, request, topk)
+        if num_shared:
+            assert isinstance(reuse, ScriptedSession)
+            assert num_shared <= reuse.num_reusable
+            assert tuple(reuse.tokens[:num_shared]) == request.prompt[:num_shared]
+            for layer, features in reuse.features.items():
+                session.features[layer] = {p: features[p] for p in range(num_shared)}
         self.sessions[request.id] = session
         return session
 
@@ -85,8 +90,15 @@ class ScriptedSession:
         self.truth = truth(request.prompt, request.sampling)
         self.tokens: list[int] = []
         self.num_rows_ready = 0
-        self.num_reusable = 0
         self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
+
+    @property
+    def num_reusable(self) -> int:
+        """See DraftSession: as far as the features of every layer have come."""
+        most = len(self.tokens)
+        for features in self.features.values():
+            most = next((p for p in range(most) if p not in features), most)
+        return most
 
     def accept(self, tokens: Sequence[int]) -> None:
         """See DraftSession.accept."""

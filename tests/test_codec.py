@@ -18,6 +18,8 @@ from flowspec import codec
 from flowspec.codec import WireError, decode, encode
 from flowspec.request import NodeId, SamplingParams
 from flowspec.wire import (
+    Abandon,
+    Batch,
     Close,
     Exit,
     Failed,
@@ -34,6 +36,7 @@ from flowspec.wire import (
 )
 
 HEADER_BYTES = 12
+VERSION = codec.PROTOCOL_VERSION
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 I32, I64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 F32 = st.floats(0, 2.0**90, width=32)
@@ -78,9 +81,22 @@ OPEN = st.builds(
     context=U32,
     sampling=SAMPLING,
     feature_layers=st.lists(I32, max_size=5).map(tuple),
+    reuse=U64,
+    num_shared=U32,
 )
+
+
+@st.composite
+def closes(draw: st.DrawFn) -> Close:
+    """With and without a verdict, of the same request."""
+    request, verdict = draw(U64), draw(st.none() | REROOT)
+    known = None if verdict is None else replace(verdict, request=request)
+    return Close(request=request, keep=draw(st.booleans()), verdict=known)
+
+
 FIXED = st.one_of(
-    st.builds(Close, request=U64),
+    closes(),
+    st.builds(Abandon, request=U64),
     REROOT,
     st.builds(Started, request=U64, seq_no=U64),
     st.builds(Exit, request=U64, seq_no=U64, rows=U32, slowest_rows=U32, slowest_ms=F32),
@@ -92,13 +108,15 @@ FIXED = st.one_of(
         num_rows_run=U64,
         num_rows_pruned=U64,
         num_requests=U32,
+        kv_rows_used=U64,
+        peak_memory_bytes=U64,
     ),
     st.builds(Ping, rank=I32),
     st.just(Stop()),
 )
 TEXTS = st.one_of(
     st.builds(Failed, stage=I32, request=U64, text=TEXT),
-    st.builds(Ready, stage=I32, model=TEXT),
+    st.builds(Ready, stage=I32, model=TEXT, kv_rows=U64),
 )
 
 
@@ -135,7 +153,11 @@ def feature_messages(draw: st.DrawFn) -> Features:
     )
 
 
-COUNTED = st.one_of(FIXED, OPEN, segments(), feature_messages())  # kinds whose length is known
+SEGMENTS = st.lists(segments(), min_size=1, max_size=4, unique_by=lambda one: one.request)
+BATCHES = st.builds(Batch, segments=SEGMENTS.map(tuple))
+COUNTED = st.one_of(
+    FIXED, OPEN, segments(), BATCHES, feature_messages()
+)  # kinds whose length is known
 MESSAGES = st.one_of(COUNTED, TEXTS)
 
 
@@ -145,6 +167,8 @@ def same(a: WireMessage, b: WireMessage) -> bool:
     def equal(x: Any, y: Any) -> bool:
         if isinstance(x, Tensor) and isinstance(y, Tensor):
             return x.dtype == y.dtype and torch.equal(x, y)
+        if x and isinstance(x, tuple) and isinstance(x[0], Segment):
+            return len(x) == len(y) and all(map(same, x, y))
         return bool(x == y) and type(x) is type(y)
 
     return type(a) is type(b) and all(
@@ -177,18 +201,18 @@ def test_round_trip(message: WireMessage) -> None:
 
 def test_every_kind_is_covered() -> None:
     """A new message kind must get a strategy above."""
-    made = {Close, Reroot, Started, Exit, Status, Ping, Stop, Failed, Ready, Open}
-    assert set(codec._KINDS) == made | {Segment, Features}
+    made = {Close, Abandon, Reroot, Started, Exit, Status, Ping, Stop, Failed, Ready, Open}
+    assert set(codec._KINDS) == made | {Segment, Features, Batch}
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 1 must mean the same bytes."""
+    """Two versions that both say protocol 2 must mean the same bytes."""
     frames = as_bytes(Reroot(request=5, position=7, parent=NodeId(3), token=11))
     assert [f.hex() for f in frames] == [
-        "4653" "01" "04" "0500000000000000" "07000000" "0300000000000000" "0b000000"
+        "4653" "02" "04" "0500000000000000" "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530102"
+    assert header[:4].hex() == "46530202"
     assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
     assert hidden == b"\x80\x3f" * 8
 
@@ -223,7 +247,7 @@ def test_every_truncation_is_refused(message: WireMessage) -> None:
 def test_text_messages_need_their_fixed_part(message: WireMessage) -> None:
     """A text may have any length, what stands before it may not."""
     (frame,) = as_bytes(message)
-    for length in range(HEADER_BYTES + 4):
+    for length in range(HEADER_BYTES + (12 if isinstance(message, Ready) else 4)):
         with pytest.raises(WireError):
             decode([frame[:length]])
 
@@ -247,11 +271,32 @@ def test_texts_that_utf8_cannot_hold_still_travel() -> None:
     assert arrived.text.startswith("no file ")
 
 
+def test_a_text_that_was_cut_arrives_as_it_left() -> None:
+    """The cut leaves no half character behind, and what is no text is refused."""
+    (frame,) = as_bytes(Failed(stage=1, request=0, text="x" + "é" * codec.MAX_TEXT_BYTES))
+    arrived = decode([frame])
+    assert isinstance(arrived, Failed)
+    assert arrived.text == "x" + "é" * ((codec.MAX_TEXT_BYTES - 1) // 2)
+    with pytest.raises(WireError, match="Failed"):
+        decode([frame[:-1] + b"\xff"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_times_are_numbers(value: float) -> None:
+    """A NaN would poison the averages that the head plans with."""
+    for message in (
+        Exit(request=1, seq_no=2, rows=3, slowest_rows=4, slowest_ms=value),
+        replace(SEGMENT, slowest_ms=value),
+    ):
+        with pytest.raises(WireError, match="a number that is none"):
+            decode(as_bytes(message))
+
+
 @pytest.mark.parametrize(
     ("byte", "value", "message"),
     [
         (0, b"X", "not a FlowSpec frame"),
-        (2, b"\x02", "protocol version 2"),
+        (2, b"\x01", "protocol version 1"),
         (3, b"\x00", "unknown message kind 0"),
         (3, b"\xff", "unknown message kind 255"),
         (3, b"\x04", "Reroot has 1 frames"),
@@ -279,9 +324,9 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
 def oversized(count: int, size: int) -> list[list[bytes]]:
     """Segment and Features that claim `count` rows of `size` elements and bring a few bytes."""
     head = struct.Struct("<2sBBQ")
-    segment = head.pack(b"FS", 1, 2, 1)
+    segment = head.pack(b"FS", VERSION, 2, 1)
     segment += struct.pack("<QIBBIIfIqi", 0, count, 2, 0, size, 0, 0.0, 0, 0, 0)
-    features = head.pack(b"FS", 1, 7, 1) + struct.pack("<iIBI", 0, count, 0, size)
+    features = head.pack(b"FS", VERSION, 7, 1) + struct.pack("<iIBI", 0, count, 0, size)
     return [[segment, b"\0" * 20, b"\0" * 4], [features, b"\0" * 8, b"\0" * 4]]
 
 
@@ -354,6 +399,10 @@ def test_damaged_messages_raise_nothing_but_wire_errors(
 @settings(max_examples=200)
 def test_noise_behind_a_right_beginning(body: bytes, kind: int, count: int) -> None:
     """The same for random bodies of every kind."""
-    frames = [struct.pack("<2sBBQ", b"FS", 1, kind, 7) + body, body, body[:40]][:count]
+    frames = [
+        struct.pack("<2sBBQ", b"FS", VERSION, kind, 7) + body,
+        body,
+        body[:40],
+    ][:count]
     with suppress(WireError):
         decode(frames)

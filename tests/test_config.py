@@ -32,7 +32,7 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("stages: 1.5", "stages"),
         ("3: 4", "unknown key 3"),
         ("threads_per_process: null", "threads_per_process"),
-        ("stages: 0", "stages must be at least 1"),
+        ("stages: 0", "stages must be from 1 to"),
         ("dtype: int8", "dtype"),
         ("timeout_s: 0", "timeout_s"),
         ("decode: 3", "decode"),
@@ -40,6 +40,17 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("model: 7", "model"),
         ("- a\n- b", "mapping"),
         ("{", "not YAML"),
+        ("decode: &a {x: *a}", r"run\.yaml is not YAML: anchors and aliases"),
+        ("<<: *a", "anchors and aliases"),
+        ("[" * 3000, "nested deeper than 8"),
+        ("model: !!bool x", "tag tag:yaml.org,2002:bool is not supported"),
+        ("model: 2020-13-45", r"run\.yaml is not YAML"),
+        ("stages: " + "9" * 5000, r"run\.yaml is not YAML"),
+        ("stages: 0x" + "f" * 5000, "stages must be from 1 to"),
+        ("max_new_tokens: 0", "max_new_tokens must be from 1 to"),
+        ("timeout_s: .nan", "timeout_s"),
+        ("timeout_s: .inf", "timeout_s"),
+        ("#" * 65537, "larger than 65536 bytes"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -53,6 +64,14 @@ def test_unknown_keys_name_the_file(tmp_path: Path) -> None:
     for text in ("stagse: 3", "stages: four", "sampling: {temprature: 1.0}"):
         with pytest.raises(ValueError, match=r"run\.yaml"):
             read(tmp_path, text)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, and a folder."""
+    (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
+    for name, message in (("bytes.yaml", "not UTF-8"), (".", "cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            read_run_config(tmp_path / name)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -132,6 +151,7 @@ def test_override_keeps_the_rest() -> None:
         ({"topk": 0}, "topk"),
         ({"prefill_chunk": 1025}, "prefill_chunk"),
         ({"max_in_flight": -1}, "max_in_flight"),
+        ({"max_in_flight": 1025}, "max_in_flight"),
         ({"min_score": 1.0}, "min_score"),
         ({"min_score": float("nan")}, "min_score"),
         ({"refresh": "perhaps"}, "refresh"),

@@ -11,14 +11,16 @@ from clusters import check_empty, check_features, make_cluster, run_watched, who
 from scripted import SCRIPTS, ScriptedDrafter
 from tiny import PROMPT, T0, T1, request, truth
 
-import flowspec.stage
+import flowspec.stage_forward
 from flowspec.cluster.base import generate
 from flowspec.head import Head
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.request import ClusterError, NodeId
 from flowspec.simulate.scheduler import adversarial, instant_link, unit_work
-from flowspec.stage import Stage, StageRequest
+from flowspec.stage import Stage
+from flowspec.stage_request import StageRequest
 from flowspec.verifier import Verifier
+from flowspec.wire import Abandon, Close
 
 SCENARIOS = [  # seed of the delays (None: a regular clock), strategy, drafter
     (None, "streaming", "perfect"),
@@ -116,13 +118,13 @@ def see_siblings(patch: Patch) -> None:
 
 def position_off_by_one(patch: Patch) -> None:
     """Tree rows are rotated to one position too far."""
-    enter = flowspec.stage._Job._enter_rows
+    enter = StageRequest.enter
 
-    def late(self):
-        positions, parents = enter(self)
+    def late(self, segment):
+        positions, parents = enter(self, segment)
         return (positions if parents is None else [p + 1 for p in positions]), parents
 
-    patch.setattr(flowspec.stage._Job, "_enter_rows", late)
+    patch.setattr(StageRequest, "enter", late)
 
 
 def walk_past_a_mismatch(patch: Patch) -> None:
@@ -147,12 +149,12 @@ def walk_past_a_mismatch(patch: Patch) -> None:
 
 def noise_of_another_position(patch: Patch) -> None:
     """The target's token is chosen with the noise that the drafter ranks the row itself by."""
-    choose = flowspec.stage.choose
+    choose = flowspec.stage_forward.choose
 
     def early(logits, positions, sampling):
         return choose(logits, [position - 1 for position in positions], sampling)
 
-    patch.setattr(flowspec.stage, "choose", early)
+    patch.setattr(flowspec.stage_forward, "choose", early)
 
 
 def move_no_rows(patch: Patch) -> None:
@@ -198,8 +200,8 @@ def drop_empty_segments(patch: Patch) -> None:
     """A stage swallows a segment whose rows are all dead."""
     hand_on = Stage._hand_on
 
-    def swallow(self, segment, state):
-        return hand_on(self, segment, state) if segment.nodes else []
+    def swallow(self, parts):
+        return hand_on(self, parts) if any(part.segment.nodes for part in parts) else []
 
     patch.setattr(Stage, "_hand_on", swallow)
 
@@ -240,9 +242,9 @@ def never_close(patch: Patch) -> None:
     """The head forgets to tell the stages that a request is over."""
     finish = Head._finish
 
-    def silent(self, reason, now, error=""):
-        sends: Sequence = finish(self, reason, now, error)
-        return sends[1:]
+    def silent(self, session, reason, now, error=""):
+        sends: Sequence = finish(self, session, reason, now, error)
+        return [send for send in sends if not isinstance(send.message, Close | Abandon)]
 
     patch.setattr(Head, "_finish", silent)
 

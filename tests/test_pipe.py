@@ -15,6 +15,7 @@ from flowspec.request import FinishReason
 from flowspec.stage import Stage
 from flowspec.strategies import STRATEGIES
 from flowspec.wire import (
+    Abandon,
     Close,
     Exit,
     Failed,
@@ -110,9 +111,10 @@ def test_failures_of_other_requests_do_not_end_this_one():
     head = cluster.head
     head.handle(Submit(request=request(5)), 0.0)
     head.poll(0.0)
-    assert head.handle(Failed(stage=1, request=4, text="late"), 0.0) == ()
-    close, end = head.handle(Failed(stage=1, request=0, text="broken"), 0.0)
+    assert not head.handle(Failed(stage=1, request=4, text="late"), 0.0)
+    close, free, end = head.handle(Failed(stage=1, request=0, text="broken"), 0.0)
     assert close.message == Close(request=5)
+    assert free.message == Abandon(request=5)
     assert isinstance(end.message, Finished)
     assert end.message.error == "stage 1: broken"
 

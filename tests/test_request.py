@@ -111,9 +111,9 @@ def test_runs_end_with_a_miss_whatever_the_verdicts_between() -> None:
 
 def test_cluster_error_keeps_what_was_generated() -> None:
     """The text up to the failure is the user's."""
-    error = ClusterError("stage 3", "link closed", (5, 6))
+    error = ClusterError("stage 3", "link closed", {1: (5, 6)})
     assert str(error) == "stage 3: link closed"
-    assert (error.where, error.cause, error.tokens) == ("stage 3", "link closed", (5, 6))
+    assert (error.where, error.cause, error.tokens) == ("stage 3", "link closed", {1: (5, 6)})
 
 
 @pytest.mark.parametrize(("rank", "name"), [(-1, "client"), (0, "head"), (4, "stage 4")])

@@ -5,9 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import NoDrafter, NoDraftSession, Proposal
+from flowspec.drafters.base import NoDraftSession, Proposal
+from flowspec.pipe import Pipe, SegmentCost
 from flowspec.request import NodeId, Request
-from flowspec.session import Flight, SegmentCost, Session
+from flowspec.session import Session
 
 
 def knee(rows: int) -> float:
@@ -20,10 +21,8 @@ def make_session(context: int = 1000, **config: int) -> Session:
     session = Session(
         request=Request(id=1, prompt=(1, 2, 3, 4, 5)),
         config=DecodeConfig(**config),  # type: ignore[arg-type]
-        num_stages=3,
-        draft_model=NoDrafter(),
+        pipe=Pipe(3),
         drafter=NoDraftSession(),
-        cost=SegmentCost(),
         context=context,
     )
     session.tree.plant(NodeId(-1), 7, 5)
@@ -153,21 +152,36 @@ def test_drop_tree_keeps_the_newest_word_on_the_root() -> None:
     assert not session.tree.root.expanded
 
 
-def test_pipe_state() -> None:
-    """Waiting before the first stage, running in it, or gone."""
+def test_round_is_over_when_the_pipe_is_empty_and_the_root_is_new() -> None:
+    """Only this request's own segments count."""
     session = make_session()
-    session.cost.record(4, 100.0)
+    session.pipe.depart(4, ((9, 0),))
     assert session.drained
     assert session.round_over
     session.tree.root.sent = True
     assert not session.round_over
-    session.flights[0] = Flight(nodes=(NodeId(0),) * 4, started_at=1.0)
-    session.flights[1] = Flight(nodes=(NodeId(1),))
-    assert (session.num_in_flight, session.num_waiting, session.drained) == (2, 1, False)
-    session.now = 1.04
-    assert session.first_stage_busy_s == pytest.approx(0.06)
-    session.now = 2.0
-    assert session.first_stage_busy_s == 0.0
+    session.flights |= {0, 1}
+    assert (session.num_in_flight, session.drained) == (2, False)
+
+
+def test_pipe_state() -> None:
+    """Waiting before the first stage, running in it, or gone; a batch is one trip."""
+    pipe = Pipe(3)
+    pipe.cost.record(4, 100.0)
+    pipe.depart(4, ((1, 0), (2, 0)))
+    pipe.depart(1, ((1, 1),))
+    assert (pipe.num_in_flight, pipe.num_waiting, pipe.first_stage_busy_s) == (2, 2, 0.0)
+    pipe.now = 1.0
+    pipe.start((1, 0))
+    pipe.start((7, 7))  # a late word about nothing known
+    assert pipe.num_waiting == 1
+    pipe.now = 1.04
+    assert pipe.first_stage_busy_s == pytest.approx(0.06)
+    pipe.now = 2.0
+    assert pipe.first_stage_busy_s == 0.0
+    assert pipe.arrive((1, 0)) == ((1, 0), (2, 0))
+    assert pipe.arrive((1, 0)) == ()
+    assert pipe.num_in_flight == 1
 
 
 def test_positions_outlive_the_tree() -> None:
@@ -184,9 +198,8 @@ def test_positions_outlive_the_tree() -> None:
 
 def test_draft_time_is_a_running_mean() -> None:
     """The first measurement counts in full."""
-    session = make_session()
-    session.count_draft(0.5)
-    assert session.draft_s == 0.5
-    session.count_draft(1.5)
-    assert session.draft_s == pytest.approx(0.6)
-    assert session.stats.num_draft_forwards == 2
+    pipe = Pipe(1)
+    pipe.count_draft(0.5)
+    assert pipe.draft_s == 0.5
+    pipe.count_draft(1.5)
+    assert pipe.draft_s == pytest.approx(0.6)

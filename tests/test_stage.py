@@ -269,7 +269,7 @@ def test_a_full_cache_is_reported_and_the_request_given_up():
     stage = Stage(1, 2, stage_models(2)[0])
     sends = give(stage, opened(capacity=len(PROMPT) + 1), prompt())
     sends = give(stage, rows((ROOT, ROOT - 1, 1), (ROOT + 1, ROOT - 1, 2)))
-    failed = sends[-1].message
+    failed = next(s.message for s in sends if isinstance(s.message, Failed))
     assert isinstance(failed, Failed)
     assert (failed.stage, failed.request) == (1, 1)
     assert str(len(PROMPT) + 2) in failed.text

@@ -21,6 +21,7 @@ from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
+from flowspec.plain_yaml import parse_yaml
 from flowspec.request import Completion, DecodeStats, Request
 from flowspec.strategies import STRATEGIES
 from flowspec.targets.local import LocalTarget
@@ -94,14 +95,12 @@ _CONFIG_FLAGS = (
 
 
 def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
-    import yaml
-
     settings = dict(config.decode)
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes key=value, not {pair!r}")
-        settings[key] = yaml.safe_load(value)
+        settings[key] = parse_yaml(value, where=f"--set {key}")
     return settings
 
 
@@ -142,7 +141,7 @@ def _show_stream(cluster: LocalCluster, request: Request) -> tuple[Completion, f
     if live:
         live.start()
     try:
-        for event in cluster.stream(request):
+        for event in cluster.serve([request]):
             if isinstance(event, Completion):
                 if live:
                     live.update(Text(event.text))
@@ -187,10 +186,9 @@ class _Activity:
 
 
 def _live_line(cluster: LocalCluster, start: float, activity: _Activity) -> str:
-    session = cluster.head.session or cluster.head.last
-    if session is None:
+    stats = cluster.head.stats()
+    if stats is None:
         return "starting"
-    stats = session.stats
     elapsed = max(time.monotonic() - max(stats.first_token_at, start), 1e-9)
     activity.update(cluster.statuses(), time.monotonic())
     stages = " ".join(f"{rank}:{share:.0%}" for rank, share in sorted(activity.shares.items()))

@@ -16,6 +16,7 @@ def stage(
     device: str = "cpu",
     dtype: str = "float32",
     threads: int = 1,
+    kv_memory_mb: Annotated[int, typer.Option(help="For KV caches; 0: half of what is free.")] = 0,
     shape_stable: bool = False,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
@@ -28,5 +29,6 @@ def stage(
         dtype=dtype,
         threads=threads,
         shape_stable=shape_stable,
+        kv_memory_mb=kv_memory_mb,
     )
     raise typer.Exit(run_worker(config))

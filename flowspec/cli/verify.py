@@ -1,7 +1,7 @@
 """`flowspec verify`: is every strategy's text exactly the target's own?"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -11,13 +11,14 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
+from flowspec.drafters import DRAFTERS, find_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.eval.prompts import Prompt, load_prompts
 from flowspec.eval.verify import Combination, Verifier
@@ -38,22 +39,45 @@ class _Plan:
 
     config: RunConfig
     strategies: tuple[str, ...]
+    drafters: Mapping[str, str]  # name -> folder of its draft model
     stages: tuple[int, ...]
     temperatures: tuple[float, ...]
+    requests: tuple[int, ...]
     driver: str
     prompts: Sequence[Prompt]
     max_tokens: int
 
+    def rows(self, drafter: str, num_stages: int) -> list[Combination]:
+        """What is run with one drafter on one cluster."""
+        return [
+            Combination(name, drafter, self.driver, num_stages, temperature, at_once)
+            for name in self.strategies
+            if STRATEGIES[name].drafts == (drafter != "none")
+            for temperature in self.temperatures
+            for at_once in self.requests
+        ]
+
+    @property
+    def clusters(self) -> list[tuple[int, str]]:
+        """(number of stages, drafter) of each cluster that is needed."""
+        drafters = [*self.drafters, "none"]
+        return [(n, name) for n in self.stages for name in drafters if self.rows(name, n)]
+
 
 def verify(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
-    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder of the draft model, or DRAFTER=FOLDER [bundled]."),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
     ] = None,
     strategies: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
+    drafters: Annotated[str, typer.Option(help="all, or names with commas.")] = "eagle",
     stages: Annotated[str, typer.Option(help="Stage counts, as in 1,2,4.")] = "1,2,4",
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0,1",
+    requests: Annotated[str, typer.Option(help="Requests served at once, as in 1,4.")] = "1",
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
     limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
@@ -65,27 +89,31 @@ def verify(
     """Run every combination against the target alone with the same seed; exit 1 on a mismatch.
 
     In float32 any difference is a mismatch. In 16 bits a difference where the two tokens' logits
-    lie within rounding is counted as a near-tie; --shape-stable removes those too.
+    lie within rounding is counted as a near-tie; --shape-stable removes those too. The JSON rows
+    hold a hash of all tokens, to compare machines.
     """
     if driver not in DRIVERS:
         raise ValueError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
-    names = tuple(STRATEGIES) if strategies == "all" else tuple(strategies.split(","))
+    names = _names(strategies, tuple(STRATEGIES))
     for name in names:
         find_strategy(name)
+    at_once = _numbers(requests, int, "--requests")
     config = RunConfig(
         model=model or RunConfig().model,
-        draft=draft or "",
         dtype=dtype,
         device=device,
         shape_stable=shape_stable,
-        # the strategy decides only whether a drafter is loaded; ar needs none
-        strategy=next((name for name in names if STRATEGIES[name].drafts), names[0]),
+        max_requests=max(at_once),
+        kept_prefixes=0,
     )
+    drafting = any(STRATEGIES[name].drafts for name in names)
     plan = _Plan(
-        config=replace(config, draft=draft_folder(config)),
+        config=config,
         strategies=names,
+        drafters=_draft_folders(config, drafters, draft or []) if drafting else {},
         stages=_numbers(stages, int, "--stages"),
         temperatures=_numbers(temperatures, float, "--temperatures"),
+        requests=at_once,
         driver=driver,
         prompts=load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit),
         max_tokens=max_tokens,
@@ -100,11 +128,35 @@ def verify(
         raise typer.Exit(1)
 
 
+def _names(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    return known if text == "all" else tuple(text.split(","))
+
+
 def _numbers(text: str, kind: type, name: str) -> tuple:  # type: ignore[type-arg]
     try:
         return tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{name} takes numbers with commas, not {text!r}") from None
+
+
+def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> dict[str, str]:
+    """Where each drafter's model lies, as named or as bundled."""
+    names = _names(drafters, tuple(name for name in DRAFTERS if name != "none"))
+    for name in names:
+        find_drafter(name)
+    folders = dict.fromkeys(names, "")
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals and len(names) == 1:
+            folders[names[0]] = text
+        elif name in folders:
+            folders[name] = folder
+        else:
+            raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(names)}")
+    return {
+        name: draft_folder(replace(config, drafter=name, draft=folder))
+        for name, folder in folders.items()
+    }
 
 
 def _run(plan: _Plan) -> list[Combination]:
@@ -113,10 +165,17 @@ def _run(plan: _Plan) -> list[Combination]:
     verifier: Verifier | None = None
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
-        runs = len(plan.strategies) * len(plan.temperatures) * len(plan.prompts) * len(plan.stages)
-        task = progress.add_task("verifying", total=runs)
-        for num_stages in plan.stages:
-            config = replace(plan.config, stages=num_stages)
+        total = sum(len(plan.rows(drafter, n)) for n, drafter in plan.clusters)
+        task = progress.add_task("verifying", total=total * len(plan.prompts))
+        for num_stages, drafter in plan.clusters:
+            own = plan.rows(drafter, num_stages)
+            config = replace(
+                plan.config,
+                stages=num_stages,
+                strategy=own[0].strategy,
+                drafter=drafter,
+                draft=plan.drafters.get(drafter, ""),
+            )
             folder = split_folder(config)
             parts = load_head_parts(config, folder)
             if verifier is None:
@@ -125,16 +184,28 @@ def _run(plan: _Plan) -> list[Combination]:
                 alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
                 verifier = Verifier(alone)
             with _cluster(plan.driver, config, parts) as cluster:
-                for row in _rows(plan, num_stages):
-                    spec = STRATEGIES[row.strategy]
-                    cluster.configure(spec, spec.defaults)
-                    requests = _requests(plan, parts, row.temperature)
-                    for divergence in verifier.check(cluster, requests, row):
-                        progress.advance(task)
-                        if divergence is not None:
-                            console.print(f"{row.strategy}, {num_stages} stages: {divergence}")
-                    rows.append(row)
+                for row in own:
+                    _check_row(plan, row, cluster, verifier, parts, (progress, task))
+            rows += own
     return rows
+
+
+def _check_row(
+    plan: _Plan,
+    row: Combination,
+    cluster: Cluster,
+    verifier: Verifier,
+    parts: HeadParts,
+    shown: tuple[Progress, TaskID],
+) -> None:
+    spec = STRATEGIES[row.strategy]
+    cluster.configure(spec, spec.defaults)
+    progress, task = shown
+    for divergence in verifier.check(cluster, _requests(plan, parts, row.temperature), row):
+        progress.advance(task)
+        if divergence is not None:
+            where = f"{row.strategy}, {row.drafter}, {row.stages} stages, {row.requests} at once"
+            progress.console.print(f"{where}: {divergence}")
 
 
 def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
@@ -144,13 +215,6 @@ def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
         raise ValueError(f"every prompt is longer than the context of {parts.max_context} tokens")
     if left_out:
         console.print(f"{left_out} prompts left out: longer than {parts.max_context} tokens")
-
-
-def _rows(plan: _Plan, num_stages: int) -> Iterator[Combination]:
-    for strategy in plan.strategies:
-        drafter = plan.config.drafter if STRATEGIES[strategy].drafts else "none"
-        for temperature in plan.temperatures:
-            yield Combination(strategy, drafter, plan.driver, num_stages, temperature)
 
 
 def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request]:
@@ -192,12 +256,14 @@ def _cluster(driver: str, config: RunConfig, parts: HeadParts) -> Iterator[Clust
 
 
 def _report(rows: Sequence[Combination]) -> None:
-    table = Table("strategy", "drafter", "driver", "stages", "T", "runs", "mismatches", "near-ties")
+    table = Table("strategy", "drafter", "driver", "stages", "T", "at once", "runs", "mismatches")
+    table.add_column("near-ties")
     table.add_column("tau")
     for row in rows:
         table.add_row(
             *(row.strategy, row.drafter, row.driver, str(row.stages), f"{row.temperature:g}"),
-            *(str(row.runs), str(row.mismatches), str(row.near_ties), f"{row.tau:.2f}"),
+            *(str(row.requests), str(row.runs), str(row.mismatches), str(row.near_ties)),
+            f"{row.tau:.2f}",
         )
     Console(width=100).print(table)
     total = sum(row.runs for row in rows)

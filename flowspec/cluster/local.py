@@ -6,10 +6,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from flowspec.answers import Answers
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
@@ -66,40 +67,39 @@ class LocalCluster:
         """See Cluster.configure."""
         self.head.configure(spec, config)
 
-    def stream(self, request: Request) -> Iterator[Tokens | Completion]:
-        """See Cluster.stream."""
-        tokens: list[int] = []
-        finished = False
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+        """See Cluster.serve."""
+        answers = Answers(self.head, requests)
         try:
-            self.driver.inject(Submit(request=request))
+            for request in requests:
+                self.driver.inject(Submit(request=request))
             self.driver.last_progress = time.monotonic()
-            for event in self._events(request, tokens):
-                finished = isinstance(event, Completion)
-                yield event
+            yield from self._events(answers, alone=len(requests) == 1)
         except WireError as error:
-            raise ClusterError("head", str(error), tuple(tokens)) from error
+            raise ClusterError("head", str(error), answers.tokens) from error
         except ClusterError as error:
-            raise ClusterError(error.where, error.cause, tuple(tokens)) from error
+            raise ClusterError(error.where, error.cause, answers.tokens) from error
         except GeneratorExit:
-            if not finished:  # the caller has turned away: do not go on without it
-                self.cancel(request.id)
+            if answers.open:  # the caller has turned away: do not go on without it
+                for left in answers.open:
+                    self.cancel(left)
                 self._await_closed()
             raise
 
-    def _events(self, request: Request, tokens: list[int]) -> Iterator[Tokens | Completion]:
-        driver, text = self.driver, ""
+    def _events(self, answers: Answers, *, alone: bool) -> Iterator[Tokens | Completion]:
+        driver = self.driver
         while True:
             while driver.to_client:
-                event = driver.to_client.popleft()
-                if isinstance(event, Tokens) and event.request == request.id:
-                    tokens.extend(event.tokens)
-                    text += event.text
-                    yield event
-                elif isinstance(event, Finished) and event.request == request.id:
-                    self._raise_failure(event)
-                    if self.head.last and self.head.last.request.id == request.id:
-                        self._await_closed()
-                    yield self.head.completion(request, event, tokens, text)
+                message = driver.to_client.popleft()
+                if alone and isinstance(message, Finished):
+                    self._raise_failure(message)
+                event = answers.take(message)
+                if event is None:
+                    continue
+                if not answers.open and isinstance(event, Completion) and event.tokens:
+                    self._await_closed()
+                yield event
+                if not answers.open:
                     return
             driver.turn(POLL_S)
             self._check_children()
@@ -138,6 +138,7 @@ class LocalCluster:
             *("--rank", str(rank), "--num-stages", str(self.num_stages)),
             *("--device", config.device, "--dtype", config.dtype),
             *("--threads", str(config.threads_per_process)),
+            *("--kv-memory-mb", str(config.kv_memory_mb)),
         ]
         if config.shape_stable:
             command.append("--shape-stable")
@@ -157,6 +158,7 @@ class LocalCluster:
                 match message:
                     case Ready() if message.model == self.parts.manifest.model_hash:
                         ready.add(message.stage)
+                        self.head.admission.limit_rows(message.kv_rows)
                     case Ready():
                         raise ClusterError(rank_name(message.stage), "has loaded another split")
                     case Failed():
@@ -172,10 +174,9 @@ class LocalCluster:
         """Until the stages have freed the request and told their totals, a second at most."""
         end = time.monotonic() + 1.0
         while time.monotonic() < end:
-            statuses = self.head.statuses
-            if len(statuses) == self.num_stages and not any(
-                status.num_requests for status in statuses.values()
-            ):
+            statuses = self.head.statuses.values()
+            kept = len(self.head.admission.kept)
+            if len(statuses) == self.num_stages and all(s.num_requests <= kept for s in statuses):
                 return
             self.driver.turn(0.05)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from flowspec.cluster.memory import kv_rows, peak_bytes
 from flowspec.driver import Driver
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
@@ -33,6 +34,7 @@ class WorkerConfig:
     dtype: str = "float32"
     threads: int = 1
     shape_stable: bool = False
+    kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -49,7 +51,12 @@ def run_worker(config: WorkerConfig) -> int:
             dtype=config.dtype,
             shape_stable=config.shape_stable,
         )
-        transport.send(HEAD, Ready(stage=config.rank, model=model_hash))
+        stage.kv_rows = kv_rows(
+            stage.model, memory_mb=config.kv_memory_mb, num_sharing=config.num_stages
+        )
+        stage.peak_memory_bytes = peak_bytes
+        ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
+        transport.send(HEAD, ready)
         driver = Driver(stage, transport, config.num_stages)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 
 from flowspec.acceptance.coupled import noise_rows
 from flowspec.acceptance.warp import warp
-from flowspec.cluster.base import Cluster, generate
-from flowspec.request import Request, SamplingParams
+from flowspec.cluster.base import Cluster, generate_all
+from flowspec.request import Completion, Request, SamplingParams
 from flowspec.targets.local import LocalTarget
 
 NEAR_TIE_EPS = 4  # rounding steps of the dtype, relative to the largest logit
@@ -24,12 +27,28 @@ class Combination:
     driver: str
     stages: int
     temperature: float
+    requests: int = 1  # served at once
     runs: int = 0
     mismatches: int = 0
     near_ties: int = 0
     tokens: int = 0
     verdicts: int = 0
     divergences: list[str] = field(default_factory=list)
+    _hash: Any = field(default_factory=sha256)
+
+    def add(self, completion: Completion) -> None:
+        """Count a run."""
+        self.runs += 1
+        self.tokens += completion.stats.num_tokens
+        self.verdicts += completion.stats.num_verdicts
+        self._hash.update(np.array([len(completion.tokens), *completion.tokens], "<i4").tobytes())
+
+    @property
+    def tokens_sha256(self) -> str:
+        """Of all runs' tokens in order (each: their count and ids as i32): equal on machines whose
+        models, prompts and seeds are, whatever the strategy, drafter, driver or company.
+        """
+        return str(self._hash.hexdigest())
 
     @property
     def tau(self) -> float:
@@ -44,11 +63,13 @@ class Combination:
             "driver": self.driver,
             "stages": self.stages,
             "temperature": self.temperature,
+            "requests": self.requests,
             "runs": self.runs,
             "mismatches": self.mismatches,
             "near_ties": self.near_ties,
             "tau": round(self.tau, 4),
             "tokens": self.tokens,
+            "tokens_sha256": self.tokens_sha256,
             "divergences": self.divergences,
         }
 
@@ -127,19 +148,18 @@ class Verifier:
     def check(
         self, cluster: Cluster, requests: Sequence[Request], row: Combination
     ) -> Iterator[Divergence | None]:
-        """Run the requests, add to `row`, and give each one's divergence."""
-        for request in requests:
-            completion = generate(cluster, request)
-            if completion.error:
-                raise ValueError(completion.error)
-            row.runs += 1
-            row.tokens += completion.stats.num_tokens
-            row.verdicts += completion.stats.num_verdicts
-            divergence = find_divergence(
-                self.alone, request, self.expected(request), completion.tokens
-            )
-            if divergence is not None:
-                row.near_ties += divergence.is_near_tie
-                row.mismatches += not divergence.is_near_tie
-                row.divergences.append(str(divergence))
-            yield divergence
+        """Run the requests, `row.requests` at once; add to `row`, give each one's divergence."""
+        for start in range(0, len(requests), row.requests):
+            group = requests[start : start + row.requests]
+            for request, completion in zip(group, generate_all(cluster, group), strict=True):
+                if completion.error:
+                    raise ValueError(completion.error)
+                row.add(completion)
+                divergence = find_divergence(
+                    self.alone, request, self.expected(request), completion.tokens
+                )
+                if divergence is not None:
+                    row.near_ties += divergence.is_near_tie
+                    row.mismatches += not divergence.is_near_tie
+                    row.divergences.append(str(divergence))
+                yield divergence

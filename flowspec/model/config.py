@@ -35,6 +35,17 @@ _FEATURE_WORDS = (
     "auto_map",
 )
 _NEUTRAL_AT_ONE = ("multiplier", "scale", "scaling")
+# Sizes up to which a model's shapes can be written down without overflow and its layers listed.
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+}
+_LARGEST_OTHER = (1 << 31) - 1
 _LLAMA3_KEYS = (
     "factor",
     "low_freq_factor",
@@ -95,8 +106,8 @@ class ModelConfig:
         """
         architecture = _architecture(hf)
         _refuse_features(hf)
-        hidden = _positive_int(hf, "hidden_size")
-        heads = _positive_int(hf, "num_attention_heads")
+        hidden = positive_int(hf, "hidden_size")
+        heads = positive_int(hf, "num_attention_heads")
         if hf.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} "
@@ -106,13 +117,13 @@ class ModelConfig:
         rope_theta, rope_scaling = _rope(hf)
         config = cls(
             architecture=architecture,
-            vocab_size=_positive_int(hf, "vocab_size"),
+            vocab_size=positive_int(hf, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_positive_int(hf, "intermediate_size"),
-            num_layers=_positive_int(hf, "num_hidden_layers"),
+            intermediate_size=positive_int(hf, "intermediate_size"),
+            num_layers=positive_int(hf, "num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=_positive_int(hf, "num_key_value_heads", heads),
-            head_dim=_positive_int(hf, "head_dim", hidden // heads),
+            num_kv_heads=positive_int(hf, "num_key_value_heads", heads),
+            head_dim=positive_int(hf, "head_dim", hidden // heads),
             rms_norm_eps=_positive_number(hf, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
@@ -121,7 +132,7 @@ class ModelConfig:
             output_bias=not qwen2 and _flag(hf, "attention_bias"),
             mlp_bias=not qwen2 and _flag(hf, "mlp_bias"),
             tie_word_embeddings=_flag(hf, "tie_word_embeddings"),
-            max_position_embeddings=_positive_int(hf, "max_position_embeddings", 2048),
+            max_position_embeddings=positive_int(hf, "max_position_embeddings", 2048),
             dtype=_dtype(hf),
             bos_token_id=next(iter(_token_ids(hf, "bos_token_id")), None),
             eos_token_ids=_token_ids(hf, "eos_token_id"),
@@ -136,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is {path.parent} a model folder?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets without end
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, needed: a JSON object")
@@ -240,7 +251,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
         factor=_positive_number(rope, "factor"),
         low_freq_factor=_positive_number(rope, "low_freq_factor"),
         high_freq_factor=_positive_number(rope, "high_freq_factor"),
-        original_max_position_embeddings=_positive_int(rope, "original_max_position_embeddings"),
+        original_max_position_embeddings=positive_int(rope, "original_max_position_embeddings"),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise ValueError(
@@ -261,16 +272,20 @@ def _dtype(hf: Mapping[str, Any]) -> str:
 def _token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = hf.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 1 << 31 for i in ids):
         raise ValueError(f"{key} is {value!r}, needed: a token id or a list of them")
     return tuple(ids)
 
 
-def _positive_int(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def positive_int(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A size from a config.json, `default` where it is missing; ValueError naming the key."""
     value = hf.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"config.json: {key} is {value!r}, needed: a whole number above 0")
+    most = _LARGEST.get(key, _LARGEST_OTHER)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+        raise ValueError(
+            f"config.json: {key} is {value!r}, needed: a whole number above 0, at most {most}"
+        )
     return value
 
 

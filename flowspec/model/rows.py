@@ -1,4 +1,4 @@
-"""Running rows of a request through a stage's model: the one way in, for stages and for references.
+"""Running rows of requests through a stage's model: the one way in, for stages and for references.
 
 In shape-stable mode every forward has the same number of rows and every row attends to its own path
 in position order, padded to one length. Kernels then do the same sums for a row whatever
@@ -7,14 +7,53 @@ and is for verification.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, TreeKVCache, Window
+from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
 from flowspec.model.stage_model import StageModel
 
 STABLE_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """Where n rows of one request belong; `parents` as in TreeKVCache.append_tree, None: prefix."""
+
+    cache: TreeKVCache
+    positions: Sequence[int]
+    parents: Sequence[int] | None
+
+
+def run_batch(
+    model: StageModel,
+    requests: Sequence[RequestRows],
+    x: Tensor,
+    *,
+    features: Collection[int] = (),
+) -> tuple[Tensor, Mapping[int, Tensor]]:
+    """Run the rows of several requests in one forward; x [n, ...] has them in the same order.
+
+    In shape-stable mode one request after the other. Returns as `run_rows`, for all n rows.
+    """
+    if len(requests) == 1:
+        (one,) = requests
+        return run_rows(model, one.cache, x, one.positions, parents=one.parents, features=features)
+    if requests[0].cache.stable_context is not None:
+        pieces = x.split([len(rows.positions) for rows in requests])
+        parts = [
+            run_batch(model, [rows], piece, features=features)
+            for rows, piece in zip(requests, pieces, strict=True)
+        ]
+        taps = {layer: torch.cat([owned[layer] for _, owned in parts]) for layer in parts[0][1]}
+        return torch.cat([hidden for hidden, _ in parts]), taps
+    window = JointWindow(
+        [_window(rows.cache, len(rows.positions), rows.parents) for rows in requests]
+    )
+    where = torch.tensor([p for rows in requests for p in rows.positions], device=model.device)
+    return model(x.to(model.device), where, window, features=features)
 
 
 def run_rows(

@@ -56,6 +56,12 @@ class StageModel(nn.Module):
         """Of the weights, and of the hidden states that leave."""
         return next(self.parameters()).dtype
 
+    @property
+    def kv_bytes_per_row(self) -> int:
+        """What one row of a request takes in its cache here."""
+        config, layers = self.config, self.last_layer - self.first_layer
+        return 2 * layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
         """An empty cache for one request of at most `capacity` rows, tree rows included."""
         return TreeKVCache(

@@ -22,6 +22,7 @@ from torch import Tensor
 # Small enough to stay in the processor's cache between the read and the write; 16 MiB is slower.
 CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_DIMENSIONS = 16
 _REMAP_BYTES = 128 << 20
 _ALIGNMENT = 64
 _DTYPE_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -64,7 +65,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         tensors = [_stored(path, name, entry, 8 + length) for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged header ({error}); fetch it again") from error
     end = 8 + length
     for tensor, num_bytes in sorted(tensors, key=lambda pair: (pair[0].offset, pair[1])):
@@ -80,8 +81,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, entry: Mapping[str, Any], base: int) -> tuple[StoredTensor, int]:
     code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     numbers = (*shape, start, end)
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise ValueError(f"tensor {name} has sizes {numbers}")
+    if len(shape) > _MAX_DIMENSIONS or not all(_is_size(n) for n in numbers):
+        raise ValueError(f"tensor {name} has sizes {numbers[:_MAX_DIMENSIONS]}")
+    if not isinstance(code, str):
+        raise ValueError(f"tensor {name} has dtype {code!r}")
     dtype = _DTYPE_CODES.get(code, code)
     item = ITEM_BYTES.get(dtype) or _OTHER_SIZES.get(code)
     if item is not None and math.prod(shape) * item != end - start:
@@ -89,6 +92,10 @@ def _stored(path: Path, name: str, entry: Mapping[str, Any], base: int) -> tuple
     return StoredTensor(
         name=name, dtype=dtype, shape=shape, file=path, offset=base + start
     ), end - start
+
+
+def _is_size(n: Any) -> bool:
+    return isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 63
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:

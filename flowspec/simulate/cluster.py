@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from flowspec.answers import Answers
 from flowspec.config import DecodeConfig
 from flowspec.effects import HEAD, Core
 from flowspec.head import Head
@@ -15,7 +16,7 @@ from flowspec.simulate.scheduler import (
 )
 from flowspec.stage import Stage
 from flowspec.strategies import StrategySpec
-from flowspec.wire import Cancel, Finished, Status, Submit, Tokens
+from flowspec.wire import Cancel, Status, Submit, Tokens
 
 
 class SimulatedCluster:
@@ -40,27 +41,28 @@ class SimulatedCluster:
         """See Cluster.configure."""
         self.head.configure(spec, config)
 
-    def stream(self, request: Request) -> Iterator[Tokens | Completion]:
-        """See Cluster.stream."""
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+        """See Cluster.serve."""
         simulator = self.simulator
-        simulator.submit(Submit(request=request))
-        tokens: list[int] = []
-        text = ""
-        while simulator.step():
-            while simulator.to_client:
-                event = simulator.to_client.popleft()
-                if event.request != request.id:  # type: ignore[union-attr]
-                    continue  # a late word about a request that is over
-                if isinstance(event, Tokens):
-                    tokens.extend(event.tokens)
-                    text += event.text
+        answers = Answers(self.head, requests)
+        for request in requests:
+            simulator.submit(Submit(request=request))
+        try:
+            while simulator.step():
+                while simulator.to_client:
+                    event = answers.take(simulator.to_client.popleft())
+                    if event is None:
+                        continue
+                    if not answers.open:
+                        simulator.run()  # what is on its way still arrives
                     yield event
-                elif isinstance(event, Finished):
-                    simulator.run()  # what is on its way still arrives
-                    yield self.head.completion(request, event, tokens, text)
-                    return
+                    if not answers.open:
+                        return
+        finally:
+            for left in answers.open:
+                self.cancel(left)
         raise ClusterError(
-            "simulator", "nothing is left to do and the request is not over", (*tokens,)
+            "simulator", "nothing is left to do and a request is not over", answers.tokens
         )
 
     def cancel(self, request: int) -> None:

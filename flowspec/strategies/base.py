@@ -15,6 +15,8 @@ class Outgoing:
 
     nodes: Sequence[Node]
     verify: bool = True
+    best_first: bool = False  # the head may send fewer, the first of them, and ask again for more
+    early: bool = False  # best first, and drafting on before the slot comes would choose better
 
 
 class Strategy(Protocol):

@@ -16,7 +16,7 @@ class PipeDec:
 
     def next_segment(self, s: Session) -> Outgoing | None:
         """The newest level's best nodes, when the first stage is free."""
-        if s.num_waiting or s.num_in_flight > s.num_stages:
+        if s.pipe.num_waiting or s.num_in_flight > s.num_stages:
             return None
         level = s.tree.best_unsent(s.config.segment_size)
         return Outgoing(level) if level else None

@@ -7,6 +7,7 @@ import torch
 from tiny import MAX_CONTEXT, T0, T1, request, stage_models, whole_model
 from tiny_drafters import eagle_drafter
 
+from flowspec.admission import Admission
 from flowspec.cluster.base import generate
 from flowspec.drafters.eagle import EagleDrafter
 from flowspec.head import Head
@@ -30,7 +31,7 @@ def test_cuda_equals_the_target_alone_on_cuda(strategy, sampling):
     assert whole.lm_head is not None
     spec = STRATEGIES[strategy]
     drafter = EagleDrafter(net, whole.lm_head.weight)
-    head = Head(3, spec, spec.defaults, drafter, max_context=MAX_CONTEXT)
+    head = Head(3, spec, spec.defaults, drafter, admission=Admission(max_context=MAX_CONTEXT))
     models = [copy.deepcopy(model).to("cuda") for model in stage_models(3)]
     stages = [Stage(rank, 3, model) for rank, model in enumerate(models, start=1)]
     asked = request(sampling=sampling)

@@ -50,8 +50,9 @@ def whole_split(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def config(checkpoint: Path, split: Path) -> RunConfig:
-    """A run on the tiny checkpoint."""
-    return RunConfig(model=str(split), draft=str(checkpoint / "eagle"), stages=2)
+    """A run on the tiny checkpoint that keeps nothing of a finished request."""
+    draft = str(checkpoint / "eagle")
+    return RunConfig(model=str(split), draft=draft, stages=2, kept_prefixes=0)
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, p
     cluster.configure(spec, spec.defaults)
     request = ask(parts, count=10_000)
     tokens: list[int] = []
-    for event in cluster.stream(request):
+    for event in cluster.serve([request]):
         if isinstance(event, Completion):
             break
         tokens.extend(event.tokens)

@@ -1,0 +1,147 @@
+"""Admission by memory: which requests may begin, which wait, what is kept for a next turn.
+
+Every stage keeps a KV cache of fixed capacity per request, known before the request begins. The
+budget is what the tightest stage can hold, in rows of all requests together.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonprefix
+
+from flowspec.config import DecodeConfig
+from flowspec.request import Request
+from flowspec.session import Session
+
+MAX_QUEUED = 64  # requests waiting for their turn
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A request that has not begun."""
+
+    request: Request
+    submitted_at: float
+    num_rows: int  # its caches' capacity
+
+
+@dataclass(slots=True)
+class Kept:
+    """A finished request whose committed rows are still on the stages."""
+
+    session: Session
+    num_rows: int
+
+    def num_shared(self, prompt: Sequence[int]) -> int:
+        """Leading positions of `prompt` that need not be computed again.
+
+        One less than the tokens in common, as Drafter.open wants it, and at most what the stages
+        have committed and the drafter has complete.
+        """
+        session = self.session
+        in_common = len(commonprefix([tuple(prompt), session.all_tokens]))
+        return max(0, min(in_common - 1, session.num_committed, session.drafter.num_reusable))
+
+
+@dataclass(slots=True)
+class Admission:
+    """Books of rows: `max_rows` in all (0: no limit known), `max_active` requests at once.
+
+    `max_kept` finished requests stay on the stages, for prompts that begin with the same tokens.
+    """
+
+    max_context: int
+    max_active: int = 8
+    max_kept: int = 0
+    max_rows: int = 0
+    waiting: deque[Waiting] = field(default_factory=deque)
+    rows: dict[int, int] = field(default_factory=dict)  # of requests being served
+    kept: dict[int, Kept] = field(default_factory=dict)  # oldest first
+
+    @property
+    def num_rows_used(self) -> int:
+        """By requests being served and by kept ones."""
+        return sum(self.rows.values()) + sum(kept.num_rows for kept in self.kept.values())
+
+    def limit_rows(self, kv_rows: int) -> None:
+        """A stage can hold this many rows of KV cache (0: it does not know)."""
+        known = [rows for rows in (self.max_rows, kv_rows) if rows]
+        self.max_rows = min(known, default=0)
+
+    def submit(self, request: Request, now: float, *, num_tree_rows: int) -> None:
+        """Queue a request; its caches hold prompt, answer and `num_tree_rows`.
+
+        What does not fit the context is never asked for, and no memory is taken for it. Raises
+        ValueError with both numbers where it can never begin, or where the queue is full.
+        """
+        room = self.max_context - len(request.prompt)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(request.prompt)} tokens, the model's context holds "
+                f"{self.max_context}; shorten the prompt"
+            )
+        request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
+        num_rows = len(request.prompt) + request.max_new_tokens + num_tree_rows
+        if self.max_rows and num_rows > self.max_rows:
+            raise ValueError(
+                f"the request needs {num_rows} rows of KV cache on every stage, the tightest stage "
+                f"holds {self.max_rows}; shorten the prompt or max_new_tokens, or use more stages"
+            )
+        if len(self.waiting) >= MAX_QUEUED:
+            raise ValueError(f"{MAX_QUEUED} requests are waiting already")
+        self.waiting.append(Waiting(request, now, num_rows))
+
+    def withdraw(self, request: int) -> bool:
+        """Take a request out of the queue; whether it was there."""
+        before = len(self.waiting)
+        self.waiting = deque(w for w in self.waiting if w.request.id != request)
+        return len(self.waiting) < before
+
+    def next_to_begin(self) -> Waiting | None:
+        """The oldest waiting request, if it can be served now besides the others.
+
+        Later ones wait for it even where they would fit, or a large one might never begin. Room
+        may need `make_room` first.
+        """
+        if not self.waiting or len(self.rows) >= self.max_active:
+            return None
+        needed = self.waiting[0].num_rows + sum(self.rows.values())
+        return None if self.max_rows and needed > self.max_rows else self.waiting[0]
+
+    def find_shared(self, prompt: Sequence[int], config: DecodeConfig) -> tuple[Kept | None, int]:
+        """The kept request with the longest beginning in common with `prompt`, and its length.
+
+        Only of those served under this very `config`: another strategy drafts otherwise.
+        """
+        best: Kept | None = None
+        longest = 0
+        for kept in self.kept.values():
+            if kept.session.config is not config:
+                continue
+            length = kept.num_shared(prompt)
+            if length > longest:
+                best, longest = kept, length
+        return best, longest
+
+    def make_room(self, num_rows: int, spare: Kept | None) -> list[int]:
+        """Give up kept requests, the oldest first and `spare` last, until `num_rows` fit.
+
+        Returns their ids.
+        """
+        gone: list[int] = []
+        order = [*(k for k in self.kept.values() if k is not spare), *([spare] if spare else [])]
+        for kept in order:
+            if not self.max_rows or self.num_rows_used + num_rows <= self.max_rows:
+                break
+            gone.append(kept.session.request.id)
+            del self.kept[gone[-1]]
+        return gone
+
+    def keep(self, session: Session) -> list[int]:
+        """A request is over and stays; returns the ids of those given up for it."""
+        request = session.request.id
+        self.kept[request] = Kept(session, self.rows.pop(request))
+        gone = list(self.kept)[: max(0, len(self.kept) - self.max_kept)]
+        for old in gone:
+            del self.kept[old]
+        return gone

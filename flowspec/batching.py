@@ -1,0 +1,131 @@
+"""What goes into the next slot: rows of one or several requests that share a forward.
+
+A slot costs t(n), the time of the slowest stage for n rows, which is nearly flat up to a knee: rows
+of other requests ride along for little. What is chosen maximises expected accepted tokens per time.
+Roots come first, since they are certain to be on the true path: a request whose verdict has come is
+in the very next slot. So none waits longer for its next token than a trip through the pipe, and
+prompts advance by a chunk in every slot, oldest request first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp
+from typing import Protocol
+
+from flowspec.pipe import Pipe, SegmentCost
+from flowspec.session import Session, tree_segment
+from flowspec.strategies.base import Outgoing, Strategy
+from flowspec.tree import Node
+from flowspec.wire import Segment
+
+MAX_SHARED_ROWS = 128  # of best-first rows, where several requests share a slot
+
+
+class Served(Protocol):
+    """A request being served."""
+
+    session: Session
+    strategy: Strategy
+
+
+@dataclass(slots=True)
+class _Offer:
+    """Rows of one request that could go now."""
+
+    session: Session
+    outgoing: Outgoing
+    nodes: Sequence[Node]  # as far as the stages' caches have room
+
+
+class Slots:
+    """Composes slots; turns who is asked first."""
+
+    def __init__(self, pipe: Pipe, next_prompt_piece: Callable[[Session], Segment | None]) -> None:
+        self.pipe = pipe
+        self.next_prompt_piece = next_prompt_piece
+        self._turn = 0
+
+    def next_slot(
+        self, requests: Sequence[Served], room: Callable[[Session], int]
+    ) -> list[Segment]:
+        """The segments to send together now; none: wait. `requests` oldest first.
+
+        `room` says how many tree rows of a request the stages can still hold.
+        """
+        if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
+            return []
+        prompt = next((r for r in requests if not r.session.decoding), None)
+        offers = self._offers([r for r in requests if r.session.decoding], room)
+        if any(offer.outgoing.early for offer in offers):
+            return []
+        pieces = [self.next_prompt_piece(prompt.session)] if prompt is not None else []
+        segments = [piece for piece in pieces if piece is not None]
+        counts = best_counts(
+            self.pipe.cost, offers_of(offers), num_fixed=sum(len(s.nodes) for s in segments)
+        )
+        for offer, count in zip(offers, counts, strict=True):
+            if count:
+                nodes = offer.nodes[:count]
+                segments.append(tree_segment(offer.session, nodes, offer.outgoing.verify))
+        if segments:
+            self._turn += 1
+        return segments
+
+    def _offers(self, requests: Sequence[Served], room: Callable[[Session], int]) -> list[_Offer]:
+        """What each request would send. Whole segments join while the slot is below the knee."""
+        offers: list[_Offer] = []
+        num_whole = 0
+        for place in range(len(requests)):
+            served = requests[(self._turn + place) % len(requests)]
+            if num_whole >= knee(self.pipe.cost) or (left := room(served.session)) <= 0:
+                continue
+            outgoing = served.strategy.next_segment(served.session)
+            if outgoing is None:
+                continue
+            if not outgoing.best_first:
+                num_whole += len(outgoing.nodes)
+            offers.append(_Offer(served.session, outgoing, outgoing.nodes[:left]))
+        return offers
+
+
+def offers_of(offers: Sequence[_Offer]) -> list[tuple[list[float], bool]]:
+    """(probability of being true per row, may be cut) of each offer."""
+    return [
+        ([exp(node.score) for node in offer.nodes], offer.outgoing.best_first) for offer in offers
+    ]
+
+
+def best_counts(
+    cost: SegmentCost, offers: Sequence[tuple[list[float], bool]], *, num_fixed: int = 0
+) -> list[int]:
+    """How many rows of each offer to send: most expected gain per time, sum(p) / t(rows).
+
+    An offer is its rows' probabilities, falling, and whether it may be cut. `num_fixed` rows go
+    along in any case (a piece of prompt: worth one token).
+    """
+    counts = [0 if can_cut else len(gains) for gains, can_cut in offers]
+    num_rows = num_fixed + sum(counts)
+    gain = sum(sum(gains) for gains, can_cut in offers if not can_cut) + (num_fixed > 0)
+    loose = [(p, place) for place, (gains, can_cut) in enumerate(offers) if can_cut for p in gains]
+    loose.sort(key=lambda row: -row[0])  # stable: within an offer parents stay first
+    if sum(can_cut for _, can_cut in offers) > 1:
+        del loose[MAX_SHARED_ROWS:]
+    best, best_rate = 0, gain / cost.milliseconds(num_rows) if num_rows else 0.0
+    for taken, (p, _) in enumerate(loose, start=1):
+        gain += p
+        rate = gain / cost.milliseconds(num_rows + taken)
+        if rate > best_rate:
+            best, best_rate = taken, rate
+    # what is certain goes in any case, or a request could wait for ever beside a large one
+    certain = sum(p >= 1.0 for p, _ in loose)
+    for _, place in loose[: max(best, certain)]:
+        counts[place] += 1
+    return counts
+
+
+def knee(cost: SegmentCost) -> int:
+    """The largest power of two of rows that costs little more than one row (a quarter)."""
+    rows = 1
+    while rows < 1024 and cost.milliseconds(2 * rows) <= 1.25 * cost.milliseconds(1):
+        rows *= 2
+    return rows

@@ -1,0 +1,46 @@
+"""Drafting for every request being served: what the next drafter forward works on."""
+
+from collections.abc import Iterable, Sequence
+
+from flowspec.batching import Served
+from flowspec.drafters.base import Drafter, DraftJob, Proposal
+from flowspec.effects import Send, Work
+from flowspec.pipe import Pipe
+from flowspec.session import Session
+
+Share = tuple[Session, DraftJob]
+
+
+def next_drafts(requests: Iterable[Served]) -> list[Share]:
+    """Each request's share of the next forward: true rows first, else what its strategy wants."""
+    jobs = []
+    for served in requests:
+        session = served.session
+        if session.drafter.num_rows_ready:
+            jobs.append((session, DraftJob(session.drafter, session.tree)))
+        elif session.decoding and (nodes := served.strategy.next_draft(session)):
+            jobs.append((session, DraftJob(session.drafter, session.tree, nodes)))
+    return jobs
+
+
+def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
+    """One drafter forward for all of `shares`."""
+    proposed: list[list[Proposal]] = []
+
+    def run() -> None:
+        proposed.extend(drafter.draft([job for _, job in shares]))
+
+    def finish(now: float, elapsed: float) -> Sequence[Send]:
+        del now
+        pipe.count_draft(elapsed)
+        for (session, job), proposals in zip(shares, proposed, strict=True):
+            session.stats.num_draft_forwards += 1
+            session.take_proposals(proposals, expanded=job.nodes is not None)
+        return ()
+
+    num_rows = sum(
+        session.drafter.num_rows_ready if job.nodes is None else len(job.nodes)
+        for session, job in shares
+    )
+    context = max(len(session.tokens) for session, _ in shares)
+    return Work("draft", num_rows, context, run, finish)

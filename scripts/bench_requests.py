@@ -1,0 +1,134 @@
+"""How much more a cluster gives when several requests share its pipeline (virtual clock, emulated).
+
+    python scripts/bench_requests.py [--requests 1,2,4,8] [--strategies streaming,serial_pp,ar]
+        [--temperatures 0,1] [--tokens 96] [--prompts FILE] [--json FILE]
+
+The bundled models run for real and are charged the reference testbed's times
+(flowspec/simulate/testbed.py). Every answer has the same length: end tokens are ignored. Of the
+prompts, each group of R is served at once; "alone" is the same requests one after the other, on the
+same clock. Total: tokens of the group over the time from its submission to its last token. Slowest:
+the smallest ratio of a request's decode speed to its own alone. Every text is compared with its
+text alone.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cluster.base import generate_all
+from flowspec.config import RunConfig, override
+from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.eval.prompts import load_prompts
+from flowspec.request import Completion, Request, SamplingParams
+from flowspec.simulate.cluster import SimulatedCluster
+from flowspec.simulate.testbed import Testbed
+from flowspec.stage import Stage
+from flowspec.text import render_chat
+
+
+class Bench:
+    """One split of the bundled model, loaded once."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        folder = split_folder(config)
+        self.parts: HeadParts = load_head_parts(config, folder)
+        ranks = range(1, len(self.parts.manifest.layers) + 1)
+        self.stages = [
+            build_stage(folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+            for rank in ranks
+        ]
+        self.alone: dict[tuple[str, float, int], Completion] = {}
+
+    def cluster(self, strategy: str) -> SimulatedCluster:
+        """Fresh cores over the loaded models."""
+        head = build_head(override(self.config, {"strategy": strategy}, where="bench"), self.parts)
+        stages = [Stage(stage.rank, stage.num_stages, stage.model) for stage in self.stages]
+        bed = Testbed()
+        return SimulatedCluster(head, stages, work_time=bed.work, link_time=bed.link)
+
+    def requests(self, prompts: Sequence[str], temperature: float, tokens: int) -> list[Request]:
+        """The same length for all; the seed is the prompt's place."""
+        return [
+            Request(
+                id=number,
+                prompt=render_chat(self.parts.tokenizer, [{"role": "user", "content": text}]),
+                sampling=SamplingParams(temperature=temperature, seed=number),
+                max_new_tokens=tokens,
+            )
+            for number, text in enumerate(prompts, start=1)
+        ]
+
+    def completion_alone(self, strategy: str, request: Request) -> Completion:
+        """The request with the cluster to itself."""
+        key = (strategy, request.sampling.temperature, request.id)
+        if key not in self.alone:
+            (self.alone[key],) = generate_all(self.cluster(strategy), [request])
+        return self.alone[key]
+
+    def row(self, strategy: str, requests: Sequence[Request], size: int) -> dict[str, object]:
+        """Serve `requests` in groups of `size`."""
+        gains, slowest, totals, wrong = [], [], [], 0
+        for start in range(0, len(requests) - size + 1, size):
+            group = requests[start : start + size]
+            alone = [self.completion_alone(strategy, one) for one in group]
+            together = generate_all(self.cluster(strategy), group)
+            wrong += sum(a.tokens != b.tokens for a, b in zip(alone, together, strict=True))
+            begin = min(c.stats.submitted_at for c in together)
+            took = max(c.stats.finished_at for c in together) - begin
+            one_by_one = sum(c.stats.finished_at - c.stats.submitted_at for c in alone)
+            totals.append(sum(c.stats.num_tokens for c in together) / took)
+            gains.append(one_by_one / took)
+            slowest += [
+                b.stats.tokens_per_s / a.stats.tokens_per_s
+                for a, b in zip(alone, together, strict=True)
+            ]
+        return {
+            "strategy": strategy,
+            "temperature": requests[0].sampling.temperature,
+            "requests": size,
+            "groups": len(gains),
+            "total_tokens_per_s": round(statistics.mean(totals), 2),
+            "gain_over_one_by_one": round(statistics.mean(gains), 3),
+            "gain_min": round(min(gains), 3),
+            "gain_max": round(max(gains), 3),
+            "speed_of_each_median": round(statistics.median(slowest), 3),
+            "speed_of_slowest": round(min(slowest), 3),
+            "mismatches": wrong,
+        }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--requests", default="1,2,4,8")
+    parser.add_argument("--strategies", default="streaming")
+    parser.add_argument("--drafter", default="eagle")
+    parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = RunConfig(stages=4, drafter=options.drafter, max_requests=16)
+    bench = Bench(override(config, {"draft": draft_folder(config)}, where="bench"))
+    prompts = [p.turns[0] for p in load_prompts(options.prompts, limit=options.limit)]
+    rows = []
+    for strategy in options.strategies.split(","):
+        for temperature in (float(t) for t in options.temperatures.split(",")):
+            requests = bench.requests(prompts, temperature, options.tokens)
+            for size in (int(n) for n in options.requests.split(",")):
+                rows.append(bench.row(strategy, requests, size))
+                print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

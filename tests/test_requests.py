@@ -1,0 +1,300 @@
+"""Many requests in one pipeline: each text as alone, nobody starves, memory counted and freed."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from clusters import check_empty, make_cluster, run_all_watched
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import SCRIPTS, ScriptedDrafter, hostile, perfect
+from tiny import MAX_CONTEXT, PROMPT, T0, T1, expected, request
+from tiny_drafters import MODEL_DRAFTERS, model_drafter
+
+from flowspec.admission import Admission
+from flowspec.batching import best_counts, knee
+from flowspec.cluster.base import generate, generate_all
+from flowspec.pipe import SegmentCost
+from flowspec.request import Completion, FinishReason, Request
+from flowspec.simulate.scheduler import adversarial
+from flowspec.stage import Stage
+from flowspec.strategies import STRATEGIES
+from flowspec.wire import Abandon, Batch, Cancel, Close, Failed, Open, Segment, Submit, Tokens
+
+
+def several(count: int, *, new: int = 10, first: int = 1) -> list[Request]:
+    """Requests that differ in prompt, length of prompt and answer, parameters and seed."""
+    return [
+        request(
+            first + i,
+            prompt=(PROMPT * 2)[i : i + 3 + 4 * (i % 3)],
+            sampling=replace(T1, seed=30 + i) if i % 2 else T0,
+            max_new_tokens=new + 3 * (i % 4),
+        )
+        for i in range(count)
+    ]
+
+
+def check_answers(asked: list[Request], completions: list[Completion]) -> None:
+    """Each is what the target alone says."""
+    assert [list(c.tokens) for c in completions] == [expected(one) for one in asked]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_text_is_as_alone(strategy, script):
+    """Whoever shares the segments, in every strategy, with every invariant checked on the way."""
+    asked = several(4)
+    setup = {"num_stages": 3, "strategy": strategy, "drafter": ScriptedDrafter(SCRIPTS[script])}
+    completions, watches = run_all_watched(setup, asked)
+    check_answers(asked, completions)
+    if strategy != "ar":
+        assert any(isinstance(m, Batch) for m in watches[1].seen), "nothing was shared"
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+@pytest.mark.parametrize("strategy", ["streaming", "serial_pp", "flowspec"])
+def test_one_drafter_forward_serves_all(strategy, name):
+    """Model drafters draft for several requests at once; each text is as alone."""
+    asked = several(4, new=6)
+    drafter = model_drafter(name)
+    setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter, "topk": 12}
+    completions, _ = run_all_watched(setup, asked)
+    check_answers(asked, completions)
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    strategy=st.sampled_from(list(STRATEGIES)),
+    script=st.sampled_from(list(SCRIPTS)),
+    stages=st.integers(1, 4),
+    count=st.integers(2, 6),
+    active=st.integers(1, 6),
+)
+@settings(max_examples=40, deadline=None)
+def test_no_timing_mixes_them_up(seed, strategy, script, stages, count, active):
+    """Random costs and delays, verdicts that overtake or trail, requests in the queue."""
+    asked = several(count, new=5)
+    setup = {
+        "num_stages": stages,
+        "strategy": strategy,
+        "drafter": ScriptedDrafter(SCRIPTS[script], seed=seed),
+        "charges": adversarial(seed),
+        "limits": {"max_active": active},
+    }
+    completions, _ = run_all_watched(setup, asked)
+    check_answers(asked, completions)
+
+
+def test_shape_stable_batches_are_bit_equal():
+    """In bfloat16 a row has the same bits beside other requests' rows as alone."""
+    asked = several(3, new=8)
+    together = generate_all(make_cluster(2, bf16=True), asked)
+    for one, completion in zip(asked, together, strict=True):
+        assert completion.tokens == generate(make_cluster(2, bf16=True), one).tokens
+
+
+def test_a_request_that_comes_later_joins_the_others():
+    """It does not wait for their ends."""
+    cluster = make_cluster(2, "streaming")
+    first, second = request(1, max_new_tokens=40), request(2, prompt=PROMPT[:4], max_new_tokens=4)
+    cluster.simulator.submit(Submit(request=first))
+    while not cluster.head.active or len(cluster.head.active[1].session.tokens) < 5:
+        assert cluster.simulator.step()
+    cluster.simulator.submit(Submit(request=second))
+    while 2 not in cluster.head.finished:
+        assert cluster.simulator.step()
+    assert 1 in cluster.head.active, "the first one was done before the second"
+    cluster.simulator.run()
+    own = [
+        e.tokens for e in cluster.simulator.to_client if isinstance(e, Tokens) and e.request == 2
+    ]
+    assert [token for tokens in own for token in tokens] == expected(second)
+
+
+# Fairness ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nobody_starves_beside_good_guessers(strategy):
+    """A request whose drafter is always wrong still gets a token per trip through the pipe."""
+
+    class Unequal(ScriptedDrafter):
+        def open(self, request, **options):
+            self.script = hostile if request.id == 1 else perfect
+            return super().open(request, **options)
+
+    asked = [request(i, prompt=PROMPT[i:], max_new_tokens=24) for i in range(1, 5)]
+    cluster = make_cluster(3, strategy, drafter=Unequal(perfect))
+    times = [
+        (cluster.simulator.now, len(event.tokens))
+        for event in cluster.serve(asked)
+        if isinstance(event, Tokens) and event.request == 1
+    ]
+    waits = [after - before for (before, _), (after, _) in pairwise(times)]
+    alone = make_cluster(3, strategy, drafter=ScriptedDrafter(hostile))
+    lone = generate(alone, asked[0]).stats
+    mean = (lone.finished_at - lone.first_token_at) / (lone.num_tokens - 1)
+    assert max(waits) <= 4 * mean + 5.0, f"waited {max(waits):.1f} s, alone {mean:.1f} s a token"
+
+
+def test_a_lone_request_loses_nothing():
+    """Before and after company its text takes the same time."""
+    cluster = make_cluster(3, "streaming", drafter=ScriptedDrafter(perfect))
+
+    def seconds(number: int) -> float:
+        stats = generate(cluster, request(number, max_new_tokens=20)).stats
+        return stats.finished_at - stats.submitted_at
+
+    before = seconds(1)
+    generate_all(cluster, several(4, first=2))
+    cluster.head.pipe.cost = SegmentCost()
+    assert seconds(6) == pytest.approx(before, rel=0.15)
+
+
+def test_rows_of_all_are_taken_best_first_up_to_the_knee():
+    """Beyond it a row must bring more than the average so far, whosever it is."""
+    cost = SegmentCost()
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+        for _ in range(50):
+            cost.record(rows, max(8.0, rows))
+    assert knee(cost) == 8
+    sure, doubtful = [1.0, *[0.9] * 5], [1.0, *[0.01] * 20]
+    counts = best_counts(cost, [(sure, True), (doubtful, True)])
+    assert counts[0] == 6
+    assert 1 <= counts[1] <= 3
+    assert best_counts(cost, [([1.0] * 40, False), (doubtful, True)])[0] == 40
+    crowd = [([1.0], True)] * 12
+    assert best_counts(cost, crowd, num_fixed=64) == [1] * 12, "what is certain always goes"
+
+
+# Memory -----------------------------------------------------------------------------------------
+
+
+def limited(max_rows: int, **limits: int):
+    """A cluster whose stages hold `max_rows`."""
+    cluster = make_cluster(2, "streaming", limits=limits)
+    cluster.head.admission.limit_rows(max_rows)
+    for stage in cluster.stages:
+        stage.kv_rows = max_rows
+    return cluster
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers():
+    """At once, and the others go on."""
+    cluster = limited(300)
+    small, large = request(1, max_new_tokens=8), request(2, max_new_tokens=100)
+    answers = generate_all(cluster, [small, large])
+    assert list(answers[0].tokens) == expected(small)
+    assert answers[1].reason is FinishReason.ERROR
+    assert "367 rows" in answers[1].error
+    assert "300" in answers[1].error
+    check_empty(cluster)
+
+
+def test_what_does_not_fit_now_waits():
+    """The books of head and stages agree at every moment, and nothing exceeds the budget."""
+    cluster = limited(600)
+    asked = several(5)
+    most = 0
+    done = []
+    for event in cluster.serve(asked):
+        for stage in cluster.stages:
+            assert stage.kv_rows_used <= 600
+        most = max(most, len(cluster.head.active))
+        done += [event] if isinstance(event, Completion) else []
+    assert most == 2
+    check_answers(asked, sorted(done, key=lambda completion: completion.request))
+    check_empty(cluster)
+
+
+def test_a_large_request_is_not_overtaken_for_ever():
+    """Small ones behind it wait, although they would fit."""
+    books = Admission(max_context=1000, max_rows=100)
+    for number, new in ((1, 50), (2, 70), (3, 5)):
+        books.submit(request(number, prompt=(1,), max_new_tokens=new), 0.0, num_tree_rows=9)
+    first = books.next_to_begin()
+    assert first is not None
+    books.waiting.popleft()
+    books.rows[1] = first.num_rows
+    assert books.next_to_begin() is None
+    del books.rows[1]
+    assert books.next_to_begin().request.id == 2
+
+
+def test_a_stage_defends_its_memory():
+    """A head that asks for more than there is gets a clear refusal, and the stage serves on."""
+    cluster = limited(300)
+    stage = cluster.stages[0]
+    stage.handle(Open(request=1, capacity=200, context=100), 0.0)
+    stage.handle(Open(request=2, capacity=200, context=100), 0.0)
+    stage.poll(0.0)
+    (refusal,) = stage.poll(0.0).sends
+    assert isinstance(refusal.message, Failed)
+    assert (refusal.message.request, refusal.message.stage) == (2, 1)
+    assert "200 rows was asked for, 100 of 300 are free" in refusal.message.text
+    assert list(stage.requests) == [1]
+
+
+def test_a_cancelled_request_is_freed_at_once():
+    """Its memory does not wait for the segments that are under way."""
+    cluster = make_cluster(3, "streaming")
+    for one in (request(1, max_new_tokens=40), request(2, prompt=PROMPT[:5], max_new_tokens=20)):
+        cluster.simulator.submit(Submit(request=one))
+    while len(cluster.head.active) < 2 or not cluster.head.active[2].session.tokens:
+        assert cluster.simulator.step()
+    now = cluster.simulator.now
+    cluster.simulator.submit(Cancel(request=1))
+    while any(1 in stage.requests for stage in cluster.stages):
+        assert cluster.simulator.step()
+    # a forward that runs is finished first, and takes a second here
+    assert cluster.simulator.now - now <= 1.1
+    cluster.simulator.run()
+    check_empty(cluster)
+
+
+def test_a_late_open_does_not_bring_a_cancelled_request_back():
+    """Abandon may overtake Open; Close follows in order and frees what came late."""
+    stage: Stage = make_cluster(1).stages[0]
+    stage.handle(Abandon(request=1), 0.0)
+    for message in (
+        Open(request=1, capacity=64, context=64),
+        Segment(request=1, seq_no=0, nodes=(0,), parents=(-1,), tokens=(3,), prefix=True),
+        Close(request=1),
+    ):
+        stage.handle(message, 0.0)
+    while (step := stage.poll(0.0)) is not None:
+        if step.work is not None:
+            step.work.run()
+            step.work.finish(1.0, 1.0)
+    assert not stage.requests
+
+
+def test_one_full_cache_fails_one_request(monkeypatch):
+    """The others' rows in the same batch are run, and the emptied segment still travels on."""
+    cluster = make_cluster(2, "streaming")
+    asked = several(3, new=12)
+    for one in asked:
+        cluster.simulator.submit(Submit(request=one))
+    while len(cluster.head.active) < 3 or not cluster.head.active[3].session.tokens:
+        assert cluster.simulator.step()
+    cache = cluster.stages[1].requests[2].cache
+    cache.capacity = cache.prefix_length + cache.num_tree_rows
+    cluster.simulator.run()
+    tokens = {1: [], 2: [], 3: []}
+    for event in cluster.simulator.to_client:
+        if isinstance(event, Tokens):
+            tokens[event.request].extend(event.tokens)
+    assert tokens[1] == expected(asked[0])
+    assert tokens[3] == expected(asked[2])
+    assert tokens[2] == expected(asked[1])[: len(tokens[2])]
+    check_empty(cluster)
+
+
+def test_limits_of_one_request_are_those_of_the_model():
+    """A context that is full is an error of the one request."""
+    cluster = make_cluster(2, "streaming")
+    fits, long = request(1, max_new_tokens=4), request(2, prompt=PROMPT * 40)
+    answers = generate_all(cluster, [fits, long])
+    assert list(answers[0].tokens) == expected(fits)
+    assert f"holds {MAX_CONTEXT}" in answers[1].error
