@@ -48,12 +48,11 @@ def default_layers(num_layers: int) -> tuple[int, int, int]:
 def choose_starts(tokens: Tensor, answer: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Rows [B, C] at which drafts begin, and whether step k of each guesses its answer [K, B, C].
 
-    tokens and answer are [B, T+1]; the same block gets the same rows.
+    tokens and answer are [B, T+1]; a block that comes again gets other rows.
     """
     length = tokens.shape[1] - 1
-    generator = torch.Generator().manual_seed(int(tokens.sum()))
     fits = answer[:, 2 : length - steps + 2]  # row i guesses token i+2
-    starts = (torch.rand(fits.shape, generator=generator) * fits).topk(count, dim=-1).indices
+    starts = (torch.rand(fits.shape) * fits).topk(count, dim=-1).indices
     document = (tokens == corpus.BOS).cumsum(-1)
     guessed = [starts + 2 + k for k in range(steps)]
     own = document.gather(1, starts)
