@@ -7,9 +7,10 @@ the target's own tokens. tau = tokens gained per round. Shapes: n rows, H hidden
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from demo.generate import loops
@@ -18,9 +19,12 @@ from transformers import AutoTokenizer
 
 from flowspec.acceptance.coupled import choose
 from flowspec.drafters.eagle import EagleDrafter
+from flowspec.drafters.eagle3 import Eagle3Drafter
+from flowspec.model.draft_kind import draft_weights, read_draft, recognise
 from flowspec.model.kv_cache import COMMITTED, TreeKVCache
 from flowspec.model.load import load_whole
 from flowspec.model.load_eagle import load_eagle
+from flowspec.model.load_eagle3 import load_eagle3
 from flowspec.model.rows import run_rows
 from flowspec.model.stage_model import FINAL_NORM, StageModel
 from flowspec.request import NO_NODE, Request, SamplingParams
@@ -39,7 +43,7 @@ class Shape:
     topk: int
 
 
-CHAIN, TREE = Shape(5, 5, 1), Shape(60, 7, 10)
+CHAIN, TREE, DEEP = Shape(5, 5, 1), Shape(60, 7, 10), Shape(8, 8, 1)
 
 
 @dataclass(slots=True)
@@ -47,7 +51,12 @@ class Sample:
     """What one prompt gave."""
 
     tokens: list[int]
-    rounds: int
+    accepted: list[int]  # drafts, in each round
+
+    @property
+    def rounds(self) -> int:
+        """Verdicts."""
+        return len(self.accepted)
 
     @property
     def tau(self) -> float:
@@ -60,16 +69,30 @@ class Pair:
     """Target and head, with the target's end token."""
 
     target: StageModel
-    drafter: EagleDrafter
+    drafter: EagleDrafter | Eagle3Drafter
     eos: int = 2
 
     @classmethod
-    def load(cls, target: Path, eagle: Path) -> Pair:
+    def load(cls, target: Path, head: Path) -> Pair:
         """Both in fp32, so that a tree's rows and a single row give the same text."""
         model = load_whole(target, dtype="float32")
         assert model.lm_head is not None, "a whole model has its lm_head"
-        net = load_eagle(eagle, target_config=model.config, dtype="float32")
-        return cls(model, EagleDrafter(net, model.lm_head.weight))
+        if recognise(read_draft(draft_weights(head))).family == "eagle":
+            net = load_eagle(head, target_config=model.config, dtype="float32")
+            return cls(model, EagleDrafter(net, model.lm_head.weight))
+        net3 = load_eagle3(
+            head,
+            target_config=model.config,
+            embedding=model.get_parameter("model.embed_tokens.weight"),
+            dtype="float32",
+        )
+        return cls(model, Eagle3Drafter(net3))
+
+    def feed(self, session: Any, hidden: Tensor, taps: Mapping[int, Tensor], where: Any) -> None:
+        """Give the drafter the features of rows at these positions, with rows of `hidden`."""
+        for layer in self.drafter.feature_layers:
+            rows = hidden if layer == FINAL_NORM else taps[layer]
+            session.accept_features(layer, {p: rows[row] for p, row in where.items()})
 
 
 def grow(
@@ -88,22 +111,26 @@ def grow(
 
 
 def verify(
-    model: StageModel, cache: TreeKVCache, tree: DraftTree, sampling: SamplingParams
-) -> tuple[list[Node], list[int], dict[int, Tensor]]:
-    """Walk the tree: accepted path (root first), the token after each node, features."""
+    pair: Pair, cache: TreeKVCache, tree: DraftTree, sampling: SamplingParams, session: Any
+) -> tuple[list[Node], list[int]]:
+    """Walk the tree: accepted path (root first), the token after each node."""
+    model = pair.target
     nodes = tree.best_unsent(len(tree))
     row = {node.id: i for i, node in enumerate(nodes)}
     parents = [COMMITTED, *(row[node.parent] for node in nodes[1:])]
     tokens = torch.tensor([node.token for node in nodes])
     where = [node.position for node in nodes]
-    hidden, _ = run_rows(model, cache, tokens, where, parents=parents)
+    layers = pair.drafter.feature_layers
+    hidden, taps = run_rows(model, cache, tokens, where, parents=parents, features=layers)
     truth = choose(model.logits(hidden), [p + 1 for p in where], sampling)
     path, following = [tree.root], [truth[0]]
     while following[-1] in path[-1].children:
         path.append(tree[path[-1].children[following[-1]]])
         following.append(truth[row[path[-1].id]])
     cache.reroot([row[node.id] for node in path], [])
-    return path, following, {node.position: hidden[row[node.id]] for node in path}
+    session.accept(following)
+    pair.feed(session, hidden, taps, {node.position: row[node.id] for node in path})
+    return path, following
 
 
 @torch.inference_mode()
@@ -120,11 +147,13 @@ def decode(
     session = pair.drafter.open(request, topk=shape.topk, coupled=coupled)
     cache = pair.target.new_cache(len(prompt) + max_new + 128)
     ids = torch.tensor(list(prompt))
-    hidden, _ = run_rows(pair.target, cache, ids, range(len(prompt)), parents=None)
+    layers = pair.drafter.feature_layers
+    where = range(len(prompt))
+    hidden, taps = run_rows(pair.target, cache, ids, where, parents=None, features=layers)
     text = choose(pair.target.logits(hidden[-1:]), [len(prompt)], sampling)
     session.accept(list(prompt) + text)
-    session.accept_features(FINAL_NORM, dict(enumerate(hidden)))
-    tree, rounds = DraftTree(), 0
+    pair.feed(session, hidden, taps, {position: position for position in where})
+    tree, accepted = DraftTree(), []
     tree.plant(NO_NODE, text[0], len(prompt))
     while len(text) < max_new and pair.eos not in text:
         proposal = None
@@ -132,15 +161,13 @@ def decode(
             proposal = session.absorb(tree)
         assert proposal is not None, "the root's features are known"
         grow(session, tree, proposal.children, shape)
-        path, following, features = verify(pair.target, cache, tree, sampling)
+        path, following = verify(pair, cache, tree, sampling, session)
         text += following
-        rounds += 1
+        accepted.append(len(path) - 1)
         tree.reroot(path[-1].id, following[-1])
-        session.accept(following)
-        session.accept_features(FINAL_NORM, features)
     if pair.eos in text:
         text = text[: text.index(pair.eos) + 1]
-    return Sample(text, rounds)
+    return Sample(text, accepted)
 
 
 @torch.inference_mode()
@@ -176,6 +203,8 @@ MODES = {
     "T=1 coupled chain": (1.0, CHAIN, True),
     "T=1 coupled tree": (1.0, TREE, True),
     "T=1 usual tree": (1.0, TREE, False),
+    "greedy chain of 8": (0.0, DEEP, False),
+    "T=1 coupled chain of 8": (1.0, DEEP, True),
 }
 
 
@@ -196,7 +225,7 @@ def evaluate(
                 size = min(len(references[temperature]), len(sample.tokens))
                 equal = references[temperature][:size] == sample.tokens[:size]
                 row = table[mode].setdefault(name, {"samples": [], "equal": 0})  # type: ignore[dict-item]
-                row["samples"].append((sample.tau, loops(sample.tokens), len(sample.tokens)))  # type: ignore[attr-defined]
+                row["samples"].append(sample)  # type: ignore[attr-defined]
                 row["equal"] += equal
     return {
         mode: {name: summary(row) for name, row in rows.items()} for mode, rows in table.items()
@@ -205,16 +234,28 @@ def evaluate(
 
 def summary(row: dict[str, object]) -> dict[str, float]:
     """Means of one set; `plain` leaves looping samples out. A one-token answer has no rounds."""
-    samples = [s for s in row["samples"] if s[2] > 1]  # type: ignore[attr-defined]
-    straight = [tau for tau, share, _ in samples if share <= 0.3]
+    samples = [s for s in row["samples"] if s.rounds]  # type: ignore[attr-defined]
+    straight = [s for s in samples if loops(s.tokens) <= 0.3]
     return {
-        "all": sum(tau for tau, _, _ in samples) / max(len(samples), 1),
-        "plain": sum(straight) / max(len(straight), 1),
+        "all": sum(s.tau for s in samples) / max(len(samples), 1),
+        "plain": sum(s.tau for s in straight) / max(len(straight), 1),
         "looping": len(samples) - len(straight),
         "samples": len(samples),
         "equal": row["equal"],  # type: ignore[dict-item]
-        "tokens": sum(n for _, _, n in samples),
+        "tokens": sum(len(s.tokens) for s in samples),
+        "accepted": [n for s in samples for n in s.accepted],  # type: ignore[dict-item]
+        "accepted_plain": [n for s in straight for n in s.accepted],  # type: ignore[dict-item]
     }
+
+
+def by_depth(rows: dict[str, dict[str, Any]], key: str, depth: int) -> list[float]:
+    """Of the rounds of all sets that accepted d-1 drafts, the share that accepted d."""
+    rounds = [n for row in rows.values() for n in row[key]]
+    shares = []
+    for d in range(1, depth + 1):
+        reached = sum(n >= d - 1 for n in rounds)
+        shares.append(round(sum(n >= d for n in rounds) / max(reached, 1), 3))
+    return shares
 
 
 def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -234,6 +275,10 @@ def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
             f"| {mode} | {' | '.join(cells)} | **{means[0]:.2f} / {means[1]:.2f}** "
             f"| {looping:.0f} of {count:.0f} | {equal:.0f} |"
         )
+    for mode, rows in table.items():
+        depth = MODES[mode][1].depth
+        shares = (by_depth(rows, key, depth) for key in ("accepted", "accepted_plain"))
+        lines.append(f"{mode}, acceptance by depth: all {next(shares)}, not looping {next(shares)}")
     return "\n".join(lines)
 
 

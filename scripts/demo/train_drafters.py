@@ -31,7 +31,7 @@ logger = logging.getLogger("train_demo")
 Batch = tuple[Tensor, Tensor, Tensor]
 # loss, KL [K], and for each of the K steps outputs [R, H] and true features [R, H]
 Outcome = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-LENGTHS = {384: 10, 1152: 3}  # rows of a block: blocks of a micro-batch
+LENGTHS = {384: 10, 1152: 3}  # rows of a block, short and long: blocks of a micro-batch
 
 
 @dataclass
@@ -41,12 +41,13 @@ class Blocks:
     length: int
     tokens: NDArray[np.uint16]
     answer: NDArray[np.bool_]
+    per_batch: int
     layers: tuple[int, ...] = ()  # whose outputs come before the final features
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, target: FastLlama, start: int) -> Batch:
         """The micro-batch from block `start` on."""
-        part = slice(start, start + LENGTHS[self.length])
+        part = slice(start, start + self.per_batch)
         tokens = torch.from_numpy(self.tokens[part].astype(np.int64))
         if start not in self.features:
             inputs = tokens[:, :-1]
@@ -57,10 +58,13 @@ class Blocks:
 
 
 def make_blocks(
-    samples: list[corpus.Sample], seed: int, layers: tuple[int, ...] = ()
+    samples: list[corpus.Sample],
+    seed: int,
+    layers: tuple[int, ...] = (),
+    lengths: dict[int, int] = LENGTHS,
 ) -> list[Blocks]:
     """Short samples in short blocks, long ones in long blocks; whole micro-batches only."""
-    short, long = LENGTHS
+    short, long = lengths
     rng = random.Random(seed)
     result = []
     for length, chosen in (
@@ -69,14 +73,16 @@ def make_blocks(
     ):
         rng.shuffle(chosen)
         tokens, weights = corpus.pack(chosen, length, 0.5, rng)
-        whole = len(tokens) // LENGTHS[length] * LENGTHS[length]
-        result.append(Blocks(length, tokens[:whole], weights[:whole] > 0.9, layers))
+        whole = len(tokens) // lengths[length] * lengths[length]
+        result.append(
+            Blocks(length, tokens[:whole], weights[:whole] > 0.9, lengths[length], layers)
+        )
     return result
 
 
 def endless(blocks: list[Blocks], skip: int) -> Iterator[tuple[Blocks, int]]:
     """Micro-batches in a new order each pass, without the first one of each length (held out)."""
-    places = [(b, i) for b in blocks for i in range(0, len(b.tokens), LENGTHS[b.length])]
+    places = [(b, i) for b in blocks for i in range(0, len(b.tokens), b.per_batch)]
     places = [(b, i) for b, i in places if i > 0]
     number = 0
     while True:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 INTERMEDIATE = 1408
 DECAY = 0.9  # weight of each step's loss over that of the step before
+LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
 STARTS_PER = 8  # rows of a block for one that drafts begin at
 
 
@@ -47,12 +48,11 @@ def default_layers(num_layers: int) -> tuple[int, int, int]:
 def choose_starts(tokens: Tensor, answer: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
     """Rows [B, C] at which drafts begin, and whether step k of each guesses its answer [K, B, C].
 
-    tokens and answer are [B, T+1]; the same block gets the same rows.
+    tokens and answer are [B, T+1]; a block that comes again gets other rows.
     """
     length = tokens.shape[1] - 1
-    generator = torch.Generator().manual_seed(int(tokens.sum()))
     fits = answer[:, 2 : length - steps + 2]  # row i guesses token i+2
-    starts = (torch.rand(fits.shape, generator=generator) * fits).topk(count, dim=-1).indices
+    starts = (torch.rand(fits.shape) * fits).topk(count, dim=-1).indices
     document = (tokens == corpus.BOS).cumsum(-1)
     guessed = [starts + 2 + k for k in range(steps)]
     own = document.gather(1, starts)
@@ -115,8 +115,8 @@ def train(
     def snapshot() -> None:
         export(head, target, plan, plan.checkpoint.with_suffix(""))
 
-    blocks = make_blocks(samples, 0, plan.layers)
-    job = Job("eagle3", loss, target, head.lm_head, blocks, plan.minutes, plan.checkpoint, ids, 20,
+    blocks = make_blocks(samples, 0, plan.layers, LENGTHS)
+    job = Job("eagle3", loss, target, head.lm_head, blocks, plan.minutes, plan.checkpoint, ids, 50,
               snapshot)  # fmt: skip
     figures = run(job, make_optimizer(head))
     return head, figures | {"layers": plan.layers, "covered": covered}

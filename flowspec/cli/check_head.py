@@ -1,0 +1,149 @@
+"""`flowspec check-head`: does this draft checkpoint fit this model, and how good is it?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowspec.cli.common import BUNDLED, bundled, split_folder
+from flowspec.cluster.base import generate
+from flowspec.config import DecodeConfig, RunConfig
+from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.eval.prompts import Prompt, load_prompts
+from flowspec.model.config import read_config
+from flowspec.model.draft_config import CONTRADICTION, ERROR
+from flowspec.model.draft_kind import FAMILIES
+from flowspec.model.inspect_head import HeadReport, inspect_head
+from flowspec.model.manifest import HEAD_FOLDER
+from flowspec.request import DecodeStats, Request, SamplingParams
+from flowspec.simulate.cluster import SimulatedCluster
+from flowspec.strategies import STRATEGIES
+from flowspec.text import render_chat
+
+# A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
+_SHAPES = {
+    "tree": STRATEGIES["serial_pp"].defaults,
+    "chain": DecodeConfig(tree_size=8, tree_depth=7, topk=1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One shape of draft, over all prompts: tau, and acceptance at depth 1, 2, ..."""
+
+    shape: str
+    tau: float
+    by_depth: tuple[float, ...]
+
+
+def check_head(
+    model: Annotated[str, typer.Argument(help="The target: folder or HF id.")],
+    head: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="As for verify: a file or folder of prompts [bundled].")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Prompts per file.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+) -> None:
+    """Name the family of a draft checkpoint, list all that does not fit, and measure its tau.
+
+    tau is the mean number of tokens per verdict, greedy, round by round (serial_pp, simulated);
+    acceptance by depth is the share of drafts at that depth that the target confirms, of those
+    whose parent it confirmed. Exit code 1 when the checkpoint does not fit or its config
+    contradicts its tensors.
+    """
+    torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+    console = Console(width=100, soft_wrap=True)
+    config = RunConfig(model=model, strategy="serial_pp", dtype=dtype, device=device)
+    folder = split_folder(config)
+    report = inspect_head(Path(bundled(str(head))), read_config(folder / HEAD_FOLDER))
+    _show(report, console)
+    if report.loads:
+        asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)
+        drafter = FAMILIES[report.kind.family].drafter
+        config = replace(config, draft=str(report.path.parent), drafter=drafter)
+        for score in _measure(config, folder, asked, max_tokens):
+            depths = " ".join(f"{share:.2f}" for share in score.by_depth)
+            console.print(f"{score.shape}: tau {score.tau:.2f}, acceptance by depth {depths}")
+    if any(finding.severity in (ERROR, CONTRADICTION) for finding in report.findings):
+        raise typer.Exit(1)
+
+
+def _show(report: HeadReport, console: Console) -> None:
+    console.print(f"{report.path}: {report.kind.title}", markup=False, highlight=False)
+    for line in (f"recognised by {', '.join(report.kind.evidence)}", report.about):
+        console.print(f"  {line}", markup=False, highlight=False)
+    if not report.findings:
+        console.print("every tensor and every config key fits")
+        return
+    table = Table("", "what", "found")
+    for finding in report.findings:
+        table.add_row(finding.severity, finding.what, finding.detail.replace("[", r"\["))
+    console.print(table)
+
+
+def _measure(
+    config: RunConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
+) -> list[Score]:
+    """Greedy answers to all prompts, with each shape of draft."""
+    parts = load_head_parts(config, folder)
+    stages = [
+        build_stage(parts.folder, rank, device=config.device, dtype=config.dtype,
+                    shape_stable=False)[0]
+        for rank in range(1, len(parts.manifest.layers) + 1)
+    ]  # fmt: skip
+    cluster = SimulatedCluster(build_head(config, parts), stages)
+    scores = []
+    for turn, (shape, decode) in enumerate(_SHAPES.items()):
+        cluster.configure(STRATEGIES[config.strategy], decode)
+        stats = []
+        for request in _requests(parts, prompts, max_tokens, first_id=1 + turn * len(prompts)):
+            completion = generate(cluster, request)
+            if completion.error:
+                raise ValueError(completion.error)
+            stats.append(completion.stats)
+        scores.append(_score(shape, stats, levels=decode.tree_depth + 1))
+    return scores
+
+
+def _requests(
+    parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int, *, first_id: int
+) -> list[Request]:
+    """Prompts that leave room for an answer. Raises ValueError when none does."""
+    rendered = [
+        render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        for prompt in prompts
+    ]
+    fitting = [ids for ids in rendered if len(ids) < parts.max_context]
+    if not fitting:
+        raise ValueError(
+            f"no prompt shorter than the model's context of {parts.max_context} tokens; give "
+            "--limit 1 or more and a file with some"
+        )
+    return [
+        Request(id=number, prompt=ids, sampling=SamplingParams(temperature=0.0),
+                max_new_tokens=max_tokens, eos_token_ids=parts.eos_token_ids)
+        for number, ids in enumerate(fitting, start=first_id)
+    ]  # fmt: skip
+
+
+def _score(shape: str, stats: Sequence[DecodeStats], *, levels: int) -> Score:
+    """Runs of all answers together; the run that the end of a text cut off counts as far."""
+    ended = [run for own in stats for run in own.runs]
+    cut = [own.run_length for own in stats]
+    shares = []
+    for depth in range(1, levels + 1):
+        hits = sum(run >= depth for run in (*ended, *cut))
+        tried = hits + sum(run == depth - 1 for run in ended)
+        if tried:
+            shares.append(hits / tried)
+    tokens = sum(own.num_tokens - 1 for own in stats)
+    verdicts = sum(own.num_verdicts for own in stats)
+    return Score(shape, tokens / verdicts if verdicts else 0.0, tuple(shares))

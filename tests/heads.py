@@ -1,0 +1,109 @@
+"""EAGLE-3 checkpoints as the official code, SpecForge and speculators write them, at tiny sizes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny import randomize
+from torch import Tensor
+
+from flowspec.model.config import ModelConfig
+from flowspec.model.eagle3_net import Eagle3Layout, Eagle3Net
+
+ORIGINS = ("official", "specforge", "speculators", "eagle3.1")
+IDS = (0, 2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # the draft vocabulary, target's ids
+
+
+def save_eagle3(
+    folder: Path,
+    target: ModelConfig,
+    origin: str = "official",
+    *,
+    layers: tuple[int, ...] | None = None,
+    ids: tuple[int, ...] | None = IDS,
+    hf: dict[str, Any] | None = None,
+    drop: tuple[str, ...] = (),
+    add: dict[str, Tensor] | None = None,
+) -> Eagle3Net:
+    """A random head with `origin`'s names and config; returns the net that was stored.
+
+    `layers` are output-of-layer ids, None leaves them out of the config; `ids` None is the target's
+    whole vocabulary, without maps. `hf`, `drop` and `add` change what is written.
+    """
+    wanted = layers or (1, target.num_layers // 2 - 1, target.num_layers - 4)
+    known = torch.tensor(ids) if ids else torch.arange(target.vocab_size)
+    speculators, newest = origin == "speculators", origin == "eagle3.1"
+    layout = Eagle3Layout(
+        feature_layers=wanted,
+        target_hidden_size=target.hidden_size,
+        norm_before_residual=speculators,
+        norm_before_fc=speculators,
+        fc_norm=newest,
+        norm_output=speculators or newest,
+    )
+    net = Eagle3Net(head_sizes(target), layout, draft_to_target=known)
+    randomize(net, 5)
+    tensors = dict(net.state_dict())
+    if ids:
+        mask = torch.zeros(target.vocab_size, dtype=torch.bool)
+        mask[known] = True
+        tensors |= {"d2t": known - torch.arange(len(known)), "t2d": mask}
+    tensors = {n: t.contiguous() for n, t in tensors.items() if n not in drop} | (add or {})
+    if speculators:
+        tensors = {name.replace("midlayer.", "layers.0."): t for name, t in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = _config(net, origin, layers) | (hf or {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return net
+
+
+def head_sizes(target: ModelConfig) -> ModelConfig:
+    """Sizes that differ from the target's where they may."""
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=target.vocab_size,
+        hidden_size=target.hidden_size,
+        intermediate_size=56,
+        num_layers=1,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+    )
+
+
+def _config(net: Eagle3Net, origin: str, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    config = net.config
+    sizes: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+        "head_dim": config.head_dim,
+    }
+    head: dict[str, Any] = {"draft_vocab_size": net.lm_head.out_features}
+    if origin == "speculators":
+        head |= {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            "norm_before_residual": net.layout.norm_before_residual,
+            "norm_before_fc": net.layout.norm_before_fc,
+            "norm_output": net.layout.norm_output,
+        }
+        if layers:
+            head["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in layers]
+        return head | {"transformer_layer_config": {"model_type": "llama", **sizes}}
+    named = "LlamaForCausalLM" if origin == "official" else "LlamaForCausalLMEagle3"
+    head |= {"architectures": [named], **sizes}
+    if net.layout.norm_output:
+        head |= {"fc_norm": True, "norm_output": True}
+    if layers:
+        head["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
+    return head

@@ -1,0 +1,164 @@
+"""Training of the EAGLE-3 head: what it exports is what is served, and it learns."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from demo import fast_eagle3, train_eagle3  # noqa: E402
+from demo.fast_llama import FastLlama, Shape, block_forward, document_bias, rope_table  # noqa: E402
+from demo.train_drafters import make_blocks  # noqa: E402
+
+from flowspec.model.config import ModelConfig  # noqa: E402
+from flowspec.model.eagle3_net import Eagle3Layout  # noqa: E402
+from flowspec.model.kv_cache import TreeKVCache  # noqa: E402
+from flowspec.model.llama import rope_angles, rope_frequencies  # noqa: E402
+from flowspec.model.load import load_whole  # noqa: E402
+from flowspec.model.load_eagle3 import load_eagle3  # noqa: E402
+
+SHAPE = Shape(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=5, num_heads=2,
+              num_kv_heads=1)  # fmt: skip
+LAYERS = (1, 2, 4)
+STEPS = 4
+PLAN = train_eagle3.Plan(
+    layers=LAYERS, draft_vocab=40, minutes=1.0, checkpoint=Path("eagle3.pt"), steps=STEPS
+)
+
+
+@pytest.fixture(scope="module")
+def target() -> FastLlama:
+    """Random, of layers that do something, without compilation."""
+    model = FastLlama(SHAPE)
+    model.block = block_forward
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in list(layer)[:4]:
+                weight.copy_(torch.randn_like(weight.float()) * 0.2)
+    return model.requires_grad_(False)
+
+
+def samples(count: int) -> list[tuple[np.ndarray, int]]:
+    """Sentences of a pattern: each token is its predecessor and five."""
+    rng = np.random.default_rng(0)
+    return [
+        (np.array([1, 4, *((int(first) + 5 * np.arange(20)) % 58 + 6)], dtype=np.uint16), 6)
+        for first in rng.integers(0, 58, count)
+    ]
+
+
+def make_head(target: FastLlama, ids: torch.Tensor) -> fast_eagle3.FastEagle3:
+    """Not compiled, and of weights that do something."""
+    head = fast_eagle3.FastEagle3(target, ids, (2, 2, 16), train_eagle3.INTERMEDIATE)
+    head.step = fast_eagle3.draft_step
+    return head
+
+
+def test_the_draft_vocabulary_is_what_the_answers_say():
+    """Prompts do not count; ids ascend, so that offsets never fall below zero."""
+    pieces = [(np.array([9, 9, 9, 3, 5, 5, 7], dtype=np.uint16), 3)]
+    ids, covered = fast_eagle3.draft_vocabulary(pieces, 12, 2)
+    assert ids.tolist() == [3, 5]
+    assert covered == pytest.approx(3 / 4)
+
+
+def test_features_come_low_to_high_before_the_last(target):
+    tokens = torch.randint(6, 64, (1, 9))
+    wide = target.features(tokens, document_bias(tokens), LAYERS)
+    assert wide.shape == (1, 9, 4 * 32)
+    assert torch.equal(wide[..., 96:], target.features(tokens, document_bias(tokens)))
+    deeper = target.features(tokens, document_bias(tokens), (4,))
+    assert torch.equal(wide[..., 64:96], deeper[..., :32])
+
+
+def test_starts_are_answers_with_room_below():
+    tokens = torch.tensor([[1, 8, 8, 8, 8, 8, 8, 8, 8, 1, 8, 8, 8]])
+    answer = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1]]).bool()
+    starts, counts = train_eagle3.choose_starts(tokens, answer, 5, 3)
+    assert set(starts[0].tolist()) < {1, 2, 3, 4, 5, 6}
+    # What a later step of a start near the end guesses is of another sample, and does not count.
+    for step, row in enumerate(counts):
+        for start, counted in zip(starts[0].tolist(), row[0].tolist(), strict=True):
+            assert counted == (3 <= start + 2 + step <= 8)
+
+
+def test_unrolled_training_is_what_the_served_head_computes(target, tmp_path):
+    """Step k of a chain equals k rows of Eagle3Net over its tree cache, each on the one before."""
+    torch.manual_seed(3)
+    ids, _ = fast_eagle3.draft_vocabulary(samples(30), 64, 40)
+    head = make_head(target, ids)
+    with torch.no_grad():
+        for weight in [head.fc, head.norm, *head.layer]:
+            weight.add_(torch.randn_like(weight.float()) * 0.1)
+    train_eagle3.export(head, target, PLAN, tmp_path)
+    config = ModelConfig.from_hf(target.hf_config())
+    net = load_eagle3(
+        tmp_path, target_config=config, embedding=target.embed.detach(), dtype="float32"
+    )
+    assert net.feature_layers == LAYERS
+    assert net.draft_to_target.tolist() == ids.tolist()
+
+    tokens, start = torch.randint(6, 64, (1, 13)), 6
+    wide = target.features(tokens[:, :-1], document_bias(tokens[:, :-1]), LAYERS)
+    sees = torch.ones(1, 12, 12, dtype=torch.bool).tril()
+    with torch.no_grad():
+        first, chains = head.unroll(
+            tokens[:, 1:], wide[..., :96], rope_table(SHAPE, 12), sees, torch.tensor([[start]]),
+            STEPS,
+        )  # fmt: skip
+    cache = TreeKVCache(num_layers=1, num_kv_heads=2, head_dim=16, capacity=32)
+    fused, frequencies = net.fuse(wide[0, :, :96].float()), rope_frequencies(net.config)
+    rope = rope_angles(frequencies, torch.arange(start + 1), torch.float32)
+    window = cache.append_prefix(start + 1)
+    states = net(tokens[0, 1 : start + 2], fused[: start + 1], rope, window.attend(0))
+    outputs, state = [first[0, start]], states[-1:]
+    outputs += [out[0, 0] for out in chains]
+    for k, trained in enumerate(outputs):
+        difference = (state[0] - trained.float()).norm() / trained.float().norm()
+        assert difference < 0.03, f"step {k + 1}"
+        logits = head.states(trained) @ head.lm_head.T
+        assert torch.allclose(net.logits(state)[0], logits.float(), atol=0.1)
+        rope = rope_angles(frequencies, torch.tensor([start + k + 1]), torch.float32)
+        window = cache.append_tree([k - 1])
+        state = net(tokens[0, start + k + 2][None], state, rope, window.attend(0))
+
+
+def test_a_few_steps_of_training_lower_the_loss_at_every_depth(target):
+    """All of the head takes part, and the vocabulary's limit does not stop it."""
+    ids, _ = fast_eagle3.draft_vocabulary(samples(60), 64, 56)
+    head = make_head(target, ids)
+    (block, _) = make_blocks(samples(60), 0, LAYERS, {48: 4, 96: 1})
+    optimizer = train_eagle3.make_optimizer(head)
+    history = []
+    for _ in range(12):
+        loss, kl, states, truths = train_eagle3.eagle3_loss(
+            head, target, block.batch(target, 0), STEPS
+        )
+        loss.backward()
+        optimizer.step(1.0)
+        history.append(kl)
+    assert all(len(s) == len(t) > 0 for s, t in zip(states, truths, strict=True))
+    assert (history[-1] < 0.7 * history[0]).all(), (history[0], history[-1])
+
+
+def test_the_shipped_head_is_official_and_complete():
+    """Offsets, mask and layer ids are there to be read; the embedding is the target's."""
+    shipped = ROOT / "models" / "demo"
+    whole = load_whole(shipped / "target", dtype="float32")
+    net = load_eagle3(
+        shipped / "eagle3",
+        target_config=whole.config,
+        embedding=whole.get_parameter("model.embed_tokens.weight"),
+        dtype="float32",
+    )
+    config = json.loads((shipped / "eagle3" / "config.json").read_text())
+    named = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert net.feature_layers == tuple(named)
+    assert config["draft_vocab_size"] == len(net.draft_to_target) < whole.config.vocab_size
+    size = whole.config.hidden_size
+    assert net.layout == Eagle3Layout(feature_layers=net.feature_layers, target_hidden_size=size)
