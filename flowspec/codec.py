@@ -70,16 +70,22 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def encode(message: WireMessage) -> list[Frame]:
     """Frames of a message; `hidden` is not copied where it lies contiguous on the CPU."""
+    return [_on_host(frame) for frame in encode_tensors(message)]
+
+
+def encode_tensors(message: WireMessage) -> list[Frame | Tensor]:
+    """Like `encode`, but `hidden` is a flat tensor of bytes on the device where it lies."""
     kind = _KINDS[type(message)]
     request = getattr(message, "request", 0)
-    return kind.encode(_HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, request), message)
+    return [*kind.encode(_HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, request), message)]
 
 
-def decode(frames: Sequence[Frame]) -> WireMessage:
-    """The message in `frames`. Raises WireError naming what is wrong."""
+def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
+    """The message in `frames`, as of either encoder. Raises WireError naming what is wrong."""
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"a message has 1 to {MAX_FRAMES} frames, not {len(frames)}")
-    header = memoryview(frames[0])
+    views: list[Any] = [f if isinstance(f, Tensor) else memoryview(f) for f in frames]
+    header = views[0]
     if len(header) < _HEAD.size:
         raise WireError(f"header truncated: {len(header)} bytes, at least {_HEAD.size} needed")
     magic, version, number, request = _HEAD.unpack_from(header)
@@ -95,7 +101,7 @@ def decode(frames: Sequence[Frame]) -> WireMessage:
         raise WireError(f"unknown message kind {number}")
     if kind.num_frames and len(frames) != kind.num_frames:
         raise WireError(f"{kind.name} has {kind.num_frames} frames, {len(frames)} came")
-    return kind.decode(request, header[_HEAD.size :], [memoryview(f) for f in frames[1:]])
+    return kind.decode(request, header[_HEAD.size :], views[1:])
 
 
 def _unpack(
@@ -123,15 +129,22 @@ def _check_counts(name: str, rows: int, hidden_size: int, dtype: int) -> None:
         raise WireError(f"{name}: unknown dtype code {dtype}")
 
 
-def _tensor_bytes(tensor: Tensor) -> Frame:
-    tensor = tensor.detach().cpu().contiguous()
+def _tensor_bytes(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().contiguous()
     # a dimension of one element may keep any stride, which view(uint8) would refuse
-    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-    array: Any = flat.numpy()
-    return memoryview(array).cast("B") if flat.numel() else b""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _tensor(frame: memoryview, rows: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+def _on_host(frame: Frame | Tensor) -> Frame:
+    if not isinstance(frame, Tensor):
+        return frame
+    array: Any = frame.cpu().numpy()
+    return memoryview(array).cast("B") if len(array) else b""
+
+
+def _tensor(frame: memoryview | Tensor, rows: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    if isinstance(frame, Tensor):
+        return frame.view(dtype).view(rows, hidden_size)
     if not len(frame):
         return torch.empty(rows, hidden_size, dtype=dtype)
     return torch.frombuffer(frame, dtype=dtype).view(rows, hidden_size)
@@ -186,7 +199,7 @@ def _verdict_fields(verdict: Reroot) -> tuple[int, int, int]:
     return verdict.position, verdict.parent, verdict.token
 
 
-def _encode_segment(head: bytes, m: Segment) -> list[Frame]:
+def _encode_segment(head: bytes, m: Segment) -> list[Frame | Tensor]:
     ids = np.array([*m.nodes, *m.parents], dtype="<i8").tobytes()
     ids += np.array(m.tokens, dtype="<i4").tobytes()
     size = 0 if m.hidden is None else m.hidden.shape[1]
@@ -196,7 +209,7 @@ def _encode_segment(head: bytes, m: Segment) -> list[Frame]:
     fixed = _SEGMENT.pack(
         m.seq_no, len(m.nodes), flags, dtype, size, m.slowest_rows, m.slowest_ms, *known
     )
-    hidden = b"" if m.hidden is None else _tensor_bytes(m.hidden)
+    hidden: Frame | Tensor = b"" if m.hidden is None else _tensor_bytes(m.hidden)
     return [head + fixed, ids, hidden]
 
 
@@ -230,10 +243,10 @@ def _decode_segment(request: int, body: memoryview, frames: list[memoryview]) ->
     )
 
 
-def _encode_batch(head: bytes, m: Batch) -> list[Frame]:
-    frames: list[Frame] = [head + _BATCH.pack(len(m.segments))]
+def _encode_batch(head: bytes, m: Batch) -> list[Frame | Tensor]:
+    frames: list[Frame | Tensor] = [head + _BATCH.pack(len(m.segments))]
     for segment in m.segments:
-        frames.extend(encode(segment))
+        frames.extend(encode_tensors(segment))
     return frames
 
 
@@ -269,7 +282,7 @@ def _decode_close(request: int, body: memoryview, _: list[memoryview]) -> Close:
     return Close(request=request, keep=bool(keep), verdict=verdict if known else None)
 
 
-def _encode_features(head: bytes, m: Features) -> list[Frame]:
+def _encode_features(head: bytes, m: Features) -> list[Frame | Tensor]:
     dtype = _DTYPES.index(m.hidden.dtype)
     fixed = _FEATURES.pack(m.layer, len(m.nodes), dtype, m.hidden.shape[1])
     return [head + fixed, np.array(m.nodes, dtype="<i8").tobytes(), _tensor_bytes(m.hidden)]
@@ -325,7 +338,7 @@ class _Kind:
     name: str
     number: int
     num_frames: int  # 0: as many as it says
-    encode: Callable[[bytes, Any], list[Frame]]
+    encode: Callable[[bytes, Any], Sequence[Frame | Tensor]]
     decode: Callable[[int, memoryview, list[memoryview]], WireMessage]
 
 

@@ -29,6 +29,8 @@ class DecodeConfig:
     min_score: float = 0.002  # streaming: least probability of being true that is worth a row
     max_in_flight: int = 0  # segments in the pipe at once; 0: one per stage and one waiting
     prefill_chunk: int = 64  # prompt tokens per segment
+    graft: bool = False  # add branches from the text so far to any drafter's tree
+    calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone
 
     def __post_init__(self) -> None:
         for name in ("segment_size", "tree_size", "tree_depth", "topk", "prefill_chunk"):
@@ -61,6 +63,7 @@ class RunConfig:
     drafter: str = "eagle"
     dtype: str = "float32"  # float32, bfloat16 or float16; float32 is exact on any hardware
     device: str = "cpu"
+    transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
@@ -68,12 +71,20 @@ class RunConfig:
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
+        if self.transport not in ("zmq", "gloo", "nccl"):
+            raise ValueError(f"transport must be zmq, gloo or nccl, not {self.transport!r}")
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ValueError(
+                f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
+                f"{self.device!r}"
+            )
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
         for name in ("kept_prefixes", "kv_memory_mb"):

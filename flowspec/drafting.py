@@ -43,4 +43,7 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
         for session, job in shares
     )
     context = max(len(session.tokens) for session, _ in shares)
-    return Work("draft", num_rows, context, run, finish)
+    about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
+    if len(shares) == 1:  # ids of nodes mean something within one request alone
+        about["nodes"] = [node.id for node in shares[0][1].nodes or ()]
+    return Work("draft", num_rows, context, run, finish, about)

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send
+from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
 from flowspec.wire import Message, Status, Stop
 
@@ -12,8 +13,11 @@ from flowspec.wire import Message, Status, Stop
 class Driver:
     """One core on its device. Times in seconds."""
 
-    def __init__(self, core: Core, transport: Transport, num_stages: int) -> None:
+    def __init__(
+        self, core: Core, transport: Transport, num_stages: int, trace: Trace = OFF
+    ) -> None:
         self.core = core
+        self.trace = trace
         self.transport = transport
         self.to_client: deque[Message] = deque()
         self.stopped = False
@@ -22,13 +26,16 @@ class Driver:
 
     def inject(self, message: Message) -> None:
         """A message from this process itself (the head's client)."""
-        self._send(self.core.handle(message, time.monotonic()))
+        now = time.monotonic()
+        self.trace.received(now, message)
+        self._send(self.core.handle(message, now))
 
     def turn(self, timeout_s: float) -> None:
         """Serve what has come, then do one thing; wait for messages only when there is nothing."""
         self._serve(0.0)
         step = self.core.poll(time.monotonic())
         if step is None:
+            self.trace.rest()
             self._serve(timeout_s)
             return
         self._send(step.sends)
@@ -36,11 +43,17 @@ class Driver:
             start = time.monotonic()
             step.work.run()
             now = self.last_progress = time.monotonic()
+            self.trace.worked(start, now, step.work)
             self._send(step.work.finish(now, now - start))
 
     def _serve(self, timeout_s: float) -> None:
-        for message in self.transport.receive(timeout_s):
+        start = time.monotonic()
+        messages = self.transport.receive(timeout_s)
+        if timeout_s:
+            self.trace.waited(start, time.monotonic())
+        for message in messages:
             now = time.monotonic()
+            self.trace.received(now, message)
             if not isinstance(message, Status):
                 self.last_progress = now
             if isinstance(message, Stop):
@@ -50,7 +63,10 @@ class Driver:
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:
             if send.to == CLIENT:
+                self.trace.sent(time.monotonic(), CLIENT, send.message)
                 self.to_client.append(send.message)
                 continue
             for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
+                now = time.monotonic()
                 self.transport.send(rank, send.message)  # type: ignore[arg-type]
+                self.trace.sent(now, rank, send.message)

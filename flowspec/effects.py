@@ -5,9 +5,9 @@ messages with `handle` and, when the inbox is empty, asks `poll` for the next th
 core's work runs, its messages wait: a device does one thing at a time.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from flowspec.wire import Message
 
@@ -37,6 +37,7 @@ class Work:
     context: int
     run: Callable[[], None]
     finish: Callable[[float, float], Sequence[Send]]
+    about: Mapping[str, Any] = field(default_factory=dict)  # for traces: request, nodes, segments
 
 
 @dataclass(frozen=True, slots=True)

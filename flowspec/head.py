@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from flowspec.admission import Admission, Waiting
 from flowspec.batching import Slots
+from flowspec.calibration import Calibration, Forecasts
 from flowspec.codec import MAX_BATCH
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import Drafter, NoDrafter
+from flowspec.drafters.grafted import GraftedDrafter
 from flowspec.drafting import draft_work, next_drafts
 from flowspec.effects import CLIENT, EVERY_STAGE, Send, Step
 from flowspec.pipe import Pipe, SegmentCost
@@ -85,6 +87,7 @@ class Head:
         self.slots = Slots(self.pipe, self._next_prompt_piece)
         self.admission = admission
         self.active: dict[int, Active] = {}  # oldest first
+        self.calibration = Calibration()
         self.newest_id = 0
         self.finished: dict[int, DecodeStats] = {}
         self.statuses: dict[int, Status] = {}
@@ -94,7 +97,14 @@ class Head:
         """Use another strategy for the requests to come."""
         assert not self.active, "a request is being served"
         self.spec, self.config = spec, config
-        self.pipe.cost = SegmentCost()
+        self.pipe.cost, self.calibration = SegmentCost(), Calibration()
+
+    @property
+    def drafter_in_use(self) -> Drafter:
+        """The drafter as the strategy wants it: none, or with the text's own branches."""
+        if not self.spec.drafts:
+            return NoDrafter()
+        return GraftedDrafter(self.drafter) if self.config.graft else self.drafter
 
     def stats(self) -> DecodeStats | None:
         """Of the oldest request being served, else of the newest finished one."""
@@ -157,7 +167,7 @@ class Head:
         slot = self._next_slot()
         if not slot:
             if shares := next_drafts(self.active.values()):
-                return Step(work=draft_work(self.drafter, self.pipe, shares))
+                return Step(work=draft_work(self.drafter_in_use, self.pipe, shares))
             # "nothing more to draft" may be what a strategy was waiting for
             slot = self._next_slot()
         return Step(sends=[Send(FIRST_STAGE, together(slot))]) if slot else None
@@ -200,7 +210,7 @@ class Head:
         elif num_shared:
             del admission.kept[kept.session.request.id]
         admission.rows[request.id] = begin.num_rows
-        drafter = self.drafter if self.spec.drafts else NoDrafter()
+        drafter = self.drafter_in_use
         session = Session(
             request=request,
             config=config,
@@ -212,9 +222,13 @@ class Head:
                 reuse=kept.session.drafter if kept is not None else None,
                 num_shared=num_shared,
             ),
+            source=drafter.name,
             num_prompt_sent=num_shared,
             context=len(request.prompt) + request.max_new_tokens,
         )
+        if config.calibrate:
+            sampled = request.sampling.temperature > 0.0
+            session.forecasts = Forecasts(self.calibration, sampled=sampled)
         session.begin(begin.submitted_at, num_shared)
         self.active[request.id] = Active(session, self.spec.make(), self.new_text(request))
         opened = Open(
@@ -271,6 +285,7 @@ class Head:
             session.stats.first_token_at = now
         else:
             path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
+            session.learn(path, verdict.token)
             new = [*(node.token for node in path[1:]), verdict.token]
             session.positions.update((node.id, node.position) for node in path)
             num_drafted = len(new) - (not session.last_was_hit)
@@ -304,6 +319,7 @@ class Head:
             reason = FinishReason.LENGTH
         if reason is None:
             active.strategy.on_verdict(session)
+            session.graft()
             return [Send(CLIENT, Tokens(request=request.id, tokens=tuple(new), text=text))]
         text += active.text.flush()
         tokens = Tokens(request=request.id, tokens=tuple(new), text=text)

@@ -3,11 +3,13 @@
 Strategies decide through it; only the head changes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from flowspec.calibration import Child, Forecasts
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import DraftSession, Proposal
+from flowspec.drafters.grafted import GraftedSession
 from flowspec.pipe import Pipe
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.tree import DraftTree, Node
@@ -22,6 +24,7 @@ class Session:
     config: DecodeConfig
     pipe: Pipe
     drafter: DraftSession
+    source: str = ""  # the drafter's name: whose word a proposal is, for calibration
     tree: DraftTree = field(default_factory=DraftTree)
     stats: DecodeStats = field(default_factory=DecodeStats)
     flights: set[int] = field(default_factory=set)  # seq_nos sent and not back
@@ -33,6 +36,7 @@ class Session:
     last_was_hit: bool = False  # the newest verdict's token was in the tree
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes
+    forecasts: Forecasts | None = None  # corrects the drafter's scores
 
     @property
     def decoding(self) -> bool:
@@ -88,11 +92,13 @@ class Session:
         """The drafter's forward is done: children of expanded nodes, or a new word on the root."""
         if expanded:
             self.grow(proposals, floor_count=self.config.tree_size)
+            self.graft()
             return
         for proposal in proposals:
             self.root_proposal = proposal
             if self.config.refresh or not self.tree.root.expanded:
                 self.grow([proposal], floor_count=self.config.tree_size)
+                self.graft()
 
     def drop_tree(self) -> None:
         """Forget all guesses but the root's children as last proposed: a new round begins."""
@@ -101,23 +107,65 @@ class Session:
         if proposal is not None and proposal.node == self.tree.root.id:
             self.grow([proposal], floor_count=self.config.tree_size)
 
-    def grow(self, proposals: list[Proposal], *, floor_count: int) -> list[Node]:
-        """Add proposed children that are among the `floor_count` best; returns those added."""
-        scores = sorted((node.score for node in self.tree.nodes.values()), reverse=True)
-        floor = scores[floor_count] if len(scores) > floor_count else float("-inf")
+    def grow(
+        self, proposals: list[Proposal], *, floor_count: int, grafted: bool = False
+    ) -> list[Node]:
+        """Add proposed children that are among the `floor_count` best; returns those added.
+
+        `grafted`: not the drafter's word on the node, which it may still expand.
+        """
+        floor = float("-inf")
+        if len(self.tree) > floor_count:
+            floor = sorted((n.score for n in self.tree.nodes.values()), reverse=True)[floor_count]
         added = []
         for proposal in proposals:
             if proposal.node not in self.tree:
                 continue
             node = self.tree[proposal.node]
-            node.expanded = True
+            node.expanded = node.expanded or not grafted
+            for child in node.children.values():
+                self.tree[child].expandable = node.expanded
             if node.position + 1 >= self.context - 1:
                 continue  # what follows the last token is never asked for
-            for token, logprob in proposal.children:
+            for token, logprob in self._calibrated(node, proposal):
                 if node.score + logprob < floor and token not in node.children:
-                    break  # children come best first
+                    continue
                 added.append(self.tree.add(node.id, token, logprob))
+                added[-1].expandable = node.expanded
         return added
+
+    def graft(self) -> None:
+        """Add the branches that the drafter has at hand, without a forward, for the tree now."""
+        room = self.config.tree_size + 1 - len(self.tree)
+        if not isinstance(self.drafter, GraftedSession) or not self.decoding or room <= 0:
+            return
+
+        def grow(proposal: Proposal) -> list[Node]:
+            return self.grow([proposal], floor_count=self.config.tree_size, grafted=True)
+
+        self.drafter.graft(self.tree, grow, most=room, min_score=self.config.min_score)
+
+    def learn(self, path: Sequence[Node], token: int) -> None:
+        """The verdict: `path`, from the old root down, is true, and `token` comes after it."""
+        if self.forecasts is not None:
+            tokens = [*(node.token for node in path[1:]), token]
+            self.forecasts.settle([node.id for node in path], tokens, self.tree.nodes)
+
+    def _calibrated(self, node: Node, proposal: Proposal) -> Iterable[tuple[int, float]]:
+        """The proposed children of `node`, with corrected scores where these are learnt."""
+        if self.forecasts is None:
+            return proposal.children
+        depth = node.position + 1 - self.tree.root.position
+        sources = proposal.sources or (self.source,) * len(proposal.children)
+        children = [
+            (token, self.forecasts.enter(node.id, token, Child(source, depth, rank, logprob)))
+            for rank, ((token, logprob), source) in enumerate(
+                zip(proposal.children, sources, strict=True)
+            )
+        ]
+        if self.forecasts.calibration.paths is not None:
+            self.forecasts.log_paths(self.tree.path(node.id), children)
+        return sorted(children, key=lambda child: -child[1])
 
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:

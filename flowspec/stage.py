@@ -193,6 +193,7 @@ class Stage:
             context=max(p.state.tip_position + 1 for p in parts if p.state and p.segment.nodes),
             run=forward.run,
             finish=lambda now, elapsed: self._finish(forward, now, elapsed),
+            about={"segments": [part.segment for part in parts if part.segment.nodes]},
         )
         return Step(sends=sends, work=work)
 
@@ -289,7 +290,7 @@ class Stage:
         return sends
 
     def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
-        message = Features(request=request, layer=layer, nodes=tuple(nodes), hidden=hidden.cpu())
+        message = Features(request=request, layer=layer, nodes=tuple(nodes), hidden=hidden)
         return Send(HEAD, message)
 
     def _status(self, now: float) -> Send:

@@ -70,9 +70,10 @@ class Forward:
         hidden, self.features = run_batch(self.model, rows, torch.cat(inputs), features=layers)
         if self._choose:
             self._choose_tokens(hidden)
-        else:
-            # waits for an accelerator here, where its time is measured
-            self._hidden = hidden.cpu()
+            return
+        if hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)  # here, where its time is measured
+        self._hidden = hidden
 
     def observe(self, share: Share) -> None:
         """Tell the request's verifier which tokens the target chose."""

@@ -24,6 +24,7 @@ class Node:
     score: float  # sum of logprobs from the root's child down to here
     sent: bool = False
     expanded: bool = False  # the drafter has proposed its children
+    expandable: bool = True  # and can: it has its parent's (a grafted branch it has not drafted)
     children: dict[int, NodeId] = field(default_factory=dict)  # by token
 
 
@@ -124,6 +125,7 @@ class DraftTree:
             root.logprob = 0.0
             for node in self.nodes.values():
                 node.score -= base
+        root.expandable = True
         self._root = root.id
         return path, child is not None
 
@@ -151,8 +153,9 @@ class DraftTree:
         self.nodes = {root.id: root}
 
     def level(self, position: int, count: int) -> list[Node]:
-        """The `count` best nodes at an absolute position, best first."""
-        return nlargest(count, (n for n in self.nodes.values() if n.position == position), by_score)
+        """The `count` best nodes at an absolute position that can be expanded, best first."""
+        at = (n for n in self.nodes.values() if n.position == position and n.expandable)
+        return nlargest(count, at, by_score)
 
     def unsent(self) -> Iterable[Node]:
         """Nodes not yet given to the pipe, in no order."""
@@ -163,6 +166,8 @@ class DraftTree:
         return nlargest(count, self.unsent(), key=by_score)
 
     def best_unexpanded(self, count: int) -> list[Node]:
-        """The `count` best nodes below the root without proposed children, best first."""
-        open_nodes = (n for n in self.nodes.values() if not n.expanded and n.id != self._root)
+        """The `count` best nodes below the root that are yet to expand and can be, best first."""
+        open_nodes = (
+            n for n in self.nodes.values() if n.expandable and not n.expanded and n.id != self._root
+        )
         return nlargest(count, open_nodes, key=by_score)

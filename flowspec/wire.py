@@ -233,9 +233,11 @@ Message: TypeAlias = WireMessage | Submit | Cancel | Tokens | Finished
 DATA = (Open, Segment, Batch, Close)
 
 
-def segments_of(message: Segment | Batch) -> tuple[Segment, ...]:
-    """The segments that travel together."""
-    return message.segments if isinstance(message, Batch) else (message,)
+def segments_of(message: Message) -> tuple[Segment, ...]:
+    """The segments that travel in a message."""
+    if isinstance(message, Batch):
+        return message.segments
+    return (message,) if isinstance(message, Segment) else ()
 
 
 def together(segments: Sequence[Segment]) -> Segment | Batch:

@@ -4,12 +4,15 @@
 
 A tiny random model (2 layers, hidden 256) so that the engine shows. The bare forward is the layers
 and the lm_head over 32 rows with a ready mask. "simulated": wall time of one stage core's turn on a
-segment, less the bare forward's median. "zmq": the time from handing a segment to a stage behind
-real sockets to its Exit, less the same. Median and 99th percentile in milliseconds.
+segment, less the bare forward's median. "zmq", "gloo": the time from handing a segment to a stage
+behind that transport (head and stage are threads of one process) to its Exit, less the same; the
+two take turns. "link": a segment with hidden states from process to process and an Exit back, with
+no model. Median and 99th percentile in milliseconds.
 """
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import tempfile
 import threading
@@ -26,10 +29,11 @@ from flowspec.model.config import ModelConfig
 from flowspec.model.stage_model import StageModel
 from flowspec.request import NodeId
 from flowspec.stage import Stage
-from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.transport.local import local_transport
 from flowspec.wire import Exit, Message, Open, Reroot, Segment, Stop
 
 ROWS = 32
+TRANSPORTS = ("zmq", "gloo")
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
     vocab_size=4096,
@@ -110,41 +114,100 @@ def bench_simulated(count: int, bare_ms: float) -> list[float]:
     return overheads
 
 
-def bench_zmq(count: int, bare_ms: float) -> list[float]:
-    """Milliseconds from sending a segment to its Exit, besides the forward itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        addresses = local_addresses(folder, 1)
-        stage = make_stage()
-        there = ZmqTransport(1, addresses)
-        driver = Driver(stage, there, 1)
+class Served:
+    """A stage behind a transport, in a thread of its own, and the head's end of it."""
+
+    def __init__(self, transport: str, folder: str, bare_ms: float) -> None:
+        self.stage, self.bare_ms = make_stage(), bare_ms
+        self.here, there = (
+            local_transport(transport, rank, num_stages=1, folder=folder, device="cpu")
+            for rank in range(2)
+        )
+        driver = Driver(self.stage, there, 1)
 
         def serve() -> None:
             while not driver.stopped:
                 driver.turn(1.0)
             there.close()
 
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        here = ZmqTransport(0, addresses)
-        overheads = []
-        tip, token = 255, int(stage.requests[1].next_token or 0)
+        self.thread = threading.Thread(target=serve, daemon=True)
+        self.thread.start()
+        self.tip, self.token = 255, int(self.stage.requests[1].next_token or 0)
+
+    def overhead_ms(self, number: int) -> float:
+        """From sending segment `number` to its Exit, besides the forward itself."""
+        self.stage.requests[1].cache.prefix_length = 256
+        segment, _ = tree_segment(number, self.tip, self.token)
+        start = time.perf_counter()
+        self.here.send(1, segment)
+        left = None
+        while left is None:
+            for message in self.here.receive(5.0):
+                if isinstance(message, Reroot):
+                    self.tip, self.token = message.parent, message.token
+                if isinstance(message, Exit):
+                    left = message
+        return (time.perf_counter() - start) * 1e3 - self.bare_ms
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.here.send(1, Stop())
+        self.thread.join(timeout=5.0)
+        self.here.close()
+
+
+def bench_transports(count: int, bare_ms: float) -> dict[str, list[float]]:
+    """Milliseconds per segment behind each transport, in turns: the machine is alike to both."""
+    with tempfile.TemporaryDirectory() as folder:
+        served = {name: Served(name, folder, bare_ms) for name in TRANSPORTS}
+        overheads: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
         for number in range(1, count + 1):
-            stage.requests[1].cache.prefix_length = 256
-            segment, _ = tree_segment(number, tip, token)
-            start = time.perf_counter()
-            here.send(1, segment)
-            left = None
-            while left is None:
-                for message in here.receive(5.0):
-                    if isinstance(message, Reroot):
-                        tip, token = message.parent, message.token
-                    if isinstance(message, Exit):
-                        left = message
-            overheads.append((time.perf_counter() - start) * 1e3 - bare_ms)
-        here.send(1, Stop())
-        thread.join(timeout=5.0)
-        here.close()
+            for name, stage in served.items():
+                overheads[name].append(stage.overhead_ms(number))
+        for stage in served.values():
+            stage.stop()
     return overheads
+
+
+def echo(transport: str, folder: str) -> None:
+    """Answer every segment with an Exit until told to stop."""
+    there = local_transport(transport, 1, num_stages=1, folder=folder, device="cpu")
+    while True:
+        for message in there.receive(5.0):
+            if isinstance(message, Stop):
+                there.close()
+                return
+            there.send(0, Exit(request=1, seq_no=0, rows=0, slowest_rows=0, slowest_ms=0.0))
+
+
+def bench_links(count: int) -> dict[str, list[float]]:
+    """Milliseconds of a round trip between two processes, by transport and bytes of hidden."""
+    times: dict[str, list[float]] = {}
+    segment, _ = tree_segment(1, 0, 1)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        peers = {}
+        for name in TRANSPORTS:
+            process = context.Process(target=echo, args=(name, folder), daemon=True)
+            process.start()
+            here = local_transport(name, 0, num_stages=1, folder=folder, device="cpu")
+            peers[name] = (process, here)
+        for hidden_size in (256, 4096):
+            loaded = replace(segment, hidden=torch.randn(ROWS, hidden_size).half())
+            for _ in range(count):
+                for name, (_, here) in peers.items():
+                    start = time.perf_counter()
+                    here.send(1, loaded)
+                    while not here.receive(60.0):
+                        pass
+                    kib = ROWS * hidden_size * 2 // 1024
+                    took_ms = (time.perf_counter() - start) * 1e3
+                    times.setdefault(f"{name} link {kib} KiB", []).append(took_ms)
+        for process, here in peers.values():
+            here.send(1, Stop())
+            here.close()
+            process.join(timeout=5.0)
+    return times
 
 
 def bench_codec(count: int) -> list[float]:
@@ -174,9 +237,11 @@ def main() -> None:
     torch.set_num_threads(1)
     bare_ms = bare_forward_ms(arguments.segments)
     print(f"bare forward         median {bare_ms:.3f} ms")
+    behind = bench_transports(arguments.segments, bare_ms)
     results = {
         "simulated overhead": summary(bench_simulated(arguments.segments, bare_ms)),
-        "zmq overhead": summary(bench_zmq(arguments.segments, bare_ms)),
+        **{f"{name} overhead": summary(times) for name, times in behind.items()},
+        **{name: summary(times) for name, times in bench_links(arguments.segments).items()},
         "codec 32x4096 fp16": summary(bench_codec(arguments.segments)),
     }
     for name, result in results.items():

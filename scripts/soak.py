@@ -155,7 +155,7 @@ def soak_tokens(
     """One long answer; the samples, and 1 if it was wrong."""
     watch, done = Watch(cluster, request.max_new_tokens), 0
     request = replace(request, id=cluster.head.newest_id + 1)
-    for event in cluster.stream(request):
+    for event in cluster.serve([request]):
         if isinstance(event, Completion):
             return watch, int(list(event.tokens) != list(answer))
         done += len(event.tokens)
@@ -164,7 +164,7 @@ def soak_tokens(
 
 
 def _answer(cluster: LocalCluster, request: Request) -> Completion:
-    for event in cluster.stream(request):
+    for event in cluster.serve([request]):
         if isinstance(event, Completion):
             return event
     raise AssertionError("a stream ends with its Completion")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from scripted import ScriptedDrafter, ScriptedSession, mixed
-from tiny import MAX_CONTEXT, stage_models, truth, whole_model
+from tiny import CONFIG, MAX_CONTEXT, stage_models, truth, whole_model
 from torch import Tensor
 
 from flowspec.admission import Admission
@@ -16,6 +16,7 @@ from flowspec.config import DecodeConfig
 from flowspec.drafters.base import Drafter
 from flowspec.effects import Core, Send, Step
 from flowspec.head import Head
+from flowspec.model.config import ModelConfig
 from flowspec.model.rows import run_rows
 from flowspec.request import Completion, Request
 from flowspec.simulate.cluster import SimulatedCluster
@@ -145,6 +146,7 @@ def make_cluster(
     new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
     bf16: bool = False,
     limits: Mapping[str, int] = {},
+    model: ModelConfig = CONFIG,
     **decode: Any,
 ) -> SimulatedCluster:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
@@ -161,8 +163,8 @@ def make_cluster(
         new_text=new_text,
     )
     stages = [
-        Stage(rank, num_stages, model, shape_stable=bf16)
-        for rank, model in enumerate(stage_models(num_stages, bf16=bf16), start=1)
+        Stage(rank, num_stages, part, shape_stable=bf16)
+        for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
     cluster = SimulatedCluster(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)

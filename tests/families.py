@@ -1,6 +1,7 @@
 """Tiny random HF checkpoints of every supported family, made with transformers, for any test.
 
-`save(...)` writes one to a folder; `FAMILIES` names what differs between the families.
+`save(...)` writes one to a folder; `FAMILIES` names what differs between the families, `MATRIX`
+every family with every kind of RoPE, with and without a sliding window.
 """
 
 import json
@@ -9,8 +10,17 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config
-from transformers import Qwen2ForCausalLM as Qwen2
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 NUM_LAYERS = 4
 VOCAB = 61
@@ -44,18 +54,56 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "qwen2": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "qwen2_tied": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "head_dim": 12},
+    "qwen3": {"head_dim": 12},
+    "qwen3_biases": {"head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
 }
+_MAKERS: dict[str, tuple[Any, Any]] = {
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+WINDOW = 24
+_WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 3},
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": _LLAMA3_ROPE,
+    "yarn": _YARN,
+    "yarn_all": {
+        **_YARN,
+        "beta_fast": 9.0,
+        "beta_slow": 0.5,
+        "mscale": 2.0,
+        "mscale_all_dim": 0.5,
+        "truncate": False,
+    },
+    "yarn_factor": {**_YARN, "attention_factor": 0.7, "rope_theta": 500.0},
+}
+MATRIX = [
+    *(f"llama2-{rope}" for rope in ROPES),
+    *(f"{family}-{rope}" for family in ("mistral", "qwen3") for rope in ("linear", "yarn")),
+    *(f"{f}-{r}-window" for f in _WINDOWS for r in ("default", "linear", "llama3", "yarn")),
+]
 
 
 def make(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random model of the family in fp32, with biases and norms that are not trivial."""
+    """A random model in fp32, with biases and norms that are not trivial.
+
+    `family` is one of FAMILIES, or as in MATRIX: family-rope or family-rope-window.
+    """
     torch.manual_seed(seed)
-    changes = {**_SIZES, **FAMILIES[family]}
-    model: PreTrainedModel
-    if family.startswith("qwen2"):
-        model = Qwen2(Qwen2Config(**changes))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(**changes))
+    name, rope, window = (*family.split("-"), "", "")[:3]
+    changes = {**_SIZES, **FAMILIES[name]}
+    changes |= {"rope_parameters": {"rope_theta": 10000.0, **ROPES[rope]}} if rope else {}
+    changes |= _WINDOWS[name] if window else {}
+    own_config, own_model = _MAKERS.get(name.split("_")[0], (LlamaConfig, LlamaForCausalLM))
+    model: PreTrainedModel = own_model(own_config(**changes))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             around = 1.0 if name.endswith("norm.weight") else 0.0
@@ -95,6 +143,7 @@ def old_style(folder: Path) -> None:
     kind = rope.pop("rope_type")
     content["rope_scaling"] = {"type": kind, **rope} if kind != "default" else None
     content["torch_dtype"] = content.pop("dtype")
+    content.pop("layer_types", None)
     path.write_text(json.dumps(content))
 
 

@@ -9,6 +9,7 @@ from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from torch import Tensor
 
 from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
+from flowspec.drafters.ngram import NgramDrafter
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
 
@@ -47,12 +48,18 @@ class ScriptedDrafter:
     """Proposes what its script says; records the features it is given."""
 
     def __init__(
-        self, script: Script, *, feature_layers: tuple[int, ...] = (), seed: int = 0
+        self,
+        script: Script,
+        *,
+        feature_layers: tuple[int, ...] = (),
+        seed: int = 0,
+        true: tuple[int, ...] = (),
     ) -> None:
         self.name = "scripted"
         self.script = script
         self.feature_layers = feature_layers
         self.seed = seed
+        self.true = true  # the text to be right about, where it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(
@@ -87,7 +94,7 @@ class ScriptedSession:
     def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
         self.script, self.topk = drafter.script, topk
         self.random = Random(drafter.seed)
-        self.truth = truth(request.prompt, request.sampling)
+        self.truth = drafter.true or truth(request.prompt, request.sampling)
         self.tokens: list[int] = []
         self.num_rows_ready = 0
         self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
@@ -133,7 +140,9 @@ class ScriptedSession:
 
 
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """One of MODEL_DRAFTERS, or one of SCRIPTS."""
+    """`ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
+    if name == "ngram":
+        return NgramDrafter()
     if name in MODEL_DRAFTERS:
         return model_drafter(name)
     return ScriptedDrafter(SCRIPTS[name], seed=seed)

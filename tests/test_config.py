@@ -109,6 +109,7 @@ def test_values_are_read(tmp_path: Path) -> None:
             dtype="bfloat16",
             device="cuda:1",
             threads_per_process=3,
+            transport="gloo",
             shape_stable=True,
             max_new_tokens=5,
             timeout_s=2.5,
@@ -163,6 +164,20 @@ def test_decode_values_are_checked(values: dict[str, Any], message: str) -> None
     with pytest.raises(ValueError, match=message) as caught:
         override(DecodeConfig(), values, where="decode")
     assert "decode" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"transport": "tcp"}, "zmq, gloo or nccl, not 'tcp'"),
+        ({"transport": "nccl"}, "needs device cuda"),
+        ({"transport": "nccl", "device": "cuda:1"}, "a GPU of its own"),
+    ],
+)
+def test_transports_are_checked(values: dict[str, Any], message: str) -> None:
+    """Before anything is loaded."""
+    with pytest.raises(ValueError, match=message):
+        override(RunConfig(), values, where="options")
 
 
 def test_nested_override_keeps_the_rest() -> None:

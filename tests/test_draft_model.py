@@ -168,6 +168,17 @@ def test_a_node_drafted_before_keeps_its_children() -> None:
     assert num_rows == 1
 
 
+def test_a_token_guessed_again_under_another_id_is_a_node_of_its_own() -> None:
+    """A round dropped the drafted node; its successor comes true before it is drafted."""
+    play = begun()
+    play.run(play.grow(play.tree.root, [1]))
+    play.tree.drop_descendants()
+    (one,) = play.grow(play.tree.root, [1])
+    play.verdict(play.tree.root, 1)
+    (proposal,), _ = play.run(None)
+    assert proposal.node == one.id
+
+
 def test_it_stops_at_the_end_of_its_own_context() -> None:
     """No row beyond the last position; the strategies learn that there is nothing to draft."""
     drafter = draft_model(max_positions=len(PROMPT) + 4)

@@ -21,14 +21,15 @@ LEVELS: dict[str, int] = {
     "flowspec.codec": 3,
     "flowspec.plain_yaml": 1,
     "flowspec.config": 2,
-    "flowspec.trace": 2,
     "flowspec.effects": 3,
+    "flowspec.trace": 4,
     "flowspec.tree": 4,
     "flowspec.verifier": 4,
     "flowspec.text": 4,
     "flowspec.model": 4,
     "flowspec.transport": 4,
     "flowspec.acceptance": 5,
+    "flowspec.calibration": 5,
     "flowspec.drafters": 6,
     "flowspec.targets": 6,
     "flowspec.stage": 7,
@@ -73,6 +74,7 @@ CORES = (
     "flowspec.model.stage_model",
     "flowspec.model.rows",
     "flowspec.model.llama",
+    "flowspec.model.rope",
     "flowspec.model.eagle_net",
     "flowspec.model.eagle3_net",
 )
@@ -204,7 +206,7 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 
 def test_simulator_knows_cores_by_their_interface() -> None:
     """What schedules the cores must not know what they are; simulate.cluster puts them together."""
-    allowed = {"flowspec.effects", "flowspec.wire", "flowspec.request"}
+    allowed = {"flowspec.effects", "flowspec.wire", "flowspec.request", "flowspec.trace"}
     for module in MODULES:
         if is_within(module, "flowspec.simulate") and module != "flowspec.simulate.cluster":
             own = {used for used in imports(module) if used in MODULES}
@@ -231,6 +233,7 @@ def test_stage_knows_no_head() -> None:
     ("package", "home"),
     [
         ("zmq", "flowspec.transport"),
+        ("torch.distributed", "flowspec.transport"),
         ("bitsandbytes", "flowspec.model.quantize"),
         ("typer", "flowspec.cli"),
         ("rich", "flowspec.cli"),

@@ -31,6 +31,8 @@ SETUPS = st.fixed_dictionaries(
         "prefill_chunk": st.integers(1, 12),
         "max_in_flight": st.sampled_from([0, 1, 3]),
         "refresh": st.booleans(),
+        "graft": st.booleans(),
+        "calibrate": st.booleans(),
     }
 )
 
@@ -38,7 +40,7 @@ SETUPS = st.fixed_dictionaries(
 @CHECKED
 @given(
     setup=SETUPS,
-    drafter=st.sampled_from(["perfect", "hostile", "mixed", "eagle"]),
+    drafter=st.sampled_from(["perfect", "hostile", "mixed", "eagle", "ngram"]),
     sampling=st.sampled_from(SAMPLINGS),
     prompt_length=st.integers(1, len(PROMPT)),
     max_new_tokens=st.integers(1, 14),

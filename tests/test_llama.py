@@ -1,4 +1,4 @@
-"""The block against transformers: every family, whole and cut into every number of stages."""
+"""The block against transformers: every family, RoPE and window; whole, split and as a tree."""
 
 import families
 import pytest
@@ -6,6 +6,7 @@ import torch
 from conftest import full_forward
 from torch import Tensor
 
+from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.load import load_stage, load_whole
 from flowspec.model.rows import run_rows
 from flowspec.model.source import open_checkpoint
@@ -25,43 +26,97 @@ def split_logits(folder, num_stages: int) -> Tensor:
     return stage.logits(x)
 
 
+def split(folder, out, num_stages: int) -> None:
+    """Write the model in `folder` to `out`, cut evenly."""
+    plan = plan_split(open_checkpoint(folder), layers=even_layers(families.NUM_LAYERS, num_stages))
+    run_split(plan, out, model_id="tiny")
+
+
+def whole_logits(folder) -> Tensor:
+    """Logits [n, V] of TOKENS from our whole model."""
+    model = load_whole(folder)
+    return model.logits(full_forward(model, TOKENS)[0])
+
+
+def their_logits(model, tokens) -> Tensor:
+    """Logits [n, V] of transformers."""
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0]
+
+
 @pytest.fixture(scope="module", params=families.FAMILIES)
 def checkpoint(request, tmp_path_factory):
     """(folder, reference logits [n, V]) of one family."""
     folder = tmp_path_factory.mktemp(request.param)
     model = families.save(folder, request.param)
-    with torch.inference_mode():
-        return folder, model(torch.tensor([TOKENS])).logits[0]
+    return folder, their_logits(model, TOKENS)
 
 
 def test_whole_model_gives_the_logits_of_transformers(checkpoint):
     folder, expected = checkpoint
-    model = load_whole(folder)
-    hidden, _ = full_forward(model, TOKENS)
-    logits = model.logits(hidden)
     assert expected.std() > 0.1, "a reference of near-equal logits would show nothing"
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(whole_logits(folder), expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("num_stages", range(1, families.NUM_LAYERS + 1))
 def test_split_model_gives_the_logits_of_transformers(checkpoint, tmp_path, num_stages):
     folder, expected = checkpoint
-    opened = open_checkpoint(folder)
-    plan = plan_split(opened, layers=even_layers(families.NUM_LAYERS, num_stages))
-    run_split(plan, tmp_path / "out", model_id="tiny")
+    split(folder, tmp_path / "out", num_stages)
     logits = split_logits(tmp_path / "out", num_stages)
     torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("case", families.MATRIX)
+def test_every_rope_and_window_whole_split_and_as_tree(case, tmp_path):
+    """TOKENS is longer than the windows and than the contexts before scaling."""
+    reference = families.save(tmp_path, case)
+    expected = their_logits(reference, TOKENS)
+    torch.testing.assert_close(whole_logits(tmp_path), expected, atol=TOLERANCE, rtol=0)
+    for num_stages in (2, 3):
+        out = tmp_path / f"{num_stages}"
+        split(tmp_path, out, num_stages)
+        logits = split_logits(out, num_stages)
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    for stable_context in (None, 96):
+        check_tree(reference, load_whole(tmp_path), stable_context)
+    families.old_style(tmp_path)
+    torch.testing.assert_close(whole_logits(tmp_path), expected, atol=TOLERANCE, rtol=0)
+
+
+def check_tree(reference, model, stable_context: int | None) -> None:
+    """A branching tree across the window's border, re-rooted halfway: each row as its own path."""
+    cache = model.new_cache(160, stable_context=stable_context)
+    texts: list[list[int]] = []  # by tree row
+    prefix = TOKENS[: families.WINDOW - 3]
+    run_rows(model, cache, torch.tensor(prefix), range(len(prefix)), parents=None)
+
+    def grow(parents) -> None:
+        for row, parent in enumerate(parents):
+            above = prefix if parent == COMMITTED else texts[parent]
+            texts.append([*above, (11 * row + len(texts)) % families.VOCAB])
+        own = texts[-len(parents) :]
+        tokens = torch.tensor([text[-1] for text in own])
+        where = [len(text) - 1 for text in own]
+        logits = model.logits(run_rows(model, cache, tokens, where, parents=parents)[0])
+        expected = torch.stack([their_logits(reference, text)[-1] for text in own])
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+    grow([COMMITTED, 0, 1, 1, COMMITTED, 2, 5, 3, 6])
+    grow([8, 7, 8, 9])
+    cache.reroot([0, 1, 2], [5, 6, 8, 9, 11])
+    prefix, texts = texts[2], [texts[row] for row in (5, 6, 8, 9, 11)]
+    grow([3, 4, COMMITTED])
+    cache.reroot([0], [1, 2, 3, 4, 5, 6])
+    prefix, texts = texts[0], texts[1:7]
+    grow([4])
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3", "qwen2"])
 def test_configs_of_transformers_4_mean_the_same(tmp_path, family):
     model = families.save(tmp_path, family)
     families.old_style(tmp_path)
-    with torch.inference_mode():
-        expected = model(torch.tensor([TOKENS])).logits[0]
-    ours = load_whole(tmp_path)
-    logits = ours.logits(full_forward(ours, TOKENS)[0])
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    expected = their_logits(model, TOKENS)
+    torch.testing.assert_close(whole_logits(tmp_path), expected, atol=TOLERANCE, rtol=0)
 
 
 def test_llama3_rope_scaling_is_not_a_bystander(tmp_path):

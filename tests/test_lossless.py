@@ -3,13 +3,26 @@
 from dataclasses import replace
 
 import pytest
-from clusters import grid, make_cluster, run_watched
-from scripted import drafter_named
-from tiny import SAMPLINGS, T0, T1, expected, local_target, request, whole_model_bf16
+from clusters import check_empty, grid, make_cluster, run_watched
+from scripted import ScriptedDrafter, drafter_named, mixed
+from tiny import (
+    CONFIG,
+    MAX_CONTEXT,
+    SAMPLINGS,
+    T0,
+    T1,
+    expected,
+    local_target,
+    request,
+    whole_model,
+    whole_model_bf16,
+)
 from tiny_drafters import eagle_drafter
 
 from flowspec.cluster.base import generate
+from flowspec.model.rope import LinearRopeScaling, YarnRopeScaling
 from flowspec.strategies import STRATEGIES
+from flowspec.targets.local import LocalTarget
 from flowspec.wire import Segment
 
 STAGE_COUNTS = (1, 2, 3, 8)
@@ -54,3 +67,26 @@ def test_shape_stable_mode_is_exact_in_bfloat16(strategy):
         asked = request(sampling=sampling, max_new_tokens=6)
         cluster = make_cluster(2, strategy, drafter=drafter_named("mixed"), bf16=True)
         assert list(generate(cluster, asked).tokens) == alone.generate(asked)[0]
+
+
+YARN = YarnRopeScaling(factor=4.0, original_max_position_embeddings=16, attention_factor=1.14)
+FAMILIES = {
+    "mistral": replace(CONFIG, windows=(6,) * 8),
+    "qwen2": replace(CONFIG, qkv_bias=True, rope_scaling=YARN, windows=(None,) * 5 + (9,) * 3),
+    "qwen3": replace(CONFIG, qk_norm=True, head_dim=12, windows=(7, None) * 4),
+    "linear": replace(CONFIG, rope_scaling=LinearRopeScaling(factor=2.0)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_exact(family):
+    """Trees, commits and re-rooting under sliding windows, norms and stretched positions."""
+    config = FAMILIES[family]
+    alone = LocalTarget(whole_model(config), MAX_CONTEXT)
+    for strategy, sampling in (("streaming", T0), ("streaming", T1), ("pipedec", T0)):
+        asked = request(sampling=sampling, max_new_tokens=20)
+        tokens = alone.generate(asked)[0]
+        drafter = ScriptedDrafter(mixed, true=(*asked.prompt, *tokens))
+        cluster = make_cluster(3, strategy, drafter=drafter, model=config)
+        assert list(generate(cluster, asked).tokens) == tokens, f"{strategy}, {sampling}"
+        check_empty(cluster)

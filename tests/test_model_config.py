@@ -1,6 +1,7 @@
 """ModelConfig: both config styles are read, and what the block cannot do is refused by name."""
 
 import json
+from dataclasses import replace
 
 import families
 import pytest
@@ -39,6 +40,59 @@ def test_qwen2_has_biases_on_q_k_v_only_and_a_window_switched_off():
     extra = {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 2}
     config = ModelConfig.from_hf({**GOOD, "architectures": ["Qwen2ForCausalLM"], **extra})
     assert (config.qkv_bias, config.output_bias, config.mlp_bias) == (True, False, False)
+    assert (config.windows, config.qk_norm) == ((), False)
+
+
+def test_qwen3_has_norms_of_queries_and_keys_and_heads_of_128():
+    config = ModelConfig.from_hf({**GOOD, "architectures": ["Qwen3ForCausalLM"]})
+    assert (config.qk_norm, config.head_dim, config.qkv_bias) == (True, 128, False)
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "sliding_window": 9}
+BOTH = ["full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("hf", "windows"),
+    [
+        ({**MISTRAL, "sliding_window": 9}, (9, 9)),
+        ({**MISTRAL, "sliding_window": None}, ()),
+        (MISTRAL, (4096, 4096)),
+        ({**QWEN3, "max_window_layers": 1}, (None, 9)),
+        ({**QWEN3, "max_window_layers": 0}, (9, 9)),
+        ({**QWEN3, "max_window_layers": 2}, ()),
+        (QWEN3, ()),
+        ({**QWEN3, "max_window_layers": 0, "layer_types": BOTH}, (None, 9)),
+        ({**QWEN3, "use_sliding_window": False, "max_window_layers": 0}, ()),
+    ],
+)
+def test_sliding_windows_are_those_that_transformers_would_use(hf, windows):
+    assert ModelConfig.from_hf({**GOOD, **hf}).windows == windows
+
+
+def test_windows_are_one_per_layer():
+    with pytest.raises(ValueError, match="1 windows for 2 layers"):
+        replace(ModelConfig.from_hf(GOOD), windows=(9,))
+
+
+def test_yarn_takes_the_context_before_scaling_from_the_model_and_zero_as_unset():
+    yarn = {"type": "yarn", "factor": 4, "mscale": 0, "mscale_all_dim": 1, "beta_fast": 0}
+    full = {"factor": 4.0, "original_max_position_embeddings": 77, "finetuned": True}
+    configs = [
+        ModelConfig.from_hf({**GOOD, "max_position_embeddings": 77, "rope_scaling": rope})
+        for rope in (yarn, {"rope_type": "yarn", **full})
+    ]
+    assert configs[0] == configs[1]
+
+
+def test_keys_that_nobody_knows_are_named_once(caplog):
+    strange = {**GOOD, "wobble": 3, "model_type": "llama"}
+    first, second = ModelConfig.from_hf(strange), ModelConfig.from_hf(strange)
+    assert first == second == ModelConfig.from_hf(GOOD)
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 1
+    assert "wobble;" in warnings[0]
 
 
 @pytest.mark.parametrize("name", ["type", "rope_type"])
@@ -62,20 +116,29 @@ def test_end_tokens_of_the_generation_config_are_added(tmp_path):
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_every_family_as_transformers_writes_it_is_accepted(family):
+def test_every_family_as_transformers_writes_it_is_accepted(family, caplog):
     content = {**families.make(family).config.to_dict()}
     if content.get("architectures") is None:
         content["architectures"] = [type(families.make(family)).__name__]
     assert ModelConfig.from_hf(content).num_layers == families.NUM_LAYERS
+    assert not caplog.records, "a key of an ordinary config was not known"
 
 
 REFUSED = {
-    "MistralForCausalLM": {"architectures": ["MistralForCausalLM"]},
+    "MixtralForCausalLM": {"architectures": ["MixtralForCausalLM"]},
     "none": {"architectures": None},
     "hidden_act": {"hidden_act": "gelu"},
-    "RoPE type 'yarn'": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-    "RoPE type 'linear'": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "full_attention": {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+    "RoPE type 'dynamic'": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "RoPE type 'longrope'": {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+    "factor is None": {"rope_scaling": {"rope_type": "yarn"}},
+    "factor is 0": {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+    "yarn needs one above 1": {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}},
+    "beta_slow 2": {"rope_scaling": {"type": "yarn", "factor": 2, "beta_slow": 2, "beta_fast": 1}},
+    "77 outside and 66 inside": {
+        "original_max_position_embeddings": 77,
+        "rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 66},
+    },
+    "'full_attention'": {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
     "mrope_section": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 2]}},
     "beta_fast": {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "beta_fast": 2}},
     "low_freq_factor": {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 9}},
@@ -86,7 +149,12 @@ REFUSED = {
     "quantization_config": {"quantization_config": {"quant_method": "gptq"}},
     "sliding_window": {"sliding_window": 4096},
     "use_sliding_window": {"use_sliding_window": True},
-    "layer_types": {"layer_types": ["full_attention", "sliding_attention"]},
+    "sliding_window is None": {**QWEN3, "sliding_window": None},
+    "max_window_layers": {**QWEN3, "max_window_layers": -1},
+    "layer_types": {"layer_types": ["full_attention", "chunked_attention"]},
+    "sliding_window None of Llama": {"layer_types": BOTH},
+    "sliding_window None of Qwen3": {**QWEN3, "use_sliding_window": False, "layer_types": BOTH},
+    "sliding_window 9 of Mistral": {**MISTRAL, "sliding_window": 9, "layer_types": BOTH},
     "names 1 layers": {"layer_types": ["full_attention"]},
     "attn_logit_softcapping": {"attn_logit_softcapping": 50.0},
     "num_local_experts": {"num_local_experts": 8},

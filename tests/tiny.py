@@ -61,11 +61,11 @@ def randomize(net: nn.Module, seed: int, *, head_scale: float = 3.0) -> None:
     net.requires_grad_(False)
 
 
-@lru_cache(maxsize=1)
-def whole_model() -> StageModel:
+@lru_cache(maxsize=8)
+def whole_model(config: ModelConfig = CONFIG) -> StageModel:
     """All layers in one."""
     torch.set_num_threads(1)
-    model = StageModel(CONFIG, first_layer=0, last_layer=8, with_embedding=True, with_head=True)
+    model = StageModel(config, first_layer=0, last_layer=8, with_embedding=True, with_head=True)
     randomize(model, seed=1)
     return model
 
@@ -77,18 +77,20 @@ def whole_model_bf16() -> StageModel:
 
 
 @lru_cache(maxsize=16)
-def stage_models(num_stages: int, *, bf16: bool = False) -> tuple[StageModel, ...]:
+def stage_models(
+    num_stages: int, *, bf16: bool = False, config: ModelConfig = CONFIG
+) -> tuple[StageModel, ...]:
     """The same weights in `num_stages` pieces."""
-    weights = (whole_model_bf16() if bf16 else whole_model()).state_dict()
+    weights = (whole_model_bf16() if bf16 else whole_model(config)).state_dict()
     models, first = [], 0
-    for count in even_layers(CONFIG.num_layers, num_stages):
+    for count in even_layers(config.num_layers, num_stages):
         last = first + count
         model = StageModel(
-            CONFIG,
+            config,
             first_layer=first,
             last_layer=last,
             with_embedding=first == 0,
-            with_head=last == CONFIG.num_layers,
+            with_head=last == config.num_layers,
         )
         own = {name: weights[name] for name in model.state_dict()}
         model.load_state_dict(own, assign=True)

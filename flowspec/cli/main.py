@@ -1,14 +1,18 @@
 """The `flowspec` command: one file per subcommand, one place for errors."""
 
 import contextlib
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, run, split, stage, verify
+from flowspec.cli import check_head, reliability, run, split, stage, trace, verify
+from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
 app = typer.Typer(
@@ -22,6 +26,8 @@ app.command("run")(run.run)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
 app.command("check-head")(check_head.check_head)
+app.add_typer(trace.app, name="trace")
+app.command("reliability")(reliability.reliability)
 app.command("stage", hidden=True)(stage.stage)
 
 
@@ -39,6 +45,11 @@ def main() -> None:
     """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
+    with _one_voice():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, PermissionError) as error:
@@ -47,6 +58,18 @@ def main() -> None:
     except (ClusterError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(3)
+
+
+@contextlib.contextmanager
+def _one_voice() -> Iterator[None]:
+    """Of torchrun's processes, which all have the same to say, rank 0 alone says it."""
+    launch = find_launch()
+    if launch is None or launch.rank == 0:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        yield
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,11 @@ from rich.text import Text
 
 from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cluster.local import LocalCluster
+from flowspec.cluster.torchrun import TorchrunCluster, find_launch, fit_to_launch, serve_rank
 from flowspec.config import RunConfig, as_yaml, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
+from flowspec.eval.tracing import tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
@@ -26,6 +29,7 @@ from flowspec.request import Completion, DecodeStats, Request
 from flowspec.strategies import STRATEGIES
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
+from flowspec.transport.local import TRUSTED_ONLY
 from flowspec.wire import Status, Tokens
 
 DEFAULT_PROMPT = (
@@ -58,12 +62,24 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:n].")] = None,
+    transport: Annotated[
+        str | None,
+        typer.Option(
+            help="zmq, gloo or nccl [zmq]. gloo and nccl (torch.distributed) neither encrypt nor "
+            "authenticate: for trusted networks only. Both also run under torchrun: torchrun "
+            "--nproc_per_node 5 -m flowspec run --transport gloo (head and 4 stages; on several "
+            "machines the split model must lie at the same path on each)."
+        ),
+    ] = None,
     shape_stable: Annotated[bool | None, typer.Option(help="Bit-equal in 16 bits, slow.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a decode setting: key=value.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
     show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
+    trace: Annotated[
+        str | None, typer.Option(help="Write a trace of the run there, for Perfetto.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare with the target alone.")] = True,
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
@@ -88,9 +104,10 @@ _CONFIG_FLAGS = (
         "strategy",
         "dtype",
         "device",
+        "transport",
         "shape_stable",
     ),
-    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
+    *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "trace"),
 )
 
 
@@ -105,6 +122,11 @@ def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
 
 
 def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: bool) -> None:
+    launch = find_launch()
+    if launch is not None:
+        if launch.rank > 0:
+            raise typer.Exit(serve_rank(config, launch))
+        config = fit_to_launch(config, launch)
     check_run(config)
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     folder = split_folder(config)
@@ -121,10 +143,18 @@ def _generate(config: RunConfig, prompt: str, stop: tuple[str, ...], *, check: b
     num_stages = len(parts.manifest.layers)
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
-    with LocalCluster(config, parts) as cluster:
+    if config.transport != "zmq":
+        typer.echo(f"{config.transport}: {TRUSTED_ONLY}", err=True)
+    new_cluster = partial(TorchrunCluster, launch=launch) if launch else LocalCluster
+    with (
+        tracing(config.trace) as trace_folder,
+        new_cluster(config, parts, trace_folder) as cluster,
+    ):
         completion, elapsed_s = _show_stream(cluster, request)
         statuses = cluster.statuses()
     _summary(completion, statuses, elapsed_s)
+    if config.trace:
+        typer.echo(f"trace written to {config.trace}", err=True)
     if completion.error:
         raise ValueError(completion.error)
     if check:

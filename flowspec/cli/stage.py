@@ -13,11 +13,13 @@ def stage(
     sockets: Annotated[str, typer.Option(help="Folder of the cluster's sockets.")],
     rank: Annotated[int, typer.Option(help="Which stage, from 1.")],
     num_stages: Annotated[int, typer.Option()],
+    transport: str = "zmq",
     device: str = "cpu",
     dtype: str = "float32",
     threads: int = 1,
     kv_memory_mb: Annotated[int, typer.Option(help="For KV caches; 0: half of what is free.")] = 0,
     shape_stable: bool = False,
+    trace_file: Path | None = None,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     config = WorkerConfig(
@@ -25,10 +27,12 @@ def stage(
         socket_folder=sockets,
         rank=rank,
         num_stages=num_stages,
+        transport=transport,
         device=device,
         dtype=dtype,
         threads=threads,
         shape_stable=shape_stable,
         kv_memory_mb=kv_memory_mb,
+        trace_file=trace_file,
     )
     raise typer.Exit(run_worker(config))

@@ -1,5 +1,6 @@
-"""LocalCluster: the head in this process, one process per stage beside it, ZeroMQ between."""
+"""LocalCluster: the head in this process, one process per stage beside it, a transport between."""
 
+import contextlib
 import shutil
 import signal
 import subprocess
@@ -11,38 +12,51 @@ from pathlib import Path
 from types import TracebackType
 
 from flowspec.answers import Answers
+from flowspec.cluster.child import Child
+from flowspec.cluster.clocks import ping_clocks
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
 from flowspec.strategies import StrategySpec
-from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.trace import open_trace, trace_path
+from flowspec.transport.base import LOST, LostPeer, Transport
+from flowspec.transport.local import local_transport, rank_device
 from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
+SLOW_DISK_BYTES_PER_S = 50e6
 POLL_S = 0.2  # how often the children are looked at
 STOP_TIMEOUT_S = 2.0
+EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
 LOG_TAIL_LINES = 8
 
 
 class LocalCluster:
-    """Start with `with`; leaving ends every process, whatever happened inside."""
+    """Start with `with`; leaving ends every process, whatever happened inside.
 
-    def __init__(self, config: RunConfig, parts: HeadParts) -> None:
+    With `trace_folder` every process records there what it does (flowspec/trace.py).
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+    ) -> None:
         self.config = config
+        self.trace_folder = trace_folder
         self.parts = parts
         self.num_stages = len(parts.manifest.layers)
         self.head = build_head(config, parts)
-        self.children: dict[int, subprocess.Popen[bytes]] = {}
+        self.children: dict[int, Child] = {}
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
         try:
-            self.transport = ZmqTransport(0, local_addresses(self.folder, self.num_stages))
+            self.transport = self._make_transport()
         except ValueError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        self.driver = Driver(self.head, self.transport, self.num_stages)
+        trace = open_trace(self._trace_file(0), 0)
+        self.driver = Driver(self.head, self.transport, self.num_stages, trace)
         self._pinged_at = 0.0
 
     def __enter__(self) -> "LocalCluster":
@@ -50,6 +64,7 @@ class LocalCluster:
             for rank in range(1, self.num_stages + 1):
                 self.children[rank] = self._spawn(rank)
             self._await_ready()
+            ping_clocks(self.driver, self.head, self.children)
         except BaseException:
             self.close()
             raise
@@ -61,7 +76,11 @@ class LocalCluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        try:
+            if error is None:
+                ping_clocks(self.driver, self.head, self.children)
+        finally:
+            self.close()
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """See Cluster.configure."""
@@ -78,6 +97,7 @@ class LocalCluster:
         except WireError as error:
             raise ClusterError("head", str(error), answers.tokens) from error
         except ClusterError as error:
+            error = self._explain(error)
             raise ClusterError(error.where, error.cause, answers.tokens) from error
         except GeneratorExit:
             if answers.open:  # the caller has turned away: do not go on without it
@@ -118,7 +138,8 @@ class LocalCluster:
         try:
             running = [rank for rank, child in self.children.items() if child.poll() is None]
             for rank in running:
-                self.transport.send(rank, Stop())
+                with contextlib.suppress(ClusterError):  # some may be gone: go on to the others
+                    self.transport.send(rank, Stop())
             _await_exit(self.children.values(), STOP_TIMEOUT_S if running else 0.0)
         finally:
             for child in self.children.values():
@@ -129,19 +150,28 @@ class LocalCluster:
                 child.wait(timeout=STOP_TIMEOUT_S)
             self.transport.close()
             shutil.rmtree(self.folder, ignore_errors=True)
+            self.driver.trace.close()
 
-    def _spawn(self, rank: int) -> subprocess.Popen[bytes]:
+    def _make_transport(self) -> Transport:
+        device = rank_device(self.config.transport, self.config.device, 0)
+        kind, stages = self.config.transport, self.num_stages
+        return local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
+
+    def _spawn(self, rank: int) -> Child:
         config = self.config
         command = [
             *(sys.executable, "-m", "flowspec", "stage"),
             *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
             *("--rank", str(rank), "--num-stages", str(self.num_stages)),
-            *("--device", config.device, "--dtype", config.dtype),
+            *("--device", rank_device(config.transport, config.device, rank)),
+            *("--dtype", config.dtype, "--transport", config.transport),
             *("--threads", str(config.threads_per_process)),
             *("--kv-memory-mb", str(config.kv_memory_mb)),
         ]
         if config.shape_stable:
             command.append("--shape-stable")
+        if self.trace_folder is not None:
+            command += ["--trace-file", str(self._trace_file(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
             # pipe on stdin tells a stage when the head is gone without a word.
@@ -152,9 +182,11 @@ class LocalCluster:
     def _await_ready(self) -> None:
         """Until every stage has loaded the right model."""
         ready: set[int] = set()
-        end = time.monotonic() + START_TIMEOUT_S
+        size = sum(file.bytes for file in self.parts.manifest.files.values())
+        timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
+        end = time.monotonic() + timeout_s
         while len(ready) < self.num_stages:
-            for message in self.transport.receive(POLL_S):
+            for message in self._receive():
                 match message:
                     case Ready() if message.model == self.parts.manifest.model_hash:
                         ready.add(message.stage)
@@ -167,7 +199,7 @@ class LocalCluster:
             if time.monotonic() > end:
                 late = min(set(self.children) - ready)
                 raise ClusterError(
-                    rank_name(late), f"not ready after {START_TIMEOUT_S:.0f} s{self._log(late)}"
+                    rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 )
 
     def _await_closed(self) -> None:
@@ -192,11 +224,29 @@ class LocalCluster:
                 f"ended by {how}{self._log(rank)}",
             )
 
+    def _receive(self) -> Iterable[object]:
+        try:
+            return self.transport.receive(POLL_S)
+        except LostPeer as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: ClusterError) -> ClusterError:
+        """How the process ended, where all that is known is that its connection broke."""
+        lost = [child for rank, child in self.children.items() if rank_name(rank) == error.where]
+        if lost and error.cause.startswith(LOST):
+            _await_exit(lost, EXIT_TIMEOUT_S)
+            try:
+                self._check_children()
+            except ClusterError as known:
+                return known
+        return error
+
     def _hear_last_words(self) -> None:
         """A stage that fails in order says why before it ends."""
-        for message in self.transport.receive(POLL_S):
-            if isinstance(message, Failed):
-                raise ClusterError(rank_name(message.stage), message.text)
+        with contextlib.suppress(LostPeer):  # that it is gone is known
+            for message in self.transport.receive(POLL_S):
+                if isinstance(message, Failed):
+                    raise ClusterError(rank_name(message.stage), message.text)
 
     def _check_progress(self) -> None:
         """No answer about the request for half the timeout: ask all; who stays silent hangs."""
@@ -223,6 +273,9 @@ class LocalCluster:
             where, _, cause = event.error.partition(": ")
             raise ClusterError(where, cause)
 
+    def _trace_file(self, rank: int) -> Path | None:
+        return trace_path(self.trace_folder, rank) if self.trace_folder else None
+
     def _log_path(self, rank: int) -> Path:
         return Path(self.folder) / f"stage_{rank}.log"
 
@@ -235,7 +288,7 @@ class LocalCluster:
         return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
-def _await_exit(children: Iterable[subprocess.Popen[bytes]], timeout_s: float) -> None:
+def _await_exit(children: Iterable[Child], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     while any(child.poll() is None for child in children) and time.monotonic() < end:
         time.sleep(0.02)

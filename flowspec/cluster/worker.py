@@ -15,7 +15,10 @@ from flowspec.cluster.memory import kv_rows, peak_bytes
 from flowspec.driver import Driver
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
-from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
+from flowspec.request import ClusterError, rank_name
+from flowspec.trace import open_trace
+from flowspec.transport.base import Transport
+from flowspec.transport.local import local_transport
 from flowspec.wire import Failed, Ready
 
 IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
@@ -30,19 +33,32 @@ class WorkerConfig:
     socket_folder: str
     rank: int
     num_stages: int
+    transport: str = "zmq"
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
     shape_stable: bool = False
     kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
+    trace_file: Path | None = None  # where to record what this process does
 
 
 def run_worker(config: WorkerConfig) -> int:
-    """Serve as stage `rank`; returns the exit code. The head learns of every failure."""
+    """Serve as stage `rank` of a local cluster; returns the exit code."""
     _end_with_parent()
+    transport = local_transport(
+        config.transport,
+        config.rank,
+        num_stages=config.num_stages,
+        folder=config.socket_folder,
+        device=config.device,
+    )
+    return serve(config, transport)
+
+
+def serve(config: WorkerConfig, transport: Transport) -> int:
+    """Load, serve until told to stop, return the exit code. The head learns of every failure."""
     torch.set_num_threads(config.threads)
-    addresses = local_addresses(config.socket_folder, config.num_stages)
-    transport = ZmqTransport(config.rank, addresses)
+    trace = open_trace(config.trace_file, config.rank)
     try:
         stage, model_hash = build_stage(
             config.split_folder,
@@ -57,9 +73,12 @@ def run_worker(config: WorkerConfig) -> int:
         stage.peak_memory_bytes = peak_bytes
         ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
         transport.send(HEAD, ready)
-        driver = Driver(stage, transport, config.num_stages)
+        driver = Driver(stage, transport, config.num_stages, trace)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
+    except ClusterError as error:
+        _report_lost(config, transport, error)
+        return 1
     except Exception as error:
         # The head must hear of it whatever it was; the traceback is for this process's log.
         traceback.print_exc()
@@ -67,8 +86,17 @@ def run_worker(config: WorkerConfig) -> int:
         transport.send(HEAD, Failed(stage=config.rank, request=0, text=text))
         return 1
     finally:
+        trace.close()
         transport.close()
     return 0
+
+
+def _report_lost(config: WorkerConfig, transport: Transport, error: ClusterError) -> None:
+    """Tell the head which rank this stage has lost, as a failure of that rank."""
+    for rank in range(1, config.num_stages + 1):
+        if rank_name(rank) == error.where:
+            text = f"{error.cause} (seen by stage {config.rank})"
+            transport.send(HEAD, Failed(stage=rank, request=0, text=text))
 
 
 def _end_with_parent() -> None:

@@ -9,6 +9,7 @@ from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.draft_model import DraftModelDrafter, check_vocabulary
 from flowspec.drafters.eagle import EagleDrafter
 from flowspec.drafters.eagle3 import Eagle3Drafter
+from flowspec.drafters.ngram import NgramDrafter
 from flowspec.model.draft_kind import refuse_head
 from flowspec.model.load import HeadPart, load_whole
 from flowspec.model.load_eagle import load_eagle
@@ -65,6 +66,7 @@ def _load_draft_model(source: DraftSource) -> Drafter:
 
 
 DRAFTERS: dict[str, DrafterSpec] = {
+    "ngram": DrafterSpec(lambda source: NgramDrafter(), "", "the text so far, no model"),
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
     "eagle3": DrafterSpec(_load_eagle3, "models/demo/eagle3", "EAGLE-3 head"),
     "draft_model": DrafterSpec(

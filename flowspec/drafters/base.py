@@ -16,6 +16,7 @@ class Proposal:
 
     node: NodeId
     children: tuple[tuple[int, float], ...]
+    sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
 
 
 class DraftSession(Protocol):
@@ -25,8 +26,13 @@ class DraftSession(Protocol):
     successor) that only the next request brings.
     """
 
-    num_rows_ready: int  # true tokens waiting to be absorbed (0: nothing to do)
-    num_reusable: int  # leading positions whose work is complete, see Drafter.open
+    @property
+    def num_rows_ready(self) -> int:
+        """True tokens waiting to be absorbed (0: nothing to do)."""
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading positions whose work is complete, see Drafter.open."""
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Tokens now known to be true, behind those known before (first the prompt)."""

@@ -5,16 +5,41 @@ is a model that runs as its authors meant.
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM")
-DTYPES = ("float32", "float16", "bfloat16")
+from flowspec.model.fields import flag, positive_number, token_ids, whole_number
+from flowspec.model.rope import RopeScaling, read_rope
 
-# A key that contains one of these words changes the forward pass when it is switched on. Qwen2 and
-# Llama files hold some of them switched off.
+DTYPES = ("float32", "float16", "bfloat16")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """What an architecture fixes; None: the switch in config.json decides."""
+
+    qkv_bias: bool | None = None
+    output_bias: bool | None = None
+    mlp_bias: bool | None = False
+    qk_norm: bool = False
+    head_dim: int | None = None  # where config.json names none; None: hidden size over heads
+
+
+_FAMILIES = {
+    "LlamaForCausalLM": _Family(mlp_bias=None),
+    "MistralForCausalLM": _Family(qkv_bias=False, output_bias=False),
+    "Qwen2ForCausalLM": _Family(qkv_bias=True, output_bias=False),
+    "Qwen3ForCausalLM": _Family(qk_norm=True, head_dim=128),
+}
+ARCHITECTURES = tuple(_FAMILIES)
+
+# A key that contains one of these words changes the forward pass when it is switched on. Files of
+# supported models hold some of them switched off.
 _FEATURE_WORDS = (
     "softcap",
     "expert",
@@ -35,33 +60,23 @@ _FEATURE_WORDS = (
     "auto_map",
 )
 _NEUTRAL_AT_ONE = ("multiplier", "scale", "scaling")
-# Sizes up to which a model's shapes can be written down without overflow and its layers listed.
-_LARGEST = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 1 << 20,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "intermediate_size": 1 << 24,
-    "vocab_size": 1 << 24,
-}
-_LARGEST_OTHER = (1 << 31) - 1
-_LLAMA3_KEYS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Llama3RopeScaling:
-    """RoPE scaling type `llama3` (Llama 3.1 and later)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+_KEYS_READ = """
+architectures attention_bias bos_token_id dtype eos_token_id flowspec head_dim hidden_act
+hidden_size intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias
+num_attention_heads num_hidden_layers num_key_value_heads original_max_position_embeddings
+partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
+tie_word_embeddings torch_dtype use_sliding_window vocab_size
+"""
+# They tell nothing about the forward pass, or (biases) nothing that the tensors do not.
+_KEYS_IDLE = """
+_name_or_path _attn_implementation attention_dropout attn_implementation bias
+chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label initializer_range is_decoder
+is_encoder_decoder label2id max_length max_sequence_length model_max_length model_type
+output_attentions output_hidden_states pad_token_id pretraining_tp problem_type qkv_bias
+resid_pdrop return_dict task_specific_params temperature tokenizer_class top_k top_p torchscript
+transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+"""
+_KNOWN_KEYS = frozenset((_KEYS_READ + _KEYS_IDLE).split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +93,9 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
+    windows: tuple[int | None, ...] = ()  # positions each layer sees, None: all; (): all in all
+    qk_norm: bool = False
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -97,6 +114,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
@@ -105,40 +124,45 @@ class ModelConfig:
         Raises ValueError naming the key for what is missing, out of range or not supported.
         """
         architecture = _architecture(hf)
+        family = _FAMILIES[architecture]
         _refuse_features(hf)
-        hidden = positive_int(hf, "hidden_size")
-        heads = positive_int(hf, "num_attention_heads")
-        if hf.get("head_dim") is None and hidden % heads:
+        _warn_of_unknown(tuple(sorted(hf.keys() - _KNOWN_KEYS)))
+        hidden = whole_number(hf, "hidden_size")
+        heads = whole_number(hf, "num_attention_heads")
+        if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads} "
                 "and there is no head_dim; add head_dim"
             )
-        qwen2 = architecture == "Qwen2ForCausalLM"
-        rope_theta, rope_scaling = _rope(hf)
-        config = cls(
+        num_layers = whole_number(hf, "num_hidden_layers")
+        rope_theta, rope_scaling = read_rope(hf)
+
+        def switch(fixed: bool | None, key: str) -> bool:
+            return flag(hf, key) if fixed is None else fixed
+
+        return cls(
             architecture=architecture,
-            vocab_size=positive_int(hf, "vocab_size"),
+            vocab_size=whole_number(hf, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=positive_int(hf, "intermediate_size"),
-            num_layers=positive_int(hf, "num_hidden_layers"),
+            intermediate_size=whole_number(hf, "intermediate_size"),
+            num_layers=num_layers,
             num_heads=heads,
-            num_kv_heads=positive_int(hf, "num_key_value_heads", heads),
-            head_dim=positive_int(hf, "head_dim", hidden // heads),
-            rms_norm_eps=_positive_number(hf, "rms_norm_eps", 1e-6),
+            num_kv_heads=whole_number(hf, "num_key_value_heads", heads),
+            head_dim=whole_number(hf, "head_dim", family.head_dim or hidden // heads),
+            rms_norm_eps=positive_number(hf, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            # Qwen2 has biases on q, k and v by definition; its config has no switch for them.
-            qkv_bias=qwen2 or _flag(hf, "attention_bias"),
-            output_bias=not qwen2 and _flag(hf, "attention_bias"),
-            mlp_bias=not qwen2 and _flag(hf, "mlp_bias"),
-            tie_word_embeddings=_flag(hf, "tie_word_embeddings"),
-            max_position_embeddings=positive_int(hf, "max_position_embeddings", 2048),
+            windows=_windows(hf, architecture, num_layers),
+            qk_norm=family.qk_norm,
+            qkv_bias=switch(family.qkv_bias, "attention_bias"),
+            output_bias=switch(family.output_bias, "attention_bias"),
+            mlp_bias=switch(family.mlp_bias, "mlp_bias"),
+            tie_word_embeddings=flag(hf, "tie_word_embeddings"),
+            max_position_embeddings=whole_number(hf, "max_position_embeddings", 2048),
             dtype=_dtype(hf),
-            bos_token_id=next(iter(_token_ids(hf, "bos_token_id")), None),
-            eos_token_ids=_token_ids(hf, "eos_token_id"),
+            bos_token_id=next(iter(token_ids(hf, "bos_token_id")), None),
+            eos_token_ids=token_ids(hf, "eos_token_id"),
         )
-        _check_layer_types(hf, config.num_layers)
-        return config
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -164,7 +188,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not generation.exists():
         return config
     # Llama 3 chat models list their end-of-turn tokens only there.
-    extra = _token_ids(read_json(generation), "eos_token_id")
+    extra = token_ids(read_json(generation), "eos_token_id")
     eos = dict.fromkeys((*config.eos_token_ids, *extra))
     return replace(config, eos_token_ids=tuple(eos))
 
@@ -190,13 +214,6 @@ def _refuse_features(hf: Mapping[str, Any]) -> None:
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
         raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-    # Qwen2 files name a window and switch it off beside it.
-    windowed = hf.get("use_sliding_window", hf.get("sliding_window") is not None)
-    if windowed:
-        raise ValueError(
-            "config.json: use_sliding_window / sliding_window is on; only full attention is "
-            "supported"
-        )
     if hf.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ValueError(
             f"config.json: partial_rotary_factor {hf['partial_rotary_factor']!r} is not supported, "
@@ -211,54 +228,61 @@ def _is_off(key: str, value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and value == neutral
 
 
-def _check_layer_types(hf: Mapping[str, Any], num_layers: int) -> None:
+@cache
+def _warn_of_unknown(keys: tuple[str, ...]) -> None:
+    """Once per process: refusing would turn away every file with a note of its author's in it."""
+    if keys:
+        _log.warning(
+            "config.json: nothing is known of %s; the model runs as if they were not there",
+            ", ".join(keys),
+        )
+
+
+def _windows(hf: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
+    """Positions that each layer sees (None: all), as transformers reads it; () where all see all.
+
+    Raises ValueError for layer types unknown or at odds with the window.
+    """
+    size, first = _window(hf, architecture)
     types = hf.get("layer_types")
     if types is None:
-        return
-    if not isinstance(types, list) or set(map(str, types)) - {"full_attention"}:
-        raise ValueError(f"config.json: layer_types {types!r}; supported: only full_attention")
-    if len(types) != num_layers:
-        raise ValueError(
-            f"config.json: layer_types names {len(types)} layers, num_hidden_layers is {num_layers}"
-        )
+        sliding = [size is not None and layer >= first for layer in range(num_layers)]
+    else:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or any(kind not in known for kind in types):
+            raise ValueError(f"config.json: layer_types {types!r}; supported: {', '.join(known)}")
+        if len(types) != num_layers:
+            raise ValueError(
+                f"config.json: layer_types names {len(types)} layers, num_hidden_layers is "
+                f"{num_layers}"
+            )
+        sliding = [kind == "sliding_attention" for kind in types]
+        mistral = architecture == "MistralForCausalLM"
+        if (size is None and any(sliding)) or (mistral and size is not None and not all(sliding)):
+            raise ValueError(
+                f"config.json: layer_types {types!r} do not go with sliding_window {size} of "
+                f"{architecture}; remove one of the two"
+            )
+    return tuple(size if slides else None for slides in sliding) if any(sliding) else ()
 
 
-def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-    rope: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = hf.get(key) or {}
-        if not isinstance(part, Mapping):
-            raise ValueError(f"config.json: {key} is {part!r}, needed: an object or null")
-        rope.update({name: value for name, value in part.items() if value is not None})
-    theta = _positive_number({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", 10000.0)
-    named_type = rope.pop("type", "default")
-    kind = rope.pop("rope_type", named_type)
-    rope.pop("rope_theta", None)
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        raise ValueError("config.json: partial_rotary_factor of RoPE is not supported, only 1")
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"config.json: RoPE type {kind!r} is not supported: default, llama3")
-    unknown = set(rope) - set(_LLAMA3_KEYS if kind == "llama3" else ())
-    if unknown:
-        raise ValueError(
-            f"config.json: RoPE keys {sorted(unknown)} mean nothing for rope_type {kind!r}; "
-            "name the type they belong to (llama3) or remove them"
-        )
-    if kind == "default":
-        return theta, None
-    scaling = Llama3RopeScaling(
-        factor=_positive_number(rope, "factor"),
-        low_freq_factor=_positive_number(rope, "low_freq_factor"),
-        high_freq_factor=_positive_number(rope, "high_freq_factor"),
-        original_max_position_embeddings=positive_int(rope, "original_max_position_embeddings"),
-    )
-    if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ValueError(
-            f"config.json: low_freq_factor {scaling.low_freq_factor} must be below "
-            f"high_freq_factor {scaling.high_freq_factor}"
-        )
-    return theta, scaling
+def _window(hf: Mapping[str, Any], architecture: str) -> tuple[int | None, int]:
+    """The sliding window (None: off) and the first layer that has it unless layer_types says."""
+    if architecture == "MistralForCausalLM":
+        # Left out it is on; only null switches it off.
+        off = hf.get("sliding_window", 0) is None
+        return None if off else whole_number(hf, "sliding_window", 4096), 0
+    if architecture == "LlamaForCausalLM":
+        if flag(hf, "use_sliding_window", default=hf.get("sliding_window") is not None):
+            raise ValueError(
+                "config.json: use_sliding_window / sliding_window is on, but LlamaForCausalLM has "
+                "no window; remove them, or name the architecture that they belong to"
+            )
+        return None, 0
+    # Qwen files name a window also where it is switched off beside it.
+    if not flag(hf, "use_sliding_window"):
+        return None, 0
+    return whole_number(hf, "sliding_window"), whole_number(hf, "max_window_layers", 28, least=0)
 
 
 def _dtype(hf: Mapping[str, Any]) -> str:
@@ -267,38 +291,3 @@ def _dtype(hf: Mapping[str, Any]) -> str:
     if name not in DTYPES:
         raise ValueError(f"config.json: dtype {named!r} is not supported: {', '.join(DTYPES)}")
     return name
-
-
-def _token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = hf.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 1 << 31 for i in ids):
-        raise ValueError(f"{key} is {value!r}, needed: a token id or a list of them")
-    return tuple(ids)
-
-
-def positive_int(hf: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A size from a config.json, `default` where it is missing; ValueError naming the key."""
-    value = hf.get(key)
-    value = default if value is None else value
-    most = _LARGEST.get(key, _LARGEST_OTHER)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-        raise ValueError(
-            f"config.json: {key} is {value!r}, needed: a whole number above 0, at most {most}"
-        )
-    return value
-
-
-def _positive_number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = hf.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ValueError(f"config.json: {key} is {value!r}, needed: a number above 0")
-    return float(value)
-
-
-def _flag(hf: Mapping[str, Any], key: str) -> bool:
-    value = hf.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(f"config.json: {key} is {value!r}, needed: true or false")
-    return bool(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.model.config import ModelConfig
-from flowspec.model.llama import MLP, Attend, Attention, RMSNorm, Rope
+from flowspec.model.llama import MLP, Attend, Attention, Embedding, Linear, RMSNorm, Rope
 
 
 class EagleLayer(nn.Module):
@@ -33,8 +33,8 @@ class EagleNet(nn.Module):
     def __init__(self, config: ModelConfig, *, fc_bias: bool) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([EagleLayer(config)])
 
     def forward(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:

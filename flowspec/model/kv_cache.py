@@ -2,11 +2,12 @@
 
 Shapes: P committed rows, T tree rows behind them, n rows being added, S = P + T keys, g key/value
 heads, h query heads, d head dimension. Tree rows are named by their index 0..T-1 behind the prefix.
-A row attends to the whole prefix, its ancestors in the tree and itself.
+A row attends to the whole prefix, its ancestors in the tree and itself; in a layer with a sliding
+window of w (arXiv 2310.06825) to those of them at the last w positions, its own included.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -31,9 +32,12 @@ class Window:
     num_rows: int
     mask: Tensor | None  # [n, S] bool, None when every row sees every key
     paths: Tensor | None = None  # shape-stable mode: slots of each row's path by position, [n, S]
+    # the masks of layers whose sliding window hides something from these rows, by its size
+    narrow: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int) -> Attend:
         """The attention of local layer `layer`: stores k and v, looks back through the mask."""
+        mask = self.narrow.get(self.cache.windows[layer], self.mask)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             end = self.start + self.num_rows
@@ -41,8 +45,8 @@ class Window:
             keys[:, self.start : end] = k.transpose(0, 1)
             values[:, self.start : end] = v.transpose(0, 1)
             if self.paths is not None:
-                return _attend_by_path(q, keys, values, self.paths, self.mask)
-            return _attend(q, keys[:, :end], values[:, :end], self.mask)
+                return _attend_by_path(q, keys, values, self.paths, mask)
+            return _attend(q, keys[:, :end], values[:, :end], mask)
 
         return run
 
@@ -111,6 +115,8 @@ class TreeKVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.stable_context = stable_context  # shape-stable mode: every path is padded to this
+        # of each layer, None where it sees all; the owner of a model with windows sets them
+        self.windows: Sequence[int | None] = (None,) * num_layers
         self.prefix_length = 0
         self.num_tree_rows = 0
         # ancestors[i, j]: tree row j is an ancestor of tree row i, or i itself
@@ -129,8 +135,7 @@ class TreeKVCache:
             paths = np.arange(self.stable_context)[None, :].repeat(num_rows, 0)
             lengths = start + 1 + np.arange(num_rows)
             return self._by_path(start, paths, lengths)
-        mask = torch.ones(num_rows, start + num_rows, dtype=torch.bool).tril(start)
-        return Window(self, start, num_rows, None if num_rows == 1 else self._on_device(mask))
+        return self._by_slot(start, np.tri(num_rows, start + num_rows, start, dtype=bool))
 
     def append_tree(self, parents: Sequence[int]) -> Window:
         """Rows of the tree, parents first; a parent is a tree row (also one of these) or COMMITTED.
@@ -152,11 +157,9 @@ class TreeKVCache:
         tail = self._ancestors[first : first + n, : first + n]
         if self.stable_context is not None:
             return self._by_path(start, *self._tree_paths(tail))
-        if tail.all():
-            return Window(self, start, n, None)
         mask = np.ones((n, start + n), dtype=bool)
         mask[:, self.prefix_length :] = tail
-        return Window(self, start, n, self._on_device(torch.from_numpy(mask)))
+        return self._by_slot(start, mask)
 
     def reroot(self, path: Sequence[int], keep: Sequence[int]) -> None:
         """Commit the tree rows `path` (root first), keep `keep` (ascending), forget all others.
@@ -199,6 +202,7 @@ class TreeKVCache:
         other.keys[:, :, :prefix_length] = self.keys[:, :, :prefix_length]
         other.values[:, :, :prefix_length] = self.values[:, :, :prefix_length]
         other.prefix_length = prefix_length
+        other.windows = self.windows
         return other
 
     def with_ancestors(self, rows: Sequence[int]) -> list[int]:
@@ -237,16 +241,34 @@ class TreeKVCache:
             paths[row, self.prefix_length : lengths[row]] = slots
         return paths, lengths
 
-    def _by_path(self, start: int, paths: np.ndarray, lengths: np.ndarray) -> Window:
-        mask = np.arange(paths.shape[1])[None, :] < lengths[:, None]
-        paths = np.where(mask, paths, 0)
-        return Window(
-            self,
-            start,
-            len(paths),
-            self._on_device(torch.from_numpy(mask)),
-            self._on_device(torch.from_numpy(paths)),
-        )
+    def _by_slot(self, start: int, mask: np.ndarray) -> Window:
+        """Rows that look at all slots up to their own end through `mask` [n, S]."""
+        window = Window(self, start, len(mask), None if mask.all() else self._on_device(mask))
+        if any(self.windows):
+            tree = self._ancestors[: self.num_tree_rows, : self.num_tree_rows]
+            of_tree = self.prefix_length - 1 + tree.sum(axis=1)
+            positions = np.concatenate((np.arange(self.prefix_length), of_tree))
+            self._narrow(window, mask, rows=positions[start:], keys=positions)
+        return window
 
-    def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.keys.device, non_blocking=True)
+    def _by_path(self, start: int, paths: np.ndarray, lengths: np.ndarray) -> Window:
+        """Rows that look at `paths` [n, context], the first `lengths` [n] of each."""
+        positions = np.arange(paths.shape[1])
+        mask = positions[None, :] < lengths[:, None]
+        paths = np.where(mask, paths, 0)
+        window = Window(self, start, len(paths), self._on_device(mask), self._on_device(paths))
+        self._narrow(window, mask, rows=lengths - 1, keys=positions)
+        return window
+
+    def _narrow(
+        self, window: Window, mask: np.ndarray, *, rows: np.ndarray, keys: np.ndarray
+    ) -> None:
+        """Give `window` the masks of sliding windows; positions of its rows [n] and keys [S]."""
+        for size in set(self.windows) - {None}:
+            assert size is not None
+            hidden = keys[None, :] <= rows[:, None] - size
+            if hidden.any():
+                window.narrow[size] = self._on_device(mask & ~hidden)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.keys.device, non_blocking=True)

@@ -1,8 +1,9 @@
 """The Llama decoder block, shared by every supported family, the drafters and training.
 
 Shapes: `...` is [n] for the rows of a segment or [B, T] for a training batch; H hidden size,
-h query heads, g key/value heads, d head dimension. What differs between families (biases, explicit
-head_dim, RoPE scaling) comes from `ModelConfig`; how rows see one another comes from `attend`.
+h query heads, g key/value heads, d head dimension. What differs between families (biases, norms of
+queries and keys, explicit head_dim, RoPE scaling) comes from `ModelConfig`; how rows see one
+another comes from `attend`.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowspec.model.config import Llama3RopeScaling, ModelConfig
+from flowspec.model.config import ModelConfig
 
 # attend(q [..., h, d], k [..., g, d], v [..., g, d]) -> [..., h, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves weights without memory alone, for modules to be filled from disk."""
+
+    def reset_parameters(self) -> None:
+        """Random weights, unless on the meta device: torch imports 70 MB of compiler for that."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, likewise."""
+
+    def reset_parameters(self) -> None:
+        """See Linear."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.Module):
@@ -34,20 +53,12 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies [d/2] in fp32, scaled by the `llama3` rule where asked for."""
+    """Inverse frequencies [d/2] in fp32, scaled as the config asks for."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponent)
     if config.rope_scaling is None:
         return frequencies
-    return _llama3_frequencies(frequencies, config.rope_scaling)
-
-
-def _llama3_frequencies(frequencies: Tensor, scaling: Llama3RopeScaling) -> Tensor:
-    """Llama 3.1: long waves are stretched by `factor`, short ones kept, those between blended."""
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
-    span = scaling.high_freq_factor - scaling.low_freq_factor
-    keep = ((turns - scaling.low_freq_factor) / span).clamp(0.0, 1.0)
-    return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
+    return config.rope_scaling.scale(frequencies, config.rope_theta)
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -72,17 +83,29 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         hidden, heads = config.hidden_size, config.num_heads * config.head_dim
         groups = config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, heads, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(hidden, groups, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads, hidden, bias=config.output_bias)
+        self.q_proj = Linear(hidden, heads, bias=config.qkv_bias)
+        self.k_proj = Linear(hidden, groups, bias=config.qkv_bias)
+        self.v_proj = Linear(hidden, groups, bias=config.qkv_bias)
+        self.o_proj = Linear(heads, hidden, bias=config.output_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        scaling = config.rope_scaling
+        self.score_factor = 1.0 if scaling is None else scaling.attention_factor**2
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """x [..., H] -> [..., H]."""
         split = (-1, self.head_dim)
-        q = apply_rope(self.q_proj(x).unflatten(-1, split), rope)
-        k = apply_rope(self.k_proj(x).unflatten(-1, split), rope)
+        q = self.q_proj(x).unflatten(-1, split)
+        k = self.k_proj(x).unflatten(-1, split)
         v = self.v_proj(x).unflatten(-1, split)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if self.score_factor != 1.0:  # of queries and of keys, here at once
+            q = q * self.score_factor
         return self.o_proj(attend(q, k, v).flatten(-2))
 
 
@@ -92,9 +115,9 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias)
+        self.gate_proj = Linear(hidden, inner, bias=bias)
+        self.up_proj = Linear(hidden, inner, bias=bias)
+        self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., H] -> [..., H]."""

@@ -4,7 +4,7 @@ Modules are made without memory (meta device) and take the mapped tensors as the
 dtypes are as torch names them; `dtype` None keeps the stored one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,7 @@ from flowspec.model.stage_model import StageModel
 from flowspec.model.tensor_files import load_bin, read_header
 
 Net = TypeVar("Net", bound=nn.Module)
+_REMAP_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,21 +135,38 @@ def read_tensors(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not supported: {', '.join(DTYPES)}")
     target = None if dtype is None else getattr(torch, dtype)
+
+    def place(tensor: Tensor) -> Tensor:
+        # Integer tables (a vocabulary map, say) keep their type.
+        return tensor.to(device, target if tensor.is_floating_point() else None)
+
     if path.suffix == ".bin":
-        tensors = load_bin(path)
-    else:
-        read_header(path)
+        stored = load_bin(path)
+        return {name: place(tensor) for name, tensor in stored.items() if not _is_ignored(name)}
+    return _read_safetensors(path, place)
+
+
+def _is_ignored(name: str) -> bool:
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _read_safetensors(path: Path, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """All tensors as `place` gives them back: the mapped ones themselves, or copies."""
+    left = [name for name in read_header(path) if not _is_ignored(name)]
+    tensors: dict[str, Tensor] = {}
+    while left:
+        copied_bytes = 0
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # Pages that were copied from count as memory until their mapping goes.
+                while left and copied_bytes < _REMAP_BYTES:
+                    name = left.pop()
+                    mapped = file.get_tensor(name)
+                    tensors[name] = place(mapped)
+                    copied_bytes += mapped.nbytes if tensors[name] is not mapped else 0
         except SafetensorError as error:
             raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-    return {
-        # Integer tables (a vocabulary map, say) keep their type.
-        name: tensor.to(device, target if tensor.is_floating_point() else None)
-        for name, tensor in tensors.items()
-        if not name.endswith("rotary_emb.inv_freq")
-    }
+    return tensors
 
 
 def check_tensors(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowspec.model.config import ModelConfig
 from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
-from flowspec.model.llama import Block, RMSNorm, rope_angles, rope_frequencies
+from flowspec.model.llama import Block, Embedding, Linear, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
 
@@ -34,14 +34,14 @@ class StageModel(nn.Module):
         self.first_layer, self.last_layer = first_layer, last_layer
         body: Any = nn.Module()  # its parts are named as in the checkpoint, and not all are here
         if with_embedding:
-            body.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+            body.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks = {str(i): Block(config) for i in range(first_layer, last_layer)}
         body.layers = nn.ModuleDict(blocks)
         self.model: Any = body
         self.lm_head: nn.Linear | None = None
         if with_head:
             body.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             if with_embedding and config.tie_word_embeddings:
                 self.lm_head.weight = body.embed_tokens.weight
         self._frequencies: Tensor | None = None
@@ -64,7 +64,7 @@ class StageModel(nn.Module):
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
         """An empty cache for one request of at most `capacity` rows, tree rows included."""
-        return TreeKVCache(
+        cache = TreeKVCache(
             num_layers=self.last_layer - self.first_layer,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
@@ -73,6 +73,9 @@ class StageModel(nn.Module):
             device=self.device,
             stable_context=stable_context,
         )
+        if self.config.windows:
+            cache.windows = self.config.windows[self.first_layer : self.last_layer]
+        return cache
 
     def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
         """Those of `layers` (output-of-layer ids, or FINAL_NORM) that this stage can give."""

@@ -13,6 +13,7 @@ from random import Random
 
 from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send, Work
 from flowspec.request import ClusterError
+from flowspec.trace import OFF, Trace
 from flowspec.wire import DATA, Message
 
 ChargeWork = Callable[[int, Work], float]  # (rank, work) -> seconds
@@ -69,6 +70,7 @@ class Simulator:
         self.actors = {rank: _Actor(core) for rank, core in cores.items()}
         self.to_client: deque[Message] = deque()
         self.busy_s = dict.fromkeys(cores, 0.0)
+        self.traces: dict[int, Trace] = dict.fromkeys(cores, OFF)
         self.work_log: list[tuple[float, float, int, str, int]] | None = None
         self._work_time, self._link_time = work_time, link_time
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -113,7 +115,9 @@ class Simulator:
         actor = self.actors[rank]
         while True:
             while actor.inbox:
-                self._send_all(rank, actor.core.handle(actor.inbox.popleft(), self.now))
+                message = actor.inbox.popleft()
+                self.traces[rank].received(self.now, message)
+                self._send_all(rank, actor.core.handle(message, self.now))
             step = actor.core.poll(self.now)
             if step is None:
                 return
@@ -124,7 +128,7 @@ class Simulator:
 
     def _compute(self, rank: int, work: Work) -> None:
         actor = self.actors[rank]
-        elapsed = self._work_time(rank, work)
+        start, elapsed = self.now, self._work_time(rank, work)
         work.run()
         actor.busy = True
         self.busy_s[rank] += elapsed
@@ -133,6 +137,7 @@ class Simulator:
 
         def done() -> None:
             actor.busy = False
+            self.traces[rank].worked(start, self.now, work)
             self._send_all(rank, work.finish(self.now, elapsed))
             self._turn(rank)
 
@@ -149,6 +154,7 @@ class Simulator:
         return [rank for rank in self.actors if rank not in (HEAD, source)]
 
     def _send(self, source: int, to: int, message: Message) -> None:
+        self.traces[source].sent(self.now, to, message)
         if to == CLIENT:
             self.to_client.append(message)
             return

@@ -25,7 +25,7 @@ class PipeDec:
         """The level just sent, all at once."""
         if any(True for _ in s.tree.unsent()):
             return []
-        deepest = max(node.position for node in s.tree.nodes.values())
+        deepest = max(node.position for node in s.tree.nodes.values() if node.expandable)
         if deepest == s.tree.root.position:
             return []  # the root's own children come with its true feature
         level = s.tree.level(deepest, s.config.segment_size)

@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from flowspec.request import ClusterError
 from flowspec.wire import WireMessage
+
+LOST = "connection lost"
+
+
+class LostPeer(ClusterError):
+    """A connection broke or was closed by the peer; the cause begins with LOST."""
 
 
 class Transport(Protocol):
@@ -15,7 +22,8 @@ class Transport(Protocol):
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
         """What has come, control first; waits at most `timeout_s` for the first message.
 
-        Raises WireError on frames that are no message.
+        Raises WireError on frames that are no message, and LostPeer where the transport notices
+        that a rank is gone: a stage for the head, the head for a stage.
         """
 
     def close(self) -> None:

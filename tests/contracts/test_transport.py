@@ -12,8 +12,9 @@ import zmq
 
 from flowspec.codec import WireError
 from flowspec.request import ClusterError, NodeId
-from flowspec.transport import zmq_sockets
+from flowspec.transport import torch_dist, torch_link, zmq_sockets
 from flowspec.transport.base import Transport
+from flowspec.transport.torch_dist import TorchDistTransport, meet_in_folder
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
 from flowspec.wire import Close, Open, Reroot, Segment, Started, WireMessage
 
@@ -29,14 +30,19 @@ def folder() -> Iterator[str]:
     shutil.rmtree(path)
 
 
-@pytest.fixture(params=["zmq"])
+MAKERS: dict[str, Callable[[int, str], Transport]] = {
+    "zmq": lambda rank, folder: ZmqTransport(rank, local_addresses(folder, 2)),
+    "gloo": lambda rank, folder: TorchDistTransport(rank, 2, meet_in_folder(folder)),
+}
+
+
+@pytest.fixture(params=MAKERS)
 def peer(request: pytest.FixtureRequest, folder: str) -> Iterator[MakePeer]:
     """Makes rank 0, 1 or 2 of one cluster; all are closed at the end."""
-    assert request.param == "zmq"
     made: list[Transport] = []
 
     def make(rank: int) -> Transport:
-        made.append(ZmqTransport(rank, local_addresses(folder, 2)))
+        made.append(MAKERS[request.param](rank, folder))
         return made[-1]
 
     yield make
@@ -187,8 +193,11 @@ def test_a_dead_peer_is_noticed(
 ) -> None:
     """Sending to one that takes nothing ends in one error that names it, within the time limit."""
     monkeypatch.setattr(zmq_sockets, "SEND_TIMEOUT_MS", 200)
-    monkeypatch.setattr(zmq_sockets, "MAX_QUEUED_MESSAGES", 10)
+    monkeypatch.setattr(torch_link, "SEND_TIMEOUT_S", 0.2)
+    for module in (zmq_sockets, torch_link):
+        monkeypatch.setattr(module, "MAX_QUEUED_MESSAGES", 10)
     monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
+    monkeypatch.setattr(torch_dist, "LINGER_S", 0.1)
     head = peer(0)
     if was_alive:
         stage = peer(1)
@@ -201,7 +210,7 @@ def test_a_dead_peer_is_noticed(
         for seq_no in range(1000):
             head.send(1, segment(seq_no))
 
-    with pytest.raises(ClusterError, match=r"stage 1: took no Segment") as caught:
+    with pytest.raises(ClusterError, match=r"stage 1: (took no Segment|connection lost)") as caught:
         send_many()
     assert caught.value.where == "stage 1"
     assert time.monotonic() - start < 2.0

@@ -3,11 +3,12 @@
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
 
-from flowspec.cluster.base import generate
+from flowspec.cluster.base import generate, generate_all
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.engine import HeadParts
@@ -106,3 +107,35 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
+    """Batches over sockets: more requests than are served at once, greedy and sampled."""
+    asked = [
+        ask(parts, "box of apples " * (1 + number % 3), temperature=number % 2, count=9 + number)
+        for number in range(10)
+    ]
+    completions = generate_all(cluster, asked)
+    assert [list(c.tokens) for c in completions] == [alone.generate(one)[0] for one in asked]
+
+
+def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
+    """The second turn's prompt is mostly there; its text is as from nothing."""
+    with LocalCluster(replace(config, kept_prefixes=2), parts) as running:
+        first = ask(parts, "the lazy dog and the box of apples")
+        answer = generate(running, first)
+        said = (*first.prompt, *answer.tokens, *parts.tokenizer.encode(" dog"))
+        second = replace(ask(parts, temperature=1.0), prompt=said)
+        completion = generate(running, second)
+        assert list(completion.tokens) == alone.generate(second)[0]
+        assert completion.stats.num_prompt_reused >= len(first.prompt)
+        assert all(status.kv_rows_used > 0 for status in running.statuses().values())
+        assert all(status.peak_memory_bytes > 0 for status in running.statuses().values())
+
+
+def test_a_request_beyond_the_stages_memory_is_refused_with_both_numbers(config, parts):
+    """Said before anything is computed, by the numbers the stages have told."""
+    with LocalCluster(replace(config, kv_memory_mb=1), parts) as running:
+        large = generate(running, ask(parts, count=16_000))
+        assert "rows of KV cache on every stage, the tightest stage holds" in large.error
+        assert generate(running, ask(parts, count=4)).tokens

@@ -1,0 +1,164 @@
+"""`flowspec reliability`: do things come true as often as the drafter says, and once calibrated?"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from flowspec.calibration import Outcome, PathForecast
+from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cluster.base import generate
+from flowspec.config import RunConfig
+from flowspec.drafters import DRAFTERS
+from flowspec.engine import HeadParts, build_head, build_stage, check_run, load_head_parts
+from flowspec.eval.prompts import Prompt, load_prompts
+from flowspec.eval.reliability import Reliability, before_and_after, settled
+from flowspec.request import Request, SamplingParams
+from flowspec.simulate.cluster import SimulatedCluster
+from flowspec.strategies import STRATEGIES
+from flowspec.text import render_chat
+
+PLOTS = (".png", ".svg", ".pdf")
+
+
+@dataclass(slots=True)
+class _Settled:
+    """All forecasts of a run, with what became of them."""
+
+    children: list[Outcome]
+    paths: list[Outcome]
+
+    def report(self) -> dict[str, dict[str, Reliability]]:
+        """What -> before or after -> its reliability."""
+        named = {"child, its parent true": self.children, "path from the root": self.paths}
+        return {
+            what: dict(zip(("before", "after"), before_and_after(outcomes), strict=True))
+            for what, outcomes in named.items()
+        }
+
+
+def reliability(
+    model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
+    drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
+    graft: Annotated[bool, typer.Option(help="With branches from the text so far.")] = False,
+    strategy: Annotated[
+        str, typer.Option(help=f"One of {', '.join(STRATEGIES)}, but ar.")
+    ] = "streaming",
+    prompts: Annotated[
+        Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    stages: Annotated[int, typer.Option(help="Stages of the simulated cluster.")] = 4,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="A plot (.png, .svg, .pdf) or the figures (.json).")
+    ] = None,
+) -> None:
+    """Run prompts on a simulated cluster and compare what was forecast with what came true.
+
+    Each forecast counts as it was made, calibrated by what the verdicts before it had taught.
+    """
+    if out and out.suffix not in (*PLOTS, ".json"):
+        raise ValueError(f"--out {out} must end in one of {', '.join(PLOTS)}, .json")
+    config = RunConfig(
+        model=model or RunConfig().model,
+        draft=draft or "",
+        drafter=drafter,
+        strategy=strategy,
+        stages=stages,
+        sampling=SamplingParams(temperature=temperature),
+        decode={"graft": graft, "calibrate": True},
+        max_new_tokens=max_tokens,
+    )
+    check_run(config)
+    if not STRATEGIES[strategy].drafts:
+        raise ValueError(f"strategy {strategy} drafts nothing; choose another")
+    config = replace(config, draft=draft_folder(config))
+    asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)
+    found = _run(config, asked)
+    if not found.children:
+        raise ValueError("nothing was forecast; give more prompts or --max-tokens")
+    report = found.report()
+    _show(report)
+    if out:
+        _write(report, out, f"{drafter}{', grafted' if graft else ''}, T = {temperature:g}")
+
+
+def _run(config: RunConfig, prompts: list[Prompt]) -> _Settled:
+    torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+    folder = split_folder(config)
+    parts = load_head_parts(config, folder)
+    head = build_head(config, parts)
+    found = _Settled([], [])
+    paths: list[PathForecast] = []
+    head.calibration.outcomes, head.calibration.paths = found.children, paths
+    stages = [
+        build_stage(folder, rank, device=config.device, dtype=config.dtype, shape_stable=False)[0]
+        for rank in range(1, len(parts.manifest.layers) + 1)
+    ]
+    cluster = SimulatedCluster(head, stages)
+    requests = _requests(config, parts, prompts)
+    for request in track(requests, "running", console=Console(stderr=True), transient=True):
+        completion = generate(cluster, request)
+        found.paths += settled(paths, (*request.prompt, *completion.tokens))
+        paths.clear()
+    return found
+
+
+def _requests(config: RunConfig, parts: HeadParts, prompts: list[Prompt]) -> list[Request]:
+    ids = count(1)
+    requests = []
+    for prompt in prompts:
+        tokens = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        if len(tokens) < parts.max_context:
+            number = next(ids)
+            requests.append(
+                Request(
+                    id=number,
+                    prompt=tokens,
+                    sampling=replace(config.sampling, seed=number),
+                    max_new_tokens=config.max_new_tokens,
+                    eos_token_ids=parts.eos_token_ids,
+                )
+            )
+    return requests
+
+
+def _show(report: Mapping[str, Mapping[str, Reliability]]) -> None:
+    table = Table("forecasts of a", "", "count", "expected calibration error", "Brier score")
+    for what, kinds in report.items():
+        for when, found in kinds.items():
+            table.add_row(what, when, str(found.count), f"{found.error:.4f}", f"{found.brier:.4f}")
+    Console(width=100).print(table)
+
+
+def _write(report: Mapping[str, Mapping[str, Reliability]], out: Path, title: str) -> None:
+    if out.suffix == ".json":
+        data = {
+            what: {when: found.as_json() for when, found in kinds.items()}
+            for what, kinds in report.items()
+        }
+        out.write_text(json.dumps(data, indent=1) + "\n")
+        return
+    from matplotlib.figure import Figure  # takes a second to import, and only plots need it
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    for axes, (what, kinds) in zip(figure.subplots(1, 2), report.items(), strict=True):
+        axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+        for (when, found), style in zip(kinds.items(), ("o--", "s-"), strict=True):
+            said, true = [b.predicted for b in found.bins], [b.happened for b in found.bins]
+            axes.plot(said, true, style, label=f"{when}, error {found.error:.3f}", markersize=4)
+        axes.set(title=what, xlabel="forecast probability", ylabel="share that came true")
+        axes.legend()
+    figure.suptitle(title)
+    figure.savefig(out)

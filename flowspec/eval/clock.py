@@ -1,0 +1,96 @@
+"""One clock for many processes: what each one's clock shows, told by the head's pings.
+
+Each ping and its answer give four times (as in NTP, RFC 5905): sent and received by the head's
+clock, received and answered by the stage's. The stage's clock is ahead by the mean of the two
+differences, and wrong by at most half of what the round trip took beyond the stage's own time.
+Pings before the first request and after the last one give offset and drift. Times in seconds.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One ping and its answer."""
+
+    sent_at: float  # head's clock
+    received_at: float  # stage's clock
+    answered_at: float  # stage's clock
+    back_at: float  # head's clock
+
+    @property
+    def offset(self) -> float:
+        """How far the stage's clock is ahead of the head's."""
+        return ((self.received_at - self.sent_at) + (self.answered_at - self.back_at)) / 2
+
+    @property
+    def error(self) -> float:
+        """The offset is wrong by this at most, however the way is split between there and back."""
+        return ((self.back_at - self.sent_at) - (self.answered_at - self.received_at)) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """A stage's clock, linear between two moments at which its offset is known."""
+
+    first: tuple[float, float] = (0.0, 0.0)  # (when by the stage's clock, offset)
+    last: tuple[float, float] = (0.0, 0.0)
+    error: float = 0.0
+
+    @property
+    def drift(self) -> float:
+        """Seconds that the stage's clock gains per second."""
+        elapsed = self.last[0] - self.first[0]
+        return (self.last[1] - self.first[1]) / elapsed if elapsed > 0 else 0.0
+
+    def to_head(self, when: float) -> float:
+        """A time of the stage's clock by the head's."""
+        return when - self.first[1] - self.drift * (when - self.first[0])
+
+
+def estimate(rounds: Sequence[Round], *, before: float, after: float) -> Clock | None:
+    """The clock behind these rounds; None where there are none.
+
+    Rounds up to `before` (head's clock) give its first moment, those from `after` on its last; of
+    each the quickest counts. An offset within its error is taken as none: the clock is shared.
+    """
+    if not rounds:
+        return None
+    first = _quickest(r for r in rounds if r.back_at <= before) or _quickest(rounds)
+    assert first is not None
+    last = _quickest(r for r in rounds if r.sent_at >= after) or first
+    error = max(first.error, last.error)
+    if all(abs(r.offset) <= r.error for r in (first, last)):
+        return Clock(error=error)
+    return Clock(
+        first=(first.answered_at, first.offset),
+        last=(last.answered_at, last.offset if last is not first else first.offset),
+        error=error,
+    )
+
+
+def _quickest(rounds: Iterable[Round]) -> Round | None:
+    return min(rounds, key=lambda r: r.error, default=None)
+
+
+def pair_rounds(
+    pings_sent: Sequence[float],
+    pings_received: Sequence[float],
+    answers_sent: Sequence[float],
+    answers_received: Sequence[float],
+) -> list[Round]:
+    """Rounds from the four columns of times, each in order.
+
+    A stage tells its status unasked too: a ping's answer is the first one sent after it came.
+    """
+    rounds = []
+    index = 0
+    answers = list(zip(answers_sent, answers_received, strict=False))
+    for sent_at, received_at in zip(pings_sent, pings_received, strict=False):
+        while index < len(answers) and answers[index][0] < received_at:
+            index += 1
+        if index == len(answers):
+            break
+        rounds.append(Round(sent_at, received_at, *answers[index]))
+    return rounds

@@ -1,0 +1,56 @@
+"""Reading single values of a `config.json`, with one message for each way they can be wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Sizes up to which a model's shapes can be written down without overflow and its layers listed.
+_LARGEST = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 24,
+}
+_LARGEST_OTHER = (1 << 31) - 1
+
+
+def whole_number(
+    hf: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1
+) -> int:
+    """The int under `key`, `default` where it is missing or null; ValueError names the key."""
+    value = hf.get(key)
+    value = default if value is None else value
+    most = _LARGEST.get(key, _LARGEST_OTHER)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(
+            f"config.json: {key} is {value!r}, needed: a whole number from {least} to {most}"
+        )
+    return value
+
+
+def positive_number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """The number under `key`, `default` where it is missing or null; ValueError names the key."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"config.json: {key} is {value!r}, needed: a number above 0")
+    return float(value)
+
+
+def flag(hf: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    """The bool under `key`, `default` where it is missing or null; ValueError names the key."""
+    value = hf.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} is {value!r}, needed: true or false")
+    return default if value is None else value
+
+
+def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """One token id or a list of them; ValueError names the key."""
+    value = hf.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 1 << 31 for i in ids):
+        raise ValueError(f"{key} is {value!r}, needed: a token id or a list of them")
+    return tuple(ids)

@@ -1,0 +1,165 @@
+"""torch.distributed transport: gloo, hidden states on a GPU by nccl. For trusted networks only.
+
+Neither encrypts nor authenticates: whoever reaches the ports can read, join and end the cluster.
+"""
+
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flowspec.codec import WireError, decode, encode_tensors
+from flowspec.effects import HEAD
+from flowspec.request import rank_name
+from flowspec.transport.torch_link import AnyFrame, Link, Meeting
+from flowspec.wire import DATA, WireMessage
+
+MAX_WAITING_MESSAGES = 1000  # then the links' threads stop taking more
+LINGER_S = 1.0
+STORE_TIMEOUT_S = 120.0
+
+
+class TorchDistTransport:
+    """Rank `rank` of ranks 0..num_stages, which all meet at `meeting`, in any order.
+
+    Receiving raises ClusterError when a stage is lost to the head, or the head to a stage; what a
+    stage needs of other stages is told when it sends to them.
+    """
+
+    def __init__(self, rank: int, num_stages: int, meeting: Meeting) -> None:
+        self.rank = rank
+        self._inbox: queue.SimpleQueue[WireMessage | Exception] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._closed = threading.Event()
+        device = meeting.make_device()
+        self._links = {
+            peer: Link(rank, peer, meeting, device, self._deliver, self._broken)
+            for peer in range(num_stages + 1)
+            if peer != rank
+        }
+
+    def send(self, to: int, message: WireMessage) -> None:
+        """See Transport.send."""
+        self._links[to].send(encode_tensors(message), type(message).__name__)
+
+    def receive(self, timeout_s: float) -> Sequence[WireMessage]:
+        """See Transport.receive."""
+        control: list[WireMessage] = []
+        data: list[WireMessage] = []
+        wait = timeout_s > 0 and self._failure is None
+        while True:
+            try:
+                item = self._inbox.get(wait, timeout_s)
+            except queue.Empty:
+                break
+            wait = False
+            if isinstance(item, Exception):
+                self._failure = self._failure or item
+            else:
+                (data if isinstance(item, DATA) else control).append(item)
+        if self._failure is not None and not control and not data:
+            raise self._failure  # what came before it is served first
+        return control + data
+
+    def has_lost(self, peer: int) -> bool:
+        """Whether the connection to `peer` has broken or ended."""
+        return self._links[peer].has_ended()
+
+    def close(self) -> None:
+        """See Transport.close."""
+        self._closed.set()
+        end = time.monotonic() + LINGER_S
+        for link in self._links.values():
+            link.say_bye(end)
+        for link in self._links.values():
+            link.hang_up(end)
+
+    def _deliver(self, frames: list[AnyFrame]) -> None:
+        while self._inbox.qsize() >= MAX_WAITING_MESSAGES and not self._closed.wait(0.01):
+            pass
+        try:
+            self._inbox.put(decode(frames))
+        except WireError as error:
+            raise WireError(f"{rank_name(self.rank)} received a bad frame: {error}") from None
+
+    def _broken(self, peer: int, error: Exception) -> None:
+        if isinstance(error, WireError) or HEAD in (self.rank, peer):
+            self._inbox.put(error)
+
+
+def meet_in_folder(folder: str, *, gpu: str = "") -> Meeting:
+    """For processes of this machine: a file in a folder that only this user may enter.
+
+    Raises ValueError where this torch lacks what is needed, as the next does.
+    """
+    check_backends(gpu)
+    path = str(Path(folder) / "ranks")
+    return Meeting(lambda: dist.FileStore(path, -1), gpu=gpu)
+
+
+def meet_by_torchrun(*, gpu: str = "") -> Meeting:
+    """For the processes that torchrun has started, here or on several machines.
+
+    On several, each listens at its address on the way to torchrun's master, or on the interface
+    that GLOO_SOCKET_IFNAME names.
+    """
+    check_backends(gpu)
+    env = os.environ
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    timeout = timedelta(seconds=STORE_TIMEOUT_S)
+    hosted = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = env["RANK"] == "0" and not hosted
+    first = dist.TCPStore(host, port, None, is_master, timeout, multi_tenant=True)
+
+    def open_store() -> Any:
+        store = dist.TCPStore(first.host, port, None, False, timeout)  # `first` may be the server
+        return dist.PrefixStore(f"flowspec-{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
+        return Meeting(open_store, gpu=gpu)
+    interface = env.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    return Meeting(open_store, host=_own_address(host, port), interface=interface, gpu=gpu)
+
+
+def tell(meeting: Meeting, key: str, text: str) -> None:
+    """Leave a word for all ranks where they meet."""
+    meeting.open_store().set(key, text)
+
+
+def hear(meeting: Meeting, key: str, timeout_s: float) -> str | None:
+    """What a rank has left under `key`; None if nothing within the time."""
+    store = meeting.open_store()
+    try:
+        store.wait([key], timedelta(seconds=timeout_s))
+    except RuntimeError:
+        return None
+    return str(store.get(key).decode())
+
+
+def check_backends(gpu: str) -> None:
+    """Raise ValueError where this torch cannot do it; with `gpu`, nccl is needed too."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise ValueError("this torch is built without torch.distributed gloo; use --transport zmq")
+    if gpu and not dist.is_nccl_available():
+        raise ValueError("this torch is built without nccl; use --transport gloo or zmq")
+    if gpu and torch.device(gpu).index >= torch.cuda.device_count():
+        raise ValueError(
+            f"transport nccl needs a GPU for each process, {gpu} here; this machine has "
+            f"{torch.cuda.device_count()}: use --transport gloo or zmq"
+        )
+
+
+def _own_address(host: str, port: int) -> str:
+    """The address of the interface that leads to `host`; nothing is sent."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)
+        return str(probe.getsockname()[0])
