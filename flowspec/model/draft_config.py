@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from flowspec.model.config import ModelConfig
 
 ERROR, CONTRADICTION, NOTE = "error", "contradiction", "note"
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+# Read by the loaders of heads, and unknown to the config of a whole model.
+_HEAD_WORDS = ("draft_vocab", "aux_hidden_state", "eagle_config", "norm_before", "norm_output",
+               "fc_norm", "target_hidden", "speculators", "transformer_layer_config")  # fmt: skip
+_HEAD_KEYS = ("bias", "qkv_bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +138,13 @@ def _kv_heads(sizes: Sizes, heads: int, head_dim: int) -> int:
 
 def _read(sizes: Sizes, plain: Mapping[str, Any]) -> ModelConfig:
     """What the config says beside the sizes; what is not supported is an error, then left out."""
+    rest = {
+        key: value
+        for key, value in sizes.hf.items()
+        if key not in _HEAD_KEYS and not any(word in key for word in _HEAD_WORDS)
+    }
     try:
-        return ModelConfig.from_hf({**sizes.hf, **plain})
+        return ModelConfig.from_hf({**rest, **plain})
     except ValueError as error:
         sizes.add(ERROR, str(error).removeprefix("config.json: "))
     return ModelConfig.from_hf(plain)

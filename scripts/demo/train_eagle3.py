@@ -17,7 +17,7 @@ from demo.fast_eagle3 import FastEagle3, draft_vocabulary
 from demo.fast_llama import FastLlama, rope_table
 from demo.optim import MuonAdam, Slot
 from demo.train_drafters import Batch, Job, Outcome, make_blocks, run, same_sample
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 INTERMEDIATE = 1408
@@ -107,6 +107,11 @@ def train(
     """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
     shape = target.shape
     ids, covered = draft_vocabulary(samples, shape.vocab_size, plan.draft_vocab)
+    if (
+        plan.checkpoint.exists()
+    ):  # a resumed run keeps its vocabulary, also where there is more text
+        saved = load_file(plan.checkpoint.with_suffix("") / "model.safetensors")["d2t"]
+        ids = torch.arange(len(saved)) + saved
     head = FastEagle3(target, ids, (shape.num_heads, shape.num_heads, shape.head_dim), INTERMEDIATE)
 
     def loss(batch: Batch) -> Outcome:
