@@ -107,9 +107,7 @@ def train(
     """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
     shape = target.shape
     ids, covered = draft_vocabulary(samples, shape.vocab_size, plan.draft_vocab)
-    if (
-        plan.checkpoint.exists()
-    ):  # a resumed run keeps its vocabulary, also where there is more text
+    if plan.checkpoint.exists():  # resumed, perhaps with more text: its vocabulary stays
         saved = load_file(plan.checkpoint.with_suffix("") / "model.safetensors")["d2t"]
         ids = torch.arange(len(saved)) + saved
     head = FastEagle3(target, ids, (shape.num_heads, shape.num_heads, shape.head_dim), INTERMEDIATE)
