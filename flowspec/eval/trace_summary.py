@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flowspec.eval.chrome_trace import FORMAT
 from flowspec.request import rank_name
 
@@ -147,5 +149,5 @@ def _link(name: str, hops: Sequence[Mapping[str, Any]]) -> LinkShare:
         num_bytes=sum(hop["bytes"] for hop in hops),
         num_timed=len(timed),
         median_ms=statistics.median(timed) if timed else 0.0,
-        p95_ms=timed[int(0.95 * (len(timed) - 1))] if timed else 0.0,
+        p95_ms=float(np.percentile(timed, 95)) if timed else 0.0,
     )
