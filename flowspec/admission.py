@@ -35,7 +35,7 @@ class Kept:
     def num_shared(self, prompt: Sequence[int]) -> int:
         """Leading positions of `prompt` that need not be computed again.
 
-        One less than the tokens in common, as Drafter.open wants it, and at most what the stages
+        One less than the tokens in common, as an Opening wants it, and at most what the stages
         have committed and the drafter has complete.
         """
         session = self.session

@@ -13,7 +13,7 @@ from flowspec.batching import Slots
 from flowspec.calibration import Calibration, Forecasts
 from flowspec.codec import MAX_BATCH
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import Drafter, NoDrafter
+from flowspec.drafters.base import Drafter, NoDrafter, Opening
 from flowspec.drafters.grafted import GraftedDrafter
 from flowspec.drafting import draft_work, next_drafts
 from flowspec.effects import CLIENT, EVERY_STAGE, Send, Step
@@ -214,11 +214,13 @@ class Head:
             config=config,
             pipe=self.pipe,
             drafter=drafter.open(
-                request,
-                topk=config.topk,
-                coupled=config.coupled_drafting,
-                reuse=kept.session.drafter if kept is not None else None,
-                num_shared=num_shared,
+                Opening(
+                    request=request,
+                    topk=config.topk,
+                    coupled=config.coupled_drafting,
+                    reuse=kept.session.drafter if kept is not None else None,
+                    num_shared=num_shared,
+                )
             ),
             source=drafter.name,
             num_prompt_sent=num_shared,

@@ -8,7 +8,7 @@ from tiny import VOCAB, truth
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
+from flowspec.drafters.base import Drafter, DraftJob, Opening, Proposal, draft_each
 from flowspec.drafters.ngram import NgramDrafter
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
@@ -62,18 +62,10 @@ class ScriptedDrafter:
         self.true = true  # the text to be right about, where it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "ScriptedSession":
+    def open(self, opening: Opening) -> "ScriptedSession":
         """See Drafter.open."""
-        del coupled
-        session = ScriptedSession(self, request, topk)
+        request, reuse, num_shared = opening.request, opening.reuse, opening.num_shared
+        session = ScriptedSession(self, request, opening.topk)
         if num_shared:
             assert isinstance(reuse, ScriptedSession)
             assert num_shared <= reuse.num_reusable

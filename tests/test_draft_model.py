@@ -17,7 +17,7 @@ from tiny_drafters import draft_model
 
 from flowspec.acceptance.coupled import draft_scores
 from flowspec.drafters import DraftSource, find_drafter
-from flowspec.drafters.base import DraftJob, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal
 from flowspec.drafters.draft_model import DraftModelDrafter, DraftModelSession, check_vocabulary
 from flowspec.model.load import HeadPart, load_whole
 from flowspec.model.rows import run_rows
@@ -50,7 +50,9 @@ class Play:
     ) -> None:
         self.drafter = drafter or draft_model()
         asked = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=60)
-        self.session: DraftModelSession = self.drafter.open(asked, topk=VOCAB, coupled=True)
+        self.session: DraftModelSession = self.drafter.open(
+            Opening(request=asked, topk=VOCAB, coupled=True)
+        )
         self.sampling = sampling
         self.tree = DraftTree()
         self.tokens = list(prompt)
@@ -205,7 +207,7 @@ def test_padding_of_either_vocabulary_is_no_token(vocab_size: int) -> None:
     """More embeddings than the target has tokens, or fewer: only shared ones are proposed."""
     drafter = draft_model(vocab_size=vocab_size)
     asked = Request(id=1, prompt=(*PROMPT, VOCAB - 1), sampling=T1, max_new_tokens=4)
-    session = drafter.open(asked, topk=1000, coupled=True)
+    session = drafter.open(Opening(request=asked, topk=1000, coupled=True))
     tree = DraftTree()
     tree.plant(NO_NODE, VOCAB - 1, len(asked.prompt))
     session.accept([*asked.prompt, VOCAB - 1])

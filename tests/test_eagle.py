@@ -16,7 +16,7 @@ from tiny_drafters import causal_attend
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import Proposal
+from flowspec.drafters.base import Opening, Proposal
 from flowspec.drafters.features import FeatureSession
 from flowspec.drafters.incremental import MAX_ABSORBED_ROWS, SPARE_ROWS
 from flowspec.model.llama import rope_angles
@@ -59,7 +59,9 @@ class Play:
         self, prompt: Sequence[int], *, sampling: SamplingParams, coupled: bool, exact: bool
     ) -> None:
         request = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=64)
-        self.session: FeatureSession = DRAFTER.open(request, topk=VOCAB, coupled=coupled)
+        self.session: FeatureSession = DRAFTER.open(
+            Opening(request=request, topk=VOCAB, coupled=coupled)
+        )
         self.sampling, self.coupled, self.exact = sampling, coupled, exact
         self.tree = DraftTree()
         self.tokens = list(prompt)
@@ -352,7 +354,7 @@ def test_topk_bounds_the_children() -> None:
     for topk, top_k, want in ((3, 0, 3), (8, 5, 5), (1000, 0, VOCAB)):
         sampling = SamplingParams(temperature=1.0, top_k=top_k, seed=1)
         request = Request(id=1, prompt=(1, 2), sampling=sampling, max_new_tokens=4)
-        session = DRAFTER.open(request, topk=topk, coupled=True)
+        session = DRAFTER.open(Opening(request=request, topk=topk, coupled=True))
         tree = DraftTree()
         tree.plant(NodeId(-1), 5, 2)
         session.accept([1, 2, 5])

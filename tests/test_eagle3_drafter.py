@@ -10,7 +10,7 @@ from tiny_drafters import DRAFT_TO_TARGET, causal_attend, eagle3_drafter
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import Proposal
+from flowspec.drafters.base import Opening, Proposal
 from flowspec.drafters.features import FeatureSession
 from flowspec.model.llama import rope_angles
 from flowspec.request import NO_NODE, Request, SamplingParams
@@ -49,7 +49,7 @@ def check(proposal: Proposal, path: Sequence[int], sampling: SamplingParams) -> 
 def planted(sampling: SamplingParams) -> tuple[FeatureSession, DraftTree]:
     """The prompt and its verdict are known, no feature yet."""
     asked = Request(id=1, prompt=PROMPT, sampling=sampling, max_new_tokens=20)
-    session = DRAFTER.open(asked, topk=VOCAB, coupled=True)
+    session = DRAFTER.open(Opening(request=asked, topk=VOCAB, coupled=True))
     tree = DraftTree()
     tree.plant(NO_NODE, 8, len(PROMPT))
     session.accept([*PROMPT, 8])

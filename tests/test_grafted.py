@@ -12,7 +12,7 @@ from tiny import PROMPT, T0, T1, expected, request, truth
 
 from flowspec.config import DecodeConfig
 from flowspec.drafters import grafted
-from flowspec.drafters.base import DraftJob, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal
 from flowspec.drafters.grafted import AGREED, OUTSIDER, GraftedDrafter, GraftedSession, merge
 from flowspec.pipe import Pipe
 from flowspec.request import NO_NODE, NodeId, Request
@@ -28,9 +28,9 @@ DRAFTING = [name for name, spec in STRATEGIES.items() if spec.drafts]
 class StrictDrafter(ScriptedDrafter):
     """Expands only nodes whose parents it has proposed children for, as a feature head must."""
 
-    def open(self, request: Request, **options) -> "StrictSession":
+    def open(self, opening: Opening) -> "StrictSession":
         """See Drafter.open."""
-        return StrictSession(self, request, options["topk"])
+        return StrictSession(self, opening.request, opening.topk)
 
 
 class StrictSession(ScriptedSession):
@@ -61,7 +61,7 @@ def session_of(
     drafter = GraftedDrafter(StrictDrafter(SCRIPTS[script]))
     config = DecodeConfig(graft=True, **decode)
     asked = request(max_new_tokens=40)
-    inner = drafter.open(asked, topk=4, coupled=False)
+    inner = drafter.open(Opening(request=asked, topk=4, coupled=False))
     session = Session(
         request=asked,
         config=config,
@@ -175,7 +175,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
     drafter = GraftedDrafter(base)
     jobs = []
     for number, text in enumerate(([1, 2, 3, 1, 2], [4, 5, 6, 4, 5]), start=1):
-        session = drafter.open(request(number), topk=4, coupled=False)
+        session = drafter.open(Opening(request=request(number), topk=4, coupled=False))
         session.accept(text)
         tree = DraftTree()
         tree.plant(NO_NODE, text[-1], len(text) - 1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny import PROMPT, T0, T1, expected, request, truth
 
 from flowspec.drafters import DRAFTERS, find_drafter
+from flowspec.drafters.base import Opening
 from flowspec.drafters.ngram import NgramDrafter, NgramSession
 from flowspec.request import NodeId
 from flowspec.strategies import STRATEGIES
@@ -20,7 +21,7 @@ TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=30)
 
 def opened(text: Sequence[int], topk: int = 4) -> tuple[NgramSession, DraftTree]:
     """A session that was told `text`, and a tree rooted at its last token."""
-    session = NgramDrafter().open(request(), topk=topk, coupled=False)
+    session = NgramDrafter().open(Opening(request=request(), topk=topk, coupled=False))
     session.accept(text)
     tree = DraftTree()
     tree.plant(NodeId(-1), text[-1], len(text) - 1)
@@ -35,7 +36,7 @@ def test_it_needs_no_files():
 
 def test_before_the_first_token_there_is_nothing_to_propose():
     """The prompt is taken in while the stages still work on it."""
-    session = NgramDrafter().open(request(), topk=4, coupled=False)
+    session = NgramDrafter().open(Opening(request=request(), topk=4, coupled=False))
     assert session.num_rows_ready == 0
     session.accept(PROMPT)
     assert session.num_rows_ready == len(PROMPT)

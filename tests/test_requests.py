@@ -120,9 +120,9 @@ def test_nobody_starves_beside_good_guessers(strategy):
     """A request whose drafter is always wrong still gets a token per trip through the pipe."""
 
     class Unequal(ScriptedDrafter):
-        def open(self, request, **options):
-            self.script = hostile if request.id == 1 else perfect
-            return super().open(request, **options)
+        def open(self, opening):
+            self.script = hostile if opening.request.id == 1 else perfect
+            return super().open(opening)
 
     asked = [request(i, prompt=PROMPT[i:], max_new_tokens=24) for i in range(1, 5)]
     cluster = make_cluster(3, strategy, drafter=Unequal(perfect))

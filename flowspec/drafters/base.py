@@ -32,7 +32,7 @@ class DraftSession(Protocol):
 
     @property
     def num_reusable(self) -> int:
-        """Leading positions whose work is complete, see Drafter.open."""
+        """Leading positions whose work is complete, see Opening."""
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Tokens now known to be true, behind those known before (first the prompt)."""
@@ -56,29 +56,32 @@ class DraftJob:
     nodes: Sequence[Node] | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """What a session begins with; `topk` children per node, ranked by the shared noise if coupled.
+
+    `reuse`, a session of the same drafter that is over, gives its work on the first `num_shared`
+    positions (at most its `num_reusable`). The new prompt must have the same first
+    `num_shared + 1` tokens: a head's row at position i holds feature i beside token i + 1. Then
+    features of positions from `num_shared` on are all that is still needed; `accept` brings every
+    token anyway.
+    """
+
+    request: Request
+    topk: int
+    coupled: bool
+    reuse: DraftSession | None = None
+    num_shared: int = 0
+
+
 class Drafter(Protocol):
     """A loaded draft model (or method)."""
 
     name: str
     feature_layers: tuple[int, ...]  # which of the target's hidden states it needs
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> DraftSession:
-        """Begin with a request; `topk` children per node, ranked by the shared noise if coupled.
-
-        `reuse`, a session of this drafter that is over, gives its work on the first `num_shared`
-        positions (at most its `num_reusable`). The new prompt must have the same first
-        `num_shared + 1` tokens: a head's row at position i holds feature i beside token i + 1. Then
-        features of positions from `num_shared` on are all that is still needed; `accept` brings
-        every token anyway.
-        """
+    def open(self, opening: Opening) -> DraftSession:
+        """Begin with a request."""
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
         """The proposals of each job, all in one forward where the method has one.
@@ -105,17 +108,9 @@ class NoDrafter:
     name = "none"
     feature_layers: tuple[int, ...] = ()
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "NoDraftSession":
+    def open(self, opening: Opening) -> "NoDraftSession":
         """A session that never has anything to say."""
-        del request, topk, coupled, reuse, num_shared
+        del opening
         return NoDraftSession()
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from flowspec.drafters.base import DraftJob, DraftSession, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal
 from flowspec.drafters.incremental import IncrementalDrafter, IncrementalSession, Share
 from flowspec.model.config import ModelConfig
 from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
 from flowspec.model.stage_model import StageModel
-from flowspec.request import NO_NODE, NodeId, Request
+from flowspec.request import NO_NODE, NodeId
 from flowspec.tree import DraftTree, Node
 
 SHOWN = 3  # of the tokens that differ between two vocabularies
@@ -35,19 +35,9 @@ class DraftModelDrafter(IncrementalDrafter):
         """See IncrementalDrafter."""
         return self.model.new_cache(capacity)
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "DraftModelSession":
+    def open(self, opening: Opening) -> "DraftModelSession":
         """See Drafter.open."""
-        return DraftModelSession(
-            self, request, topk=topk, coupled=coupled, reuse=reuse, num_shared=num_shared
-        )
+        return DraftModelSession(self, opening)
 
     def forward(
         self,
@@ -70,19 +60,8 @@ class DraftModelDrafter(IncrementalDrafter):
 class DraftModelSession(IncrementalSession):
     """One request's rows, and the children of those that are guesses."""
 
-    def __init__(
-        self,
-        drafter: DraftModelDrafter,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> None:
-        super().__init__(
-            drafter, request, topk=topk, coupled=coupled, reuse=reuse, num_shared=num_shared
-        )
+    def __init__(self, drafter: DraftModelDrafter, opening: Opening) -> None:
+        super().__init__(drafter, opening)
         self._tip = NO_NODE  # node of the prefix's last row, if it is known
         self._drafted: dict[tuple[NodeId, int], NodeId] = {}  # nodes by parent and token
         self._children: dict[NodeId, tuple[tuple[int, float], ...]] = {}  # proposed, by node

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowspec.drafters.base import DraftSession, Proposal
+from flowspec.drafters.base import Opening, Proposal
 from flowspec.drafters.incremental import IncrementalDrafter, IncrementalSession, Share
 from flowspec.model.config import ModelConfig
 from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
 from flowspec.model.llama import Attend, Rope, rope_angles, rope_frequencies
-from flowspec.request import NodeId, Request
+from flowspec.request import NodeId
 from flowspec.tree import DraftTree, Node
 
 
@@ -52,19 +52,9 @@ class FeatureDrafter(IncrementalDrafter):
             device=self.device,
         )
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "FeatureSession":
+    def open(self, opening: Opening) -> "FeatureSession":
         """See Drafter.open."""
-        return FeatureSession(
-            self, request, topk=topk, coupled=coupled, reuse=reuse, num_shared=num_shared
-        )
+        return FeatureSession(self, opening)
 
     def forward(
         self,
@@ -91,25 +81,14 @@ class FeatureSession(IncrementalSession):
 
     drafter: FeatureDrafter
 
-    def __init__(
-        self,
-        drafter: FeatureDrafter,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> None:
-        super().__init__(
-            drafter, request, topk=topk, coupled=coupled, reuse=reuse, num_shared=num_shared
-        )
+    def __init__(self, drafter: FeatureDrafter, opening: Opening) -> None:
+        super().__init__(drafter, opening)
         # true features not absorbed yet: by position, then by layer
         self.features: dict[int, dict[int, Tensor]] = {}
-        if num_shared:
-            assert isinstance(reuse, FeatureSession)
-            for position in range(self.num_absorbed, num_shared):
-                self.features[position] = reuse.features[position]
+        if opening.num_shared:
+            assert isinstance(opening.reuse, FeatureSession)
+            for position in range(self.num_absorbed, opening.num_shared):
+                self.features[position] = opening.reuse.features[position]
         self._guesses: dict[NodeId, Tensor] = {}  # guessed features [H] of drafted nodes
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:

@@ -8,14 +8,15 @@ replaces the graft's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from math import exp, log
 
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal
+from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Opening, Proposal
 from flowspec.drafters.ngram import NgramDrafter, NgramSession
-from flowspec.request import NodeId, Request
+from flowspec.request import NodeId
 from flowspec.tree import DraftTree, Node
 
 # Sources of a child besides the drafter's own name: each is calibrated by itself.
@@ -39,21 +40,12 @@ class GraftedDrafter:
         self.feature_layers = base.feature_layers
         self.ngram = NgramDrafter()
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "GraftedSession":
+    def open(self, opening: Opening) -> "GraftedSession":
         """See Drafter.open."""
-        before = reuse.base if isinstance(reuse, GraftedSession) else reuse
-        base = self.base.open(
-            request, topk=topk, coupled=coupled, reuse=before, num_shared=num_shared
-        )
-        return GraftedSession(base, self.ngram.open(request, topk=topk, coupled=coupled), self.name)
+        before = opening.reuse
+        if isinstance(before, GraftedSession):
+            opening = replace(opening, reuse=before.base)
+        return GraftedSession(self.base.open(opening), self.ngram.open(opening), self.name)
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
         """See Drafter.draft: one call of the base drafter, its proposals merged with the text's."""

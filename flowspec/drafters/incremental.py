@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import DraftJob, DraftSession, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal
 from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
-from flowspec.request import NO_NODE, NodeId, Request
+from flowspec.request import NO_NODE, NodeId
 from flowspec.tree import DraftTree, Node
 
 MAX_ABSORBED_ROWS = 128  # per request and forward, so that the head's inbox is served in between
@@ -55,15 +55,7 @@ class IncrementalDrafter(ABC):
         """An empty cache for one request."""
 
     @abstractmethod
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "IncrementalSession":
+    def open(self, opening: Opening) -> "IncrementalSession":
         """See Drafter.open."""
 
     @abstractmethod
@@ -130,19 +122,11 @@ class IncrementalSession:
     num_reusable: int
     cache: TreeKVCache
 
-    def __init__(
-        self,
-        drafter: IncrementalDrafter,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> None:
+    def __init__(self, drafter: IncrementalDrafter, opening: Opening) -> None:
+        request, reuse, num_shared = opening.request, opening.reuse, opening.num_shared
         self.drafter = drafter
         self.sampling = request.sampling
-        self.topk, self.coupled = topk, coupled
+        self.topk, self.coupled = opening.topk, opening.coupled
         rows = min(len(request.prompt) + request.max_new_tokens, drafter.max_positions)
         self.tokens: list[int] = []  # all that is known to be true, the root last
         self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions

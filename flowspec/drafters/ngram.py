@@ -15,9 +15,9 @@ from math import log
 
 from torch import Tensor
 
-from flowspec.drafters.base import DraftJob, DraftSession, Proposal, draft_each
+from flowspec.drafters.base import DraftJob, Opening, Proposal, draft_each
 from flowspec.drafters.suffix_automaton import Match, SuffixAutomaton
-from flowspec.request import NodeId, Request
+from flowspec.request import NodeId
 from flowspec.tree import DraftTree, Node
 
 MAX_CONTEXTS = 3  # the longest known context and the next shorter ones; more change nothing
@@ -32,18 +32,9 @@ class NgramDrafter:
     name = "ngram"
     feature_layers: tuple[int, ...] = ()
 
-    def open(
-        self,
-        request: Request,
-        *,
-        topk: int,
-        coupled: bool,
-        reuse: DraftSession | None = None,
-        num_shared: int = 0,
-    ) -> "NgramSession":
+    def open(self, opening: Opening) -> "NgramSession":
         """See Drafter.open; `accept` brings every token, which is all there is to do."""
-        del request, coupled, reuse, num_shared
-        return NgramSession(topk)
+        return NgramSession(opening.topk)
 
     def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
         """See Drafter.draft."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from flowspec.acceptance.coupled import choose
+from flowspec.drafters.base import Opening
 from flowspec.drafters.eagle import EagleDrafter
 from flowspec.drafters.eagle3 import Eagle3Drafter
 from flowspec.model.draft_kind import draft_weights, read_draft, recognise
@@ -144,7 +145,7 @@ def decode(
 ) -> Sample:
     """One prompt by speculative decoding."""
     request = Request(id=0, prompt=tuple(prompt), sampling=sampling, max_new_tokens=max_new + 16)
-    session = pair.drafter.open(request, topk=shape.topk, coupled=coupled)
+    session = pair.drafter.open(Opening(request=request, topk=shape.topk, coupled=coupled))
     cache = pair.target.new_cache(len(prompt) + max_new + 128)
     ids = torch.tensor(list(prompt))
     layers = pair.drafter.feature_layers

@@ -14,7 +14,7 @@ from tiny import CONFIG, T0, T1, VOCAB
 from tiny_drafters import MODEL_DRAFTERS
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Proposal, draft_each
+from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Opening, Proposal, draft_each
 from flowspec.request import NO_NODE, Request, SamplingParams
 from flowspec.tree import DraftTree, Node
 
@@ -47,9 +47,10 @@ class Play:
             id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=MAX_NEW_TOKENS
         )
         self.drafter, self.asked, self.topk = drafter, asked, topk
-        self.session = drafter.open(
-            asked, topk=topk, coupled=True, reuse=reuse, num_shared=num_shared
+        opening = Opening(
+            request=asked, topk=topk, coupled=True, reuse=reuse, num_shared=num_shared
         )
+        self.session = drafter.open(opening)
         self.tree = DraftTree()
         self.tokens = list(prompt)
         self.num_known = num_shared  # positions whose features have come
