@@ -40,7 +40,9 @@ class _Offer:
 class Slots:
     """Composes slots; turns who is asked first."""
 
-    def __init__(self, pipe: Pipe, next_prompt_piece: Callable[[Session], Segment | None]) -> None:
+    def __init__(
+        self, pipe: Pipe, next_prompt_piece: Callable[[Session, int], Segment | None]
+    ) -> None:
         self.pipe = pipe
         self.next_prompt_piece = next_prompt_piece
         self._turn = 0
@@ -54,12 +56,10 @@ class Slots:
         """
         if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
             return []
-        prompt = next((r for r in requests if not r.session.decoding), None)
         offers = self._offers([r for r in requests if r.session.decoding], room)
         if any(offer.outgoing.early for offer in offers):
             return []
-        pieces = [self.next_prompt_piece(prompt.session)] if prompt is not None else []
-        segments = [piece for piece in pieces if piece is not None]
+        segments = self._prompt_pieces(requests)
         counts = best_counts(
             self.pipe.cost, offers_of(offers), num_fixed=sum(len(s.nodes) for s in segments)
         )
@@ -70,6 +70,17 @@ class Slots:
         if segments:
             self._turn += 1
         return segments
+
+    def _prompt_pieces(self, requests: Sequence[Served]) -> list[Segment]:
+        """A chunk of prompt for the slot, oldest request first; short prompts share it."""
+        pieces: list[Segment] = []
+        left = requests[0].session.config.prefill_chunk if requests else 0
+        for served in requests:
+            piece = self.next_prompt_piece(served.session, left)
+            if piece is not None:
+                pieces.append(piece)
+                left -= len(piece.nodes)
+        return pieces
 
     def _offers(self, requests: Sequence[Served], room: Callable[[Session], int]) -> list[_Offer]:
         """What each request would send. Whole segments join while the slot is below the knee."""

@@ -243,12 +243,12 @@ class Head:
         closed = [Send(FIRST_STAGE, Close(request=old)) for old in gone]
         return [*closed, Send(FIRST_STAGE, opened)]
 
-    def _next_prompt_piece(self, session: Session) -> Segment | None:
-        """The next chunk of the prompt; stages work on different chunks at the same time."""
+    def _next_prompt_piece(self, session: Session, most: int) -> Segment | None:
+        """Up to `most` tokens of the prompt; stages work on different pieces at the same time."""
         prompt, start = session.request.prompt, session.num_prompt_sent
-        if start == len(prompt):
+        end = min(start + most, len(prompt))
+        if start == end:
             return None
-        end = min(start + session.config.prefill_chunk, len(prompt))
         session.num_prompt_sent = end
         return new_segment(
             session,

@@ -112,6 +112,16 @@ def test_a_request_that_comes_later_joins_the_others():
     assert [token for tokens in own for token in tokens] == expected(second)
 
 
+def test_prompts_do_not_wait_for_one_another():
+    """Short ones share a slot; the next one begins while the first is still in the pipe."""
+    cluster = make_cluster(4, "streaming", prefill_chunk=8)
+    asked = [request(i, prompt=PROMPT[: 3 + i], max_new_tokens=2) for i in range(1, 5)]
+    waits = [c.stats.time_to_first_token_s for c in generate_all(cluster, asked)]
+    # a forward takes a second: 4 stages, then a slot per 8 rows of prompt
+    assert waits[0] < 4.5
+    assert max(waits) < 4.5 + 3 + 1
+
+
 # Fairness ---------------------------------------------------------------------------------------
 
 
