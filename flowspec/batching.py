@@ -54,12 +54,13 @@ class Slots:
         """
         if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
             return []
-        prompt = next((r for r in requests if not r.session.decoding), None)
         offers = self._offers([r for r in requests if r.session.decoding], room)
         if any(offer.outgoing.early for offer in offers):
             return []
-        pieces = [self.next_prompt_piece(prompt.session)] if prompt is not None else []
-        segments = [piece for piece in pieces if piece is not None]
+        prompts = (r.session for r in requests if not r.session.decoding)
+        # lazily: a prompt that is sent in full waits for its verdict, and the next one goes on
+        piece = next((p for p in map(self.next_prompt_piece, prompts) if p is not None), None)
+        segments = [piece] if piece is not None else []
         counts = best_counts(
             self.pipe.cost, offers_of(offers), num_fixed=sum(len(s.nodes) for s in segments)
         )

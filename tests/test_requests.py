@@ -168,6 +168,16 @@ def test_rows_of_all_are_taken_best_first_up_to_the_knee():
     assert best_counts(cost, crowd, num_fixed=64) == [1] * 12, "what is certain always goes"
 
 
+def test_prompts_follow_each_other_without_a_gap():
+    """A prompt that is sent and waits for its verdict does not hold up the next one."""
+    cluster = make_cluster(4, "ar")
+    asked = [request(i, prompt=PROMPT[i:], max_new_tokens=1) for i in range(1, 7)]
+    answers = generate_all(cluster, asked)
+    check_answers(asked, answers)
+    chunks = sum(-(-len(one.prompt) // 5) for one in asked)
+    assert max(a.stats.finished_at for a in answers) <= chunks + 4 + 1
+
+
 # Memory -----------------------------------------------------------------------------------------
 
 
