@@ -178,6 +178,15 @@ def test_prompts_follow_each_other_without_a_gap():
     assert max(a.stats.finished_at for a in answers) <= chunks + 4 + 1
 
 
+def test_who_turns_away_leaves_nothing_behind():
+    """The requests are over when the caller goes on, so that another strategy may follow."""
+    cluster = make_cluster(2, "streaming")
+    events = cluster.serve([request(1, max_new_tokens=40), request(2, max_new_tokens=40)])
+    next(events)
+    events.close()
+    check_empty(cluster)
+
+
 # Memory -----------------------------------------------------------------------------------------
 
 
