@@ -166,6 +166,8 @@ def test_rows_of_all_are_taken_best_first_up_to_the_knee():
     assert best_counts(cost, [([1.0] * 40, False), (doubtful, True)])[0] == 40
     crowd = [([1.0], True)] * 12
     assert best_counts(cost, crowd, num_fixed=64) == [1] * 12, "what is certain always goes"
+    boasters = [([1.0] * 32, True)] * 8
+    assert min(best_counts(cost, boasters)) > 0, "a root was crowded out by sure guesses"
 
 
 def test_prompts_follow_each_other_without_a_gap():
