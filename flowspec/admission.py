@@ -123,6 +123,13 @@ class Admission:
                 best, longest = kept, length
         return best, longest
 
+    def is_succeeded(self, kept: Kept, num_shared: int) -> bool:
+        """Whether a request that reuses `num_shared` of `kept` is its next turn.
+
+        Else they only begin alike, as all prompts of one chat template do, and it stays.
+        """
+        return 2 * num_shared >= kept.session.num_committed
+
     def make_room(self, num_rows: int, spare: Kept | None) -> list[int]:
         """Give up kept requests, the oldest first and `spare` last, until `num_rows` fit.
 

@@ -117,8 +117,14 @@ def best_counts(
     counts = [0 if can_cut else len(gains) for gains, can_cut in offers]
     num_rows = num_fixed + sum(counts)
     gain = sum(sum(gains) for gains, can_cut in offers if not can_cut) + (num_fixed > 0)
-    loose = [(p, place) for place, (gains, can_cut) in enumerate(offers) if can_cut for p in gains]
-    loose.sort(key=lambda row: -row[0])  # stable: within an offer parents stay first
+    ranked = [
+        (-p, rank, place)
+        for place, (gains, can_cut) in enumerate(offers)
+        if can_cut
+        for rank, p in enumerate(gains)
+    ]
+    # by rank among equals: parents stay first, and roots come before guesses as sure as they
+    loose = [(-p, place) for p, _, place in sorted(ranked)]
     if sum(can_cut for _, can_cut in offers) > 1:
         del loose[MAX_SHARED_ROWS:]
     best, best_rate = 0, gain / cost.milliseconds(num_rows) if num_rows else 0.0

@@ -203,9 +203,11 @@ class Head:
         admission.waiting.popleft()
         kept, num_shared = admission.find_shared(request.prompt, config)
         gone = admission.make_room(begin.num_rows, kept)
+        gone_after: list[int] = []
         if kept is None or kept.session.request.id in gone:
             kept, num_shared = None, 0
-        elif num_shared:
+        elif admission.is_succeeded(kept, num_shared):
+            gone_after.append(kept.session.request.id)
             del admission.kept[kept.session.request.id]
         admission.rows[request.id] = begin.num_rows
         drafter = self.drafter_in_use
@@ -240,8 +242,10 @@ class Head:
             reuse=kept.session.request.id if kept is not None else 0,
             num_shared=num_shared,
         )
-        closed = [Send(FIRST_STAGE, Close(request=old)) for old in gone]
-        return [*closed, Send(FIRST_STAGE, opened)]
+        before, after = (
+            [Send(FIRST_STAGE, Close(request=old)) for old in ids] for ids in (gone, gone_after)
+        )
+        return [*before, Send(FIRST_STAGE, opened), *after]
 
     def _next_prompt_piece(self, session: Session, most: int) -> Segment | None:
         """Up to `most` tokens of the prompt; stages work on different pieces at the same time."""

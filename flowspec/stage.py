@@ -112,7 +112,7 @@ class Stage:
 
     def _open(self, message: Open) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
-        before = self.requests.pop(message.reuse, None)
+        before = self.requests.get(message.reuse)  # its own Close frees it
         error = self._refusal(message, before)
         if error:
             return self._fail(message.request, error)

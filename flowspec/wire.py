@@ -23,7 +23,7 @@ class Open:
     sampling: SamplingParams = SamplingParams()
     # output-of-layer ids the drafter wants, -1: after the norm
     feature_layers: tuple[int, ...] = ()
-    reuse: int = 0  # a closed request that was kept: its first num_shared rows are this one's too
+    reuse: int = 0  # a kept request: its first num_shared rows are copied; it stays
     num_shared: int = 0
 
 

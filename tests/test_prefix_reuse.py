@@ -118,6 +118,29 @@ def test_two_conversations_do_not_mix():
         assert completion.stats.num_prompt_reused >= len(one.prompt)
 
 
+def test_a_prompt_that_only_begins_alike_takes_nothing_away():
+    """Prompts of one chat template share their first tokens; each conversation keeps its rows."""
+    cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
+    first, second = request(1), request(2, prompt=(*PROMPT[:4], 1, 2, 3))
+    answers = [generate(cluster, first), generate(cluster, second)]
+    assert answers[1].stats.num_prompt_reused == 3
+    turn = request(3, prompt=(*PROMPT, *answers[0].tokens, 5))
+    completion = generate(cluster, turn)
+    assert completion.stats.num_prompt_reused >= len(PROMPT)
+    assert list(completion.tokens) == expected(turn)
+    assert [sorted(stage.requests) for stage in cluster.stages] == [[2, 3], [2, 3]]
+
+
+def test_a_refused_turn_leaves_nothing_behind():
+    """A stage in the middle refuses: those after it, which never hear of it, free too."""
+    cluster = kept(3, "streaming", drafter=ScriptedDrafter(perfect))
+    answer = generate(cluster, request(1))
+    cluster.stages[1].kv_rows = 1
+    refused = generate(cluster, request(2, prompt=(*PROMPT, *answer.tokens)))
+    assert "1 are free" in refused.error or "of 1" in refused.error
+    assert [list(stage.requests) for stage in cluster.stages] == [[], [], []]
+
+
 def test_the_oldest_is_given_up_first():
     """At most `max_kept`; the stages free what the head gives up."""
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))

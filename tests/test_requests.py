@@ -176,6 +176,27 @@ def test_rows_of_all_are_taken_best_first_up_to_the_knee():
     assert best_counts(cost, [([1.0] * 40, False), (doubtful, True)])[0] == 40
     crowd = [([1.0], True)] * 12
     assert best_counts(cost, crowd, num_fixed=64) == [1] * 12, "what is certain always goes"
+    boasters = [([1.0] * 32, True)] * 8
+    assert min(best_counts(cost, boasters)) > 0, "a root was crowded out by sure guesses"
+
+
+def test_prompts_follow_each_other_without_a_gap():
+    """A prompt that is sent and waits for its verdict does not hold up the next one."""
+    cluster = make_cluster(4, "ar")
+    asked = [request(i, prompt=PROMPT[i:], max_new_tokens=1) for i in range(1, 7)]
+    answers = generate_all(cluster, asked)
+    check_answers(asked, answers)
+    chunks = sum(-(-len(one.prompt) // 5) for one in asked)
+    assert max(a.stats.finished_at for a in answers) <= chunks + 4 + 1
+
+
+def test_who_turns_away_leaves_nothing_behind():
+    """The requests are over when the caller goes on, so that another strategy may follow."""
+    cluster = make_cluster(2, "streaming")
+    events = cluster.serve([request(1, max_new_tokens=40), request(2, max_new_tokens=40)])
+    next(events)
+    events.close()
+    check_empty(cluster)
 
 
 # Memory -----------------------------------------------------------------------------------------

@@ -58,9 +58,11 @@ class SimulatedCluster:
                     yield event
                     if not answers.open:
                         return
-        finally:
+        except GeneratorExit:  # the caller has turned away: do not go on without it
             for left in answers.open:
                 self.cancel(left)
+            simulator.run()
+            raise
         raise ClusterError(
             "simulator", "nothing is left to do and a request is not over", answers.tokens
         )
