@@ -108,15 +108,17 @@ class Admission:
         needed = self.waiting[0].num_rows + sum(self.rows.values())
         return None if self.max_rows and needed > self.max_rows else self.waiting[0]
 
-    def find_shared(self, prompt: Sequence[int], config: DecodeConfig) -> tuple[Kept | None, int]:
+    def find_shared(
+        self, prompt: Sequence[int], config: DecodeConfig, source: str
+    ) -> tuple[Kept | None, int]:
         """The kept request with the longest beginning in common with `prompt`, and its length.
 
-        Only of those served under this very `config`: another strategy drafts otherwise.
+        Only of those served under this very `config` with drafter `source`, whose session it needs.
         """
         best: Kept | None = None
         longest = 0
         for kept in self.kept.values():
-            if kept.session.config is not config:
+            if kept.session.config is not config or kept.session.source != source:
                 continue
             length = kept.num_shared(prompt)
             if length > longest:

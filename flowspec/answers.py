@@ -1,6 +1,6 @@
 """Answers: the client's side of a head: events in, tokens and completions out, per request."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from flowspec.head import Head
 from flowspec.request import Completion, Request
@@ -8,11 +8,16 @@ from flowspec.wire import Finished, Message, Tokens
 
 
 class Answers:
-    """Follows `requests` to their ends; events of others are late words about what is over."""
+    """Follows `requests` to their ends; events of others are late words about what is over.
 
-    def __init__(self, head: Head, requests: Iterable[Request]) -> None:
+    Raises ValueError where two of them have one id.
+    """
+
+    def __init__(self, head: Head, requests: Sequence[Request]) -> None:
         self.head = head
         self.open = {request.id: request for request in requests}
+        if len(self.open) < len(requests):
+            raise ValueError("two requests have the same id; give each its own, above the last")
         self._tokens: dict[int, list[int]] = {number: [] for number in self.open}
         self._texts: dict[int, str] = dict.fromkeys(self.open, "")
 

@@ -83,18 +83,18 @@ class Slots:
         return pieces
 
     def _offers(self, requests: Sequence[Served], room: Callable[[Session], int]) -> list[_Offer]:
-        """What each request would send. Whole segments join while the slot is below the knee."""
+        """What each request would send; whole segments while one more would pay."""
         offers: list[_Offer] = []
-        num_whole = 0
+        whole: list[int] = []  # rows of each segment that may not be cut
         for place in range(len(requests)):
             served = requests[(self._turn + place) % len(requests)]
-            if num_whole >= knee(self.pipe.cost) or (left := room(served.session)) <= 0:
+            if not pays(self.pipe.cost, whole) or (left := room(served.session)) <= 0:
                 continue
             outgoing = served.strategy.next_segment(served.session)
             if outgoing is None:
                 continue
             if not outgoing.best_first:
-                num_whole += len(outgoing.nodes)
+                whole.append(len(outgoing.nodes))
             offers.append(_Offer(served.session, outgoing, outgoing.nodes[:left]))
         return offers
 
@@ -140,9 +140,10 @@ def best_counts(
     return counts
 
 
-def knee(cost: SegmentCost) -> int:
-    """The largest power of two of rows that costs little more than one row (a quarter)."""
-    rows = 1
-    while rows < 1024 and cost.milliseconds(2 * rows) <= 1.25 * cost.milliseconds(1):
-        rows *= 2
-    return rows
+def pays(cost: SegmentCost, whole: Sequence[int]) -> bool:
+    """Whether one more segment like the last would raise the gain per time of a slot of these."""
+    if not whole:
+        return True
+    num_rows, count = sum(whole), len(whole)
+    together = cost.milliseconds(num_rows + whole[-1])
+    return together * count < cost.milliseconds(num_rows) * (count + 1)

@@ -96,6 +96,7 @@ class Head:
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """Use another strategy for the requests to come."""
         assert not self.active, "a request is being served"
+        assert not self.admission.waiting, "a request waits that was sized for another strategy"
         self.spec, self.config = spec, config
         self.pipe.cost, self.calibration = SegmentCost(), Calibration()
 
@@ -200,8 +201,9 @@ class Head:
     def _open(self, begin: Waiting) -> Sequence[Send]:
         """The oldest waiting request begins, with what a kept one has in common with it."""
         admission, config, request = self.admission, self.config, begin.request
+        drafter = self.drafter_in_use
         admission.waiting.popleft()
-        kept, num_shared = admission.find_shared(request.prompt, config)
+        kept, num_shared = admission.find_shared(request.prompt, config, drafter.name)
         gone = admission.make_room(begin.num_rows, kept)
         gone_after: list[int] = []
         if kept is None or kept.session.request.id in gone:
@@ -210,7 +212,6 @@ class Head:
             gone_after.append(kept.session.request.id)
             del admission.kept[kept.session.request.id]
         admission.rows[request.id] = begin.num_rows
-        drafter = self.drafter_in_use
         session = Session(
             request=request,
             config=config,
@@ -225,6 +226,7 @@ class Head:
                 )
             ),
             source=drafter.name,
+            num_feature_layers=len(drafter.feature_layers),
             num_prompt_sent=num_shared,
             context=len(request.prompt) + request.max_new_tokens,
         )
@@ -273,9 +275,7 @@ class Head:
             return
         by_position = {}
         for node, hidden in zip(message.nodes, message.hidden, strict=True):
-            position = session.position_of(node)
-            assert position is not None, f"features of node {node}, which was never accepted"
-            by_position[position] = hidden
+            by_position[session.locate(node)] = hidden
         session.drafter.accept_features(message.layer, by_position)
 
     def _reroot(self, active: Active, verdict: Reroot, now: float) -> Sequence[Send]:
@@ -291,7 +291,7 @@ class Head:
             path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
             session.learn(path, verdict.token)
             new = [*(node.token for node in path[1:]), verdict.token]
-            session.positions.update((node.id, node.position) for node in path)
+            session.commit((node.id, node.position) for node in path)
             num_drafted = len(new) - (not session.last_was_hit)
         return self._take_tokens(active, new, num_drafted, now)
 

@@ -19,9 +19,11 @@ class SegmentCost:
         self._decay = decay
         self._mean_ms: dict[int, float] = {}
         self._counts: dict[int, int] = {}
+        self._known: dict[int, float] = {}  # milliseconds() of what was asked since the last record
 
     def record(self, rows: int, elapsed_ms: float) -> None:
         """A stage took `elapsed_ms` for `rows` rows."""
+        self._known.clear()
         size = min((s for s in self._SIZES if s >= rows), default=self._SIZES[-1])
         before = self._mean_ms.get(size, elapsed_ms)
         count = self._counts[size] = self._counts.get(size, 0) + 1
@@ -31,6 +33,11 @@ class SegmentCost:
 
     def milliseconds(self, rows: int) -> float:
         """Expected time of a segment of `rows` rows; 1.0 while nothing is known."""
+        if rows not in self._known:
+            self._known[rows] = self._interpolate(rows)
+        return self._known[rows]
+
+    def _interpolate(self, rows: int) -> float:
         known = [(size, ms) for size, ms in sorted(self._mean_ms.items())]
         if not known:
             return 1.0

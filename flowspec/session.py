@@ -35,7 +35,11 @@ class Session:
     num_prompt_sent: int = 0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
-    positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes
+    num_feature_layers: int = 0  # of which true features come
+    positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
+    layers_come: dict[NodeId, int] = field(
+        default_factory=dict
+    )  # of nodes some layers of which have
     forecasts: Forecasts | None = None  # corrects the drafter's scores
 
     @property
@@ -73,17 +77,33 @@ class Session:
         """Tokens whose rows every stage has committed once it knows the newest verdict."""
         return 0 if self.verdict is None else self.verdict.position
 
-    def position_of(self, node: NodeId) -> int | None:
-        """Absolute position of a living or lately accepted node."""
-        if node in self.tree:
-            return self.tree[node].position
-        return self.positions.get(node)
+    def commit(self, nodes: Iterable[tuple[NodeId, int]]) -> None:
+        """Nodes (with their positions) are accepted: their features come, or have come before."""
+        for node, position in nodes:
+            if self.layers_come.get(node, 0) < self.num_feature_layers:
+                self.positions[node] = position
+            else:
+                self.layers_come.pop(node, None)
+
+    def locate(self, node: NodeId) -> int:
+        """Absolute position of a node whose features of one more layer have come.
+
+        It may be alive still, where they overtook its verdict. What has come in full is forgotten,
+        so that a long text does not fill the memory.
+        """
+        alive = node in self.tree
+        assert alive or node in self.positions, f"features of node {node}, which was never accepted"
+        position = self.tree[node].position if alive else self.positions[node]
+        self.layers_come[node] = self.layers_come.get(node, 0) + 1
+        if not alive and self.layers_come[node] == self.num_feature_layers:
+            del self.positions[node], self.layers_come[node]
+        return position
 
     def begin(self, submitted_at: float, num_shared: int) -> None:
         """Number the prompt's nodes (token i is node i) and tell the drafter its tokens."""
         prompt = self.request.prompt
-        for index in range(len(prompt)):
-            self.positions[self.tree.new_id()] = index
+        ids = [(self.tree.new_id(), index) for index in range(len(prompt))]
+        self.commit(ids[num_shared:])
         self.drafter.accept(prompt)
         self.stats.submitted_at = submitted_at
         self.stats.num_prompt_reused = num_shared

@@ -12,7 +12,7 @@ from tiny import MAX_CONTEXT, PROMPT, T0, T1, expected, request
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
 
 from flowspec.admission import Admission
-from flowspec.batching import best_counts, knee
+from flowspec.batching import best_counts, pays
 from flowspec.cluster.base import generate, generate_all
 from flowspec.pipe import SegmentCost
 from flowspec.request import Completion, FinishReason, Request
@@ -168,7 +168,6 @@ def test_rows_of_all_are_taken_best_first_up_to_the_knee():
     for rows in (1, 2, 4, 8, 16, 32, 64, 128):
         for _ in range(50):
             cost.record(rows, max(8.0, rows))
-    assert knee(cost) == 8
     sure, doubtful = [1.0, *[0.9] * 5], [1.0, *[0.01] * 20]
     counts = best_counts(cost, [(sure, True), (doubtful, True)])
     assert counts[0] == 6
@@ -197,6 +196,20 @@ def test_who_turns_away_leaves_nothing_behind():
     next(events)
     events.close()
     check_empty(cluster)
+
+
+def test_whole_segments_share_a_slot_while_that_pays():
+    """Two trees of four rows cost what one does; the third would cost as much as it brings."""
+    cost = SegmentCost()
+    assert pays(cost, [60, 60]), "nothing is known: try it"
+    for rows in (1, 2, 4, 8, 16, 32):
+        for _ in range(50):
+            cost.record(rows, max(8.0, rows))
+    assert pays(cost, [])
+    assert pays(cost, [4])
+    assert not pays(cost, [4, 4])
+    assert pays(cost, [1] * 7)
+    assert not pays(cost, [16])
 
 
 # Memory -----------------------------------------------------------------------------------------

@@ -184,16 +184,25 @@ def test_pipe_state() -> None:
     assert pipe.num_in_flight == 1
 
 
-def test_positions_outlive_the_tree() -> None:
-    """Features of an accepted node come after its verdict."""
+def test_positions_are_known_until_all_features_have_come() -> None:
+    """Features may overtake a node's verdict or trail it; either way nothing is kept for long."""
     session = make_session()
+    session.num_feature_layers = 2
     root = session.tree.root.id
-    assert session.position_of(root) == 5
-    session.positions[root] = 5
+    assert session.locate(root) == 5, "alive: the verdict is late"
     session.tree.reroot(root, 3)
-    assert session.position_of(root) == 5
-    assert session.position_of(session.tree.root.id) == 6
-    assert session.position_of(NodeId(50)) is None
+    session.commit([(root, 5)])
+    newer = session.tree.root.id
+    assert session.locate(newer) == 6
+    assert session.locate(newer) == 6
+    session.tree.reroot(newer, 4)
+    session.commit([(newer, 6)])
+    assert session.positions == {root: 5}, "of the newer one nothing more can come"
+    assert session.locate(root) == 5
+    assert not session.positions
+    assert not session.layers_come
+    with pytest.raises(AssertionError, match="never accepted"):
+        session.locate(NodeId(50))
 
 
 def test_draft_time_is_a_running_mean() -> None:

@@ -111,7 +111,7 @@ class LocalCluster:
         while True:
             while driver.to_client:
                 message = driver.to_client.popleft()
-                if alone and isinstance(message, Finished):
+                if alone and isinstance(message, Finished) and message.request in answers.open:
                     self._raise_failure(message)
                 event = answers.take(message)
                 if event is None:
