@@ -26,24 +26,22 @@ def next_drafts(requests: Iterable[Served]) -> list[Share]:
 def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
     """One drafter forward for all of `shares`."""
     proposed: list[list[Proposal]] = []
+    num_rows = [session.drafter.num_rows(job.tree, job.nodes) for session, job in shares]
 
     def run() -> None:
         proposed.extend(drafter.draft([job for _, job in shares]))
 
     def finish(now: float, elapsed: float) -> Sequence[Send]:
         del now
-        pipe.count_draft(elapsed)
-        for (session, job), proposals in zip(shares, proposed, strict=True):
-            session.stats.num_draft_forwards += 1
+        if sum(num_rows):  # else all was known, and nothing ran
+            pipe.count_draft(elapsed)
+        for (session, job), proposals, rows in zip(shares, proposed, num_rows, strict=True):
+            session.stats.num_draft_forwards += rows > 0
             session.take_proposals(proposals, expanded=job.nodes is not None)
         return ()
 
-    num_rows = sum(
-        session.drafter.num_rows_ready if job.nodes is None else len(job.nodes)
-        for session, job in shares
-    )
     context = max(len(session.tokens) for session, _ in shares)
     about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
         about["nodes"] = [node.id for node in shares[0][1].nodes or ()]
-    return Work("draft", num_rows, context, run, finish, about)
+    return Work("draft", sum(num_rows), context, run, finish, about)

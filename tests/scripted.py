@@ -110,6 +110,11 @@ class ScriptedSession:
         assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
         self.features[layer].update(features)
 
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession."""
+        del tree
+        return self.num_rows_ready if nodes is None else len(nodes)
+
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
         assert self.num_rows_ready > 0, "nothing was ready to absorb"

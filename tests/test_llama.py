@@ -4,6 +4,7 @@ import families
 import pytest
 import torch
 from conftest import full_forward
+from tiny import CONFIG
 from torch import Tensor
 
 from flowspec.model.kv_cache import COMMITTED
@@ -12,9 +13,21 @@ from flowspec.model.rows import run_rows
 from flowspec.model.source import open_checkpoint
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import even_layers, plan_split
+from flowspec.model.stage_model import StageModel
 
 TOLERANCE = 1e-4
 TOKENS = [1, *((7 * i * i + 3) % families.VOCAB for i in range(99))]
+
+
+def test_a_model_that_moves_takes_its_frequencies_along():
+    """Between two forwards, as a stage that finds its GPU later would."""
+    model = StageModel(CONFIG, first_layer=0, last_layer=1, with_embedding=False, with_head=False)
+    for device in ("cpu", "meta"):
+        model.to(device)
+        hidden = torch.zeros(2, CONFIG.hidden_size, device=device)
+        window = model.new_cache(4).append_tree((COMMITTED, 0))
+        out, _ = model(hidden, torch.arange(2, device=device), window)
+        assert out.device.type == device
 
 
 def split_logits(folder, num_stages: int) -> Tensor:

@@ -113,6 +113,7 @@ def test_a_plot_is_drawn(command):
     ("flags", "names"),
     [
         (["--out", "plot.bmp"], ["plot.bmp", ".png"]),
+        (["--out", "nowhere/plot.svg"], ["nowhere", "folder", "--out"]),
         (["--strategy", "ar"], ["ar", "drafts nothing"]),
         (["--strategy", "warp"], ["warp", "streaming"]),
         (["--drafter", "oracle"], ["oracle", "ngram"]),

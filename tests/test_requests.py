@@ -7,14 +7,16 @@ import pytest
 from clusters import check_empty, make_cluster, run_all_watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import SCRIPTS, ScriptedDrafter, hostile, perfect
+from scripted import SCRIPTS, ScriptedDrafter, drafter_named, hostile, perfect
 from tiny import MAX_CONTEXT, PROMPT, T0, T1, expected, request
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
+from traces import record
 
 from flowspec.admission import Admission
 from flowspec.batching import best_counts, pays
 from flowspec.cluster.base import generate, generate_all
-from flowspec.pipe import SegmentCost
+from flowspec.effects import HEAD
+from flowspec.pipe import Pipe, SegmentCost
 from flowspec.request import Completion, FinishReason, Request
 from flowspec.simulate.scheduler import adversarial
 from flowspec.stage import Stage
@@ -61,6 +63,48 @@ def test_one_drafter_forward_serves_all(strategy, name):
     setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter, "topk": 12}
     completions, _ = run_all_watched(setup, asked)
     check_answers(asked, completions)
+
+
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_a_drafter_forward_is_one_that_ran(name, monkeypatch):
+    """What was known needs no forward: none is counted, and none drags the mean time down."""
+    drafter, ran = model_drafter(name), []
+
+    def forward(tokens, *args):
+        ran.append(len(tokens))
+        return type(drafter).forward(drafter, tokens, *args)
+
+    monkeypatch.setattr(drafter, "forward", forward)
+    counted = []
+    monkeypatch.setattr(Pipe, "count_draft", lambda pipe, elapsed: counted.append(elapsed))
+    cluster = make_cluster(2, "streaming", drafter=drafter)
+    recorder = record(cluster)[HEAD]
+    completion = generate(cluster, request())
+    rows = [entry[4] for entry in recorder.records if entry[0] == "work"]
+    assert [number for number in rows if number] == ran, "other rows were charged than ran"
+    assert completion.stats.num_draft_forwards == len(counted) == len(ran)
+
+
+@pytest.mark.parametrize("sampling", [T0, T1], ids=["t0", "t1"])
+@pytest.mark.parametrize("graft", [False, True], ids=["alone", "grafted"])
+@pytest.mark.parametrize("name", [*MODEL_DRAFTERS, "ngram"])
+@pytest.mark.parametrize("strategy", ["streaming", "flowspec"])
+def test_each_turn_is_as_alone_whatever_drafts(strategy, name, graft, sampling):
+    """Three conversations at once, calibrated, their caches going on, with and without grafts."""
+    setup = {"drafter": drafter_named(name), "graft": graft, "calibrate": True}
+    cluster = make_cluster(2, strategy, limits={"max_kept": 3}, **setup)
+    said = [(PROMPT * 2)[i : i + 4 + 3 * i] for i in range(3)]
+    reused = 0
+    for turn in range(2):
+        asked = [
+            request(3 * turn + i, prompt=prompt, sampling=sampling, max_new_tokens=6)
+            for i, prompt in enumerate(said, start=1)
+        ]
+        completions = generate_all(cluster, asked)
+        check_answers(asked, completions)
+        reused += sum(completion.stats.num_prompt_reused for completion in completions)
+        said = [(*one.prompt, *c.tokens, 7, 3) for one, c in zip(asked, completions, strict=True)]
+    assert reused, "no turn went on with an earlier one's caches"
 
 
 @given(

@@ -5,14 +5,14 @@ from typing import Any
 import pytest
 from clusters import make_cluster
 from scripted import ScriptedDrafter, mixed, perfect
-from tiny import T1, request
+from tiny import PROMPT, T1, request
 from traces import check_trace, record, shifted, timeline_of, times
 
-from flowspec.cluster.base import generate
+from flowspec.cluster.base import generate, generate_all
 from flowspec.effects import CLIENT, Send, Work
 from flowspec.eval.chrome_trace import write_trace
 from flowspec.eval.idle import track
-from flowspec.eval.timeline import Timeline, make_timeline
+from flowspec.eval.timeline import Timeline, make_timeline, sent_segments
 from flowspec.eval.totals import count, critical_path, verdicts
 from flowspec.request import FinishReason
 from flowspec.simulate.scheduler import adversarial, instant_link, unit_work
@@ -179,17 +179,23 @@ def test_time_between_requests_is_nobodys_fault():
         assert times(timeline, rank)["no request"] == pytest.approx(50.0, abs=0.01)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "number"), [(0, 1), (1, 1), (1, 3), (2, 3)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_any_run_adds_up(strategy, seed, tmp_path):
-    """Random costs and delays: tiles without gap, a path as long as the run, the stages' totals."""
+def test_any_run_adds_up(strategy, seed, number, tmp_path):
+    """Random costs and delays: tiles without gap, a path as long as the run, the stages' totals.
+
+    Also where several requests share messages and forwards.
+    """
     cluster = make_cluster(
         3, strategy, drafter=ScriptedDrafter(mixed, seed=seed), charges=adversarial(seed)
     )
     recorders = record(cluster)
-    stats = generate(cluster, request(sampling=T1)).stats
+    asked = [request(i + 1, sampling=T1, prompt=PROMPT[i:]) for i in range(number)]
+    stats = [completion.stats for completion in generate_all(cluster, asked)]
     cluster.simulator.run()
     timeline = timeline_of(recorders)
+    shared = [note for note in timeline.head.sent if len(sent_segments(note)) > 1]
+    assert bool(shared) == (number > 1)
     write_trace(timeline, tmp_path / "out.json")
     check_trace(tmp_path / "out.json")
     for rank in timeline.processes:
@@ -200,12 +206,13 @@ def test_any_run_adds_up(strategy, seed, tmp_path):
     assert sum(path_of(timeline).values()) == pytest.approx(timeline.open[-1][1])
     totals = count(timeline)
     stages = cluster.stages
-    prompt_rows = 3 * len(request().prompt)
+    prompt_rows = 3 * sum(len(one.prompt) for one in asked)
     assert totals.rows_run == sum(stage.num_rows_run for stage in stages) - prompt_rows
     assert totals.rows_pruned == sum(stage.num_rows_pruned for stage in stages)
-    assert (totals.num_segments, totals.rows_sent) == (stats.num_segments, stats.num_rows_sent)
-    assert totals.num_tokens == stats.num_tokens
-    assert totals.num_verdicts >= stats.num_verdicts
+    assert totals.num_segments == sum(own.num_segments for own in stats)
+    assert totals.rows_sent == sum(own.num_rows_sent for own in stats)
+    assert totals.num_tokens == sum(own.num_tokens for own in stats)
+    assert totals.num_verdicts >= sum(own.num_verdicts for own in stats)
     assert 0 <= totals.rows_wasted <= totals.rows_run
 
 

@@ -70,6 +70,8 @@ def reliability(
     """
     if out and out.suffix not in (*PLOTS, ".json"):
         raise ValueError(f"--out {out} must end in one of {', '.join(PLOTS)}, .json")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder")
     config = RunConfig(
         model=model or RunConfig().model,
         draft=draft or "",

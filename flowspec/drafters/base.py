@@ -40,6 +40,9 @@ class DraftSession(Protocol):
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """True features [H] by absolute position, each position once, any order."""
 
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """Rows that a job would compute now: to expand `nodes`, or (None) to absorb."""
+
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """One forward over true tokens; the root's children if it got as far as the root."""
 
@@ -129,6 +132,11 @@ class NoDraftSession:
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """No features were asked for."""
+
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """Nothing is ever computed."""
+        del tree, nodes
+        return 0
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """Never called: num_rows_ready stays 0."""

@@ -87,6 +87,10 @@ class GraftedSession:
         """See DraftSession.accept_features."""
         self.base.accept_features(layer, features)
 
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """The base drafter's."""
+        return self.base.num_rows(tree, nodes)
+
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
         proposal = self.base.absorb(tree)

@@ -156,6 +156,14 @@ class IncrementalSession:
         del features
         raise AssertionError(f"feature layer {layer} was not asked for")
 
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession.num_rows."""
+        if nodes is not None:
+            return sum(self._known_children(node) is None for node in nodes)
+        if self._is_full():
+            return 0
+        return min(self.num_rows_ready - len(self._known_path(tree)), MAX_ABSORBED_ROWS)
+
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
         (proposals,) = self.drafter.draft([DraftJob(self, tree)])
@@ -175,7 +183,7 @@ class IncrementalSession:
     def _begin_true(self, tree: DraftTree) -> Share:
         assert self.num_rows_ready > 0, "nothing was ready to absorb"
         ready = self.num_absorbed + self.num_rows_ready
-        if len(self.tokens) - self.drafter.first_token > self.drafter.max_positions:
+        if self._is_full():
             return Share(known=self._known_root(tree, ready), path=(), num_absorbed=ready)
         path = self._known_path(tree)
         start = self.num_absorbed + len(path)
@@ -223,6 +231,10 @@ class IncrementalSession:
         self._record(share.asked, states, proposals)
         found = {proposal.node: proposal for proposal in [*proposals, *share.known]}
         return [found[node.id] for node in job.nodes] if job.nodes else list(found.values())
+
+    def _is_full(self) -> bool:
+        """Whether the text is beyond what the draft model can see."""
+        return len(self.tokens) - self.drafter.first_token > self.drafter.max_positions
 
     def _is_root(self, tree: DraftTree, num_absorbed: int) -> bool:
         """Whether the newest of `num_absorbed` true rows is that of the tree's root."""

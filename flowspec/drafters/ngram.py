@@ -64,6 +64,11 @@ class NgramSession:
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """No features were asked for."""
 
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession.num_rows; each is a lookup."""
+        del tree
+        return len(self._new) if nodes is None else len(nodes)
+
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb; all tokens at once, some microseconds each."""
         self._take_in()

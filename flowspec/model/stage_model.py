@@ -102,7 +102,7 @@ class StageModel(nn.Module):
         """
         if x.dtype == torch.int64:
             x = self.model.embed_tokens(x)
-        if self._frequencies is None:
+        if self._frequencies is None or self._frequencies.device != x.device:
             self._frequencies = rope_frequencies(self.config).to(x.device)
         rope = rope_angles(self._frequencies, positions, x.dtype)
         owned: dict[int, Tensor] = {}

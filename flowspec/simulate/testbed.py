@@ -29,8 +29,8 @@ class Testbed:
         """Seconds of a forward."""
         del rank
         beyond_knee = max(1.0, work.rows / self.knee_rows)
-        if work.kind == "draft":
-            return max(1e-6, self.draft_s * beyond_knee)
+        if work.kind == "draft":  # of no rows where all was known: nothing runs
+            return max(1e-6, self.draft_s * beyond_knee if work.rows else 0.0)
         forward = self.stage_weight_bytes / self.bandwidth * beyond_knee + self.overhead_s
         return forward + (self.lm_head_s if work.kind == "verify" else 0.0)
 
