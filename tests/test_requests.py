@@ -8,19 +8,21 @@ from clusters import check_empty, make_cluster, run_all_watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import SCRIPTS, ScriptedDrafter, drafter_named, hostile, perfect
-from tiny import MAX_CONTEXT, PROMPT, T0, T1, expected, request
+from tiny import CONFIG, MAX_CONTEXT, PROMPT, T0, T1, expected, request, whole_model
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from traces import record
 
 from flowspec.admission import Admission
 from flowspec.batching import best_counts, pays
 from flowspec.cluster.base import generate, generate_all
+from flowspec.drafters.draft_model import DraftModelDrafter
 from flowspec.effects import HEAD
 from flowspec.pipe import Pipe, SegmentCost
 from flowspec.request import Completion, FinishReason, Request
 from flowspec.simulate.scheduler import adversarial
 from flowspec.stage import Stage
 from flowspec.strategies import STRATEGIES
+from flowspec.targets.local import LocalTarget
 from flowspec.wire import Abandon, Batch, Cancel, Close, Failed, Open, Segment, Submit, Tokens
 
 
@@ -105,6 +107,28 @@ def test_each_turn_is_as_alone_whatever_drafts(strategy, name, graft, sampling):
         reused += sum(completion.stats.num_prompt_reused for completion in completions)
         said = [(*one.prompt, *c.tokens, 7, 3) for one, c in zip(asked, completions, strict=True)]
     assert reused, "no turn went on with an earlier one's caches"
+
+
+@pytest.mark.parametrize("name", ["mixed", "draft_model"])
+def test_sliding_windows_hold_in_batches_and_in_kept_caches(name):
+    """Three requests in one batch, and their next turns, over layers that see few tokens."""
+    config = replace(CONFIG, windows=(None, 4) * (CONFIG.num_layers // 2))
+    alone = LocalTarget(whole_model(config), MAX_CONTEXT)
+    drafter = drafter_named(name)
+    if isinstance(drafter, DraftModelDrafter):
+        drafter = DraftModelDrafter(whole_model(config), vocab_size=CONFIG.vocab_size)
+    limits = {"max_kept": 3}
+    cluster = make_cluster(3, "streaming", drafter=drafter, model=config, limits=limits)
+    prompts = [(PROMPT * 2)[i : i + 6 + 3 * i] for i in range(3)]
+    for turn in range(2):
+        asked = [
+            request(3 * turn + i, prompt=prompt, sampling=T1 if i % 2 else T0, max_new_tokens=8)
+            for i, prompt in enumerate(prompts, start=1)
+        ]
+        completions = generate_all(cluster, asked)
+        assert [list(c.tokens) for c in completions] == [alone.generate(one)[0] for one in asked]
+        assert all(c.stats.num_prompt_reused for c in completions) == bool(turn)
+        prompts = [(*one.prompt, *c.tokens, 7) for one, c in zip(asked, completions, strict=True)]
 
 
 @given(
