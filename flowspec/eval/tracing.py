@@ -21,7 +21,7 @@ def tracing(out: str) -> Iterator[Path | None]:
         return
     target = Path(out)
     if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"--trace {out} cannot be written: it must be a file in a folder that exists")
+        raise ValueError(f"--trace {out} cannot be written: name a file in a folder that exists")
     with tempfile.TemporaryDirectory(prefix="flowspec-trace-") as folder:
         try:
             yield Path(folder)
