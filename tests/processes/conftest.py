@@ -18,7 +18,7 @@ from flowspec.model.source import open_checkpoint
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import plan_split
 
-GONE_WITHIN_S = 5.0
+GONE_WITHIN_S = 15.0  # far more than it takes: this machine may be busy
 
 
 @pytest.fixture(scope="session")
