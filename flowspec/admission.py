@@ -85,7 +85,7 @@ class Admission:
         if self.max_rows and num_rows > self.max_rows:
             raise ValueError(
                 f"the request needs {num_rows} rows of KV cache on every stage, the tightest stage "
-                f"holds {self.max_rows}; shorten the prompt or max_new_tokens, or use more stages"
+                f"holds {self.max_rows}; shorten prompt or answer, raise kv_memory_mb or add stages"
             )
         if len(self.waiting) >= MAX_QUEUED:
             raise ValueError(f"{MAX_QUEUED} requests are waiting already")

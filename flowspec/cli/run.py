@@ -16,7 +16,7 @@ from flowspec.cluster.torchrun import TorchrunCluster, find_launch, fit_to_launc
 from flowspec.config import RunConfig, as_yaml, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
-from flowspec.eval.tracing import tracing
+from flowspec.eval.tracing import check_trace_path, tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
@@ -54,8 +54,13 @@ def run(
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling [1: off].")] = None,
     min_p: Annotated[float | None, typer.Option(help="Of the likeliest token's p [0].")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling noise [0].")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Length limit [200].")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "--max-tokens", help="Length limit of an answer [200]."),
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Served at once, at most 16 [8].")
+    ] = None,
     kv_memory_mb: Annotated[
         int | None, typer.Option(help="KV cache of each stage [half of what is free, shared].")
     ] = None,
@@ -131,6 +136,8 @@ def _generate(
             raise typer.Exit(serve_rank(config, launch))
         config = fit_to_launch(config, launch)
     check_run(config)
+    if config.trace:
+        check_trace_path(config.trace)
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
@@ -158,7 +165,8 @@ def _generate(
     ):
         completions, elapsed_s = show_answers(cluster, requests)
         statuses = cluster.statuses()
-    show_summary(completions, statuses, elapsed_s)
+    if any(completion.tokens for completion in completions):
+        show_summary(completions, statuses, elapsed_s)
     if config.trace:
         typer.echo(f"trace written to {config.trace}", err=True)
     if failed := next((c for c in completions if c.error), None):

@@ -36,6 +36,9 @@ def show_answers(
                 screen.finish(event)
             else:
                 screen.add(event, line.text(len(requests) - len(done)))
+    except BaseException:
+        screen.cut_off()
+        raise
     finally:
         screen.close()
     return [done[request.id] for request in requests], time.monotonic() - start
@@ -46,7 +49,7 @@ class _Screen:
 
     def __init__(self, console: Console, *, alone: bool) -> None:
         self.alone = alone
-        self.text = ""
+        self.texts: dict[int, str] = {}  # of answers that are not complete
         self.shown_at = time.monotonic()
         self.live: Live | None = None
         if sys.stdout.isatty():
@@ -55,10 +58,10 @@ class _Screen:
 
     def add(self, event: Tokens, line: str) -> None:
         """More text of one answer."""
-        if self.alone:
-            self.text += event.text
+        self.texts[event.request] = self.texts.get(event.request, "") + event.text
         if self.live:
-            self.live.update(Group(Text(self.text), Text(line, style="dim")))
+            text = self.texts[event.request] if self.alone else ""
+            self.live.update(Group(Text(text), Text(line, style="dim")))
             return
         if self.alone:
             typer.echo(event.text, nl=False)
@@ -68,17 +71,28 @@ class _Screen:
             typer.echo(f"[{line}]", err=True)
 
     def finish(self, completion: Completion) -> None:
-        """One answer is complete."""
+        """One answer is complete, or refused: then its error follows at the end."""
+        self.texts.pop(completion.request, None)
         if not self.alone:
-            text = f"[{completion.request}] {completion.text or completion.error}\n"
-            if self.live:
-                self.live.console.print(Text(text))
-            else:
-                typer.echo(text)
+            if completion.tokens:
+                self._print(f"[{completion.request}] {completion.text}\n")
         elif self.live:
             self.live.update(Text(completion.text))
-        else:
+        elif completion.tokens:
             typer.echo("")
+
+    def cut_off(self) -> None:
+        """The run ends here: what there is of the open answers is the user's."""
+        if self.alone:
+            return  # it is on the screen already
+        for request, text in self.texts.items():
+            self._print(f"[{request}] {text} ... (cut off)\n")
+
+    def _print(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(Text(text))
+        else:
+            typer.echo(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""

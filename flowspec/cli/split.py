@@ -30,10 +30,7 @@ def split(
     ] = None,
     offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
 ) -> None:
-    """Split MODEL into stage folders that the workers load.
-
-    Raises ValueError for anything about the model, the plan or the output folder that is wrong.
-    """
+    """Split MODEL into stage folders that the workers load."""
     if (stages is None) == (layers is None):
         raise ValueError("give either --stages N or --layers 8+8+8+8")
     folder = resolve_model(model, offline=offline)

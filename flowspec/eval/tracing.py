@@ -9,6 +9,16 @@ from flowspec.eval.chrome_trace import write_trace
 from flowspec.eval.timeline import make_timeline, read_records
 
 
+def check_trace_path(out: str) -> Path:
+    """Where the trace will go. Raises ValueError where it cannot be written."""
+    target = Path(out)
+    if target.is_dir():
+        raise ValueError(f"--trace {out} cannot be written: it is a folder; name a file")
+    if not target.parent.is_dir():
+        raise ValueError(f"--trace {out} cannot be written: {target.parent} is no folder")
+    return target
+
+
 @contextlib.contextmanager
 def tracing(out: str) -> Iterator[Path | None]:
     """The folder to record into (None without `out`); at the end of the block `out` is written.
@@ -19,9 +29,7 @@ def tracing(out: str) -> Iterator[Path | None]:
     if not out:
         yield None
         return
-    target = Path(out)
-    if target.is_dir() or not target.parent.is_dir():
-        raise ValueError(f"--trace {out} cannot be written: name a file in a folder that exists")
+    target = check_trace_path(out)
     with tempfile.TemporaryDirectory(prefix="flowspec-trace-") as folder:
         try:
             yield Path(folder)
