@@ -3,20 +3,38 @@
 import time
 from collections import deque
 from collections.abc import Iterable
+from typing import Protocol
 
-from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send
+from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send, Work
 from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
 from flowspec.wire import Message, Status, Stop
 
 
+class Pace(Protocol):
+    """How long things take on an emulated device, in seconds; whatever is faster waits."""
+
+    def work(self, rank: int, work: Work) -> float:
+        """A computation."""
+
+    def host(self, rank: int, message: Message) -> float:
+        """A message taken in, or a slot sent."""
+
+
 class Driver:
-    """One core on its device. Times in seconds."""
+    """One core on its device, or with a `pace` on one that it emulates. Times in seconds."""
 
     def __init__(
-        self, core: Core, transport: Transport, num_stages: int, trace: Trace = OFF
+        self,
+        core: Core,
+        transport: Transport,
+        num_stages: int,
+        trace: Trace = OFF,
+        *,
+        pace: Pace | None = None,
     ) -> None:
         self.core = core
+        self.pace = pace
         self.trace = trace
         self.transport = transport
         self.to_client: deque[Message] = deque()
@@ -33,15 +51,20 @@ class Driver:
     def turn(self, timeout_s: float) -> None:
         """Serve what has come, then do one thing; wait for messages only when there is nothing."""
         self._serve(0.0)
-        step = self.core.poll(time.monotonic())
+        start = time.monotonic()
+        step = self.core.poll(start)
         if step is None:
             self.trace.rest()
             self._serve(timeout_s)
             return
+        if self.pace is not None and step.work is None and step.sends:
+            _sleep_until(start + self.pace.host(self.core.rank, step.sends[0].message))
         self._send(step.sends)
         if step.work is not None:
             start = time.monotonic()
             step.work.run()
+            if self.pace is not None:
+                _sleep_until(start + self.pace.work(self.core.rank, step.work))
             now = self.last_progress = time.monotonic()
             self.trace.worked(start, now, step.work)
             self._send(step.work.finish(now, now - start))
@@ -58,7 +81,10 @@ class Driver:
                 self.last_progress = now
             if isinstance(message, Stop):
                 self.stopped = True
-            self._send(self.core.handle(message, now))
+            sends = self.core.handle(message, now)
+            if self.pace is not None:
+                _sleep_until(now + self.pace.host(self.core.rank, message))
+            self._send(sends)
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -70,3 +96,9 @@ class Driver:
                 now = time.monotonic()
                 self.transport.send(rank, send.message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
+
+
+def _sleep_until(when: float) -> None:
+    """Not at all where that is over."""
+    if (left := when - time.monotonic()) > 0:
+        time.sleep(left)
