@@ -1,4 +1,4 @@
-"""Running a benchmark's questions: the target alone, then a strategy on a cluster, sample by sample.
+"""Answering a benchmark's questions: the target alone, then a strategy on a cluster.
 
 A `Workbench` keeps the loaded models of one process. A cluster is fresh for each group, so that
 what it learns of costs and scores is the group's alone and no figure depends on what ran before.
@@ -201,7 +201,9 @@ class Workbench:
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
         if not self._stages:
             self._stages = [
-                build_stage(self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+                build_stage(
+                    self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False
+                )[0]
                 for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)

@@ -1,4 +1,4 @@
-"""What a benchmark runs: strategies with their parameters over questions, and what defines a sample.
+"""Plan of a benchmark: strategies with their parameters over questions, and a sample's key.
 
 Parameters come from a table of config/eval.yaml: `main`, where all strategies have the same head
 and published baselines draft as published, or `all`, where everything is on that a strategy can
