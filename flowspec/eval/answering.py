@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -186,7 +186,7 @@ class Workbench:
             seed=group.seed,
             stages=plan.stages,
             table=plan.table,
-            parameters=asdict(case.parameters()),
+            parameters=case.parameters,
             max_tokens=plan.max_tokens,
             warm=plan.warm,
             emulated=not plan.real,
