@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, reliability, run, split, stage, trace, verify
+from flowspec.cli import bench, check_head, reliability, run, split, stage, trace, verify
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
