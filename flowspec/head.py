@@ -165,6 +165,8 @@ class Head:
             return None
         slot = self._next_slot()
         if not slot:
+            if self.pipe.draft_began_at is not None:
+                return None
             if shares := next_drafts(self.active.values()):
                 return Step(work=draft_work(self.drafter_in_use, self.pipe, shares))
             # "nothing more to draft" may be what a strategy was waiting for

@@ -72,6 +72,7 @@ class _Actor:
     core: Core
     inbox: deque[Message] = field(default_factory=deque)
     busy: bool = False
+    ended: deque[Callable[[], None]] = field(default_factory=deque)  # work beside, not taken in yet
 
 
 class Simulator:
@@ -138,6 +139,9 @@ class Simulator:
         """Serve the inbox, then let the core decide, until it computes or has nothing to do."""
         actor = self.actors[rank]
         while not actor.busy:
+            if actor.ended:
+                actor.ended.popleft()()
+                continue
             if actor.inbox:
                 message = actor.inbox.popleft()
                 self.traces[rank].received(self.now, message)
@@ -150,7 +154,7 @@ class Simulator:
             if step.work is not None:
                 self._send_all(rank, step.sends)
                 self._compute(rank, step.work)
-                return
+                continue
             charge = sum(self._host_time(rank, send.message) for send in step.sends[:1])
             self._spend(rank, charge, partial(tuple, step.sends))
 
@@ -179,15 +183,19 @@ class Simulator:
         actor = self.actors[rank]
         start, elapsed = self.now, self._work_time(rank, work)
         work.run()
-        actor.busy = True
+        actor.busy = not work.beside
         self.busy_s[rank] += elapsed
         if self.work_log is not None:
             self.work_log.append((self.now, elapsed, rank, work.kind, work.rows))
 
-        def done() -> None:
-            actor.busy = False
-            self.traces[rank].worked(start, self.now, work)
+        def finish() -> None:
+            self.traces[rank].worked(start, start + elapsed, work)
             self._send_all(rank, work.finish(self.now, elapsed))
+
+        def done() -> None:
+            actor.ended.append(finish)
+            if not work.beside:
+                actor.busy = False
             self._turn(rank)
 
         self._at(self.now + elapsed, done)
