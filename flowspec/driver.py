@@ -40,6 +40,9 @@ class Driver:
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # of anything but statuses; work here counts
+        # Modelled end of what this device did last; None once it has waited for messages. What the
+        # real one takes beyond the model is made up for as long as there is something to do.
+        self._paced_until: float | None = None
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
 
     def inject(self, message: Message) -> None:
@@ -58,21 +61,22 @@ class Driver:
             self._serve(timeout_s)
             return
         if self.pace is not None and step.work is None and step.sends:
-            _sleep_until(start + self.pace.host(self.core.rank, step.sends[0].message))
+            self._keep_pace(start, self.pace.host(self.core.rank, step.sends[0].message))
         self._send(step.sends)
         if step.work is not None:
-            start = time.monotonic()
+            began = start = time.monotonic()
             step.work.run()
             if self.pace is not None:
-                _sleep_until(start + self.pace.work(self.core.rank, step.work))
+                began = self._keep_pace(start, self.pace.work(self.core.rank, step.work))
             now = self.last_progress = time.monotonic()
             self.trace.worked(start, now, step.work)
-            self._send(step.work.finish(now, now - start))
+            self._send(step.work.finish(now, now - began))
 
     def _serve(self, timeout_s: float) -> None:
         start = time.monotonic()
         messages = self.transport.receive(timeout_s)
         if timeout_s:
+            self._paced_until = None
             self.trace.waited(start, time.monotonic())
         for message in messages:
             now = time.monotonic()
@@ -83,8 +87,17 @@ class Driver:
                 self.stopped = True
             sends = self.core.handle(message, now)
             if self.pace is not None:
-                _sleep_until(now + self.pace.host(self.core.rank, message))
+                self._keep_pace(now, self.pace.host(self.core.rank, message))
             self._send(sends)
+
+    def _keep_pace(self, start: float, seconds: float) -> float:
+        """Wait until what began at `start` has taken `seconds`; returns when the model began it."""
+        if self._paced_until is not None:
+            start = self._paced_until
+        self._paced_until = start + seconds
+        if (left := self._paced_until - time.monotonic()) > 0:
+            time.sleep(left)
+        return start
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -96,9 +109,3 @@ class Driver:
                 now = time.monotonic()
                 self.transport.send(rank, send.message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
-
-
-def _sleep_until(when: float) -> None:
-    """Not at all where that is over."""
-    if (left := when - time.monotonic()) > 0:
-        time.sleep(left)

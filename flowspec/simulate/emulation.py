@@ -6,6 +6,7 @@ slower of memory and arithmetic, max(bytes / bandwidth, operations / rate), and 
 layer (the roofline model, Williams et al. 2009). Times in seconds, sizes in bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,13 +40,15 @@ class Emulation:
     model: ModelProfile
     drafter: str
     layers: tuple[int, ...]  # of the emulated model, on stages 1..N
-    free_drafter: bool = False
+    draft_scale: float = 1.0  # of the time of drafter forwards; 0: they are free
     free_host: bool = False
     free_latency: bool = False
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
             raise ValueError(f"unknown drafter {self.drafter!r}; known: {', '.join(DRAFTERS)}")
+        if not 0.0 <= self.draft_scale < math.inf:
+            raise ValueError(f"draft_scale must not be negative: {self.draft_scale}")
         if len(self.layers) != self.cluster.num_stages:
             raise ValueError(
                 f"layers of {len(self.layers)} stages are given, cluster {self.cluster.name} has "
@@ -61,7 +64,7 @@ class Emulation:
 
     def ideal(self) -> "Emulation":
         """The same with a free drafter, no host overhead and no latency."""
-        return replace(self, free_drafter=True, free_host=True, free_latency=True)
+        return replace(self, draft_scale=0.0, free_host=True, free_latency=True)
 
     def slowed(self, factor: float) -> "Emulation":
         """The same `factor` times as slow in everything; its decisions take the same course."""
@@ -92,7 +95,7 @@ class Emulation:
     def work(self, rank: int, work: Work) -> float:
         """Seconds of a piece of work on `rank`."""
         if work.kind == "draft":
-            drafted = 0.0 if self.free_drafter else self.draft_s(work.rows, work.context)
+            drafted = self.draft_scale * self.draft_s(work.rows, work.context)
             return max(NOTHING_S, drafted + self._host_s(HEAD))
         segments = work.about.get("segments", ())
         requests = max(1, len({segment.request for segment in segments}))
