@@ -3,7 +3,11 @@
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send, Work
 from flowspec.trace import OFF, Trace
@@ -19,6 +23,15 @@ class Pace(Protocol):
 
     def host(self, rank: int, message: Message) -> float:
         """A message taken in, or a slot sent."""
+
+
+@dataclass(slots=True)
+class _Beside:
+    """Work that runs in a thread of its own."""
+
+    work: Work
+    start: float
+    end: Future[float]
 
 
 class Driver:
@@ -43,6 +56,8 @@ class Driver:
         # Modelled end of what this device did last; None once it has waited for messages. What the
         # real one takes beyond the model is made up for as long as there is something to do.
         self._paced_until: float | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._beside: _Beside | None = None
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
 
     def inject(self, message: Message) -> None:
@@ -54,6 +69,7 @@ class Driver:
     def turn(self, timeout_s: float) -> None:
         """Serve what has come, then do one thing; wait for messages only when there is nothing."""
         self._serve(0.0)
+        self._take_finished()
         start = time.monotonic()
         step = self.core.poll(start)
         if step is None:
@@ -63,7 +79,9 @@ class Driver:
         if self.pace is not None and step.work is None and step.sends:
             self._keep_pace(start, self.pace.host(self.core.rank, step.sends[0].message))
         self._send(step.sends)
-        if step.work is not None:
+        if step.work is not None and step.work.beside:
+            self._run_beside(step.work)
+        elif step.work is not None:
             began = start = time.monotonic()
             step.work.run()
             if self.pace is not None:
@@ -72,12 +90,38 @@ class Driver:
             self.trace.worked(start, now, step.work)
             self._send(step.work.finish(now, now - began))
 
+    def _run_beside(self, work: Work) -> None:
+        if self._thread is None:
+            num_threads = (torch.get_num_threads(),)  # torch keeps it per thread
+            self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
+        start = time.monotonic()
+
+        def run() -> float:
+            work.run()
+            if self.pace is not None:
+                _sleep_until(start + self.pace.work(self.core.rank, work))
+            return time.monotonic()
+
+        self._beside = _Beside(work, start, self._thread.submit(run))
+        self._beside.end.add_done_callback(lambda _: self.transport.wake())
+
+    def _take_finished(self) -> None:
+        """What ran beside has ended: what follows from it; an exception there is one here."""
+        beside = self._beside
+        if beside is None or not beside.end.done():
+            return
+        self._beside = None
+        end = self.last_progress = beside.end.result()
+        self.trace.worked(beside.start, end, beside.work)
+        self._send(beside.work.finish(time.monotonic(), end - beside.start))
+
     def _serve(self, timeout_s: float) -> None:
         start = time.monotonic()
         messages = self.transport.receive(timeout_s)
         if timeout_s:
             self._paced_until = None
-            self.trace.waited(start, time.monotonic())
+            if self._beside is None:
+                self.trace.waited(start, time.monotonic())
         for message in messages:
             now = time.monotonic()
             self.trace.received(now, message)
@@ -95,8 +139,7 @@ class Driver:
         if self._paced_until is not None:
             start = self._paced_until
         self._paced_until = start + seconds
-        if (left := self._paced_until - time.monotonic()) > 0:
-            time.sleep(left)
+        _sleep_until(self._paced_until)
         return start
 
     def _send(self, sends: Iterable[Send]) -> None:
@@ -109,3 +152,8 @@ class Driver:
                 now = time.monotonic()
                 self.transport.send(rank, send.message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
+
+
+def _sleep_until(when: float) -> None:
+    if (left := when - time.monotonic()) > 0:
+        time.sleep(left)

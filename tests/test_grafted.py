@@ -170,8 +170,8 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
     """Wrapping hides neither batching nor whose proposal is whose."""
     base = StrictDrafter(SCRIPTS["perfect"])
     calls = []
-    inner_draft = base.draft
-    base.draft = lambda jobs: calls.append(len(jobs)) or inner_draft(jobs)  # type: ignore[method-assign]
+    begin = base.begin
+    base.begin = lambda jobs: calls.append(len(jobs)) or begin(jobs)  # type: ignore[method-assign]
     drafter = GraftedDrafter(base)
     jobs = []
     for number, text in enumerate(([1, 2, 3, 1, 2], [4, 5, 6, 4, 5]), start=1):

@@ -40,6 +40,7 @@ class EmulatedTransport:
         self._count = itertools.count()
         self._error: ClusterError | None = None
         self._closing = False
+        self._woken = threading.Event()
         self._sender = threading.Thread(target=self._run, daemon=True, name="emulated-line")
         self._sender.start()
 
@@ -82,8 +83,14 @@ class EmulatedTransport:
             due: list[WireMessage] = []
             while self._incoming and self._incoming[0][0] <= now:
                 due.append(heapq.heappop(self._incoming)[2])
-            if due or now >= end:
+            if due or now >= end or self._woken.is_set():
+                self._woken.clear()
                 return sorted(due, key=lambda message: isinstance(message, DATA))
+
+    def wake(self) -> None:
+        """See Transport.wake."""
+        self._woken.set()
+        self.inner.wake()
 
     def close(self) -> None:
         """See Transport.close."""

@@ -6,6 +6,7 @@ import zmq
 
 from flowspec.codec import MAX_FRAME_BYTES, WireError, decode, encode
 from flowspec.request import ClusterError, rank_name
+from flowspec.transport.wake import Wake
 from flowspec.wire import DATA, WireMessage
 
 SEND_TIMEOUT_MS = 10_000
@@ -29,6 +30,8 @@ class ZmqTransport:
         self._poller = zmq.Poller()
         for inbox in self._inboxes:
             self._poller.register(inbox, zmq.POLLIN)
+        self._wake = Wake()
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def send(self, to: int, message: WireMessage) -> None:
         """See Transport.send."""
@@ -48,12 +51,18 @@ class ZmqTransport:
         """See Transport.receive."""
         messages = self._drain()
         if not messages and timeout_s > 0 and self._poller.poll(int(timeout_s * 1e3)):
+            self._wake.clear()
             messages = self._drain()
         return messages
+
+    def wake(self) -> None:
+        """See Transport.wake."""
+        self._wake.set()
 
     def close(self) -> None:
         """See Transport.close."""
         self._context.destroy(linger=LINGER_MS)
+        self._wake.close()
 
     def _drain(self) -> list[WireMessage]:
         messages = []

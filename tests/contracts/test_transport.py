@@ -252,3 +252,16 @@ def test_closing_does_not_hang_on_the_dead(peer: MakePeer) -> None:
     start = time.monotonic()
     head.close()
     assert time.monotonic() - start < 3.0
+
+
+def test_another_thread_ends_a_wait(peer: MakePeer):
+    """Once for each wake at most; what comes afterwards is received as ever."""
+    stage, head = peer(1), peer(0)
+    waker = threading.Timer(0.05, head.wake)
+    waker.start()
+    start = time.monotonic()
+    assert head.receive(SOON_S * 4) == []
+    assert time.monotonic() - start < SOON_S
+    waker.join()
+    stage.send(0, Started(request=1, seq_no=2))
+    assert receive(head, 1) == [Started(request=1, seq_no=2)]
