@@ -136,7 +136,7 @@ class Session:
         """
         floor = float("-inf")
         if len(self.tree) > floor_count:
-            floor = sorted((n.score for n in self.tree.nodes.values()), reverse=True)[floor_count]
+            floor = self.tree.ranked()[floor_count].score
         added = []
         for proposal in proposals:
             if proposal.node not in self.tree:
