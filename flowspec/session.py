@@ -190,8 +190,7 @@ class Session:
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:
     """Nodes of the tree as the request's next segment; they count as sent."""
-    for node in nodes:
-        node.sent = True
+    session.tree.send(nodes)
     return new_segment(
         session,
         nodes=tuple(node.id for node in nodes),

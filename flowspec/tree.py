@@ -48,6 +48,7 @@ class DraftTree:
         self.nodes: dict[NodeId, Node] = {}
         self._next_id = 0
         self._root = NO_NODE
+        self.num_sent = 0  # alive nodes that were given to the pipe
         self._ranked: list[Node] | None = None  # None: scores or nodes have changed since
         self._unranked: list[Node] = []  # added since, so younger than all that are ranked
 
@@ -94,6 +95,12 @@ class DraftTree:
         above.children[token] = node.id
         self._unranked.append(node)
         return node
+
+    def send(self, nodes: Iterable[Node]) -> None:
+        """These nodes are given to the pipe."""
+        for node in nodes:
+            self.num_sent += not node.sent
+            node.sent = True
 
     def rescore(self, node: Node, logprob: float) -> None:
         """Give `node` another logprob and carry the change down its subtree."""
@@ -142,6 +149,7 @@ class DraftTree:
             self.nodes = alive
         root.expandable = True
         self._root = root.id
+        self.num_sent = sum(node.sent for node in self.nodes.values())
         self._ranked = None
         return path, child is not None
 
@@ -166,6 +174,7 @@ class DraftTree:
         root.children.clear()
         root.expanded = False
         self.nodes = {root.id: root}
+        self.num_sent = int(root.sent)
         self._ranked = None
 
     def ranked(self) -> list[Node]:

@@ -32,7 +32,7 @@ class Streaming:
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """The most probable leaves, while the tree holds less than the pipe can take soon."""
-        stock = sum(1 for _ in s.tree.unsent())
+        stock = len(s.tree) - s.tree.num_sent
         if stock >= 4 * s.config.segment_size or len(s.tree) >= s.config.tree_size:
             return []
         least = log(s.config.min_score) if s.config.min_score else float("-inf")
