@@ -6,10 +6,12 @@
 One head drives four stage processes over ZeroMQ with `streaming`; a random model of 4 layers, so
 that the host's own work shows. The drafter is a script that knows the truth and is right about it
 as often as a good head is (first child 0.7, any child 0.9). Segments are sized as on a stage that
-is bound by its memory: any number of rows costs the same. "head": processor time of the head's process per segment sent, all threads and
-everything between the prompt and the last token, less the drafter's calls. "stage": that of each
-stage process, the forwards included. Processor time hardly depends on what else the machine runs;
-segments/s does. `--profile` writes cProfile's figures of the head (which then costs more).
+is bound by its memory: any number of rows costs the same.
+
+"head": processor time of the head's process per segment sent, all threads and everything between
+the first token and the last, less the drafter's calls. "stage": that of each stage process, the
+forwards included. Processor time hardly depends on what else the machine runs; segments/s does.
+`--profile` writes cProfile's figures of the head (which then costs more).
 Exit code 1 where the text is not the target's own.
 """
 
