@@ -182,8 +182,7 @@ class Head:
 
     def _room(self, session: Session) -> int:
         """How many more tree rows of the request the stages' caches can hold."""
-        alive = sum(node.sent for node in session.tree.nodes.values())
-        return max_rows_alive(session.config) - alive
+        return max_rows_alive(session.config) - session.tree.num_sent
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
         if not self.newest_id < request.id < 2**63:

@@ -137,7 +137,7 @@ class Session:
         """
         floor = float("-inf")
         if len(self.tree) > floor_count:
-            floor = sorted((n.score for n in self.tree.nodes.values()), reverse=True)[floor_count]
+            floor = self.tree.ranked()[floor_count].score
         added = []
         for proposal in proposals:
             if proposal.node not in self.tree:
@@ -191,8 +191,7 @@ class Session:
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:
     """Nodes of the tree as the request's next segment; they count as sent."""
-    for node in nodes:
-        node.sent = True
+    session.tree.send(nodes)
     return new_segment(
         session,
         nodes=tuple(node.id for node in nodes),
