@@ -34,6 +34,7 @@ class Session:
     num_segments: int = 0  # sent, the prompt's included
     num_prompt_sent: int = 0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
+    last_was_unsent: bool = False  # and not in flight
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
     num_feature_layers: int = 0  # of which true features come
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`

@@ -83,6 +83,11 @@ class DraftTree:
         above.children[token] = node.id
         return node
 
+    def child(self, parent: NodeId, token: int) -> Node | None:
+        """The child of a living node with `token`, if the tree holds it."""
+        child = self.nodes[parent].children.get(token)
+        return None if child is None else self.nodes[child]
+
     def rescore(self, node: Node, logprob: float) -> None:
         """Give `node` another logprob and carry the change down its subtree."""
         logprob = min(logprob, 0.0)

@@ -16,6 +16,7 @@ MAX_WRAPPER_LINES = 25
 # Landmarks and families by height; a module imports lower levels and its own family only.
 LEVELS: dict[str, int] = {
     "flowspec": 0,  # __init__: the version
+    "flowspec.latencies": 0,
     "flowspec.request": 1,
     "flowspec.wire": 2,
     "flowspec.codec": 3,
