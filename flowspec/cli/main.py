@@ -11,7 +11,7 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, reliability, run, split, stage, trace, verify
+from flowspec.cli import check_head, reliability, report, run, split, stage, trace, verify
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -28,6 +28,7 @@ app.command("verify")(verify.verify)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
+app.command("report")(report.report)
 app.command("stage", hidden=True)(stage.stage)
 
 

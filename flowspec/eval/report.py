@@ -3,24 +3,19 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 
+from flowspec.eval.aggregate import MEAN, Row, Setting, sets_of, summarize
+from flowspec.eval.datasets import TITLES
 from flowspec.eval.records import Sample
 from flowspec.eval.statistics import LEVEL, Interval
-from flowspec.eval.summary import MEAN, Row, Setting, sets_of, summarize
 from flowspec.eval.tables import Table, to_csv
 
-NAMES = {
-    "mt_bench": "MT-bench",
-    "humaneval": "HumanEval",
-    "gsm8k": "GSM8K",
-    "alpaca": "Alpaca",
-    "sum": "CNN/DM",
-    "qa": "NQ",
-}
 DEPTHS = 4  # alphas shown; the CSV has all
 _NO = "-"
 
 
-def tables(samples: Sequence[Sample], *, baseline: str = "ar", per_set: bool = False) -> list[Table]:
+def tables(
+    samples: Sequence[Sample], *, baseline: str = "ar", per_set: bool = False
+) -> list[Table]:
     """Per setting: speed-ups, tokens/s, acceptance and time; the last two by set if asked.
 
     Raises ValueError where the baseline is missing or there are no samples.
@@ -33,7 +28,7 @@ def tables(samples: Sequence[Sample], *, baseline: str = "ar", per_set: bool = F
         found.append(_speedups(title, rows, sets, baseline))
         found.append(_speeds(title, rows, sets))
         for name in sets if per_set else [MEAN]:
-            where = "mean over the sets" if name == MEAN else NAMES.get(name, name)
+            where = "mean over the sets" if name == MEAN else TITLES.get(name, name)
             own = [row for row in rows if row.dataset == name]
             found.append(_acceptance(f"{title}: what was accepted, {where}", own))
             found.append(_time(f"{title}: where the time went, {where}", own))
@@ -49,8 +44,8 @@ def describe(setting: Setting) -> str:
             setting.model,
             f"{setting.stages} {'stage' if setting.stages == 1 else 'stages'}",
             f"drafter {setting.drafter}",
-            f"{setting.table} table",
-            f"at most {setting.max_tokens} tokens",
+            f"table {setting.table}",
+            f"{setting.max_tokens} tokens",
             f"T = {setting.temperature:g}",
         ]
     )
@@ -97,7 +92,7 @@ def _speeds(title: str, rows: Sequence[Row], sets: Sequence[str]) -> Table:
 
 
 def _names(sets: Iterable[str]) -> list[str]:
-    return [NAMES.get(name, name) for name in sets]
+    return [TITLES.get(name, name) for name in sets]
 
 
 def _interval(speedup: Interval | None) -> str:
@@ -126,7 +121,7 @@ def _acceptance(title: str, rows: Sequence[Row]) -> Table:
 def _time(title: str, rows: Sequence[Row]) -> Table:
     causes = causes_of(rows)
     columns = ["strategy", "first token s", "p50 ms", "p95 ms", "p99 ms", "drafter busy"]
-    columns += ["stages busy", *causes, "of the bound"]
+    columns += ["stages busy %", *causes, "of the bound"]
     lines = []
     for row in rows:
         line = [row.strategy, f"{row.ttft_s:.2f}"]
@@ -139,9 +134,8 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
 
 
 def stages_busy(row: Row) -> str:
-    """Of each stage: 61/60/62/71 %."""
-    shares = "/".join(f"{100 * share:.0f}" for share in row.stage_busy)
-    return f"{shares} %" if shares else _NO
+    """Per cent of each stage: 61/60/62/71."""
+    return "/".join(f"{100 * share:.0f}" for share in row.stage_busy) or _NO
 
 
 def causes_of(rows: Iterable[Row]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from samples import sample
 
-from flowspec.eval.summary import MEAN, Row, by_setting, sets_of, strategies_of, summarize
+from flowspec.eval.aggregate import MEAN, Row, by_setting, sets_of, strategies_of, summarize
 
 
 def rows(samples, **options) -> dict[tuple[str, str], Row]:
@@ -46,13 +46,13 @@ def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
     """Pooled, not averaged over answers."""
     found = rows(
         [
-            ran("ar", "1", 11, 1.0, tau=1.0, stage_busy=(0.4,), bound_share=0.5, mismatch=True),
-            ran("ar", "2", 31, 3.0, tau=3.0, stage_busy=(0.8, 0.2), bound_share=None),
+            ran("ar", "1", 11, 1.0, tau=1.0, stage_busy=(0.4,), bound_share=0.4, mismatch=True),
+            ran("ar", "2", 31, 3.0, tau=3.0, stage_busy=(0.8, 0.2), bound_share=0.8),
         ]
     )["ar", "gsm8k"]
     assert found.stage_busy == (pytest.approx(0.7), pytest.approx(0.2))
-    assert found.tau == pytest.approx(42 / (11 / 1.0 + 31 / 3.0))
-    assert found.bound_share == 0.5
+    assert found.tau == pytest.approx(40 / (10 / 1.0 + 30 / 3.0))
+    assert found.bound_share == pytest.approx(0.7)
     assert found.mismatches == 1
     assert found.stage_idle[0] == {"waiting for link": pytest.approx(0.2)}
 

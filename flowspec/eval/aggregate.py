@@ -12,13 +12,13 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from flowspec.eval.datasets import DATASETS
 from flowspec.eval.records import Sample
 from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
 from flowspec.strategies import STRATEGIES
 
 MEAN = "mean"
 MAX_DEPTH = 8  # alphas beyond are of few samples
-SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "sum", "qa")  # as the papers order them
 AVERAGED = (
     *("tokens_per_s", "end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
     *("mu_not_in_flight", "rows_sent", "rows_pruned", "rows_wasted", "drafter_busy"),
@@ -142,7 +142,7 @@ def summarize(samples: Sequence[Sample], *, baseline: str = "ar") -> dict[Settin
 
 def sets_of(samples: Iterable[Sample]) -> list[str]:
     """Their sets: the known ones in the papers' order, then others by name."""
-    return sorted({s.dataset for s in samples}, key=lambda name: (_place(name, SETS), name))
+    return sorted({s.dataset for s in samples}, key=lambda name: (_place(name, DATASETS), name))
 
 
 def strategies_of(samples: Iterable[Sample]) -> list[str]:
@@ -226,8 +226,8 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
     by_time = _Weights(own, lambda s: s.decode_s)
     by_token = _Weights(own, lambda s: s.tokens)
     alike = _Weights(own, lambda s: 1.0)
-    bounded = _Weights([s for s in own if s.bound_share is not None], lambda s: s.decode_s)
-    verdicts = sum(s.tokens / s.tau for s in own if s.tau)
+    bounds = [s.bound_share for s in own if s.bound_share is not None]
+    verdicts = sum((s.tokens - 1) / s.tau for s in own if s.tau)
     seconds = sum(s.tokens / s.end_to_end_tokens_per_s for s in own if s.end_to_end_tokens_per_s)
     return Row(
         setting=setting,
@@ -242,7 +242,7 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
         end_to_end_tokens_per_s=tokens / seconds if seconds else 0.0,
         speedup=_ratio([pairs]),
         paired=len(pairs),
-        tau=tokens / verdicts if verdicts else 0.0,
+        tau=sum(s.tokens - 1 for s in own if s.tau) / verdicts if verdicts else 0.0,
         alpha=alike.lists(lambda s: s.alpha),
         mu=by_token.mean(lambda s: s.mu),
         mu_not_drafted=by_token.mean(lambda s: s.mu_not_drafted),
@@ -256,7 +256,7 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
         ttft_s=alike.mean(lambda s: s.ttft_s),
         inter_token_ms=alike.mapping(lambda s: s.inter_token_ms),
         tree_size=alike.mean(lambda s: s.tree_size),
-        bound_share=bounded.mean(lambda s: s.bound_share or 0.0) if bounded.things else None,
+        bound_share=_weighted(bounds, by_time.weights) if len(bounds) == len(own) else None,
     )
 
 
@@ -265,7 +265,7 @@ def _mean(rows: Sequence[Row], pairs: Sequence[Pairs]) -> Row:
 
     alike = _Weights(rows, lambda row: 1.0)
     averages: dict[str, Any] = {name: alike.mean(attrgetter(name)) for name in AVERAGED}
-    bounded = [row.bound_share for row in rows if row.bound_share is not None]
+    bounds = [row.bound_share for row in rows if row.bound_share is not None]
     return replace(
         rows[0],
         dataset=MEAN,
@@ -280,7 +280,7 @@ def _mean(rows: Sequence[Row], pairs: Sequence[Pairs]) -> Row:
         stage_busy=alike.lists(lambda row: row.stage_busy),
         stage_idle=alike.mappings(lambda row: row.stage_idle),
         inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
-        bound_share=sum(bounded) / len(bounded) if bounded else None,
+        bound_share=_weighted(bounds, alike.weights) if len(bounds) == len(rows) else None,
         **averages,
     )
 
