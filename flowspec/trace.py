@@ -7,7 +7,7 @@ afterwards. Times in seconds.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -64,7 +64,8 @@ class Recorder(Trace):
     ["work", start, end, kind, rows, context, requests, nodes, segments],
     ["wait", start, end], ["send", when, to, key, bytes, details], ["receive", when, key, details],
     and last ["end", records dropped]. A segment is [request, seq_no, nodes] where it ran and
-    [request, seq_no, nodes, parents, tokens, prefix] where it was sent by the head.
+    [request, seq_no, nodes, parents, tokens, prefix] where it was sent by the head. A message's
+    bytes are those of its frames, or what `size_of` says (an emulated link's).
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class Recorder(Trace):
         path: Path | None = None,
         clock: str = "monotonic",
         max_records: int = MAX_RECORDS,
+        size_of: Callable[[Message], float] | None = None,
     ) -> None:
         self.rank = rank
         self.records: list[Record] = [("process", rank, os.getpid(), clock)]
         self.num_dropped = 0
         self._room = max_records
+        self._size_of = size_of or encoded_size
         self._file: IO[str] | None = path.open("w") if path is not None else None
 
     def worked(self, start: float, end: float, work: Work) -> None:
@@ -99,9 +102,7 @@ class Recorder(Trace):
 
     def sent(self, now: float, to: int, message: Message) -> None:
         """See Trace."""
-        size = 0
-        if isinstance(message, WireMessage):
-            size = sum(len(frame) for frame in encode(message))
+        size = self._size_of(message) if isinstance(message, WireMessage) else 0
         details = describe(message, whole=self.rank == HEAD)
         self._add("send", now, to, message_key(message), size, details)
 
@@ -139,6 +140,12 @@ class Recorder(Trace):
         self._file.writelines(json.dumps(r, separators=(",", ":")) + "\n" for r in self.records)
         self._file.flush()
         self.records.clear()
+
+
+def encoded_size(message: Message) -> int:
+    """Bytes of a message's frames."""
+    assert isinstance(message, WireMessage)
+    return sum(len(frame) for frame in encode(message))
 
 
 def trace_path(folder: Path, rank: int) -> Path:

@@ -11,7 +11,18 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, reliability, report, run, split, stage, trace, verify
+from flowspec.cli import (
+    bench,
+    check_head,
+    plot,
+    reliability,
+    report,
+    run,
+    split,
+    stage,
+    trace,
+    verify,
+)
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -25,10 +36,12 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
 app.command("report")(report.report)
+app.command("plot")(plot.plot)
 app.command("stage", hidden=True)(stage.stage)
 
 

@@ -1,6 +1,6 @@
 """Reports on sample records: speeds, what was accepted, where the time went."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 
 from flowspec.eval.aggregate import MEAN, Row, Setting, sets_of, summarize
@@ -35,20 +35,19 @@ def tables(
     return found
 
 
-def describe(setting: Setting) -> str:
-    """In words; emulated figures say so first."""
-    return ", ".join(
-        [
-            "Emulated" if setting.emulated else "Measured",
-            setting.cluster,
-            setting.model,
-            f"{setting.stages} {'stage' if setting.stages == 1 else 'stages'}",
-            f"drafter {setting.drafter}",
-            f"table {setting.table}",
-            f"{setting.max_tokens} tokens",
-            f"T = {setting.temperature:g}",
-        ]
-    )
+def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
+    """In words, but for the fields in `without`; what is emulated says so first."""
+    words = {
+        "emulated": "Emulated" if setting.emulated else "Measured",
+        "cluster": setting.cluster,
+        "model": setting.model,
+        "stages": f"{setting.stages} {'stage' if setting.stages == 1 else 'stages'}",
+        "drafter": f"drafter {setting.drafter}",
+        "table": f"table {setting.table}",
+        "max_tokens": f"{setting.max_tokens} tokens",
+        "temperature": f"T = {setting.temperature:g}",
+    }
+    return ", ".join(word for name, word in words.items() if name not in without)
 
 
 def _by_set(
