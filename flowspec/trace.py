@@ -41,6 +41,9 @@ class Trace:
     def waited(self, start: float, end: float) -> None:
         """There was nothing to do but wait for messages."""
 
+    def hosted(self, start: float, end: float) -> None:
+        """The program itself took time; a real process's is what no other record covers."""
+
     def sent(self, now: float, to: int, message: Message) -> None:
         """A message was handed over."""
 
@@ -62,10 +65,11 @@ class Recorder(Trace):
 
     ["process", rank, process id, clock], then in order of their end
     ["work", start, end, kind, rows, context, requests, nodes, segments],
-    ["wait", start, end], ["send", when, to, key, bytes, details], ["receive", when, key, details],
-    and last ["end", records dropped]. A segment is [request, seq_no, nodes] where it ran and
-    [request, seq_no, nodes, parents, tokens, prefix] where it was sent by the head. A message's
-    bytes are those of its frames, or what `size_of` says (an emulated link's).
+    ["wait", start, end], ["host", start, end], ["send", when, to, key, bytes, details],
+    ["receive", when, key, details], and last ["end", records dropped]. A segment is
+    [request, seq_no, nodes] where it ran and [request, seq_no, nodes, parents, tokens, prefix]
+    where it was sent by the head. A message's bytes are those of its frames, or what `size_of`
+    says (an emulated link's).
     """
 
     def __init__(
@@ -99,6 +103,10 @@ class Recorder(Trace):
     def waited(self, start: float, end: float) -> None:
         """See Trace."""
         self._add("wait", start, end)
+
+    def hosted(self, start: float, end: float) -> None:
+        """See Trace."""
+        self._add("host", start, end)
 
     def sent(self, now: float, to: int, message: Message) -> None:
         """See Trace."""

@@ -46,7 +46,8 @@ def bench(
         str, typer.Option(help=f"Of {', '.join(DRAFTERS)}; +graft and +calibrate switch on.")
     ] = "eagle",
     datasets: Annotated[
-        str, typer.Option(help=f"all (with --data-dir), or some of {', '.join(DATASETS)}, or files.")
+        str,
+        typer.Option(help=f"all (with --data-dir), or some of {', '.join(DATASETS)}, or files."),
     ] = "all",
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with SET/question.jsonl [the hub].")
@@ -59,7 +60,9 @@ def bench(
     stages: Annotated[
         int | None, typer.Option(help="Another number of stages than the cluster's.", min=1)
     ] = None,
-    table: Annotated[str, typer.Option(help="Set of parameters in --config: main or all.")] = "main",
+    table: Annotated[
+        str, typer.Option(help="Set of parameters in --config: main or all.")
+    ] = "main",
     config: Annotated[Path, typer.Option(help="File with the tables of parameters.")] = TABLES,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
@@ -85,7 +88,7 @@ def bench(
 
     On the emulated cluster every forward is really computed by the bundled (or named) model and
     charged the emulated model's time; the same figures come on every run. Each text is compared
-    with the target's alone; exit code 1 if one differs. Samples that are in --out are not run again.
+    with the target's alone; exit code 1 if one differs. What is in --out is not run again.
     """
     if real and (bound or cluster or model):
         raise ValueError("--real runs on this machine: it has no --cluster, --model or --bound")
@@ -170,7 +173,9 @@ def _load(
     return loaded
 
 
-def _draft_folders(config: RunConfig, cases: Sequence[Case], given: Sequence[str]) -> dict[str, str]:
+def _draft_folders(
+    config: RunConfig, cases: Sequence[Case], given: Sequence[str]
+) -> dict[str, str]:
     """Where each drafter's model lies, as named or as bundled."""
     names = sorted({case.drafter_name for case in cases} - {"none"})
     folders = dict.fromkeys(names, "")

@@ -18,8 +18,11 @@ def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
     kind = "emulated" if rows[0].emulated else "measured on this machine"
     about = f"{plan.model} on {plan.cluster}, {plan.stages} stages, table {plan.table} ({kind})"
     sets = list(dict.fromkeys(row.dataset for row in rows))
-    console.print(_speeds(f"tokens/s, {about}", rows, sets))
+    console.print(f"tokens/s, {about}", highlight=False)
+    console.print(_speeds(rows, sets))
+    console.print("speed-up over ar; mean with its 95 % interval", highlight=False)
     console.print(_speedups(rows, sets))
+    console.print("where the stages' decode time went, in %", highlight=False)
     console.print(_times(samples))
 
 
@@ -31,15 +34,15 @@ def _names(line: tuple[str, str, float]) -> tuple[str, str, str]:
     return line[0], line[1], f"{line[2]:g}"
 
 
-def _new_table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+def _new_table() -> Table:
+    table = Table(box=None, pad_edge=False)
     for name in ("strategy", "drafter", "T"):
         table.add_column(name, no_wrap=True)
     return table
 
 
-def _speeds(title: str, rows: Sequence[Row], sets: Sequence[str]) -> Table:
-    table = _new_table(title)
+def _speeds(rows: Sequence[Row], sets: Sequence[str]) -> Table:
+    table = _new_table()
     for name in (*sets, "tau", "bound"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in dict.fromkeys(map(_line, rows)):
@@ -52,7 +55,7 @@ def _speeds(title: str, rows: Sequence[Row], sets: Sequence[str]) -> Table:
 
 
 def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
-    table = _new_table("speed-up over ar; mean with its 95 % interval")
+    table = _new_table()
     for name in (*sets, "interval", "mismatches"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in dict.fromkeys(map(_line, rows)):
@@ -71,7 +74,7 @@ def _ratio(row: Row) -> str:
 
 
 def _times(samples: Sequence[Sample]) -> Table:
-    table = _new_table("where the stages' decode time went, in %")
+    table = _new_table()
     shares = {
         line: time_shares([sample for sample in samples if _line(sample) == line])
         for line in dict.fromkeys(map(_line, samples))

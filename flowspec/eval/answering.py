@@ -1,4 +1,4 @@
-"""Running a benchmark's questions: the target alone, then a strategy on a cluster, sample by sample.
+"""Answering a benchmark's questions: the target alone, then a strategy on a cluster.
 
 A `Workbench` keeps the loaded models of one process. A cluster is fresh for each group, so that
 what it learns of costs and scores is the group's alone and no figure depends on what ran before.
@@ -8,7 +8,7 @@ import platform
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -186,7 +186,7 @@ class Workbench:
             seed=group.seed,
             stages=plan.stages,
             table=plan.table,
-            parameters=asdict(case.parameters()),
+            parameters=case.parameters,
             max_tokens=plan.max_tokens,
             warm=plan.warm,
             emulated=not plan.real,
@@ -201,7 +201,9 @@ class Workbench:
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
         if not self._stages:
             self._stages = [
-                build_stage(self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+                build_stage(
+                    self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False
+                )[0]
                 for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)

@@ -1,4 +1,4 @@
-"""What a benchmark runs: strategies with their parameters over questions, and what defines a sample.
+"""Plan of a benchmark: strategies with their parameters over questions, and a sample's key.
 
 Parameters come from a table of config/eval.yaml: `main`, where all strategies have the same head
 and published baselines draft as published, or `all`, where everything is on that a strategy can
@@ -7,13 +7,13 @@ use. A sample's key covers whatever could change its figures, so that a resumed 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from flowspec.config import DecodeConfig, RunConfig, override
+from flowspec.config import RunConfig, override
 from flowspec.drafters import parse_drafter
-from flowspec.engine import decode_config
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.records import hash_of
 from flowspec.plain_yaml import read_yaml
@@ -30,21 +30,17 @@ class Case:
 
     strategy: str
     drafter: str  # as parse_drafter takes it; none for ar
-    decode: Mapping[str, Any]  # overrides of the strategy's defaults
+    parameters: Mapping[str, Any]  # the whole effective DecodeConfig
 
     @property
     def drafter_name(self) -> str:
         """Without its switches."""
         return parse_drafter(self.drafter)[0]
 
-    def parameters(self) -> DecodeConfig:
-        """The effective ones. Raises ValueError naming an unknown key."""
-        return decode_config(self.config(RunConfig()))[1]
-
     def config(self, base: RunConfig) -> RunConfig:
         """`base` with this strategy."""
         values = {"strategy": self.strategy, "drafter": self.drafter_name}
-        return override(base, {**values, "decode": dict(self.decode)}, where="bench")
+        return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +90,10 @@ class Plan:
             "figures": FIGURES,
             "cluster": self.cluster,
             "model": self.model,
-            "emulation": asdict(emulation) if emulation is not None else None,
+            "emulation": _hash(emulation) if emulation is not None else None,
             "drafter": case.drafter,
             "strategy": case.strategy,
-            "parameters": asdict(case.parameters()),
+            "parameters": case.parameters,
             "table": self.table,
             "stages": self.stages,
             "dataset": group.dataset,
@@ -119,6 +115,11 @@ class Plan:
                 definition = {**common, "asked": asked, "warm": self.warm, "turn": turn}
                 found[prompt.id, turn] = hash_of(definition)
         return found
+
+
+@lru_cache
+def _hash(emulation: Emulation) -> str:
+    return hash_of(asdict(emulation))
 
 
 def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
@@ -181,10 +182,8 @@ def make_cases(
         for drafter in drafters if find_strategy(strategy).drafts else ("none",):
             _, switches = parse_drafter(drafter)
             on = {switch: True for switch, is_on in switches.items() if is_on}
-            decode = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
-            case = Case(strategy, drafter, decode)
-            case.parameters()
-            if case in cases:
-                raise ValueError(f"strategy {strategy} with drafter {drafter} is asked for twice")
-            cases.append(case)
+            values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
+            where = f"strategy {strategy}"
+            effective = override(find_strategy(strategy).defaults, values, where=where)
+            cases.append(Case(strategy, drafter, asdict(effective)))
     return tuple(cases)

@@ -74,7 +74,9 @@ def run_plan(
                     too_long[one.dataset, one.question, one.turn] = one
                     progress.total -= one.num_turns * len(cases)
             tell(progress)
-    keys = [key for group in groups for case in plan.cases for key in plan.keys(case, group).values()]
+    keys = [
+        key for group in groups for case in plan.cases for key in plan.keys(case, group).values()
+    ]
     return Outcome(list(file.select(keys)), num_run, list(too_long.values()))
 
 
@@ -111,16 +113,17 @@ class _Alone:
 
 
 class _Pool:
-    """Works in several processes; first the target's answers, then the strategies that need them."""
+    """Works in several processes: the target's answers, then the strategies that need them."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
+    def __init__(self, pool: ProcessPoolExecutor, jobs: int) -> None:
         self.pool = pool
+        self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
 
     def work(self, todo: Todo) -> Done:
         waiting: dict[Future[Asking | list[Sample]], tuple[Group, list[Case]]] = {}
         left = list(reversed(todo))
         while waiting or left:
-            while left and len(waiting) < 4 * self._size:  # few enough to stop soon when asked to
+            while left and len(waiting) < self.most_waiting:
                 group, cases = left.pop()
                 waiting[self.pool.submit(_ask, group)] = group, cases
             finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
@@ -131,10 +134,6 @@ class _Pool:
                 if isinstance(result, tuple) and result[0]:
                     for case in cases:
                         waiting[self.pool.submit(_run, case, group, result[0])] = group, [case]
-
-    @property
-    def _size(self) -> int:
-        return self.pool._max_workers
 
 
 @contextmanager
@@ -149,7 +148,7 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
         initargs=(plan, os.getpid()),
     )
     try:
-        yield _Pool(pool)
+        yield _Pool(pool, jobs)
     except BrokenProcessPool:
         raise ClusterError("bench", "a worker process ended; is the memory full?") from None
     finally:

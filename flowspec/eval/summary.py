@@ -142,9 +142,11 @@ def _pairs(own: Iterable[Sample], base: Iterable[Sample]) -> Pairs:
 
 def _ratio(pairs: Sequence[Pairs]) -> Interval | None:
     try:
-        return speed_ratio(pairs)
+        ratio = speed_ratio(pairs)
     except ValueError:  # ar was not run on these
         return None
+    # one question says nothing of how questions differ
+    return ratio if min(map(len, pairs)) > 1 else Interval(ratio.value)
 
 
 def time_shares(samples: Sequence[Sample]) -> TimeShares:

@@ -164,10 +164,12 @@ class Simulator:
             return
         actor = self.actors[rank]
         actor.busy = True
+        start = self.now
         self.host_s[rank] += charge
 
         def done() -> None:
             actor.busy = False
+            self.traces[rank].hosted(start, self.now)
             self._send_all(rank, sends())
             self._turn(rank)
 
