@@ -18,6 +18,7 @@ from flowspec.cli import (
     reliability,
     report,
     run,
+    simulate,
     split,
     stage,
     trace,
@@ -40,6 +41,7 @@ app.command("bench")(bench.bench)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
+app.command("simulate")(simulate.simulate)
 app.command("report")(report.report)
 app.command("plot")(plot.plot)
 app.command("stage", hidden=True)(stage.stage)

@@ -55,6 +55,11 @@ def _of_cluster(key: str, default: Value) -> Callable[[Sample], Value]:
     return lambda sample: values_in(sample.cluster).get(key, default)
 
 
+def _weight_bits(sample: Sample) -> Value:
+    named = values_in(sample.model).get("weight_bits")
+    return read_model(sample.model.split(" ")[0]).weight_bits if named is None else named
+
+
 def _of_parameters(key: str) -> Callable[[Sample], Value | None]:
     def find(sample: Sample) -> Value | None:
         if sample.strategy in STRATEGIES and not STRATEGIES[sample.strategy].drafts:
@@ -94,7 +99,7 @@ AXES: dict[str, Axis] = {
         ),
         Axis(
             "drafter_speed",
-            "times the head's speed",
+            "speed of the drafter's forwards, times the cluster's own",
             ("cluster",),
             _of_cluster("drafter_speed", 1.0),
         ),
@@ -102,7 +107,7 @@ AXES: dict[str, Axis] = {
             "weight_bits",
             "bits per weight",
             ("model",),
-            lambda sample: read_model(sample.model).weight_bits,
+            _weight_bits,
         ),
         *(Axis(name, label, (), _of_parameters(name)) for name, label in _PARAMETERS.items()),
     )
