@@ -69,7 +69,7 @@ class Row:
     tokens_per_s: float
     end_to_end_tokens_per_s: float
     speedup: Interval | None  # None: no prompt in common with the baseline
-    paired: int  # samples in common
+    pairs: Sequence[Pairs]  # per set: questions in common with the baseline, both sides' speeds
     tau: float
     alpha: tuple[float, ...]  # by depth
     mu: float
@@ -85,6 +85,11 @@ class Row:
     inter_token_ms: Mapping[str, float]
     tree_size: float
     bound_share: float | None
+
+    @property
+    def paired(self) -> int:
+        """How many questions are compared."""
+        return sum(map(len, self.pairs))
 
 
 def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
@@ -173,13 +178,12 @@ def _rows(setting: Setting, samples: Sequence[Sample], baseline: str) -> list[Ro
         cells[sample.strategy, sample.dataset].append(sample)
     rows: list[Row] = []
     for strategy in strategies:
-        sets = [name for name in sets_of(samples) if (strategy, name) in cells]
-        pairs = [pair_up(cells[strategy, name], cells[baseline, name]) for name in sets]
         own = [
-            _row(setting, cells[strategy, name], found)
-            for name, found in zip(sets, pairs, strict=True)
+            add_up(cells[strategy, name], cells[baseline, name])
+            for name in sets_of(samples)
+            if (strategy, name) in cells
         ]
-        rows += [*own, _mean(own, pairs)]
+        rows += [replace(row, setting=setting) for row in (*own, mean_of(own))]
     return rows
 
 
@@ -216,11 +220,13 @@ def _added(speeds: Iterable[Speed]) -> Speed:
 def _ratio(sets: Sequence[Pairs]) -> Interval | None:
     try:
         return speed_ratio([pairs for pairs in sets if pairs])
-    except ValueError:
+    except ValueError:  # nothing in common
         return None
 
 
-def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
+def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
+    """One strategy's samples of one set, beside the baseline's of that set."""
+    pairs = pair_up(own, base)
     tokens = sum(s.tokens for s in own)
     speed = _added(_speeds(own).values())
     by_time = _Weights(own, lambda s: s.decode_s)
@@ -230,7 +236,7 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
     verdicts = sum((s.tokens - 1) / s.tau for s in own if s.tau)
     seconds = sum(s.tokens / s.end_to_end_tokens_per_s for s in own if s.end_to_end_tokens_per_s)
     return Row(
-        setting=setting,
+        setting=Setting.of(own[0]),
         strategy=own[0].strategy,
         dataset=own[0].dataset,
         num_sets=1,
@@ -241,7 +247,7 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
         tokens_per_s=speed.tokens / speed.seconds if speed.seconds else 0.0,
         end_to_end_tokens_per_s=tokens / seconds if seconds else 0.0,
         speedup=_ratio([pairs]),
-        paired=len(pairs),
+        pairs=(pairs,),
         tau=sum(s.tokens - 1 for s in own if s.tau) / verdicts if verdicts else 0.0,
         alpha=alike.lists(lambda s: s.alpha),
         mu=by_token.mean(lambda s: s.mu),
@@ -260,8 +266,9 @@ def _row(setting: Setting, own: Sequence[Sample], pairs: Pairs) -> Row:
     )
 
 
-def _mean(rows: Sequence[Row], pairs: Sequence[Pairs]) -> Row:
+def mean_of(rows: Sequence[Row]) -> Row:
     """Over sets; counts are sums."""
+    pairs = [of_set for row in rows for of_set in row.pairs]
 
     alike = _Weights(rows, lambda row: 1.0)
     averages: dict[str, Any] = {name: alike.mean(attrgetter(name)) for name in AVERAGED}
@@ -275,7 +282,7 @@ def _mean(rows: Sequence[Row], pairs: Sequence[Pairs]) -> Row:
         tokens=sum(row.tokens for row in rows),
         mismatches=sum(row.mismatches for row in rows),
         speedup=_ratio(pairs),
-        paired=sum(row.paired for row in rows),
+        pairs=pairs,
         alpha=alike.lists(lambda row: row.alpha),
         stage_busy=alike.lists(lambda row: row.stage_busy),
         stage_idle=alike.mappings(lambda row: row.stage_idle),
@@ -283,6 +290,12 @@ def _mean(rows: Sequence[Row], pairs: Sequence[Pairs]) -> Row:
         bound_share=_weighted(bounds, alike.weights) if len(bounds) == len(rows) else None,
         **averages,
     )
+
+
+def mean_idle(row: Row, cause: str) -> float:
+    """A cause's share of the stages' time."""
+    shares = [stage.get(cause, 0.0) for stage in row.stage_idle]
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def _per_token(samples: Sequence[Sample], count: Callable[[Sample], float]) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 
-from flowspec.eval.aggregate import MEAN, Row, Setting, sets_of, summarize
+from flowspec.eval.aggregate import MEAN, Row, Setting, mean_idle, sets_of, summarize
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.records import Sample
 from flowspec.eval.statistics import LEVEL, Interval
@@ -147,12 +147,6 @@ def causes_of(rows: Iterable[Row]) -> list[str]:
     return sorted((cause for cause, total in totals.items() if total > 0), key=lambda c: -totals[c])
 
 
-def mean_idle(row: Row, cause: str) -> float:
-    """A cause's share of the stages' time."""
-    shares = [stage.get(cause, 0.0) for stage in row.stage_idle]
-    return sum(shares) / len(shares) if shares else 0.0
-
-
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -170,7 +164,7 @@ def flat(row: Row) -> dict[str, object]:
     record: dict[str, object] = {f.name: getattr(row.setting, f.name) for f in fields(Setting)}
     for field in fields(Row):
         value = getattr(row, field.name)
-        if field.name == "setting":
+        if field.name in ("setting", "pairs"):
             continue
         if field.name == "speedup":
             known = value or Interval(float("nan"))

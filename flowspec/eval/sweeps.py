@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from flowspec.config import DecodeConfig
 from flowspec.eval.aggregate import MEAN, Row, Setting, summarize
 from flowspec.eval.records import Sample
+from flowspec.eval.report import describe
 from flowspec.simulate.profiles import ClusterProfile, read_cluster, read_model
 from flowspec.strategies import STRATEGIES
 
@@ -119,7 +120,7 @@ class Sweep:
     """Means over the sets by strategy, then by the axis's value, in order."""
 
     axis: Axis
-    setting: Setting  # of the first point
+    about: str  # all that its points have in common
     lines: Mapping[str, Mapping[Value, Row]]
     has_baseline: bool
 
@@ -151,25 +152,26 @@ def sweep(samples: Sequence[Sample], axis: Axis, *, baseline: str = "ar") -> Swe
     )
     lines: dict[str, dict[Value, Row]] = defaultdict(dict)
     settings: set[Setting] = set()
-    first = None
     for value in sorted(at):
         own = [*at[value], *everywhere]
         found = summarize(own, baseline=baseline if has_baseline else own[0].strategy)
         check_one(found, f"at {axis.name}={value:g} ")
         ((setting, rows),) = found.items()
-        first = first or setting
-        settings.add(_without(setting, axis))
+        settings.add(setting)
         for row in rows:
             if row.dataset == MEAN:
                 lines[row.strategy][value] = row
-    check_one(settings, f"besides {axis.name} ")
-    assert first is not None
-    return Sweep(axis, first, dict(lines), has_baseline)
+    check_one(settings, f"besides {axis.name} ", free=axis.moves)
+    return Sweep(axis, _in_common(settings), dict(lines), has_baseline)
 
 
-def _without(setting: Setting, axis: Axis) -> Setting:
-    blank: dict[str, int | str] = {"stages": 0, "cluster": "", "model": ""}
-    return replace(setting, **{name: blank[name] for name in axis.moves})  # type: ignore[arg-type]
+def _in_common(settings: Iterable[Setting]) -> str:
+    """A cluster's or model's own name stays where all have it; other things that move go."""
+    plain = [
+        replace(s, cluster=s.cluster.split(" ")[0], model=s.model.split(" ")[0]) for s in settings
+    ]
+    moved = [f.name for f in fields(Setting) if len({getattr(s, f.name) for s in plain}) > 1]
+    return describe(plain[0], without=moved)
 
 
 def check_one(settings: Iterable[Setting], where: str = "", *, free: Sequence[str] = ()) -> None:

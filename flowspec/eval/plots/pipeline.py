@@ -16,7 +16,7 @@ from flowspec.request import rank_name
 MAX_SEGMENTS = 40  # of one stage, where no window is asked for: more could not be told apart
 TALL = 0.72  # of a process's lane
 INCHES_PER_LANE = 0.42
-LEGIBLE = 0.021  # of the window: narrower work is not labelled
+LEGIBLE = 0.0075  # of the window for each digit: narrower work is not labelled
 HIT, MISS = "verdict: hit", "verdict: miss"
 
 
@@ -176,12 +176,13 @@ def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, colo
     """Rows, where there is room."""
     start = max(event["ts"] / 1e6, window.start)
     end = min((event["ts"] + event["dur"]) / 1e6, window.end)
-    if (end - start) / (window.end - window.start) < LEGIBLE:
+    rows = str(event["args"]["rows"])
+    if (end - start) / (window.end - window.start) < LEGIBLE * len(rows):
         return
     axes.text(
         (start + end) / 2,
         lane,
-        str(event["args"]["rows"]),
+        rows,
         ha="center",
         va="center_baseline",
         size=6.5,

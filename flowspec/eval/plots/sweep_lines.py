@@ -9,7 +9,6 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from flowspec.eval.aggregate import Row
 from flowspec.eval.plots.theme import MARKERS, Theme, colors, frame, grid
-from flowspec.eval.report import describe
 from flowspec.eval.sweeps import Sweep
 
 LOG_FROM = 6.0  # ratio of the largest to the smallest value
@@ -27,9 +26,8 @@ def sweep_lines(found: Sweep, theme: Theme, baseline: str) -> Figure:
     panels = 2 if found.has_baseline and len(strategies) > 1 else 1
     figure = frame(
         theme,
-        f"Speed by {found.axis.label}",
-        f"{describe(found.setting, without=found.axis.moves)}; mean over the sets"
-        + ("; bands: 95 % intervals" if panels == 2 else ""),
+        f"Speed by {found.axis.label.split(',')[0]}",
+        f"{found.about}; mean over the sets" + ("; bands: 95 % intervals" if panels == 2 else ""),
         legend,
         height=3.3,
     )
@@ -45,7 +43,7 @@ def sweep_lines(found: Sweep, theme: Theme, baseline: str) -> Figure:
     axes[0].set_ylabel("tokens/s")
     if panels == 2:
         axes[1].axhline(1.0, color=theme.quiet, linewidth=1.0)
-        axes[1].set_ylabel(f"times as fast as {baseline} there")
+        axes[1].set_ylabel(f"times as fast as {baseline}")
     values = sorted({value for points in found.lines.values() for value in points})
     for panel in axes:
         panel.set_ylim(bottom=0)

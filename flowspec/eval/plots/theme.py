@@ -14,6 +14,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 
 SUFFIXES = (".png", ".pdf", ".svg")
 DPI = 200
@@ -147,7 +148,7 @@ def frame(
     theme: Theme,
     title: str,
     subtitle: str,
-    legend: Sequence[tuple[Artist, str]] = (),
+    legend: Sequence[tuple[Artist | tuple[Artist, ...], str]] = (),
     *,
     height: float,
     width: float = WIDTH,
@@ -169,6 +170,7 @@ def frame(
             loc="upper left",
             bbox_to_anchor=(0.004, 1 - (0.58 + 0.25 * line) / whole),
             ncols=length,
+            handler_map={tuple: HandlerTuple(ndivide=None, pad=0.15)},
         )
         start += length
     return figure
