@@ -107,7 +107,7 @@ def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
 
 def _share_undrafted(found: dict[Setting, list[Sample]]) -> None:
     """Give samples of settings without any draft to all that differ in the draft alone."""
-    drafting = [at for at, own in found.items() if any(_drafts(s.strategy) for s in own)]
+    drafting = [at for at, own in found.items() if any(drafts(s.strategy) for s in own)]
     for setting in [at for at in found if at not in drafting]:
         takers = [at for at in drafting if _undrafted(at) == _undrafted(setting)]
         for taker in takers:
@@ -127,7 +127,7 @@ def _named_apart(samples: Sequence[Sample]) -> list[Sample]:
         by_name[sample.strategy].append(sample)
     named = []
     for name, own in by_name.items():
-        keys = sorted({key for sample in own for key in sample.parameters}) if _drafts(name) else []
+        keys = sorted({key for sample in own for key in sample.parameters}) if drafts(name) else []
         varied = [key for key in keys if len({str(s.parameters.get(key)) for s in own}) > 1]
         for sample in own:
             words = [f"{key}={sample.parameters.get(key)}" for key in varied]
@@ -161,8 +161,10 @@ def _place(name: str, known: Sequence[str]) -> int:
     return known.index(name) if name in known else len(known)
 
 
-def _drafts(strategy: str) -> bool:
-    return strategy not in STRATEGIES or STRATEGIES[strategy].drafts
+def drafts(strategy: str) -> bool:
+    """Whether a strategy, or one of the variants of `by_setting`, has a tree."""
+    name = strategy.split(" ")[0]
+    return name not in STRATEGIES or STRATEGIES[name].drafts
 
 
 def _rows(setting: Setting, samples: Sequence[Sample], baseline: str) -> list[Row]:

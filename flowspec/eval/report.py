@@ -61,7 +61,8 @@ def _by_set(
         for name in sets:
             text = cell(own[name]) if name in own else _NO
             if name == MEAN and own[name].num_sets < len(sets) - 1:
-                text, partial = f"{text} *", True
+                first, line_break, rest = text.partition("\n")
+                text, partial = f"{first} *{line_break}{rest}", True
             line.append(text)
         lines.append(line)
     return lines, partial

@@ -7,6 +7,7 @@ was varied of the decoding, in the parameters.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
 from flowspec.config import DecodeConfig
 from flowspec.eval.aggregate import MEAN, Row, Setting, summarize
@@ -39,12 +40,17 @@ def values_in(name: str) -> dict[str, Value]:
     return {key: float(value) for key, equals, value in pairs if equals}
 
 
+@cache  # one reading for all samples
+def _profile(name: str) -> ClusterProfile:
+    return read_cluster(name)
+
+
 def _of_links(key: str, value: Callable[[ClusterProfile], set[Value]]) -> Callable[[Sample], Value]:
     def find(sample: Sample) -> Value:
         named = values_in(sample.cluster)
         if key in named:
             return named[key]
-        found = value(read_cluster(sample.cluster.split(" ")[0]))
+        found = value(_profile(sample.cluster.split(" ")[0]))
         if len(found) != 1:
             raise ValueError(f"the links of cluster {sample.cluster} differ: no place on {key}")
         return found.pop()

@@ -9,6 +9,7 @@ from flowspec.eval.aggregate import (
     Row,
     Setting,
     by_setting,
+    drafts,
     strategies_of,
     summarize,
 )
@@ -38,6 +39,7 @@ def lengths(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
     runs = {
         strategy: [run for sample in own if sample.strategy == strategy for run in sample.runs]
         for strategy in strategies_of(own)
+        if drafts(strategy)
     }
     return length_histogram(runs, theme, f"{describe(setting)}; all sets")
 

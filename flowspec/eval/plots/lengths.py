@@ -18,7 +18,7 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
     runs = {name: own for name, own in runs.items() if own}
     if not runs:
         raise ValueError("no strategy in these records has accepted runs; ar alone drafts nothing")
-    columns = min(COLUMNS, len(runs))
+    columns = 2 if len(runs) == 4 else min(COLUMNS, len(runs))
     lines = -(-len(runs) // columns)
     figure = frame(theme, "Accepted tokens between two misses", subtitle, height=1.9 * lines + 0.2)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
@@ -148,12 +147,15 @@ def frame(
     theme: Theme,
     title: str,
     subtitle: str,
-    legend: Sequence[tuple[Artist | tuple[Artist, ...], str]] = (),
+    legend: Sequence[tuple[Any, str]] = (),
     *,
     height: float,
     width: float = WIDTH,
 ) -> Figure:
-    """A figure of `width` x `height` inches below a band with title, subtitle and legend."""
+    """A figure of `width` x `height` inches below a band with title, subtitle and legend.
+
+    `legend`: an artist, or several for one entry, and its label.
+    """
     lines = _legend_lines([label for _, label in legend], width)
     band = 0.62 + 0.27 * len(lines)
     whole = height + band
