@@ -1,4 +1,4 @@
-"""`flowspec simulate`: profiles changed in a figure, whole sweeps on a tiny checkpoint, refusals."""
+"""`flowspec simulate`: profiles changed in a figure, sweeps on a tiny checkpoint, refusals."""
 
 import json
 import sys
