@@ -111,8 +111,8 @@ def _draft_folders(
     folders = dict.fromkeys(names, "")
     for text in given:
         name, equals, folder = text.partition("=")
-        if not equals and len(folders) == 1:
-            folders[names[0]] = text
+        if not equals and len(folders) <= 1:
+            folders |= dict.fromkeys(names, text)  # ar alone needs none
         elif equals and name in folders:
             folders[name] = folder
         else:
