@@ -71,6 +71,8 @@ class RunConfig:
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    emulate: str = ""  # CLUSTER:MODEL, profiles that the local processes keep the pace of
+    emulate_slowdown: float = 1.0  # of an emulated cluster, where this machine is too slow for it
     trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
@@ -85,6 +87,7 @@ class RunConfig:
                 f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
                 f"{self.device!r}"
             )
+        self._check_emulation()
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
         for name in ("kept_prefixes", "kv_memory_mb"):
@@ -98,6 +101,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_COUNT:
                 raise ValueError(f"{name} must be from 1 to {MAX_COUNT}")
+
+    def _check_emulation(self) -> None:
+        if self.emulate and self.transport != "zmq":
+            raise ValueError(f"emulate needs transport zmq, not {self.transport!r}")
+        if not 0.01 <= self.emulate_slowdown <= 1000:
+            raise ValueError(
+                f"emulate_slowdown must be from 0.01 to 1000, not {self.emulate_slowdown}"
+            )
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:

@@ -109,6 +109,8 @@ def test_drafters_cost_what_they_weigh():
     """Look-ups only the host's time, a small model less than a head on a large one."""
     cost = {name: reference(name).draft_s(10, 100) for name in ("ngram", "draft_model", "eagle3")}
     assert cost["ngram"] == 0.0
+    half = replace(reference(), draft_scale=0.5, free_host=True)
+    assert half.work(0, work("draft", 10, 100)) == pytest.approx(half.draft_s(10, 100) / 2)
     assert 0.0 < cost["draft_model"] < reference().draft_s(10, 100) < cost["eagle3"]
 
 

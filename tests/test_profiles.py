@@ -6,6 +6,7 @@ import pytest
 
 from flowspec.simulate.emulation import load_emulation
 from flowspec.simulate.profiles import (
+    BUNDLED,
     profile_names,
     read_cluster,
     read_device,
@@ -105,6 +106,18 @@ def test_mistakes_in_a_cluster_are_named(tmp_path: Path, more: str, error: str):
     file.write_text(f"source: x\nhead: reference-board\nstages: {stages}\nlink: 1gbe\n{more}\n")
     with pytest.raises(ValueError, match=error):
         read_cluster(str(file))
+
+
+def test_paths_in_a_cluster_are_from_its_folder(tmp_path: Path):
+    """A folder with a cluster and its boards can lie and be named anywhere."""
+    board = (BUNDLED / "devices" / "orin-nx-16gb.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(board)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "source: x\nhead: ./mine.yaml\nstages: [./mine.yaml, reference-board]\nlink: 1gbe"
+    )
+    names = [device.name for device in read_cluster(str(file)).devices]
+    assert names == ["mine", "mine", "reference-board"]
 
 
 def test_a_device_of_ones_own_link(tmp_path: Path):

@@ -87,7 +87,7 @@ class Workbench:
         asked: list[Asked] = []
         too_long: list[TooLong] = []
         for prompt in group.prompts:
-            found = self._ask_one(group, prompt)
+            found = list(self._ask_one(group, prompt))
             asked += (one for one in found if isinstance(one, Asked))
             too_long += (one for one in found if isinstance(one, TooLong))
         return asked, too_long

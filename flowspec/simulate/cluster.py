@@ -93,11 +93,7 @@ def emulated_cluster(
 
     Raises ValueError where the split has another number of stages.
     """
-    if len(stages) != emulation.cluster.num_stages:
-        raise ValueError(
-            f"the model is split into {len(stages)} stages, cluster {emulation.cluster.name} has "
-            f"{emulation.cluster.num_stages}; split it into as many"
-        )
+    emulation.check_stages(len(stages))
     fresh = [
         Stage(stage.rank, stage.num_stages, stage.model, shape_stable=stage.shape_stable)
         for stage in stages

@@ -6,6 +6,7 @@ slower of memory and arithmetic, max(bytes / bandwidth, operations / rate), and 
 layer (the roofline model, Williams et al. 2009). Times in seconds, sizes in bytes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -39,13 +40,15 @@ class Emulation:
     model: ModelProfile
     drafter: str
     layers: tuple[int, ...]  # of the emulated model, on stages 1..N
-    free_drafter: bool = False
+    draft_scale: float = 1.0  # of the time of drafter forwards; 0: they are free
     free_host: bool = False
     free_latency: bool = False
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
             raise ValueError(f"unknown drafter {self.drafter!r}; known: {', '.join(DRAFTERS)}")
+        if not 0.0 <= self.draft_scale < math.inf:
+            raise ValueError(f"draft_scale must not be negative: {self.draft_scale}")
         if len(self.layers) != self.cluster.num_stages:
             raise ValueError(
                 f"layers of {len(self.layers)} stages are given, cluster {self.cluster.name} has "
@@ -61,12 +64,38 @@ class Emulation:
 
     def ideal(self) -> "Emulation":
         """The same with a free drafter, no host overhead and no latency."""
-        return replace(self, free_drafter=True, free_host=True, free_latency=True)
+        return replace(self, draft_scale=0.0, free_host=True, free_latency=True)
+
+    def slowed(self, factor: float) -> "Emulation":
+        """The same `factor` times as slow in everything; its decisions take the same course."""
+        devices = tuple(
+            replace(
+                device,
+                bandwidth_gb_s=device.bandwidth_gb_s / factor,
+                fp16_tflops=device.fp16_tflops / factor,
+                layer_overhead_ms=device.layer_overhead_ms * factor,
+                host_overhead_ms=device.host_overhead_ms * factor,
+            )
+            for device in self.cluster.devices
+        )
+        links = tuple(
+            replace(link, rate_mbps=link.rate_mbps / factor, latency_ms=link.latency_ms * factor)
+            for link in self.cluster.links
+        )
+        return replace(self, cluster=replace(self.cluster, devices=devices, links=links))
+
+    def check_stages(self, num_stages: int) -> None:
+        """Raise ValueError where the model that stands in is split into another number."""
+        if num_stages != self.cluster.num_stages:
+            raise ValueError(
+                f"the model is split into {num_stages} stages, cluster {self.cluster.name} has "
+                f"{self.cluster.num_stages}; split it into as many"
+            )
 
     def work(self, rank: int, work: Work) -> float:
         """Seconds of a piece of work on `rank`."""
         if work.kind == "draft":
-            drafted = 0.0 if self.free_drafter else self.draft_s(work.rows, work.context)
+            drafted = self.draft_scale * self.draft_s(work.rows, work.context)
             return max(NOTHING_S, drafted + self._host_s(HEAD))
         segments = work.about.get("segments", ())
         requests = max(1, len({segment.request for segment in segments}))
@@ -220,6 +249,14 @@ def with_stages(cluster: ClusterProfile, stages: int) -> ClusterProfile:
         links=(cluster.links[0], *[cluster.links[1]] * stages),
         layers=(),
     )
+
+
+def read_emulation(names: str, *, drafter: str, slowdown: float = 1.0) -> Emulation:
+    """The emulation that `CLUSTER:MODEL` names. Raises ValueError."""
+    cluster, colon, model = names.partition(":")
+    if not colon or not cluster or not model:
+        raise ValueError(f"emulate takes CLUSTER:MODEL, such as jetson-5:vicuna-7b, not {names!r}")
+    return load_emulation(cluster, model, drafter=drafter).slowed(slowdown)
 
 
 def balanced_layers(cluster: ClusterProfile, model: ModelProfile) -> tuple[int, ...]:

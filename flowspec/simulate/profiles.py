@@ -18,6 +18,7 @@ from flowspec.plain_yaml import read_yaml
 
 T = TypeVar("T")
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "config"
+HERE = Path()
 MAX_STAGES = 64
 ABOUT = ("about", "source")
 
@@ -144,14 +145,17 @@ class _ClusterFile:
     layers: tuple[int, ...]
 
 
-def read_device(name: str) -> DeviceProfile:
-    """A device by name or file. Raises ValueError naming what is wrong and where."""
-    return _read(DeviceProfile, "devices", name)
+def read_device(name: str, *, beside: Path = HERE) -> DeviceProfile:
+    """A device by name or file, a path from folder `beside`.
+
+    Raises ValueError naming what is wrong and where.
+    """
+    return _read(DeviceProfile, "devices", name, beside)
 
 
-def read_link(name: str) -> LinkProfile:
-    """A link by name or file. Raises ValueError."""
-    return _read(LinkProfile, "links", name)
+def read_link(name: str, *, beside: Path = HERE) -> LinkProfile:
+    """A link by name or file, likewise. Raises ValueError."""
+    return _read(LinkProfile, "links", name, beside)
 
 
 def read_model(name: str) -> ModelProfile:
@@ -166,7 +170,10 @@ def read_model(name: str) -> ModelProfile:
 
 
 def read_cluster(name: str) -> ClusterProfile:
-    """A cluster by name or file, with its devices and links. Raises ValueError."""
+    """A cluster by name or file, with its devices and links; paths in it are from its folder.
+
+    Raises ValueError naming what is wrong and where.
+    """
     path, data = _mapping("clusters", name)
     file = _build(_ClusterFile, {"links": {}, "layers": (), **data}, str(path))
     if not 1 <= len(file.stages) <= MAX_STAGES:
@@ -180,8 +187,10 @@ def read_cluster(name: str) -> ClusterProfile:
         raise ValueError(f"{path}: links names rank {strange[0]}, the last is {ranks[-1]}")
     return ClusterProfile(
         name=path.stem,
-        devices=tuple(read_device(device) for device in (file.head, *file.stages)),
-        links=tuple(read_link(file.links.get(rank, file.link)) for rank in ranks),
+        devices=tuple(read_device(d, beside=path.parent) for d in (file.head, *file.stages)),
+        links=tuple(
+            read_link(file.links.get(rank, file.link), beside=path.parent) for rank in ranks
+        ),
         layers=file.layers,
     )
 
@@ -191,15 +200,15 @@ def profile_names(kind: str) -> list[str]:
     return sorted(path.stem for path in (BUNDLED / kind).glob("*.yaml"))
 
 
-def _read(cls: type[T], kind: str, name: str) -> T:
-    path, data = _mapping(kind, name)
+def _read(cls: type[T], kind: str, name: str, beside: Path) -> T:
+    path, data = _mapping(kind, name, beside)
     return _build(cls, {"name": path.stem, **data}, str(path))
 
 
-def _mapping(kind: str, name: str) -> tuple[Path, dict[str, Any]]:
+def _mapping(kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str, Any]]:
     """Where the profile lies and its figures, sources taken off."""
     own = BUNDLED / kind / f"{name}.yaml"
-    path = own if "/" not in name and own.exists() else Path(name)
+    path = own if "/" not in name and own.exists() else beside / name
     if not path.exists() and (BUNDLED.parent / name).is_file():  # config/... from elsewhere
         path = BUNDLED.parent / name
     if not path.is_file():

@@ -11,9 +11,11 @@ import torch
 import zmq
 
 from flowspec.codec import WireError
+from flowspec.ports import Passage
 from flowspec.request import ClusterError, NodeId
-from flowspec.transport import torch_dist, torch_link, zmq_sockets
+from flowspec.transport import emulated, torch_dist, torch_link, zmq_sockets
 from flowspec.transport.base import Transport
+from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.torch_dist import TorchDistTransport, meet_in_folder
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
 from flowspec.wire import Close, Open, Reroot, Segment, Started, WireMessage
@@ -30,8 +32,17 @@ def folder() -> Iterator[str]:
     shutil.rmtree(path)
 
 
+def fast_line(source: int, to: int, message: WireMessage) -> Passage:
+    """A line that one does not notice."""
+    del source, to, message
+    return Passage(latency_s=1e-4, num_bytes=100, rate_out=1e9, rate_in=1e9)
+
+
 MAKERS: dict[str, Callable[[int, str], Transport]] = {
     "zmq": lambda rank, folder: ZmqTransport(rank, local_addresses(folder, 2)),
+    "emulated": lambda rank, folder: EmulatedTransport(
+        ZmqTransport(rank, local_addresses(folder, 2)), rank, fast_line
+    ),
     "gloo": lambda rank, folder: TorchDistTransport(rank, 2, meet_in_folder(folder)),
 }
 
@@ -196,6 +207,7 @@ def test_a_dead_peer_is_noticed(
     monkeypatch.setattr(torch_link, "SEND_TIMEOUT_S", 0.2)
     for module in (zmq_sockets, torch_link):
         monkeypatch.setattr(module, "MAX_QUEUED_MESSAGES", 10)
+    monkeypatch.setattr(emulated, "MAX_HELD", 10)
     monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
     monkeypatch.setattr(torch_dist, "LINGER_S", 0.1)
     head = peer(0)
