@@ -2,12 +2,14 @@
 
     python scripts/check_emulation.py [--checks closed_form,ratios,bandwidth]
         [--prompts FILE|FOLDER] [--limit 2] [--tokens 96] [--temperatures 0,1]
+        [--cluster jetson-5] [--model vicuna-7b] [--strategies naive_pp,pipedec,flowspec]
 
 Bundled models, EAGLE head, virtual clock. closed_form: seconds per token of plain decoding, run and
-computed (simulate/emulation.py: ar_seconds_per_token). ratios: strategies on the reference testbed
-with Vicuna-7B, tokens/s from the submission to the last token as the publication counts them, and
-over naive_pp; means over the sets. bandwidth: the same at 125 to 1000 Mbit/s, on the set named
-mt_bench, else the first. Prompts that leave no room for the answer are left out.
+computed (simulate/emulation.py: ar_seconds_per_token). ratios: strategies on one cluster, by
+default the reference testbed with Vicuna-7B, tokens/s from the submission to the last token as the
+publication counts them, and over naive_pp; means over the sets. bandwidth: the same at 125 to 1000
+Mbit/s, on the set named mt_bench, else the first. Prompts that leave no room for the answer are
+left out.
 """
 
 import argparse
@@ -107,13 +109,14 @@ def check_closed_form(prompt: Prompt) -> None:
         print(f"| {cluster} | {model} | {layers} | {figures} |", flush=True)
 
 
-def check_ratios(sets: Sets, temperature: float) -> None:
+def check_ratios(
+    sets: Sets, temperature: float, emulation: Emulation, strategies: Sequence[str]
+) -> None:
     """Print tokens/s per set and the mean ratio to naive_pp."""
-    emulation = load_emulation("jetson-5", "vicuna-7b", drafter="eagle")
     print(f"\n| T = {temperature:g}, tokens/s | {' | '.join(sets)} | mean | over naive_pp | tau |")
     print("|---" * (len(sets) + 4) + "|")
     means: dict[str, float] = {}
-    for strategy in STRATEGIES:
+    for strategy in strategies:
         done = {name: answers(emulation, strategy, requests) for name, requests in sets.items()}
         speeds = [speed(completions) for completions in done.values()]
         means[strategy] = statistics.mean(speeds)
@@ -145,6 +148,9 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=2, help="prompts per file")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--temperatures", default="0,1")
+    parser.add_argument("--cluster", default="jetson-5", help="of the ratios")
+    parser.add_argument("--model", default="vicuna-7b", help="of the ratios")
+    parser.add_argument("--strategies", default=",".join(STRATEGIES), help="of the ratios")
     options = parser.parse_args()
     torch.set_num_threads(1)
     prompts = load_prompts(options.prompts, limit=options.limit)
@@ -153,7 +159,9 @@ def main() -> None:
         check_closed_form(prompts[0])
     temperatures = [float(value) for value in options.temperatures.split(",")]
     for temperature in temperatures if "ratios" in checks else ():
-        check_ratios(sets_of(prompts, options.tokens, temperature), temperature)
+        emulation = load_emulation(options.cluster, options.model, drafter="eagle")
+        sets = sets_of(prompts, options.tokens, temperature)
+        check_ratios(sets, temperature, emulation, options.strategies.split(","))
     if "bandwidth" in checks:
         check_bandwidth(sets_of(prompts, options.tokens, 0.0))
 

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,23 @@ def test_another_text_is_told_and_ends_with_1(bench, monkeypatch):
     assert result.exit_code == 1
     assert "3 differ from the target alone" in result.output
     assert [row["mismatches"] for row in json.loads(Path("rows.json").read_text())] == [3, 3]
+
+
+def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypatch):
+    """The answer between has made it too long."""
+    original = flowspec.eval.answering.load_head_parts
+    asked = [{"role": "user", "content": QUESTIONS["mt_bench"][0]["turns"][0]}]
+    num_first = len(render_chat(load_tokenizer(tiny / "target"), asked))
+
+    def smaller(config, folder):
+        return replace(original(config, folder), max_context=num_first + 8)
+
+    monkeypatch.setattr(flowspec.eval.answering, "load_head_parts", smaller)
+    result = bench("--strategies", "ar", "--datasets", "mt_bench")
+    assert result.exit_code == 0, result.output
+    assert [sample.turn for sample in read_samples(Path("out/bench"))] == [0]
+    assert "left out: mt_bench, question 81, turn 2" in result.output
+    assert "1 turns left out" in result.output
 
 
 @pytest.mark.parametrize(

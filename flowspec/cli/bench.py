@@ -1,35 +1,25 @@
 """`flowspec bench`: all strategies over the evaluation sets, on an emulated cluster or for real."""
 
 import json
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flowspec.cli.bench_plan import assemble, load_sets, names_in, numbers_in, run_shown
 from flowspec.cli.bench_table import show
-from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.config import RunConfig
+from flowspec.cli.common import BUNDLED
 from flowspec.drafters import DRAFTERS
-from flowspec.eval.datasets import DATASETS, load_dataset, parse_range
-from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
-from flowspec.eval.prompts import Prompt
-from flowspec.eval.provenance import code_hash, folder_hash, revision
-from flowspec.eval.records import SampleFile
-from flowspec.eval.runner import Outcome, run_plan
-from flowspec.eval.runner import Progress as Step
+from flowspec.eval.datasets import DATASETS
+from flowspec.eval.plan import Plan, make_cases, parse_settings, read_table
+from flowspec.eval.runner import Outcome
 from flowspec.eval.summary import summarize
-from flowspec.model.manifest import read_manifest
 from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.strategies import STRATEGIES
 
 TABLES = BUNDLED.parent.parent / "config" / "eval.yaml"
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
-LOCAL = "local"  # the cluster's name where real processes of this machine are it
 
 
 def bench(
@@ -94,10 +84,10 @@ def bench(
         raise ValueError("--real runs on this machine: it has no --cluster, --model or --bound")
     if json_file and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file} cannot be written: {json_file.parent} is no folder")
-    chosen = tuple(STRATEGIES) if strategies == "all" else _names(strategies, "--strategies")
+    chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
     cases = make_cases(
         chosen,
-        _names(drafter, "--drafter"),
+        names_in(drafter, "--drafter"),
         read_table(config, table),
         parse_settings(settings or [], chosen),
     )
@@ -109,103 +99,21 @@ def bench(
             name: load_emulation(*names, drafter=name, stages=stages) for name in sorted(drafters)
         }
         stages = emulations["none"].cluster.num_stages
-    loaded = _load(datasets, data_dir, questions, limit)
-    run_config = RunConfig(model=target or RunConfig().model, stages=stages)
-    folder = split_folder(run_config)
-    drafts = _draft_folders(run_config, cases, draft or [])
-    manifest = read_manifest(folder)
-    plan = Plan(
-        cluster=LOCAL if real else emulations["none"].cluster.name,
-        model=manifest.model_id if real else emulations["none"].model.name,
-        table=table,
-        stages=len(manifest.layers),
-        cases=cases,
-        datasets=loaded,
-        temperatures=_numbers(temperatures, float, "--temperatures"),
-        seeds=_numbers(seeds, int, "--seeds"),
+    plan = assemble(
+        cases,
+        emulations,
+        datasets=load_sets(datasets, data_dir, questions, limit),
+        temperatures=numbers_in(temperatures, float, "--temperatures"),
+        seeds=numbers_in(seeds, int, "--seeds"),
         max_tokens=max_tokens,
-        target=folder,
-        drafts=drafts,
-        emulations=emulations,
-        bound=bound,
-        real=real,
-        warm=warm or real,
-        sources={
-            "code": code_hash(),
-            "target": manifest.model_hash,
-            "revision": revision(),
-            **{name: folder_hash(Path(where)) for name, where in drafts.items() if where},
-        },
+        table=table,
+        stages=stages,
+        target=target,
+        draft=draft or [],
     )
-    outcome = _run(plan, out, jobs or len(os.sched_getaffinity(0)))
+    plan = replace(plan, bound=bound, warm=warm or real)
+    outcome = run_shown(plan, out, jobs)
     _report(plan, outcome, out, json_file)
-
-
-def _names(text: str, option: str) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in text.split(","))
-    if not all(names) or len(set(names)) < len(names):
-        raise ValueError(f"{option} takes different names with commas, not {text!r}")
-    return names
-
-
-def _numbers(text: str, kind: type, option: str) -> tuple:  # type: ignore[type-arg]
-    try:
-        numbers = tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} takes numbers with commas, not {text!r}") from None
-    if len(set(numbers)) < len(numbers):
-        raise ValueError(f"{option} names a number twice: {text}")
-    return numbers
-
-
-def _load(
-    datasets: str, data_dir: Path | None, questions: str, limit: int | None
-) -> Mapping[str, Sequence[Prompt]]:
-    names = DATASETS if datasets == "all" else _names(datasets, "--datasets")
-    chosen = parse_range(questions)
-    loaded: dict[str, Sequence[Prompt]] = {}
-    for name in names:
-        prompts = load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)
-        source = prompts[0].source
-        if source in loaded:
-            raise ValueError(f"--datasets: two sets are called {source}; rename a file")
-        loaded[source] = prompts
-    return loaded
-
-
-def _draft_folders(
-    config: RunConfig, cases: Sequence[Case], given: Sequence[str]
-) -> dict[str, str]:
-    """Where each drafter's model lies, as named or as bundled."""
-    names = sorted({case.drafter_name for case in cases} - {"none"})
-    folders = dict.fromkeys(names, "")
-    for text in given:
-        name, equals, folder = text.partition("=")
-        if not equals and len(folders) <= 1:
-            folders |= dict.fromkeys(names, text)  # ar alone needs none
-        elif equals and name in folders:
-            folders[name] = folder
-        else:
-            raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(folders)}")
-    return {
-        name: draft_folder(replace(config, drafter=name, draft=folder))
-        for name, folder in folders.items()
-    }
-
-
-def _run(plan: Plan, out: Path, jobs: int) -> Outcome:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with (
-        SampleFile(out) as file,
-        Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar,
-    ):
-        task = bar.add_task("starting")
-
-        def tell(step: Step) -> None:
-            bar.update(task, description=step.now, total=step.total, completed=step.done)
-
-        return run_plan(plan, file, jobs=jobs, tell=tell)
 
 
 def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> None:

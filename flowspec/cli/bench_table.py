@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from flowspec.eval.aggregate import MEAN
 from flowspec.eval.plan import Plan
 from flowspec.eval.records import Sample
-from flowspec.eval.summary import MEAN, Row, time_shares
+from flowspec.eval.summary import Row, time_shares
 
 WIDTH = 120
 

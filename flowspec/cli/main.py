@@ -11,7 +11,19 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import bench, check_head, reliability, run, split, stage, trace, verify
+from flowspec.cli import (
+    bench,
+    check_head,
+    plot,
+    reliability,
+    report,
+    run,
+    simulate,
+    split,
+    stage,
+    trace,
+    verify,
+)
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -29,6 +41,9 @@ app.command("bench")(bench.bench)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
+app.command("plot")(plot.plot)
 app.command("stage", hidden=True)(stage.stage)
 
 

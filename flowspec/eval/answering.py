@@ -23,7 +23,7 @@ from flowspec.eval.plan import Case, Group, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import versions
 from flowspec.eval.records import Measured, Sample
-from flowspec.eval.timeline import make_timeline, read_records
+from flowspec.eval.timeline import Timeline, make_timeline, read_records
 from flowspec.model.load import load_whole
 from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
@@ -87,7 +87,7 @@ class Workbench:
         asked: list[Asked] = []
         too_long: list[TooLong] = []
         for prompt in group.prompts:
-            found = self._ask_one(group, prompt)
+            found = list(self._ask_one(group, prompt))
             asked += (one for one in found if isinstance(one, Asked))
             too_long += (one for one in found if isinstance(one, TooLong))
         return asked, too_long
@@ -115,20 +115,43 @@ class Workbench:
         limit = self._emulated(case, emulation.ideal()) if self.plan.bound else None
         samples = []
         for number, one in enumerate(asked, start=1):
-            recorders = {
-                rank: Recorder(rank, clock="virtual", size_of=emulation.message_bytes)
-                for rank in cluster.simulator.traces
-            }
-            cluster.simulator.traces.update(recorders)
-            done = self._answer(cluster, number, one, group)
-            for recorder in recorders.values():
-                recorder.close()
-            activity = Activity(make_timeline(r.records for r in recorders.values()))
+            done, timeline = self._recorded(cluster, emulation, number, one, group)
+            activity = Activity(timeline)
             bound = None
             if limit is not None:
                 bound = self._answer(limit, number, one, group).completion.stats.tokens_per_s
             samples.append(self._sample(case, group, done, activity, bound))
         return samples
+
+    def trace(self, case: Case, group: Group) -> Timeline:
+        """What every emulated device did during the group's first turn.
+
+        Raises ValueError where that turn is too long, ClusterError where it fails.
+        """
+        asked, _ = self.ask(group)
+        if not asked:
+            raise ValueError(f"question {group.prompts[0].id} is longer than the context")
+        emulation = self.plan.emulations[case.drafter_name]
+        cluster = self._emulated(case, emulation)
+        return self._recorded(cluster, emulation, 1, asked[0], group)[1]
+
+    def _recorded(
+        self,
+        cluster: SimulatedCluster,
+        emulation: Emulation,
+        number: int,
+        one: Asked,
+        group: Group,
+    ) -> tuple[_Run, Timeline]:
+        recorders = {
+            rank: Recorder(rank, clock="virtual", size_of=emulation.message_bytes)
+            for rank in cluster.simulator.traces
+        }
+        cluster.simulator.traces.update(recorders)
+        done = self._answer(cluster, number, one, group)
+        for recorder in recorders.values():
+            recorder.close()
+        return done, make_timeline(recorder.records for recorder in recorders.values())
 
     def _run_real(self, case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
         """On processes of this machine; what each did is known when they have ended."""

@@ -26,7 +26,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate with its interval; `low` and `high` are None where one prompt is all there is."""
+    """An estimate with its interval; `low` and `high` are None where a set has one prompt."""
 
     value: float
     low: float | None = None
@@ -46,7 +46,7 @@ def speed_ratio(sets: Sequence[Pairs], *, resamples: int = RESAMPLES) -> Interva
     if not tables:
         raise ValueError("no prompt was decoded by both sides for longer than one token")
     value = float(np.mean([_ratios(table.sum(axis=0)) for table in tables]))
-    if sum(len(table) for table in tables) < 2:
+    if min(map(len, tables)) < 2:  # one prompt says nothing of how prompts differ
         return Interval(value)
     random = np.random.default_rng(SEED)
     drawn = []

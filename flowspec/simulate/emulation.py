@@ -228,20 +228,27 @@ def load_emulation(
     stage. Raises ValueError naming what is unknown, inconsistent or does not fit.
     """
     found, sizes = read_cluster(cluster), read_model(model)
-    if stages is not None and stages != found.num_stages:
-        if not found.is_homogeneous:
-            raise ValueError(
-                f"cluster {found.name} has {found.num_stages} stages of several kinds, it cannot "
-                f"have {stages}"
-            )
-        found = replace(
-            found,
-            devices=(found.devices[0], *[found.devices[1]] * stages),
-            links=(found.links[0], *[found.links[1]] * stages),
-            layers=(),
-        )
+    if stages is not None:
+        found = with_stages(found, stages)
     split = tuple(layers or found.layers) or balanced_layers(found, sizes)
     return Emulation(cluster=found, model=sizes, drafter=drafter, layers=split)
+
+
+def with_stages(cluster: ClusterProfile, stages: int) -> ClusterProfile:
+    """Another number of stages, each like the others. Raises ValueError where they differ."""
+    if stages == cluster.num_stages:
+        return cluster
+    if not cluster.is_homogeneous:
+        raise ValueError(
+            f"cluster {cluster.name} has {cluster.num_stages} stages of several kinds, it cannot "
+            f"have {stages}"
+        )
+    return replace(
+        cluster,
+        devices=(cluster.devices[0], *[cluster.devices[1]] * stages),
+        links=(cluster.links[0], *[cluster.links[1]] * stages),
+        layers=(),
+    )
 
 
 def read_emulation(names: str, *, drafter: str, slowdown: float = 1.0) -> Emulation:
