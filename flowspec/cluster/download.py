@@ -15,7 +15,7 @@ TELL_S = 0.2
 
 
 class Wanted:
-    """Which parts are to be asked for, in order, and which comes next; `num_asked` are on the way."""
+    """Which parts are to be asked for, in order, and what comes next; `num_asked` have not come."""
 
     def __init__(self, partials: deque[Partial]) -> None:
         self._files = partials
