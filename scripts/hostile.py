@@ -47,7 +47,7 @@ class Outcome:
     attack: str
     strikes: int = 0
     counted: dict[str, int] = field(default_factory=dict)
-    growth_mb: float = 0.0
+    growth_mb: float = 0.0  # at the worst moment
     descriptors: int = 0  # more than before, after it
     log_lines: int = 0
     trips: int = 0  # of the member's messages, there and back, during it
@@ -83,6 +83,7 @@ def victim(token: str, split: str, pipe: Any) -> None:
     while (ask := pipe.recv()) is not None:
         if isinstance(ask, dict):
             book.update(ask)
+            pipe.send("noted")
         elif isinstance(ask, int):
             book.pop(ask)
             gone.append(ask)
@@ -102,7 +103,18 @@ def vitals(counts: Iterable[dict[str, int]]) -> dict[str, Any]:
         total.update(count)
     process = psutil.Process()
     rss_mb = process.memory_info().rss / 1e6
-    return {"rss_mb": rss_mb, "descriptors": process.num_fds(), "counts": dict(total)}
+    about = {"rss_mb": rss_mb, "peak_mb": max(rss_mb, peak_mb())}
+    return {**about, "descriptors": process.num_fds(), "counts": dict(total)}
+
+
+def peak_mb() -> float:
+    """The most memory this process had since it was last asked; 0 where only Linux could tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0.0
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    Path("/proc/self/clear_refs").write_text("5")  # begins anew, see proc(5)
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 class Stand:
@@ -130,7 +142,7 @@ class Stand:
         there = {lane: self.addresses[lane] for lane in LANES}
         own = dict.fromkeys(LANES, f"tcp://{HOST}:0")
         transport = ZmqTransport(rank, {rank: own, 1: there}, self.keys)
-        self.pipe.send({rank: transport.bound})
+        self._talk({rank: transport.bound})  # it answers only those whom it knows
         return rank, transport
 
     def trip(self, member: tuple[int, ZmqTransport]) -> float:
@@ -148,11 +160,14 @@ class Stand:
 
     def ask(self) -> dict[str, Any]:
         """What the victim tells of itself."""
-        self.pipe.send("tell")
+        told: dict[str, Any] = self._talk("tell")
+        return told
+
+    def _talk(self, words: Any) -> Any:
+        self.pipe.send(words)
         if not self.pipe.poll(30):
             raise RuntimeError("the victim does not answer")
-        told: dict[str, Any] = self.pipe.recv()
-        return told
+        return self.pipe.recv()
 
     def suffer(self, name: str, seconds: float, seed: int = 0) -> Outcome:
         """Let one attack go on for so long, a member's messages beside it."""
@@ -188,14 +203,15 @@ class Stand:
         return outcome
 
     def _compare(self, outcome: Outcome, before: dict[str, Any]) -> None:
-        end, counted = time.monotonic() + COUNT_LIMIT_S, {}
+        end, counted, peak_mb = time.monotonic() + COUNT_LIMIT_S, {}, 0.0
         while not counted and time.monotonic() < end:
             time.sleep(0.3)
             after = self.ask()
+            peak_mb = max(peak_mb, after["peak_mb"])
             counted = {k: n - before["counts"].get(k, 0) for k, n in after["counts"].items()}
             counted = {k: n for k, n in counted.items() if n}
         outcome.counted = counted
-        outcome.growth_mb = after["rss_mb"] - before["rss_mb"]
+        outcome.growth_mb = peak_mb - before["rss_mb"]
         outcome.descriptors = after["descriptors"] - before["descriptors"]
         outcome.log_lines = after["log_lines"] - before["log_lines"]
         if not after["alive"]:
