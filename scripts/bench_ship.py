@@ -6,7 +6,8 @@ Raw TCP is plain sockets that throw away what comes, as iperf3 does; one stream 
 in turns, so that the machine is alike to both, and the median of the runs is told. `namespaces`
 (root, Linux) puts the workers behind a veth pair shaped by `tc tbf` to --mbit in both directions.
 Every worker gets --mb of random weights into an empty cache in --folder; put that in memory
-(/dev/shm) to measure the network alone, on a disk to measure a device's life.
+(/dev/shm) to measure the network alone, on a disk to measure a device's life. Processor seconds per
+GB say how fast a link one core could fill; they do not depend on what else runs.
 """
 
 import argparse
@@ -99,15 +100,18 @@ def raw_sender(listener: socket.socket, num_bytes: int) -> None:
 
 
 def ship_worker(
-    address: str, token: str, manifest: Manifest, cache: str, pid: int | None, ready: Any, go: Any
+    address: str, token: str, manifest: Manifest, cache: str, pid: int | None, meet: Any
 ) -> None:
-    """Fetch all shards into an empty cache."""
+    """Fetch all shards into an empty cache; processor seconds go to the queue."""
+    ready, go, used = meet
     enter(pid)
     keys, store = derive_keys(token), ShardCache(Path(cache))
     ready.release()
     go.wait()
+    before = time.process_time()
     shards = range(1, NUM_SHARDS + 1)
     fetch_shards(address, keys, manifest, shards, store, timeout_s=60.0)
+    used.put(time.process_time() - before)
 
 
 def timed(workers: list[Any], ready: Any, go: Any) -> float:
@@ -149,26 +153,30 @@ def raw_run(host: str, count: int, num_bytes: int, pid: int | None) -> float:
 
 def ship_run(
     host: str, count: int, split: Path, manifest: Manifest, folder: Path, pid: int | None
-) -> float:
-    """Megabytes per second of shipping, all workers together."""
+) -> tuple[float, float, float]:
+    """Megabytes per second of shipping, all together; processor seconds per GB, head and worker."""
     ready, go, token = SPAWN.Semaphore(0), SPAWN.Event(), str(new_token())
+    used = SPAWN.Queue()
     server = ShardServer(split, f"tcp://{host}:0", derive_keys(token))
     caches = [folder / f"cache_{k}" for k in range(count)]
     try:
         workers = [
             SPAWN.Process(
                 target=ship_worker,
-                args=(server.address, token, manifest, str(cache), pid, ready, go),
+                args=(server.address, token, manifest, str(cache), pid, (ready, go, used)),
             )
             for cache in caches
         ]
+        before = time.process_time()
         took_s = timed(workers, ready, go)
+        head_s, worker_s = time.process_time() - before, sum(used.get() for _ in workers)
     finally:
         server.close()
         for cache in caches:
             shutil.rmtree(cache, ignore_errors=True)
     num_bytes = sum(record.bytes for record in manifest.files.values())
-    return count * num_bytes / took_s / 1e6
+    shipped_gb = count * num_bytes / 1e9
+    return shipped_gb * 1e3 / took_s, head_s / shipped_gb, worker_s / shipped_gb
 
 
 @contextlib.contextmanager
@@ -205,16 +213,19 @@ def bench(options: argparse.Namespace, host: str, pid: int | None) -> dict[str, 
     try:
         manifest = make_split(folder / "split", num_bytes)
         for count in (int(text) for text in options.workers.split(",")):
-            raw, ship = [], []
+            raw, runs = [], []
             for _ in range(options.repeat):
                 raw.append(raw_run(host, count, num_bytes, pid))
-                ship.append(ship_run(host, count, folder / "split", manifest, folder, pid))
+                runs.append(ship_run(host, count, folder / "split", manifest, folder, pid))
+            ship, head_s, worker_s = (list(column) for column in zip(*runs, strict=True))
             share = statistics.median(ship) / statistics.median(raw)
             results[f"{count} workers"] = {"raw_mb_s": raw, "ship_mb_s": ship, "share": share}
+            results[f"{count} workers"]["cpu_s_per_gb"] = {"head": head_s, "worker": worker_s}
             print(
                 f"{options.link}, {count} worker(s): raw TCP {statistics.median(raw):.0f} MB/s, "
                 f"shipped {statistics.median(ship):.0f} MB/s, {100 * share:.0f} % "
-                f"(median of {options.repeat})"
+                f"(median of {options.repeat}); processor seconds per GB: head "
+                f"{statistics.median(head_s):.2f}, worker {statistics.median(worker_s):.2f}"
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
