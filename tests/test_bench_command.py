@@ -201,6 +201,7 @@ def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypat
         (["--strategies", "warp"], ["warp", "streaming"]),
         (["--strategies", "ar,ar"], ["--strategies"]),
         (["--drafter", "oracle"], ["oracle", "ngram"]),
+        (["--drafter", "none"], ["needs a drafter"]),
         (["--cluster", "nowhere"], ["nowhere", "jetson-5"]),
         (["--model", "nothing"], ["nothing", "vicuna-7b"]),
         (["--datasets", "gsm8k"], ["gsm8k", "mt_bench, qa"]),

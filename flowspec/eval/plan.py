@@ -180,7 +180,9 @@ def make_cases(
     cases = []
     for strategy in strategies:
         for drafter in drafters if find_strategy(strategy).drafts else ("none",):
-            _, switches = parse_drafter(drafter)
+            name, switches = parse_drafter(drafter)
+            if name == "none" and find_strategy(strategy).drafts:
+                raise ValueError(f"strategy {strategy} needs a drafter; only ar needs none")
             on = {switch: True for switch, is_on in switches.items() if is_on}
             values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
             where = f"strategy {strategy}"
