@@ -18,7 +18,7 @@ from flowspec.eval.prompts import Prompt
 from flowspec.eval.records import hash_of
 from flowspec.plain_yaml import read_yaml
 from flowspec.simulate.emulation import Emulation
-from flowspec.strategies import STRATEGIES, find_strategy
+from flowspec.strategies import ABLATIONS, STRATEGIES, find_strategy
 
 FIGURES = 1  # raise where a figure of the records changes its meaning
 EVERY = "every"  # the table's entry for all strategies
@@ -138,13 +138,14 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
         isinstance(values, dict) or values is None for values in table.values()
     ):
         raise ValueError(f"{where} must map strategies to parameters")
-    if unknown := sorted(str(key) for key in table if key not in (*STRATEGIES, EVERY)):
+    specs = STRATEGIES | ABLATIONS
+    if unknown := sorted(str(key) for key in table if key not in (*specs, EVERY)):
         known = ", ".join((EVERY, *STRATEGIES))
         raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
     every = table.get(EVERY) or {}
-    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in STRATEGIES}
+    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in specs}
     for strategy, values in found.items():
-        override(STRATEGIES[strategy].defaults, values, where=f"{where}: {strategy}")
+        override(specs[strategy].defaults, values, where=f"{where}: {strategy}")
     return found
 
 
