@@ -62,7 +62,7 @@ STRATEGIES: dict[str, StrategySpec] = {
 }
 DEFAULT_STRATEGY = "streaming"
 _STREAMING = STRATEGIES[DEFAULT_STRATEGY].defaults
-# streaming without one of its mechanisms each; found by name, in no list of strategies to choose from
+# streaming without one of its mechanisms each; found by name, in no list to choose from
 ABLATIONS: dict[str, StrategySpec] = {
     "streaming-ticking": StrategySpec(Ticking, _STREAMING, "with a barrier"),
     "streaming-draining": StrategySpec(Draining, _STREAMING, "with a drain after a miss"),
