@@ -14,6 +14,7 @@ from flowspec.eval.chrome_trace import write_trace
 from flowspec.eval.idle import track
 from flowspec.eval.timeline import Timeline, make_timeline, sent_segments
 from flowspec.eval.totals import count, critical_path, verdicts
+from flowspec.ports import Passage
 from flowspec.request import FinishReason
 from flowspec.simulate.scheduler import adversarial, instant_link, unit_work
 from flowspec.strategies import STRATEGIES
@@ -52,7 +53,7 @@ def test_a_plain_pipeline_by_hand(work_s, link_s):
     timeline = traced(
         "ar",
         lambda rank, work: work_s[rank - 1],
-        lambda source, to, message: links.get((source, to), 0.01),
+        lambda source, to, message: Passage(latency_s=links.get((source, to), 0.01)),
         count=3,
         prefill_chunk=64,
     )
@@ -97,7 +98,7 @@ def test_a_slow_drafter_by_hand():
     timeline = traced(
         "serial_pp",
         lambda rank, work: 5.0 if work.kind == "draft" else 1.0,
-        lambda source, to, message: 0.25,
+        lambda source, to, message: Passage(latency_s=0.25),
         count=2,
         prefill_chunk=64,
         drafter=ScriptedDrafter(perfect),
@@ -227,7 +228,7 @@ def test_hits_are_verdicts_whose_token_was_on_its_way(script, hits):
 
 def test_stages_with_clocks_of_their_own_are_put_on_the_heads():
     """Years apart and drifting: after the pings it is the same run within the clock error."""
-    cluster = make_cluster(2, "streaming", charges=(unit_work, lambda *_: 0.25))
+    cluster = make_cluster(2, "streaming", charges=(unit_work, lambda *_: Passage(latency_s=0.25)))
     recorders = record(cluster)
     ping(cluster)
     generate(cluster, request())
