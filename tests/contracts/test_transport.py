@@ -1,15 +1,18 @@
 """What every transport promises: order, two lanes, bounded waits, errors that name a device."""
 
 import shutil
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import pytest
 import torch
 import zmq
 
+from flowspec.cluster.token import derive_keys, new_token
 from flowspec.codec import WireError
 from flowspec.request import ClusterError, NodeId
 from flowspec.transport import torch_dist, torch_link, zmq_sockets
@@ -30,8 +33,28 @@ def folder() -> Iterator[str]:
     shutil.rmtree(path)
 
 
+KEYS = derive_keys(new_token())
+
+
+@cache
+def tcp_addresses(folder: str) -> dict[int, dict[str, str]]:
+    """Free ports of this machine, the same ones for one folder."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return {
+        rank: {
+            lane: f"tcp://127.0.0.1:{ports.pop()}"
+            for lane in (zmq_sockets.CONTROL, zmq_sockets.DATA_LANE)
+        }
+        for rank in range(3)
+    }
+
+
 MAKERS: dict[str, Callable[[int, str], Transport]] = {
     "zmq": lambda rank, folder: ZmqTransport(rank, local_addresses(folder, 2)),
+    "curve": lambda rank, folder: ZmqTransport(rank, tcp_addresses(folder), KEYS),
     "gloo": lambda rank, folder: TorchDistTransport(rank, 2, meet_in_folder(folder)),
 }
 
