@@ -11,7 +11,19 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, reliability, run, split, stage, trace, verify
+from flowspec.cli import (
+    chat,
+    check_head,
+    generate,
+    join,
+    reliability,
+    run,
+    serve,
+    split,
+    stage,
+    trace,
+    verify,
+)
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -23,6 +35,10 @@ app = typer.Typer(
     help="Run one large language model on several weak machines, fast and lossless.",
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
+app.command("join")(join.join)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
 app.command("check-head")(check_head.check_head)

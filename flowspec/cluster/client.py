@@ -20,12 +20,7 @@ from flowspec.cluster.messages import (
     unpack,
 )
 from flowspec.request import ClusterError
-from flowspec.transport.control import (
-    WRONG_TOKEN,
-    ControlClient,
-    UnreachableError,
-    why_unreachable,
-)
+from flowspec.transport.control import ControlClient, UnreachableError
 from flowspec.transport.keys import Keys
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -42,13 +37,11 @@ class HeadClient:
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
         self.where = f"head at {host}:{port}"
-        if reason := why_unreachable(host, port):
-            raise ClusterError(self.where, reason)
         self.control = ControlClient(host, port, keys)
         self._ids = count(1)
-        if not self.control.connect(HANDSHAKE_TIMEOUT_S):
+        if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):
             self.control.close()
-            raise ClusterError(self.where, WRONG_TOKEN)
+            raise ClusterError("head", reason)
 
     def __enter__(self) -> "HeadClient":
         return self
@@ -77,11 +70,11 @@ class HeadClient:
         Raises ClusterError where the head is lost.
         """
         self._send(ask)
-        heard_at, is_done = time.monotonic(), False
+        heard_at, is_done, has_asked = time.monotonic(), False, False
         try:
             while True:
                 for message in self._receive():
-                    heard_at = time.monotonic()
+                    heard_at, has_asked = time.monotonic(), False
                     if isinstance(message, Piece | Note | Done) and message.id == ask.id:
                         is_done = isinstance(message, Done)
                         yield message
@@ -90,9 +83,11 @@ class HeadClient:
                 silence_s = time.monotonic() - heard_at
                 if not self.control.is_connected:
                     raise ClusterError(self.where, "connection lost")
-                if silence_s > SILENCE_S:
-                    self.status()  # raises where there is no answer
-                    heard_at = time.monotonic()
+                if silence_s > SILENCE_S and not has_asked:
+                    self._send(AskStatus(version=flowspec.__version__))  # any word will do
+                    has_asked = True
+                if silence_s > 2 * SILENCE_S:
+                    raise ClusterError(self.where, f"no word from it for {silence_s:.0f} s")
         finally:
             if not is_done:
                 self._send(Drop(id=ask.id))

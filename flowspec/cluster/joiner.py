@@ -40,7 +40,6 @@ from flowspec.transport.control import (
     WRONG_TOKEN,
     ControlClient,
     UnreachableError,
-    why_unreachable,
 )
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
@@ -123,13 +122,10 @@ class Joiner:
         """One connection, from its first to its last message; returns why it ended."""
         host, port = self.config.host, self.config.port
         self._welcome = None
-        if reason := why_unreachable(host, port):
-            return reason
         client = ControlClient(host, port, self.keys)
         try:
-            if not client.connect(HANDSHAKE_TIMEOUT_S):
-                reason = f"{host}:{port}: {WRONG_TOKEN}"
-                if not self._was_in:
+            if reason := client.connect(HANDSHAKE_TIMEOUT_S):
+                if WRONG_TOKEN in reason and not self._was_in:
                     raise JoinRefusedError(reason)
                 return reason
             link = measure_link(client)

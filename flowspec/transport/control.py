@@ -104,25 +104,27 @@ class ControlClient:
         self._socket.set_hwm(MAX_QUEUED)
         self._monitor = self._socket.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_CONNECT_RETRIED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
             | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             | zmq.EVENT_DISCONNECTED
         )
         self.is_connected = False
+        self._where = (host, port)
         self._guard.connect(self._socket, f"tcp://{host}:{port}")
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
 
-    def connect(self, timeout_s: float) -> bool:
-        """Whether the handshake with the head was done; False: the other side refused the keys."""
-        while not self.is_connected and self._monitor.poll(int(timeout_s * 1e3)):
+    def connect(self, timeout_s: float) -> str:
+        """Why there is no connection to the head, after `timeout_s` at most; empty where there is."""
+        if self._monitor.poll(int(timeout_s * 1e3)):
             event = int(recv_monitor_message(self._monitor)["event"])
-            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                return False
-            self.is_connected = True
-        return self.is_connected
+            self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self.is_connected:
+            return ""
+        return why_unreachable(*self._where) or f"{self._where[0]}:{self._where[1]}: {WRONG_TOKEN}"
 
     def receive(self, timeout_s: float) -> list[bytes]:
         """Messages that have come; waits at most `timeout_s`. `is_connected` may turn False."""
