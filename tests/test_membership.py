@@ -1,0 +1,437 @@
+"""Membership as a state machine: joins, refusals, losses, spares, new plans; no sockets."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from flowspec.cluster.membership import MAX_STRIKES, Membership, Phase
+from flowspec.cluster.messages import (
+    Addresses,
+    Assign,
+    Beat,
+    Bye,
+    DeviceReport,
+    Hello,
+    ModelCard,
+    Refuse,
+    Release,
+    Serve,
+    StageReady,
+    Standby,
+    Trouble,
+    Welcome,
+    WhoAreYou,
+)
+from flowspec.cluster.roster import (
+    DoesNotFitError,
+    Effect,
+    Engage,
+    GiveUp,
+    Halt,
+    MembershipConfig,
+    Place,
+    Placement,
+    Resume,
+    Say,
+    Tell,
+)
+from flowspec.model.split_plan import even_layers
+
+MODEL = ModelCard(model_id="m", model_hash="a" * 64, dtype="float32")
+CONFIG = MembershipConfig(version="1.0", model=MODEL, settle_s=1.0, rejoin_wait_s=5.0)
+NUM_LAYERS = 8
+HEAD = Addresses(control="tcp://0.0.0.0:1", data="tcp://0.0.0.0:2")
+
+
+class OneLayerPerGigabyte:
+    """Even layers over the first devices that can hold them all."""
+
+    num_layers = NUM_LAYERS
+
+    def place(self, reports: Mapping[str, DeviceReport], *, spares: int) -> Placement:
+        """As few devices as possible, the largest first."""
+        names = [n for n, report in reports.items() if not self.too_small(report, 1)]
+        names.sort(key=lambda n: -reports[n].memory_available_bytes)
+        for count in range(1, len(names) - spares + 1):
+            layers = even_layers(NUM_LAYERS, count)
+            if all(not self.too_small(reports[n], c) for n, c in zip(names, layers, strict=False)):
+                starts = [sum(layers[:k]) for k in range(count)]
+                places = [
+                    Place(n, s, s + c) for n, s, c in zip(names, starts, layers, strict=False)
+                ]
+                left = {n: self.too_small(reports[n], 1) or "spare" for n in reports}
+                return Placement(
+                    tuple(places), {n: w for n, w in left.items() if n not in names[:count]}
+                )
+        raise DoesNotFitError(f"{NUM_LAYERS} layers, {len(names)} devices")
+
+    def too_small(self, report: DeviceReport, num_layers: int) -> str:
+        """One layer takes one GB."""
+        have = report.memory_available_bytes // 10**9
+        return "" if have >= num_layers else f"too small: {num_layers} GB needed, {have} there"
+
+
+class World:
+    """A head's membership and what it has told whom."""
+
+    def __init__(self, **changes: object) -> None:
+        self.now = 100.0
+        self.members = Membership(replace(CONFIG, **changes), OneLayerPerGigabyte(), self.now)
+        self.told: dict[bytes, list[object]] = {}
+        self.effects: list[Effect] = []
+        self._sessions = 0
+
+    def apply(self, effects: list[Effect]) -> None:
+        """Note them; the head's own sockets are there at once."""
+        for effect in effects:
+            self.effects.append(effect)
+            if isinstance(effect, Tell):
+                self.told.setdefault(effect.peer, []).append(effect.message)
+            if isinstance(effect, Engage):
+                self.apply(self.members.head_bound(effect.epoch, HEAD))
+
+    def join(self, name: str, gigabytes: int = 4, *, peer: bytes = b"", **fields: object) -> bytes:
+        """A device says hello."""
+        self._sessions += 1
+        peer = peer or f"{name}/{self._sessions}".encode()
+        report = DeviceReport(
+            hostname=name,
+            kind="board",
+            memory_available_bytes=gigabytes * 10**9,
+            memory_total_bytes=8 * 10**9,
+        )
+        values = {"version": "1.0", "session": str(self._sessions), "clock": self.now, **fields}
+        self.say(peer, Hello(name=name, report=report, **values))
+        return peer
+
+    def say(self, peer: bytes, message: object) -> None:
+        """A device's message."""
+        self.apply(self.members.handle(peer, message, self.now))
+
+    def pass_time(self, seconds: float, *alive: bytes) -> None:
+        """Devices that are alive send heartbeats."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now += 0.25
+            for peer in alive:
+                self.say(peer, Beat(sent_at=self.now))
+            self.apply(self.members.tick(self.now))
+
+    def last(self, peer: bytes, kind: type) -> object:
+        """The newest message of a kind that the peer was told; None without one."""
+        return next((m for m in reversed(self.told.get(peer, [])) if isinstance(m, kind)), None)
+
+    def load(self, *peers: bytes) -> None:
+        """Each loads what it was assigned and says so."""
+        for peer in peers:
+            assign = self.last(peer, Assign)
+            assert assign is not None, f"{peer!r} has no layers"
+            here = Addresses(control=f"tcp://{peer.decode()}:1", data=f"tcp://{peer.decode()}:2")
+            ready = StageReady(epoch=assign.epoch, model_hash=MODEL.model_hash, addresses=here)
+            self.say(peer, ready)
+
+    def serving(self, *gigabytes: int, **changes: object) -> list[bytes]:
+        """Devices a, b, ... have joined and serve."""
+        peers = [self.join(chr(97 + k), size) for k, size in enumerate(gigabytes)]
+        self.pass_time(1.5, *peers)
+        self.load(*(p for p in peers if self.last(p, Assign)))
+        assert self.members.phase is Phase.SERVING
+        return peers
+
+    def said(self) -> str:
+        """All that was said."""
+        return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, Say))
+
+    def halts(self) -> list[Halt]:
+        """Epochs that ended."""
+        return [e for e in self.effects if isinstance(e, Halt)]
+
+
+def test_layers_are_given_out_once_they_are_covered():
+    """One device is not enough; with the second both get layers, and each other's addresses."""
+    world = World()
+    a = world.join("a")
+    world.pass_time(3.0, a)
+    assert world.last(a, Assign) is None
+    assert "8 layers, 1 devices" in world.said()
+    b = world.join("b")
+    world.pass_time(1.5, a, b)
+    first, second = world.last(a, Assign), world.last(b, Assign)
+    assert [(x.rank, x.first_layer, x.last_layer) for x in (first, second)] == [
+        (1, 0, 4),
+        (2, 4, 8),
+    ]
+    world.load(a)
+    assert world.last(a, Serve) is None
+    world.load(b)
+    serve = world.last(a, Serve)
+    assert serve == world.last(b, Serve)
+    assert [x.control for x in serve.addresses] == [HEAD.control, "tcp://a/1:1", "tcp://b/2:1"]
+    assert isinstance(world.effects[-2], Resume)
+
+
+def test_it_waits_a_moment_for_further_devices():
+    """Devices that are started together are planned together."""
+    world = World(settle_s=2.0)
+    a = world.join("a", 8)
+    world.pass_time(1.0, a)
+    b = world.join("b", 8)
+    world.pass_time(1.0, a, b)
+    assert world.last(a, Assign) is None
+    world.pass_time(1.5, a, b)
+    assert world.last(a, Assign) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"protocol": 99}, ("99", "protocol 1")),
+        ({"version": "0.9"}, ("0.9", "1.0")),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"model_hash": "b" * 64})},
+            ("aaaaaaaaaaaa", "bbbbbbbbbbbb"),
+        ),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"dtype": "float16"})},
+            ("float32", "float16"),
+        ),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"quantization": "int4"})},
+            ("none", "int4"),
+        ),
+    ],
+)
+def test_who_does_not_fit_is_refused_with_both_values(fields, words):
+    """Protocol, package, model hash, dtype, quantization: what is here and what is there."""
+    world = World()
+    refusal = world.last(world.join("a", **fields), Refuse)
+    assert not refusal.retry
+    assert all(word in refusal.why for word in words)
+    assert not world.members.devices
+    assert "refused" in world.said()
+
+
+def test_two_devices_of_one_name_are_told_apart():
+    """Boards of one image have one host name."""
+    world = World()
+    peers = [world.join("orin") for _ in range(3)]
+    assert [world.last(peer, Welcome).name for peer in peers] == ["orin", "orin-2", "orin-3"]
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [("silence", "no heartbeat"), ("broken", "connection lost"), ("bye", "left: power off")],
+)
+def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
+    """However it goes, one ClusterError, and the others are released."""
+    world = World()
+    a, b = world.serving(4, 4)
+    if how == "silence":
+        world.pass_time(2.5, a)
+        assert not world.halts()
+        world.pass_time(1.0, a)
+    elif how == "broken":
+        world.apply(world.members.unreachable(b, world.now))
+    else:
+        world.say(b, Bye(why="power off"))
+    (halt,) = world.halts()
+    assert halt.error.where == "stage 2 on b"
+    assert cause in halt.error.cause
+    assert world.last(a, Release).epoch == halt.epoch
+    assert world.members.phase is Phase.GATHERING
+    assert cause in world.members.missing()
+
+
+def test_a_spare_takes_over_at_once_and_the_others_keep_their_layers():
+    """Nothing has to be planned or moved but what was lost."""
+    world = World()
+    a, b, c = world.serving(4, 4, 4)
+    assert world.last(c, Assign) is None
+    assert "spare" in world.last(c, Standby).why
+    before = world.last(a, Assign)
+    world.apply(world.members.unreachable(b, world.now))
+    after, taken = world.last(a, Assign), world.last(c, Assign)
+    assert (after.first_layer, after.last_layer) == (before.first_layer, before.last_layer)
+    assert (taken.rank, taken.first_layer, taken.last_layer) == (2, 4, 8)
+    assert after.epoch == before.epoch + 1
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+def test_a_late_device_is_a_spare_and_is_told_so():
+    """It must not disturb what runs."""
+    world = World()
+    world.serving(4, 4)
+    late = world.join("late")
+    assert "covered" in world.last(late, Standby).why
+    assert world.members.phase is Phase.SERVING
+
+
+def test_a_returning_device_takes_its_own_layers_back():
+    """Within the wait nobody else is asked; the other one's layers stay where they are."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(2.0, a)
+    again = world.join("b", model=MODEL, layers=(4, 8))
+    taken = world.last(again, Assign)
+    assert (taken.rank, taken.first_layer) == (2, 4)
+
+
+def test_without_a_return_the_rest_is_planned_anew():
+    """Once the wait is over; a device that was of no use before may be now."""
+    world = World()
+    a, b, c = world.serving(3, 3, 3)
+    world.apply(world.members.unreachable(a, world.now))
+    late = world.join("late", 2)  # too small for the hole, enough with the others' spare memory
+    world.pass_time(4.0, b, c, late)
+    assert world.members.phase is Phase.GATHERING
+    world.pass_time(2.0, b, c, late)
+    assert world.members.phase is Phase.PREPARING
+    assert [world.last(p, Assign).last_layer for p in (b, c, late)] == [3, 6, 8]
+
+
+def test_too_small_devices_are_told_in_numbers():
+    """They stay, for the memory may become free."""
+    world = World()
+    peers = world.serving(4, 4, 0)
+    assert "1 GB needed, 0 there" in world.last(peers[2], Standby).why
+
+
+def test_open_requests_end_when_nobody_comes():
+    """Once, with the reason; a later device still starts the cluster again."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(40.0, a)
+    ends = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert len(ends) == 1
+    assert "20 s" in ends[0].error.cause
+    c = world.join("c")
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+def test_a_stage_that_names_another_loses_that_one():
+    """The one that cannot be reached is at fault, and the errors say who saw it."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.say(a, Trouble(epoch=1, cause="took no Segment for 10 s", lost=2))
+    (halt,) = world.halts()
+    assert halt.error.where == "stage 2 on b"
+    assert "seen by a" in halt.error.cause
+    assert world.last(b, Refuse).retry
+
+
+def test_who_fails_again_and_again_need_not_come_back():
+    """A device without memory for its layers must not keep the cluster busy for ever."""
+    world = World()
+    a = world.join("a")
+    for _ in range(MAX_STRIKES):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+    assert world.last(b, Refuse) == Refuse(why="out of memory", retry=False)
+
+
+def test_another_model_is_refused_by_both_hashes():
+    """What was loaded decides, not what was said."""
+    world = World()
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(1.5, a, b)
+    here = Addresses(control="tcp://x:1", data="tcp://x:2")
+    world.say(a, StageReady(epoch=1, model_hash="c" * 64, addresses=here))
+    assert "cccccccccccc, needed aaaaaaaaaaaa" in world.last(a, Refuse).why
+
+
+def test_words_of_an_old_epoch_change_nothing():
+    """A device that was slow to hear of the new plan."""
+    world = World()
+    a, b, c = world.serving(4, 4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.say(a, Trouble(epoch=1, cause="lost my neighbour", lost=2))
+    assert set(world.members.devices) == {"a", "c"}
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+def test_a_stranger_is_asked_for_its_name():
+    """After a restart of the head, heartbeats come from devices it does not know."""
+    world = World()
+    world.say(b"who", Beat())
+    assert world.told[b"who"] == [WhoAreYou()]
+
+
+def test_the_device_count_is_waited_for_and_then_not():
+    """Fewer than configured: after the wait it starts with those that came."""
+    world = World(devices=3, wait_for_devices_s=10.0)
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(5.0, a, b)
+    assert world.last(a, Assign) is None
+    world.pass_time(6.0, a, b)
+    assert world.last(a, Assign) is not None
+
+
+def test_a_wrong_clock_is_told():
+    """It harms nothing but the comparison of logs."""
+    world = World()
+    world.join("a", clock=5000.0)
+    assert "clock is +4900 s off" in world.said()
+
+
+def test_impossible_rhythms_are_refused():
+    """One late heartbeat would count as a death."""
+    with pytest.raises(ValueError, match="two heartbeats"):
+        replace(CONFIG, heartbeat_s=1.0, dead_after_s=1.5)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_each_layer_has_one_living_holder(seed):
+    """Joins, silences, broken connections, failures and late words, in any order."""
+    chance = random.Random(seed)
+    world = World(rejoin_wait_s=chance.choice([0.0, 2.0]), spares=chance.choice([0, 1]))
+    alive: list[bytes] = []
+    for _ in range(120):
+        action = chance.random()
+        if action < 0.15 or not alive:
+            alive.append(world.join(f"d{chance.randrange(4)}", chance.randrange(1, 9)))
+        elif action < 0.22:
+            alive.remove(chance.choice(alive))  # silent from now on
+        elif action < 0.27:
+            gone = chance.choice(alive)
+            alive.remove(gone)
+            world.apply(world.members.unreachable(gone, world.now))
+        elif action < 0.32:
+            world.say(chance.choice(alive), Trouble(epoch=world.members.epoch, cause="x"))
+        elif action < 0.75:
+            loading = [p for p in alive if world.last(p, Assign)]
+            if loading:
+                world.load(chance.choice(loading))
+        world.pass_time(chance.choice([0.25, 1.0]), *alive)
+        check(world)
+    fresh = [world.join(f"new{k}", 8) for k in range(3)]
+    world.pass_time(8.0, *alive, *fresh)
+    for peer in (*alive, *fresh):
+        if (assign := world.last(peer, Assign)) and assign.epoch == world.members.epoch:
+            world.load(peer)
+    assert world.members.phase is Phase.SERVING
+    check(world)
+
+
+def check(world: World) -> None:
+    """Of the epoch at work: consecutive layers, ranks in order, holders that are there."""
+    members = world.members
+    if members.phase is Phase.GATHERING:
+        assert all(device.rank == 0 for device in members.devices.values())
+        return
+    stages = sorted((d for d in members.devices.values() if d.rank), key=lambda d: d.rank)
+    assert [d.rank for d in stages] == list(range(1, len(stages) + 1))
+    assert [d.place for d in stages] == list(members.places)
+    edges = [0, *(place.last for place in members.places)]
+    assert edges[:-1] == [place.first for place in members.places]
+    assert edges[-1] == NUM_LAYERS
+    if members.phase is Phase.SERVING:
+        assert all(device.ready is not None for device in stages)
