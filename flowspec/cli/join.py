@@ -10,9 +10,10 @@ import typer
 
 import flowspec
 from flowspec.cli.watch import Watch
-from flowspec.cluster.device import default_name, own_cache, report_device
+from flowspec.cluster.cache import ShardCache
+from flowspec.cluster.device import default_name, report_device
 from flowspec.cluster.joiner import Joiner, JoinConfig, JoinRefusedError
-from flowspec.cluster.layers import FolderLayers
+from flowspec.cluster.layers import DeviceLayers, folder_card
 from flowspec.cluster.messages import (
     Assign,
     FromDevice,
@@ -44,7 +45,11 @@ def join(
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch decides.")] = 0,
     host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
     port: Annotated[int, typer.Option(help="Own ports PORT and PORT+1 [any free].")] = 0,
-    model: Annotated[Path | None, typer.Option(help="Folder that holds the model here.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A copy of the model on this device, split or not.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option(help="Get missing layers from the head.")] = True,
+    cache: Annotated[Path | None, typer.Option(help="Where layers are kept [XDG cache].")] = None,
     once: Annotated[bool, typer.Option(help="End when the head ends.")] = False,
     log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
 ) -> None:
@@ -59,6 +64,7 @@ def join(
     torch_device = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
+    shards = ShardCache(cache)
     own = host or local_address_towards(head_host, head_port) or "0.0.0.0"
     config = JoinConfig(
         host=head_host,
@@ -68,12 +74,13 @@ def join(
         listen_host=own,
         listen_port=port,
         once=once,
+        pinned=folder_card(model, fetch),
     )
     joiner = Joiner(
         config,
         keys,
-        FolderLayers(model or Path("."), device=torch_device, dtype="float32"),
-        lambda: report_device(torch_device, "float32", own_cache()),
+        DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch),
+        lambda: report_device(torch_device, "float32", shards.root),
         on_event=lambda message: _show(watch, message),
         power=find_power_meter(),
     )

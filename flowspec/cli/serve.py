@@ -25,17 +25,19 @@ from flowspec.cluster.membership import Membership
 from flowspec.cluster.messages import ModelCard
 from flowspec.cluster.planning import DevicePlanner, model_profile, needs_of
 from flowspec.cluster.roster import MembershipConfig
+from flowspec.cluster.ship import ShardServer
 from flowspec.cluster.token import check_token, derive_keys, new_token, read_token, write_token
 from flowspec.config import RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
 from flowspec.model.config import read_config
-from flowspec.model.manifest import HEAD_FOLDER, file_sha256
+from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError
 from flowspec.strategies import STRATEGIES
 from flowspec.transport.control import ControlServer
+from flowspec.transport.keys import Keys
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
@@ -93,6 +95,9 @@ def serve(
     folder, run_config = _prepare(run_config)
     torch.set_num_threads(run_config.threads_per_process)
     parts = load_head_parts(run_config, folder)
+    keys = derive_keys(token)
+    control = ControlServer(host, port, keys)
+    shards = _shard_server(folder, host, port + 1 if port else 0, keys)
     settings = MembershipConfig(
         version=flowspec.__version__,
         model=ModelCard(
@@ -100,7 +105,8 @@ def serve(
             model_hash=parts.manifest.model_hash,
             dtype=run_config.dtype,
         ),
-        manifest_sha256=file_sha256(folder / "manifest.json"),
+        manifest_sha256=shards.manifest_sha256,
+        shards=shards.address,
         devices=len(parse_layers(layers)) if layers else devices,
         spares=spares,
         settle_s=settle,
@@ -111,15 +117,13 @@ def serve(
         kv_memory_mb=kv_memory_mb,
         shape_stable=run_config.shape_stable,
     )
-    keys = derive_keys(token)
     planner = _planner(run_config, parts, layers, context, reserve_mb)
-    control = ControlServer(host, port, keys)
     now = time.monotonic()
     membership = Membership(settings, planner, now, wall_offset_s=time.time() - now)
     server = HeadServer(
         control,
         membership,
-        lambda tell: HeadEngine(run_config, parts, keys, tell, host=host),
+        lambda tell: HeadEngine(run_config, parts, keys, tell, host=host, port=port + 2 if port else 0),
         on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
         on_progress=watch.progress,
     )
@@ -137,6 +141,7 @@ def serve(
         server.drain("it is shutting down", DRAIN_S)
     finally:
         server.close()
+        shards.close()
         watch.close()
 
 
@@ -166,6 +171,16 @@ def _prepare(config: RunConfig) -> tuple[Path, RunConfig]:
     num_layers = open_checkpoint(folder).config.num_layers
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config
+
+
+def _shard_server(folder: Path, host: str, port: int, keys: Keys) -> ShardServer:
+    """At `port`, or at a free one."""
+    try:
+        return ShardServer(folder, f"tcp://{host}:{port}", keys)
+    except ValueError:
+        if not port:
+            raise
+        return ShardServer(folder, f"tcp://{host}:0", keys)
 
 
 def _planner(
@@ -207,10 +222,7 @@ def _on_signals(stop: threading.Event) -> None:
         signal.signal(number, end)
 
 
-def _prompt_loop(port: int, keys: object, stop: threading.Event) -> None:
-    from flowspec.transport.keys import Keys
-
-    assert isinstance(keys, Keys)
+def _prompt_loop(port: int, keys: Keys, stop: threading.Event) -> None:
     try:
         with HeadClient("127.0.0.1", port, keys) as client:
             chat_loop(client, ChatOptions(), should_stop=stop.is_set)

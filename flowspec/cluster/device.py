@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -213,9 +212,3 @@ def _per_second(run: Callable[[], Any], device: torch.device) -> float:
 def default_name() -> str:
     """What a device calls itself where nobody says."""
     return (platform.node() or "device").partition(".")[0][:64]
-
-
-def own_cache() -> Path:
-    """Where this program keeps what it can make again (XDG)."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "flowspec"

@@ -15,6 +15,7 @@ from typing import TypeAlias
 from flowspec.cluster.messages import Addresses, Ask, Done
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
 from flowspec.codec import WireError
+from flowspec.cluster.stage_job import AddressBook, listen
 from flowspec.config import RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
@@ -135,7 +136,7 @@ class HeadEngine:
         self._probe: int | None = None
         self._epoch, self._num_stages = 0, 0
         self._members: Sequence[Member] = ()
-        self._book: dict[int, dict[str, str]] = {}
+        self._book: AddressBook = {}
         self._transport: ZmqTransport | None = None
         self._driver = Driver(self.head, _Nowhere(), 0)
         self._is_live = False
@@ -205,11 +206,8 @@ class HeadEngine:
         """Listen for an epoch that is about to begin."""
         self._drop_transport()
         self._members = command.members
-        control, data = (
-            f"tcp://{self._host}:{self._port + k if self._port else 0}" for k in range(2)
-        )
-        self._book = {0: {"control": control, "data": data}}
-        self._transport = ZmqTransport(0, self._book, self.keys)
+        self._book = {}
+        self._transport = listen(0, self._host, self._port, self._book, self.keys)
         ends = self._transport.bound
         self._tell(HeadBound(command.epoch, Addresses(control=ends["control"], data=ends["data"])))
 
@@ -220,8 +218,6 @@ class HeadEngine:
         for rank, there in enumerate(command.addresses):
             self._book[rank] = {"control": there.control, "data": there.data}
         self._epoch, self._num_stages = command.epoch, len(self._members)
-        for entry in self._open.values():
-            entry.num_resumed += 1
         self._begin_epoch()
         self._is_live, self._pinged_at = True, 0.0
         self._probe = None
@@ -240,6 +236,8 @@ class HeadEngine:
 
     def _halt(self, command: Halt) -> None:
         log.warning("epoch %d is over: %s", command.epoch, command.error)
+        for entry in self._open.values():
+            entry.num_resumed += bool(entry.tokens)
         self._drop_transport()
 
     def _drop_transport(self) -> None:

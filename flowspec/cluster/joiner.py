@@ -34,7 +34,7 @@ from flowspec.cluster.messages import (
     unpack,
 )
 from flowspec.cluster.power import PowerMeter
-from flowspec.cluster.stage_job import AddressBook, LayerSource, StageJob
+from flowspec.cluster.stage_job import AddressBook, LayerSource, StageJob, listen
 from flowspec.request import ClusterError
 from flowspec.transport.control import (
     WRONG_TOKEN,
@@ -180,7 +180,9 @@ class Joiner:
             case Assign():
                 self._on_event(message)
                 self._drop_job()
-                self._job = StageJob(message, self.source, self._open_transport, self._words.put)
+                shards = message.shards.replace("//0.0.0.0:", f"//{self.config.host}:")
+                assign = message.model_copy(update={"shards": shards})
+                self._job = StageJob(assign, self.source, self._open_transport, self._words.put)
             case Serve():
                 if self._job is not None and self._job.assign.epoch == message.epoch:
                     self._on_event(message)
@@ -240,9 +242,7 @@ class Joiner:
 
     def _open_transport(self, rank: int, book: AddressBook) -> ZmqTransport:
         host, port = self.config.listen_host, self.config.listen_port
-        control, data = (f"tcp://{host}:{port + k if port else 0}" for k in range(2))
-        book[rank] = {"control": control, "data": data}
-        return ZmqTransport(rank, book, self.keys)
+        return listen(rank, host, port, book, self.keys)
 
     def _seen_from_here(self, addresses: Addresses) -> Addresses:
         """The head's sockets listen on all its interfaces: take the one this device came by."""

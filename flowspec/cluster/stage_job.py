@@ -11,6 +11,7 @@ from flowspec.driver import Driver
 from flowspec.model.stage_model import StageModel
 from flowspec.request import ClusterError, rank_name
 from flowspec.stage import Stage
+from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
 
 log = logging.getLogger(__name__)
@@ -120,3 +121,21 @@ class StageJob:
         driver = Driver(stage, transport, assign.num_stages)
         while not self._stopping.is_set() and not driver.stopped:
             driver.turn(TURN_S)
+
+
+def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> ZmqTransport:
+    """The data sockets of `rank` at `port` and the one after it, or where there is room.
+
+    `book` is filled by whoever knows where the other ranks listen. Raises ValueError where `host`
+    is no address of this machine.
+    """
+    for first in (port, 0) if port else (0,):
+        control, data = (f"tcp://{host}:{first + k if first else 0}" for k in range(2))
+        book[rank] = {"control": control, "data": data}
+        try:
+            return ZmqTransport(rank, book, keys)
+        except ValueError as error:
+            if not first:
+                raise
+            log.warning("%s; taking any free ports instead", error)
+    raise AssertionError("port 0 was tried")
