@@ -14,13 +14,16 @@ from flowspec import __version__
 from flowspec.cli import (
     chat,
     check_head,
+    doctor,
     generate,
     join,
+    plan,
     reliability,
     run,
     serve,
     split,
     stage,
+    status,
     trace,
     verify,
 )
@@ -39,6 +42,9 @@ app.command("serve")(serve.serve)
 app.command("join")(join.join)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
 app.command("check-head")(check_head.check_head)

@@ -23,7 +23,7 @@ from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_server import HeadServer
 from flowspec.cluster.membership import Membership
 from flowspec.cluster.messages import ModelCard
-from flowspec.cluster.planning import DevicePlanner, model_profile, needs_of
+from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
 from flowspec.cluster.roster import MembershipConfig
 from flowspec.cluster.ship import ShardServer
 from flowspec.cluster.token import check_token, derive_keys, new_token, read_token, write_token
@@ -124,6 +124,7 @@ def serve(
         control,
         membership,
         lambda tell: HeadEngine(run_config, parts, keys, tell, host=host, port=port + 2 if port else 0),
+        sizes=model_sizes(read_config(folder / HEAD_FOLDER)),
         on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
         on_progress=watch.progress,
     )
@@ -189,7 +190,7 @@ def _planner(
     model = read_config(parts.folder / HEAD_FOLDER)
     context = context or min(model.max_position_embeddings, 4096)
     needs = needs_of(config.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6)
-    profile = model_profile(parts.manifest.model_id, model, config.dtype)
+    profile = model_profile(parts.manifest.model_id, model_sizes(model), config.dtype)
     counts = parse_layers(layers) if layers else ()
     if counts and sum(counts) != profile.layers:
         raise ValueError(

@@ -127,6 +127,7 @@ class HeadEngine:
         self.config, self.parts, self.keys = config, parts, keys
         self.head: Head = build_head(config, parts)
         self.crossed_at: float | None = None  # when a token last came through every stage
+        self.epoch_at: float | None = None  # when the epoch began
         self.statuses: dict[int, Status] = {}
         self._host, self._port = host, port
         self._tell = tell
@@ -219,7 +220,7 @@ class HeadEngine:
             self._book[rank] = {"control": there.control, "data": there.data}
         self._epoch, self._num_stages = command.epoch, len(self._members)
         self._begin_epoch()
-        self._is_live, self._pinged_at = True, 0.0
+        self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
         self._probe = None
         self._submit_probe()
 

@@ -31,6 +31,7 @@ from flowspec.cluster.messages import (
     Drop,
     Echo,
     Hello,
+    ModelSizes,
     Note,
     Piece,
     Progress,
@@ -71,12 +72,14 @@ class HeadServer:
         membership: Membership,
         new_engine: Callable[[Callable[[Event], None]], HeadEngine],
         *,
+        sizes: ModelSizes,
         on_say: Callable[[Say], None] = lambda say: None,
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.control, self.membership = control, membership
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.engine = new_engine(self._hear)
+        self._sizes = sizes
         self._on_say, self._on_progress = on_say, on_progress
         self._callers: dict[int, _Caller] = {}
         self._next_ticket = 1
@@ -181,8 +184,9 @@ class HeadServer:
         now = time.monotonic()
         facts = HeadFacts(
             config=self.engine.config,
-            num_layers=self.membership.planner.num_layers,
+            sizes=self._sizes,
             uptime_s=now - self._started_at,
+            epoch_at=self.engine.epoch_at,
             crossed_at=self.engine.crossed_at,
             statuses=dict(self.engine.statuses),
             num_active=len(self.engine.head.active),

@@ -283,6 +283,18 @@ class AskStatus(_Message):
     version: Name
 
 
+class ModelSizes(_Message):
+    """Of the model that is served, for planning elsewhere."""
+
+    layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    vocab_size: Count
+
+
 class DeviceStatus(_Message):
     """One device as the head sees it."""
 
@@ -312,7 +324,7 @@ class ClusterStatus(_Message):
     epoch: Count
     epoch_age_s: Seconds = 0.0
     model: ModelCard
-    num_layers: Count
+    sizes: ModelSizes
     strategy: Name
     drafter: Name
     uptime_s: Seconds

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from flowspec.cluster.messages import DeviceReport
+from flowspec.cluster.messages import DeviceReport, ModelSizes
 from flowspec.cluster.plan import (
     Candidate,
     Needs,
@@ -73,26 +73,28 @@ def as_candidate(name: str, report: DeviceReport) -> Candidate:
     )
 
 
-def model_profile(name: str, config: ModelConfig, dtype: str) -> ModelProfile:
-    """A model's sizes. Its draft model, where one is emulated, counts as one layer of it."""
+def model_sizes(config: ModelConfig) -> ModelSizes:
+    """What of a model its speed and memory depend on."""
+    return ModelSizes(
+        layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+    )
 
-    def sizes(layers: int) -> dict[str, int]:
-        return {
-            "layers": layers,
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_heads": config.num_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
-        }
 
+def model_profile(name: str, sizes: ModelSizes, dtype: str) -> ModelProfile:
+    """A model for the emulator. Its draft model, where one is emulated, counts as one layer of it."""
+    values = sizes.model_dump()
     return ModelProfile(
         name=name,
         weight_bits=32 if dtype == "float32" else 16,
-        draft_vocab_size=config.vocab_size,
-        draft_model=LayerSizes(**sizes(1)),
-        **sizes(config.num_layers),
+        draft_vocab_size=sizes.vocab_size,
+        draft_model=LayerSizes(**{**values, "layers": 1}),
+        **values,
     )
 
 

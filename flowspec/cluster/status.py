@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import flowspec
 from flowspec.cluster.membership import Membership, Phase
-from flowspec.cluster.messages import ClusterStatus, DeviceReport, DeviceStatus
+from flowspec.cluster.messages import ClusterStatus, DeviceReport, DeviceStatus, ModelSizes
 from flowspec.cluster.roster import Device
 from flowspec.config import RunConfig
 from flowspec.wire import Status
@@ -18,8 +18,9 @@ class HeadFacts:
     """What the core's side of the head knows. Times as of the monotonic clock."""
 
     config: RunConfig
-    num_layers: int
+    sizes: ModelSizes
     uptime_s: float
+    epoch_at: float | None  # when the epoch began
     crossed_at: float | None
     statuses: Mapping[int, Status]
     num_active: int
@@ -49,8 +50,9 @@ def cluster_status(membership: Membership, facts: HeadFacts, now: float) -> Clus
         healthy=not why,
         why=why or f"a token crossed every stage {probe_age_s or 0.0:.1f} s ago",
         epoch=membership.epoch,
+        epoch_age_s=0.0 if facts.epoch_at is None else max(0.0, now - facts.epoch_at),
         model=membership.config.model,
-        num_layers=facts.num_layers,
+        sizes=facts.sizes,
         strategy=config.strategy,
         drafter=config.drafter,
         uptime_s=facts.uptime_s,

@@ -176,6 +176,11 @@ def why_unreachable(host: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S) 
     return ""
 
 
+def has_curve() -> bool:
+    """Whether the installed libzmq can encrypt."""
+    return bool(zmq.has("curve"))
+
+
 def local_address_towards(host: str, port: int) -> str:
     """This machine's own address on the way to `host`; empty where there is no route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
