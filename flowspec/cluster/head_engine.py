@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TypeAlias
 
+from flowspec import wire
 from flowspec.cluster.messages import Addresses, Ask, Done
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
 from flowspec.codec import WireError
@@ -22,9 +23,10 @@ from flowspec.engine import HeadParts, build_head
 from flowspec.head import Head
 from flowspec.request import ClusterError, Completion, Request, SamplingParams, rank_name
 from flowspec.text import render_chat
+from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
-from flowspec.wire import Cancel, Failed, Finished, Message, Ping, Status, Submit, Tokens
+from flowspec.wire import Cancel, Finished, Message, Ping, Status, Submit, Tokens, WireMessage
 
 log = logging.getLogger(__name__)
 TURN_S = 0.02  # how long a command may wait while messages are waited for
@@ -102,7 +104,7 @@ class _Nowhere:
     def send(self, to: int, message: object) -> None:
         """What was meant for stages that are gone."""
 
-    def receive(self, timeout_s: float) -> Sequence[Message]:
+    def receive(self, timeout_s: float) -> Sequence[WireMessage]:
         """Nothing."""
         del timeout_s
         return ()
@@ -164,6 +166,7 @@ class HeadEngine:
 
     def _run(self) -> None:
         try:
+            self._suspend("the layers are not covered yet")
             while self._serve_commands():
                 if self._is_live:
                     self._turn()
@@ -193,8 +196,7 @@ class HeadEngine:
             case Halt():
                 self._halt(command)
             case GiveUp():
-                failed = Failed(stage=0, request=0, text=str(command.error))
-                self._inject(failed)
+                self._inject(wire.GiveUp(error=str(command.error)))
             case NewRequest():
                 self._submit(command)
             case CancelTicket():
@@ -219,36 +221,37 @@ class HeadEngine:
         for rank, there in enumerate(command.addresses):
             self._book[rank] = {"control": there.control, "data": there.data}
         self._epoch, self._num_stages = command.epoch, len(self._members)
-        self._begin_epoch()
-        self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
-        self._probe = None
-        self._submit_probe()
-
-    def _begin_epoch(self) -> None:
-        admission = self.head.admission
-        admission.max_rows = 0
-        for member in self._members:
-            admission.limit_rows(member.kv_rows)
-        assert self._transport is not None
-        to_client = self._driver.to_client
-        self._driver = Driver(self.head, self._transport, self._num_stages)
-        self._driver.to_client = to_client
         self.statuses = {}
+        self._use(self._transport)
+        rows = [member.kv_rows for member in self._members if member.kv_rows]
+        self._inject(wire.Resume(num_stages=self._num_stages, kv_rows=min(rows, default=0)))
+        self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
+        self._submit_probe()
 
     def _halt(self, command: Halt) -> None:
         log.warning("epoch %d is over: %s", command.epoch, command.error)
         for entry in self._open.values():
             entry.num_resumed += bool(entry.tokens)
+        self._suspend(str(command.error))
+
+    def _suspend(self, cause: str) -> None:
+        """The stages are lost; what is accepted is here, and goes on with the next ones."""
         self._drop_transport()
+        self._inject(wire.Suspend(cause=cause))
 
     def _drop_transport(self) -> None:
         self._is_live = False
         if self._transport is not None:
             self._transport.close()
             self._transport = None
-        to_client = self._driver.to_client
-        self._driver = Driver(self.head, _Nowhere(), 0)
-        self._driver.to_client = to_client
+        self._use(_Nowhere())
+
+    def _use(self, transport: Transport) -> None:
+        """Go on over another network; what clients have not been told yet stays."""
+        num_stages = 0 if isinstance(transport, _Nowhere) else self._num_stages
+        driver = Driver(self.head, transport, num_stages)
+        driver.to_client = self._driver.to_client
+        self._driver = driver
 
     def _turn(self) -> None:
         """One turn of the core, and a look at whether anything moves."""
@@ -264,7 +267,7 @@ class HeadEngine:
         self._pass_on()
 
     def _lost(self, rank: int, cause: str) -> None:
-        self._drop_transport()
+        self._suspend(cause)
         self._tell(StageLost(self._epoch, rank, cause))
 
     def _check_progress(self) -> None:

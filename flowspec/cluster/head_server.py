@@ -166,6 +166,8 @@ class HeadServer:
         open_here = sum(caller.peer == peer for caller in self._callers.values())
         if self._draining:
             refusal = f"the head takes no more requests: {self._draining}"
+        elif self.membership.gave_up:
+            refusal = f"not ready: {self.membership.missing()}"
         elif open_here >= MAX_OPEN_PER_CLIENT:
             refusal = f"{open_here} requests of this client are open already"
         if refusal:

@@ -76,8 +76,8 @@ class Membership:
         self.places: tuple[Place, ...] = ()  # of the newest epoch
         self.started_at = now
         self.joined_at = now  # the newest device
-        self.uncovered_since: float | None = None  # after a first epoch
-        self._gave_up = False
+        self.uncovered_since: float | None = now  # None while it serves
+        self.gave_up = False  # it has been so for too long
         self._said = ""  # the last reason for waiting, not to repeat it
         self._strikes: dict[str, int] = {}  # name -> how often it failed by its own fault
 
@@ -137,7 +137,7 @@ class Membership:
             return []
         stages = self._stages()
         all_addresses = (addresses, *(d.ready.addresses for d in stages if d.ready is not None))
-        self.phase, self.uncovered_since, self._gave_up = Phase.SERVING, None, False
+        self.phase, self.uncovered_since, self.gave_up = Phase.SERVING, None, False
         effects: list[Effect] = [
             Tell(device.peer, Serve(epoch=epoch, addresses=all_addresses)) for device in stages
         ]
@@ -216,8 +216,9 @@ class Membership:
         return None
 
     def _ready(self, device: Device, message: StageReady, now: float) -> list[Effect]:
-        if message.model_hash != self.config.model.model_hash:
-            cause = f"loaded model {message.model_hash[:12]}, needed {self.config.model.model_hash[:12]}"
+        have, needed = message.model_hash, self.config.model.model_hash
+        if have != needed:
+            cause = f"loaded model {have[:12]}, needed {needed[:12]}"
             return self._lose(device, cause, now, tell=True)
         device.ready = message
         stages = self._stages()
@@ -298,7 +299,7 @@ class Membership:
     def _waits(self, now: float) -> bool:
         """Whether more devices may come soon, so that it is too early to plan."""
         config = self.config
-        if self.uncovered_since is not None and self.places:
+        if self.places and self.uncovered_since is not None:
             return now - self.uncovered_since < config.rejoin_wait_s
         if config.devices:
             enough = len(self.devices) >= config.devices + config.spares
@@ -372,9 +373,9 @@ class Membership:
 
     def _check_given_up(self, now: float) -> list[Effect]:
         since, limit = self.uncovered_since, self.config.give_up_s
-        if since is None or self._gave_up or now - since < limit:
+        if since is None or self.gave_up or now - since < limit:
             return []
-        self._gave_up = True
+        self.gave_up = True
         cause = f"the layers have not been covered for {limit:.0f} s; {self.missing()}"
         return [GiveUp(ClusterError("head", cause)), Say(cause, level="error")]
 

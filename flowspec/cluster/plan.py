@@ -236,7 +236,8 @@ class _Stage:
 _Role: TypeAlias = tuple[bool, bool]  # is the first stage, is the last stage
 # state after a device -> layers placed -> (layers it took, its role)
 _Chosen: TypeAlias = dict[_Role, dict[int, tuple[int, _Role]]]
-_ROLES: tuple[_Role, ...] = ((False, False), (True, False), (False, True), (True, True))
+_STATES: tuple[_Role, ...] = ((False, False), (True, False), (False, True), (True, True))
+_ROLES = _STATES[:3]  # of a stage among several; a stage alone is both first and last
 
 
 def _search(
@@ -284,7 +285,7 @@ def _cheapest(
     Returns it and (device, layers) of each stage in order. State: layers placed, whether the first
     and the last stage are chosen.
     """
-    table = {state: np.full(num_layers + 1, np.inf) for state in _ROLES}
+    table = {state: np.full(num_layers + 1, np.inf) for state in _STATES}
     table[False, False][0] = 0.0
     # before[n, c]: layers placed before a device that takes c of n; the last entry is "impossible"
     counts = np.arange(num_layers + 1)
@@ -293,10 +294,10 @@ def _cheapest(
     steps: list[_Chosen] = []
     for stage in stages:
         new = {state: costs.copy() for state, costs in table.items()}
-        chosen: _Chosen = {state: {} for state in _ROLES}
+        chosen: _Chosen = {state: {} for state in _STATES}
         for role in _ROLES:
             costs = stage.costs(slowest_s, first=role[0], last=role[1])
-            for state in _ROLES:
+            for state in _STATES:
                 if (role[0] and state[0]) or (role[1] and state[1]):
                     continue
                 after = (state[0] or role[0], state[1] or role[1])
@@ -308,10 +309,15 @@ def _cheapest(
                     chosen[after][int(n)] = (int(taken[n]), role)
         steps.append(chosen)
         table = new
-    total = float(table[True, True][num_layers])
-    if not math.isfinite(total):
-        return None
-    return total, _trace_back(steps, num_layers)
+    options = [
+        (float(stage.costs(slowest_s, first=True, last=True)[num_layers]), [(index, num_layers)])
+        for index, stage in enumerate(stages)
+    ]
+    several = float(table[True, True][num_layers])
+    if math.isfinite(several):
+        options.append((several, _trace_back(steps, num_layers)))
+    best = min(options)
+    return best if math.isfinite(best[0]) else None
 
 
 def _trace_back(steps: "Sequence[_Chosen]", num_layers: int) -> list[tuple[int, int]]:
