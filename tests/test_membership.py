@@ -1,7 +1,7 @@
 """Membership as a state machine: joins, refusals, losses, spares, new plans; no sockets."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -66,6 +66,10 @@ class OneLayerPerGigabyte:
                     tuple(places), {n: w for n, w in left.items() if n not in names[:count]}
                 )
         raise DoesNotFitError(f"{NUM_LAYERS} layers, {len(names)} devices")
+
+    def accepts(self, places: Sequence[Place]) -> bool:
+        """Any counts."""
+        return bool(places)
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """One layer takes one GB."""
@@ -356,6 +360,21 @@ def test_words_of_an_old_epoch_change_nothing():
     assert set(world.members.devices) == {"a", "c"}
     world.load(a, c)
     assert world.members.phase is Phase.SERVING
+
+
+def test_after_a_restart_of_the_head_devices_keep_what_they_hold():
+    """Whatever order they come back in, nobody has to load anything."""
+    world = World()
+    b = world.join("b", 8, model=MODEL, layers=(5, 8))
+    c = world.join("c", 8)
+    a = world.join("a", 8, model=MODEL, layers=(0, 5))
+    world.pass_time(1.5, a, b, c)
+    first, second = world.last(a, Assign), world.last(b, Assign)
+    assert [(x.rank, x.first_layer, x.last_layer) for x in (first, second)] == [
+        (1, 0, 5),
+        (2, 5, 8),
+    ]
+    assert world.last(c, Assign) is None
 
 
 def test_a_stranger_is_asked_for_its_name():

@@ -16,6 +16,7 @@ from flowspec.cluster.joiner import Joiner, JoinConfig, JoinRefusedError
 from flowspec.cluster.layers import DeviceLayers, folder_card
 from flowspec.cluster.messages import (
     Assign,
+    DeviceReport,
     FromDevice,
     Progress,
     Release,
@@ -76,11 +77,18 @@ def join(
         once=once,
         pinned=folder_card(model, fetch),
     )
+    layers = DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch)
+
+    def report() -> DeviceReport:
+        found = report_device(torch_device, "float32", shards.root)
+        free = found.memory_available_bytes + layers.held_bytes  # new layers replace the old
+        return found.model_copy(update={"memory_available_bytes": free})
+
     joiner = Joiner(
         config,
         keys,
-        DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch),
-        lambda: report_device(torch_device, "float32", shards.root),
+        layers,
+        report,
         on_event=lambda message: _show(watch, message),
         power=find_power_meter(),
     )

@@ -36,6 +36,16 @@ class DeviceLayers:
         self._cache, self._keys, self._device = cache, keys, device
         self._folder, self._may_fetch = folder, may_fetch
         self._loaded: tuple[tuple[str, str, int, int], StageModel] | None = None
+        self._converted = False  # to another dtype than the files', which cannot be mapped
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the loaded layers take and would give back; mapped files take none."""
+        if self._loaded is None:
+            return 0
+        model = self._loaded[1]
+        is_mapped = self._device == "cpu" and not self._converted
+        return 0 if is_mapped else sum(p.nbytes for p in model.parameters())
 
     def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
         """See LayerSource.load. Raises ClusterError or ValueError saying what is missing."""
@@ -64,7 +74,7 @@ class DeviceLayers:
             verify=False,  # all hashes have just been compared
         )
         report(Progress(epoch=assign.epoch, phase="load", done_bytes=size, total_bytes=size))
-        self._loaded = (key, model)
+        self._loaded, self._converted = (key, model), manifest.dtype != card.dtype
         return model
 
     def _fetch(

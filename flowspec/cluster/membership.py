@@ -291,7 +291,7 @@ class Membership:
             return []
         reports = {name: device.report for name, device in self.devices.items()}
         try:
-            placement = self.planner.place(reports, spares=self.config.spares)
+            placement = self._as_held() or self.planner.place(reports, spares=self.config.spares)
         except DoesNotFitError as error:
             return self._say_once(f"waiting for more devices: {error}")
         return self._begin(placement, now)
@@ -327,6 +327,26 @@ class Membership:
             spares.remove(taker)
             places.append(Place(taker.name, place.first, place.last))
         return Placement(tuple(places), {d.name: d.about or "spare" for d in spares})
+
+    def _as_held(self) -> Placement | None:
+        """What the devices still hold from before, where that is the whole model: after a restart
+        of the head nobody has to load anything.
+        """
+        holders = {
+            device.hello.layers: name
+            for name, device in reversed(self.devices.items())
+            if device.hello.model == self.config.model and device.hello.layers is not None
+        }
+        places: list[Place] = []
+        end = 0
+        while span := next((held for held in holders if held[0] == end < held[1]), None):
+            places.append(Place(holders[span], *span))
+            end = span[1]
+        if end != self.planner.num_layers or not self.planner.accepts(places):
+            return None
+        used = {place.name for place in places}
+        spares = {name: "spare" for name in self.devices if name not in used}
+        return Placement(tuple(places), spares, "the devices still hold all layers")
 
     def _best_taker(self, spares: Sequence[Device], place: Place) -> Device | None:
         """A device that can hold these layers: one that has them already, else the fastest."""

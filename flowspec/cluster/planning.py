@@ -11,7 +11,7 @@ from flowspec.cluster.plan import (
     plan_layers,
     too_small,
 )
-from flowspec.cluster.roster import Placement
+from flowspec.cluster.roster import Place, Placement
 from flowspec.model.config import ModelConfig
 from flowspec.simulate.profiles import DeviceProfile, LayerSizes, LinkProfile, ModelProfile
 
@@ -43,6 +43,10 @@ class DevicePlanner:
         return plan_layers(
             candidates, self.model, self.needs, weights=self.weights, spares=spares
         )
+
+    def accepts(self, places: Sequence[Place]) -> bool:
+        """See Planner.accepts."""
+        return not self.layers or self.layers == tuple(p.last - p.first for p in places)
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """See Planner.too_small."""
@@ -87,7 +91,7 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
 
 
 def model_profile(name: str, sizes: ModelSizes, dtype: str) -> ModelProfile:
-    """A model for the emulator. Its draft model, where one is emulated, counts as one layer of it."""
+    """A model for the emulator. An emulated draft model counts as one layer of it."""
     values = sizes.model_dump()
     return ModelProfile(
         name=name,

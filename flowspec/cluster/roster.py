@@ -1,4 +1,4 @@
-"""Who is in the cluster, as the head's membership machine sees it, and what the machine asks for."""
+"""Who is in the cluster, as the head's membership machine sees it, and what it asks for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +79,9 @@ class Planner(Protocol):
 
     def place(self, reports: Mapping[str, DeviceReport], *, spares: int) -> Placement:
         """Raises DoesNotFitError in numbers where the devices cannot hold the model."""
+
+    def accepts(self, places: Sequence[Place]) -> bool:
+        """Whether nobody has asked for other counts of layers than these."""
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """Why a device cannot hold that many layers; empty where it can."""
