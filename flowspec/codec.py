@@ -29,14 +29,17 @@ from flowspec.wire import (
     Ping,
     Ready,
     Reroot,
+    Reset,
     Segment,
     Started,
     Status,
     Stop,
     WireMessage,
+    epoch_of,
+    in_epoch,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_ROWS = 4096
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
@@ -52,7 +55,7 @@ class WireError(ValueError):
 
 
 _MAGIC = b"FS"
-_HEAD = struct.Struct("<2sBBQ")  # magic, version, kind, request
+_HEAD = struct.Struct("<2sBBIQ")  # magic, version, kind, epoch, request
 _OPEN = struct.Struct("<IIdIQddQIB")
 _VERDICT = struct.Struct("<BIqi")  # whether one follows
 _CLOSE = struct.Struct("<B")
@@ -76,8 +79,9 @@ def encode(message: WireMessage) -> list[Frame]:
 def encode_tensors(message: WireMessage) -> list[Frame | Tensor]:
     """Like `encode`, but `hidden` is a flat tensor of bytes on the device where it lies."""
     kind = _KINDS[type(message)]
-    request = getattr(message, "request", 0)
-    return [*kind.encode(_HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, request), message)]
+    epoch, request = epoch_of(message) or 0, getattr(message, "request", 0)
+    head = _HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, epoch, request)
+    return [*kind.encode(head, message)]
 
 
 def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
@@ -88,7 +92,7 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
     header = views[0]
     if len(header) < _HEAD.size:
         raise WireError(f"header truncated: {len(header)} bytes, at least {_HEAD.size} needed")
-    magic, version, number, request = _HEAD.unpack_from(header)
+    magic, version, number, epoch, request = _HEAD.unpack_from(header)
     if magic != _MAGIC:
         raise WireError(f"not a FlowSpec frame: it begins with {bytes(magic)!r}")
     if version != PROTOCOL_VERSION:
@@ -101,7 +105,10 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
         raise WireError(f"unknown message kind {number}")
     if kind.num_frames and len(frames) != kind.num_frames:
         raise WireError(f"{kind.name} has {kind.num_frames} frames, {len(frames)} came")
-    return kind.decode(request, header[_HEAD.size :], views[1:])
+    message = in_epoch(epoch, kind.decode(request, header[_HEAD.size :], views[1:]))
+    if epoch != (epoch_of(message) or 0):
+        raise WireError(f"{kind.name}: epoch {epoch}, where none or another belongs")
+    return message
 
 
 def _unpack(
@@ -260,6 +267,8 @@ def _decode_batch(_: int, body: memoryview, frames: list[memoryview]) -> Batch:
     segments = tuple(part for part in parts if isinstance(part, Segment))
     if len(segments) < count:
         raise WireError("Batch: holds another kind of message than segments")
+    if len({segment.epoch for segment in segments}) > 1:
+        raise WireError("Batch: segments of two epochs")
     if len({segment.request for segment in segments}) < count:
         raise WireError("Batch: two segments of one request")
     if sum(len(segment.nodes) for segment in segments) > MAX_ROWS:
@@ -385,5 +394,6 @@ _KINDS: dict[type, _Kind] = {
     Stop: _plain(Stop, 12, struct.Struct("<")),
     Batch: _Kind("Batch", 13, 0, _encode_batch, _decode_batch),
     Abandon: _plain(Abandon, 14, struct.Struct("<")),
+    Reset: _plain(Reset, 15, struct.Struct("<")),
 }
 _BY_NUMBER = {kind.number: kind for kind in _KINDS.values()}
