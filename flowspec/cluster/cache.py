@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from flowspec.model.manifest import (
@@ -20,7 +21,7 @@ from flowspec.model.manifest import (
     file_sha256,
     read_manifest,
     stage_folder,
-    write_manifest,
+    write_json,
 )
 from flowspec.model.source import open_checkpoint
 from flowspec.model.split import write_file
@@ -129,7 +130,9 @@ class ShardCache:
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
                 _put_link(folder / name, Path("../../../shards") / record.sha256)
             if not (folder / MANIFEST_NAME).exists():
-                write_manifest(folder, manifest)
+                made = folder / f"{MANIFEST_NAME}.{os.getpid()}"  # others may be at it too
+                write_json(made, asdict(manifest))
+                made.replace(folder / MANIFEST_NAME)
         except OSError as error:
             raise _disk_error(folder, error) from None
         return folder

@@ -47,7 +47,7 @@ from flowspec.transport.zmq_sockets import ZmqTransport
 log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 WELCOME_TIMEOUT_S = 10.0
-BACKOFF_S = (0.5, 15.0)  # first and longest wait before the next try
+BACKOFF_S = (0.5, 5.0)  # first and longest wait before the next try
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

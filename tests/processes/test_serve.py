@@ -167,8 +167,8 @@ def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client,
         if count >= 10 and cluster.running[victim].is_alive():
             cluster.running[victim].kill()
 
-    tokens, done, notes = ask(client, count=300, temperature=1.0, on_piece=kill)
-    assert tokens == alone(parts, count=300, temperature=1.0)
+    tokens, done, notes = ask(client, count=120, temperature=1.0, on_piece=kill)
+    assert tokens == alone(parts, count=120, temperature=1.0)
     assert (done.error, done.resumed) == ("", 1)
     assert any(f"on {victim}" in note for note in notes)
     assert victim not in cluster.stages()
