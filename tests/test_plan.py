@@ -1,4 +1,4 @@
-"""Placing layers on devices: the search is exact, memory is never exceeded, refusals have numbers."""
+"""Placing layers on devices: an exact search, memory never exceeded, refusals in numbers."""
 
 from itertools import permutations
 

@@ -65,7 +65,11 @@ def generate(
                 case Done():
                     done = event
     if json_:
-        typer.echo(json.dumps({"text": answer, "tokens": tokens, **done.model_dump(exclude={"kind", "id"})}))
+        typer.echo(
+            json.dumps(
+                {"text": answer, "tokens": tokens, **done.model_dump(exclude={"kind", "id"})}
+            )
+        )
     else:
         typer.echo("")
         show_end(done)

@@ -12,18 +12,17 @@ import flowspec
 from flowspec.cli.watch import Watch
 from flowspec.cluster.cache import ShardCache
 from flowspec.cluster.device import default_name, report_device
-from flowspec.cluster.joiner import Joiner, JoinConfig, JoinRefusedError
+from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
 from flowspec.cluster.layers import DeviceLayers, folder_card
 from flowspec.cluster.messages import (
     Assign,
+    Control,
     DeviceReport,
-    FromDevice,
     Progress,
     Release,
     Serve,
-    Standby,
     StageReady,
-    ToDevice,
+    Standby,
     Trouble,
     Welcome,
 )
@@ -122,7 +121,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-def _show(watch: Watch, message: ToDevice | FromDevice) -> None:
+def _show(watch: Watch, message: Control) -> None:
     match message:
         case Welcome():
             watch.say(f"in the cluster as {message.name}; waiting for layers")

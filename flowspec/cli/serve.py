@@ -123,7 +123,9 @@ def serve(
     server = HeadServer(
         control,
         membership,
-        lambda tell: HeadEngine(run_config, parts, keys, tell, host=host, port=port + 2 if port else 0),
+        lambda tell: HeadEngine(
+            run_config, parts, keys, tell, host=host, port=port + 2 if port else 0
+        ),
         sizes=model_sizes(read_config(folder / HEAD_FOLDER)),
         on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
         on_progress=watch.progress,

@@ -81,7 +81,9 @@ class Watch:
         if is_done or progress.phase != phase or now - at >= PLAIN_INTERVAL_S:
             self._lines[name] = (now, progress.phase)
             share = progress.done_bytes / max(progress.total_bytes, 1)
-            cached = f", {progress.cached_bytes / 1e6:.1f} MB cached" if progress.cached_bytes else ""
+            cached = (
+                f", {progress.cached_bytes / 1e6:.1f} MB cached" if progress.cached_bytes else ""
+            )
             self.say(
                 f"{progress.phase} {share:.0%} of {progress.total_bytes / 1e6:.1f} MB{cached}",
                 device=name,

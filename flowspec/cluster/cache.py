@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from flowspec.model.manifest import (
@@ -21,7 +21,7 @@ from flowspec.model.manifest import (
     file_sha256,
     read_manifest,
     stage_folder,
-    write_json,
+    write_manifest,
 )
 from flowspec.model.source import open_checkpoint
 from flowspec.model.split import write_file
@@ -31,6 +31,7 @@ from flowspec.request import ClusterError
 
 HERE = "this device"
 RESERVE_BYTES = 64 << 20  # left free for everybody else
+LOCK_LIMIT_S = 10.0
 _READ_BYTES = 1 << 20
 _HEX = frozenset("0123456789abcdef")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -125,17 +126,20 @@ class ShardCache:
         """Lay out whole files as a split folder, with its manifest; that folder."""
         folder = self.folder(manifest)
         try:
-            for name, record in shard_files(manifest, shards).items():
-                part = (folder / name).parent
-                part.mkdir(parents=True, exist_ok=True, mode=0o700)
-                _put_link(folder / name, Path("../../../shards") / record.sha256)
-            if not (folder / MANIFEST_NAME).exists():
-                made = folder / f"{MANIFEST_NAME}.{os.getpid()}"  # others may be at it too
-                write_json(made, asdict(manifest))
-                made.replace(folder / MANIFEST_NAME)
+            with (self._models / ".lock").open("w") as lock:
+                _await_lock(lock.fileno())
+                self._lay_out(folder, manifest, shards)
         except OSError as error:
             raise _disk_error(folder, error) from None
         return folder
+
+    def _lay_out(self, folder: Path, manifest: Manifest, shards: Iterable[int]) -> None:
+        for name, record in shard_files(manifest, shards).items():
+            part = (folder / name).parent
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _put_link(folder / name, Path("../../../shards") / record.sha256)
+        if not (folder / MANIFEST_NAME).exists():
+            write_manifest(folder, manifest)
 
     def adopt(
         self,
@@ -263,6 +267,19 @@ def _disk_error(path: Path, error: OSError) -> ClusterError:
             "and join again, or set XDG_CACHE_HOME to a folder on a larger disk",
         )
     return ClusterError(HERE, f"cannot write to {path.parent}: {error.strerror}; check the disk")
+
+
+def _await_lock(handle: int) -> None:
+    """Lock a file that others hold for as long as making some links takes."""
+    end = time.monotonic() + LOCK_LIMIT_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise OSError(errno.EBUSY, "another process holds its lock") from None
+            time.sleep(0.02)
 
 
 def _put_link(path: Path, target: Path) -> None:

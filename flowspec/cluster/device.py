@@ -86,7 +86,7 @@ def disk_free(folder: Path) -> int:
 
 
 def power_mode() -> str:
-    """What `nvpmodel -q` calls the mode on a Jetson, the CPU governor elsewhere, empty if neither."""
+    """What `nvpmodel -q` calls the mode on a Jetson, elsewhere the CPU governor; may be empty."""
     if is_jetson() and (program := shutil.which("nvpmodel")):
         try:
             done = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=5.0)

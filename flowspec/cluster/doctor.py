@@ -102,9 +102,7 @@ def examine(facts: Facts) -> Iterator[Finding]:
 def examine_link(facts: HeadFacts) -> Iterator[Finding]:
     """The way to the head."""
     if facts.why_unreachable:
-        yield Finding(
-            what="head", level=Level.ERROR, found=facts.why_unreachable, fix="see there"
-        )
+        yield Finding(what="head", level=Level.ERROR, found=facts.why_unreachable, fix="see there")
         return
     version = f"FlowSpec {facts.version}" if facts.version else "it lets us in"
     same = facts.version in ("", flowspec.__version__)
@@ -230,9 +228,7 @@ def _speed(link: Link) -> Iterator[Finding]:
     )
     slow = rate < SLOW_LINK_BYTES_PER_S or link.latency_s > SLOW_LATENCY_S
     fix = "use a cable (1 Gbit/s or more); Wi-Fi and VPNs cost most of the speed" if slow else ""
-    yield Finding(
-        what="link", level=Level.WARNING if slow else Level.OK, found=found, fix=fix
-    )
+    yield Finding(what="link", level=Level.WARNING if slow else Level.OK, found=found, fix=fix)
 
 
 def _jetson(facts: Facts) -> Iterator[Finding]:
@@ -291,7 +287,7 @@ def find_facts(
     environment: Mapping[str, str],
     root: Path = Path("/"),
 ) -> Facts:
-    """What there is to know about this device; `check_cuda` says whether CUDA is there and works."""
+    """What there is to know about this device; `check_cuda`: is it there, what is wrong with it."""
     available, error = check_cuda()
     return Facts(
         python=sys.version_info[:2],

@@ -15,14 +15,14 @@ TELL_S = 0.2
 
 
 class Wanted:
-    """Which parts are to be asked for, in order, and which comes next."""
+    """Which parts are to be asked for, in order, and what comes next; `num_asked` have not come."""
 
     def __init__(self, partials: deque[Partial]) -> None:
         self._files = partials
         self._size = partials[0].size if partials else 0  # of the first: written or to be
         self._skip_whole()
         self._asked: Iterator[tuple[bytes, int, int]] = iter(())
-        self._num_asked = 0
+        self.num_asked = 0
         self.start_over()
 
     def is_done(self) -> bool:
@@ -31,15 +31,15 @@ class Wanted:
 
     def start_over(self) -> None:
         """What was asked for and has not come is asked for again."""
-        self._asked, self._num_asked = self._rest(), 0
+        self._asked, self.num_asked = self._rest(), 0
 
     def next_requests(self, num_unwritten: int) -> Iterator[tuple[bytes, int, int]]:
         """As many as the window allows; a disk that is behind narrows it."""
-        while self._num_asked + num_unwritten < WINDOW:
+        while self.num_asked + num_unwritten < WINDOW:
             request = next(self._asked, None)
             if request is None:
                 return
-            self._num_asked += 1
+            self.num_asked += 1
             yield request
 
     def take(self, part: Part) -> Partial | None:
@@ -57,7 +57,7 @@ class Wanted:
                 f"has a file of {part.total} bytes, {record.bytes} in its manifest; split the "
                 "model again there",
             )
-        self._num_asked = max(0, self._num_asked - 1)
+        self.num_asked = max(0, self.num_asked - 1)
         self._size += part.num_bytes
         if self._size == record.bytes:
             self._files.popleft()

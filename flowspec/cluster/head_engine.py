@@ -15,8 +15,8 @@ from typing import TypeAlias
 from flowspec import wire
 from flowspec.cluster.messages import Addresses, Ask, Done
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
-from flowspec.codec import WireError
 from flowspec.cluster.stage_job import AddressBook, listen
+from flowspec.codec import WireError
 from flowspec.config import RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
@@ -262,7 +262,9 @@ class HeadEngine:
         except WireError as error:
             log.warning("dropped: %s", error)
         except ClusterError as error:
-            rank = next((r for r in range(1, self._num_stages + 1) if rank_name(r) == error.where), 0)
+            rank = next(
+                (r for r in range(1, self._num_stages + 1) if rank_name(r) == error.where), 0
+            )
             self._lost(rank or 1, error.cause)
         self._pass_on()
 

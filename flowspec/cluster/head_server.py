@@ -1,4 +1,4 @@
-"""The head as a server: control socket, membership and clients in one thread, the core in another."""
+"""The head as a server: devices and clients in one thread, the core in another."""
 
 import logging
 import queue
@@ -130,7 +130,9 @@ class HeadServer:
                     self._from_engine(self._events.get())
                 self._apply(self.membership.tick(time.monotonic()))
             for ticket in list(self._callers):
-                self._end(ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}"))
+                self._end(
+                    ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}")
+                )
             self._apply(self.membership.close(self._draining))
         except Exception:
             log.exception("the control thread failed")

@@ -10,7 +10,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flowspec.cluster.device import measure_link
 from flowspec.cluster.messages import (
@@ -18,6 +18,7 @@ from flowspec.cluster.messages import (
     Assign,
     Beat,
     Bye,
+    Control,
     ControlError,
     DeviceReport,
     FromDevice,
@@ -26,8 +27,6 @@ from flowspec.cluster.messages import (
     Refuse,
     Release,
     Serve,
-    Standby,
-    ToDevice,
     Welcome,
     WhoAreYou,
     pack,
@@ -78,7 +77,7 @@ class Joiner:
         source: LayerSource,
         report: Callable[[], DeviceReport],
         *,
-        on_event: Callable[[ToDevice | FromDevice], None] = lambda message: None,
+        on_event: Callable[[Control], None] = lambda message: None,
         power: PowerMeter | None = None,
     ) -> None:
         self.config, self.keys, self.source = config, keys, source
@@ -141,66 +140,70 @@ class Joiner:
 
     def _stay(self, client: ControlClient) -> str:
         self._heard_at = started_at = time.monotonic()
-        while True:
-            if self._stopping:
-                self._send(client, Bye(why=self._stopping))
-                return self._stopping
+        while not self._stopping:
             rhythm = self._welcome.heartbeat_s if self._welcome else 0.5
             for frame in client.receive(rhythm / 4):
                 self._heard_at = time.monotonic()
-                try:
-                    end = self._take(client, unpack(frame))
-                except ControlError as error:
-                    end = f"the head sent what is no message: {error}"
-                if end:
+                if end := self._take(client, frame):
                     return end
             while not self._words.empty():
                 self._pass_on(client, self._words.get())
-            now = time.monotonic()
-            if self._welcome is None:
-                if now - started_at > WELCOME_TIMEOUT_S:
-                    return f"no welcome from the head within {WELCOME_TIMEOUT_S:.0f} s"
-                continue
-            if now - self._heard_at > self._welcome.dead_after_s:
-                return f"lost the head: no word from it for {now - self._heard_at:.1f} s"
-            if now - self._beat_at >= self._welcome.heartbeat_s:
-                self._send_beat(client, now)
+            if end := self._keep_time(client, started_at):
+                return end
+        self._send(client, Bye(why=self._stopping))
+        return self._stopping
 
-    def _take(self, client: ControlClient, message: object) -> str:
+    def _keep_time(self, client: ControlClient, started_at: float) -> str:
+        """Heartbeats that are due; a text says for whose silence the connection ends."""
+        now, welcome = time.monotonic(), self._welcome
+        if welcome is None:
+            if now - started_at > WELCOME_TIMEOUT_S:
+                return f"no welcome from the head within {WELCOME_TIMEOUT_S:.0f} s"
+            return ""
+        if now - self._heard_at > welcome.dead_after_s:
+            return f"lost the head: no word from it for {now - self._heard_at:.1f} s"
+        if now - self._beat_at >= welcome.heartbeat_s:
+            self._send_beat(client, now)
+        return ""
+
+    def _take(self, client: ControlClient, frame: bytes) -> str:
         """Act on the head's message; a text says why the connection ends."""
+        try:
+            message = unpack(frame)
+        except ControlError as error:
+            return f"the head sent what is no message: {error}"
+        if not isinstance(message, Beat):
+            self._on_event(message)
         match message:
+            case Beat(sent_at=sent_at) if sent_at:
+                self._round_trip_s = max(0.0, time.monotonic() - sent_at)
             case Welcome():
                 self._welcome, self._was_in = message, True
-                self._on_event(message)
+            case Refuse(retry=False):
+                raise JoinRefusedError(message.why)
             case Refuse():
-                self._on_event(message)
-                if not message.retry:
-                    raise JoinRefusedError(message.why)
                 return f"the head refuses: {message.why}"
-            case Assign():
-                self._on_event(message)
-                self._drop_job()
-                shards = message.shards.replace("//0.0.0.0:", f"//{self.config.host}:")
-                assign = message.model_copy(update={"shards": shards})
-                self._job = StageJob(assign, self.source, self._open_transport, self._words.put)
-            case Serve():
-                if self._job is not None and self._job.assign.epoch == message.epoch:
-                    self._on_event(message)
-                    self._job.serve([self._seen_from_here(a) for a in message.addresses])
-            case Release():
-                if self._job is not None and self._job.assign.epoch == message.epoch:
-                    self._on_event(message)
-                    self._drop_job()
-            case Standby():
-                self._on_event(message)
-            case Beat():
-                if message.sent_at:
-                    self._round_trip_s = max(0.0, time.monotonic() - message.sent_at)
             case WhoAreYou():
                 return "the head does not know this device any more"
             case Bye():
                 return f"the head has ended: {message.why}"
+            case Assign() | Serve() | Release():
+                self._take_work(message)
         return ""
+
+    def _take_work(self, message: Assign | Serve | Release) -> None:
+        """Layers, the other ranks' addresses, or the end of an epoch."""
+        if isinstance(message, Assign):
+            self._drop_job()
+            shards = message.shards.replace("//0.0.0.0:", f"//{self.config.host}:")
+            assign = message.model_copy(update={"shards": shards})
+            self._job = StageJob(assign, self.source, self._open_transport, self._words.put)
+        elif self._job is None or self._job.assign.epoch != message.epoch:
+            return  # of an epoch that is over
+        elif isinstance(message, Serve):
+            self._job.serve([self._seen_from_here(a) for a in message.addresses])
+        else:
+            self._drop_job()
 
     def _pass_on(self, client: ControlClient, message: FromDevice) -> None:
         """What the job tells goes to the head, unless it is of a job that is over."""

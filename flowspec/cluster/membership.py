@@ -8,9 +8,9 @@ that what a device of an older epoch still sends reaches nobody.
         ^----------------------- a device is lost -----------'
 """
 
-from collections.abc import Sequence
 from enum import Enum
 
+from flowspec.cluster.keep import as_held, patched
 from flowspec.cluster.messages import (
     PROTOCOL_VERSION,
     Addresses,
@@ -285,13 +285,15 @@ class Membership:
         """Begin an epoch if the devices can hold all layers, and it is time."""
         if self.phase is not Phase.GATHERING or not self.devices:
             return []
-        if (patched := self._patched()) is not None:
-            return self._begin(patched, now)
+        kept = patched(self.places, self.devices, self.planner, self.config.model)
+        if kept is not None:
+            return self._begin(kept, now)
         if self._waits(now):
             return []
         reports = {name: device.report for name, device in self.devices.items()}
         try:
-            placement = self._as_held() or self.planner.place(reports, spares=self.config.spares)
+            held = as_held(self.devices, self.planner, self.config.model)
+            placement = held or self.planner.place(reports, spares=self.config.spares)
         except DoesNotFitError as error:
             return self._say_once(f"waiting for more devices: {error}")
         return self._begin(placement, now)
@@ -305,62 +307,6 @@ class Membership:
             enough = len(self.devices) >= config.devices + config.spares
             return not enough and now - self.started_at < config.wait_for_devices_s
         return now - self.joined_at < config.settle_s
-
-    def _patched(self) -> Placement | None:
-        """The last placement with each lost device's layers on a spare or on the one returned.
-
-        Nobody else has to load anything.
-        """
-        if not self.places:
-            return None
-        held = {device.place: device for device in self.devices.values() if device.place}
-        holders = {held[place].name for place in self.places if place in held}
-        spares = [d for name, d in self.devices.items() if name not in holders]
-        places = []
-        for place in self.places:
-            if place in held:
-                places.append(place)
-                continue
-            taker = self._best_taker(spares, place)
-            if taker is None:
-                return None
-            spares.remove(taker)
-            places.append(Place(taker.name, place.first, place.last))
-        return Placement(tuple(places), {d.name: d.about or "spare" for d in spares})
-
-    def _as_held(self) -> Placement | None:
-        """What the devices still hold from before, where that is the whole model: after a restart
-        of the head nobody has to load anything.
-        """
-        holders = {
-            device.hello.layers: name
-            for name, device in reversed(self.devices.items())
-            if device.hello.model == self.config.model and device.hello.layers is not None
-        }
-        places: list[Place] = []
-        end = 0
-        while span := next((held for held in holders if held[0] == end < held[1]), None):
-            places.append(Place(holders[span], *span))
-            end = span[1]
-        if end != self.planner.num_layers or not self.planner.accepts(places):
-            return None
-        used = {place.name for place in places}
-        spares = {name: "spare" for name in self.devices if name not in used}
-        return Placement(tuple(places), spares, "the devices still hold all layers")
-
-    def _best_taker(self, spares: Sequence[Device], place: Place) -> Device | None:
-        """A device that can hold these layers: one that has them already, else the fastest."""
-        span = (place.first, place.last)
-        fitting = [d for d in spares if not self.planner.too_small(d.report, span[1] - span[0])]
-        model = self.config.model
-        return max(
-            fitting,
-            key=lambda d: (
-                d.hello.model == model and d.hello.layers == span,
-                d.report.bandwidth_bytes_per_s,
-            ),
-            default=None,
-        )
 
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
         self.epoch += 1

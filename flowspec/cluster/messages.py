@@ -337,9 +337,7 @@ class ClusterStatus(_Message):
 
 
 FromDevice: TypeAlias = Hello | Progress | StageReady | Trouble | Beat | Bye
-ToDevice: TypeAlias = (
-    Welcome | Refuse | Assign | Serve | Release | Standby | Beat | Bye | WhoAreYou
-)
+ToDevice: TypeAlias = Welcome | Refuse | Assign | Serve | Release | Standby | Beat | Bye | WhoAreYou
 FromClient: TypeAlias = Ask | Drop | AskStatus | Echo
 ToClient: TypeAlias = Piece | Note | Done | ClusterStatus | Echo | Refuse
 Control: TypeAlias = FromDevice | ToDevice | FromClient | ToClient

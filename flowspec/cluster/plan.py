@@ -5,7 +5,7 @@ Minimised is the predicted time per token of pipelined speculation,
     miss x (time through all stages) + (1 - miss) x ticks x (time of the slowest stage),
 
 within each device's memory: a token that no branch in flight has pays a whole trip, any other one
-its share of the slowest stage's ticks. Stage and line times are the emulator's (simulate/emulation).
+its share of the slowest stage's ticks. Stage and line times are the emulator's (simulate/).
 The search is exact: for every possible time of the slowest stage, a dynamic program over devices
 finds the least total. Sizes in bytes, times in seconds.
 """
@@ -26,7 +26,8 @@ TICKS = 0.5  # slots of the slowest stage per token while speculation holds
 ROWS = 16  # of a segment
 WORTH = 1.02  # a longer pipeline must be faster by this factor than a single device
 
-Cost: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"  # [L + 1] of seconds, infinite where a count of layers is impossible
+# [L + 1] seconds by count of layers, infinite where a count is impossible
+Cost: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +198,7 @@ class _Stage:
         cluster = ClusterProfile(
             name="alone", devices=(roomy, roomy), links=(candidate.link, candidate.link)
         )
-        alone = Emulation(
-            cluster=cluster, model=model, drafter="eagle", layers=(model.layers,)
-        )
+        alone = Emulation(cluster=cluster, model=model, drafter="eagle", layers=(model.layers,))
         self.layer_s = alone.forward_s(1, ROWS, needs.context // 2) / model.layers
         self.lm_head_s = alone.lm_head_s(1, ROWS)
         row_bytes = ROWS * model.hidden_size * 2

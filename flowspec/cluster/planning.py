@@ -40,9 +40,7 @@ class DevicePlanner:
         candidates = [as_candidate(name, report) for name, report in reports.items()]
         if self.layers:
             return fixed_layers(candidates, self.model, self.needs, self.layers)
-        return plan_layers(
-            candidates, self.model, self.needs, weights=self.weights, spares=spares
-        )
+        return plan_layers(candidates, self.model, self.needs, weights=self.weights, spares=spares)
 
     def accepts(self, places: Sequence[Place]) -> bool:
         """See Planner.accepts."""

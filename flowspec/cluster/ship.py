@@ -24,6 +24,7 @@ from flowspec.transport.keys import Keys
 from flowspec.transport.tally import Tally
 
 TICK_S = 0.2
+UNWRITTEN_WAIT_S = 0.002  # where the disk is behind and nothing is on its way
 BUSY_WAIT_S = 1.0
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_OPEN_FILES = 16
@@ -237,7 +238,7 @@ class _Fetch:
             if now - told_at > TICK_S:
                 told_at = now
                 self.tell()
-            parts, is_new = client.receive(TICK_S)
+            parts, is_new = client.receive(TICK_S if wanted.num_asked else UNWRITTEN_WAIT_S)
             for part in parts:
                 _check_known(part, "file")
                 if part.busy:

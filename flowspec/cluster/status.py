@@ -75,9 +75,7 @@ def _why_unhealthy(membership: Membership, probe_age_s: float | None) -> str:
     return ""
 
 
-def _device(
-    device: Device, membership: Membership, facts: HeadFacts, now: float
-) -> DeviceStatus:
+def _device(device: Device, membership: Membership, facts: HeadFacts, now: float) -> DeviceStatus:
     status = facts.statuses.get(device.rank) if device.rank else None
     place = device.place if device.rank else None
     return DeviceStatus(

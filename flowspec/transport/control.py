@@ -118,7 +118,7 @@ class ControlClient:
         self._poller.register(self._monitor, zmq.POLLIN)
 
     def connect(self, timeout_s: float) -> str:
-        """Why there is no connection to the head, after `timeout_s` at most; empty where there is."""
+        """Why there is no connection to the head within `timeout_s`; empty where there is."""
         if self._monitor.poll(int(timeout_s * 1e3)):
             event = int(recv_monitor_message(self._monitor)["event"])
             self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED

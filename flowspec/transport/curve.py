@@ -7,6 +7,7 @@ told about in a log line now and then.
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -54,7 +55,7 @@ logger = logging.getLogger(__name__)
 class Guard:
     """Answers libzmq's questions about keys (ZAP) and watches the listeners of one context.
 
-    Both in a thread of its own. Make it before the first socket of `context`.
+    Both in a thread of its own, which starts with the first listener.
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", keys: Keys, name: str) -> None:
@@ -64,14 +65,10 @@ class Guard:
                 "build libzmq with libsodium"
             )
         self.refusals = Tally(logger, f"{name} refused connections")
-        self._context, self._keys = context, keys
-        self._zap = context.socket(zmq.ROUTER)
-        self._zap.setsockopt(zmq.LINGER, 0)
-        self._zap.bind(ZAP_ADDRESS)
+        self._context, self._keys, self._name = context, keys, name
         self._arriving: deque[_Watch] = deque()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True, name=f"guard-{name}")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def listen(self, inbox: "zmq.Socket[bytes]", address: str) -> str:
         """Bind `inbox` to `tcp://host:port` for holders of the member key; the address it has got.
@@ -83,6 +80,7 @@ class Guard:
             door = Door(host, port)
         except OSError as error:
             raise ValueError(f"cannot listen at {address}: {error.strerror or error}") from None
+        self._start()
         _set_limits(inbox)
         inbox.setsockopt(zmq.CURVE_SERVER, 1)
         inbox.setsockopt(zmq.CURVE_SECRETKEY, self._keys.server_secret)
@@ -106,12 +104,28 @@ class Guard:
 
     def close(self) -> None:
         """End the thread; nobody new is let in any more."""
+        if self._thread is None or self._closing.is_set():
+            return
         self._closing.set()
+        os.write(self._wake_write, b".")
         self._thread.join(timeout=2.0)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _start(self) -> None:
+        if self._thread is not None:
+            return
+        self._zap = self._context.socket(zmq.ROUTER)
+        self._zap.setsockopt(zmq.LINGER, 0)
+        self._zap.bind(ZAP_ADDRESS)
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._run, daemon=True, name=f"guard-{self._name}")
+        self._thread.start()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._zap, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
         watches: dict[zmq.Socket[bytes], _Watch] = {}
         try:
             while not self._closing.is_set():

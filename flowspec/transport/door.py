@@ -18,6 +18,7 @@ WINDOW_S = 3.0
 MAX_PER_ADDRESS = 64  # new connections of one address within the window
 MAX_OPEN = 256  # connections at one time, of all addresses
 SHUT_S = 10.0
+ALL_SHUT_S = 3.0  # until the handshakes under way have had their time
 MAX_SHUT = 64  # addresses in the filter; beyond them nobody new is let in
 MAX_ADDRESSES = 1024  # that are remembered
 BACKLOG = 64
@@ -95,7 +96,7 @@ class Door:
         if address not in self._shut and len(self._shut) >= MAX_SHUT:
             address = EVERYBODY
         known = address in self._shut
-        self._shut[address] = now + SHUT_S
+        self._shut[address] = now + (ALL_SHUT_S if address == EVERYBODY else SHUT_S)
         if known:
             return None
         self._filter()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowspec.cluster.client import HeadClient
-from flowspec.cluster.joiner import Joiner, JoinConfig, JoinRefusedError
+from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.stage_job import LayerSource
 from flowspec.cluster.token import derive_keys, new_token
