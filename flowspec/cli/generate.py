@@ -1,4 +1,4 @@
-"""`flowspec generate`: one answer from a running head, for scripts."""
+"""`flowspec generate`: answers from a running head, for scripts."""
 
 import json
 import sys
@@ -8,17 +8,24 @@ from typing import Annotated
 
 import typer
 
-from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_end
+from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
+from flowspec.eval.prompts import load_prompts
 from flowspec.request import ClusterError
 from flowspec.transport.control import parse_address
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to ask; - reads standard input.")],
     head: Annotated[str, typer.Option(help="HOST:PORT of the head.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - reads standard input.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file or folder of prompts, one answer each.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
     token: Annotated[
         str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
     ] = None,
@@ -33,10 +40,12 @@ def generate(
     ] = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object with text, token ids, figures.")
+        bool, typer.Option("--json", help="One JSON object per answer: text, tokens, figures.")
     ] = False,
 ) -> None:
-    """Print the answer of the cluster of --head to PROMPT; notes and figures go to stderr."""
+    """Print what the cluster of --head answers; notes and figures go to stderr."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
     options = ChatOptions(
         temperature=temperature,
         top_k=top_k,
@@ -48,30 +57,38 @@ def generate(
     )
     keys = derive_keys(token or read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    text = sys.stdin.read() if prompt == "-" else prompt
-    with HeadClient(host, port, keys) as client:
-        ask = client.new_ask(turns=[{"role": "user", "content": text}], **asdict(options))
-        answer, tokens = "", []
-        for event in client.ask(ask):
-            match event:
-                case Piece():
-                    answer += event.text
-                    tokens += event.tokens
-                    if not json_:
-                        typer.echo(event.text, nl=False)
-                        sys.stdout.flush()
-                case Note():
-                    typer.echo(f"[{event.text}]", err=True)
-                case Done():
-                    done = event
-    if json_:
-        typer.echo(
-            json.dumps(
-                {"text": answer, "tokens": tokens, **done.model_dump(exclude={"kind", "id"})}
-            )
-        )
+    if prompts is not None:
+        texts = [one.turns[0] for one in load_prompts(prompts, limit=limit)]
     else:
-        typer.echo("")
-        show_end(done)
-    if done.error:
-        raise ClusterError("head", done.error)
+        texts = [sys.stdin.read() if prompt == "-" else str(prompt)]
+    with HeadClient(host, port, keys) as client:
+        for text in texts:
+            turns = [{"role": "user", "content": text}]
+            done = (
+                _as_json(client, options, turns)
+                if json_
+                else show_answer(client, options, turns)[1]
+            )
+            if done is None:
+                raise typer.Exit(130)
+            if done.error:
+                raise ClusterError("head", done.error)
+
+
+def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:
+    answer, tokens = "", []
+    for event in client.ask(client.new_ask(turns=turns, **asdict(options))):
+        match event:
+            case Piece():
+                answer += event.text
+                tokens += event.tokens
+            case Note():
+                typer.echo(f"[{event.text}]", err=True)
+            case Done():
+                done = event
+    figures = done.model_dump(exclude={"kind", "id"})
+    typer.echo(
+        json.dumps({"prompt": turns[-1]["content"], "text": answer, "tokens": tokens, **figures})
+    )
+    sys.stdout.flush()
+    return done

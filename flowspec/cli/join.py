@@ -12,6 +12,7 @@ import flowspec
 from flowspec.cli.watch import Watch
 from flowspec.cluster.cache import ShardCache
 from flowspec.cluster.device import default_name, report_device
+from flowspec.cluster.discovery import choose_head, find_heads
 from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
 from flowspec.cluster.layers import DeviceLayers, folder_card
 from flowspec.cluster.messages import (
@@ -34,7 +35,9 @@ DEFAULT_PORT = 7000
 
 
 def join(
-    head: Annotated[str, typer.Argument(help="HOST:PORT of the head, as it printed it.")],
+    head: Annotated[
+        str | None, typer.Argument(help="HOST:PORT of the head, as it printed it [found by mDNS].")
+    ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="The cluster's token; safer in --token-file or FLOWSPEC_TOKEN."),
@@ -58,7 +61,11 @@ def join(
     It reports what it has, gets its layers, and comes back by itself when head or link were away.
     """
     keys = derive_keys(token or read_token(token_file))
-    head_host, head_port = parse_address(head, default_port=DEFAULT_PORT)
+    if head is None:
+        found = choose_head(find_heads())
+        head_host, head_port = found.host, found.port
+    else:
+        head_host, head_port = parse_address(head, default_port=DEFAULT_PORT)
     name = name or default_name()
     watch = Watch(log_json=log_json, device=name)
     torch_device = pick_device(device)

@@ -1,5 +1,6 @@
 """`flowspec serve`: be the head of a cluster of devices that join."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,9 +19,13 @@ from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.common import bundled, draft_folder, effective_config, split_folder
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
-from flowspec.cluster.device import interfaces
+from flowspec.cluster.device import default_name, interfaces
+from flowspec.cluster.discovery import announced
 from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_server import HeadServer
+from flowspec.cluster.hosts import read_hosts
+from flowspec.cluster.hosts import start as start_hosts
+from flowspec.cluster.hosts import stop as stop_hosts
 from flowspec.cluster.membership import Membership
 from flowspec.cluster.messages import ModelCard
 from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
@@ -41,6 +46,7 @@ from flowspec.transport.keys import Keys
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
+HOSTS_END_S = 10.0  # for devices over ssh to end after the head
 
 
 def serve(
@@ -78,6 +84,10 @@ def serve(
     give_up: Annotated[
         float, typer.Option(help="Open requests end when layers are uncovered so long, s.")
     ] = 120.0,
+    hosts: Annotated[
+        Path | None, typer.Option(help="Start a device on each host of this file, over ssh.")
+    ] = None,
+    mdns: Annotated[bool, typer.Option(help="Announce this head on the local network.")] = True,
     prompt: Annotated[bool, typer.Option(help="A prompt loop here, on a terminal.")] = True,
     config: Annotated[Path | None, typer.Option(help="YAML file as for `run`.")] = None,
     log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
@@ -91,6 +101,9 @@ def serve(
     watch = Watch(log_json=log_json)
     run_config = effective_config(config, flags)
     check_run(run_config)
+    over_ssh = read_hosts(hosts) if hosts is not None else None
+    if over_ssh is not None:
+        port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
     token = _token(token_file)
     folder, run_config = _prepare(run_config)
     torch.set_num_threads(run_config.threads_per_process)
@@ -130,11 +143,21 @@ def serve(
         on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
         on_progress=watch.progress,
     )
-    stop = threading.Event()
-    _on_signals(stop)
-    server.start()
-    try:
-        _announce(watch, parts, host, control.port, token)
+    with contextlib.ExitStack() as stack:
+        stack.callback(watch.close)
+        stack.callback(shards.close)
+        if over_ssh is not None:
+            logs = Path("out") / "hosts"
+            stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
+            watch.say(f"devices are started over ssh; what they say is in {logs}")
+        stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
+        stop = _start(server)
+        addresses = _addresses(host)
+        _print_line(watch, addresses, control.port, token)
+        if mdns and not addresses[0].startswith("127."):
+            name = parts.manifest.model_id
+            why = stack.enter_context(announced(default_name(), addresses, control.port, name))
+            watch.say(why or "announced by mDNS: flowspec join finds this head without an address")
         if prompt and sys.stdin.isatty():
             _prompt_loop(control.port, keys, stop)
         else:
@@ -142,10 +165,23 @@ def serve(
                 pass
         watch.say("shutting down: open requests are finished first")
         server.drain("it is shutting down", DRAIN_S)
-    finally:
-        server.close()
-        shards.close()
-        watch.close()
+
+
+def _start(server: HeadServer) -> threading.Event:
+    """Take devices and clients; the event is set when a signal asks for the end."""
+    stop = threading.Event()
+    _on_signals(stop)
+    server.start()
+    return stop
+
+
+def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> None:
+    """The line to paste elsewhere goes to stdout; the address's alternatives to the log."""
+    watch.say("run this on each device:")
+    typer.echo(f"flowspec join {addresses[0]}:{port} --token {token}")
+    sys.stdout.flush()
+    if len(addresses) > 1:
+        watch.say(f"or by another of this machine's addresses: {', '.join(addresses[1:])}")
 
 
 _CONFIG_FLAGS = ("model", "draft", "drafter", "strategy", "max_requests", "dtype", "device")
@@ -201,17 +237,12 @@ def _planner(
     return DevicePlanner(profile, needs, layers=counts)
 
 
-def _announce(watch: Watch, parts: HeadParts, host: str, port: int, token: str) -> None:
-    """The one line to paste elsewhere goes to stdout; other addresses it works with, to the log."""
-    addresses = [host]
-    if host == "0.0.0.0":
-        found = [one.address for one in interfaces()]
-        addresses = [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
-    watch.say(f"{parts.manifest.model_id}: run this on each device")
-    typer.echo(f"flowspec join {addresses[0]}:{port} --token {token}")
-    sys.stdout.flush()
-    if len(addresses) > 1:
-        watch.say(f"or by another of this machine's addresses: {', '.join(addresses[1:])}")
+def _addresses(host: str) -> list[str]:
+    """By which devices may reach this head, the likeliest first."""
+    if host != "0.0.0.0":
+        return [host]
+    found = [one.address for one in interfaces()]
+    return [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
 
 
 def _on_signals(stop: threading.Event) -> None:
