@@ -76,7 +76,8 @@ def generate(
 
 
 def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:
-    answer, tokens = "", []
+    answer = ""
+    tokens: list[int] = []
     for event in client.ask(client.new_ask(turns=turns, **asdict(options))):
         match event:
             case Piece():
@@ -87,8 +88,7 @@ def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str
             case Done():
                 done = event
     figures = done.model_dump(exclude={"kind", "id"})
-    typer.echo(
-        json.dumps({"prompt": turns[-1]["content"], "text": answer, "tokens": tokens, **figures})
-    )
+    asked = {"prompt": turns[-1]["content"], "text": answer, "tokens": tokens}
+    typer.echo(json.dumps({**asked, **figures}))
     sys.stdout.flush()
     return done

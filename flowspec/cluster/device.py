@@ -121,9 +121,11 @@ def measure_link(client: ControlClient) -> Link:
 
     Zeros where the head does not answer within a few seconds.
     """
-    trips = [_echo(client, Echo()) for _ in range(_PING_ROUNDS)]
-    if not all(trips):
-        return Link()
+    trips: list[float] = []
+    for _ in range(_PING_ROUNDS):
+        trips.append(_echo(client, Echo()))
+        if not trips[-1]:
+            return Link()
     latency_s = min(trips) / 2
     # A rate needs several messages under way, or the latency is all that is measured.
     up = _rate(client, Echo(payload="x" * _RATE_BYTES))
@@ -150,7 +152,7 @@ def _rate(client: ControlClient, message: Echo) -> float:
 def _await_echoes(client: ControlClient, count: int) -> bool:
     end = time.monotonic() + _LINK_TIMEOUT_S
     while count and time.monotonic() < end:
-        count -= sum(isinstance(unpack(m), Echo) for m in client.receive(0.5))
+        count -= sum(isinstance(unpack(m), Echo) for m in client.receive(min(0.5, _LINK_TIMEOUT_S)))
     return count <= 0
 
 

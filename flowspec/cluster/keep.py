@@ -38,7 +38,7 @@ def as_held(devices: Mapping[str, Device], planner: Planner, model: ModelCard) -
     """
     holders = {
         device.hello.layers: name
-        for name, device in reversed(devices.items())
+        for name, device in reversed(list(devices.items()))
         if device.hello.model == model and device.hello.layers is not None
     }
     places: list[Place] = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import flowspec
 from flowspec.cluster.membership import Membership, Phase
@@ -95,7 +96,9 @@ def _device(device: Device, membership: Membership, facts: HeadFacts, now: float
     )
 
 
-def _state(device: Device, membership: Membership) -> str:
+def _state(
+    device: Device, membership: Membership
+) -> Literal["serving", "loading", "spare", "too small"]:
     if not device.rank:
         return "too small" if device.about.startswith("too small") else "spare"
     return "serving" if membership.phase is Phase.SERVING else "loading"
