@@ -35,8 +35,7 @@ from flowspec.wire import (
     Status,
     Stop,
     WireMessage,
-    epoch_of,
-    in_epoch,
+    stamped,
 )
 
 PROTOCOL_VERSION = 3
@@ -55,7 +54,7 @@ class WireError(ValueError):
 
 
 _MAGIC = b"FS"
-_HEAD = struct.Struct("<2sBBIQ")  # magic, version, kind, epoch, request
+_HEAD = struct.Struct("<2sBBIHIQ")  # magic, version, kind, epoch, source, number, request
 _OPEN = struct.Struct("<IIdIQddQIB")
 _VERDICT = struct.Struct("<BIqi")  # whether one follows
 _CLOSE = struct.Struct("<B")
@@ -79,8 +78,8 @@ def encode(message: WireMessage) -> list[Frame]:
 def encode_tensors(message: WireMessage) -> list[Frame | Tensor]:
     """Like `encode`, but `hidden` is a flat tensor of bytes on the device where it lies."""
     kind = _KINDS[type(message)]
-    epoch, request = epoch_of(message) or 0, getattr(message, "request", 0)
-    head = _HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, epoch, request)
+    fields = (getattr(message, name, 0) for name in ("epoch", "source", "number", "request"))
+    head = _HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, *fields)
     return [*kind.encode(head, message)]
 
 
@@ -92,7 +91,7 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
     header = views[0]
     if len(header) < _HEAD.size:
         raise WireError(f"header truncated: {len(header)} bytes, at least {_HEAD.size} needed")
-    magic, version, number, epoch, request = _HEAD.unpack_from(header)
+    magic, version, number, epoch, source, count, request = _HEAD.unpack_from(header)
     if magic != _MAGIC:
         raise WireError(f"not a FlowSpec frame: it begins with {bytes(magic)!r}")
     if version != PROTOCOL_VERSION:
@@ -105,10 +104,10 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
         raise WireError(f"unknown message kind {number}")
     if kind.num_frames and len(frames) != kind.num_frames:
         raise WireError(f"{kind.name} has {kind.num_frames} frames, {len(frames)} came")
-    message = in_epoch(epoch, kind.decode(request, header[_HEAD.size :], views[1:]))
-    if epoch != (epoch_of(message) or 0):
-        raise WireError(f"{kind.name}: epoch {epoch}, where none or another belongs")
-    return message
+    message = kind.decode(request, header[_HEAD.size :], views[1:])
+    if isinstance(message, Batch) and message.epoch != epoch:
+        raise WireError(f"Batch: epoch {epoch} with segments of epoch {message.epoch}")
+    return stamped(message, epoch=epoch, source=source, number=count)
 
 
 def _unpack(
@@ -273,7 +272,7 @@ def _decode_batch(_: int, body: memoryview, frames: list[memoryview]) -> Batch:
         raise WireError("Batch: two segments of one request")
     if sum(len(segment.nodes) for segment in segments) > MAX_ROWS:
         raise WireError(f"Batch: more than {MAX_ROWS} rows")
-    return Batch(segments=segments)
+    return Batch(epoch=segments[0].epoch, segments=segments)
 
 
 def _encode_close(head: bytes, m: Close) -> list[Frame]:

@@ -71,6 +71,7 @@ class RunConfig:
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    max_restarts: int = 3  # of stage processes that die, zmq alone; 0: the first death ends the run
     trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
@@ -87,7 +88,7 @@ class RunConfig:
             )
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
-        for name in ("kept_prefixes", "kv_memory_mb"):
+        for name in ("kept_prefixes", "kv_memory_mb", "max_restarts"):
             if not 0 <= getattr(self, name) <= MAX_COUNT:
                 raise ValueError(f"{name} must be from 0 to {MAX_COUNT}")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever

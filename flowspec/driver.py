@@ -4,7 +4,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send
+from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send
+from flowspec.lanes import Lanes
 from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
 from flowspec.wire import Message, Status, Stop
@@ -19,6 +20,7 @@ class Driver:
         self.core = core
         self.trace = trace
         self.transport = transport
+        self.lanes = Lanes(core.rank)
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # of anything but statuses; work here counts
@@ -51,14 +53,18 @@ class Driver:
         messages = self.transport.receive(timeout_s)
         if timeout_s:
             self.trace.waited(start, time.monotonic())
-        for message in messages:
+        for arrived in messages:
             now = time.monotonic()
-            self.trace.received(now, message)
-            if not isinstance(message, Status):
+            self.trace.received(now, arrived)
+            if not isinstance(arrived, Status):
                 self.last_progress = now
+            message = self.lanes.take(arrived)
             if isinstance(message, Stop):
                 self.stopped = True
-            self._send(self.core.handle(message, now))
+            if message is not None and message is not arrived and self.core.rank != HEAD:
+                self._send([Send(HEAD, message)])  # a gap is the head's to deal with
+            elif message is not None:
+                self._send(self.core.handle(message, now))
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -68,5 +74,6 @@ class Driver:
                 continue
             for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
                 now = time.monotonic()
-                self.transport.send(rank, send.message)  # type: ignore[arg-type]
+                message = self.lanes.number(rank, send.message)
+                self.transport.send(rank, message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)

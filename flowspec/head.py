@@ -92,6 +92,7 @@ class Head:
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}  # when each stage's status came
         self.outage: str | None = None  # why nothing is sent: a stage is lost
+        self.resumes = False  # whether somebody replaces a stage that fails; else requests end
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """Use another strategy for the requests to come."""
@@ -377,6 +378,9 @@ class Head:
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
         """A stage cannot serve one request, or (request 0) none."""
         error = f"{rank_name(message.stage)}: {message.text}"
+        if self.resumes and not message.request:
+            self._suspend(error, now)
+            return ()
         sends: list[Send] = []
         for request, active in list(self.active.items()):
             if message.request in (0, request):

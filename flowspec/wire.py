@@ -21,6 +21,8 @@ class OfEpoch:
     """
 
     epoch: int = 0
+    source: int = 0  # who sent it, and as which of its messages (flowspec/lanes.py); 0: not counted
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +75,7 @@ class Segment(OfEpoch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(OfEpoch):
     """Segments of several requests that travel and run as one, so that weights are read once.
 
     The first one speaks for all in `Started`, `Exit` and `slowest_*`. A segment that travels alone
@@ -81,11 +83,6 @@ class Batch:
     """
 
     segments: tuple[Segment, ...]
-
-    @property
-    def epoch(self) -> int:
-        """That of its segments."""
-        return self.segments[0].epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,18 +289,20 @@ def segments_of(message: Message) -> tuple[Segment, ...]:
 
 def epoch_of(message: Message) -> int | None:
     """The epoch a message belongs to; None: to no one in particular."""
-    return message.epoch if isinstance(message, OfEpoch | Batch) else None
+    return message.epoch if isinstance(message, OfEpoch) else None
 
 
-def in_epoch(epoch: int, message: WireMessage) -> WireMessage:
+def stamped(message: WireMessage, *, epoch: int, source: int, number: int) -> WireMessage:
     """The message, and a verdict that it carries, as of `epoch`, where it can be of one."""
-    if not epoch or not isinstance(message, OfEpoch):
+    if not isinstance(message, OfEpoch):
         return message
     if isinstance(message, Segment | Close) and message.verdict is not None:
         message = replace(message, verdict=replace(message.verdict, epoch=epoch))
-    return replace(message, epoch=epoch)
+    return replace(message, epoch=epoch, source=source, number=number)
 
 
 def together(segments: Sequence[Segment]) -> Segment | Batch:
     """What carries `segments` (at least one)."""
-    return segments[0] if len(segments) == 1 else Batch(segments=tuple(segments))
+    if len(segments) == 1:
+        return segments[0]
+    return Batch(epoch=segments[0].epoch, segments=tuple(segments))

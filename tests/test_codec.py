@@ -34,11 +34,12 @@ from flowspec.wire import (
     Status,
     Stop,
     WireMessage,
+    together,
 )
 
-HEADER_BYTES = 16
+HEADER_BYTES = 22
 VERSION = codec.PROTOCOL_VERSION
-U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 I32, I64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 F32 = st.floats(0, 2.0**90, width=32)
 F64 = st.floats(0, 1e300)
@@ -98,7 +99,7 @@ def closes(draw: st.DrawFn) -> Close:
 
 FIXED = st.one_of(
     closes(),
-    st.builds(Abandon, epoch=U32, request=U64),
+    st.builds(Abandon, epoch=U32, source=U16, number=U32, request=U64),
     st.builds(Reset, epoch=U32),
     REROOT,
     st.builds(Started, epoch=U32, request=U64, seq_no=U64),
@@ -158,7 +159,7 @@ def feature_messages(draw: st.DrawFn) -> Features:
     )
 
 
-SEGMENTS = st.lists(segments(), min_size=1, max_size=4, unique_by=lambda one: one.request)
+SEGMENTS = st.lists(segments(), min_size=2, max_size=4, unique_by=lambda one: one.request)
 
 
 def in_one_epoch(parts: list[Segment]) -> tuple[Segment, ...]:
@@ -168,7 +169,7 @@ def in_one_epoch(parts: list[Segment]) -> tuple[Segment, ...]:
     return tuple(replace(p, epoch=epoch, verdict=v) for p, v in zip(parts, verdicts, strict=True))
 
 
-BATCHES = st.builds(Batch, segments=SEGMENTS.map(in_one_epoch))
+BATCHES = SEGMENTS.map(in_one_epoch).map(together)
 COUNTED = st.one_of(
     FIXED, OPEN, segments(), BATCHES, feature_messages()
 )  # kinds whose length is known
@@ -221,9 +222,12 @@ def test_every_kind_is_covered() -> None:
 
 def test_bytes_are_pinned() -> None:
     """Two versions that both say protocol 3 must mean the same bytes."""
-    frames = as_bytes(Reroot(epoch=9, request=5, position=7, parent=NodeId(3), token=11))
+    frames = as_bytes(
+        Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
+    )
     assert [f.hex() for f in frames] == [
-        "4653" "03" "04" "09000000" "0500000000000000" "07000000" "0300000000000000" "0b000000"
+        "4653" "03" "04" "09000000" "0200" "08000000" "0500000000000000"
+        "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
     assert header[:4].hex() == "46530302"
@@ -287,10 +291,10 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
 
 def oversized(count: int, size: int) -> list[list[bytes]]:
     """Segment and Features that claim `count` rows of `size` elements and bring a few bytes."""
-    head = struct.Struct("<2sBBIQ")
-    segment = head.pack(b"FS", VERSION, 2, 0, 1)
+    head = struct.Struct("<2sBBIHIQ")
+    segment = head.pack(b"FS", VERSION, 2, 0, 0, 0, 1)
     segment += struct.pack("<QIBBIIfIqi", 0, count, 2, 0, size, 0, 0.0, 0, 0, 0)
-    features = head.pack(b"FS", VERSION, 7, 0, 1) + struct.pack("<iIBI", 0, count, 0, size)
+    features = head.pack(b"FS", VERSION, 7, 0, 0, 0, 1) + struct.pack("<iIBI", 0, count, 0, size)
     return [[segment, b"\0" * 20, b"\0" * 4], [features, b"\0" * 8, b"\0" * 4]]
 
 
@@ -364,7 +368,7 @@ def test_damaged_messages_raise_nothing_but_wire_errors(
 def test_noise_behind_a_right_beginning(body: bytes, kind: int, count: int) -> None:
     """The same for random bodies of every kind."""
     frames = [
-        struct.pack("<2sBBIQ", b"FS", VERSION, kind, 0, 7) + body,
+        struct.pack("<2sBBIHIQ", b"FS", VERSION, kind, 0, 0, 0, 7) + body,
         body,
         body[:40],
     ][:count]

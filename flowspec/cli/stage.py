@@ -20,6 +20,7 @@ def stage(
     kv_memory_mb: Annotated[int, typer.Option(help="For KV caches; 0: half of what is free.")] = 0,
     shape_stable: bool = False,
     trace_file: Path | None = None,
+    epoch: Annotated[int, typer.Option(help="Of the pipeline that it joins.")] = 0,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     config = WorkerConfig(
@@ -34,5 +35,6 @@ def stage(
         shape_stable=shape_stable,
         kv_memory_mb=kv_memory_mb,
         trace_file=trace_file,
+        epoch=epoch,
     )
     raise typer.Exit(run_worker(config))
