@@ -289,7 +289,7 @@ def test_files_stay_short(path: Path) -> None:
     assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines"
 
 
-@pytest.mark.parametrize("name", ["split_and_save_models.py", "run_pipe.sh"])
+@pytest.mark.parametrize("name", ["split_and_save_models.py", "run_pipe.sh", "run_jetson.sh"])
 def test_wrappers_are_thin(name: str) -> None:
     """The entry points of the paper's repository are kept; what they do lives in the package."""
     text = (ROOT / name).read_text()

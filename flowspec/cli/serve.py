@@ -36,7 +36,7 @@ from flowspec.config import RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
 from flowspec.model.config import read_config
-from flowspec.model.manifest import HEAD_FOLDER
+from flowspec.model.manifest import HEAD_FOLDER, MANIFEST_NAME, read_manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError
@@ -87,6 +87,7 @@ def serve(
     hosts: Annotated[
         Path | None, typer.Option(help="Start a device on each host of this file, over ssh.")
     ] = None,
+    offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
     mdns: Annotated[bool, typer.Option(help="Announce this head on the local network.")] = True,
     prompt: Annotated[bool, typer.Option(help="A prompt loop here, on a terminal.")] = True,
     config: Annotated[Path | None, typer.Option(help="YAML file as for `run`.")] = None,
@@ -105,7 +106,7 @@ def serve(
     if over_ssh is not None:
         port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
     token = _token(token_file)
-    folder, run_config = _prepare(run_config)
+    folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.threads_per_process)
     parts = load_head_parts(run_config, folder)
     keys = derive_keys(token)
@@ -204,9 +205,20 @@ def _state_folder() -> Path:
     return Path(base).expanduser() / "flowspec"
 
 
-def _prepare(config: RunConfig) -> tuple[Path, RunConfig]:
-    """The model cut into one shard per layer, so that any device can get any of them."""
-    folder = resolve_model(bundled(config.model))
+def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
+    """The model cut into one shard per layer, so that any device can get any of them.
+
+    Raises ValueError where it is cut already, but not so.
+    """
+    folder = resolve_model(bundled(config.model), offline=offline)
+    if (folder / MANIFEST_NAME).exists():
+        layers = read_manifest(folder).layers
+        if set(layers) != {1}:
+            raise ValueError(
+                f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; serve the "
+                "unsplit model, or one split with every layer by itself"
+            )
+        return folder, override(config, {"draft": draft_folder(config)}, where="draft")
     num_layers = open_checkpoint(folder).config.num_layers
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config

@@ -60,16 +60,16 @@ def announced(name: str, addresses: Sequence[str], port: int, model: str) -> Ite
 
 def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
     """Heads that answer within the time, by name. Raises ValueError where mDNS cannot be used."""
-    from zeroconf import ServiceBrowser, Zeroconf
+    from zeroconf import ServiceBrowser, ServiceListener, Zeroconf
 
     found: dict[str, FoundHead] = {}
 
-    class Listener:
+    class Listener(ServiceListener):
         """Called by the browser's thread."""
 
-        def add_service(self, network: Any, kind: str, name: str) -> None:
+        def add_service(self, zc: Any, type_: str, name: str) -> None:
             """A head has answered."""
-            info = network.get_service_info(kind, name, timeout=int(timeout_s * 1e3))
+            info = zc.get_service_info(type_, name, timeout=int(timeout_s * 1e3))
             addresses = info.parsed_addresses() if info is not None else []
             if addresses:
                 model = (info.properties.get(b"model") or b"").decode(errors="replace")
@@ -78,9 +78,9 @@ def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
 
         update_service = add_service
 
-        def remove_service(self, network: Any, kind: str, name: str) -> None:
+        def remove_service(self, zc: Any, type_: str, name: str) -> None:
             """A head has left."""
-            del network, kind
+            del zc, type_
             found.pop(name, None)
 
     try:

@@ -128,6 +128,7 @@ class HeadEngine:
     ) -> None:
         self.config, self.parts, self.keys = config, parts, keys
         self.head: Head = build_head(config, parts)
+        self.head.resumes = True  # membership replaces a stage that fails
         self.crossed_at: float | None = None  # when a token last came through every stage
         self.epoch_at: float | None = None  # when the epoch began
         self.statuses: dict[int, Status] = {}
@@ -257,6 +258,9 @@ class HeadEngine:
         """One turn of the core, and a look at whether anything moves."""
         try:
             self._driver.turn(TURN_S)
+            if self.head.outage is not None:
+                where, _, cause = self.head.outage.partition(": ")
+                raise ClusterError(where, cause)
             self._check_progress()
             self._submit_probe()
         except WireError as error:
