@@ -10,19 +10,30 @@ from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
 from flowspec.config import DecodeConfig
-from flowspec.request import Request
+from flowspec.request import DecodeStats, Request
 from flowspec.session import Session
+from flowspec.text import TextStream
 
 MAX_QUEUED = 64  # requests waiting for their turn
 
 
+@dataclass(slots=True)
+class Before:
+    """What a request had reached when its stages were lost."""
+
+    stats: DecodeStats
+    text: TextStream
+    lost_at: float  # seconds of the driver's clock
+
+
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that has not begun."""
+    """A request that has not begun, or whose stages were lost: it begins again, prefix first."""
 
     request: Request
     submitted_at: float
     num_rows: int  # its caches' capacity
+    before: Before | None = None
 
 
 @dataclass(slots=True)
@@ -41,6 +52,17 @@ class Kept:
         session = self.session
         in_common = len(commonprefix([tuple(prompt), session.all_tokens]))
         return max(0, min(in_common - 1, session.num_committed, session.drafter.num_reusable))
+
+
+@dataclass(slots=True)
+class Turn:
+    """A waiting request that begins."""
+
+    waiting: Waiting
+    kept: Kept | None = None  # its first num_shared rows are taken over
+    num_shared: int = 0
+    gone: list[int] = field(default_factory=list)  # kept requests given up before it
+    gone_after: list[int] = field(default_factory=list)  # and once it has begun
 
 
 @dataclass(slots=True)
@@ -91,11 +113,30 @@ class Admission:
             raise ValueError(f"{MAX_QUEUED} requests are waiting already")
         self.waiting.append(Waiting(request, now, num_rows))
 
-    def withdraw(self, request: int) -> bool:
-        """Take a request out of the queue; whether it was there."""
-        before = len(self.waiting)
-        self.waiting = deque(w for w in self.waiting if w.request.id != request)
-        return len(self.waiting) < before
+    def withdraw(self, request: int) -> Waiting | None:
+        """Take a request out of the queue; None: it was not there."""
+        found = next((w for w in self.waiting if w.request.id == request), None)
+        if found is not None:
+            self.waiting.remove(found)
+        return found
+
+    def begin_again(self, served: Sequence[tuple[Session, Before]]) -> None:
+        """The stages are lost, and all rows with them: requests being served wait again, first."""
+        again = [
+            Waiting(continued(s), s.stats.submitted_at, self.rows[s.request.id], before)
+            for s, before in served
+        ]
+        self.waiting.extendleft(reversed(again))
+        self.rows.clear()
+        self.kept.clear()
+
+    def take_too_large(self) -> list[Waiting]:
+        """Take out of the queue what the stages that are there now could never hold."""
+        if not self.max_rows:
+            return []
+        too_large = [w for w in self.waiting if w.num_rows > self.max_rows]
+        self.waiting = deque(w for w in self.waiting if w.num_rows <= self.max_rows)
+        return too_large
 
     def next_to_begin(self) -> Waiting | None:
         """The oldest waiting request, if it can be served now besides the others.
@@ -107,6 +148,19 @@ class Admission:
             return None
         needed = self.waiting[0].num_rows + sum(self.rows.values())
         return None if self.max_rows and needed > self.max_rows else self.waiting[0]
+
+    def begin(self, waiting: Waiting, config: DecodeConfig, source: str) -> Turn:
+        """The oldest waiting request has its turn, with what a kept one has in common with it."""
+        assert self.waiting.popleft() is waiting, "another one waits longer"
+        kept, num_shared = self.find_shared(waiting.request.prompt, config, source)
+        turn = Turn(waiting, gone=self.make_room(waiting.num_rows, kept))
+        if kept is not None and (number := kept.session.request.id) not in turn.gone:
+            turn.kept, turn.num_shared = kept, num_shared
+            if self.is_succeeded(kept, num_shared):
+                turn.gone_after.append(number)
+                del self.kept[number]
+        self.rows[waiting.request.id] = waiting.num_rows
+        return turn
 
     def find_shared(
         self, prompt: Sequence[int], config: DecodeConfig, source: str
@@ -154,3 +208,16 @@ class Admission:
         for old in gone:
             del self.kept[old]
         return gone
+
+
+def continued(session: Session) -> Request:
+    """The rest of a request: what was generated is part of its prompt now.
+
+    Sampling noise is keyed by absolute position, so the rest is what it would have been.
+    """
+    request = session.request
+    return replace(
+        request,
+        prompt=session.all_tokens,
+        max_new_tokens=request.max_new_tokens - len(session.tokens),
+    )

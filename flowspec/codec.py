@@ -29,14 +29,16 @@ from flowspec.wire import (
     Ping,
     Ready,
     Reroot,
+    Reset,
     Segment,
     Started,
     Status,
     Stop,
     WireMessage,
+    stamped,
 )
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_ROWS = 4096
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
@@ -52,7 +54,7 @@ class WireError(ValueError):
 
 
 _MAGIC = b"FS"
-_HEAD = struct.Struct("<2sBBQ")  # magic, version, kind, request
+_HEAD = struct.Struct("<2sBBIHIQ")  # magic, version, kind, epoch, source, number, request
 _OPEN = struct.Struct("<IIdIQddQIB")
 _VERDICT = struct.Struct("<BIqi")  # whether one follows
 _CLOSE = struct.Struct("<B")
@@ -76,8 +78,9 @@ def encode(message: WireMessage) -> list[Frame]:
 def encode_tensors(message: WireMessage) -> list[Frame | Tensor]:
     """Like `encode`, but `hidden` is a flat tensor of bytes on the device where it lies."""
     kind = _KINDS[type(message)]
-    request = getattr(message, "request", 0)
-    return [*kind.encode(_HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, request), message)]
+    fields = (getattr(message, name, 0) for name in ("epoch", "source", "number", "request"))
+    head = _HEAD.pack(_MAGIC, PROTOCOL_VERSION, kind.number, *fields)
+    return [*kind.encode(head, message)]
 
 
 def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
@@ -88,7 +91,7 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
     header = views[0]
     if len(header) < _HEAD.size:
         raise WireError(f"header truncated: {len(header)} bytes, at least {_HEAD.size} needed")
-    magic, version, number, request = _HEAD.unpack_from(header)
+    magic, version, number, epoch, source, count, request = _HEAD.unpack_from(header)
     if magic != _MAGIC:
         raise WireError(f"not a FlowSpec frame: it begins with {bytes(magic)!r}")
     if version != PROTOCOL_VERSION:
@@ -101,7 +104,10 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
         raise WireError(f"unknown message kind {number}")
     if kind.num_frames and len(frames) != kind.num_frames:
         raise WireError(f"{kind.name} has {kind.num_frames} frames, {len(frames)} came")
-    return kind.decode(request, header[_HEAD.size :], views[1:])
+    message = kind.decode(request, header[_HEAD.size :], views[1:])
+    if isinstance(message, Batch) and message.epoch != epoch:
+        raise WireError(f"Batch: epoch {epoch} with segments of epoch {message.epoch}")
+    return stamped(message, epoch=epoch, source=source, number=count)
 
 
 def _unpack(
@@ -260,11 +266,13 @@ def _decode_batch(_: int, body: memoryview, frames: list[memoryview]) -> Batch:
     segments = tuple(part for part in parts if isinstance(part, Segment))
     if len(segments) < count:
         raise WireError("Batch: holds another kind of message than segments")
+    if len({segment.epoch for segment in segments}) > 1:
+        raise WireError("Batch: segments of two epochs")
     if len({segment.request for segment in segments}) < count:
         raise WireError("Batch: two segments of one request")
     if sum(len(segment.nodes) for segment in segments) > MAX_ROWS:
         raise WireError(f"Batch: more than {MAX_ROWS} rows")
-    return Batch(segments=segments)
+    return Batch(epoch=segments[0].epoch, segments=segments)
 
 
 def _encode_close(head: bytes, m: Close) -> list[Frame]:
@@ -385,5 +393,6 @@ _KINDS: dict[type, _Kind] = {
     Stop: _plain(Stop, 12, struct.Struct("<")),
     Batch: _Kind("Batch", 13, 0, _encode_batch, _decode_batch),
     Abandon: _plain(Abandon, 14, struct.Struct("<")),
+    Reset: _plain(Reset, 15, struct.Struct("<")),
 }
 _BY_NUMBER = {kind.number: kind for kind in _KINDS.values()}

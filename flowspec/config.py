@@ -75,6 +75,7 @@ class RunConfig:
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
     emulate: str = ""  # CLUSTER:MODEL, profiles that the local processes keep the pace of
     emulate_slowdown: float = 1.0  # of an emulated cluster, where this machine is too slow for it
+    max_restarts: int = 3  # of stage processes that die, zmq alone; 0: the first death ends the run
     trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
     decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
@@ -92,7 +93,7 @@ class RunConfig:
         self._check_emulation()
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
-        for name in ("kept_prefixes", "kv_memory_mb"):
+        for name in ("kept_prefixes", "kv_memory_mb", "max_restarts"):
             if not 0 <= getattr(self, name) <= MAX_COUNT:
                 raise ValueError(f"{name} must be from 0 to {MAX_COUNT}")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever

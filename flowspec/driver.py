@@ -9,7 +9,8 @@ from typing import Protocol
 
 import torch
 
-from flowspec.effects import CLIENT, EVERY_STAGE, Core, Send, Work
+from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send, Work
+from flowspec.lanes import Lanes
 from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
 from flowspec.wire import Message, Status, Stop
@@ -50,6 +51,7 @@ class Driver:
         self.pace = pace
         self.trace = trace
         self.transport = transport
+        self.lanes = Lanes(core.rank)
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # of anything but statuses; work here counts
@@ -59,6 +61,12 @@ class Driver:
         self._thread: ThreadPoolExecutor | None = None
         self._beside: _Beside | None = None
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
+
+    def go_on(self, transport: Transport, num_stages: int) -> None:
+        """Over another network, to other stages; what runs and what the client gets goes on."""
+        self.transport = transport
+        self.lanes = Lanes(self.core.rank)
+        self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
 
     def inject(self, message: Message) -> None:
         """A message from this process itself (the head's client)."""
@@ -122,17 +130,21 @@ class Driver:
             self._paced_until = None
             if self._beside is None:
                 self.trace.waited(start, time.monotonic())
-        for message in messages:
+        for arrived in messages:
             now = time.monotonic()
-            self.trace.received(now, message)
-            if not isinstance(message, Status):
+            self.trace.received(now, arrived)
+            if not isinstance(arrived, Status):
                 self.last_progress = now
+            message = self.lanes.take(arrived)
             if isinstance(message, Stop):
                 self.stopped = True
-            sends = self.core.handle(message, now)
-            if self.pace is not None:
-                self._keep_pace(now, self.pace.host(self.core.rank, message))
-            self._send(sends)
+            if message is not None and message is not arrived and self.core.rank != HEAD:
+                self._send([Send(HEAD, message)])  # a gap is the head's to deal with
+            elif message is not None:
+                sends = self.core.handle(message, now)
+                if self.pace is not None:
+                    self._keep_pace(now, self.pace.host(self.core.rank, message))
+                self._send(sends)
 
     def _keep_pace(self, start: float, seconds: float) -> float:
         """Wait until what began at `start` has taken `seconds`; returns when the model began it."""
@@ -150,7 +162,8 @@ class Driver:
                 continue
             for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
                 now = time.monotonic()
-                self.transport.send(rank, send.message)  # type: ignore[arg-type]
+                message = self.lanes.number(rank, send.message)
+                self.transport.send(rank, message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
 
 

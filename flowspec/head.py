@@ -6,14 +6,22 @@ and statistics live here, once, for every strategy.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from flowspec.active import (
+    Active,
+    count_outage,
+    max_rows_alive,
+    next_prompt_piece,
+    open_message,
+    open_session,
+    room,
+)
 from flowspec.admission import Admission, Waiting
 from flowspec.batching import Slots
-from flowspec.calibration import Calibration, Forecasts
+from flowspec.calibration import Calibration
 from flowspec.codec import MAX_BATCH
 from flowspec.config import DecodeConfig
-from flowspec.drafters.base import Drafter, NoDrafter, Opening
+from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.grafted import GraftedDrafter
 from flowspec.drafting import draft_work, next_drafts
 from flowspec.effects import CLIENT, EVERY_STAGE, Send, Step
@@ -22,13 +30,10 @@ from flowspec.request import (
     Completion,
     DecodeStats,
     FinishReason,
-    NodeId,
     Request,
     rank_name,
 )
-from flowspec.session import Session, new_segment
 from flowspec.strategies import StrategySpec
-from flowspec.strategies.base import Strategy
 from flowspec.text import TextStream
 from flowspec.wire import (
     Abandon,
@@ -38,29 +43,23 @@ from flowspec.wire import (
     Failed,
     Features,
     Finished,
+    GiveUp,
     Message,
-    Open,
     Reroot,
+    Reset,
+    Resume,
     Segment,
     Started,
     Status,
     Submit,
+    Suspend,
     Tokens,
+    epoch_of,
     together,
 )
 
 FIRST_STAGE = 1
-MIN_ROWS_ALIVE = 256
 MAX_FINISHED = 256  # requests whose statistics are kept until somebody asks for them
-
-
-@dataclass(slots=True)
-class Active:
-    """A request being served."""
-
-    session: Session
-    strategy: Strategy
-    text: TextStream
 
 
 class Head:
@@ -84,7 +83,7 @@ class Head:
         self.drafter = drafter
         self.new_text = new_text
         self.pipe = Pipe(num_stages)
-        self.slots = Slots(self.pipe, self._next_prompt_piece)
+        self.slots = Slots(self.pipe, next_prompt_piece)
         self.admission = admission
         self.active: dict[int, Active] = {}  # oldest first
         self.calibration = Calibration()
@@ -92,6 +91,8 @@ class Head:
         self.finished: dict[int, DecodeStats] = {}
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}  # when each stage's status came
+        self.outage: str | None = None  # why nothing is sent: a stage is lost
+        self.resumes = False  # whether somebody replaces a stage that fails; else requests end
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """Use another strategy for the requests to come."""
@@ -127,11 +128,11 @@ class Head:
     def handle(self, message: Message, now: float) -> Sequence[Send]:
         """Take one message in."""
         self.pipe.now = now
+        if epoch_of(message) not in (None, self.pipe.epoch):
+            return ()  # of a pipeline that is no more
         match message:
-            case Submit():
-                return self._submit(message.request, now)
-            case Cancel():
-                return self._cancel(message.request, now)
+            case Submit() | Cancel() | Suspend() | Resume() | GiveUp():
+                return self._obey(message, now)
             case Status():
                 self.statuses[message.stage] = message
                 self.heard_at[message.stage] = now
@@ -148,6 +149,23 @@ class Head:
                 return self._reroot(active, message, now) if active is not None else ()
         return ()
 
+    def _obey(
+        self, message: Submit | Cancel | Suspend | Resume | GiveUp, now: float
+    ) -> Sequence[Send]:
+        """What this side of the pipeline wants."""
+        match message:
+            case Submit():
+                return self._submit(message.request, now)
+            case Cancel():
+                return self._cancel(message.request, now)
+            case Suspend():
+                self._suspend(message.cause, now)
+                return ()
+            case Resume():
+                return self._resume(message, now)
+            case GiveUp():
+                return self._give_up(message.error, now)
+
     def _exit(self, message: Exit) -> None:
         segments = self.pipe.arrive((message.request, message.seq_no))
         for request, seq_no in segments:
@@ -159,6 +177,8 @@ class Head:
     def poll(self, now: float) -> Step | None:
         """The next decision: a slot first, so that the pipe never waits for the drafter."""
         self.pipe.now = now
+        if self.outage is not None:
+            return None
         if (begin := self.admission.next_to_begin()) is not None:
             return Step(sends=self._open(begin))
         if not self.active:
@@ -174,15 +194,11 @@ class Head:
         return Step(sends=[Send(FIRST_STAGE, together(slot))]) if slot else None
 
     def _next_slot(self) -> list[Segment]:
-        slot = self.slots.next_slot(list(self.active.values()), self._room)
+        slot = self.slots.next_slot(list(self.active.values()), room)
         if slot:
             num_rows = sum(len(segment.nodes) for segment in slot)
             self.pipe.depart(num_rows, tuple((s.request, s.seq_no) for s in slot))
         return slot
-
-    def _room(self, session: Session) -> int:
-        """How many more tree rows of the request the stages' caches can hold."""
-        return max_rows_alive(session.config) - session.tree.num_sent
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
         if not self.newest_id < request.id < 2**63:
@@ -201,70 +217,18 @@ class Head:
 
     def _open(self, begin: Waiting) -> Sequence[Send]:
         """The oldest waiting request begins, with what a kept one has in common with it."""
-        admission, config, request = self.admission, self.config, begin.request
-        drafter = self.drafter_in_use
-        admission.waiting.popleft()
-        kept, num_shared = admission.find_shared(request.prompt, config, drafter.name)
-        gone = admission.make_room(begin.num_rows, kept)
-        gone_after: list[int] = []
-        if kept is None or kept.session.request.id in gone:
-            kept, num_shared = None, 0
-        elif admission.is_succeeded(kept, num_shared):
-            gone_after.append(kept.session.request.id)
-            del admission.kept[kept.session.request.id]
-        admission.rows[request.id] = begin.num_rows
-        session = Session(
-            request=request,
-            config=config,
-            pipe=self.pipe,
-            drafter=drafter.open(
-                Opening(
-                    request=request,
-                    topk=config.topk,
-                    coupled=config.coupled_drafting,
-                    reuse=kept.session.drafter if kept is not None else None,
-                    num_shared=num_shared,
-                )
-            ),
-            source=drafter.name,
-            num_feature_layers=len(drafter.feature_layers),
-            num_prompt_sent=num_shared,
-            context=len(request.prompt) + request.max_new_tokens,
-        )
-        if config.calibrate:
-            sampled = request.sampling.temperature > 0.0
-            session.forecasts = Forecasts(self.calibration, sampled=sampled)
-        session.begin(begin.submitted_at, num_shared)
-        self.active[request.id] = Active(session, self.spec.make(), self.new_text(request))
-        opened = Open(
-            request=request.id,
-            capacity=begin.num_rows,
-            context=session.context,
-            sampling=request.sampling,
-            feature_layers=drafter.feature_layers,
-            reuse=kept.session.request.id if kept is not None else 0,
-            num_shared=num_shared,
-        )
-        before, after = (
-            [Send(FIRST_STAGE, Close(request=old)) for old in ids] for ids in (gone, gone_after)
-        )
-        return [*before, Send(FIRST_STAGE, opened), *after]
+        drafter, before = self.drafter_in_use, begin.before
+        turn = self.admission.begin(begin, self.config, drafter.name)
+        session = open_session(turn, self.config, self.pipe, drafter, self.calibration)
+        text = before.text if before is not None else self.new_text(begin.request)
+        lost_at = before.lost_at if before is not None else None
+        self.active[begin.request.id] = Active(session, self.spec.make(), text, lost_at)
+        opened = Send(FIRST_STAGE, open_message(turn, session, drafter.feature_layers))
+        return [*self._close(turn.gone), opened, *self._close(turn.gone_after)]
 
-    def _next_prompt_piece(self, session: Session, most: int) -> Segment | None:
-        """Up to `most` tokens of the prompt; stages work on different pieces at the same time."""
-        prompt, start = session.request.prompt, session.num_prompt_sent
-        end = min(start + most, len(prompt))
-        if start == end:
-            return None
-        session.num_prompt_sent = end
-        return new_segment(
-            session,
-            nodes=tuple(NodeId(i) for i in range(start, end)),
-            parents=tuple(NodeId(i - 1) for i in range(start, end)),
-            tokens=prompt[start:end],
-            prefix=True,
-            verify=end == len(prompt),
-        )
+    def _close(self, requests: Sequence[int]) -> list[Send]:
+        epoch = self.pipe.epoch
+        return [Send(FIRST_STAGE, Close(epoch=epoch, request=old)) for old in requests]
 
     def _features(self, message: Features) -> None:
         """True features; those of a kept request complete what its next turn can use again."""
@@ -287,6 +251,8 @@ class Head:
         if not session.decoding:
             tree.plant(verdict.parent, verdict.token, verdict.position)
             new, num_drafted = [verdict.token], None
+            session.stats.num_prefills += 1
+            active.end_outage(now)
         else:
             session.stats.num_nodes_alive += len(tree)
             child = tree.child(verdict.parent, verdict.token)
@@ -331,27 +297,26 @@ class Head:
             return [Send(CLIENT, Tokens(request=request.id, tokens=tuple(new), text=text))]
         text += active.text.flush()
         tokens = Tokens(request=request.id, tokens=tuple(new), text=text)
-        return [Send(CLIENT, tokens), *self._finish(session, reason, now)]
+        return [Send(CLIENT, tokens), *self._finish(active, reason, now)]
 
     def _finish(
-        self, session: Session, reason: FinishReason, now: float, error: str = ""
+        self, active: Active, reason: FinishReason, now: float, error: str = ""
     ) -> Sequence[Send]:
         """The request is over: its memory is free at once, or kept for a next turn."""
-        session.stats.finished_at = now
+        session, epoch = active.session, self.pipe.epoch
+        active.end_outage(now)
         request = session.request.id
         del self.active[request]
-        self.finished[request] = session.stats
-        if len(self.finished) > MAX_FINISHED:
-            del self.finished[next(iter(self.finished))]
+        self._close_books(request, session.stats, now)
         self.statuses.clear()  # those to come tell whether the caches are free
         keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and self.admission.max_kept > 0
-        sends = [Send(FIRST_STAGE, Close(request=request, keep=keep, verdict=session.verdict))]
+        close = Close(epoch=epoch, request=request, keep=keep, verdict=session.verdict)
+        sends = [Send(FIRST_STAGE, close)]
         if keep:
-            gone = self.admission.keep(session)
-            sends += [Send(FIRST_STAGE, Close(request=old)) for old in gone]
+            sends += self._close(self.admission.keep(session))
         else:
             del self.admission.rows[request]
-            sends.append(Send(EVERY_STAGE, Abandon(request=request)))
+            sends.append(Send(EVERY_STAGE, Abandon(epoch=epoch, request=request)))
         return [
             *sends,
             Send(CLIENT, Finished(request=request, reason=reason, error=error)),
@@ -359,21 +324,69 @@ class Head:
 
     def _cancel(self, request: int, now: float) -> Sequence[Send]:
         if request in self.active:
-            return self._finish(self.active[request].session, FinishReason.CANCELLED, now)
-        if self.admission.withdraw(request):
-            return [Send(CLIENT, Finished(request=request, reason=FinishReason.CANCELLED))]
+            return self._finish(self.active[request], FinishReason.CANCELLED, now)
+        if (waiting := self.admission.withdraw(request)) is not None:
+            return [self._drop(waiting, FinishReason.CANCELLED, now)]
         return ()
+
+    def _drop(self, waiting: Waiting, reason: FinishReason, now: float, error: str = "") -> Send:
+        """A request ends that is not on the stages."""
+        request, before = waiting.request.id, waiting.before
+        if before is not None:
+            count_outage(before.stats, now - before.lost_at)
+            self._close_books(request, before.stats, now)
+        return Send(CLIENT, Finished(request=request, reason=reason, error=error))
+
+    def _close_books(self, request: int, stats: DecodeStats, now: float) -> None:
+        stats.finished_at = now
+        self.finished[request] = stats
+        if len(self.finished) > MAX_FINISHED:
+            del self.finished[next(iter(self.finished))]
+
+    def _suspend(self, cause: str, now: float) -> None:
+        """A stage is lost, and every request's rows with it; the accepted tokens are here."""
+        self.outage = cause
+        self.pipe.begin_epoch()
+        served = self.active.values()
+        self.admission.begin_again([(one.session, one.put_aside(now)) for one in served])
+        self.active.clear()
+        self.statuses.clear()
+
+    def _resume(self, message: Resume, now: float) -> Sequence[Send]:
+        """The layers are covered again: requests begin anew as memory allows, prefixes first."""
+        if self.outage is None:
+            self._suspend("", now)
+        self.outage = None
+        if message.num_stages != self.pipe.num_stages:
+            self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
+        self.admission.max_rows = message.kv_rows
+        sends = [Send(EVERY_STAGE, Reset(epoch=self.pipe.epoch))]
+        for waiting in self.admission.take_too_large():
+            error = (
+                f"the request needs {waiting.num_rows} rows of KV cache on every stage, the "
+                f"tightest of those that are left holds {message.kv_rows}"
+            )
+            sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
+        return sends
+
+    def _give_up(self, error: str, now: float) -> Sequence[Send]:
+        """Every request ends here; the client has what was generated."""
+        sends: list[Send] = []
+        for active in list(self.active.values()):
+            sends += self._finish(active, FinishReason.ERROR, now, error)
+        while self.admission.waiting:
+            waiting = self.admission.waiting.popleft()
+            sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
+        return sends
 
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
         """A stage cannot serve one request, or (request 0) none."""
         error = f"{rank_name(message.stage)}: {message.text}"
+        if self.resumes and not message.request:
+            self._suspend(error, now)
+            return ()
         sends: list[Send] = []
         for request, active in list(self.active.items()):
             if message.request in (0, request):
-                sends += self._finish(active.session, FinishReason.ERROR, now, error)
+                sends += self._finish(active, FinishReason.ERROR, now, error)
         return sends
-
-
-def max_rows_alive(config: DecodeConfig) -> int:
-    """Most tree rows of one request that a stage's cache must hold at once."""
-    return max(MIN_ROWS_ALIVE, config.tree_size + 1)

@@ -69,6 +69,12 @@ class Pipe:
     now: float = 0.0  # at the last event
     draft_s: float = 0.0  # what a drafter forward takes, a running mean
     draft_began_at: float | None = None  # of the one that runs now
+    epoch: int = 0  # of the stages that are there now
+
+    def begin_epoch(self) -> None:
+        """The stages are lost, or are others now: what was under way never comes back."""
+        self.epoch += 1
+        self.trips.clear()
 
     @property
     def num_in_flight(self) -> int:

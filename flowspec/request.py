@@ -88,15 +88,20 @@ class DecodeStats:
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     finished_at: float = 0.0
+    num_resumes: int = 0  # times the prefix was computed again because a stage was lost
+    resume_s: float = 0.0  # from a loss to the next token; before the first one it is no outage
+    num_prefills: int = 0  # verdicts on a whole prefix: the prompt's, and one per resume
 
     @property
     def mean_accepted_length(self) -> float:
         """Tokens per verdict (tau): the accepted drafts and the one the target adds.
 
-        The first token comes from the prompt and counts for no verdict. Strategies that ask for a
-        verdict more often than once a round have a smaller tau at the same acceptance.
+        The first token comes from the prompt and counts for no verdict, as does the first after a
+        resume. Strategies that ask for a verdict more often than once a round have a smaller tau
+        at the same acceptance.
         """
-        return (self.num_tokens - 1) / self.num_verdicts if self.num_verdicts else 0.0
+        num_decoded = self.num_tokens - max(1, self.num_prefills)
+        return num_decoded / self.num_verdicts if self.num_verdicts else 0.0
 
     def count_verdict(self, num_drafted: int, *, missed: bool, unsent: bool = False) -> None:
         """A verdict found `num_drafted` new tokens in the tree; `missed`: and then one outside.
@@ -143,8 +148,8 @@ class DecodeStats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed: tokens after the first over the time since the first."""
-        elapsed = self.finished_at - self.first_token_at
+        """Decode speed: tokens after the first over the time since the first, less outages."""
+        elapsed = self.finished_at - self.first_token_at - self.resume_s
         return (self.num_tokens - 1) / elapsed if elapsed > 0 else 0.0
 
     def acceptance_by_depth(self) -> list[float]:

@@ -100,14 +100,12 @@ class Session:
             del self.positions[node], self.layers_come[node]
         return position
 
-    def begin(self, submitted_at: float, num_shared: int) -> None:
+    def begin(self, num_shared: int) -> None:
         """Number the prompt's nodes (token i is node i) and tell the drafter its tokens."""
         prompt = self.request.prompt
         ids = [(self.tree.new_id(), index) for index in range(len(prompt))]
         self.commit(ids[num_shared:])
         self.drafter.accept(prompt)
-        self.stats.submitted_at = submitted_at
-        self.stats.num_prompt_reused = num_shared
 
     def take_proposals(self, proposals: list[Proposal], *, expanded: bool) -> None:
         """The drafter's forward is done: children of expanded nodes, or a new word on the root."""
@@ -219,6 +217,7 @@ def new_segment(
         session.stats.num_rows_sent += len(nodes)
     session.flights.add(seq_no)
     return Segment(
+        epoch=session.pipe.epoch,
         request=session.request.id,
         seq_no=seq_no,
         nodes=nodes,

@@ -35,6 +35,7 @@ from flowspec.wire import (
     Segment,
     Started,
     Status,
+    epoch_of,
     segments_of,
     together,
 )
@@ -48,6 +49,7 @@ class Stage:
     """Rank 1..num_stages of the pipeline; `model` holds its layers.
 
     `kv_rows`, if set, is what all requests' caches together may take, in rows; 0: no limit.
+    A stage that takes the place of a lost one begins with the head's `epoch`.
     """
 
     def __init__(
@@ -57,11 +59,13 @@ class Stage:
         model: StageModel,
         *,
         shape_stable: bool = False,
+        epoch: int = 0,
     ) -> None:
         self.rank = rank
         self.num_stages = num_stages
         self.model = model
         self.shape_stable = shape_stable
+        self.epoch = epoch  # what is older concerns a pipeline that is no more
         self.kv_rows = 0
         self.requests: dict[int, StageRequest] = {}  # kept ones included
         self.queue: deque[Open | Segment | Batch | Close] = deque()
@@ -84,6 +88,8 @@ class Stage:
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
         """Verdicts act at once; what came down the pipe waits for its turn."""
+        if not self._is_current(message):
+            return ()
         match message:
             case Reroot():
                 return self._reroot(message)
@@ -96,6 +102,15 @@ class Stage:
                     return self._fail(0, f"{MAX_QUEUED} segments are waiting already")
                 self.queue.append(message)
         return ()
+
+    def _is_current(self, message: Message) -> bool:
+        """Whether it is of this epoch; the first of a newer one ends all requests of the old."""
+        epoch = epoch_of(message)
+        if epoch is not None and epoch > self.epoch:
+            self.epoch = epoch
+            self.requests.clear()
+            self.queue.clear()
+        return epoch in (None, self.epoch)
 
     def poll(self, now: float) -> Step | None:
         """The next message from the pipe."""
@@ -178,7 +193,8 @@ class Stage:
         sends: list[Send] = []
         if self.rank == 1:
             first = segments[0]
-            sends.append(Send(HEAD, Started(request=first.request, seq_no=first.seq_no)))
+            started = Started(epoch=self.epoch, request=first.request, seq_no=first.seq_no)
+            sends.append(Send(HEAD, started))
         parts = []
         for segment in segments:
             if segment.verdict is not None:  # control may be late; rows must not pile up
@@ -246,6 +262,7 @@ class Stage:
                 sends += self._verdict(part.state, part.segment)
         first = parts[0].segment
         left = Exit(
+            epoch=self.epoch,
             request=first.request,
             seq_no=first.seq_no,
             rows=sum(len(part.segment.nodes) for part in parts),
@@ -263,6 +280,7 @@ class Stage:
         if not segment.prefix:
             position = state.positions[state.rows[state.verifier.tip]] + 1
         verdict = Reroot(
+            epoch=self.epoch,
             request=segment.request,
             position=position,
             parent=state.verifier.tip,
@@ -290,7 +308,9 @@ class Stage:
         return sends
 
     def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
-        message = Features(request=request, layer=layer, nodes=tuple(nodes), hidden=hidden)
+        message = Features(
+            epoch=self.epoch, request=request, layer=layer, nodes=tuple(nodes), hidden=hidden
+        )
         return Send(HEAD, message)
 
     def _status(self, now: float) -> Send:
@@ -308,4 +328,5 @@ class Stage:
         return Send(HEAD, status)
 
     def _fail(self, request: int, text: str) -> list[Send]:
-        return [Send(HEAD, Failed(stage=self.rank, request=request, text=text))]
+        failed = Failed(epoch=self.epoch, stage=self.rank, request=request, text=text)
+        return [Send(HEAD, failed)]

@@ -14,7 +14,19 @@ from flowspec.request import FinishReason, NodeId, Request, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Open:
+class OfEpoch:
+    """Belongs to one life of the pipeline; after a stage was lost the head begins another.
+
+    Who knows of a newer epoch drops what is of an older one, wherever it comes from.
+    """
+
+    epoch: int = 0
+    source: int = 0  # who sent it, and as which of its messages (flowspec/lanes.py); 0: not counted
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open(OfEpoch):
     """Head to stages, along the pipe: make room for a request."""
 
     request: int
@@ -28,7 +40,7 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class Segment(OfEpoch):
     """Rows of the tree (or, with `prefix`, tokens known to be true) travelling through the stages.
 
     `hidden` is None before stage 1. Parents come before children. An empty segment still travels.
@@ -63,7 +75,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(OfEpoch):
     """Segments of several requests that travel and run as one, so that weights are read once.
 
     The first one speaks for all in `Started`, `Exit` and `slowest_*`. A segment that travels alone
@@ -74,7 +86,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Close:
+class Close(OfEpoch):
     """Head to stages, along the pipe: a request is over.
 
     Its memory is free, unless `keep`: then what is committed by `verdict` stays for an `Open` that
@@ -87,14 +99,19 @@ class Close:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Abandon:
+class Abandon(OfEpoch):
     """Head to stages: free a request at once; its rows on the way are dead. `Close` follows."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reroot:
+class Reset(OfEpoch):
+    """Head to stages: forget every request of an older epoch; the weights stay loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reroot(OfEpoch):
     """Last stage to everybody: the path down to `parent` is committed, `token` comes next.
 
     `position` is the token's; what does not descend from parent's child with that token is dead.
@@ -107,7 +124,7 @@ class Reroot:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(OfEpoch):
     """First stage to head: the forward of this segment (or its batch) begins; there is room."""
 
     request: int
@@ -115,7 +132,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exit:
+class Exit(OfEpoch):
     """Last stage to head: this segment (or its batch) left with `rows` of its rows alive."""
 
     request: int
@@ -126,7 +143,7 @@ class Exit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Features:
+class Features(OfEpoch):
     """A stage to head: hidden states [n, H] of accepted nodes at feature layer `layer`."""
 
     request: int
@@ -150,7 +167,7 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Failed:
+class Failed(OfEpoch):
     """A stage to head: it cannot go on (request 0) or cannot serve this request."""
 
     stage: int
@@ -179,7 +196,7 @@ class Stop:
     """Head to stages: end."""
 
 
-# Between the head and its client, inside one process; these have no bytes.
+# Between the head and its client or process, inside one process; these have no bytes.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Client to head: generate."""
@@ -192,6 +209,35 @@ class Cancel:
     """Client to head: end this request now, keep what it has."""
 
     request: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suspend:
+    """Its process to the head: a stage is lost; nothing more is sent until `Resume`.
+
+    A new epoch begins. Requests that had begun wait again, ahead of those that had not.
+    """
+
+    cause: str = ""  # which device, and what became of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resume:
+    """Its process to the head: the layers are covered again, by this many stages.
+
+    `kv_rows` is what the tightest one holds (0: no limit known). A head that serves already may be
+    told too: it then suspends itself first.
+    """
+
+    num_stages: int
+    kv_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    """Its process to the head: end every request with this error; what was generated stays."""
+
+    error: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +264,7 @@ WireMessage: TypeAlias = (
     | Batch
     | Close
     | Abandon
+    | Reset
     | Reroot
     | Started
     | Exit
@@ -228,7 +275,7 @@ WireMessage: TypeAlias = (
     | Ping
     | Stop
 )
-Message: TypeAlias = WireMessage | Submit | Cancel | Tokens | Finished
+Message: TypeAlias = WireMessage | Submit | Cancel | Suspend | Resume | GiveUp | Tokens | Finished
 # these keep their order from head to last stage; the rest may overtake
 DATA = (Open, Segment, Batch, Close)
 
@@ -240,6 +287,22 @@ def segments_of(message: Message) -> tuple[Segment, ...]:
     return (message,) if isinstance(message, Segment) else ()
 
 
+def epoch_of(message: Message) -> int | None:
+    """The epoch a message belongs to; None: to no one in particular."""
+    return message.epoch if isinstance(message, OfEpoch) else None
+
+
+def stamped(message: WireMessage, *, epoch: int, source: int, number: int) -> WireMessage:
+    """The message, and a verdict that it carries, as of `epoch`, where it can be of one."""
+    if not isinstance(message, OfEpoch):
+        return message
+    if isinstance(message, Segment | Close) and message.verdict is not None:
+        message = replace(message, verdict=replace(message.verdict, epoch=epoch))
+    return replace(message, epoch=epoch, source=source, number=number)
+
+
 def together(segments: Sequence[Segment]) -> Segment | Batch:
     """What carries `segments` (at least one)."""
-    return segments[0] if len(segments) == 1 else Batch(segments=tuple(segments))
+    if len(segments) == 1:
+        return segments[0]
+    return Batch(epoch=segments[0].epoch, segments=tuple(segments))

@@ -108,7 +108,7 @@ def seeds_wire() -> list[bytes]:
         for rows, number, given in ((2, 1, True), (0, 0, False), (3, 7, True), (1, 3, False))
     ]
     frames = [[bytes(frame) for frame in encode(message)] for message in messages]
-    long_text = struct.pack("<2sBBQi", b"FS", codec.PROTOCOL_VERSION, 9, 0, 1)
+    long_text = struct.pack("<2sBBIHIQi", b"FS", codec.PROTOCOL_VERSION, 9, 0, 0, 0, 0, 1)
     frames += [[long_text + b"\xc3\xa9" * 9, b""], [long_text + b"\xff" * 9]]
     return [pack_frames(one) for one in frames]
 

@@ -28,16 +28,18 @@ from flowspec.wire import (
     Ping,
     Ready,
     Reroot,
+    Reset,
     Segment,
     Started,
     Status,
     Stop,
     WireMessage,
+    together,
 )
 
-HEADER_BYTES = 12
+HEADER_BYTES = 22
 VERSION = codec.PROTOCOL_VERSION
-U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
 I32, I64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
 F32 = st.floats(0, 2.0**90, width=32)
 F64 = st.floats(0, 1e300)
@@ -73,9 +75,10 @@ SAMPLING = st.builds(
     min_p=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**63 - 1),
 )
-REROOT = st.builds(Reroot, request=U64, position=U32, parent=I64, token=I32)
+REROOT = st.builds(Reroot, epoch=U32, request=U64, position=U32, parent=I64, token=I32)
 OPEN = st.builds(
     Open,
+    epoch=U32,
     request=U64,
     capacity=U32,
     context=U32,
@@ -89,17 +92,18 @@ OPEN = st.builds(
 @st.composite
 def closes(draw: st.DrawFn) -> Close:
     """With and without a verdict, of the same request."""
-    request, verdict = draw(U64), draw(st.none() | REROOT)
-    known = None if verdict is None else replace(verdict, request=request)
-    return Close(request=request, keep=draw(st.booleans()), verdict=known)
+    epoch, request, verdict = draw(U32), draw(U64), draw(st.none() | REROOT)
+    known = None if verdict is None else replace(verdict, epoch=epoch, request=request)
+    return Close(epoch=epoch, request=request, keep=draw(st.booleans()), verdict=known)
 
 
 FIXED = st.one_of(
     closes(),
-    st.builds(Abandon, request=U64),
+    st.builds(Abandon, epoch=U32, source=U16, number=U32, request=U64),
+    st.builds(Reset, epoch=U32),
     REROOT,
-    st.builds(Started, request=U64, seq_no=U64),
-    st.builds(Exit, request=U64, seq_no=U64, rows=U32, slowest_rows=U32, slowest_ms=F32),
+    st.builds(Started, epoch=U32, request=U64, seq_no=U64),
+    st.builds(Exit, epoch=U32, request=U64, seq_no=U64, rows=U32, slowest_rows=U32, slowest_ms=F32),
     st.builds(
         Status,
         stage=U32,
@@ -115,7 +119,7 @@ FIXED = st.one_of(
     st.just(Stop()),
 )
 TEXTS = st.one_of(
-    st.builds(Failed, stage=I32, request=U64, text=TEXT),
+    st.builds(Failed, epoch=U32, stage=I32, request=U64, text=TEXT),
     st.builds(Ready, stage=I32, model=TEXT, kv_rows=U64),
 )
 
@@ -123,10 +127,11 @@ TEXTS = st.one_of(
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     """Also empty ones, ones without hidden states, with and without a verdict."""
-    request = draw(U64)
+    epoch, request = draw(U32), draw(U64)
     nodes, parents, tokens = draw(rows(I64, I64, I32))
     verdict = draw(st.none() | REROOT)
     return Segment(
+        epoch=epoch,
         request=request,
         seq_no=draw(U64),
         nodes=tuple(map(NodeId, nodes)),
@@ -137,7 +142,7 @@ def segments(draw: st.DrawFn) -> Segment:
         verify=draw(st.booleans()),
         slowest_rows=draw(U32),
         slowest_ms=draw(F32),
-        verdict=None if verdict is None else replace(verdict, request=request),
+        verdict=None if verdict is None else replace(verdict, epoch=epoch, request=request),
     )
 
 
@@ -146,6 +151,7 @@ def feature_messages(draw: st.DrawFn) -> Features:
     """Features of a few nodes."""
     (nodes,) = draw(rows(I64))
     return Features(
+        epoch=draw(U32),
         request=draw(U64),
         layer=draw(I32),
         nodes=tuple(map(NodeId, nodes)),
@@ -153,8 +159,17 @@ def feature_messages(draw: st.DrawFn) -> Features:
     )
 
 
-SEGMENTS = st.lists(segments(), min_size=1, max_size=4, unique_by=lambda one: one.request)
-BATCHES = st.builds(Batch, segments=SEGMENTS.map(tuple))
+SEGMENTS = st.lists(segments(), min_size=2, max_size=4, unique_by=lambda one: one.request)
+
+
+def in_one_epoch(parts: list[Segment]) -> tuple[Segment, ...]:
+    """As a batch holds them."""
+    epoch = parts[0].epoch
+    verdicts = [p.verdict and replace(p.verdict, epoch=epoch) for p in parts]
+    return tuple(replace(p, epoch=epoch, verdict=v) for p, v in zip(parts, verdicts, strict=True))
+
+
+BATCHES = SEGMENTS.map(in_one_epoch).map(together)
 COUNTED = st.one_of(
     FIXED, OPEN, segments(), BATCHES, feature_messages()
 )  # kinds whose length is known
@@ -201,18 +216,21 @@ def test_round_trip(message: WireMessage) -> None:
 
 def test_every_kind_is_covered() -> None:
     """A new message kind must get a strategy above."""
-    made = {Close, Abandon, Reroot, Started, Exit, Status, Ping, Stop, Failed, Ready, Open}
+    made = {Close, Abandon, Reset, Reroot, Started, Exit, Status, Ping, Stop, Failed, Ready, Open}
     assert set(codec._KINDS) == made | {Segment, Features, Batch}
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 2 must mean the same bytes."""
-    frames = as_bytes(Reroot(request=5, position=7, parent=NodeId(3), token=11))
+    """Two versions that both say protocol 3 must mean the same bytes."""
+    frames = as_bytes(
+        Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
+    )
     assert [f.hex() for f in frames] == [
-        "4653" "02" "04" "0500000000000000" "07000000" "0300000000000000" "0b000000"
+        "4653" "03" "04" "09000000" "0200" "08000000" "0500000000000000"
+        "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530202"
+    assert header[:4].hex() == "46530302"
     assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
     assert hidden == b"\x80\x3f" * 8
 
@@ -273,10 +291,10 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
 
 def oversized(count: int, size: int) -> list[list[bytes]]:
     """Segment and Features that claim `count` rows of `size` elements and bring a few bytes."""
-    head = struct.Struct("<2sBBQ")
-    segment = head.pack(b"FS", VERSION, 2, 1)
+    head = struct.Struct("<2sBBIHIQ")
+    segment = head.pack(b"FS", VERSION, 2, 0, 0, 0, 1)
     segment += struct.pack("<QIBBIIfIqi", 0, count, 2, 0, size, 0, 0.0, 0, 0, 0)
-    features = head.pack(b"FS", VERSION, 7, 1) + struct.pack("<iIBI", 0, count, 0, size)
+    features = head.pack(b"FS", VERSION, 7, 0, 0, 0, 1) + struct.pack("<iIBI", 0, count, 0, size)
     return [[segment, b"\0" * 20, b"\0" * 4], [features, b"\0" * 8, b"\0" * 4]]
 
 
@@ -350,7 +368,7 @@ def test_damaged_messages_raise_nothing_but_wire_errors(
 def test_noise_behind_a_right_beginning(body: bytes, kind: int, count: int) -> None:
     """The same for random bodies of every kind."""
     frames = [
-        struct.pack("<2sBBQ", b"FS", VERSION, kind, 7) + body,
+        struct.pack("<2sBBIHIQ", b"FS", VERSION, kind, 0, 0, 0, 7) + body,
         body,
         body[:40],
     ][:count]

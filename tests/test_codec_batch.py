@@ -20,6 +20,8 @@ def test_a_batch_is_refused_where_it_makes_no_sense() -> None:
         [header, *parts[:3]],
         [header, *parts[:3], *parts[:3]],
         [header, *parts[:3], *features],
+        [header, *parts[:3], *as_bytes(replace(SEGMENT, epoch=1, request=2))],
+        [*as_bytes(Batch(epoch=1, segments=(SEGMENT,)))],
         [header, header, *parts[:2], *parts[:3]],
         [header[:-1] + b"\0"],
         [header[:-1] + bytes([codec.MAX_BATCH + 1]), *parts * (codec.MAX_BATCH // 2 + 1)],

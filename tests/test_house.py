@@ -24,6 +24,7 @@ LEVELS: dict[str, int] = {
     "flowspec.config": 2,
     "flowspec.effects": 3,
     "flowspec.ports": 3,
+    "flowspec.lanes": 4,
     "flowspec.trace": 4,
     "flowspec.tree": 4,
     "flowspec.verifier": 4,
@@ -44,6 +45,7 @@ LEVELS: dict[str, int] = {
     "flowspec.admission": 8,
     "flowspec.strategies": 8,
     "flowspec.batching": 9,
+    "flowspec.active": 9,
     "flowspec.drafting": 10,
     "flowspec.head": 11,
     "flowspec.answers": 12,
@@ -65,12 +67,14 @@ CORES = (
     "flowspec.session",
     "flowspec.pipe",
     "flowspec.admission",
+    "flowspec.active",
     "flowspec.batching",
     "flowspec.drafting",
     "flowspec.tree",
     "flowspec.wire",
     "flowspec.codec",
     "flowspec.effects",
+    "flowspec.lanes",
     "flowspec.model.kv_cache",
     "flowspec.model.stage_model",
     "flowspec.model.rows",
@@ -286,7 +290,9 @@ def test_files_stay_short(path: Path) -> None:
     assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines"
 
 
-@pytest.mark.parametrize("name", ["split_and_save_models.py", "run_pipe.sh", "scripts/run_eval.sh"])
+@pytest.mark.parametrize(
+    "name", ["split_and_save_models.py", "run_pipe.sh", "run_jetson.sh", "scripts/run_eval.sh"]
+)
 def test_wrappers_are_thin(name: str) -> None:
     """The entry points of the paper's repository are kept; what they do lives in the package."""
     text = (ROOT / name).read_text()

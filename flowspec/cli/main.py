@@ -13,14 +13,21 @@ import typer
 from flowspec import __version__
 from flowspec.cli import (
     bench,
+    chat,
     check_head,
+    doctor,
+    generate,
+    join,
+    plan,
     plot,
     reliability,
     report,
     run,
+    serve,
     simulate,
     split,
     stage,
+    status,
     trace,
     verify,
 )
@@ -35,6 +42,13 @@ app = typer.Typer(
     help="Run one large language model on several weak machines, fast and lossless.",
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
+app.command("join")(join.join)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
 app.command("bench")(bench.bench)

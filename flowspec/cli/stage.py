@@ -22,6 +22,7 @@ def stage(
     emulate: Annotated[str, typer.Option(help="CLUSTER:MODEL whose pace to keep.")] = "",
     emulate_slowdown: float = 1.0,
     trace_file: Path | None = None,
+    epoch: Annotated[int, typer.Option(help="Of the pipeline that it joins.")] = 0,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     config = WorkerConfig(
@@ -38,5 +39,6 @@ def stage(
         emulate=emulate,
         emulate_slowdown=emulate_slowdown,
         trace_file=trace_file,
+        epoch=epoch,
     )
     raise typer.Exit(run_worker(config))

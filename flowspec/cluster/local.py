@@ -1,6 +1,8 @@
 """LocalCluster: the head in this process, one process per stage beside it, a transport between."""
 
 import contextlib
+import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -25,7 +27,21 @@ from flowspec.trace import open_trace, trace_path
 from flowspec.transport.base import LOST, LostPeer, Transport
 from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.local import local_transport, rank_device
-from flowspec.wire import Cancel, Failed, Finished, Ping, Ready, Status, Stop, Submit, Tokens
+from flowspec.wire import (
+    Cancel,
+    Failed,
+    Finished,
+    Ping,
+    Ready,
+    Resume,
+    Status,
+    Stop,
+    Submit,
+    Suspend,
+    Tokens,
+)
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
 SLOW_DISK_BYTES_PER_S = 50e6
@@ -39,7 +55,9 @@ class LocalCluster:
     """Start with `with`; leaving ends every process, whatever happened inside.
 
     With `trace_folder` every process records there what it does (flowspec/trace.py). With
-    `config.emulate` all keep the pace of an emulated cluster.
+    `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
+    restarted, up to `config.max_restarts` times in all, and requests go on from their accepted
+    tokens; not in a traced run, whose records would have a hole.
     """
 
     def __init__(
@@ -52,6 +70,11 @@ class LocalCluster:
         self.emulation = _emulation(config, self.num_stages)
         self.head = build_head(config, parts)
         self.children: dict[int, Child] = {}
+        self.kv_rows: dict[int, int] = {}  # what each stage can hold
+        self.restarts: list[str] = []  # why, each time
+        can_restart = config.transport == "zmq" and trace_folder is None
+        self.max_restarts = config.max_restarts if can_restart else 0
+        self.head.resumes = self.max_restarts > 0
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
         try:
@@ -67,7 +90,7 @@ class LocalCluster:
         try:
             for rank in range(1, self.num_stages + 1):
                 self.children[rank] = self._spawn(rank)
-            self._await_ready()
+            self._await_ready(set(self.children))
             ping_clocks(self.driver, self.head, self.children)
         except BaseException:
             self.close()
@@ -125,9 +148,46 @@ class LocalCluster:
                 yield event
                 if not answers.open:
                     return
-            driver.turn(POLL_S)
-            self._check_children()
-            self._check_progress()
+            try:
+                driver.turn(POLL_S)
+                self._check_children()
+                self._check_progress()
+                if self.head.outage is not None:
+                    where, _, cause = self.head.outage.partition(": ")
+                    raise ClusterError(where, cause)
+            except ClusterError as error:
+                self._recover(self._explain(error))
+
+    def _recover(self, error: ClusterError) -> None:
+        """Restart what is lost and let the requests go on; raises `error` where that is over."""
+        driver = self.driver
+        ready = False
+        while not ready:
+            if len(self.restarts) >= self.max_restarts:
+                raise error
+            self.restarts.append(str(error))
+            logger.warning("%s; restarting it, answers go on", str(error).splitlines()[0])
+            driver.inject(Suspend(cause=str(error)))
+            lost = self._lost_ranks(error)
+            try:
+                for rank in lost:
+                    self.children[rank].kill()
+                    self.children[rank].wait(timeout=STOP_TIMEOUT_S)
+                    self.children[rank] = self._spawn(rank)
+                self._await_ready(lost)
+                ready = True
+            except ClusterError as again:
+                error = self._explain(again)
+        rows = min((rows for rows in self.kv_rows.values() if rows), default=0)
+        driver.inject(Resume(num_stages=self.num_stages, kv_rows=rows))
+        driver.last_progress, self._pinged_at = time.monotonic(), 0.0
+
+    def _lost_ranks(self, error: ClusterError) -> set[int]:
+        """The stages that have ended, at once or soon, and those that the error names."""
+        named = {int(rank) for rank in re.findall(r"\bstage (\d+)", error.where)}
+        named &= set(self.children)
+        _await_exit([self.children[rank] for rank in named], EXIT_TIMEOUT_S)
+        return named | {rank for rank, child in self.children.items() if child.poll() is not None}
 
     def cancel(self, request: int) -> None:
         """See Cluster.cancel."""
@@ -180,6 +240,7 @@ class LocalCluster:
             command += ["--emulate-slowdown", str(config.emulate_slowdown)]
         if config.shape_stable:
             command.append("--shape-stable")
+        command += ["--epoch", str(self.head.pipe.epoch)]
         if self.trace_folder is not None:
             command += ["--trace-file", str(self._trace_file(rank))]
         with self._log_path(rank).open("wb") as log:
@@ -189,25 +250,26 @@ class LocalCluster:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
 
-    def _await_ready(self) -> None:
-        """Until every stage has loaded the right model."""
+    def _await_ready(self, ranks: set[int]) -> None:
+        """Until each of these stages has loaded the right model."""
         ready: set[int] = set()
         size = sum(file.bytes for file in self.parts.manifest.files.values())
         timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
         end = time.monotonic() + timeout_s
-        while len(ready) < self.num_stages:
+        while not ready >= ranks:
             for message in self._receive():
                 match message:
                     case Ready() if message.model == self.parts.manifest.model_hash:
                         ready.add(message.stage)
+                        self.kv_rows[message.stage] = message.kv_rows
                         self.head.admission.limit_rows(message.kv_rows)
                     case Ready():
                         raise ClusterError(rank_name(message.stage), "has loaded another split")
-                    case Failed():
+                    case Failed() if message.epoch == self.head.pipe.epoch:
                         raise ClusterError(rank_name(message.stage), message.text)
             self._check_children()
             if time.monotonic() > end:
-                late = min(set(self.children) - ready)
+                late = min(ranks - ready)
                 raise ClusterError(
                     rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 )
@@ -255,7 +317,7 @@ class LocalCluster:
         """A stage that fails in order says why before it ends."""
         with contextlib.suppress(LostPeer):  # that it is gone is known
             for message in self.transport.receive(POLL_S):
-                if isinstance(message, Failed):
+                if isinstance(message, Failed) and message.epoch == self.head.pipe.epoch:
                     raise ClusterError(rank_name(message.stage), message.text)
 
     def _check_progress(self) -> None:

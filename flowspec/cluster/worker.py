@@ -44,6 +44,7 @@ class WorkerConfig:
     emulate: str = ""  # CLUSTER:MODEL whose pace to keep
     emulate_slowdown: float = 1.0
     trace_file: Path | None = None  # where to record what this process does
+    epoch: int = 0  # of the pipeline that this stage joins
 
 
 def run_worker(config: WorkerConfig) -> int:
@@ -66,6 +67,7 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
     """Load, serve until told to stop, return the exit code. The head learns of every failure."""
     torch.set_num_threads(config.threads)
     trace = open_trace(config.trace_file, config.rank)
+    epoch, stage = config.epoch, None
     try:
         stage, model_hash = build_stage(
             config.split_folder,
@@ -74,6 +76,7 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
             dtype=config.dtype,
             shape_stable=config.shape_stable,
         )
+        stage.epoch = epoch
         stage.kv_rows = kv_rows(
             stage.model, memory_mb=config.kv_memory_mb, num_sharing=config.num_stages
         )
@@ -84,13 +87,14 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
     except ClusterError as error:
-        _report_lost(config, transport, error)
+        _report_lost(config, transport, error, stage.epoch if stage else epoch)
         return 1
     except Exception as error:
         # The head must hear of it whatever it was; the traceback is for this process's log.
         traceback.print_exc()
         text = f"{type(error).__name__}: {error}"
-        transport.send(HEAD, Failed(stage=config.rank, request=0, text=text))
+        epoch = stage.epoch if stage else epoch
+        transport.send(HEAD, Failed(epoch=epoch, stage=config.rank, request=0, text=text))
         return 1
     finally:
         trace.close()
@@ -98,12 +102,14 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
     return 0
 
 
-def _report_lost(config: WorkerConfig, transport: Transport, error: ClusterError) -> None:
+def _report_lost(
+    config: WorkerConfig, transport: Transport, error: ClusterError, epoch: int
+) -> None:
     """Tell the head which rank this stage has lost, as a failure of that rank."""
     for rank in range(1, config.num_stages + 1):
         if rank_name(rank) == error.where:
             text = f"{error.cause} (seen by stage {config.rank})"
-            transport.send(HEAD, Failed(stage=rank, request=0, text=text))
+            transport.send(HEAD, Failed(epoch=epoch, stage=rank, request=0, text=text))
 
 
 def _end_with_parent() -> None:

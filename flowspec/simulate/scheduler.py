@@ -105,7 +105,13 @@ class Simulator:
 
     def submit(self, message: Message) -> None:
         """A message from the client to the head, now."""
-        self._at(self.now, lambda: self._deliver(HEAD, message))
+        self._at(self.now, lambda: self.deliver(HEAD, message))
+
+    def replace(self, core: Core) -> None:
+        """A device starts anew, or comes: what it computed and what had reached it is gone."""
+        self.actors[core.rank] = _Actor(core)
+        self.busy_s.setdefault(core.rank, 0.0)
+        self.traces.setdefault(core.rank, OFF)
 
     def step(self) -> bool:
         """Run the next event; False when nothing is left.
@@ -129,8 +135,11 @@ class Simulator:
         self._count += 1
         heapq.heappush(self._events, (when, self._count, event))
 
-    def _deliver(self, rank: int, message: Message) -> None:
-        actor = self.actors[rank]
+    def deliver(self, rank: int, message: Message) -> None:
+        """Give a rank a message at once, or when its work is done; who is gone gets nothing."""
+        actor = self.actors.get(rank)
+        if actor is None:
+            return
         actor.inbox.append(message)
         if not actor.busy:
             self._turn(rank)
@@ -193,6 +202,8 @@ class Simulator:
             self._send_all(rank, work.finish(self.now, elapsed))
 
         def done() -> None:
+            if self.actors.get(rank) is not actor:
+                return  # the device is gone
             actor.ended.append(finish)
             if not work.beside:
                 actor.busy = False
@@ -251,4 +262,4 @@ class Simulator:
             # what came down the pipe earlier also arrives earlier
             when = max(when, self._last_data.get((source, to), 0.0))
             self._last_data[source, to] = when
-        self._at(when, lambda: self._deliver(to, message))
+        self._at(when, lambda: self.deliver(to, message))

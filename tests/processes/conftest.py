@@ -50,9 +50,9 @@ def whole_split(checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def config(checkpoint: Path, split: Path) -> RunConfig:
-    """A run on the tiny checkpoint that keeps nothing of a finished request."""
+    """A run on the tiny checkpoint that keeps nothing of a finished request and restarts nobody."""
     draft = str(checkpoint / "eagle")
-    return RunConfig(model=str(split), draft=draft, stages=2, kept_prefixes=0)
+    return RunConfig(model=str(split), draft=draft, stages=2, kept_prefixes=0, max_restarts=0)
 
 
 @pytest.fixture(scope="session")

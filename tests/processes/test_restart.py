@@ -1,0 +1,89 @@
+"""Real stages are killed and stopped in every phase: the answers go on, token for token."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts
+from flowspec.model.load import load_whole
+from flowspec.request import ClusterError, Completion, Request, SamplingParams
+from flowspec.targets.local import LocalTarget
+from processes.conftest import stage_pids
+
+T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
+
+
+def ask(parts: HeadParts, number: int, sampling: SamplingParams) -> Request:
+    """A request that is served for a while."""
+    prompt = tuple(parts.tokenizer.encode("the fox")) * number
+    return Request(id=number, prompt=prompt, sampling=sampling, max_new_tokens=120)
+
+
+def answers_with_faults(
+    cluster: LocalCluster, asked: list[Request], faults: dict[int, Callable[[], None]]
+) -> dict[int, Completion]:
+    """The answers; each fault strikes after so many events."""
+    done = {}
+    for count, event in enumerate(cluster.serve(asked)):
+        faults.get(count, lambda: None)()
+        if isinstance(event, Completion):
+            done[event.request] = event
+    return done
+
+
+def check(parts: HeadParts, asked: list[Request], done: dict[int, Completion]) -> None:
+    """Every answer is the target's own."""
+    alone = LocalTarget(load_whole(parts.folder), parts.max_context)
+    for one in asked:
+        assert list(done[one.id].tokens) == alone.generate(one)[0]
+
+
+def test_killed_and_stopped_stages_end_no_answer(
+    config: RunConfig, parts: HeadParts, all_gone
+) -> None:
+    """At the first tokens, later, two at once, one that hangs, and between two requests."""
+    config = replace(config, max_restarts=8, timeout_s=1.0)
+    asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
+    with LocalCluster(config, parts) as cluster:
+        pids = set(stage_pids(cluster))
+
+        def hit(number: int, *victims: int) -> Callable[[], None]:
+            def fault() -> None:
+                pids.update(stage_pids(cluster))
+                for victim in victims:
+                    os.kill(cluster.children[victim].pid, number)
+
+            return fault
+
+        faults = {0: hit(signal.SIGKILL, 2), 8: hit(signal.SIGSTOP, 1), 20: hit(9, 1, 2)}
+        check(parts, asked, answers_with_faults(cluster, asked, faults))
+        assert len(cluster.restarts) >= 3
+        hit(signal.SIGKILL, 1)()
+        again = [replace(asked[0], id=7)]
+        check(parts, again, answers_with_faults(cluster, again, {}))
+        pids.update(stage_pids(cluster))
+    all_gone(pids)
+
+
+def test_a_stage_that_keeps_dying_is_given_up(config, parts, all_gone) -> None:
+    """After as many restarts as allowed: one error, and what was generated."""
+    with LocalCluster(replace(config, max_restarts=2), parts) as cluster:
+        pids = set(stage_pids(cluster))
+        tokens: list[int] = []
+
+        def kill_at_every_word() -> None:
+            for event in cluster.serve([ask(parts, 1, T0)]):
+                tokens.extend(event.tokens)
+                pids.update(stage_pids(cluster))
+                os.kill(cluster.children[2].pid, signal.SIGKILL)
+
+        with pytest.raises(ClusterError, match=r"stage 2 .*SIGKILL") as caught:
+            kill_at_every_word()
+        assert len(cluster.restarts) == 2
+        assert caught.value.tokens == {1: tuple(tokens)}
+    all_gone(pids)
