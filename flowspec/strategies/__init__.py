@@ -51,7 +51,7 @@ STRATEGIES: dict[str, StrategySpec] = {
     "streaming": StrategySpec(
         Streaming,
         DecodeConfig(
-            segment_size=80,
+            segment_size=64,
             tree_size=800,
             min_score=0.0003,
             coupled_drafting=True,
