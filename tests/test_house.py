@@ -210,7 +210,8 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 
 def test_simulator_knows_cores_by_their_interface() -> None:
     """What schedules the cores must not know what they are; simulate.cluster puts them together."""
-    allowed = {"flowspec.effects", "flowspec.wire", "flowspec.request", "flowspec.trace"}
+    spine = ("effects", "lanes", "wire", "request", "trace")
+    allowed = {f"flowspec.{module}" for module in spine}
     for module in MODULES:
         if is_within(module, "flowspec.simulate") and module != "flowspec.simulate.cluster":
             own = {used for used in imports(module) if used in MODULES}
