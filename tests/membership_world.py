@@ -26,7 +26,7 @@ from flowspec.cluster.roster import (
 )
 from flowspec.model.split_plan import even_layers
 
-MODEL = ModelCard(model_id="m", model_hash="a" * 64, dtype="float32")
+MODEL = ModelCard(model_id="m", model_hash="a" * 64, dtype="float32", stored_dtype="float32")
 CONFIG = MembershipConfig(version="1.0", model=MODEL, settle_s=1.0, rejoin_wait_s=5.0)
 NUM_LAYERS = 8
 HEAD = Addresses(control="tcp://0.0.0.0:1", data="tcp://0.0.0.0:2")

@@ -211,7 +211,7 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 
 def test_simulator_knows_cores_by_their_interface() -> None:
     """What schedules the cores must not know what they are; simulate.cluster puts them together."""
-    known = ("effects", "wire", "request", "trace", "ports", "plain_yaml")
+    known = ("effects", "lanes", "wire", "request", "trace", "ports", "plain_yaml")
     allowed = {"flowspec", *(f"flowspec.{name}" for name in known)}
     for module in MODULES:
         if is_within(module, "flowspec.simulate") and module != "flowspec.simulate.cluster":

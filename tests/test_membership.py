@@ -68,7 +68,7 @@ def test_it_waits_a_moment_for_further_devices():
             ("aaaaaaaaaaaa", "bbbbbbbbbbbb"),
         ),
         (
-            {"pinned": True, "model": MODEL.model_copy(update={"dtype": "float16"})},
+            {"pinned": True, "model": MODEL.model_copy(update={"stored_dtype": "float16"})},
             ("float32", "float16"),
         ),
         (
@@ -85,6 +85,14 @@ def test_who_does_not_fit_is_refused_with_both_values(fields, words):
     assert all(word in refusal.why for word in words)
     assert not world.members.devices
     assert "refused" in world.said()
+
+
+def test_an_offline_copy_serves_whatever_is_computed_in():
+    """The files are the same; the dtype of the run is the head's to choose."""
+    world = World()
+    stored = MODEL.model_copy(update={"dtype": "bfloat16"})
+    peer = world.join("a", pinned=True, model=stored)
+    assert world.last(peer, Welcome) is not None
 
 
 def test_two_devices_of_one_name_are_told_apart():

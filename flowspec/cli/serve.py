@@ -118,6 +118,7 @@ def serve(
             model_id=parts.manifest.model_id,
             model_hash=parts.manifest.model_hash,
             dtype=run_config.dtype,
+            stored_dtype=parts.manifest.dtype,
         ),
         manifest_sha256=shards.manifest_sha256,
         shards=shards.address,

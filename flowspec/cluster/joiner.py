@@ -90,7 +90,7 @@ class Joiner:
         self._welcome: Welcome | None = None
         self._heard_at = self._beat_at = 0.0
         self._round_trip_s = 0.0
-        self._was_in = False
+        self._was_in = self._has_ended = False
 
     def stop(self, why: str) -> None:
         """Leave in order; may be called from a signal handler."""
@@ -106,6 +106,8 @@ class Joiner:
                 return
             if self._welcome is not None:
                 wait_s = BACKOFF_S[0]
+            if self.config.once and self._has_ended:
+                return
             if self.config.once and self._was_in:
                 raise ClusterError("head", reason)
             log.warning("%s; trying again in %.1f s", reason, wait_s)
@@ -186,6 +188,7 @@ class Joiner:
             case WhoAreYou():
                 return "the head does not know this device any more"
             case Bye():
+                self._has_ended = True
                 return f"the head has ended: {message.why}"
             case Assign() | Serve() | Release():
                 self._take_work(message)

@@ -121,7 +121,10 @@ def folder_card(folder: Path | None, may_fetch: bool) -> ModelCard | None:
         return None
     manifest = read_manifest(folder)
     return ModelCard(
-        model_id=manifest.model_id, model_hash=manifest.model_hash, dtype=manifest.dtype
+        model_id=manifest.model_id,
+        model_hash=manifest.model_hash,
+        dtype=manifest.dtype,
+        stored_dtype=manifest.dtype,
     )
 
 

@@ -207,8 +207,9 @@ class Membership:
                 why=f"the head runs FlowSpec {config.version}, the device {hello.version}; "
                 "install the same version on both"
             )
-        if hello.pinned and hello.model != config.model:
-            have = _card(hello.model) if hello.model else "none"
+        held = hello.model
+        if hello.pinned and (held is None or not held.is_same_weights(config.model)):
+            have = _card(held) if held is not None else "none"
             return Refuse(
                 why=f"the head serves {_card(config.model)}, the device is offline and holds "
                 f"{have}; let it fetch, or copy the head's model there"
@@ -372,4 +373,4 @@ def _about(device: Device) -> str:
 
 
 def _card(card: ModelCard) -> str:
-    return f"{card.model_id} ({card.model_hash[:12]}, {card.dtype}, {card.quantization})"
+    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype}, {card.quantization})"

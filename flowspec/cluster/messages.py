@@ -69,8 +69,14 @@ class ModelCard(_Message):
 
     model_id: Name
     model_hash: Name
-    dtype: Name
+    dtype: Name  # it is computed in
+    stored_dtype: Name = ""
     quantization: Name = "none"
+
+    def is_same_weights(self, other: "ModelCard") -> bool:
+        """Whether one's files serve the other; what is computed in may differ."""
+        mine = (self.model_hash, self.stored_dtype, self.quantization)
+        return mine == (other.model_hash, other.stored_dtype, other.quantization)
 
 
 class Hello(_Message):
