@@ -64,6 +64,10 @@ def run(
     kv_memory_mb: Annotated[
         int | None, typer.Option(help="KV cache of each stage [half of what is free, shared].")
     ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option(help="Of stage processes that die, so that answers go on; zmq alone [3]."),
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda[:n].")] = None,
@@ -120,7 +124,7 @@ _CONFIG_FLAGS = (
         "shape_stable",
     ),
     *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
-    *("max_requests", "kv_memory_mb", "trace", "emulate"),
+    *("max_requests", "kv_memory_mb", "max_restarts", "trace", "emulate"),
 )
 
 

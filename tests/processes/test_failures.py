@@ -95,7 +95,9 @@ def test_garbage_in_a_stages_socket_is_refused_by_name(single, endless, all_gone
         socket = context.socket(zmq.PUSH)
         socket.connect(local_addresses(cluster.folder, 1)[1][DATA_LANE])
         error, _, took_s = tokens_until_failure(
-            cluster, endless, lambda: socket.send_multipart([b"\x80\x04 no message", b"", b""])
+            cluster,
+            endless,
+            lambda: socket.send_multipart([b"\x80\x04 no message of this protocol", b"", b""]),
         )
         context.destroy(linger=0)
     assert took_s < 5.0
