@@ -92,8 +92,8 @@ def test_a_plain_pipeline_by_hand(work_s, link_s):
 def test_a_slow_drafter_by_hand():
     """Prompt absorbed, then the first token: 2 forwards of 5 s, and stages wait for the drafter.
 
-    The prompt's verdict is there after 2.75 s, taken in after the first draft at 5 s, the second
-    draft ends at 10 s, the last token's trip takes 2.75 s more.
+    The prompt's verdict is taken in after 2.75 s, while the first draft runs until 5 s; the second
+    one ends at 10 s, the last token's trip takes 2.75 s more.
     """
     timeline = traced(
         "serial_pp",
@@ -122,9 +122,7 @@ def test_a_slow_drafter_by_hand():
     path = path_of(timeline)
     assert path["head", "draft"] == 10.0
     assert sum(path.values()) == pytest.approx(12.75)
-    # a message that came while the head drafted has no time of its own: it is not a slow link
-    queued = [hop for hop in timeline.hops if hop.queued]
-    assert {hop.to for hop in queued} == {0}
+    assert not any(hop.queued for hop in timeline.hops if hop.to == 0)  # drafting holds none up
     assert all(hop.elapsed_s == pytest.approx(0.25) for hop in timeline.hops if not hop.queued)
 
 
