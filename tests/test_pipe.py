@@ -8,7 +8,7 @@ from clusters import Watch, check_empty, check_features, make_cluster, run_watch
 from scripted import SCRIPTS, ScriptedDrafter, perfect
 from tiny import PROMPT, T0, request, truth
 
-import flowspec.head
+import flowspec.active
 from flowspec.cluster.base import generate
 from flowspec.effects import Core, Send, Step
 from flowspec.request import FinishReason
@@ -99,7 +99,7 @@ def test_a_full_cache_ends_the_request_with_the_stages_name(capacity):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_caches_never_hold_more_than_the_head_asked_room_for(strategy, monkeypatch):
     """`Open.capacity` is a promise: a tree as large as it may get must fit at any moment."""
-    monkeypatch.setattr(flowspec.head, "MIN_ROWS_ALIVE", 8)
+    monkeypatch.setattr(flowspec.active, "MIN_ROWS_ALIVE", 8)
     setup = {"num_stages": 3, "strategy": strategy, "tree_size": 8, "segment_size": 3}
     completion, _ = run_watched({**setup, "tree_depth": 5, "topk": 6}, request())
     assert completion.reason is FinishReason.LENGTH
