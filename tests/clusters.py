@@ -23,7 +23,7 @@ from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.scheduler import ChargeLink, ChargeWork, instant_link, unit_work
 from flowspec.stage import Stage
 from flowspec.stage_request import StageRequest
-from flowspec.strategies import STRATEGIES
+from flowspec.strategies import find_strategy
 from flowspec.text import TextStream
 from flowspec.wire import Batch, Close, Message, Segment
 
@@ -153,7 +153,7 @@ def make_cluster(
 
     With `bf16` the stages run in bfloat16 and shape-stable.
     """
-    spec = STRATEGIES[strategy]
+    spec = find_strategy(strategy)
     head = Head(
         num_stages,
         spec,

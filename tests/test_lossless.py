@@ -21,7 +21,7 @@ from tiny_drafters import eagle_drafter
 
 from flowspec.cluster.base import generate
 from flowspec.model.rope import LinearRopeScaling, YarnRopeScaling
-from flowspec.strategies import STRATEGIES
+from flowspec.strategies import ABLATIONS, STRATEGIES
 from flowspec.targets.local import LocalTarget
 from flowspec.wire import Segment
 
@@ -43,6 +43,15 @@ def test_text_is_the_targets_own(strategy, drafter):
         completion, _ = run_watched({**setup, "drafter": drafter_named(drafter)}, asked)
         where = f"{num_stages} stages, {sampling}"
         assert list(completion.tokens) == expected(asked), where
+
+
+@pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
+@pytest.mark.parametrize("strategy", ABLATIONS)
+def test_a_mechanism_taken_away_changes_the_speed_alone(strategy, sampling):
+    """What benchmarks compare is the same text, and an end is always reached."""
+    asked = request(sampling=sampling, max_new_tokens=TOKENS)
+    completion, _ = run_watched({"num_stages": 3, "strategy": strategy}, asked)
+    assert list(completion.tokens) == expected(asked)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
