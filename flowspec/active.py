@@ -50,8 +50,7 @@ def max_rows_alive(config: DecodeConfig) -> int:
 
 def room(session: Session) -> int:
     """How many more tree rows of the request the stages' caches can hold."""
-    alive = sum(node.sent for node in session.tree.nodes.values())
-    return max_rows_alive(session.config) - alive
+    return max_rows_alive(session.config) - session.tree.num_sent
 
 
 def open_session(

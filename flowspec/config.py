@@ -13,6 +13,8 @@ from flowspec.request import SamplingParams
 
 T = TypeVar("T")
 MAX_TIMEOUT_S = 86400.0
+MAX_ROWS = 1024  # of a segment, a tree, a drafter forward
+_COUNTS = ("segment_size", "tree_size", "tree_depth", "topk", "draft_width", "prefill_chunk")
 MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
 
 
@@ -23,7 +25,8 @@ class DecodeConfig:
     segment_size: int = 32  # tree rows in a segment: most (streaming, pipedec), least (flowspec)
     tree_size: int = 60  # nodes below the root, kept or drafted per round
     tree_depth: int = 6  # levels below the root that one draft grows
-    topk: int = 10  # children proposed per node, and nodes expanded per drafter forward
+    topk: int = 10  # children proposed per node; nodes of a round's beam
+    draft_width: int = 20  # streaming: nodes expanded per drafter forward
     coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
     refresh: bool = True  # re-score the root's children when its true feature arrives
     min_score: float = 0.002  # streaming: least probability of being true that is worth a row
@@ -33,12 +36,11 @@ class DecodeConfig:
     calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone
 
     def __post_init__(self) -> None:
-        for name in ("segment_size", "tree_size", "tree_depth", "topk", "prefill_chunk"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
-        for name, most in (("segment_size", 1024), ("tree_size", 1024), ("prefill_chunk", 1024)):
-            if getattr(self, name) > most:
-                raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {most}")
+            if getattr(self, name) > MAX_ROWS:
+                raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {MAX_ROWS}")
         if self.topk * self.tree_depth > 1024:
             raise ValueError(
                 f"decode.topk x decode.tree_depth is {self.topk * self.tree_depth}, at most 1024"
@@ -71,6 +73,8 @@ class RunConfig:
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
+    emulate: str = ""  # CLUSTER:MODEL, profiles that the local processes keep the pace of
+    emulate_slowdown: float = 1.0  # of an emulated cluster, where this machine is too slow for it
     max_restarts: int = 3  # of stage processes that die, zmq alone; 0: the first death ends the run
     trace: str = ""  # file for a trace of the run; opens in Perfetto
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -86,6 +90,7 @@ class RunConfig:
                 f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
                 f"{self.device!r}"
             )
+        self._check_emulation()
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
         for name in ("kept_prefixes", "kv_memory_mb", "max_restarts"):
@@ -99,6 +104,14 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_COUNT:
                 raise ValueError(f"{name} must be from 1 to {MAX_COUNT}")
+
+    def _check_emulation(self) -> None:
+        if self.emulate and self.transport != "zmq":
+            raise ValueError(f"emulate needs transport zmq, not {self.transport!r}")
+        if not 0.01 <= self.emulate_slowdown <= 1000:
+            raise ValueError(
+                f"emulate_slowdown must be from 0.01 to 1000, not {self.emulate_slowdown}"
+            )
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:

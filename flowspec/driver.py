@@ -3,28 +3,70 @@
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
 
-from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send
+import torch
+
+from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send, Work
 from flowspec.lanes import Lanes
 from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
 from flowspec.wire import Message, Status, Stop
 
 
+class Pace(Protocol):
+    """How long things take on an emulated device, in seconds; whatever is faster waits."""
+
+    def work(self, rank: int, work: Work) -> float:
+        """A computation."""
+
+    def host(self, rank: int, message: Message) -> float:
+        """A message taken in, or a slot sent."""
+
+
+@dataclass(slots=True)
+class _Beside:
+    """Work that runs in a thread of its own."""
+
+    work: Work
+    start: float
+    end: Future[float]
+
+
 class Driver:
-    """One core on its device. Times in seconds."""
+    """One core on its device, or with a `pace` on one that it emulates. Times in seconds."""
 
     def __init__(
-        self, core: Core, transport: Transport, num_stages: int, trace: Trace = OFF
+        self,
+        core: Core,
+        transport: Transport,
+        num_stages: int,
+        trace: Trace = OFF,
+        *,
+        pace: Pace | None = None,
     ) -> None:
         self.core = core
+        self.pace = pace
         self.trace = trace
         self.transport = transport
         self.lanes = Lanes(core.rank)
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # of anything but statuses; work here counts
+        # Modelled end of what this device did last; None once it has waited for messages. What the
+        # real one takes beyond the model is made up for as long as there is something to do.
+        self._paced_until: float | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._beside: _Beside | None = None
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
+
+    def go_on(self, transport: Transport, num_stages: int) -> None:
+        """Over another network, to other stages; what runs and what the client gets goes on."""
+        self.transport = transport
+        self.lanes = Lanes(self.core.rank)
+        self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
 
     def inject(self, message: Message) -> None:
         """A message from this process itself (the head's client)."""
@@ -35,24 +77,59 @@ class Driver:
     def turn(self, timeout_s: float) -> None:
         """Serve what has come, then do one thing; wait for messages only when there is nothing."""
         self._serve(0.0)
-        step = self.core.poll(time.monotonic())
+        self._take_finished()
+        start = time.monotonic()
+        step = self.core.poll(start)
         if step is None:
             self.trace.rest()
             self._serve(timeout_s)
             return
+        if self.pace is not None and step.work is None and step.sends:
+            self._keep_pace(start, self.pace.host(self.core.rank, step.sends[0].message))
         self._send(step.sends)
-        if step.work is not None:
-            start = time.monotonic()
+        if step.work is not None and step.work.beside:
+            self._run_beside(step.work)
+        elif step.work is not None:
+            began = start = time.monotonic()
             step.work.run()
+            if self.pace is not None:
+                began = self._keep_pace(start, self.pace.work(self.core.rank, step.work))
             now = self.last_progress = time.monotonic()
             self.trace.worked(start, now, step.work)
-            self._send(step.work.finish(now, now - start))
+            self._send(step.work.finish(now, now - began))
+
+    def _run_beside(self, work: Work) -> None:
+        if self._thread is None:
+            num_threads = (torch.get_num_threads(),)  # torch keeps it per thread
+            self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
+        start = time.monotonic()
+
+        def run() -> float:
+            work.run()
+            if self.pace is not None:
+                _sleep_until(start + self.pace.work(self.core.rank, work))
+            return time.monotonic()
+
+        self._beside = _Beside(work, start, self._thread.submit(run))
+        self._beside.end.add_done_callback(lambda _: self.transport.wake())
+
+    def _take_finished(self) -> None:
+        """What ran beside has ended: what follows from it; an exception there is one here."""
+        beside = self._beside
+        if beside is None or not beside.end.done():
+            return
+        self._beside = None
+        end = self.last_progress = beside.end.result()
+        self.trace.worked(beside.start, end, beside.work)
+        self._send(beside.work.finish(time.monotonic(), end - beside.start))
 
     def _serve(self, timeout_s: float) -> None:
         start = time.monotonic()
         messages = self.transport.receive(timeout_s)
         if timeout_s:
-            self.trace.waited(start, time.monotonic())
+            self._paced_until = None
+            if self._beside is None:
+                self.trace.waited(start, time.monotonic())
         for arrived in messages:
             now = time.monotonic()
             self.trace.received(now, arrived)
@@ -64,7 +141,18 @@ class Driver:
             if message is not None and message is not arrived and self.core.rank != HEAD:
                 self._send([Send(HEAD, message)])  # a gap is the head's to deal with
             elif message is not None:
-                self._send(self.core.handle(message, now))
+                sends = self.core.handle(message, now)
+                if self.pace is not None:
+                    self._keep_pace(now, self.pace.host(self.core.rank, message))
+                self._send(sends)
+
+    def _keep_pace(self, start: float, seconds: float) -> float:
+        """Wait until what began at `start` has taken `seconds`; returns when the model began it."""
+        if self._paced_until is not None:
+            start = self._paced_until
+        self._paced_until = start + seconds
+        _sleep_until(self._paced_until)
+        return start
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:
@@ -77,3 +165,8 @@ class Driver:
                 message = self.lanes.number(rank, send.message)
                 self.transport.send(rank, message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
+
+
+def _sleep_until(when: float) -> None:
+    if (left := when - time.monotonic()) > 0:
+        time.sleep(left)

@@ -2,7 +2,8 @@
 
 A core owns no socket, thread, sleep or clock. A driver (the simulator or a real process) feeds it
 messages with `handle` and, when the inbox is empty, asks `poll` for the next thing to do. While a
-core's work runs, its messages wait: a device does one thing at a time.
+core's work runs, its messages wait: a device does one thing at a time. Work that runs `beside` its
+core leaves it free for messages and sends; it gives no other work before that is finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ class Work:
     run: Callable[[], None]
     finish: Callable[[float, float], Sequence[Send]]
     about: Mapping[str, Any] = field(default_factory=dict)  # for traces: request, nodes, segments
+    beside: bool = False  # `run` touches nothing of the core: it may run in a thread of its own
 
 
 @dataclass(frozen=True, slots=True)

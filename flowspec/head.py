@@ -185,6 +185,8 @@ class Head:
             return None
         slot = self._next_slot()
         if not slot:
+            if self.pipe.draft_began_at is not None:
+                return None
             if shares := next_drafts(self.active.values()):
                 return Step(work=draft_work(self.drafter_in_use, self.pipe, shares))
             # "nothing more to draft" may be what a strategy was waiting for
@@ -250,10 +252,11 @@ class Head:
             tree.plant(verdict.parent, verdict.token, verdict.position)
             new, num_drafted = [verdict.token], None
             session.stats.num_prefills += 1
-            if not session.stats.num_tokens:
-                session.stats.first_token_at = now
             active.end_outage(now)
         else:
+            session.stats.num_nodes_alive += len(tree)
+            child = tree.child(verdict.parent, verdict.token)
+            session.last_was_unsent = child is not None and not child.sent
             path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
             session.learn(path, verdict.token)
             new = [*(node.token for node in path[1:]), verdict.token]
@@ -277,11 +280,12 @@ class Head:
         text, used = active.text.push(new)
         new = new[:used]
         session.tokens.extend(new)
-        session.stats.num_tokens += len(new)
+        session.stats.count_tokens(len(new), now)
         session.drafter.accept(new)
         if num_drafted is not None:
             found = min(num_drafted, len(new))
-            session.stats.count_verdict(found, missed=len(new) > found)
+            unsent = session.last_was_unsent and found == num_drafted
+            session.stats.count_verdict(found, missed=len(new) > found, unsent=unsent)
         reason = None
         if active.text.stopped or (new and new[-1] in request.eos_token_ids):
             reason = FinishReason.STOP

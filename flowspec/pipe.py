@@ -68,6 +68,7 @@ class Pipe:
     trips: dict[tuple[int, int], Trip] = field(default_factory=dict)
     now: float = 0.0  # at the last event
     draft_s: float = 0.0  # what a drafter forward takes, a running mean
+    draft_began_at: float | None = None  # of the one that runs now
     epoch: int = 0  # of the stages that are there now
 
     def begin_epoch(self) -> None:
@@ -114,6 +115,13 @@ class Pipe:
         """The trip has left the pipe; returns its segments."""
         done = self.trips.pop(trip, None)
         return done.segments if done is not None else ()
+
+    @property
+    def draft_left_s(self) -> float:
+        """How much longer the running drafter forward is expected to take, or one begun now."""
+        if self.draft_began_at is None:
+            return self.draft_s
+        return max(0.0, self.draft_began_at + self.draft_s - self.now)
 
     def count_draft(self, elapsed: float) -> None:
         """A drafter forward took `elapsed` seconds."""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
 
+from flowspec.latencies import Latencies
+
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
 
@@ -78,8 +80,13 @@ class DecodeStats:
     num_prompt_reused: int = 0  # prompt tokens that an earlier turn had computed already
     run_length: int = 0  # tokens found in the tree since the last one that was not
     runs: list[int] = field(default_factory=list)  # finished runs, each ended by a miss
+    num_not_drafted: int = 0  # tokens after the first that the tree did not hold
+    num_not_in_flight: int = 0  # that it held, but that were not sent yet
+    num_nodes_alive: int = 0  # summed over verdicts, as each one came
+    inter_token: Latencies = field(default_factory=Latencies)  # tokens that come together: 0 apart
     submitted_at: float = 0.0
     first_token_at: float = 0.0
+    last_token_at: float = 0.0
     finished_at: float = 0.0
     num_resumes: int = 0  # times the prefix was computed again because a stage was lost
     resume_s: float = 0.0  # from a loss to the next token; before the first one it is no outage
@@ -96,18 +103,48 @@ class DecodeStats:
         num_decoded = self.num_tokens - max(1, self.num_prefills)
         return num_decoded / self.num_verdicts if self.num_verdicts else 0.0
 
-    def count_verdict(self, num_drafted: int, *, missed: bool) -> None:
-        """A verdict found `num_drafted` new tokens in the tree; `missed`: and then one outside."""
+    def count_verdict(self, num_drafted: int, *, missed: bool, unsent: bool = False) -> None:
+        """A verdict found `num_drafted` new tokens in the tree; `missed`: and then one outside.
+
+        `unsent`: the last of those found was not in flight.
+        """
         self.num_verdicts += 1
         self.run_length += num_drafted
+        self.num_not_in_flight += unsent
         if missed:
+            self.num_not_drafted += 1
             self.runs.append(self.run_length)
             self.run_length = 0
+
+    def count_tokens(self, count: int, now: float) -> None:
+        """`count` tokens came together; the first of all comes after the prompt, not a token."""
+        if not count:
+            return
+        if self.num_tokens:
+            self.inter_token.add(now - self.last_token_at)
+        else:
+            self.first_token_at = now
+        self.inter_token.add(0.0, count - 1)
+        self.last_token_at = now
+        self.num_tokens += count
 
     @property
     def time_to_first_token_s(self) -> float:
         """From the request's coming; waiting for its turn counts."""
         return max(0.0, self.first_token_at - self.submitted_at)
+
+    @property
+    def mu(self) -> tuple[float, float]:
+        """Shares of the tokens after the first that were in no branch in flight when their verdict
+        came: not drafted, and drafted but not sent.
+        """
+        after_first = max(1, self.num_tokens - 1)
+        return self.num_not_drafted / after_first, self.num_not_in_flight / after_first
+
+    @property
+    def mean_nodes_alive(self) -> float:
+        """Size of the tree when a verdict came."""
+        return self.num_nodes_alive / self.num_verdicts if self.num_verdicts else 0.0
 
     @property
     def tokens_per_s(self) -> float:

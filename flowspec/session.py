@@ -34,6 +34,7 @@ class Session:
     num_segments: int = 0  # sent, the prompt's included
     num_prompt_sent: int = 0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
+    last_was_unsent: bool = False  # and not in flight
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
     num_feature_layers: int = 0  # of which true features come
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
@@ -134,7 +135,7 @@ class Session:
         """
         floor = float("-inf")
         if len(self.tree) > floor_count:
-            floor = sorted((n.score for n in self.tree.nodes.values()), reverse=True)[floor_count]
+            floor = self.tree.ranked()[floor_count].score
         added = []
         for proposal in proposals:
             if proposal.node not in self.tree:
@@ -188,8 +189,7 @@ class Session:
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:
     """Nodes of the tree as the request's next segment; they count as sent."""
-    for node in nodes:
-        node.sent = True
+    session.tree.send(nodes)
     return new_segment(
         session,
         nodes=tuple(node.id for node in nodes),

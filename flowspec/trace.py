@@ -7,7 +7,7 @@ afterwards. Times in seconds.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -41,6 +41,9 @@ class Trace:
     def waited(self, start: float, end: float) -> None:
         """There was nothing to do but wait for messages."""
 
+    def hosted(self, start: float, end: float) -> None:
+        """The program itself took time; a real process's is what no other record covers."""
+
     def sent(self, now: float, to: int, message: Message) -> None:
         """A message was handed over."""
 
@@ -62,9 +65,11 @@ class Recorder(Trace):
 
     ["process", rank, process id, clock], then in order of their end
     ["work", start, end, kind, rows, context, requests, nodes, segments],
-    ["wait", start, end], ["send", when, to, key, bytes, details], ["receive", when, key, details],
-    and last ["end", records dropped]. A segment is [request, seq_no, nodes] where it ran and
-    [request, seq_no, nodes, parents, tokens, prefix] where it was sent by the head.
+    ["wait", start, end], ["host", start, end], ["send", when, to, key, bytes, details],
+    ["receive", when, key, details], and last ["end", records dropped]. A segment is
+    [request, seq_no, nodes] where it ran and [request, seq_no, nodes, parents, tokens, prefix]
+    where it was sent by the head. A message's bytes are those of its frames, or what `size_of`
+    says (an emulated link's).
     """
 
     def __init__(
@@ -74,11 +79,13 @@ class Recorder(Trace):
         path: Path | None = None,
         clock: str = "monotonic",
         max_records: int = MAX_RECORDS,
+        size_of: Callable[[Message], float] | None = None,
     ) -> None:
         self.rank = rank
         self.records: list[Record] = [("process", rank, os.getpid(), clock)]
         self.num_dropped = 0
         self._room = max_records
+        self._size_of = size_of or encoded_size
         self._file: IO[str] | None = path.open("w") if path is not None else None
 
     def worked(self, start: float, end: float, work: Work) -> None:
@@ -97,11 +104,13 @@ class Recorder(Trace):
         """See Trace."""
         self._add("wait", start, end)
 
+    def hosted(self, start: float, end: float) -> None:
+        """See Trace."""
+        self._add("host", start, end)
+
     def sent(self, now: float, to: int, message: Message) -> None:
         """See Trace."""
-        size = 0
-        if isinstance(message, WireMessage):
-            size = sum(len(frame) for frame in encode(message))
+        size = self._size_of(message) if isinstance(message, WireMessage) else 0
         details = describe(message, whole=self.rank == HEAD)
         self._add("send", now, to, message_key(message), size, details)
 
@@ -139,6 +148,12 @@ class Recorder(Trace):
         self._file.writelines(json.dumps(r, separators=(",", ":")) + "\n" for r in self.records)
         self._file.flush()
         self.records.clear()
+
+
+def encoded_size(message: Message) -> int:
+    """Bytes of a message's frames."""
+    assert isinstance(message, WireMessage)
+    return sum(len(frame) for frame in encode(message))
 
 
 def trace_path(folder: Path, rank: int) -> Path:

@@ -7,7 +7,8 @@ younger, so ordering by (-score, id) puts ancestors first, ties included.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from heapq import nlargest
+from itertools import islice
+from operator import attrgetter
 
 from flowspec.request import NO_NODE, NodeId
 
@@ -33,13 +34,23 @@ def by_score(node: Node) -> tuple[float, int]:
     return node.score, -node.id
 
 
+_SCORE = attrgetter("score")
+
+
 class DraftTree:
-    """Alive nodes by id; everything outside the root's subtree is forgotten at once."""
+    """Alive nodes by id, in order of age; what is outside the root's subtree is forgotten at once.
+
+    The ranking of all nodes is kept from one question to the next: a tree of a thousand is asked
+    about several times per segment, and changes little in between.
+    """
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
         self._next_id = 0
         self._root = NO_NODE
+        self.num_sent = 0  # alive nodes that were given to the pipe
+        self._ranked: list[Node] | None = None  # None: scores or nodes have changed since
+        self._unranked: list[Node] = []  # added since, so younger than all that are ranked
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -66,6 +77,7 @@ class DraftTree:
         node = Node(self.new_id(), parent, token, position, logprob=0.0, score=0.0)
         self.nodes[node.id] = node
         self._root = node.id
+        self._ranked = None
         return node
 
     def add(self, parent: NodeId, token: int, logprob: float) -> Node:
@@ -81,7 +93,19 @@ class DraftTree:
         )
         self.nodes[node.id] = node
         above.children[token] = node.id
+        self._unranked.append(node)
         return node
+
+    def child(self, parent: NodeId, token: int) -> Node | None:
+        """The child of a living node with `token`, if the tree holds it."""
+        child = self.nodes[parent].children.get(token)
+        return None if child is None else self.nodes[child]
+
+    def send(self, nodes: Iterable[Node]) -> None:
+        """These nodes are given to the pipe."""
+        for node in nodes:
+            self.num_sent += not node.sent
+            node.sent = True
 
     def rescore(self, node: Node, logprob: float) -> None:
         """Give `node` another logprob and carry the change down its subtree."""
@@ -89,6 +113,7 @@ class DraftTree:
         if logprob == node.logprob:
             return
         node.logprob = logprob
+        self._ranked = None
         for below in self.subtree(node):
             below.score = self.nodes[below.parent].score + below.logprob
 
@@ -120,13 +145,17 @@ class DraftTree:
             self.nodes = {root.id: root}
         else:
             root = self.nodes[child]
-            base = root.score
-            self.nodes = {node.id: node for node in self.subtree(root)}
-            root.logprob = 0.0
-            for node in self.nodes.values():
-                node.score -= base
+            base, root.logprob, root.score = root.score, 0.0, 0.0
+            alive = {root.id: root}
+            for node in self.nodes.values():  # parents are elder, so they come first
+                if node.parent in alive:
+                    alive[node.id] = node
+                    node.score -= base
+            self.nodes = alive
         root.expandable = True
         self._root = root.id
+        self.num_sent = sum(node.sent for node in self.nodes.values())
+        self._ranked = None
         return path, child is not None
 
     def remove(self, node: Node) -> None:
@@ -136,13 +165,12 @@ class DraftTree:
             assert not below.sent, f"node {below.id} is in flight"
             del self.nodes[below.id]
         del self.nodes[node.parent].children[node.token]
+        self._ranked = None
 
     def keep_best(self, count: int) -> None:
         """Forget unsent nodes outside the `count` best below the root (ancestor-closed)."""
-        below = [node for node in self.nodes.values() if node.id != self._root]
-        kept = {node.id for node in nlargest(count, below, key=by_score)}
-        for node in below:
-            if node.id in self.nodes and node.id not in kept and not node.sent:
+        for node in self.ranked()[count + 1 :]:  # the root is the first
+            if node.id in self.nodes and not node.sent:
                 self.remove(node)
 
     def drop_descendants(self) -> None:
@@ -151,11 +179,24 @@ class DraftTree:
         root.children.clear()
         root.expanded = False
         self.nodes = {root.id: root}
+        self.num_sent = int(root.sent)
+        self._ranked = None
+
+    def ranked(self) -> list[Node]:
+        """All nodes, best first, the elder first among equals; not to be changed."""
+        if self._ranked is None:
+            self._ranked = sorted(self.nodes.values(), key=_SCORE, reverse=True)
+            self._unranked.clear()
+        elif self._unranked:
+            self._ranked = self._ranked + self._unranked
+            self._ranked.sort(key=_SCORE, reverse=True)  # is stable, and fast on what is in order
+            self._unranked.clear()
+        return self._ranked
 
     def level(self, position: int, count: int) -> list[Node]:
         """The `count` best nodes at an absolute position that can be expanded, best first."""
-        at = (n for n in self.nodes.values() if n.position == position and n.expandable)
-        return nlargest(count, at, by_score)
+        at = (n for n in self.ranked() if n.position == position and n.expandable)
+        return list(islice(at, count))
 
     def unsent(self) -> Iterable[Node]:
         """Nodes not yet given to the pipe, in no order."""
@@ -163,11 +204,11 @@ class DraftTree:
 
     def best_unsent(self, count: int) -> list[Node]:
         """The `count` best unsent nodes, best first: parents come before children."""
-        return nlargest(count, self.unsent(), key=by_score)
+        return list(islice((node for node in self.ranked() if not node.sent), count))
 
     def best_unexpanded(self, count: int) -> list[Node]:
         """The `count` best nodes below the root that are yet to expand and can be, best first."""
         open_nodes = (
-            n for n in self.nodes.values() if n.expandable and not n.expanded and n.id != self._root
+            n for n in self.ranked() if not n.expanded and n.expandable and n.id != self._root
         )
-        return nlargest(count, open_nodes, key=by_score)
+        return list(islice(open_nodes, count))

@@ -1,13 +1,14 @@
 """Drafters side by side: accepted length and streaming speed on an emulated cluster.
 
     python scripts/bench_drafters.py [--drafters eagle,eagle+graft,ngram] [--prompts FILE|FOLDER]
-        [--limit 3] [--draft NAME=FOLDER ...] [--json FILE]
+        [--limit 3] [--draft NAME=FOLDER ...] [--cluster NAME|FILE] [--model NAME|FILE]
+        [--json FILE]
 
 A drafter is its name, with `+graft` and `+calibrate` where these are to be on. All forwards are
-really computed (bundled model); time is virtual, that of flowspec/simulate/testbed.py: a look-up in
-the text is free, any drafter's forward takes --draft-ms. tau: tokens per
-verdict of serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's
-first over their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
+really computed (bundled model); time is virtual, that of the emulated model on the emulated
+cluster, where each kind of drafter costs what it weighs there. tau: tokens per verdict of
+serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's first over
+their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
 """
 
 import argparse
@@ -23,14 +24,13 @@ from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
 from flowspec.drafters import parse_drafter
-from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.engine import HeadParts, build_stage, load_head_parts
 from flowspec.eval.prompts import load_prompts
 from flowspec.request import DecodeStats, Request, SamplingParams
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.simulate.testbed import Testbed
+from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
+from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.text import render_chat
 
-FREE = ("ngram",)  # drafters without a forward
 DEFAULT = "eagle,eagle+graft,eagle+calibrate,eagle+graft+calibrate,ngram,ngram+calibrate"
 
 
@@ -86,16 +86,13 @@ def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) 
     return found
 
 
-def cluster_of(
-    config: RunConfig, parts: HeadParts, bed: Testbed, options: argparse.Namespace
-) -> SimulatedCluster:
+def cluster_of(config: RunConfig, parts: HeadParts, emulation: Emulation) -> SimulatedCluster:
     """A fresh emulated cluster: what it learns of costs and scores is its own."""
     stages = [
         build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
-        for rank in range(1, options.stages + 1)
+        for rank in range(1, emulation.cluster.num_stages + 1)
     ]
-    head = build_head(config, parts)
-    return SimulatedCluster(head, stages, work_time=bed.work, link_time=bed.link)
+    return emulated_cluster(config, parts, stages, emulation)
 
 
 def run(
@@ -104,17 +101,20 @@ def run(
     """A row per temperature; `texts` holds what the first drafter gave."""
     drafter, decode = parse_drafter(name)
     folders = dict(pair.split("=", 1) for pair in options.draft)
-    config = RunConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=options.stages)
+    emulation = load_emulation(
+        options.cluster, options.model, drafter=drafter, stages=options.stages
+    )
+    stages = emulation.cluster.num_stages
+    config = RunConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=stages)
     config = replace(config, draft=draft_folder(config), decode=decode)
     parts = load_head_parts(config, split_folder(config))
-    bed = Testbed(draft_s=0.0 if drafter in FREE else options.draft_ms / 1e3)
     for temperature in options.temperatures:
         row = Row(name, temperature)
         runs = []
         for strategy in ("serial_pp", "streaming"):
             # coupled drafting for both: tau is then of the same drafts
             chosen = replace(config, strategy=strategy, decode={**decode, "coupled_drafting": True})
-            runs.append(cluster_of(chosen, parts, bed, options))
+            runs.append(cluster_of(chosen, parts, emulation))
         for asked in requests(parts, options, temperature):
             answers = [generate(cluster, asked) for cluster in runs]
             for answer in answers:
@@ -134,8 +134,9 @@ def main() -> None:
     parser.add_argument("--draft", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--draft-ms", type=float, default=14.0)
+    parser.add_argument("--cluster", default="jetson-5")
+    parser.add_argument("--model", default="vicuna-7b")
+    parser.add_argument("--stages", type=int, default=None)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.temperatures = [float(value) for value in options.temperatures.split(",")]

@@ -1,14 +1,15 @@
 """How much more a cluster gives when several requests share its pipeline (virtual clock, emulated).
 
     python scripts/bench_requests.py [--requests 1,2,4,8] [--strategies streaming,serial_pp,ar]
-        [--temperatures 0,1] [--tokens 96] [--prompts FILE] [--json FILE]
+        [--temperatures 0,1] [--tokens 96] [--prompts FILE]
+        [--cluster NAME|FILE] [--model NAME|FILE] [--json FILE]
 
-The bundled models run for real and are charged the reference testbed's times
-(flowspec/simulate/testbed.py). Every answer has the same length: end tokens are ignored. Of the
-prompts, each group of R is served at once; "alone" is the same requests one after the other, on the
-same clock. Total: tokens of the group over the time from its submission to its last token. Slowest:
-the smallest ratio of a request's decode speed to its own alone. Every text is compared with its
-text alone.
+The bundled models run for real and are charged the times of an emulated cluster, by default the
+reference testbed with Vicuna-7B (config/clusters/jetson-5.yaml). Every answer has the same length:
+end tokens are ignored. Of the prompts, each group of R is served at once; "alone" is the same
+requests one after the other, on the same clock. Total: tokens of the group over the time from its
+submission to its last token. Slowest: the smallest ratio of a request's decode speed to its own
+alone. Every text is compared with its text alone.
 """
 
 import argparse
@@ -22,20 +23,19 @@ import torch
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import generate_all
 from flowspec.config import RunConfig, override
-from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.engine import HeadParts, build_stage, load_head_parts
 from flowspec.eval.prompts import load_prompts
 from flowspec.request import Completion, Request, SamplingParams
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.simulate.testbed import Testbed
-from flowspec.stage import Stage
+from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
+from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.text import render_chat
 
 
 class Bench:
     """One split of the bundled model, loaded once."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    def __init__(self, config: RunConfig, emulation: Emulation) -> None:
+        self.config, self.emulation = config, emulation
         folder = split_folder(config)
         self.parts: HeadParts = load_head_parts(config, folder)
         ranks = range(1, len(self.parts.manifest.layers) + 1)
@@ -47,10 +47,8 @@ class Bench:
 
     def cluster(self, strategy: str) -> SimulatedCluster:
         """Fresh cores over the loaded models."""
-        head = build_head(override(self.config, {"strategy": strategy}, where="bench"), self.parts)
-        stages = [Stage(stage.rank, stage.num_stages, stage.model) for stage in self.stages]
-        bed = Testbed()
-        return SimulatedCluster(head, stages, work_time=bed.work, link_time=bed.link)
+        config = override(self.config, {"strategy": strategy}, where="bench")
+        return emulated_cluster(config, self.parts, self.stages, self.emulation)
 
     def requests(self, prompts: Sequence[str], temperature: float, tokens: int) -> list[Request]:
         """The same length for all; the seed is the prompt's place."""
@@ -109,6 +107,8 @@ def main() -> None:
     parser.add_argument("--requests", default="1,2,4,8")
     parser.add_argument("--strategies", default="streaming")
     parser.add_argument("--drafter", default="eagle")
+    parser.add_argument("--cluster", default="jetson-5")
+    parser.add_argument("--model", default="vicuna-7b")
     parser.add_argument("--temperatures", default="0,1")
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")
@@ -116,8 +116,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    config = RunConfig(stages=4, drafter=options.drafter, max_requests=16)
-    bench = Bench(override(config, {"draft": draft_folder(config)}, where="bench"))
+    emulation = load_emulation(options.cluster, options.model, drafter=options.drafter)
+    stages = emulation.cluster.num_stages
+    config = RunConfig(stages=stages, drafter=options.drafter, max_requests=16)
+    bench = Bench(override(config, {"draft": draft_folder(config)}, where="bench"), emulation)
     prompts = [p.turns[0] for p in load_prompts(options.prompts, limit=options.limit)]
     rows = []
     for strategy in options.strategies.split(","):

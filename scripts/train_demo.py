@@ -50,11 +50,8 @@ DRAFT_SHAPE = Shape(
 )
 MAX_SAMPLE = 1537
 VOCAB_SIZE = 4096
-# Questions answered by the target for its drafters; `toolformer` gives questions only.
-GENERATE_SHARE = {
-    "gsm8k": 0.8, "factqa": 0.5, "factlong": 0.7, "codegen": 0.6, "pycode": 0.6, "selfinst": 1.0,
-    "toolformer": 0.8, "roleplay": 1.0, "summ": 0.6, "lead": 0.2,
-}  # fmt: skip
+# Share of the questions that the target answers for its drafters, where not all.
+GENERATE_SHARE = {"factqa": 0.6}
 
 
 def step_tokenizer(args: argparse.Namespace) -> None:
@@ -84,50 +81,63 @@ def step_target(args: argparse.Namespace) -> None:
 
 
 def step_generate(args: argparse.Namespace) -> None:
-    """The target's own answers to questions of the training text, half greedy, half sampled."""
-    path = args.work / "generated.npz"
-    if path.exists():
-        return
-    tokenizer, rng = load_tokenizer(args), random.Random(0)
-    sets = corpus.load_pairs(args.corpus, "train")
-    sets["toolformer"] = corpus.read_set(args.corpus, "toolformer", "train", questions_only=True)
-    prompts = []
-    for name, pairs in sets.items():
-        chosen = rng.sample(pairs, int(len(pairs) * GENERATE_SHARE[name]))
-        for question, _ in chosen:
-            ids, start = corpus.encode(tokenizer, question, "")
-            if start <= MAX_SAMPLE - 400:
-                prompts.append(np.array(ids[:start], dtype=np.uint16))
-    target = load_target(args)
-    samples = generate.self_generate(
-        target, prompts, batch=128, max_new=args.max_new, minutes=args.generate_minutes, seed=0
-    )
-    ends = np.cumsum([len(ids) for ids, _ in samples])
-    starts = np.array([start for _, start in samples])
-    np.savez(path, tokens=np.concatenate([ids for ids, _ in samples]), ends=ends, starts=starts)
+    """The target's own answers to questions of the training text, and of the held-out text."""
+    for split, shares, name in (("val", {}, "held_out"), ("train", GENERATE_SHARE, "generated")):
+        path = args.work / f"{name}.npz"
+        if path.exists():
+            continue
+        tokenizer, rng = load_tokenizer(args), random.Random(0)
+        sets = corpus.load_pairs(args.corpus, split)
+        sets["toolformer"] = corpus.read_set(args.corpus, "toolformer", split, questions_only=True)
+        prompts = []
+        for which, pairs in sets.items():
+            for question, _ in rng.sample(pairs, int(len(pairs) * shares.get(which, 1.0))):
+                ids, start = corpus.encode(tokenizer, question, "")
+                if start <= MAX_SAMPLE - 400:
+                    prompts.append(np.array(ids[:start], dtype=np.uint16))
+        samples = generate.self_generate(
+            load_target(args), prompts, batch=128, max_new=args.max_new,
+            minutes=args.generate_minutes, seed=0,
+        )  # fmt: skip
+        ends = np.cumsum([len(ids) for ids, _ in samples])
+        starts = np.array([start for _, start in samples])
+        np.savez(path, tokens=np.concatenate([ids for ids, _ in samples]), ends=ends, starts=starts)
 
 
-def drafter_samples(args: argparse.Namespace) -> list[corpus.Sample]:
-    """The generated text with a tenth as much of the corpus."""
-    stored = np.load(args.work / "generated.npz")
+def stored_samples(path: Path) -> list[corpus.Sample]:
+    """What the step `generate` wrote."""
+    stored = np.load(path)
     pieces = np.split(stored["tokens"], stored["ends"][:-1])
-    samples = list(zip(pieces, stored["starts"].tolist(), strict=True))
+    return list(zip(pieces, stored["starts"].tolist(), strict=True))
+
+
+def drafter_samples(args: argparse.Namespace) -> tuple[list[corpus.Sample], list[corpus.Sample]]:
+    """The generated text with --corpus-share as much of the corpus, and the held-out text."""
+    samples, held_out = (stored_samples(args.work / f"{n}.npz") for n in ("generated", "held_out"))
+    wanted = int(args.corpus_share * len(samples))
+    if not wanted:
+        return samples, held_out
     sets = train_target.load_sets(load_tokenizer(args), args.corpus, "train", 1153)
-    rng = random.Random(1)
     own = [sample for chosen in sets.values() for sample in chosen]
-    return samples + rng.sample(own, min(len(own), len(samples) // 10))
+    return samples + random.Random(1).sample(own, min(len(own), wanted)), held_out
+
+
+def drafter_blocks(args: argparse.Namespace) -> list[list[train_drafters.Blocks]]:
+    """Both parts of `drafter_samples` in blocks."""
+    return [train_drafters.make_blocks(part, seed=0) for part in drafter_samples(args)]
 
 
 def step_eagle(args: argparse.Namespace) -> None:
     """The EAGLE head, in the public checkpoint layout."""
     folder = args.out / "eagle"
-    if (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists() and not args.init:
         return
     target = load_target(args)
-    head, figures = train_drafters.train_eagle(
-        target, train_drafters.make_blocks(drafter_samples(args), seed=0),
+    plan = train_drafters.HeadPlan(
         minutes=args.eagle_minutes, checkpoint=args.work / "eagle.pt", steps=args.unroll,
+        init=args.init and args.init / "eagle", rate=args.rate,
     )  # fmt: skip
+    head, figures = train_drafters.train_eagle(target, *drafter_blocks(args), plan)
     train_drafters.export_eagle(head, target, folder)
     write_figures(args, "eagle", figures)
 
@@ -135,7 +145,7 @@ def step_eagle(args: argparse.Namespace) -> None:
 def step_eagle3(args: argparse.Namespace) -> None:
     """The EAGLE-3 head, in the official checkpoint layout."""
     folder = args.out / "eagle3"
-    if (folder / "model.safetensors").exists():
+    if (folder / "model.safetensors").exists() and not args.init:
         return
     target = load_target(args)
     layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else None
@@ -143,8 +153,9 @@ def step_eagle3(args: argparse.Namespace) -> None:
         layers=layers or train_eagle3.default_layers(target.shape.num_layers),
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,
         checkpoint=args.work / "eagle3.pt", steps=args.eagle3_unroll,
+        init=args.init and args.init / "eagle3", rate=args.rate,
     )  # fmt: skip
-    head, figures = train_eagle3.train(target, drafter_samples(args), plan)
+    head, figures = train_eagle3.train(target, *drafter_samples(args), plan)
     train_eagle3.export(head, target, plan, folder)
     write_figures(args, "eagle3", figures)
 
@@ -155,7 +166,7 @@ def step_draft(args: argparse.Namespace) -> None:
     if (folder / "model.safetensors").exists():
         return
     draft, figures = train_drafters.train_draft(
-        load_target(args), train_drafters.make_blocks(drafter_samples(args), seed=0),
+        load_target(args), *drafter_blocks(args),
         shape=DRAFT_SHAPE, minutes=args.draft_minutes, checkpoint=args.work / "draft.pt",
     )  # fmt: skip
     train_target.export(draft, args.work / "tokenizer", folder)
@@ -216,6 +227,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-data", type=Path, help="folder of <set>/question.jsonl files")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="the model folders")
+    parser.add_argument("--init", type=Path, help="folder of eagle and eagle3 heads to go on from")
+    parser.add_argument("--rate", type=float, default=1.0, help="height of a head's learning rate")
+    parser.add_argument(
+        "--corpus-share", type=float, default=0.1, help="of the corpus beside generated answers"
+    )
     parser.add_argument("--target-minutes", type=float, default=70)
     parser.add_argument("--eagle-minutes", type=float, default=25)
     parser.add_argument("--eagle3-minutes", type=float, default=40)

@@ -8,7 +8,7 @@ from tiny import VOCAB, truth
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, Opening, Proposal, draft_each
+from flowspec.drafters.base import Draft, Drafter, DraftJob, Lookup, Opening, Proposal
 from flowspec.drafters.ngram import NgramDrafter
 from flowspec.request import Request
 from flowspec.tree import DraftTree, Node
@@ -75,9 +75,9 @@ class ScriptedDrafter:
         self.sessions[request.id] = session
         return session
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft."""
-        return draft_each(jobs)
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        return Lookup(jobs)
 
 
 class ScriptedSession:

@@ -34,6 +34,8 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("threads_per_process: null", "threads_per_process"),
         ("stages: 0", "stages must be from 1 to"),
         ("dtype: int8", "dtype"),
+        ("{emulate: 'a:b', transport: gloo}", "emulate needs transport zmq"),
+        ("emulate_slowdown: 0", "emulate_slowdown must be from 0.01"),
         ("timeout_s: 0", "timeout_s"),
         ("decode: 3", "decode"),
         ("shape_stable: perhaps", "shape_stable"),

@@ -76,7 +76,7 @@ class Play:
         job = DraftJob(self.session, self.tree, nodes)
         with torch.inference_mode():
             share = self.session.begin(job)
-            (output,) = self.drafter._run([share])
+            (output,) = self.drafter.run([share])
             proposals = self.session.finish(job, share, *output)
         for proposal in proposals:
             self.check(proposal)

@@ -12,7 +12,7 @@ from tiny import PROMPT, T0, T1, expected, request, truth
 
 from flowspec.config import DecodeConfig
 from flowspec.drafters import grafted
-from flowspec.drafters.base import DraftJob, Opening, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal, draft
 from flowspec.drafters.grafted import AGREED, OUTSIDER, GraftedDrafter, GraftedSession, merge
 from flowspec.pipe import Pipe
 from flowspec.request import NO_NODE, NodeId, Request
@@ -170,8 +170,8 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
     """Wrapping hides neither batching nor whose proposal is whose."""
     base = StrictDrafter(SCRIPTS["perfect"])
     calls = []
-    inner_draft = base.draft
-    base.draft = lambda jobs: calls.append(len(jobs)) or inner_draft(jobs)  # type: ignore[method-assign]
+    begin = base.begin
+    base.begin = lambda jobs: calls.append(len(jobs)) or begin(jobs)  # type: ignore[method-assign]
     drafter = GraftedDrafter(base)
     jobs = []
     for number, text in enumerate(([1, 2, 3, 1, 2], [4, 5, 6, 4, 5]), start=1):
@@ -180,7 +180,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
         tree = DraftTree()
         tree.plant(NO_NODE, text[-1], len(text) - 1)
         jobs.append(DraftJob(session, tree))
-    first, second = drafter.draft(jobs)
+    first, second = draft(drafter, jobs)
     assert calls == [2]
     assert 3 in dict(first[0].children)
     assert 6 in dict(second[0].children)

@@ -158,7 +158,7 @@ def test_round_is_over_when_the_pipe_is_empty_and_the_root_is_new() -> None:
     session.pipe.depart(4, ((9, 0),))
     assert session.drained
     assert session.round_over
-    session.tree.root.sent = True
+    session.tree.send([session.tree.root])
     assert not session.round_over
     session.flights |= {0, 1}
     assert (session.num_in_flight, session.drained) == (2, False)

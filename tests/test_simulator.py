@@ -11,6 +11,7 @@ from tiny import T1, request
 
 from flowspec.cluster.base import generate
 from flowspec.effects import EVERY_STAGE, Send, Step, Work
+from flowspec.ports import Passage
 from flowspec.request import ClusterError
 from flowspec.simulate.scheduler import Simulator, adversarial, instant_link
 from flowspec.wire import Close, Message, Ping, Reroot, Started
@@ -21,7 +22,7 @@ def history(seed: int) -> tuple[list[Any], tuple[int, ...], float]:
     work, link = adversarial(seed)
     events: list[Any] = []
 
-    def noted(source: int, to: int, message: Message) -> float:
+    def noted(source: int, to: int, message: Message) -> Passage:
         delay = link(source, to, message)
         about = getattr(message, "seq_no", None), getattr(message, "nodes", None)
         events.append((source, to, type(message).__name__, about, delay))
@@ -50,7 +51,7 @@ def test_another_seed_gives_another_history_and_the_same_text():
 def test_a_plain_pipeline_takes_a_trip_per_token(num_stages):
     """Closed form: N forwards of t and N + 1 links of d per token, nothing else."""
     took, delay = 0.25, 0.125
-    charges = (lambda rank, work: took, lambda source, to, message: delay)
+    charges = (lambda rank, work: took, lambda source, to, message: Passage(latency_s=delay))
     cluster = make_cluster(num_stages, "ar", charges=charges)
     stats = generate(cluster, request(max_new_tokens=9)).stats
     per_token = (stats.finished_at - stats.first_token_at) / 8
@@ -104,7 +105,7 @@ def test_data_keeps_its_order_and_control_overtakes_it():
     head = Sender(0, [*(Send(1, message) for message in data), Send(1, verdict)])
     stage = Sender(1)
     delays = iter([5.0, 1.0, 2.0, 0.5, 0.1])
-    simulator = Simulator({0: head, 1: stage}, link_time=lambda *_: next(delays))
+    simulator = Simulator({0: head, 1: stage}, link_time=lambda *_: Passage(latency_s=next(delays)))
     simulator.submit(Ping(rank=0))
     simulator.run()
     assert [message for _, message in stage.received] == [verdict, *data]
@@ -137,7 +138,9 @@ def test_messages_wait_while_a_core_computes():
     head = Sender(0, [Send(1, Ping(rank=0)), Send(1, Ping(rank=0))])
     delays = iter([1.0, 2.0, 0.0])
     simulator = Simulator(
-        {0: head, 1: worker}, work_time=lambda *_: 10.0, link_time=lambda *_: next(delays)
+        {0: head, 1: worker},
+        work_time=lambda *_: 10.0,
+        link_time=lambda *_: Passage(latency_s=next(delays)),
     )
     simulator.submit(Ping(rank=0))
     simulator.run()

@@ -1,6 +1,7 @@
 """The recorder: what it keeps, where, how much, and that off means off."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_the_driver_records_all_that_passes_through_it():
         driver.turn(0.1)
         driver.turn(0.1)
         outgoing.append(wire.outgoing)
-    assert outgoing[0] == outgoing[1] == [(2, SEGMENT)]
+    assert outgoing[0] == outgoing[1] == [(2, replace(SEGMENT, source=1, number=1))]
     assert [record[0] for record in trace.records] == [
         *("process", "wait", "receive", "send", "send", "work")
     ]

@@ -15,13 +15,17 @@ from flowspec.cluster.base import generate
 from flowspec.eval.chrome_trace import FORMAT, write_trace
 from flowspec.eval.timeline import make_timeline
 from flowspec.eval.trace_summary import summarize
+from flowspec.ports import Passage
 from flowspec.trace import Recorder
 
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
     """`ar`, three tokens, forwards of 1 and 3 s, links of 0.5 s: three trips of 5.5 s."""
-    charges = (lambda rank, work: 2.0 * rank - 1.0, lambda source, to, message: 0.5)
+    charges = (
+        lambda rank, work: 2.0 * rank - 1.0,
+        lambda source, to, message: Passage(latency_s=0.5),
+    )
     cluster = make_cluster(2, "ar", charges=charges, prefill_chunk=64)
     recorders = record(cluster)
     generate(cluster, request(max_new_tokens=3))
@@ -102,7 +106,7 @@ def test_what_is_no_trace_is_refused(tmp_path, monkeypatch, capsys, content, mes
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
     """Dropped records and a process that was killed do not look like a complete trace."""
-    charges = (lambda rank, work: 1.0, lambda source, to, message: 0.5)
+    charges = (lambda rank, work: 1.0, lambda source, to, message: Passage(latency_s=0.5))
     cluster = make_cluster(2, "ar", charges=charges)
     recorders = record(cluster)
     cluster.simulator.traces[1] = recorders[1] = Recorder(1, clock="virtual", max_records=9)

@@ -105,26 +105,55 @@ def test_unrolled_training_is_what_the_served_head_computes(target, folder):
     train_drafters.export_eagle(head, target, folder / "eagle")
     ids, length, steps = torch.randint(6, 300, (1, 13)), 12, 3
     features = target.features(ids[:, :-1], document_bias(ids[:, :-1]))
-    same = torch.ones(1, length, length, dtype=torch.bool)
+    row = 9  # true rows up to 9, then rows 10 and 11 from the head's own features
+    sees = torch.ones(1, length, length, dtype=torch.bool).tril()
     with torch.no_grad():
-        outputs = head.unroll(ids[:, 1:], features, rope_table(TINY, length), same, steps)
+        first, chains = head.unroll(
+            ids[:, 1:], features, rope_table(TINY, length), sees, torch.tensor([[row]]), steps
+        )
+    outputs = [first[0, row], *(out[0, 0] for out in chains)]
     config = load_whole(folder / "target", dtype="float32").config
     net = load_eagle(folder / "eagle", target_config=config, dtype="float32")
     cache = TreeKVCache(num_layers=1, num_kv_heads=2, head_dim=16, capacity=32)
     true, frequencies = features[0].float(), rope_frequencies(config)
-    row = 9  # true rows up to 9, then rows 10 and 11 from the head's own features
     rope = rope_angles(frequencies, torch.arange(row + 1), torch.float32)
     window = cache.append_prefix(row + 1)
     guess = net(ids[0, 1 : row + 2], true[: row + 1], rope, window.attend(0))[-1:]
-    for k in range(steps):
-        trained = outputs[k][0, row + k].float()
-        difference = (guess[0] - trained).norm() / trained.norm()
+    for k, trained in enumerate(outputs):
+        difference = (guess[0] - trained.float()).norm() / trained.float().norm()
         assert difference < 0.03, f"step {k + 1}"
         if row + k + 1 == length:
             break
         rope = rope_angles(frequencies, torch.tensor([row + k + 1]), torch.float32)
         window = cache.append_tree([k - 1])
         guess = net(ids[0, row + k + 2][None], guess, rope, window.attend(0))
+
+
+def test_an_exported_head_is_taken_up_whole(target, folder):
+    """Training goes on from what was exported: the inverse gives the same tensors."""
+    head = fast_eagle.FastEagle(target.embed.detach(), (2, 2, 16), 40)
+    with torch.no_grad():
+        for weight in list(head.weights):
+            weight.copy_(torch.randn_like(weight.float()))
+    again = fast_eagle.FastEagle(target.embed.detach(), (2, 2, 16), 40, seed=5)
+    again.load(head.tensors())
+    assert all(torch.equal(a, b) for a, b in zip(again.weights, head.weights, strict=True))
+    assert not torch.equal(head.weights[2], torch.zeros_like(head.weights[2]))
+
+
+def test_every_prompt_is_answered_greedily_and_sampled(target, monkeypatch):
+    """Neighbouring answers are of one prompt; little room makes more batches, not other answers."""
+    monkeypatch.setattr(generate, "loops", lambda text: 0.0)
+    prompts = [np.array([1, *range(6, 6 + n)], dtype=np.uint16) for n in (3, 9, 5)]
+    wanted = {tuple(p): generate.continue_batch(target, [p], torch.zeros(1), 4)[0] for p in prompts}
+    monkeypatch.setattr(generate, "ROOM", 10)
+    made = generate.self_generate(target, prompts, batch=8, max_new=4, minutes=1.0, seed=0)
+    assert len(made) == 6
+    for ids, start in made[::2]:
+        assert ids[start:].tolist() == wanted[tuple(ids[:start])]
+    assert all(
+        tuple(a[:s]) == tuple(b[:s]) for (a, s), (b, _) in zip(made[::2], made[1::2], strict=True)
+    )
 
 
 def test_generation_with_cache_is_the_model_alone(target):

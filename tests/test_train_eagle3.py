@@ -11,9 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from demo import fast_eagle3, train_eagle3  # noqa: E402
+from demo import fast_eagle3, train_drafters, train_eagle3  # noqa: E402
 from demo.fast_llama import FastLlama, Shape, block_forward, document_bias, rope_table  # noqa: E402
-from demo.train_drafters import make_blocks  # noqa: E402
 
 from flowspec.model.config import ModelConfig  # noqa: E402
 from flowspec.model.eagle3_net import Eagle3Layout  # noqa: E402
@@ -79,7 +78,7 @@ def test_features_come_low_to_high_before_the_last(target):
 def test_starts_are_answers_with_room_below():
     tokens = torch.tensor([[1, 8, 8, 8, 8, 8, 8, 8, 8, 1, 8, 8, 8]])
     answer = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 0, 0, 0, 1]]).bool()
-    starts, counts = train_eagle3.choose_starts(tokens, answer, 5, 3)
+    starts, counts = train_drafters.choose_starts(tokens, answer, 5, 3)
     assert set(starts[0].tolist()) < {1, 2, 3, 4, 5, 6}
     # What a later step of a start near the end guesses is of another sample, and does not count.
     for step, row in enumerate(counts):
@@ -128,11 +127,25 @@ def test_unrolled_training_is_what_the_served_head_computes(target, tmp_path):
         state = net(tokens[0, start + k + 2][None], state, rope, window.attend(0))
 
 
+def test_an_exported_head_is_taken_up_whole(target):
+    """Training goes on from what was exported, of the same draft vocabulary only."""
+    ids, _ = fast_eagle3.draft_vocabulary(samples(30), 64, 40)
+    head, again = make_head(target, ids), make_head(target, ids)
+    with torch.no_grad():
+        for weight in head.parameters():
+            weight.copy_(torch.randn_like(weight.float()))
+    again.load(head.tensors(64))
+    saved = again.tensors(64)
+    assert all(torch.equal(saved[name], value) for name, value in head.tensors(64).items())
+    with pytest.raises(AssertionError, match="vocabulary"):
+        make_head(target, torch.arange(40)).load(saved)
+
+
 def test_a_few_steps_of_training_lower_the_loss_at_every_depth(target):
     """All of the head takes part, and the vocabulary's limit does not stop it."""
     ids, _ = fast_eagle3.draft_vocabulary(samples(60), 64, 56)
     head = make_head(target, ids)
-    (block, _) = make_blocks(samples(60), 0, LAYERS, {48: 4, 96: 1})
+    (block, _) = train_drafters.make_blocks(samples(60), 0, LAYERS, {48: 4, 96: 1})
     optimizer = train_eagle3.make_optimizer(head)
     history = []
     for _ in range(12):

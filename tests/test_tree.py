@@ -101,8 +101,7 @@ class Pair:
             guess.logprob = logprob
 
     def send(self, number: int, token: int, logprob: float) -> None:
-        for node in self.tree.best_unsent(number):
-            node.sent = True
+        self.tree.send(self.tree.best_unsent(number))
         unsent = [path for path, guess in self.model.guesses.items() if not guess.sent]
         for path in self.model.ranked(unsent)[:number]:
             self.model.guesses[path].sent = True
@@ -142,6 +141,7 @@ class Pair:
         """The tree is what the model says."""
         tree, model = self.tree, self.model
         assert len(tree) == len(model.guesses)
+        assert tree.num_sent == sum(guess.sent for guess in model.guesses.values())
         assert tree.root.id == model.guesses[()].id
         for path, guess in model.guesses.items():
             node = tree[NodeId(guess.id)]
@@ -252,7 +252,7 @@ def test_what_is_known_or_in_flight_is_not_removed() -> None:
     tree = DraftTree()
     root = tree.plant(NodeId(-1), 0, 5)
     child = tree.add(root.id, 1, -1.0)
-    child.sent = True
+    tree.send([child])
     with pytest.raises(AssertionError, match="in flight"):
         tree.remove(child)
     with pytest.raises(AssertionError, match="root"):

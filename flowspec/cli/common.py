@@ -1,6 +1,6 @@
 """What several commands share: the effective configuration and the split model it names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import flowspec
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
+from flowspec.eval.records import Sample, read_samples
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
@@ -15,6 +16,10 @@ from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 from flowspec.strategies import find_strategy
 
 DEFAULT_STAGES = 4
+RECORD_KEYS = (  # that --only takes
+    *("cluster", "model", "drafter", "strategy", "dataset", "question", "turn", "temperature"),
+    *("seed", "stages", "table", "max_tokens", "warm", "emulated", "finish", "mismatch", "host"),
+)
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -78,3 +83,28 @@ def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Pa
         plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name, on_bytes=on_bytes
     )
     return out
+
+
+def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
+    """Samples of these files that have every `key=value[,value]` of `only`; one of a key.
+
+    Raises ValueError for a file that is no record, an unknown key, and where none is left.
+    """
+    found = {sample.key: sample for path in paths for sample in read_samples(path)}
+    samples = list(found.values())
+    if not samples:
+        raise ValueError(f"{', '.join(map(str, paths))}: no records yet")
+    for pair in only:
+        key, equals, values = pair.partition("=")
+        if not equals or key not in RECORD_KEYS:
+            raise ValueError(f"--only {pair!r} must be key=value; keys: {', '.join(RECORD_KEYS)}")
+        there = sorted({_as_text(getattr(sample, key)) for sample in samples})
+        wanted = set(values.lower().split(","))
+        samples = [sample for sample in samples if _as_text(getattr(sample, key)) in wanted]
+        if not samples:
+            raise ValueError(f"--only {pair}: no record has it; there are: {', '.join(there)}")
+    return samples
+
+
+def _as_text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()

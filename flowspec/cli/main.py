@@ -11,7 +11,26 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import check_head, reliability, run, split, stage, trace, verify
+from flowspec.cli import (
+    bench,
+    chat,
+    check_head,
+    doctor,
+    generate,
+    join,
+    plan,
+    plot,
+    reliability,
+    report,
+    run,
+    serve,
+    simulate,
+    split,
+    stage,
+    status,
+    trace,
+    verify,
+)
 from flowspec.cluster.torchrun import find_launch
 from flowspec.request import ClusterError
 
@@ -23,11 +42,22 @@ app = typer.Typer(
     help="Run one large language model on several weak machines, fast and lossless.",
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
+app.command("join")(join.join)
+app.command("chat")(chat.chat)
+app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 app.command("split")(split.split)
 app.command("verify")(verify.verify)
+app.command("bench")(bench.bench)
 app.command("check-head")(check_head.check_head)
 app.add_typer(trace.app, name="trace")
 app.command("reliability")(reliability.reliability)
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
+app.command("plot")(plot.plot)
 app.command("stage", hidden=True)(stage.stage)
 
 

@@ -81,6 +81,13 @@ def run(
         ),
     ] = None,
     shape_stable: Annotated[bool | None, typer.Option(help="Bit-equal in 16 bits, slow.")] = None,
+    emulate: Annotated[
+        str | None,
+        typer.Option(
+            help="CLUSTER:MODEL, such as jetson-5:vicuna-7b: keep the pace of that cluster running "
+            "that model (profiles in config/)."
+        ),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a decode setting: key=value.")
     ] = None,
@@ -117,7 +124,7 @@ _CONFIG_FLAGS = (
         "shape_stable",
     ),
     *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
-    *("max_requests", "kv_memory_mb", "max_restarts", "trace"),
+    *("max_requests", "kv_memory_mb", "max_restarts", "trace", "emulate"),
 )
 
 

@@ -19,6 +19,8 @@ def stage(
     threads: int = 1,
     kv_memory_mb: Annotated[int, typer.Option(help="For KV caches; 0: half of what is free.")] = 0,
     shape_stable: bool = False,
+    emulate: Annotated[str, typer.Option(help="CLUSTER:MODEL whose pace to keep.")] = "",
+    emulate_slowdown: float = 1.0,
     trace_file: Path | None = None,
     epoch: Annotated[int, typer.Option(help="Of the pipeline that it joins.")] = 0,
 ) -> None:
@@ -34,6 +36,8 @@ def stage(
         threads=threads,
         shape_stable=shape_stable,
         kv_memory_mb=kv_memory_mb,
+        emulate=emulate,
+        emulate_slowdown=emulate_slowdown,
         trace_file=trace_file,
         epoch=epoch,
     )

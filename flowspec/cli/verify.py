@@ -52,7 +52,7 @@ class _Plan:
         return [
             Combination(name, drafter, self.driver, num_stages, temperature, at_once)
             for name in self.strategies
-            if STRATEGIES[name].drafts == (drafter != "none")
+            if find_strategy(name).drafts == (drafter != "none")
             for temperature in self.temperatures
             for at_once in self.requests
         ]
@@ -108,7 +108,7 @@ def verify(
         max_requests=max(at_once),
         kept_prefixes=0,
     )
-    drafting = any(STRATEGIES[name].drafts for name in names)
+    drafting = any(find_strategy(name).drafts for name in names)
     plan = _Plan(
         config=config,
         strategies=names,
@@ -200,7 +200,7 @@ def _check_row(
     parts: HeadParts,
     shown: tuple[Progress, TaskID],
 ) -> None:
-    spec = STRATEGIES[row.strategy]
+    spec = find_strategy(row.strategy)
     _, switches = parse_drafter(row.drafter)
     cluster.configure(spec, replace(spec.defaults, **switches))
     progress, task = shown

@@ -21,9 +21,11 @@ from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
+from flowspec.simulate.emulation import Emulation, read_emulation
 from flowspec.strategies import StrategySpec
 from flowspec.trace import open_trace, trace_path
 from flowspec.transport.base import LOST, LostPeer, Transport
+from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.local import local_transport, rank_device
 from flowspec.wire import (
     Cancel,
@@ -52,9 +54,10 @@ LOG_TAIL_LINES = 8
 class LocalCluster:
     """Start with `with`; leaving ends every process, whatever happened inside.
 
-    With `trace_folder` every process records there what it does (flowspec/trace.py). A stage that
-    dies or hangs is restarted, up to `config.max_restarts` times in all, and requests go on from
-    their accepted tokens; not in a traced run, whose records would have a hole.
+    With `trace_folder` every process records there what it does (flowspec/trace.py). With
+    `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
+    restarted, up to `config.max_restarts` times in all, and requests go on from their accepted
+    tokens; not in a traced run, whose records would have a hole.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class LocalCluster:
         self.trace_folder = trace_folder
         self.parts = parts
         self.num_stages = len(parts.manifest.layers)
+        self.emulation = _emulation(config, self.num_stages)
         self.head = build_head(config, parts)
         self.children: dict[int, Child] = {}
         self.kv_rows: dict[int, int] = {}  # what each stage can hold
@@ -79,7 +83,7 @@ class LocalCluster:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         trace = open_trace(self._trace_file(0), 0)
-        self.driver = Driver(self.head, self.transport, self.num_stages, trace)
+        self.driver = Driver(self.head, self.transport, self.num_stages, trace, pace=self.emulation)
         self._pinged_at = 0.0
 
     def __enter__(self) -> "LocalCluster":
@@ -215,7 +219,10 @@ class LocalCluster:
     def _make_transport(self) -> Transport:
         device = rank_device(self.config.transport, self.config.device, 0)
         kind, stages = self.config.transport, self.num_stages
-        return local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
+        inner = local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
+        if self.emulation is None:
+            return inner
+        return EmulatedTransport(inner, 0, self.emulation.link)
 
     def _spawn(self, rank: int) -> Child:
         config = self.config
@@ -228,6 +235,9 @@ class LocalCluster:
             *("--threads", str(config.threads_per_process)),
             *("--kv-memory-mb", str(config.kv_memory_mb)),
         ]
+        if config.emulate:
+            command += ["--emulate", config.emulate]
+            command += ["--emulate-slowdown", str(config.emulate_slowdown)]
         if config.shape_stable:
             command.append("--shape-stable")
         command += ["--epoch", str(self.head.pipe.epoch)]
@@ -348,6 +358,16 @@ class LocalCluster:
         except OSError:
             return ""
         return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
+
+
+def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
+    if not config.emulate:
+        return None
+    emulation = read_emulation(
+        config.emulate, drafter=config.drafter, slowdown=config.emulate_slowdown
+    )
+    emulation.check_stages(num_stages)
+    return emulation
 
 
 def _await_exit(children: Iterable[Child], timeout_s: float) -> None:

@@ -13,10 +13,23 @@ def peak_bytes() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What is free on `device`; for the CPU what programs may still take without swapping."""
+    """What is free on `device`; for the CPU what programs may still take without swapping.
+
+    Boards whose GPU shares the CPU's memory tell it as MemAvailable too: their driver counts the
+    page cache, which gives way, as used.
+    """
+    free = _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
+    if device.type != "cuda":
+        return free
+    shared = bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+    return free if shared else int(torch.cuda.mem_get_info(device)[0])
+
+
+def total_bytes(device: torch.device) -> int:
+    """All the memory `device` has."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
+        return int(torch.cuda.mem_get_info(device)[1])
+    return _kib(Path("/proc/meminfo"), "MemTotal") * 1024
 
 
 def kv_rows(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:

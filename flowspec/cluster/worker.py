@@ -12,12 +12,14 @@ from pathlib import Path
 import torch
 
 from flowspec.cluster.memory import kv_rows, peak_bytes
-from flowspec.driver import Driver
+from flowspec.driver import Driver, Pace
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
 from flowspec.request import ClusterError, rank_name
+from flowspec.simulate.emulation import read_emulation
 from flowspec.trace import open_trace
 from flowspec.transport.base import Transport
+from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.local import local_transport
 from flowspec.wire import Failed, Ready
 
@@ -39,6 +41,8 @@ class WorkerConfig:
     threads: int = 1
     shape_stable: bool = False
     kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
+    emulate: str = ""  # CLUSTER:MODEL whose pace to keep
+    emulate_slowdown: float = 1.0
     trace_file: Path | None = None  # where to record what this process does
     epoch: int = 0  # of the pipeline that this stage joins
 
@@ -53,10 +57,13 @@ def run_worker(config: WorkerConfig) -> int:
         folder=config.socket_folder,
         device=config.device,
     )
-    return serve(config, transport)
+    if not config.emulate:
+        return serve(config, transport)
+    emulation = read_emulation(config.emulate, drafter="none", slowdown=config.emulate_slowdown)
+    return serve(config, EmulatedTransport(transport, config.rank, emulation.link), emulation)
 
 
-def serve(config: WorkerConfig, transport: Transport) -> int:
+def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) -> int:
     """Load, serve until told to stop, return the exit code. The head learns of every failure."""
     torch.set_num_threads(config.threads)
     trace = open_trace(config.trace_file, config.rank)
@@ -76,7 +83,7 @@ def serve(config: WorkerConfig, transport: Transport) -> int:
         stage.peak_memory_bytes = peak_bytes
         ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
         transport.send(HEAD, ready)
-        driver = Driver(stage, transport, config.num_stages, trace)
+        driver = Driver(stage, transport, config.num_stages, trace, pace=pace)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
     except ClusterError as error:

@@ -22,6 +22,8 @@ class Proposal:
 class DraftSession(Protocol):
     """The drafter's side of one request. Methods that compute are `absorb` and `expand`.
 
+    While a forward begun for it has not finished, the text may grow and features may come.
+
     A model's `num_reusable` is below the number of its tokens: the last row needs features (or a
     successor) that only the next request brings.
     """
@@ -77,6 +79,16 @@ class Opening:
     num_shared: int = 0
 
 
+class Draft(Protocol):
+    """A drafter forward that has begun. Between `begin` and `finish` no other may."""
+
+    def run(self) -> None:
+        """Compute. In a thread of its own, perhaps: it touches the draft model's tensors alone."""
+
+    def finish(self) -> list[list[Proposal]]:
+        """The proposals of each job, also for nodes that have died since."""
+
+
 class Drafter(Protocol):
     """A loaded draft model (or method)."""
 
@@ -86,15 +98,36 @@ class Drafter(Protocol):
     def open(self, opening: Opening) -> DraftSession:
         """Begin with a request."""
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """The proposals of each job, all in one forward where the method has one.
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """Begin with all jobs, in one forward where the method has one.
 
         At most one job per session.
         """
 
 
-def draft_each(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-    """`Drafter.draft`, one job after the other."""
+def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+    """The proposals of each job, from begin to finish."""
+    begun = drafter.begin(jobs)
+    begun.run()
+    return begun.finish()
+
+
+class Lookup:
+    """A Draft that is done as soon as it has begun, one job after the other: nothing to compute."""
+
+    def __init__(self, jobs: Sequence[DraftJob]) -> None:
+        self._proposals = look_up(jobs)
+
+    def run(self) -> None:
+        """Nothing."""
+
+    def finish(self) -> list[list[Proposal]]:
+        """See Draft."""
+        return self._proposals
+
+
+def look_up(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+    """The proposals of one job after the other, each by its session alone."""
     proposals = []
     for job in jobs:
         if job.nodes is not None:
@@ -116,9 +149,9 @@ class NoDrafter:
         del opening
         return NoDraftSession()
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft."""
-        return draft_each(jobs)
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        return Lookup(jobs)
 
 
 class NoDraftSession:

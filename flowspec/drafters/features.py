@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowspec.drafters.base import Opening, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal
 from flowspec.drafters.incremental import IncrementalDrafter, IncrementalSession, Share
 from flowspec.model.config import ModelConfig
 from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
@@ -108,8 +108,16 @@ class FeatureSession(IncrementalSession):
 
     def _features_of_true(self, start: int, n: int) -> Tensor:
         layers = self.drafter.feature_layers
-        rows = [self.features.pop(position) for position in range(start, start + n)]
+        rows = [self.features[position] for position in range(start, start + n)]
         return torch.stack([torch.cat([row[layer] for layer in layers]) for row in rows])
+
+    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
+        """See IncrementalSession."""
+        before = self.num_absorbed
+        proposals = super().finish(job, share, states, logits)
+        for position in range(before, self.num_absorbed):
+            self.features.pop(position, None)
+        return proposals
 
     def _features_of_guesses(self, nodes: Sequence[Node]) -> Tensor:
         return torch.stack([self._guesses[node.parent] for node in nodes])

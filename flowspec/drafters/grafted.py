@@ -47,16 +47,32 @@ class GraftedDrafter:
             opening = replace(opening, reuse=before.base)
         return GraftedSession(self.base.open(opening), self.ngram.open(opening), self.name)
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft: one call of the base drafter, its proposals merged with the text's."""
-        sessions = [job.session for job in jobs]
+    def begin(self, jobs: Sequence[DraftJob]) -> "GraftedDraft":
+        """See Drafter.begin."""
+        return GraftedDraft(self.base, jobs)
+
+
+class GraftedDraft:
+    """The base drafter's forward, its proposals merged with the text's word; see Draft."""
+
+    def __init__(self, base: Drafter, jobs: Sequence[DraftJob]) -> None:
+        self._parts: list[tuple[GraftedSession, DraftTree]] = []
         inner = []
-        for session, job in zip(sessions, jobs, strict=True):
-            assert isinstance(session, GraftedSession), "a session of another drafter"
-            inner.append(DraftJob(session.base, job.tree, job.nodes))
+        for job in jobs:
+            assert isinstance(job.session, GraftedSession), "a session of another drafter"
+            self._parts.append((job.session, job.tree))
+            inner.append(DraftJob(job.session.base, job.tree, job.nodes))
+        self._base = base.begin(inner)
+
+    def run(self) -> None:
+        """See Draft."""
+        self._base.run()
+
+    def finish(self) -> list[list[Proposal]]:
+        """See Draft."""
         return [
-            [session.merged(proposal, job.tree) for proposal in proposals]  # type: ignore[attr-defined]
-            for session, job, proposals in zip(sessions, jobs, self.base.draft(inner), strict=True)
+            [session.merged(proposal, tree) for proposal in proposals]
+            for (session, tree), proposals in zip(self._parts, self._base.finish(), strict=True)
         ]
 
 

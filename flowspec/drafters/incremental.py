@@ -3,8 +3,8 @@
 Row i of the cache's prefix belongs to true token i + `first_token` (1 for heads that set a token
 beside its parent's feature, 0 for plain language models) and has RoPE position i. Guessed nodes are
 tree rows behind it. `absorb` makes true rows of what is newly known, and of the guesses keeps those
-that live; `expand` adds rows of guesses. Both go through `IncrementalDrafter.draft`, which runs the
-rows of all its jobs together, so that the weights are read once. Shapes: n rows, H hidden size, V
+that live; `expand` adds rows of guesses. Both go through `IncrementalDrafter.begin`: the rows of
+all its jobs run together, so that the weights are read once. Shapes: n rows, H hidden size, V
 vocabulary, Vd the draft model's.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import DraftJob, Opening, Proposal
+from flowspec.drafters.base import DraftJob, Opening, Proposal, draft
 from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
 from flowspec.request import NO_NODE, NodeId
 from flowspec.tree import DraftTree, Node
@@ -72,23 +72,12 @@ class IncrementalDrafter(ABC):
     def logits(self, states: Tensor) -> Tensor:
         """States [n, H] -> logits [n, Vd] of the tokens after them."""
 
-    @torch.inference_mode()
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft; a session has one job at most."""
+    def begin(self, jobs: Sequence[DraftJob]) -> "Forward":
+        """See Drafter.begin; a session has one job at most."""
         assert len({id(job.session) for job in jobs}) == len(jobs), "two jobs of one session"
-        sessions: list[IncrementalSession] = []
-        shares = []
-        for job in jobs:
-            assert isinstance(job.session, IncrementalSession)
-            sessions.append(job.session)
-            shares.append(job.session.begin(job))
-        outputs = self._run(shares)
-        return [
-            session.finish(job, share, *output)
-            for session, job, share, output in zip(sessions, jobs, shares, outputs, strict=True)
-        ]
+        return Forward(self, jobs)
 
-    def _run(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
+    def run(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
         """States [m, H] and logits [m, Vd] of each share's `asked` rows."""
         busy = [share for share in shares if share.window is not None]
         outputs = iter(self._run_busy(busy) if busy else [])
@@ -110,6 +99,32 @@ class IncrementalDrafter(ABC):
         if not sum(counts):
             return [(own, own) for own in asked]
         return list(zip(asked, self.logits(torch.cat(asked)).split(counts), strict=True))
+
+
+class Forward:
+    """A draft model's forward over the rows of several sessions; see Draft."""
+
+    @torch.inference_mode()
+    def __init__(self, drafter: IncrementalDrafter, jobs: Sequence[DraftJob]) -> None:
+        self._drafter = drafter
+        self._parts: list[tuple[IncrementalSession, DraftJob, Share]] = []
+        for job in jobs:
+            assert isinstance(job.session, IncrementalSession)
+            self._parts.append((job.session, job, job.session.begin(job)))
+        self._outputs: list[tuple[Tensor, Tensor]] = []
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """See Draft."""
+        self._outputs = self._drafter.run([share for _, _, share in self._parts])
+
+    @torch.inference_mode()
+    def finish(self) -> list[list[Proposal]]:
+        """See Draft."""
+        return [
+            session.finish(job, share, *output)
+            for (session, job, share), output in zip(self._parts, self._outputs, strict=True)
+        ]
 
 
 class IncrementalSession:
@@ -166,12 +181,12 @@ class IncrementalSession:
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
-        (proposals,) = self.drafter.draft([DraftJob(self, tree)])
+        (proposals,) = draft(self.drafter, [DraftJob(self, tree)])
         return proposals[0] if proposals else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
         """See DraftSession.expand."""
-        (proposals,) = self.drafter.draft([DraftJob(self, tree, nodes)])
+        (proposals,) = draft(self.drafter, [DraftJob(self, tree, nodes)])
         return proposals
 
     def begin(self, job: DraftJob) -> Share:

@@ -15,7 +15,7 @@ from math import log
 
 from torch import Tensor
 
-from flowspec.drafters.base import DraftJob, Opening, Proposal, draft_each
+from flowspec.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
 from flowspec.drafters.suffix_automaton import Match, SuffixAutomaton
 from flowspec.request import NodeId
 from flowspec.tree import DraftTree, Node
@@ -36,9 +36,9 @@ class NgramDrafter:
         """See Drafter.open; `accept` brings every token, which is all there is to do."""
         return NgramSession(opening.topk)
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft."""
-        return draft_each(jobs)
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        return Lookup(jobs)
 
 
 class NgramSession:

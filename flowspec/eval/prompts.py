@@ -1,6 +1,7 @@
-"""Prompts from files: `question.jsonl` (MT-bench form), JSON lines with a prompt, or plain text."""
+"""Prompts from files: `question.jsonl` (MT-bench form), JSON lines with a prompt, ShareGPT."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,16 @@ def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     source = path.parent.name if path.name == "question.jsonl" else path.stem
+    if path.suffix == ".json":
+        return _sharegpt(text, source, path)[:limit]
     if path.suffix != ".jsonl":
         if not text.strip():
             raise ValueError(f"{path} is empty")
         return [Prompt(path.stem, source, (text.strip(),))]
+    return _lines(text, source, path, limit)
+
+
+def _lines(text: str, source: str, path: Path, limit: int | None) -> list[Prompt]:
     prompts: list[Prompt] = []
     for number, line in enumerate(text.splitlines(), start=1):
         if limit is not None and len(prompts) >= limit:
@@ -54,10 +61,44 @@ def _parse(line: str, source: str, where: str, number: int) -> Prompt:
         raise ValueError(f"{where} is not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"{where} must be an object, not {type(record).__name__}")
-    turns = record.get("turns", [record["prompt"]] if "prompt" in record else None)
+    turns = record.get("turns", record.get("prompt"))
+    turns = [turns] if isinstance(turns, str) else turns
     if not isinstance(turns, list) or not turns or not all(isinstance(t, str) and t for t in turns):
         raise ValueError(f'{where} needs "turns" (a list of texts) or "prompt" (a text)')
+    name = record.get("question_id", record.get("id", number))
+    return make_prompt(str(name), source, turns, where)
+
+
+def make_prompt(name: str, source: str, turns: Sequence[str], where: str) -> Prompt:
+    """A prompt of acceptable length. Raises ValueError naming `where`."""
     if any(len(turn) > MAX_PROMPT_CHARS for turn in turns):
         raise ValueError(f"{where} is longer than {MAX_PROMPT_CHARS} characters")
-    name = record.get("question_id", record.get("id", number))
-    return Prompt(str(name), source, tuple(turns))
+    return Prompt(name, source, tuple(turns))
+
+
+def _sharegpt(text: str, source: str, path: Path) -> list[Prompt]:
+    """The user's first message of each conversation; one that has none (some do not) asks nothing.
+
+    Only the first: what follows answers another model's words.
+    """
+    try:
+        records: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(records, list):
+        raise ValueError(f"{path} must hold a list of conversations (ShareGPT)")
+    prompts = []
+    for number, record in enumerate(records, start=1):
+        where = f"{path}: conversation {number}"
+        said = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(said, list) or not all(isinstance(one, dict) for one in said):
+            raise ValueError(
+                f'{where} needs "conversations", a list of objects with from and value'
+            )
+        asked = [one.get("value") for one in said if one.get("from") in ("human", "user")]
+        if asked and isinstance(asked[0], str) and asked[0].strip():
+            name = str(record.get("id", number))
+            prompts.append(make_prompt(name, source, asked[:1], where))
+    if not prompts:
+        raise ValueError(f"{path} has no conversation that a user begins or joins")
+    return prompts

@@ -89,12 +89,13 @@ class Process:
     num_dropped: int | None = None
     works: list[Work] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)
+    hosted: list[tuple[float, float]] = field(default_factory=list)  # where a simulator charged it
     sent: list[Note] = field(default_factory=list)
     received: list[Note] = field(default_factory=list)
 
     @property
     def is_virtual(self) -> bool:
-        """Whether a simulator ran it: then what is no work is waiting."""
+        """Whether a simulator ran it: then what is neither work nor charged is waiting."""
         return self.clock_kind == "virtual"
 
 
@@ -159,8 +160,9 @@ def _load(records: Iterable[Record]) -> Process:
             process.rank, process.pid, process.clock_kind = values
         elif kind == "work":
             process.works.append(_work(*values))
-        elif kind == "wait" and values[0] < values[1]:
-            process.waits.append((values[0], values[1]))
+        elif kind in ("wait", "host") and values[0] < values[1]:
+            spans = process.waits if kind == "wait" else process.hosted
+            spans.append((values[0], values[1]))
         elif kind == "send":
             when, to, key, size, details = values
             process.sent.append(Note(when, key[0], tuple(key), to, size, details))
@@ -230,12 +232,12 @@ def _gaps(process: Process, start: float, end: float) -> list[tuple[float, float
     borders = sorted({start, end, *(note.when for note in process.received)})
     waits = []
     last = start
-    for work in [*process.works, None]:
-        until = end if work is None else work.start
+    busy = sorted([*((work.start, work.end) for work in process.works), *process.hosted])
+    for until, finish in [*busy, (end, end)]:
         inside = borders[bisect_left(borders, last) : bisect_left(borders, until)]
         points = [last, *(point for point in inside if point > last), until]
         waits += [(a, b) for a, b in zip(points, points[1:], strict=False) if b > a]
-        last = until if work is None else work.end
+        last = finish
     return waits
 
 
@@ -249,9 +251,9 @@ def _match(processes: dict[int, Process]) -> list[Hop]:
     hops = []
     for process in processes.values():
         wait_ends = [end for _, end in process.waits]
-        work_ends = [work.end for work in process.works]
+        busy_ends = sorted([*(w.end for w in process.works), *(end for _, end in process.hosted)])
         for note in process.received:
-            queued = _last(work_ends, note.when) > _last(wait_ends, note.when)
+            queued = _last(busy_ends, note.when) > _last(wait_ends, note.when)
             if waiting := on_the_way[process.rank, note.key]:
                 source, sent = waiting.popleft()
                 hops.append(Hop(source, process.rank, sent, note, queued))

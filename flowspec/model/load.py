@@ -52,10 +52,42 @@ def load_stage(
 
     Raises ValueError when there is no such stage, or a file is missing, corrupt or another one.
     """
+    first, last = read_manifest(Path(folder)).layer_range(stage)
+    return load_stage_range(folder, first, last, device=device, dtype=dtype, verify=verify)
+
+
+def load_stage_range(
+    folder: Path | str,
+    first: int,
+    last: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    verify: bool = True,
+) -> StageModel:
+    """Layers `first` to `last` (exclusive) of a split model as one stage, whatever its parts are.
+
+    The range must begin and end where parts do; a model split into single layers has every range.
+    With the first layer comes the embedding, with the last the norm and the lm_head. Only the
+    folders of these parts need be there. Raises ValueError as `load_stage`.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    first, last = manifest.layer_range(stage)
+    stages = manifest.stages_of(first, last)
+    configs = [_stage_config(folder, manifest, stage, verify=verify) for stage in stages]
+    model = _empty_stage(configs[0], first, last)
+    tensors: dict[str, Tensor] = {}
+    for stage in stages:
+        path = check_file(folder, manifest, f"{stage_folder(stage)}/{WEIGHTS_NAME}", verify=verify)
+        tensors.update(read_tensors(path, device=device, dtype=dtype))
+    if configs[0].tie_word_embeddings and EMBEDDING in tensors:
+        tensors.pop(LM_HEAD, None)  # a copy, for a last part that has no embedding
+    return _fill_stage(model, tensors, folder)
+
+
+def _stage_config(folder: Path, manifest: Manifest, stage: int, *, verify: bool) -> ModelConfig:
     config = _part_config(folder, manifest, stage_folder(stage), verify=verify)
+    first, last = manifest.layer_range(stage)
     about = read_json(folder / stage_folder(stage) / "config.json").get("flowspec")
     found = about if isinstance(about, dict) else {}
     if (found.get("first_layer"), found.get("last_layer")) != (first, last):
@@ -63,9 +95,7 @@ def load_stage(
             f"{folder / stage_folder(stage)} was made for layers {found.get('first_layer')} to "
             f"{found.get('last_layer')}, the manifest says {first} to {last}; split again"
         )
-    model = _empty_stage(config, first, last)
-    path = check_file(folder, manifest, f"{stage_folder(stage)}/{WEIGHTS_NAME}", verify=verify)
-    return _fill_stage(model, read_tensors(path, device=device, dtype=dtype), path)
+    return config
 
 
 def load_whole(

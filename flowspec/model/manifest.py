@@ -52,6 +52,19 @@ class Manifest:
             )
         return sum(self.layers[: stage - 1]), sum(self.layers[:stage])
 
+    def stages_of(self, first: int, last: int) -> range:
+        """Stages that together hold layers `first` to `last` (exclusive), and no others.
+
+        Raises ValueError where the split was cut elsewhere.
+        """
+        ends = [sum(self.layers[:k]) for k in range(self.num_stages + 1)]
+        if first >= last or first not in ends or last not in ends:
+            raise ValueError(
+                f"{self.model_id} was cut at layers {', '.join(map(str, ends))}, which makes no "
+                f"layers {first} to {last}; split it again with every layer by itself"
+            )
+        return range(ends.index(first) + 1, ends.index(last) + 1)
+
 
 def stage_folder(stage: int) -> str:
     """Name of the folder of stage 1..N."""
@@ -105,10 +118,9 @@ def read_manifest(folder: Path) -> Manifest:
         )
     content = read_json(path)
     try:
-        manifest = _parse(content)
+        return parse_manifest(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; split the model again") from error
-    return manifest
 
 
 def check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> Path:
@@ -139,7 +151,8 @@ def parse_files(content: Any) -> dict[str, FileRecord]:
     return {_safe(name): _parse_record(name, value) for name, value in content.items()}
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
+def parse_manifest(content: Mapping[str, Any]) -> Manifest:
+    """A manifest from JSON, whoever sent it; ValueError says what is wrong with it."""
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}")

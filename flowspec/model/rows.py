@@ -70,8 +70,9 @@ def run_rows(
     `parents` are tree rows as in TreeKVCache.append_tree; None: prefix rows. Returns hidden [n, H]
     and the owned feature layers' hidden states [n, H] each.
     """
-    where = torch.tensor(positions, device=model.device)
-    x = x.to(model.device)
+    device = cache.keys.device  # the model's, which would look through its parameters for it
+    where = torch.tensor(positions, device=device)
+    x = x.to(device)
     if cache.stable_context is None:
         window = _window(cache, len(positions), parents)
         return model(x, where, window, features=features)

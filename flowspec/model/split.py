@@ -57,7 +57,7 @@ def run_split(
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     with TensorReader() as reader:
         for file in todo:
-            done[file.name] = _write_file(plan, out / file.name, file, reader, on_bytes)
+            done[file.name] = write_file(plan, out / file.name, file, reader, on_bytes)
             _write_journal(out, identity, done)
     architecture = plan.checkpoint.config.architecture
     manifest = Manifest(
@@ -152,9 +152,13 @@ def _write_journal(out: Path, identity: str, done: Mapping[str, FileRecord]) -> 
     write_json(out / JOURNAL_NAME, {"source": identity, "files": files})
 
 
-def _write_file(
+def write_file(
     plan: SplitPlan, path: Path, file: OutputFile, reader: TensorReader, on_bytes: OnBytes
 ) -> FileRecord:
+    """Write one file of a plan to `path`, which is there whole or not at all; what it has become.
+
+    Raises ValueError where the checkpoint changes meanwhile, or a value does not fit the dtype.
+    """
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(path.name + _PARTIAL)
     try:

@@ -3,14 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from flowspec.answers import Answers
-from flowspec.config import DecodeConfig
+from flowspec.config import DecodeConfig, RunConfig
 from flowspec.effects import HEAD, Core
+from flowspec.engine import HeadParts, build_head
 from flowspec.head import Head
 from flowspec.request import ClusterError, Completion, Request
+from flowspec.simulate.emulation import Emulation
 from flowspec.simulate.scheduler import (
+    ChargeHost,
     ChargeLink,
     ChargeWork,
     Simulator,
+    free_host,
     instant_link,
     unit_work,
 )
@@ -29,13 +33,16 @@ class SimulatedCluster:
         *,
         work_time: ChargeWork = unit_work,
         link_time: ChargeLink = instant_link,
+        host_time: ChargeHost = free_host,
         wrap: Callable[[Core], Core] = lambda core: core,
     ) -> None:
         self.head = head
         cores: dict[int, Core] = {HEAD: wrap(head)}
         cores.update({stage.rank: wrap(stage) for stage in stages})
         self.stages = list(stages)
-        self.simulator = Simulator(cores, work_time=work_time, link_time=link_time)
+        self.simulator = Simulator(
+            cores, work_time=work_time, link_time=link_time, host_time=host_time
+        )
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """See Cluster.configure."""
@@ -77,3 +84,24 @@ class SimulatedCluster:
 
     def close(self) -> None:
         """Nothing to end."""
+
+
+def emulated_cluster(
+    config: RunConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
+) -> SimulatedCluster:
+    """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
+
+    Raises ValueError where the split has another number of stages.
+    """
+    emulation.check_stages(len(stages))
+    fresh = [
+        Stage(stage.rank, stage.num_stages, stage.model, shape_stable=stage.shape_stable)
+        for stage in stages
+    ]
+    return SimulatedCluster(
+        build_head(config, parts),
+        fresh,
+        work_time=emulation.work,
+        link_time=emulation.link,
+        host_time=emulation.host,
+    )

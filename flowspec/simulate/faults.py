@@ -114,15 +114,15 @@ class FaultySimulator(Simulator):
             overtakes = random.random() < plan.reorder
         lane = source, to, isinstance(message, DATA)
         for _ in range(copies):
-            when = self.now + self._link_time(source, to, message)
+            when = self.now + self._link_time(source, to, message).latency_s
             if overtakes:
                 self.totals.add("reorder")
             else:
                 when = max(when, self._arrivals.get(lane, 0.0))
                 self._arrivals[lane] = when
-            self._at(when, lambda: self._arrive(source, to, message, sent_at))
+            self._at(when, lambda: self._reach(source, to, message, sent_at))
 
-    def _arrive(self, source: int, to: int, message: Message, sent_at: float) -> None:
+    def _reach(self, source: int, to: int, message: Message, sent_at: float) -> None:
         cut_at = self._cuts.get((source, to))
         if cut_at is not None and sent_at <= cut_at + self.plan.cut_s and self.now >= cut_at:
             self.totals.add("lost in a cut")

@@ -1,9 +1,10 @@
 """The decoding strategies by name. Adding one: one file here, one row in the table."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowspec.config import DecodeConfig
+from flowspec.strategies.ablations import Draining, Eager, FixedSize, Ticking
 from flowspec.strategies.ar import Ar
 from flowspec.strategies.base import Strategy
 from flowspec.strategies.flowspec import FlowSpec
@@ -50,16 +51,45 @@ STRATEGIES: dict[str, StrategySpec] = {
     "streaming": StrategySpec(
         Streaming,
         DecodeConfig(
-            segment_size=64, tree_size=320, topk=10, min_score=0.001, coupled_drafting=True
+            segment_size=64,
+            tree_size=800,
+            min_score=0.0003,
+            coupled_drafting=True,
+            calibrate=True,
         ),
         "asynchronous best-first streaming without a drain",
     ),
 }
 DEFAULT_STRATEGY = "streaming"
+_STREAMING = STRATEGIES[DEFAULT_STRATEGY].defaults
+# streaming without one of its mechanisms each; found by name, in no list to choose from
+ABLATIONS: dict[str, StrategySpec] = {
+    "streaming-ticking": StrategySpec(Ticking, _STREAMING, "with a barrier"),
+    "streaming-draining": StrategySpec(Draining, _STREAMING, "with a drain after a miss"),
+    "streaming-eager": StrategySpec(Eager, _STREAMING, "without just-in-time choice"),
+    "streaming-fixed-size": StrategySpec(FixedSize, _STREAMING, "without knee-sized segments"),
+    "streaming-stale": StrategySpec(
+        Streaming, replace(_STREAMING, refresh=False), "without feature refresh"
+    ),
+    "streaming-uncalibrated": StrategySpec(
+        Streaming, replace(_STREAMING, calibrate=False), "without calibrated scores"
+    ),
+    "streaming-uncoupled": StrategySpec(
+        Streaming, replace(_STREAMING, coupled_drafting=False), "without the shared noise"
+    ),
+    "streaming-narrow": StrategySpec(
+        Streaming, replace(_STREAMING, draft_width=4), "with four nodes a drafter forward"
+    ),
+    "streaming-grafted": StrategySpec(
+        Streaming, replace(_STREAMING, graft=True), "with n-gram branches"
+    ),
+}
 
 
 def find_strategy(name: str) -> StrategySpec:
     """The row of the table. Raises ValueError listing the known names."""
+    if name in ABLATIONS:
+        return ABLATIONS[name]
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[name]

@@ -13,6 +13,8 @@ from flowspec.session import Session
 from flowspec.strategies.base import Outgoing
 from flowspec.tree import Node
 
+MOST_OVER = 1.5  # times its size a tree may grow before it is cut back to that
+
 
 class Streaming:
     """Best nodes first, just in time."""
@@ -22,22 +24,28 @@ class Streaming:
         pipe = s.pipe
         if pipe.num_waiting or pipe.num_in_flight >= (s.config.max_in_flight or s.num_stages + 1):
             return None
-        least = log(s.config.min_score) if s.config.min_score else float("-inf")
-        best = [n for n in s.tree.best_unsent(s.config.segment_size) if n.score >= least]
+        best = [n for n in s.tree.best_unsent(s.config.segment_size) if n.score >= _least(s)]
         if not best:
             return None
         # while the first stage computes, there is time to draft on, and then to choose better
-        early = pipe.first_stage_busy_s > pipe.draft_s and bool(self.next_draft(s))
+        drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
+        early = drafts and pipe.first_stage_busy_s > pipe.draft_left_s
         return Outgoing(best, best_first=True, early=early)
 
     def next_draft(self, s: Session) -> Sequence[Node]:
-        """The most probable leaves, while the tree holds less than the pipe can take soon."""
-        stock = sum(1 for _ in s.tree.unsent())
-        if stock >= 4 * s.config.segment_size or len(s.tree) >= s.config.tree_size:
-            return []
-        least = log(s.config.min_score) if s.config.min_score else float("-inf")
-        return [n for n in s.tree.best_unexpanded(s.config.topk) if n.score >= least]
+        """The most probable leaves, without end: what stops being worth a row is not drafted on.
+
+        A text that is easy to guess is in flight many tokens deep, and a level takes a forward.
+        """
+        if len(s.tree) > MOST_OVER * s.config.tree_size:
+            s.tree.keep_best(s.config.tree_size)
+        return [n for n in s.tree.best_unexpanded(s.config.draft_width) if n.score >= _least(s)]
 
     def on_verdict(self, s: Session) -> None:
         """Make room: guesses that were not worth a row until now give way to the new root's."""
         s.tree.keep_best(s.config.tree_size // 2)
+
+
+def _least(s: Session) -> float:
+    """The least score that is worth a row."""
+    return log(s.config.min_score) if s.config.min_score else float("-inf")

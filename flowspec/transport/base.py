@@ -26,5 +26,8 @@ class Transport(Protocol):
         that a rank is gone: a stage for the head, the head for a stage.
         """
 
+    def wake(self) -> None:
+        """From any thread: end the wait of `receive`, or of the next one."""
+
     def close(self) -> None:
         """Give up sockets; what was handed over is still delivered within a second."""

@@ -36,7 +36,7 @@ class TorchDistTransport:
 
     def __init__(self, rank: int, num_stages: int, meeting: Meeting) -> None:
         self.rank = rank
-        self._inbox: queue.SimpleQueue[WireMessage | Exception] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[WireMessage | Exception | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
         self._closed = threading.Event()
         device = meeting.make_device()
@@ -61,6 +61,8 @@ class TorchDistTransport:
             except queue.Empty:
                 break
             wait = False
+            if item is None:  # woken
+                continue
             if isinstance(item, Exception):
                 self._failure = self._failure or item
             else:
@@ -68,6 +70,10 @@ class TorchDistTransport:
         if self._failure is not None and not control and not data:
             raise self._failure  # what came before it is served first
         return control + data
+
+    def wake(self) -> None:
+        """See Transport.wake."""
+        self._inbox.put(None)
 
     def has_lost(self, peer: int) -> bool:
         """Whether the connection to `peer` has broken or ended."""

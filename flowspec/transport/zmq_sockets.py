@@ -1,34 +1,57 @@
 """ZeroMQ transport: a control and a data inbox per process, so that verdicts overtake segments."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import zmq
 
 from flowspec.codec import MAX_FRAME_BYTES, WireError, decode, encode
 from flowspec.request import ClusterError, rank_name
+from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
+from flowspec.transport.keys import Keys
+from flowspec.transport.pieces import cut, join
+from flowspec.transport.tally import Tally
+from flowspec.transport.wake import Wake
 from flowspec.wire import DATA, WireMessage
 
 SEND_TIMEOUT_MS = 10_000
 MAX_QUEUED_MESSAGES = 1000
 LINGER_MS = 1000
 CONTROL, DATA_LANE = "control", "data"
+BAD_FRAME = "bad frame"
+
+logger = logging.getLogger(__name__)
 
 
 class ZmqTransport:
     """Rank `rank` of a cluster whose ranks listen at `addresses[rank][lane]`.
 
-    For local runs the addresses are ipc:// sockets in a folder that only this user may enter.
+    For local runs the addresses are ipc:// sockets in a folder that only this user may enter. With
+    `keys` they are tcp://host:port, every connection is encrypted, and both ends prove that they
+    hold the keys (see curve.py). A message on its way when a connection breaks may be lost; later
+    ones arrive once it is there again. `addresses` is read when a rank is first sent to. Port 0
+    takes a free port; `bound` says which.
+
+    A frame that is no message raises WireError in a local run: it can only be a bug. With `keys` it
+    is dropped and counted in `dropped`, for a cluster must outlive one member gone wrong.
     """
 
-    def __init__(self, rank: int, addresses: Mapping[int, Mapping[str, str]]) -> None:
+    def __init__(
+        self, rank: int, addresses: Mapping[int, Mapping[str, str]], keys: Keys | None = None
+    ) -> None:
         self.rank = rank
+        self.dropped = Tally(logger, f"{rank_name(rank)} dropped messages")
         self._addresses = addresses
         self._context = zmq.Context()
-        self._inboxes = [self._bind(addresses[rank][lane]) for lane in (CONTROL, DATA_LANE)]
+        self._guard = Guard(self._context, keys, rank_name(rank)) if keys else None
+        self.bound: dict[str, str] = {}
+        self._inboxes = [self._bind(lane) for lane in (CONTROL, DATA_LANE)]
         self._outboxes: dict[tuple[int, str], zmq.Socket[bytes]] = {}
         self._poller = zmq.Poller()
         for inbox in self._inboxes:
             self._poller.register(inbox, zmq.POLLIN)
+        self._wake = Wake()
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def send(self, to: int, message: WireMessage) -> None:
         """See Transport.send."""
@@ -36,6 +59,8 @@ class ZmqTransport:
         outbox = self._outboxes.get((to, lane)) or self._connect(to, lane)
         frames = encode(message)
         size = sum(len(frame) for frame in frames)
+        if self._guard:
+            frames = cut(frames, MAX_PIECE_BYTES)
         try:
             outbox.send_multipart(frames, copy=size < 65536)
         except zmq.Again:
@@ -48,12 +73,30 @@ class ZmqTransport:
         """See Transport.receive."""
         messages = self._drain()
         if not messages and timeout_s > 0 and self._poller.poll(int(timeout_s * 1e3)):
+            self._wake.clear()
             messages = self._drain()
         return messages
 
+    def wake(self) -> None:
+        """See Transport.wake."""
+        self._wake.set()
+
     def close(self) -> None:
         """See Transport.close."""
+        if self._guard:
+            self._guard.close()
         self._context.destroy(linger=LINGER_MS)
+        self._wake.close()
+
+    def refusals(self) -> dict[str, int]:
+        """How many connections were refused, by reason."""
+        return self._guard.refusals.counts() if self._guard else {}
+
+    def forget(self, rank: int) -> None:
+        """Drop the connections to a rank and what waits for it; its address is read anew."""
+        for to, lane in list(self._outboxes):
+            if to == rank:
+                self._outboxes.pop((to, lane)).close(linger=0)
 
     def _drain(self) -> list[WireMessage]:
         messages = []
@@ -64,18 +107,27 @@ class ZmqTransport:
                 except zmq.Again:
                     break
                 try:
-                    messages.append(decode([frame.buffer for frame in frames]))
+                    messages.append(self._decode([frame.buffer for frame in frames]))
                 except WireError as error:
-                    raise WireError(
-                        f"{rank_name(self.rank)} received a bad frame: {error}"
-                    ) from None
+                    if self._guard is None:
+                        raise WireError(
+                            f"{rank_name(self.rank)} received a bad frame: {error}"
+                        ) from None
+                    self.dropped.add(BAD_FRAME, str(error))
         return messages
 
-    def _bind(self, address: str) -> zmq.Socket[bytes]:
+    def _decode(self, frames: list[memoryview]) -> WireMessage:
+        return decode(join(frames) if self._guard else frames)
+
+    def _bind(self, lane: str) -> "zmq.Socket[bytes]":
+        address = self._addresses[self.rank][lane]
         inbox = self._context.socket(zmq.PULL)
         inbox.set_hwm(MAX_QUEUED_MESSAGES)
-        inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         try:
+            if self._guard:
+                self.bound[lane] = self._guard.listen(inbox, address)
+                return inbox
+            inbox.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
             inbox.bind(address)
         except zmq.ZMQError as error:
             self.close()
@@ -83,13 +135,20 @@ class ZmqTransport:
                 f"{rank_name(self.rank)} cannot listen at {address}: {error}; for a local run set "
                 "TMPDIR to a short path on a local disk"
             ) from None
+        except ValueError as error:
+            self.close()
+            raise ValueError(f"{rank_name(self.rank)} {error}") from None
+        self.bound[lane] = address
         return inbox
 
-    def _connect(self, to: int, lane: str) -> zmq.Socket[bytes]:
+    def _connect(self, to: int, lane: str) -> "zmq.Socket[bytes]":
         outbox = self._context.socket(zmq.PUSH)
         outbox.set_hwm(MAX_QUEUED_MESSAGES)
         outbox.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
-        outbox.connect(self._addresses[to][lane])
+        if self._guard:
+            self._guard.connect(outbox, self._addresses[to][lane])
+        else:
+            outbox.connect(self._addresses[to][lane])
         self._outboxes[to, lane] = outbox
         return outbox
 

@@ -1,16 +1,19 @@
 """EAGLE-1 head in the form that trains fast, unrolled over several draft steps.
 
-Row i holds token i+1 and the feature of token i; its output guesses the feature of token i+1. In
-step 1 the feature is the target's. In step k it is the head's own output of step k-1, and row i
-sees true rows up to i-k+1 and the drafted rows of steps 2..k between, as in real drafting
-(HASS, arXiv 2408.15766; EAGLE-3's training-time test, arXiv 2503.01840).
+Row i holds token i+1 and the feature of token i; its output guesses the feature of token i+1.
+Step 1 goes over all rows, with the target's features. Later steps go on from some rows alone, the
+starts: their feature is the head's own output of the step before, and they see the true rows up to
+their start and the drafted rows since, as in real drafting (HASS, arXiv 2408.15766; EAGLE-3's
+training-time test, arXiv 2503.01840). Chains from neighbouring rows teach nearly the same; a few
+per block leave the time for more text.
 
-Shapes: B blocks, T rows, H hidden, h query heads, g key/value heads, d head size, V vocabulary,
-K unrolled steps, R rows in the loss.
+Shapes: B blocks, T rows, C starts a block, H hidden, h query heads, g key/value heads, d head size,
+V vocabulary, K unrolled steps, R rows in the loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +21,9 @@ from demo.fast_llama import norm, rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-NAMES = ("fc.weight", "fc.bias", "qkv", "o_proj", "gate_up", "down_proj", "norm")
 Heads = tuple[int, int, int]
-
-
-def shifted(x: Tensor) -> Tensor:
-    """x [B, T, ...] moved one row down; row 0 repeats itself and never counts."""
-    return torch.cat((x[:, :1], x[:, :-1]), dim=1)
+Rope = tuple[Tensor, Tensor]
+Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: Tensor) -> Tensor:
@@ -55,10 +54,10 @@ def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: T
 
 
 def draft_step(
-    embedded: Tensor, feature: Tensor, w: list[Tensor], rope: tuple[Tensor, Tensor],
+    embedded: Tensor, feature: Tensor, w: list[Tensor], rope: Rope,
     drafted: tuple[list[Tensor], list[Tensor]], bias: Tensor, heads: Heads,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One unrolled step: outputs [B, T, H] and its own keys and values [B, T, g, d]."""
+    """One step over n rows a block: outputs [B, n, H] and its own keys and values [B, n, g, d]."""
     h, g, d = heads
     fc, fc_bias, qkv, o, gate_up, down, norm2 = w
     x = F.linear(torch.cat((embedded, feature), dim=-1), fc, fc_bias)
@@ -69,6 +68,42 @@ def draft_step(
     x = x + F.linear(draft_attention(q, [*keys, k], [*values, v], bias), o)
     gate, up = F.linear(norm(x, norm2, 1e-5), gate_up).chunk(2, dim=-1)
     return x + F.linear(F.silu(gate) * up, down), k, v
+
+
+def unroll(
+    layer: tuple[Step, list[Tensor], Heads], embedded: Tensor, features: Tensor, rope: Rope,
+    sees: Tensor, starts: Tensor, steps: int,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Outputs [B, T, H] of step 1, and [B, C, H] of each later step.
+
+    embedded and features [B, T, H] are what step 1 goes over, sees [B, T, T] says which rows see
+    which, starts [B, C] are rows with at least `steps` rows below them.
+    """
+    step, weights, heads = layer
+    masks = torch.where(sees, 0.0, -1e4).bfloat16()
+    nothing: tuple[list[Tensor], list[Tensor]] = ([], [])
+    first, key, value = step(embedded, features, weights, rope, nothing, masks[:, None], heads)
+    keys, values, chains = [key], [value], []
+    batch = torch.arange(len(starts))[:, None]
+    feature, bias = first[batch, starts], masks[batch, starts][:, None]
+    for k in range(1, steps):
+        token = embedded[batch, starts + k]
+        where = (rope[0][starts + k], rope[1][starts + k])
+        feature, key, value = step(token, feature, weights, where, (keys, values), bias, heads)
+        keys, values = [*keys, key], [*values, value]
+        chains.append(feature)
+    return first, chains
+
+
+def load_layer(layer: tuple[Tensor, ...], tensors: dict[str, Tensor], prefix: str) -> None:
+    """Fill (qkv, o, gate_up, down, norm after attention) from tensors under public names."""
+    qkv, o, gate_up, down, norm2 = layer
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv.copy_(torch.cat([tensors[f"{attention}{n}_proj.weight"] for n in "qkv"]))
+    o.copy_(tensors[attention + "o_proj.weight"])
+    gate_up.copy_(torch.cat([tensors[f"{mlp}{n}_proj.weight"] for n in ("gate", "up")]))
+    down.copy_(tensors[mlp + "down_proj.weight"])
+    norm2.copy_(tensors[prefix + "post_attention_layernorm.weight"])
 
 
 def _distil_rows(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +146,7 @@ class DistilLoss(torch.autograd.Function):
                     dhead += grad.T @ steps[k, part]
         ctx.save_for_backward(grads, dhead)
         ctx.mark_non_differentiable(kl)
-        return (kl * scales).sum(), kl / true.shape[0]
+        return (kl * scales).sum(), kl / max(len(true), 1)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,38 +181,12 @@ class FastEagle(nn.Module):
         self.step = torch.compile(draft_step, dynamic=False)
 
     def unroll(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        rope: tuple[Tensor, Tensor],
-        same: Tensor,
-        steps: int,
-    ) -> list[Tensor]:
-        """Outputs [B, T, H] of every step.
-
-        tokens [B, T] is the token of each row (one ahead of its feature), features [B, T, H] the
-        target's, same [B, T, T] marks rows of one sample.
-        """
-        weights = list(self.weights)
+        self, tokens: Tensor, features: Tensor, rope: Rope, sees: Tensor, starts: Tensor, steps: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`unroll` of this head; tokens [B, T] are one ahead of the target's features [B, T, H]."""
         embedded = F.embedding(tokens, self.embed)
-        rows = torch.arange(tokens.shape[1])
-        age = rows[:, None] - rows[None, :]
-        outputs: list[Tensor] = []
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        feature = features
-        for k in range(steps):
-            # Step 1 sees itself among the true rows; a later step brings its own row apart.
-            sees = same & (age >= k)
-            bias = torch.where(sees, 0.0, -1e4)[:, None].bfloat16()
-            drafted = (keys, values)
-            out, key, value = self.step(embedded, feature, weights, rope, drafted, bias, self.heads)
-            keys, values = [*keys, key], [*values, value]
-            outputs.append(out)
-            feature = shifted(out)
-            keys = [keys[0], *map(shifted, keys[1:])]
-            values = [values[0], *map(shifted, values[1:])]
-        return outputs
+        layer = (self.step, list(self.weights), self.heads)
+        return unroll(layer, embedded, features, rope, sees, starts, steps)
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under the names of the public EAGLE-1 checkpoints."""
@@ -193,3 +202,11 @@ class FastEagle(nn.Module):
         named[mlp + "down_proj.weight"] = down
         named["layers.0.post_attention_layernorm.weight"] = norm2
         return {name: t.detach().clone().contiguous() for name, t in named.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up an exported head; the inverse of `tensors`. KeyError where one is missing."""
+        fc, bias, qkv, o, gate_up, down, norm2 = list(self.weights)
+        fc.copy_(tensors["fc.weight"])
+        bias.copy_(tensors["fc.bias"])
+        load_layer((qkv, o, gate_up, down, norm2), tensors, "layers.0.")

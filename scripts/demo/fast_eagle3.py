@@ -1,10 +1,8 @@
 """EAGLE-3 head (arXiv 2503.01840) in the form that trains fast, unrolled over draft steps.
 
-Step 1 goes over all rows, its features three of the target's hidden states through `fc`. Later
-steps go on from some rows alone, the starts: their features are the output, before the last norm,
-of the step before, and they see the true rows up to their start and the steps since ("training-time
-test"). The head's lm_head knows the draft vocabulary alone. Chains from neighbouring rows teach
-nearly the same; a few per block leave the time for more text.
+Unrolled as the EAGLE-1 head is. The features of step 1 are three of the target's hidden states
+through `fc`, those of later steps the output, before the last norm, of the step before. The head's
+lm_head knows the draft vocabulary alone.
 
 Shapes: B blocks, T rows, C starts a block, H hidden, D draft vocabulary.
 """
@@ -16,13 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from demo import corpus
-from demo.fast_eagle import Heads, draft_attention
+from demo.fast_eagle import Heads, Rope, draft_attention, load_layer, unroll
 from demo.fast_llama import FastLlama, norm, rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 EPS = 1e-5
-Rope = tuple[Tensor, Tensor]
 
 
 def draft_step(
@@ -50,6 +47,11 @@ def draft_vocabulary(
     counts = np.bincount(answers, minlength=vocab_size)
     kept = np.sort(np.argsort(-counts, kind="stable")[:size])
     return torch.from_numpy(kept), float(counts[kept].sum() / counts.sum())
+
+
+def vocabulary(tensors: dict[str, Tensor]) -> Tensor:
+    """The draft vocabulary's tokens [D] of an exported head."""
+    return torch.arange(len(tensors["d2t"])) + tensors["d2t"]
 
 
 class FastEagle3(nn.Module):
@@ -88,31 +90,10 @@ class FastEagle3(nn.Module):
     def unroll(
         self, tokens: Tensor, features: Tensor, rope: Rope, sees: Tensor, starts: Tensor, steps: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Outputs [B, T, H] of step 1, and [B, C, H] of each later step.
-
-        tokens [B, T] are one ahead of features [B, T, 3*H], sees [B, T, T] says which rows see
-        which, starts [B, C] are rows with at least `steps` rows below them.
-        """
-        weights = list(self.layer)
-        embedded = F.embedding(tokens, self.embed)
-        masks = torch.where(sees, 0.0, -1e4).bfloat16()
-        nothing: tuple[list[Tensor], list[Tensor]] = ([], [])
-        fused = F.linear(features, self.fc)
-        first, key, value = self.step(
-            embedded, fused, weights, rope, nothing, masks[:, None], self.heads
-        )
-        keys, values, chains = [key], [value], []
-        batch = torch.arange(len(starts))[:, None]
-        feature, bias = first[batch, starts], masks[batch, starts][:, None]
-        for k in range(1, steps):
-            token = embedded[batch, starts + k]
-            where = (rope[0][starts + k], rope[1][starts + k])
-            feature, key, value = self.step(
-                token, feature, weights, where, (keys, values), bias, self.heads
-            )
-            keys, values = [*keys, key], [*values, value]
-            chains.append(feature)
-        return first, chains
+        """`unroll` of this head; tokens [B, T] are one ahead of features [B, T, 3*H]."""
+        embedded, fused = F.embedding(tokens, self.embed), F.linear(features, self.fc)
+        layer = (self.step, list(self.layer), self.heads)
+        return unroll(layer, embedded, fused, rope, sees, starts, steps)
 
     def states(self, outputs: Tensor) -> Tensor:
         """What lm_head reads of the outputs [..., H]."""
@@ -138,3 +119,15 @@ class FastEagle3(nn.Module):
         offsets = self.ids - torch.arange(len(self.ids))
         floats = {name: t.detach().clone().contiguous() for name, t in named.items()}
         return {**floats, "d2t": offsets, "t2d": known}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up an exported head of this draft vocabulary; the inverse of `tensors`."""
+        qkv, o, gate_up, down, hidden_norm, input_norm, norm2 = list(self.layer)
+        assert torch.equal(vocabulary(tensors), self.ids), "another draft vocabulary"
+        self.fc.copy_(tensors["fc.weight"])
+        self.norm.copy_(tensors["norm.weight"])
+        self.lm_head.copy_(tensors["lm_head.weight"])
+        hidden_norm.copy_(tensors["midlayer.hidden_norm.weight"])
+        input_norm.copy_(tensors["midlayer.input_layernorm.weight"])
+        load_layer((qkv, o, gate_up, down, norm2), tensors, "midlayer.")

@@ -1,6 +1,6 @@
 """Train the EAGLE-3 head on the target's own generations, unrolled over several draft steps.
 
-Shapes: B blocks, T rows, C starts of drafts in a block, H hidden, K unrolled steps.
+Shapes: as in train_drafters.
 """
 
 from __future__ import annotations
@@ -10,30 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from demo import corpus
-from demo.fast_eagle import DistilLoss
-from demo.fast_eagle3 import FastEagle3, draft_vocabulary
-from demo.fast_llama import FastLlama, rope_table
+from demo.fast_eagle3 import FastEagle3, draft_vocabulary, vocabulary
+from demo.fast_llama import FastLlama
 from demo.optim import MuonAdam, Slot
-from demo.train_drafters import Batch, Job, Outcome, make_blocks, run, same_sample
+from demo.train_drafters import Batch, HeadPlan, Job, Outcome, distil, make_blocks, run, unrolled
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 INTERMEDIATE = 1408
-DECAY = 0.9  # weight of each step's loss over that of the step before
 LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
-STARTS_PER = 8  # rows of a block for one that drafts begin at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(HeadPlan):
     """What to train, and for how long."""
 
     layers: tuple[int, ...]  # the features: output-of-layer ids, low to high
     draft_vocab: int
-    minutes: float
-    checkpoint: Path
     steps: int = 7
 
 
@@ -45,46 +39,12 @@ def default_layers(num_layers: int) -> tuple[int, int, int]:
     return (1, num_layers // 2 - 1, num_layers - 1)
 
 
-def choose_starts(tokens: Tensor, answer: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, C] at which drafts begin, and whether step k of each guesses its answer [K, B, C].
-
-    tokens and answer are [B, T+1]; a block that comes again gets other rows.
-    """
-    length = tokens.shape[1] - 1
-    fits = answer[:, 2 : length - steps + 2]  # row i guesses token i+2
-    starts = (torch.rand(fits.shape) * fits).topk(count, dim=-1).indices
-    document = (tokens == corpus.BOS).cumsum(-1)
-    guessed = [starts + 2 + k for k in range(steps)]
-    own = document.gather(1, starts)
-    counts = [answer.gather(1, i) & (document.gather(1, i) == own) for i in guessed]
-    return starts, torch.stack(counts)
-
-
 def eagle3_loss(head: FastEagle3, target: FastLlama, batch: Batch, steps: int) -> Outcome:
-    """Soft labels: cross-entropy to the target's distribution over the draft vocabulary."""
-    tokens, answer, features = batch
-    size, length = target.shape.hidden_size, features.shape[1]
-    low_to_high, final = features.split((3 * size, size), dim=-1)
-    starts, counts = choose_starts(tokens, answer, length // STARTS_PER, steps)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    sees = same_sample(tokens[:, :-1]) & causal
-    rope = rope_table(target.shape, length)
-    first, chains = head.unroll(tokens[:, 1:], low_to_high, rope, sees, starts, steps)
-    mask = torch.zeros_like(answer[:, 1:])
-    mask[:, :-1] = answer[:, 2:]
-    truths = [final[:, 1:][mask[:, :-1]]]
-    states = [head.states(first[mask])]
-    batch_index = torch.arange(len(starts))[:, None]
-    for k, out in enumerate(chains, start=1):
-        states.append(head.states(out[counts[k]]))
-        truths.append(final[batch_index, starts + 1 + k][counts[k]])
-    teacher = target.head.detach()[head.ids]
-    loss, kl = torch.zeros(()), []
-    for k in range(steps):
-        scale = DECAY**k / max(len(states[k]), 1) * torch.ones(1)
-        part, each = DistilLoss.apply(states[k][None], truths[k], teacher, head.lm_head, scale)
-        loss, kl = loss + part, [*kl, each]
-    return loss, torch.cat(kl), states, truths
+    """KL to the target's distribution over the draft vocabulary."""
+    outputs, truths = unrolled(head, target, batch, steps)
+    states = [head.states(out) for out in outputs]
+    loss, kl = distil(states, truths, head.lm_head, target.head.detach()[head.ids])
+    return loss, kl, states, truths
 
 
 def make_optimizer(head: FastEagle3) -> MuonAdam:
@@ -102,15 +62,20 @@ def make_optimizer(head: FastEagle3) -> MuonAdam:
 
 
 def train(
-    target: FastLlama, samples: list[corpus.Sample], plan: Plan
+    target: FastLlama, samples: list[corpus.Sample], held_out: list[corpus.Sample], plan: Plan
 ) -> tuple[FastEagle3, dict[str, Any]]:
     """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
     shape = target.shape
     ids, covered = draft_vocabulary(samples, shape.vocab_size, plan.draft_vocab)
-    if plan.checkpoint.exists():  # resumed, perhaps with more text: its vocabulary stays
-        saved = load_file(plan.checkpoint.with_suffix("") / "model.safetensors")["d2t"]
-        ids = torch.arange(len(saved)) + saved
+    # A head that goes on, perhaps with more text, keeps its vocabulary.
+    before = plan.checkpoint.with_suffix("") if plan.checkpoint.exists() else plan.init
+    saved = load_file(before / "model.safetensors") if before else {}
+    if saved:
+        ids = vocabulary(saved)
+        covered = float(np.isin(np.concatenate([x[start:] for x, start in samples]), ids).mean())
     head = FastEagle3(target, ids, (shape.num_heads, shape.num_heads, shape.head_dim), INTERMEDIATE)
+    if saved:
+        head.load(saved)
 
     def loss(batch: Batch) -> Outcome:
         return eagle3_loss(head, target, batch, plan.steps)
@@ -118,9 +83,9 @@ def train(
     def snapshot() -> None:
         export(head, target, plan, plan.checkpoint.with_suffix(""))
 
-    blocks = make_blocks(samples, 0, plan.layers, LENGTHS)
-    job = Job("eagle3", loss, target, head.lm_head, blocks, plan.minutes, plan.checkpoint, ids, 50,
-              snapshot)  # fmt: skip
+    blocks, tests = (make_blocks(x, 0, plan.layers, LENGTHS) for x in (samples, held_out))
+    job = Job("eagle3", loss, target, head.lm_head, blocks, tests, plan.minutes, plan.checkpoint,
+              ids, plan.rate, snapshot=snapshot)  # fmt: skip
     figures = run(job, make_optimizer(head))
     return head, figures | {"layers": plan.layers, "covered": covered}
 

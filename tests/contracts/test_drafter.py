@@ -14,7 +14,15 @@ from tiny import CONFIG, T0, T1, VOCAB
 from tiny_drafters import MODEL_DRAFTERS
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Opening, Proposal, draft_each
+from flowspec.drafters.base import (
+    Drafter,
+    DraftJob,
+    DraftSession,
+    Opening,
+    Proposal,
+    draft,
+    look_up,
+)
 from flowspec.request import NO_NODE, Request, SamplingParams
 from flowspec.tree import DraftTree, Node
 
@@ -87,7 +95,7 @@ class Play:
         found = []
         while self.session.num_rows_ready:
             before = self.session.num_rows_ready
-            found += self.drafter.draft([DraftJob(self.session, self.tree)])[0]
+            found += draft(self.drafter, [DraftJob(self.session, self.tree)])[0]
             assert self.session.num_rows_ready < before
         return found
 
@@ -98,7 +106,7 @@ class Play:
 
     def expand(self, nodes: Sequence[Node]) -> list[Proposal]:
         """One forward."""
-        return self.drafter.draft([DraftJob(self.session, self.tree, nodes)])[0]
+        return draft(self.drafter, [DraftJob(self.session, self.tree, nodes)])[0]
 
     def fresh(self) -> "Play":
         """The same moment, come to with nothing drafted on the way."""
@@ -196,7 +204,7 @@ def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
     play.plant(8)
     play.give()
     ready = play.session.num_rows_ready
-    assert play.drafter.draft([DraftJob(play.session, play.tree)]) == [[]]
+    assert draft(play.drafter, [DraftJob(play.session, play.tree)]) == [[]]
     assert play.session.num_rows_ready == ready - 128
     slow = Play(play.drafter, play.asked.prompt)
     slow.plant(8)
@@ -277,8 +285,8 @@ def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> 
             assert (jobs[0] is None) == (jobs[1] is None)
             if jobs[0] is not None and jobs[1] is not None:
                 found.append((index, step, jobs))
-        joint = drafter.draft([jobs[0] for _, _, jobs in found])
-        single = draft_each([jobs[1] for _, _, jobs in found])
+        joint = draft(drafter, [jobs[0] for _, _, jobs in found])
+        single = look_up([jobs[1] for _, _, jobs in found])
         num_joint += len(found) > 1
         for (index, step, jobs), got, want in zip(found, joint, single, strict=True):
             check_same(got, want)

@@ -1,19 +1,24 @@
 """What every transport promises: order, two lanes, bounded waits, errors that name a device."""
 
 import shutil
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import pytest
 import torch
 import zmq
 
+from flowspec.cluster.token import derive_keys, new_token
 from flowspec.codec import WireError
+from flowspec.ports import Passage
 from flowspec.request import ClusterError, NodeId
-from flowspec.transport import torch_dist, torch_link, zmq_sockets
+from flowspec.transport import emulated, torch_dist, torch_link, zmq_sockets
 from flowspec.transport.base import Transport
+from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.torch_dist import TorchDistTransport, meet_in_folder
 from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
 from flowspec.wire import Close, Open, Reroot, Segment, Started, WireMessage
@@ -30,8 +35,37 @@ def folder() -> Iterator[str]:
     shutil.rmtree(path)
 
 
+def fast_line(source: int, to: int, message: WireMessage) -> Passage:
+    """A line that one does not notice."""
+    del source, to, message
+    return Passage(latency_s=1e-4, num_bytes=100, rate_out=1e9, rate_in=1e9)
+
+
+KEYS = derive_keys(new_token())
+
+
+@cache
+def tcp_addresses(folder: str) -> dict[int, dict[str, str]]:
+    """Free ports of this machine, the same ones for one folder."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+    ports = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return {
+        rank: {
+            lane: f"tcp://127.0.0.1:{ports.pop()}"
+            for lane in (zmq_sockets.CONTROL, zmq_sockets.DATA_LANE)
+        }
+        for rank in range(3)
+    }
+
+
 MAKERS: dict[str, Callable[[int, str], Transport]] = {
     "zmq": lambda rank, folder: ZmqTransport(rank, local_addresses(folder, 2)),
+    "emulated": lambda rank, folder: EmulatedTransport(
+        ZmqTransport(rank, local_addresses(folder, 2)), rank, fast_line
+    ),
+    "curve": lambda rank, folder: ZmqTransport(rank, tcp_addresses(folder), KEYS),
     "gloo": lambda rank, folder: TorchDistTransport(rank, 2, meet_in_folder(folder)),
 }
 
@@ -196,6 +230,7 @@ def test_a_dead_peer_is_noticed(
     monkeypatch.setattr(torch_link, "SEND_TIMEOUT_S", 0.2)
     for module in (zmq_sockets, torch_link):
         monkeypatch.setattr(module, "MAX_QUEUED_MESSAGES", 10)
+    monkeypatch.setattr(emulated, "MAX_HELD", 10)
     monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
     monkeypatch.setattr(torch_dist, "LINGER_S", 0.1)
     head = peer(0)
@@ -240,3 +275,16 @@ def test_closing_does_not_hang_on_the_dead(peer: MakePeer) -> None:
     start = time.monotonic()
     head.close()
     assert time.monotonic() - start < 3.0
+
+
+def test_another_thread_ends_a_wait(peer: MakePeer):
+    """Once for each wake at most; what comes afterwards is received as ever."""
+    stage, head = peer(1), peer(0)
+    waker = threading.Timer(0.05, head.wake)
+    waker.start()
+    start = time.monotonic()
+    assert head.receive(SOON_S * 4) == []
+    assert time.monotonic() - start < SOON_S
+    waker.join()
+    stage.send(0, Started(request=1, seq_no=2))
+    assert receive(head, 1) == [Started(request=1, seq_no=2)]

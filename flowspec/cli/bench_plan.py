@@ -1,0 +1,140 @@
+"""What the commands that run benchmarks share: a plan from options, and running it with a bar."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flowspec.cli.common import draft_folder, split_folder
+from flowspec.config import RunConfig
+from flowspec.eval.datasets import DATASETS, load_dataset, parse_range
+from flowspec.eval.plan import Case, Plan
+from flowspec.eval.prompts import Prompt
+from flowspec.eval.provenance import code_hash, folder_hash, revision
+from flowspec.eval.records import SampleFile
+from flowspec.eval.runner import Outcome, run_plan
+from flowspec.eval.runner import Progress as Step
+from flowspec.model.manifest import read_manifest
+from flowspec.simulate.emulation import Emulation
+
+LOCAL = "local"  # the cluster's name where real processes of this machine are it
+
+
+def assemble(
+    cases: Sequence[Case],
+    emulations: Mapping[str, Emulation],
+    *,
+    datasets: Mapping[str, Sequence[Prompt]],
+    temperatures: tuple[float, ...],
+    seeds: tuple[int, ...],
+    max_tokens: int,
+    table: str,
+    stages: int | None,
+    target: str | None,
+    draft: Sequence[str],
+) -> Plan:
+    """A plan; models are split where they are not yet. No emulations: on real processes.
+
+    `target` and `draft` as the options of `flowspec bench` have them.
+    """
+    config = RunConfig(model=target or RunConfig().model, stages=stages)
+    folder = split_folder(config)
+    drafts = _draft_folders(config, cases, draft)
+    manifest = read_manifest(folder)
+    emulation = emulations.get("none")
+    return Plan(
+        cluster=emulation.cluster.name if emulation else LOCAL,
+        model=emulation.model.name if emulation else manifest.model_id,
+        table=table,
+        stages=len(manifest.layers),
+        cases=tuple(cases),
+        datasets=datasets,
+        temperatures=temperatures,
+        seeds=seeds,
+        max_tokens=max_tokens,
+        target=folder,
+        drafts=drafts,
+        emulations=emulations,
+        real=emulation is None,
+        sources={
+            "code": code_hash(),
+            "target": manifest.model_hash,
+            "revision": revision(),
+            **{name: folder_hash(Path(where)) for name, where in drafts.items() if where},
+        },
+    )
+
+
+def names_in(text: str, option: str) -> tuple[str, ...]:
+    """Different names with commas between them. Raises ValueError."""
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise ValueError(f"{option} takes different names with commas, not {text!r}")
+    return names
+
+
+def numbers_in(text: str, kind: type, option: str) -> tuple:  # type: ignore[type-arg]
+    """Different numbers with commas between them. Raises ValueError."""
+    try:
+        numbers = tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} takes numbers with commas, not {text!r}") from None
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{option} names a number twice: {text}")
+    return numbers
+
+
+def load_sets(
+    datasets: str, data_dir: Path | None, questions: str, limit: int | None
+) -> Mapping[str, Sequence[Prompt]]:
+    """Questions by set. Raises ValueError for what is not there."""
+    names = DATASETS if datasets == "all" else names_in(datasets, "--datasets")
+    chosen = parse_range(questions)
+    loaded: dict[str, Sequence[Prompt]] = {}
+    for name in names:
+        prompts = load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)
+        source = prompts[0].source
+        if source in loaded:
+            raise ValueError(f"--datasets: two sets are called {source}; rename a file")
+        loaded[source] = prompts
+    return loaded
+
+
+def _draft_folders(
+    config: RunConfig, cases: Sequence[Case], given: Sequence[str]
+) -> dict[str, str]:
+    """Where each drafter's model lies, as named or as bundled."""
+    names = sorted({case.drafter_name for case in cases} - {"none"})
+    folders = dict.fromkeys(names, "")
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals and len(folders) <= 1:
+            folders |= dict.fromkeys(names, text)  # ar alone needs none
+        elif equals and name in folders:
+            folders[name] = folder
+        else:
+            raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(folders)}")
+    return {
+        name: draft_folder(replace(config, drafter=name, draft=folder))
+        for name, folder in folders.items()
+    }
+
+
+def run_shown(plan: Plan, out: Path, jobs: int | None, *, what: str = "") -> Outcome:
+    """Run what is missing in folder `out`, with a bar; `what` stands before it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = Console(stderr=True)
+    with (
+        SampleFile(out) as file,
+        Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar,
+    ):
+        task = bar.add_task("starting")
+
+        def tell(step: Step) -> None:
+            words = " ".join(filter(None, (what, step.now)))
+            bar.update(task, description=words, total=step.total, completed=step.done)
+
+        return run_plan(plan, file, jobs=jobs or len(os.sched_getaffinity(0)), tell=tell)

@@ -1,0 +1,91 @@
+"""The tables that `flowspec bench` prints."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from flowspec.eval.aggregate import MEAN
+from flowspec.eval.plan import Plan
+from flowspec.eval.records import Sample
+from flowspec.eval.summary import Row, time_shares
+
+WIDTH = 120
+
+
+def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
+    """Speeds, speed-ups, and where the time went."""
+    console = Console(width=WIDTH)
+    kind = "emulated" if rows[0].emulated else "measured on this machine"
+    about = f"{plan.model} on {plan.cluster}, {plan.stages} stages, table {plan.table} ({kind})"
+    sets = list(dict.fromkeys(row.dataset for row in rows))
+    console.print(f"tokens/s, {about}", highlight=False)
+    console.print(_speeds(rows, sets))
+    console.print("speed-up over ar; mean with its 95 % interval", highlight=False)
+    console.print(_speedups(rows, sets))
+    console.print("where the stages' decode time went, in %", highlight=False)
+    console.print(_times(samples))
+
+
+def _line(row: Row | Sample) -> tuple[str, str, float]:
+    return row.strategy, row.drafter, row.temperature
+
+
+def _names(line: tuple[str, str, float]) -> tuple[str, str, str]:
+    return line[0], line[1], f"{line[2]:g}"
+
+
+def _new_table() -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("strategy", "drafter", "T"):
+        table.add_column(name, no_wrap=True)
+    return table
+
+
+def _speeds(rows: Sequence[Row], sets: Sequence[str]) -> Table:
+    table = _new_table()
+    for name in (*sets, "tau", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in dict.fromkeys(map(_line, rows)):
+        own = {row.dataset: row for row in rows if _line(row) == line}
+        mean = own[MEAN]
+        bound = "" if mean.bound_share is None else f"{mean.bound_share:.0%}"
+        speeds = [f"{own[name].tokens_per_s:.2f}" if name in own else "" for name in sets]
+        table.add_row(*_names(line), *speeds, f"{mean.tau:.2f}", bound)
+    return table
+
+
+def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
+    table = _new_table()
+    for name in (*sets, "interval", "mismatches"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for line in dict.fromkeys(map(_line, rows)):
+        own = {row.dataset: row for row in rows if _line(row) == line}
+        mean = own[MEAN]
+        interval = ""
+        if mean.ci_low is not None and mean.ci_high is not None:
+            interval = f"{mean.ci_low:.2f} to {mean.ci_high:.2f}"
+        ratios = [_ratio(own[name]) if name in own else "" for name in sets]
+        table.add_row(*_names(line), *ratios, interval, str(mean.mismatches))
+    return table
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.speedup_over_ar is None else f"{row.speedup_over_ar:.2f}"
+
+
+def _times(samples: Sequence[Sample]) -> Table:
+    table = _new_table()
+    shares = {
+        line: time_shares([sample for sample in samples if _line(sample) == line])
+        for line in dict.fromkeys(map(_line, samples))
+    }
+    causes = sorted({cause for found in shares.values() for cause in found.idle})
+    for name in ("busy", *causes, "each stage busy", "drafter busy"):
+        table.add_column(name, justify="right")
+    for line, found in shares.items():
+        idle = [f"{found.idle.get(cause, 0.0):.0%}".rstrip("%") for cause in causes]
+        each = " ".join(f"{share:.0%}".rstrip("%") for share in found.by_stage)
+        busy, drafter = (f"{share:.0%}".rstrip("%") for share in (found.busy, found.drafter_busy))
+        table.add_row(*_names(line), busy, *idle, each, drafter)
+    return table

@@ -1,0 +1,119 @@
+"""`flowspec chat`: a conversation with a running head."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.messages import Done, Note, Piece
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.transport.control import parse_address
+
+DEFAULT_PORT = 7000
+HELP = "Ctrl-C ends an answer, Ctrl-D or /quit the conversation, /new begins another."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions:
+    """How answers are chosen."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 200
+    stop: tuple[str, ...] = ()
+
+
+def chat(
+    head: Annotated[str, typer.Argument(help="HOST:PORT of the head.")],
+    token: Annotated[
+        str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max-tokens", help="Limit of an answer.")
+    ] = 200,
+) -> None:
+    """Talk to the model that HEAD serves."""
+    keys = derive_keys(token or read_token(token_file))
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    options = ChatOptions(
+        temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
+    )
+    with HeadClient(host, port, keys) as client:
+        chat_loop(client, options)
+
+
+def chat_loop(
+    client: HeadClient, options: ChatOptions, should_stop: Callable[[], bool] = lambda: False
+) -> None:
+    """Read a line, stream its answer, until the input ends."""
+    typer.echo(HELP, err=True)
+    turns: list[dict[str, str]] = []
+    while not should_stop():
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo("", err=True)
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            turns = []
+        if not line or line.startswith("/"):
+            continue
+        turns.append({"role": "user", "content": line})
+        text, done = show_answer(client, options, turns)
+        if done is None or done.error:
+            turns.pop()
+        else:
+            turns.append({"role": "assistant", "content": text})
+
+
+def show_answer(
+    client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]
+) -> tuple[str, Done | None]:
+    """Stream one answer to stdout, its figures to stderr; None where Ctrl-C cut it off."""
+    ask = client.new_ask(
+        turns=turns,
+        **{name: getattr(options, name) for name in ChatOptions.__slots__},
+    )
+    text = ""
+    try:
+        for event in client.ask(ask):
+            match event:
+                case Piece():
+                    text += event.text
+                    typer.echo(event.text, nl=False)
+                    sys.stdout.flush()
+                case Note():
+                    typer.echo(f"[{event.text}]", err=True)
+                case Done():
+                    typer.echo("")
+                    show_end(event)
+                    return text, event
+    except KeyboardInterrupt:
+        typer.echo(" ... (cut off)")
+    return text, None
+
+
+def show_end(done: Done) -> None:
+    """An answer's figures, or why there is none."""
+    if done.error:
+        typer.echo(f"error: {done.error}", err=True)
+        return
+    resumed = f", went on after {done.resumed} interruptions" if done.resumed else ""
+    typer.echo(
+        f"[{done.reason}, {done.num_tokens} tokens, {done.tokens_per_s:.1f} tokens/s, first after "
+        f"{done.time_to_first_token_s:.2f} s, {done.tau:.2f} tokens per verdict{resumed}]",
+        err=True,
+    )

@@ -1,0 +1,108 @@
+"""`flowspec doctor`: would joining work from here, and what is in the way?"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowspec.cli.chat import DEFAULT_PORT
+from flowspec.cli.join import pick_device
+from flowspec.cluster.cache import cache_folder
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.device import is_jetson, measure_link, report_device
+from flowspec.cluster.doctor import (
+    Finding,
+    HeadFacts,
+    Level,
+    can_join,
+    examine,
+    examine_link,
+    find_facts,
+)
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.request import ClusterError
+from flowspec.transport.control import (
+    local_address_towards,
+    parse_address,
+    why_unreachable,
+)
+
+
+def doctor(
+    head: Annotated[str | None, typer.Argument(help="HOST:PORT of a head to reach.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    json_: Annotated[bool, typer.Option("--json", help="One JSON list of findings.")] = False,
+) -> None:
+    """Look at this device and, with HEAD, at the way to it; every finding comes with its fix.
+
+    Exit code 0: joining would work; 1: it would not.
+    """
+    torch_device = pick_device(device)
+    report = report_device(torch_device, "float32", cache_folder())
+    facts = find_facts(
+        report, is_jetson=is_jetson(), check_cuda=_check_cuda, environment=os.environ
+    )
+    findings = list(examine(facts))
+    if head is not None:
+        findings += _examine_head(head, token, token_file)
+    if json_:
+        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        _show(findings)
+    if not can_join(findings):
+        raise typer.Exit(1)
+
+
+def _examine_head(head: str, token: str | None, token_file: Path | None) -> list[Finding]:
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    own = local_address_towards(host, port)
+    try:
+        keys = derive_keys(token or read_token(token_file))
+    except ValueError as error:
+        # Without the token only the port can be looked at.
+        reason = why_unreachable(host, port)
+        found = [Finding(what="token", level=Level.WARNING, found=str(error))]
+        if reason:
+            found += examine_link(HeadFacts(where=head, why_unreachable=reason))
+        return found
+    try:
+        with HeadClient(host, port, keys) as client:
+            link = measure_link(client.control)
+            version = client.status().version
+    except ClusterError as error:
+        return list(examine_link(HeadFacts(where=head, why_unreachable=error.cause)))
+    facts = HeadFacts(where=head, own_address=own, link=link, version=version)
+    return list(examine_link(facts))
+
+
+def _check_cuda() -> tuple[bool, str]:
+    """Whether CUDA is there, and what a small kernel says where it does not work."""
+    if not torch.cuda.is_available():
+        return False, ""
+    try:
+        torch.ones(1 << 20, device="cuda").sum().item()
+    except (RuntimeError, OSError) as error:
+        return True, str(error)
+    return True, ""
+
+
+def _show(findings: list[Finding]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "what", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    marks = {Level.OK: "ok", Level.WARNING: "!", Level.ERROR: "NO"}
+    for finding in findings:
+        row = (marks[finding.level], finding.what, finding.found, finding.fix)
+        table.add_row(*(text.replace("[", r"\[") for text in row))
+    Console(width=140).print(table)
+    typer.echo("joining would work" if can_join(findings) else "joining would not work")

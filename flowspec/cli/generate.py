@@ -1,0 +1,94 @@
+"""`flowspec generate`: answers from a running head, for scripts."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.messages import Done, Note, Piece
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.eval.prompts import load_prompts
+from flowspec.request import ClusterError
+from flowspec.transport.control import parse_address
+
+
+def generate(
+    head: Annotated[str, typer.Option(help="HOST:PORT of the head.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; - reads standard input.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file or folder of prompts, one answer each.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Of the likeliest token's probability.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max-tokens", help="Limit of the answer.")
+    ] = 200,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
+    json_: Annotated[
+        bool, typer.Option("--json", help="One JSON object per answer: text, tokens, figures.")
+    ] = False,
+) -> None:
+    """Print what the cluster of --head answers; notes and figures go to stderr."""
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    options = ChatOptions(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+    )
+    keys = derive_keys(token or read_token(token_file))
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    if prompts is not None:
+        texts = [one.turns[0] for one in load_prompts(prompts, limit=limit)]
+    else:
+        texts = [sys.stdin.read() if prompt == "-" else str(prompt)]
+    with HeadClient(host, port, keys) as client:
+        for text in texts:
+            turns = [{"role": "user", "content": text}]
+            done = (
+                _as_json(client, options, turns)
+                if json_
+                else show_answer(client, options, turns)[1]
+            )
+            if done is None:
+                raise typer.Exit(130)
+            if done.error:
+                raise ClusterError("head", done.error)
+
+
+def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:
+    answer = ""
+    tokens: list[int] = []
+    for event in client.ask(client.new_ask(turns=turns, **asdict(options))):
+        match event:
+            case Piece():
+                answer += event.text
+                tokens += event.tokens
+            case Note():
+                typer.echo(f"[{event.text}]", err=True)
+            case Done():
+                done = event
+    figures = done.model_dump(exclude={"kind", "id"})
+    asked = {"prompt": turns[-1]["content"], "text": answer, "tokens": tokens}
+    typer.echo(json.dumps({**asked, **figures}))
+    sys.stdout.flush()
+    return done

@@ -1,0 +1,151 @@
+"""`flowspec join`: make this device part of a cluster."""
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch
+import typer
+
+import flowspec
+from flowspec.cli.watch import Watch
+from flowspec.cluster.cache import ShardCache
+from flowspec.cluster.device import default_name, report_device
+from flowspec.cluster.discovery import choose_head, find_heads
+from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.layers import DeviceLayers, folder_card
+from flowspec.cluster.messages import (
+    Assign,
+    Control,
+    DeviceReport,
+    Progress,
+    Release,
+    Serve,
+    StageReady,
+    Standby,
+    Trouble,
+    Welcome,
+)
+from flowspec.cluster.power import find_power_meter
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.transport.control import local_address_towards, parse_address
+
+DEFAULT_PORT = 7000
+
+
+def join(
+    head: Annotated[
+        str | None, typer.Argument(help="HOST:PORT of the head, as it printed it [found by mDNS].")
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="The cluster's token; safer in --token-file or FLOWSPEC_TOKEN."),
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the head calls it [host name].")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch decides.")] = 0,
+    host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
+    port: Annotated[int, typer.Option(help="Own ports PORT and PORT+1 [any free].")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="A copy of the model on this device, split or not.")
+    ] = None,
+    fetch: Annotated[bool, typer.Option(help="Get missing layers from the head.")] = True,
+    cache: Annotated[Path | None, typer.Option(help="Where layers are kept [XDG cache].")] = None,
+    once: Annotated[bool, typer.Option(help="End when the head ends.")] = False,
+    log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
+) -> None:
+    """Give this device's memory and compute to the cluster of HEAD, until stopped.
+
+    It reports what it has, gets its layers, and comes back by itself when head or link were away.
+    """
+    keys = derive_keys(token or read_token(token_file))
+    if head is None:
+        found = choose_head(find_heads())
+        head_host, head_port = found.host, found.port
+    else:
+        head_host, head_port = parse_address(head, default_port=DEFAULT_PORT)
+    name = name or default_name()
+    watch = Watch(log_json=log_json, device=name)
+    torch_device = pick_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    shards = ShardCache(cache)
+    own = host or local_address_towards(head_host, head_port) or "0.0.0.0"
+    config = JoinConfig(
+        host=head_host,
+        port=head_port,
+        name=name,
+        version=flowspec.__version__,
+        listen_host=own,
+        listen_port=port,
+        once=once,
+        pinned=folder_card(model, fetch),
+    )
+    layers = DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch)
+
+    def report() -> DeviceReport:
+        found = report_device(torch_device, "float32", shards.root)
+        free = found.memory_available_bytes + layers.held_bytes  # new layers replace the old
+        return found.model_copy(update={"memory_available_bytes": free})
+
+    joiner = Joiner(
+        config,
+        keys,
+        layers,
+        report,
+        on_event=lambda message: _show(watch, message),
+        power=find_power_meter(),
+    )
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        joiner.stop(f"ended by {signal.Signals(number).name}")
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    try:
+        joiner.run()
+    except JoinRefusedError as error:
+        raise ValueError(str(error)) from None
+    finally:
+        watch.close()
+
+
+def pick_device(name: str) -> str:
+    """A device torch can use here. Raises ValueError where it cannot."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is not one torch knows; auto, cpu or cuda") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {name} was asked for, torch finds no CUDA here; see `flowspec doctor`"
+        )
+    return name
+
+
+def _show(watch: Watch, message: Control) -> None:
+    match message:
+        case Welcome():
+            watch.say(f"in the cluster as {message.name}; waiting for layers")
+        case Assign():
+            watch.say(
+                f"stage {message.rank} of {message.num_stages}: layers {message.first_layer} to "
+                f"{message.last_layer - 1} of {message.model.model_id}"
+            )
+        case Progress():
+            watch.progress("", message)
+        case StageReady():
+            watch.say("layers loaded; waiting for the other devices")
+        case Serve():
+            watch.say("serving")
+        case Standby():
+            watch.say(message.why)
+        case Release():
+            watch.say("a device was lost; waiting for a new plan", level="warning")
+        case Trouble():
+            watch.say(message.cause, level="warning")

@@ -1,0 +1,246 @@
+"""`flowspec plan`: which device would get which layers, and how fast that would be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flowspec.cli.chat import DEFAULT_PORT
+from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.plan import (
+    Candidate,
+    Needs,
+    Weights,
+    fixed_layers,
+    needed_bytes,
+    plan_layers,
+)
+from flowspec.cluster.planning import as_candidate, model_profile, needs_of
+from flowspec.cluster.roster import DoesNotFitError, Placement
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.config import RunConfig
+from flowspec.drafters import DRAFTERS
+from flowspec.engine import load_head_parts
+from flowspec.eval.predict import predict_speeds, stand_in_stages
+from flowspec.eval.prompts import load_prompts
+from flowspec.model.split_plan import parse_layers
+from flowspec.simulate.emulation import Emulation
+from flowspec.simulate.profiles import (
+    ClusterProfile,
+    DeviceProfile,
+    LinkProfile,
+    ModelProfile,
+    profile_names,
+    read_cluster,
+    read_model,
+)
+from flowspec.strategies import STRATEGIES
+from flowspec.transport.control import parse_address
+
+STRATEGIES_SHOWN = "streaming,flowspec,serial_pp,ar"
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is planned: devices (the head's own apart), a model, what its stages must hold."""
+
+    head: tuple[DeviceProfile, LinkProfile]
+    candidates: Sequence[Candidate]
+    model: ModelProfile
+    needs: Needs
+
+
+def plan(
+    cluster: Annotated[
+        str | None,
+        typer.Option(help=f"Name or file of a cluster: {', '.join(profile_names('clusters'))}."),
+    ] = None,
+    model: Annotated[str, typer.Option(help="With --cluster: name or file of a model.")] = (
+        "vicuna-7b"
+    ),
+    head: Annotated[str | None, typer.Option(help="HOST:PORT: the devices of a live head.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers per device instead, 8+8+16.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a request, in caches.")] = 2048,
+    requests: Annotated[int, typer.Option(help="Served at once.")] = 1,
+    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.")] = 600,
+    drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
+    strategies: Annotated[
+        str, typer.Option(help=f"all, or of {', '.join(STRATEGIES)}, with commas.")
+    ] = STRATEGIES_SHOWN,
+    tokens: Annotated[int, typer.Option(help="Per emulated answer; 0: no prediction.")] = 48,
+) -> None:
+    """Place a model's layers on devices, of a profile or joined to a live head; load nothing.
+
+    Speeds are emulated, not measured: the bundled model and its drafter run under a virtual clock
+    and are charged the devices' times. How often guesses come true is the bundled model's, so only
+    compare. Exit code 1 where the devices cannot hold the model, with what is needed and available.
+    """
+    if (cluster is None) == (head is None):
+        raise ValueError("give either --cluster NAME or --head HOST:PORT")
+    names = list(STRATEGIES) if strategies == "all" else strategies.split(",")
+    if unknown := [name for name in names if name not in STRATEGIES]:
+        raise ValueError(f"unknown strategy {unknown[0]}; known: {', '.join(STRATEGIES)}")
+    size = {"context": context, "requests": requests, "reserve_bytes": reserve_mb * 1e6}
+    if cluster is not None:
+        question = _from_profiles(cluster, model, size)
+    else:
+        assert head is not None
+        question = _from_head(head, token or read_token(token_file), size)
+    console = Console(width=140, highlight=False)
+    try:
+        placement = _place(question, layers)
+    except DoesNotFitError as error:
+        typer.echo(f"does not fit: {error}")
+        raise typer.Exit(1) from None
+    _show(console, question, placement)
+    if tokens:
+        torch.set_num_threads(1)
+        _predict(console, question, placement, names, drafter, tokens)
+
+
+def _from_profiles(cluster: str, model: str, size: dict[str, float]) -> _Question:
+    profile = read_cluster(cluster)
+    candidates = [
+        Candidate(name=f"{rank}:{device.name}", device=device, link=link)
+        for rank, (device, link) in enumerate(
+            zip(profile.devices[1:], profile.links[1:], strict=True), start=1
+        )
+    ]
+    needs = needs_of("float16", **size)  # type: ignore[arg-type]
+    return _Question((profile.devices[0], profile.links[0]), candidates, read_model(model), needs)
+
+
+def _from_head(head: str, token: str, size: dict[str, float]) -> _Question:
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    with HeadClient(host, port, derive_keys(token)) as client:
+        now = client.status()
+    present = [one for one in now.devices if one.state != "lost"]
+    if not present:
+        raise ValueError(f"no device has joined {head} yet")
+    candidates = [as_candidate(one.name, one.report) for one in present]
+    # The head's own device has not been measured: it is taken to be like the fastest of the others.
+    fastest = max(candidates, key=lambda c: c.device.bandwidth_gb_s)
+    profile = model_profile(now.model.model_id, now.sizes, now.model.dtype)
+    needs = needs_of(now.model.dtype, **size)  # type: ignore[arg-type]
+    return _Question((fastest.device, fastest.link), candidates, profile, needs)
+
+
+def _place(question: _Question, layers: str | None) -> Placement:
+    if layers is None:
+        return plan_layers(question.candidates, question.model, question.needs)
+    counts = parse_layers(layers)
+    if sum(counts) != question.model.layers:
+        raise ValueError(
+            f"--layers {layers} adds up to {sum(counts)}, {question.model.name} has "
+            f"{question.model.layers} layers"
+        )
+    return fixed_layers(question.candidates, question.model, question.needs, counts)
+
+
+def _show(console: Console, question: _Question, placement: Placement) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("rank", "device", "layers", "memory needed", "available", "weights read at"):
+        table.add_column(name)
+    table.add_column("")
+    by_name = {candidate.name: candidate for candidate in question.candidates}
+    last = len(placement.places)
+    for rank, place in enumerate(placement.places, start=1):
+        one = by_name[place.name]
+        needed = needed_bytes(
+            question.model,
+            question.needs,
+            place.last - place.first,
+            first=rank == 1,
+            last=rank == last,
+        )
+        table.add_row(
+            *(str(rank), one.name, f"{place.first}-{place.last - 1} ({place.last - place.first})"),
+            *(f"{needed / 1e9:.2f} GB", f"{one.memory_bytes / 1e9:.2f} GB"),
+            f"{one.device.bandwidth_gb_s:.1f} GB/s",
+        )
+    for name, why in placement.left_out.items():
+        one = by_name[name]
+        memory, rate = f"{one.memory_bytes / 1e9:.2f} GB", f"{one.device.bandwidth_gb_s:.1f} GB/s"
+        table.add_row("-", name, "-", "-", memory, rate, why)
+    console.print(table)
+    if placement.about:
+        console.print(placement.about, markup=False)
+
+
+def _predict(
+    console: Console,
+    question: _Question,
+    placement: Placement,
+    strategies: Sequence[str],
+    drafter: str,
+    tokens: int,
+) -> None:
+    """A table of tokens/s: this placement, and the one device alone that could hold everything."""
+    options = {"this plan": placement}
+    alone = _best_alone(question)
+    if alone is not None and len(placement.places) > 1:
+        options[f"{alone.places[0].name} alone"] = alone
+    config = RunConfig(drafter=drafter)
+    shards = "+".join(["1"] * 8)
+    folder = split_folder(replace(config, layers=shards))
+    parts = load_head_parts(replace(config, draft=draft_folder(config)), folder)
+    num_layers = len(parts.manifest.layers)
+    texts = [p.turns[0] for p in load_prompts(BUNDLED / "prompts.jsonl", limit=3)]
+    table = Table("tokens/s, emulated", *strategies, box=None, pad_edge=False)
+    speeds = {}
+    for name, option in options.items():
+        if len(option.places) > num_layers:
+            console.print(f"no prediction: more than {num_layers} stages")
+            return
+        emulation = _emulation(question, option, drafter)
+        stages = stand_in_stages(folder, num_layers, len(option.places))
+        speeds[name] = predict_speeds(
+            config, parts, stages, emulation, strategies, texts, num_tokens=tokens
+        )
+        table.add_row(name, *(f"{speeds[name][s]:.1f}" for s in strategies))
+    console.print(table)
+    if len(speeds) == 2:
+        plan_best, alone_best = (max(one.values()) for one in speeds.values())
+        if alone_best > plan_best:
+            console.print(
+                f"one device alone would be faster: {alone_best:.1f} against {plan_best:.1f}"
+            )
+
+
+def _best_alone(question: _Question) -> Placement | None:
+    """The fastest device that can hold the whole model."""
+    for one in sorted(question.candidates, key=lambda c: -c.device.bandwidth_gb_s):
+        try:
+            return plan_layers([one], question.model, question.needs, weights=Weights())
+        except DoesNotFitError:
+            continue
+    return None
+
+
+def _emulation(question: _Question, placement: Placement, drafter: str) -> Emulation:
+    by_name = {candidate.name: candidate for candidate in question.candidates}
+    used = [by_name[place.name] for place in placement.places]
+    profile = ClusterProfile(
+        name="plan",
+        devices=(question.head[0], *(one.device for one in used)),
+        links=(question.head[1], *(one.link for one in used)),
+    )
+    counts = tuple(place.last - place.first for place in placement.places)
+    # What fits has been decided with caches and reserve; the emulator knows less.
+    roomy = tuple(replace(device, memory_gb=1e6) for device in profile.devices)
+    return Emulation(
+        cluster=replace(profile, devices=roomy),
+        model=question.model,
+        drafter=drafter,
+        layers=counts,
+    )

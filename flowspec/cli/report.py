@@ -1,0 +1,78 @@
+"""`flowspec report`: tables from the records of a benchmark."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from flowspec.cli.common import read_records
+from flowspec.eval.report import csv_report, tables
+from flowspec.eval.tables import Table, to_latex, to_markdown
+
+FORMATS = ("text", "markdown", "latex", "csv")
+MAX_WIDTH = 1000  # folded figures could not be read; a terminal folds what is wider than it
+
+
+def report(
+    records: Annotated[
+        list[Path], typer.Argument(help="Files, or folders, that `flowspec bench` wrote.")
+    ],
+    format_: Annotated[
+        str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
+    ] = "text",
+    baseline: Annotated[
+        str, typer.Option(help="Strategy that the others are compared with.")
+    ] = "ar",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only records with key=value[,value]: temperature=0, emulated=true."),
+    ] = None,
+    per_set: Annotated[
+        bool, typer.Option("--per-set", help="Acceptance and time of every set, not of the mean.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
+) -> None:
+    """Tables: speed-up over a baseline with intervals, tokens/s, acceptance, where the time went.
+
+    Emulated and measured records are told apart, and never compared with one another.
+    """
+    if format_ not in FORMATS:
+        raise ValueError(f"--format must be one of {', '.join(FORMATS)}, not {format_!r}")
+    if out and not out.parent.is_dir():
+        raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder")
+    samples = read_records(records, only or [])
+    if format_ == "csv":
+        text = csv_report(samples, baseline=baseline)
+    else:
+        found = tables(samples, baseline=baseline, per_set=per_set)
+        text = {"text": _text, "markdown": to_markdown, "latex": to_latex}[format_](found)
+    if out:
+        out.write_text(text)
+    else:
+        typer.echo(text, nl=False)
+
+
+def _text(found: list[Table]) -> str:
+    console = Console(width=MAX_WIDTH, highlight=False)
+    with console.capture() as captured:
+        for table in found:
+            show_table(console, table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()) + "\n"
+
+
+def show_table(console: Console, table: Table) -> None:
+    """Title, figures, notes. Heads are folded, figures never."""
+    console.print(table.title, style="bold")
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for place, name in enumerate(table.columns):
+        head = name.replace(" ", "\n")
+        drawn.add_column(head, justify="right" if place else "left", no_wrap=True)
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print(drawn)
+    if table.notes:
+        console.print(f"{'. '.join(table.notes)}.")
+    console.print()

@@ -1,0 +1,280 @@
+"""`flowspec serve`: be the head of a cluster of devices that join."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import torch
+import typer
+
+import flowspec
+from flowspec.cli.chat import ChatOptions, chat_loop
+from flowspec.cli.common import bundled, draft_folder, effective_config, split_folder
+from flowspec.cli.watch import Watch
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.device import default_name, interfaces
+from flowspec.cluster.discovery import announced
+from flowspec.cluster.head_engine import HeadEngine
+from flowspec.cluster.head_server import HeadServer
+from flowspec.cluster.hosts import read_hosts
+from flowspec.cluster.hosts import start as start_hosts
+from flowspec.cluster.hosts import stop as stop_hosts
+from flowspec.cluster.membership import Membership
+from flowspec.cluster.messages import ModelCard
+from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
+from flowspec.cluster.roster import MembershipConfig
+from flowspec.cluster.ship import ShardServer
+from flowspec.cluster.token import check_token, derive_keys, new_token, read_token, write_token
+from flowspec.config import RunConfig, override
+from flowspec.drafters import DRAFTERS
+from flowspec.engine import HeadParts, check_run, load_head_parts
+from flowspec.model.config import read_config
+from flowspec.model.manifest import HEAD_FOLDER, MANIFEST_NAME, read_manifest
+from flowspec.model.source import open_checkpoint, resolve_model
+from flowspec.model.split_plan import parse_layers
+from flowspec.request import ClusterError
+from flowspec.strategies import STRATEGIES
+from flowspec.transport.control import ControlServer
+from flowspec.transport.keys import Keys
+
+DEFAULT_PORT = 7000
+DRAIN_S = 30.0
+HOSTS_END_S = 10.0  # for devices over ssh to end after the head
+
+
+def serve(
+    model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
+    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
+    drafter: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(DRAFTERS)} [eagle].")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Own address to listen at [all].")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="Control port; 0: any free one.")] = DEFAULT_PORT,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Where the token is, or is kept when it is made.")
+    ] = None,
+    devices: Annotated[
+        int, typer.Option(help="Start with this many [as soon as the layers are covered].")
+    ] = 0,
+    spares: Annotated[int, typer.Option(help="Devices kept free to take over.")] = 0,
+    layers: Annotated[str | None, typer.Option(help="Layers per device, as in 8+8+16.")] = None,
+    context: Annotated[
+        int, typer.Option(help="Tokens a request may have, for the plan's caches [model's, 4096].")
+    ] = 0,
+    max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    device: Annotated[str | None, typer.Option(help="Of the drafter: cpu or cuda[:n].")] = None,
+    kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].")] = 0,
+    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.")] = 600,
+    settle: Annotated[float, typer.Option(help="Wait after a join for more devices, s.")] = 2.0,
+    dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 3.0,
+    rejoin_wait: Annotated[
+        float, typer.Option(help="Wait for a lost device before planning without it, s.")
+    ] = 5.0,
+    give_up: Annotated[
+        float, typer.Option(help="Open requests end when layers are uncovered so long, s.")
+    ] = 120.0,
+    hosts: Annotated[
+        Path | None, typer.Option(help="Start a device on each host of this file, over ssh.")
+    ] = None,
+    offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
+    mdns: Annotated[bool, typer.Option(help="Announce this head on the local network.")] = True,
+    prompt: Annotated[bool, typer.Option(help="A prompt loop here, on a terminal.")] = True,
+    config: Annotated[Path | None, typer.Option(help="YAML file as for `run`.")] = None,
+    log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
+) -> None:
+    """Load the drafter here, print the line to join with, and give joining devices the layers.
+
+    Answers come as soon as the layers are covered: here, by `flowspec chat HOST:PORT` and by
+    `flowspec generate --head HOST:PORT`. Everything is encrypted with the token.
+    """
+    flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
+    watch = Watch(log_json=log_json)
+    run_config = effective_config(config, flags)
+    check_run(run_config)
+    over_ssh = read_hosts(hosts) if hosts is not None else None
+    if over_ssh is not None:
+        port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
+    token = _token(token_file)
+    folder, run_config = _prepare(run_config, offline=offline)
+    torch.set_num_threads(run_config.threads_per_process)
+    parts = load_head_parts(run_config, folder)
+    keys = derive_keys(token)
+    control = ControlServer(host, port, keys)
+    shards = _shard_server(folder, host, port + 1 if port else 0, keys)
+    settings = MembershipConfig(
+        version=flowspec.__version__,
+        model=ModelCard(
+            model_id=parts.manifest.model_id,
+            model_hash=parts.manifest.model_hash,
+            dtype=run_config.dtype,
+            stored_dtype=parts.manifest.dtype,
+        ),
+        manifest_sha256=shards.manifest_sha256,
+        shards=shards.address,
+        devices=len(parse_layers(layers)) if layers else devices,
+        spares=spares,
+        settle_s=settle,
+        dead_after_s=dead_after,
+        heartbeat_s=min(0.5, dead_after / 4),
+        rejoin_wait_s=rejoin_wait,
+        give_up_s=give_up,
+        kv_memory_mb=kv_memory_mb,
+        shape_stable=run_config.shape_stable,
+    )
+    planner = _planner(run_config, parts, layers, context, reserve_mb)
+    now = time.monotonic()
+    membership = Membership(settings, planner, now, wall_offset_s=time.time() - now)
+    server = HeadServer(
+        control,
+        membership,
+        lambda tell: HeadEngine(
+            run_config, parts, keys, tell, host=host, port=port + 2 if port else 0
+        ),
+        sizes=model_sizes(read_config(folder / HEAD_FOLDER)),
+        on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
+        on_progress=watch.progress,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(watch.close)
+        stack.callback(shards.close)
+        if over_ssh is not None:
+            logs = Path("out") / "hosts"
+            stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
+            watch.say(f"devices are started over ssh; what they say is in {logs}")
+        stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
+        stop = _start(server)
+        addresses = _addresses(host)
+        _print_line(watch, addresses, control.port, token)
+        if mdns and not addresses[0].startswith("127."):
+            name = parts.manifest.model_id
+            why = stack.enter_context(announced(default_name(), addresses, control.port, name))
+            watch.say(why or "announced by mDNS: flowspec join finds this head without an address")
+        if prompt and sys.stdin.isatty():
+            _prompt_loop(control.port, keys, stop)
+        else:
+            while not stop.wait(0.2):
+                pass
+        watch.say("shutting down: open requests are finished first")
+        server.drain("it is shutting down", DRAIN_S)
+
+
+def _start(server: HeadServer) -> threading.Event:
+    """Take devices and clients; the event is set when a signal asks for the end."""
+    stop = threading.Event()
+    _on_signals(stop)
+    server.start()
+    return stop
+
+
+def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> None:
+    """The line to paste elsewhere goes to stdout; the address's alternatives to the log."""
+    watch.say("run this on each device:")
+    typer.echo(f"flowspec join {addresses[0]}:{port} --token {token}")
+    sys.stdout.flush()
+    if len(addresses) > 1:
+        watch.say(f"or by another of this machine's addresses: {', '.join(addresses[1:])}")
+
+
+_CONFIG_FLAGS = ("model", "draft", "drafter", "strategy", "max_requests", "dtype", "device")
+
+
+def _token(file: Path | None) -> str:
+    """The cluster's token: given, kept from before, or new; the same after a restart."""
+    if file is None and os.environ.get("FLOWSPEC_TOKEN"):
+        return read_token(None, prompt=False)
+    path = file or _state_folder() / "token"
+    if path.exists():
+        return read_token(path, prompt=False)
+    token = new_token()
+    write_token(path, token)
+    return check_token(token)
+
+
+def _state_folder() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(base).expanduser() / "flowspec"
+
+
+def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
+    """The model cut into one shard per layer, so that any device can get any of them.
+
+    Raises ValueError where it is cut already, but not so.
+    """
+    folder = resolve_model(bundled(config.model), offline=offline)
+    if (folder / MANIFEST_NAME).exists():
+        layers = read_manifest(folder).layers
+        if set(layers) != {1}:
+            raise ValueError(
+                f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; serve the "
+                "unsplit model, or one split with every layer by itself"
+            )
+        return folder, override(config, {"draft": draft_folder(config)}, where="draft")
+    num_layers = open_checkpoint(folder).config.num_layers
+    config = override(config, {"draft": draft_folder(config)}, where="draft")
+    return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config
+
+
+def _shard_server(folder: Path, host: str, port: int, keys: Keys) -> ShardServer:
+    """At `port`, or at a free one."""
+    try:
+        return ShardServer(folder, f"tcp://{host}:{port}", keys)
+    except ValueError:
+        if not port:
+            raise
+        return ShardServer(folder, f"tcp://{host}:0", keys)
+
+
+def _planner(
+    config: RunConfig, parts: HeadParts, layers: str | None, context: int, reserve_mb: int
+) -> DevicePlanner:
+    model = read_config(parts.folder / HEAD_FOLDER)
+    context = context or min(model.max_position_embeddings, 4096)
+    needs = needs_of(config.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6)
+    profile = model_profile(parts.manifest.model_id, model_sizes(model), config.dtype)
+    counts = parse_layers(layers) if layers else ()
+    if counts and sum(counts) != profile.layers:
+        raise ValueError(
+            f"--layers {layers} adds up to {sum(counts)}, the model has {profile.layers} layers"
+        )
+    return DevicePlanner(profile, needs, layers=counts)
+
+
+def _addresses(host: str) -> list[str]:
+    """By which devices may reach this head, the likeliest first."""
+    if host != "0.0.0.0":
+        return [host]
+    found = [one.address for one in interfaces()]
+    return [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
+
+
+def _on_signals(stop: threading.Event) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        if stop.is_set():  # asked twice: at once
+            raise SystemExit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+
+
+def _prompt_loop(port: int, keys: Keys, stop: threading.Event) -> None:
+    try:
+        with HeadClient("127.0.0.1", port, keys) as client:
+            chat_loop(client, ChatOptions(), should_stop=stop.is_set)
+    except (EOFError, KeyboardInterrupt):
+        return
+    except ClusterError:
+        if not stop.is_set():
+            raise

@@ -1,0 +1,298 @@
+"""Weights on a device's disk, each file under its own sha256, and models put together from them.
+
+`shards/<sha256>` are whole files, `shards/<sha256>.partial` what has come of one so far;
+`models/<model hash>/` is laid out as a split folder, of links. Nothing is written elsewhere.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from flowspec.model.manifest import (
+    MANIFEST_NAME,
+    WEIGHTS_NAME,
+    FileRecord,
+    Manifest,
+    file_sha256,
+    read_manifest,
+    stage_folder,
+    write_manifest,
+)
+from flowspec.model.source import open_checkpoint
+from flowspec.model.split import write_file
+from flowspec.model.split_plan import plan_split
+from flowspec.model.tensor_files import TensorReader
+from flowspec.request import ClusterError
+
+HERE = "this device"
+RESERVE_BYTES = 64 << 20  # left free for everybody else
+LOCK_LIMIT_S = 10.0
+_READ_BYTES = 1 << 20
+_HEX = frozenset("0123456789abcdef")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class WrongHashError(Exception):
+    """A file is not what the manifest says; `resumed`: part of it came in an earlier run."""
+
+    def __init__(self, record: FileRecord, *, resumed: bool) -> None:
+        super().__init__(record.sha256)
+        self.record, self.resumed = record, resumed
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # by the XDG specification, a relative path is to be ignored
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "flowspec"
+
+
+def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileRecord]:
+    """Name in a split folder -> record, of the files of stages `shards` (from 1).
+
+    Raises ValueError where there is no such stage.
+    """
+    names = []
+    for shard in shards:
+        manifest.layer_range(shard)
+        names += [f"{stage_folder(shard)}/{name}" for name in ("config.json", WEIGHTS_NAME)]
+    return {name: manifest.files[name] for name in names}
+
+
+class ShardCache:
+    """The cache in folder `root`. Several processes may use one at the same time."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = root or cache_folder()
+        self._shards, self._models = self.root / "shards", self.root / "models"
+        try:
+            for folder in (self._shards, self._models):
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise ValueError(
+                f"the cache {self.root} cannot be used: {error.strerror}; set XDG_CACHE_HOME to a "
+                "folder on a disk with room"
+            ) from None
+
+    def folder(self, manifest: Manifest) -> Path:
+        """The split folder of a model; what `link` has put there can be loaded."""
+        return self._models / _hex(manifest.model_hash)
+
+    def has(self, record: FileRecord, *, verify: bool = False) -> bool:
+        """Whether a file is here whole; with `verify` one of other content is removed."""
+        path = self._shards / _hex(record.sha256)
+        try:
+            if path.stat().st_size == record.bytes and not (
+                verify and file_sha256(path) != record.sha256
+            ):
+                return True
+        except OSError:
+            return False
+        path.unlink(missing_ok=True)
+        return False
+
+    def open_partial(self, record: FileRecord) -> "Partial | None":
+        """What there is of a file, to go on with; None while another process is at it."""
+        path = self._shards / f"{_hex(record.sha256)}.partial"
+        try:
+            return Partial.open(path, record)
+        except OSError as error:
+            raise _disk_error(path, error) from None
+
+    def partial_bytes(self, record: FileRecord) -> int:
+        """How much of a file has come so far, whoever fetches it."""
+        try:
+            return (self._shards / f"{_hex(record.sha256)}.partial").stat().st_size
+        except OSError:
+            return 0
+
+    def check_room(self, needed: int) -> None:
+        """Raises ClusterError where the disk is too small for so many bytes more."""
+        free = shutil.disk_usage(self._shards).free
+        if needed and free < needed + RESERVE_BYTES:
+            raise ClusterError(
+                HERE,
+                f"too little disk for its layers in {self.root}: needed {needed / 1e9:.2f} GB and "
+                f"{RESERVE_BYTES / 1e9:.2f} GB to spare, free {free / 1e9:.2f} GB; free some, or "
+                "set XDG_CACHE_HOME to a folder on a larger disk",
+            )
+
+    def link(self, manifest: Manifest, shards: Iterable[int]) -> Path:
+        """Lay out whole files as a split folder, with its manifest; that folder."""
+        folder = self.folder(manifest)
+        try:
+            with (self._models / ".lock").open("w") as lock:
+                _await_lock(lock.fileno())
+                self._lay_out(folder, manifest, shards)
+        except OSError as error:
+            raise _disk_error(folder, error) from None
+        return folder
+
+    def _lay_out(self, folder: Path, manifest: Manifest, shards: Iterable[int]) -> None:
+        for name, record in shard_files(manifest, shards).items():
+            part = (folder / name).parent
+            part.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _put_link(folder / name, Path("../../../shards") / record.sha256)
+        if not (folder / MANIFEST_NAME).exists():
+            write_manifest(folder, manifest)
+
+    def adopt(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shards: Sequence[int],
+        on_bytes: Callable[[int], None] = lambda _: None,
+    ) -> list[str]:
+        """Take what `folder`, a split of the model or the model itself, has of these shards.
+
+        Files of a split stay where they are; of a whole model, the layers are cut out. All are
+        compared with the manifest by content. Returns the names of the files that it has not;
+        `on_bytes` is told how much is done. Raises ValueError where `folder` is neither.
+        """
+        wanted = shard_files(manifest, shards)
+        left = {name: record for name, record in wanted.items() if not self.has(record)}
+        if (folder / MANIFEST_NAME).exists():
+            self._adopt_split(folder, left, on_bytes)
+        elif left:
+            self._adopt_checkpoint(folder, manifest, left, on_bytes)
+        return [name for name, record in wanted.items() if not self.has(record)]
+
+    def _adopt_split(
+        self, folder: Path, wanted: dict[str, FileRecord], on_bytes: Callable[[int], None]
+    ) -> None:
+        own = {record.sha256: name for name, record in read_manifest(folder).files.items()}
+        for record in wanted.values():
+            path = folder.resolve() / own.get(record.sha256, "")
+            if path.is_file() and file_sha256(path) == record.sha256:
+                _put_link(self._shards / _hex(record.sha256), path)
+                on_bytes(record.bytes)
+
+    def _adopt_checkpoint(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        wanted: dict[str, FileRecord],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        checkpoint = open_checkpoint(folder)
+        if checkpoint.config.num_layers != sum(manifest.layers):
+            return
+        plan = plan_split(checkpoint, layers=manifest.layers, dtype=manifest.dtype)
+        files = [file for file in plan.files if file.name in wanted]
+        self.check_room(sum(plan.file_bytes(file) for file in files))
+        with TensorReader() as reader:
+            for file in files:
+                record = wanted[file.name]
+                made = self._shards / f"{_hex(record.sha256)}.{os.getpid()}"
+                if write_file(plan, made, file, reader, on_bytes) == record:
+                    made.replace(self._shards / record.sha256)
+                else:
+                    made.unlink()
+
+
+class Partial:
+    """A file that is coming, locked against other processes. Bytes are appended in order."""
+
+    def __init__(self, path: Path, record: FileRecord, handle: int) -> None:
+        self.record = record
+        self._path, self._handle = path, handle
+        self._digest = hashlib.sha256()
+        self.size = self.resumed_bytes = self._read_back()
+
+    @classmethod
+    def open(cls, path: Path, record: FileRecord) -> "Partial | None":
+        """Open and lock, or None where another process holds the lock."""
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # it may have become the whole file, or been removed, before the lock was had
+            if os.fstat(handle).st_ino != path.stat().st_ino:
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            os.close(handle)
+            return None
+        return cls(path, record, handle)
+
+    def write(self, pieces: Iterable[memoryview]) -> None:
+        """Append. Raises ClusterError where the disk is full; what was written stays."""
+        for piece in pieces:
+            view = piece
+            while view:
+                try:
+                    count = os.write(self._handle, view)
+                except OSError as error:
+                    raise _disk_error(self._path, error) from None
+                self._digest.update(view[:count])
+                self.size += count
+                view = view[count:]
+
+    def finish(self) -> None:
+        """Make it the whole file, for good; WrongHashError (and it is removed) where it is not."""
+        if self.size != self.record.bytes or self._digest.hexdigest() != self.record.sha256:
+            self._path.unlink(missing_ok=True)
+            raise WrongHashError(self.record, resumed=self.resumed_bytes > 0)
+        try:
+            os.fsync(self._handle)
+            self._path.replace(self._path.with_suffix(""))
+        except OSError as error:
+            raise _disk_error(self._path, error) from None
+
+    def close(self) -> None:
+        """Let go of it; what has come stays for the next time."""
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+
+    def _read_back(self) -> int:
+        size = os.fstat(self._handle).st_size
+        if size > self.record.bytes:
+            os.ftruncate(self._handle, 0)
+            return 0
+        buffer = memoryview(bytearray(_READ_BYTES))
+        while count := os.readv(self._handle, [buffer]):
+            self._digest.update(buffer[:count])
+        return size
+
+
+def _disk_error(path: Path, error: OSError) -> ClusterError:
+    if error.errno in _FULL:
+        return ClusterError(
+            HERE,
+            f"the disk is full while writing to {path.parent}; what has come is kept: free some "
+            "and join again, or set XDG_CACHE_HOME to a folder on a larger disk",
+        )
+    return ClusterError(HERE, f"cannot write to {path.parent}: {error.strerror}; check the disk")
+
+
+def _await_lock(handle: int) -> None:
+    """Lock a file that others hold for as long as making some links takes."""
+    end = time.monotonic() + LOCK_LIMIT_S
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise OSError(errno.EBUSY, "another process holds its lock") from None
+            time.sleep(0.02)
+
+
+def _put_link(path: Path, target: Path) -> None:
+    if path.is_symlink() and path.readlink() == target:
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}.link")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    partial.replace(path)
+
+
+def _hex(text: str) -> str:
+    """The text, which is to be a file name, if it is a sha256 and nothing else."""
+    if len(text) != 64 or not set(text) <= _HEX:
+        raise ValueError(f"{text[:80]!r} is no sha256; the manifest is not to be trusted")
+    return text

@@ -1,0 +1,115 @@
+"""A client of a running head: ask, follow the answer, look at the cluster."""
+
+import time
+from collections.abc import Iterator
+from itertools import count
+from types import TracebackType
+
+import flowspec
+from flowspec.cluster.messages import (
+    Ask,
+    AskStatus,
+    ClusterStatus,
+    Control,
+    Done,
+    Drop,
+    Note,
+    Piece,
+    Refuse,
+    pack,
+    unpack,
+)
+from flowspec.request import ClusterError
+from flowspec.transport.control import ControlClient, UnreachableError
+from flowspec.transport.keys import Keys
+
+HANDSHAKE_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 5.0
+POLL_S = 0.2
+SILENCE_S = 10.0  # of a head that has been asked whether it is there
+
+
+class HeadClient:
+    """A connection to the head at host:port. Raises ClusterError where it cannot be had, with why.
+
+    Use it with `with`.
+    """
+
+    def __init__(self, host: str, port: int, keys: Keys) -> None:
+        self.where = f"head at {host}:{port}"
+        self.control = ControlClient(host, port, keys)
+        self._ids = count(1)
+        if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):
+            self.control.close()
+            raise ClusterError("head", reason)
+
+    def __enter__(self) -> "HeadClient":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; what is open is cancelled by the head."""
+        self.control.close()
+
+    def new_ask(self, **fields: object) -> Ask:
+        """An Ask with an id of its own and this package's version."""
+        return Ask.model_validate(
+            {"version": flowspec.__version__, "id": next(self._ids), **fields}, strict=False
+        )
+
+    def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
+        """Follow one answer to its Done. Whoever turns away early cancels it.
+
+        Raises ClusterError where the head is lost.
+        """
+        self._send(ask)
+        heard_at, is_done, has_asked = time.monotonic(), False, False
+        try:
+            while True:
+                for message in self._receive():
+                    heard_at, has_asked = time.monotonic(), False
+                    if isinstance(message, Piece | Note | Done) and message.id == ask.id:
+                        is_done = isinstance(message, Done)
+                        yield message
+                        if is_done:
+                            return
+                silence_s = time.monotonic() - heard_at
+                if not self.control.is_connected:
+                    raise ClusterError(self.where, "connection lost")
+                if silence_s > SILENCE_S and not has_asked:
+                    self._send(AskStatus(version=flowspec.__version__))  # any word will do
+                    has_asked = True
+                if silence_s > 2 * SILENCE_S:
+                    raise ClusterError(self.where, f"no word from it for {silence_s:.0f} s")
+        finally:
+            if not is_done:
+                self._send(Drop(id=ask.id))
+
+    def status(self) -> ClusterStatus:
+        """The cluster now. Raises ClusterError where the head does not answer or refuses."""
+        self._send(AskStatus(version=flowspec.__version__))
+        end = time.monotonic() + STATUS_TIMEOUT_S
+        while time.monotonic() < end:
+            for message in self._receive():
+                if isinstance(message, ClusterStatus):
+                    return message
+                if isinstance(message, Refuse):
+                    raise ClusterError(self.where, message.why)
+        raise ClusterError(self.where, f"no answer within {STATUS_TIMEOUT_S:.0f} s")
+
+    def _receive(self) -> Iterator[Control]:
+        for frame in self.control.receive(POLL_S):
+            yield unpack(frame)
+
+    def _send(self, message: Control) -> None:
+        try:
+            self.control.send(pack(message))
+        except UnreachableError as error:
+            raise ClusterError(self.where, str(error)) from None

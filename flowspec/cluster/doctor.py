@@ -1,0 +1,332 @@
+"""Checks of a device before it joins, or when it does not work: findings with their fixes.
+
+The rules are pure functions of what was found out; finding it out is at the end.
+"""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import flowspec
+from flowspec.cluster.messages import DeviceReport, Link
+from flowspec.transport.control import has_curve
+
+MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
+MIN_MEMORY_BYTES = 0.5e9  # for less than a layer and the runtime nothing is gained
+MIN_DISK_BYTES = 1e9
+SLOW_LINK_BYTES_PER_S, SLOW_LATENCY_S = 20e6, 0.01
+NVMAP_ERROR = "NvMapMemAllocInternalTagged"
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+class Level(str, Enum):
+    """What a finding means for joining."""
+
+    OK = "ok"
+    WARNING = "warning"  # it works, worse than it could
+    ERROR = "error"  # it does not work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing looked at. `fix`: what to do, where something is to be done."""
+
+    what: str
+    level: Level
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was found out on this device. None: there was nothing to find out."""
+
+    python: tuple[int, int]
+    report: DeviceReport
+    is_jetson: bool = False
+    l4t: str = ""  # as in R36.4.7
+    cuda_available: bool = False
+    has_desktop: bool = False  # a graphical session takes memory on a board
+    num_swap_bytes: int = 0
+    allocator: str = ""  # PYTORCH_CUDA_ALLOC_CONF
+    has_bitsandbytes: bool = False
+    cuda_error: str = ""  # what a small allocation and kernel said
+    has_curve: bool = True
+    missing: tuple[str, ...] = ()  # packages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadFacts:
+    """What was found out about the way to a head."""
+
+    where: str
+    why_unreachable: str = ""
+    own_address: str = ""
+    link: Link = Link()
+    version: str = ""  # of its package, where it let us in
+
+
+def examine(facts: Facts) -> Iterator[Finding]:
+    """Everything about the device itself."""
+    report = facts.report
+    yield _python(facts)
+    yield Finding(what="FlowSpec", level=Level.OK, found=flowspec.__version__)
+    for name in facts.missing:
+        yield Finding(
+            what=name,
+            level=Level.ERROR,
+            found="not installed",
+            fix="pip install -r requirements.txt (on a Jetson: requirements_jetson.txt)",
+        )
+    if not facts.has_curve:
+        yield Finding(
+            what="encryption",
+            level=Level.ERROR,
+            found="this libzmq has no CURVE",
+            fix="install pyzmq from its wheel: pip install --force-reinstall pyzmq",
+        )
+    yield from _torch(facts)
+    yield _memory(report)
+    yield _disk(report)
+    if report.power_mode:
+        yield Finding(what="power mode", level=Level.OK, found=report.power_mode)
+    yield _interfaces(report)
+    if facts.is_jetson:
+        yield from _jetson(facts)
+
+
+def examine_link(facts: HeadFacts) -> Iterator[Finding]:
+    """The way to the head."""
+    if facts.why_unreachable:
+        yield Finding(what="head", level=Level.ERROR, found=facts.why_unreachable, fix="see there")
+        return
+    version = f"FlowSpec {facts.version}" if facts.version else "it lets us in"
+    same = facts.version in ("", flowspec.__version__)
+    yield Finding(
+        what="head",
+        level=Level.OK if same else Level.ERROR,
+        found=f"{facts.where} answers: {version}; this device listens at {facts.own_address}",
+        fix="" if same else f"install {facts.version} here, or {flowspec.__version__} there",
+    )
+    if facts.own_address.startswith("127."):
+        yield Finding(
+            what="address",
+            level=Level.WARNING,
+            found="this device is the head's own: others cannot reach it at 127.0.0.1",
+            fix="where other devices join too, join by the head's network address",
+        )
+    yield from _speed(facts.link)
+
+
+def can_join(findings: Iterator[Finding] | list[Finding]) -> bool:
+    """Whether nothing found makes joining impossible."""
+    return all(finding.level is not Level.ERROR for finding in findings)
+
+
+def _python(facts: Facts) -> Finding:
+    good = MIN_PYTHON <= facts.python <= MAX_PYTHON
+    version = ".".join(map(str, facts.python))
+    needed = f"{'.'.join(map(str, MIN_PYTHON))} to {'.'.join(map(str, MAX_PYTHON))}"
+    return Finding(
+        what="Python",
+        level=Level.OK if good else Level.ERROR,
+        found=version,
+        fix="" if good else f"needed: {needed}; JetPack 5 has 3.8: install JetPack 6 or 7",
+    )
+
+
+def _torch(facts: Facts) -> Iterator[Finding]:
+    report = facts.report
+    if facts.cuda_error:
+        yield _cuda_error(facts)
+    elif facts.is_jetson and not facts.cuda_available:
+        yield Finding(
+            what="torch",
+            level=Level.WARNING,
+            found=f"{report.torch} finds no CUDA: it is a build for other machines",
+            fix="install NVIDIA's build for this JetPack (docs/deployment.md), then "
+            "requirements_jetson.txt with a constraint that keeps it",
+        )
+    else:
+        gflops, rate = report.flops / 1e9, report.bandwidth_bytes_per_s / 1e9
+        yield Finding(
+            what="torch",
+            level=Level.OK,
+            found=f"{report.torch} on {report.torch_device}: reads {rate:.1f} GB/s, "
+            f"{gflops:.0f} GFLOP/s",
+        )
+
+
+def _cuda_error(facts: Facts) -> Finding:
+    error = facts.cuda_error
+    fix = "see the error; run on the CPU with --device cpu meanwhile"
+    if NVMAP_ERROR in error or "error 12" in error:
+        fix = (
+            f"memory is fragmented though free (known from L4T 36.4.7 on): export {EXPANDABLE}, or "
+            "reboot"
+        )
+    elif "no kernel image" in error or "named symbol not found" in error:
+        fix = "this torch was built for another GPU; install NVIDIA's build for this JetPack"
+    elif "libcudss" in error or "libnvpl" in error:
+        fix = "install the missing library from the CUDA repository of this JetPack"
+    elif "NVML" in error:
+        fix = "this board has no NVML; its torch says so instead of `out of memory`: free some"
+    return Finding(what="CUDA", level=Level.ERROR, found=error[:300], fix=fix)
+
+
+def _memory(report: DeviceReport) -> Finding:
+    free, total = report.memory_available_bytes / 1e9, report.memory_total_bytes / 1e9
+    shared = ", shared by CPU and GPU" if report.unified_memory else ""
+    enough = report.memory_available_bytes >= MIN_MEMORY_BYTES
+    return Finding(
+        what="memory",
+        level=Level.OK if enough else Level.ERROR,
+        found=f"{free:.1f} of {total:.1f} GB available{shared}",
+        fix="" if enough else f"needed: {MIN_MEMORY_BYTES / 1e9:.1f} GB; end other programs",
+    )
+
+
+def _disk(report: DeviceReport) -> Finding:
+    enough = report.disk_free_bytes >= MIN_DISK_BYTES
+    return Finding(
+        what="disk",
+        level=Level.OK if enough else Level.WARNING,
+        found=f"{report.disk_free_bytes / 1e9:.1f} GB free for layers",
+        fix="" if enough else "free some, or set XDG_CACHE_HOME to a folder on a larger disk",
+    )
+
+
+def _interfaces(report: DeviceReport) -> Finding:
+    real = [one for one in report.interfaces if not one.address.startswith("127.")]
+    text = ", ".join(
+        f"{one.name} {one.address}" + (f" {one.rate_mbps} Mbit/s" if one.rate_mbps else "")
+        for one in real
+    )
+    slow = [one for one in real if 0 < one.rate_mbps < 1000]
+    if not real:
+        fix = "connect a cable or Wi-Fi; without one only a head on this machine can be joined"
+        return Finding(what="network", level=Level.WARNING, found="none is up", fix=fix)
+    if slow and len(slow) == len(real):
+        fix = f"{slow[0].name} runs at {slow[0].rate_mbps} Mbit/s: check cable and switch"
+        return Finding(what="network", level=Level.WARNING, found=text, fix=fix)
+    return Finding(what="network", level=Level.OK, found=text)
+
+
+def _speed(link: Link) -> Iterator[Finding]:
+    rate = min(link.up_bytes_per_s, link.down_bytes_per_s)
+    if not rate:
+        fix = "the head is busy or the link loses much: try again"
+        yield Finding(what="link", level=Level.WARNING, found="could not be measured", fix=fix)
+        return
+    found = (
+        f"{link.latency_s * 1e3:.2f} ms one way, {link.up_bytes_per_s / 1e6:.0f} MB/s to the head, "
+        f"{link.down_bytes_per_s / 1e6:.0f} MB/s from it, encrypted"
+    )
+    slow = rate < SLOW_LINK_BYTES_PER_S or link.latency_s > SLOW_LATENCY_S
+    fix = "use a cable (1 Gbit/s or more); Wi-Fi and VPNs cost most of the speed" if slow else ""
+    yield Finding(what="link", level=Level.WARNING if slow else Level.OK, found=found, fix=fix)
+
+
+def _jetson(facts: Facts) -> Iterator[Finding]:
+    """What goes wrong on Jetson boards though everything is installed."""
+    release = facts.l4t or "not known"
+    yield Finding(what="Jetson Linux", level=Level.OK, found=f"L4T {release}")
+    if "MAXN" not in facts.report.power_mode.upper() and facts.report.power_mode:
+        yield Finding(
+            what="power mode",
+            level=Level.WARNING,
+            found=f"{facts.report.power_mode}: below the board's fastest",
+            fix="sudo nvpmodel -q --verbose lists the modes, sudo nvpmodel -m N sets one; "
+            "sudo jetson_clocks holds the clocks",
+        )
+    fragile = _at_least(facts.l4t, (36, 4, 7))
+    if fragile and "expandable_segments" not in facts.allocator:
+        yield Finding(
+            what="CUDA allocator",
+            level=Level.WARNING,
+            found="large allocations may fail with NvMap error 12 though memory is free",
+            fix=f"export {EXPANDABLE}",
+        )
+    if facts.has_desktop:
+        yield Finding(
+            what="desktop",
+            level=Level.WARNING,
+            found="a graphical session takes memory from the model",
+            fix="sudo systemctl set-default multi-user.target, then reboot",
+        )
+    if facts.num_swap_bytes:
+        yield Finding(
+            what="swap",
+            level=Level.WARNING,
+            found=f"{facts.num_swap_bytes / 1e9:.1f} GB of swap or zram: weights in it are slow",
+            fix="sudo systemctl disable nvzramconfig, then reboot",
+        )
+    if facts.has_bitsandbytes:
+        yield Finding(
+            what="bitsandbytes",
+            level=Level.WARNING,
+            found="its aarch64 wheels import and fail at their first kernel on a Jetson",
+            fix="it is not needed here: pip uninstall bitsandbytes",
+        )
+
+
+def _at_least(l4t: str, version: tuple[int, ...]) -> bool:
+    numbers = tuple(int(part) for part in re.findall(r"\d+", l4t)[:3])
+    return bool(numbers) and numbers >= version
+
+
+def find_facts(
+    report: DeviceReport,
+    *,
+    is_jetson: bool,
+    check_cuda: Callable[[], tuple[bool, str]],
+    environment: Mapping[str, str],
+    root: Path = Path("/"),
+) -> Facts:
+    """What there is to know about this device; `check_cuda`: is it there, what is wrong with it."""
+    available, error = check_cuda()
+    return Facts(
+        python=sys.version_info[:2],
+        report=report,
+        is_jetson=is_jetson,
+        l4t=_l4t(root / "etc/nv_tegra_release"),
+        cuda_available=available,
+        cuda_error=error,
+        has_desktop=bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+        or any((root / "tmp/.X11-unix").glob("X*")),
+        num_swap_bytes=_swap_bytes(root / "proc/swaps"),
+        allocator=environment.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        has_bitsandbytes=_is_installed("bitsandbytes"),
+        has_curve=has_curve(),
+        missing=tuple(n for n in ("pyzmq", "cryptography", "pydantic") if not _is_installed(n)),
+    )
+
+
+def _l4t(file: Path) -> str:
+    """`# R36 (release), REVISION: 4.7, ...` as R36.4.7."""
+    try:
+        text = file.read_text()
+    except OSError:
+        return ""
+    found = re.search(r"R(\d+).*REVISION:\s*([\d.]+)", text)
+    return f"R{found[1]}.{found[2]}" if found else ""
+
+
+def _swap_bytes(file: Path) -> int:
+    try:
+        lines = file.read_text().splitlines()[1:]
+    except OSError:
+        return 0
+    return sum(int(line.split()[2]) * 1024 for line in lines if len(line.split()) > 2)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,262 @@
+"""The head as a server: devices and clients in one thread, the core in another."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flowspec
+from flowspec.cluster.head_engine import (
+    CancelTicket,
+    Ended,
+    Event,
+    HeadBound,
+    HeadEngine,
+    MoreText,
+    NewRequest,
+    StageLost,
+)
+from flowspec.cluster.membership import Membership, Phase
+from flowspec.cluster.messages import (
+    PROTOCOL_VERSION,
+    Ask,
+    AskStatus,
+    Beat,
+    Bye,
+    Control,
+    ControlError,
+    Done,
+    Drop,
+    Echo,
+    Hello,
+    ModelSizes,
+    Note,
+    Piece,
+    Progress,
+    Refuse,
+    StageReady,
+    Trouble,
+    pack,
+    unpack,
+)
+from flowspec.cluster.roster import Effect, Engage, GiveUp, Halt, Resume, Say, Tell
+from flowspec.cluster.status import HeadFacts, cluster_status
+from flowspec.transport.control import ControlServer, UnreachableError
+from flowspec.transport.tally import Tally
+
+log = logging.getLogger(__name__)
+TICK_S = 0.1
+MAX_OPEN_PER_CLIENT = 64
+DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class _Caller:
+    """Whose request a ticket is: the client's connection and its own number for it."""
+
+    peer: bytes
+    id: int
+
+
+class HeadServer:
+    """Start with `start`; `close` drains and ends it.
+
+    `on_say` and `on_progress` are called from the control thread, for whoever watches.
+    """
+
+    def __init__(
+        self,
+        control: ControlServer,
+        membership: Membership,
+        new_engine: Callable[[Callable[[Event], None]], HeadEngine],
+        *,
+        sizes: ModelSizes,
+        on_say: Callable[[Say], None] = lambda say: None,
+        on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
+    ) -> None:
+        self.control, self.membership = control, membership
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.engine = new_engine(self._hear)
+        self._sizes = sizes
+        self._on_say, self._on_progress = on_say, on_progress
+        self._callers: dict[int, _Caller] = {}
+        self._next_ticket = 1
+        self._num_done = self._num_failed = 0
+        self._started_at = time.monotonic()
+        self._bad = Tally(log, "dropped control messages")
+        self._draining = ""
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        """Take devices and clients."""
+        self.engine.start()
+        self._thread.start()
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether all layers are covered now."""
+        return self.membership.phase is Phase.SERVING
+
+    def drain(self, why: str, timeout_s: float) -> bool:
+        """Take no new requests and wait for the open ones; whether all have ended."""
+        self._draining = why
+        end = time.monotonic() + timeout_s
+        while self._callers and time.monotonic() < end:
+            time.sleep(DRAIN_POLL_S)
+        return not self._callers
+
+    def close(self) -> None:
+        """Tell everybody and end. Devices keep their layers and wait for a head."""
+        self._draining = self._draining or "it was stopped"
+        self._closing.set()
+        self.control.wake()
+        self._thread.join(timeout=5.0)
+        self.engine.close()
+        self.control.close()
+
+    def _hear(self, event: Event) -> None:
+        self._events.put(event)
+        self.control.wake()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                for peer, frame in self.control.receive(TICK_S):
+                    self._take(peer, frame)
+                while not self._events.empty():
+                    self._from_engine(self._events.get())
+                self._apply(self.membership.tick(time.monotonic()))
+            for ticket in list(self._callers):
+                self._end(
+                    ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}")
+                )
+            self._apply(self.membership.close(self._draining))
+        except Exception:
+            log.exception("the control thread failed")
+            raise
+
+    def _take(self, peer: bytes, frame: bytes) -> None:
+        try:
+            message = unpack(frame)
+        except ControlError as error:
+            self._bad.add("no message of this protocol", str(error))
+            return
+        now = time.monotonic()
+        match message:
+            case Hello() | Progress() | StageReady() | Trouble() | Beat() | Bye():
+                self._apply(self.membership.handle(peer, message, now))
+                if isinstance(message, Progress):
+                    self._on_progress(self._name(peer), message)
+            case Ask():
+                self._ask(peer, message)
+            case Drop():
+                for ticket, caller in list(self._callers.items()):
+                    if caller == _Caller(peer, message.id):
+                        self.engine.post(CancelTicket(ticket))
+            case AskStatus():
+                self._status(peer, message)
+            case Echo():
+                self._send(peer, Echo(payload="x" * message.reply_bytes))
+            case _:
+                self._bad.add("not for a head", message.kind)
+
+    def _ask(self, peer: bytes, ask: Ask) -> None:
+        refusal = version_refusal(ask.protocol, ask.version)
+        open_here = sum(caller.peer == peer for caller in self._callers.values())
+        if self._draining:
+            refusal = f"the head takes no more requests: {self._draining}"
+        elif self.membership.gave_up:
+            refusal = f"not ready: {self.membership.missing()}"
+        elif open_here >= MAX_OPEN_PER_CLIENT:
+            refusal = f"{open_here} requests of this client are open already"
+        if refusal:
+            self._send(peer, Done(id=ask.id, reason="error", error=refusal))
+            return
+        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
+        self._callers[ticket] = _Caller(peer, ask.id)
+        if not self.is_serving:
+            self._send(peer, Note(id=ask.id, text=f"not ready: {self.membership.missing()}"))
+        self.engine.post(NewRequest(ticket, ask))
+
+    def _status(self, peer: bytes, message: AskStatus) -> None:
+        if refusal := version_refusal(message.protocol, message.version):
+            self._send(peer, Refuse(why=refusal))
+            return
+        now = time.monotonic()
+        facts = HeadFacts(
+            config=self.engine.config,
+            sizes=self._sizes,
+            uptime_s=now - self._started_at,
+            epoch_at=self.engine.epoch_at,
+            crossed_at=self.engine.crossed_at,
+            statuses=dict(self.engine.statuses),
+            num_active=len(self.engine.head.active),
+            num_waiting=len(self.engine.head.admission.waiting),
+            num_done=self._num_done,
+            num_failed=self._num_failed,
+        )
+        self._send(peer, cluster_status(self.membership, facts, now))
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Tell():
+                    self._send(effect.peer, effect.message)
+                case Say():
+                    self._on_say(effect)
+                case Halt():
+                    self.engine.post(effect)
+                    for caller in self._callers.values():
+                        text = f"{effect.error}; the answer goes on when its layers are held again"
+                        self._send(caller.peer, Note(id=caller.id, text=text[:4000]))
+                case Engage() | Resume() | GiveUp():
+                    self.engine.post(effect)
+
+    def _from_engine(self, event: Event) -> None:
+        match event:
+            case HeadBound():
+                self._apply(self.membership.head_bound(event.epoch, event.addresses))
+            case StageLost():
+                now = time.monotonic()
+                effects = self.membership.stage_lost(event.epoch, event.rank, event.cause, now)
+                self._apply(effects)
+            case MoreText():
+                if caller := self._callers.get(event.ticket):
+                    piece = Piece(id=caller.id, tokens=event.tokens, text=event.text)
+                    self._send(caller.peer, piece)
+            case Ended():
+                self._end(event.ticket, event.done)
+
+    def _end(self, ticket: int, done: Done) -> None:
+        caller = self._callers.pop(ticket, None)
+        if caller is None:
+            return
+        self._num_done += not done.error
+        self._num_failed += bool(done.error)
+        self._send(caller.peer, done.model_copy(update={"id": caller.id}))
+
+    def _send(self, peer: bytes, message: Control) -> None:
+        try:
+            self.control.send(peer, pack(message))
+        except UnreachableError:
+            self._apply(self.membership.unreachable(peer, time.monotonic()))
+            for ticket, caller in list(self._callers.items()):
+                if caller.peer == peer:
+                    del self._callers[ticket]
+                    self.engine.post(CancelTicket(ticket))
+
+    def _name(self, peer: bytes) -> str:
+        return next((d.name for d in self.membership.devices.values() if d.peer == peer), "?")
+
+
+def version_refusal(protocol: int, version: str) -> str:
+    """Why this head does not serve a client of that protocol and version; empty where it does."""
+    own = flowspec.__version__
+    if protocol != PROTOCOL_VERSION:
+        return f"the head speaks control protocol {PROTOCOL_VERSION}, this client {protocol}"
+    if version != own:
+        return f"the head runs FlowSpec {own}, this client {version}; install the same on both"
+    return ""

@@ -1,0 +1,367 @@
+"""The control protocol of a cluster: JSON objects over the encrypted control socket.
+
+Activations never travel here; they have the data plane. Every text and list has a length cap, the
+frame itself is capped by the socket before it is read. docs/cluster_protocol.md has the order.
+"""
+
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_STAGES = 256
+
+Name = Annotated[str, Field(max_length=200)]
+Words = Annotated[str, Field(max_length=4000)]
+Text = Annotated[str, Field(max_length=MAX_MESSAGE_BYTES // 4)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0.0, le=1e18, allow_inf_nan=False)]
+
+
+class ControlError(ValueError):
+    """Bytes that are no message of this protocol."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Interface(_Message):
+    """One network interface that is up. `rate_mbps` 0: not known (Wi-Fi, virtual)."""
+
+    name: Name
+    address: Name
+    rate_mbps: Count = 0
+
+
+class Link(_Message):
+    """What was measured between a device and the head; 0: not measured."""
+
+    latency_s: Seconds = 0.0  # half of a small message's round trip
+    up_bytes_per_s: Rate = 0.0  # device to head
+    down_bytes_per_s: Rate = 0.0
+
+
+class DeviceReport(_Message):
+    """What a device has."""
+
+    hostname: Name
+    kind: Name  # board or CPU
+    machine: Name = ""  # as in platform.machine()
+    torch_device: Name = "cpu"
+    memory_available_bytes: Count
+    memory_total_bytes: Count
+    unified_memory: bool = False  # CPU and GPU share it
+    disk_free_bytes: Count = 0
+    power_mode: Name = ""
+    bandwidth_bytes_per_s: Rate = 0.0  # of the memory that weights are read from, measured
+    flops: Rate = 0.0  # of a matrix product as in a forward, measured
+    interfaces: Annotated[tuple[Interface, ...], Field(max_length=32)] = ()
+    python: Name = ""
+    torch: Name = ""
+    link: Link = Link()
+
+
+class ModelCard(_Message):
+    """Which model a cluster serves; devices compare it with what they hold."""
+
+    model_id: Name
+    model_hash: Name
+    dtype: Name  # it is computed in
+    stored_dtype: Name = ""
+    quantization: Name = "none"
+
+    def is_same_weights(self, other: "ModelCard") -> bool:
+        """Whether one's files serve the other; what is computed in may differ."""
+        mine = (self.model_hash, self.stored_dtype, self.quantization)
+        return mine == (other.model_hash, other.stored_dtype, other.quantization)
+
+
+class Hello(_Message):
+    """Device to head, first: who it is and what it has."""
+
+    kind: Literal["hello"] = "hello"
+    protocol: Count = PROTOCOL_VERSION
+    version: Name
+    session: Name  # of this process, random: tells a return from a copy
+    name: Name
+    report: DeviceReport
+    clock: Seconds  # seconds since 1970
+    model: ModelCard | None = None  # what it still holds from before
+    layers: tuple[Count, Count] | None = None  # first and last (exclusive) of what it holds
+    pinned: bool = False  # offline: it can use no other model than `model`
+
+
+class Welcome(_Message):
+    """Head to device: you are in; this is the rhythm of heartbeats."""
+
+    kind: Literal["welcome"] = "welcome"
+    name: Name  # how the head calls it: its own, or with a number where two have the same
+    version: Name
+    heartbeat_s: Seconds
+    dead_after_s: Seconds
+    clock: Seconds
+
+
+class Refuse(_Message):
+    """Head to whoever said hello: no, and why. `retry`: trying again later may help."""
+
+    kind: Literal["refuse"] = "refuse"
+    why: Words
+    retry: bool = False
+
+
+class Assign(_Message):
+    """Head to device: these layers are yours in this epoch; fetch what is missing, load them."""
+
+    kind: Literal["assign"] = "assign"
+    epoch: Count
+    rank: Annotated[int, Field(ge=1, le=MAX_STAGES)]
+    num_stages: Annotated[int, Field(ge=1, le=MAX_STAGES)]
+    first_layer: Count
+    last_layer: Count  # exclusive
+    model: ModelCard
+    manifest_sha256: Name
+    shards: Name  # address of the shard server
+    kv_memory_mb: Count = 0
+    shape_stable: bool = False
+
+
+class Progress(_Message):
+    """Device to head: how far it is. `phase`: fetch or load."""
+
+    kind: Literal["progress"] = "progress"
+    epoch: Count
+    phase: Literal["fetch", "load"]
+    done_bytes: Count
+    total_bytes: Count
+    cached_bytes: Count = 0
+
+
+class Addresses(_Message):
+    """Where a process listens for its peers."""
+
+    control: Name
+    data: Name
+
+
+class StageReady(_Message):
+    """Device to head: loaded and listening at `addresses`."""
+
+    kind: Literal["ready"] = "ready"
+    epoch: Count
+    model_hash: Name
+    addresses: Addresses
+    kv_rows: Count = 0
+
+
+class Serve(_Message):
+    """Head to device: all are ready; `addresses[k]` is where rank k listens."""
+
+    kind: Literal["serve"] = "serve"
+    epoch: Count
+    addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1)]
+
+
+class Release(_Message):
+    """Head to device: this epoch is over; keep what you have loaded and wait."""
+
+    kind: Literal["release"] = "release"
+    epoch: Count
+
+
+class Standby(_Message):
+    """Head to device: nothing for you now, and why."""
+
+    kind: Literal["standby"] = "standby"
+    why: Words
+
+
+class Trouble(_Message):
+    """Device to head: this epoch cannot go on. `lost` is the rank it cannot reach, -1: itself."""
+
+    kind: Literal["trouble"] = "trouble"
+    epoch: Count
+    cause: Words
+    lost: Annotated[int, Field(ge=-1, le=MAX_STAGES)] = -1
+
+
+class Beat(_Message):
+    """Both ways: alive. The head sends a device's `sent_at` back, which gives the round trip."""
+
+    kind: Literal["beat"] = "beat"
+    sent_at: Seconds = 0.0
+    memory_available_bytes: Count = 0
+    power_w: Rate = 0.0  # 0: no sensor
+    round_trip_s: Seconds = 0.0  # as the device measured it last
+
+
+class Bye(_Message):
+    """Both ways: leaving in order, and why."""
+
+    kind: Literal["bye"] = "bye"
+    why: Words
+
+
+class WhoAreYou(_Message):
+    """Head to a peer it does not know (any more): say hello again."""
+
+    kind: Literal["who"] = "who"
+
+
+class Echo(_Message):
+    """Anybody with the token to the head, which sends it back: round trip and rate of the link."""
+
+    kind: Literal["echo"] = "echo"
+    payload: Text = ""
+    reply_bytes: Annotated[int, Field(ge=0, le=MAX_MESSAGE_BYTES // 4)] = 0
+
+
+class Turn(_Message):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class Ask(_Message):
+    """Client to head: answer this conversation. `id` is the client's own."""
+
+    kind: Literal["ask"] = "ask"
+    protocol: Count = PROTOCOL_VERSION
+    version: Name
+    id: Count
+    turns: Annotated[tuple[Turn, ...], Field(min_length=1, max_length=1000)]
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 200
+    temperature: Seconds = 0.0
+    top_k: Count = 0
+    top_p: Seconds = 1.0
+    min_p: Seconds = 0.0
+    seed: Count = 0
+    stop: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+
+
+class Piece(_Message):
+    """Head to client: more of an answer."""
+
+    kind: Literal["piece"] = "piece"
+    id: Count
+    tokens: Annotated[tuple[int, ...], Field(max_length=4096)]
+    text: Text
+
+
+class Note(_Message):
+    """Head to client: why an answer waits (a device is lost, layers are on their way)."""
+
+    kind: Literal["note"] = "note"
+    id: Count
+    text: Words
+
+
+class Done(_Message):
+    """Head to client: the answer is over. `error` is set where the reason is `error`."""
+
+    kind: Literal["done"] = "done"
+    id: Count
+    reason: Name
+    error: Words = ""
+    num_tokens: Count = 0
+    tokens_per_s: Rate = 0.0
+    time_to_first_token_s: Seconds = 0.0
+    tau: Rate = 0.0  # tokens per verdict
+    resumed: Count = 0  # how often the cluster was rebuilt under it
+
+
+class Drop(_Message):
+    """Client to head: end my request `id`."""
+
+    kind: Literal["drop"] = "drop"
+    id: Count
+
+
+class AskStatus(_Message):
+    """Client to head: how are you? `what` status, or plan for the devices' table."""
+
+    kind: Literal["ask_status"] = "ask_status"
+    protocol: Count = PROTOCOL_VERSION
+    version: Name
+
+
+class ModelSizes(_Message):
+    """Of the model that is served, for planning elsewhere."""
+
+    layers: Count
+    hidden_size: Count
+    intermediate_size: Count
+    num_heads: Count
+    num_kv_heads: Count
+    head_dim: Count
+    vocab_size: Count
+
+
+class DeviceStatus(_Message):
+    """One device as the head sees it."""
+
+    name: Name
+    state: Literal["serving", "loading", "spare", "too small", "lost"]
+    about: Words = ""
+    rank: int = 0
+    layers: tuple[Count, Count] | None = None
+    report: DeviceReport
+    heartbeat_age_s: Seconds = 0.0
+    round_trip_s: Seconds = 0.0
+    power_w: Rate = 0.0
+    busy_s: Seconds = 0.0  # computing, since the epoch began
+    kv_rows: Count = 0
+    kv_rows_used: Count = 0
+    peak_memory_bytes: Count = 0
+
+
+class ClusterStatus(_Message):
+    """Head to client: the cluster now."""
+
+    kind: Literal["status"] = "status"
+    version: Name
+    protocol: Count = PROTOCOL_VERSION
+    healthy: bool
+    why: Words  # it is, or is not
+    epoch: Count
+    epoch_age_s: Seconds = 0.0
+    model: ModelCard
+    sizes: ModelSizes
+    strategy: Name
+    drafter: Name
+    uptime_s: Seconds
+    probe_age_s: Seconds | None  # since a token last crossed every stage
+    requests_active: Count
+    requests_waiting: Count
+    requests_done: Count
+    requests_failed: Count
+    devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=MAX_STAGES)]
+
+
+FromDevice: TypeAlias = Hello | Progress | StageReady | Trouble | Beat | Bye
+ToDevice: TypeAlias = Welcome | Refuse | Assign | Serve | Release | Standby | Beat | Bye | WhoAreYou
+FromClient: TypeAlias = Ask | Drop | AskStatus | Echo
+ToClient: TypeAlias = Piece | Note | Done | ClusterStatus | Echo | Refuse
+Control: TypeAlias = FromDevice | ToDevice | FromClient | ToClient
+_ADAPTER: TypeAdapter[Control] = TypeAdapter(Annotated[Control, Field(discriminator="kind")])
+
+
+def pack(message: Control) -> bytes:
+    """A message as one frame."""
+    return message.model_dump_json(exclude_defaults=False).encode()
+
+
+def unpack(frame: bytes) -> Control:
+    """The message in a frame. Raises ControlError saying what is wrong with it."""
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ControlError(f"{len(frame)} bytes, at most {MAX_MESSAGE_BYTES}")
+    try:
+        return _ADAPTER.validate_json(frame)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:100]
+        raise ControlError(f"{where or 'message'}: {first['msg'][:200]}") from None

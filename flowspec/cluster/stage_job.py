@@ -1,0 +1,141 @@
+"""A stage's work for one epoch, in a thread of its own beside the device's heartbeats."""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
+
+from flowspec.cluster.memory import kv_rows, peak_bytes
+from flowspec.cluster.messages import Addresses, Assign, FromDevice, StageReady, Trouble
+from flowspec.driver import Driver
+from flowspec.model.stage_model import StageModel
+from flowspec.request import ClusterError, rank_name
+from flowspec.stage import Stage
+from flowspec.transport.keys import Keys
+from flowspec.transport.zmq_sockets import ZmqTransport
+
+log = logging.getLogger(__name__)
+AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> lane -> address; read when needed
+TURN_S = 0.1  # how soon an idle stage notices that its epoch is over
+STOP_TIMEOUT_S = 30.0  # a forward may have to end first
+
+
+class CancelledError(Exception):
+    """The epoch is over before its work was."""
+
+
+class LayerSource(Protocol):
+    """Where a device gets its layers from."""
+
+    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
+        """The assigned layers; `report` is told of progress, and may raise CancelledError."""
+
+
+class StageJob:
+    """Fetch, load, listen, serve, until `stop`. What happens is told through `tell`.
+
+    `tell` is called from the job's own thread.
+    """
+
+    def __init__(
+        self,
+        assign: Assign,
+        source: LayerSource,
+        open_transport: Callable[[int, AddressBook], ZmqTransport],
+        tell: Callable[[FromDevice], None],
+    ) -> None:
+        self.assign = assign
+        self.stage: Stage | None = None
+        self._source, self._open_transport, self._tell = source, open_transport, tell
+        self._addresses: Sequence[Addresses] = ()
+        self._may_serve = threading.Event()
+        self._stopping = threading.Event()
+        name = f"stage-{assign.rank}-{assign.epoch}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its thread has not ended."""
+        return self._thread.is_alive()
+
+    def serve(self, addresses: Sequence[Addresses]) -> None:
+        """All are ready; rank k listens at `addresses[k]`."""
+        self._addresses = addresses
+        self._may_serve.set()
+
+    def stop(self) -> None:
+        """End it and wait until its sockets are closed and its caches free."""
+        self._stopping.set()
+        self._may_serve.set()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _report(self, message: FromDevice) -> None:
+        if self._stopping.is_set():
+            raise CancelledError
+        self._tell(message)
+
+    def _run(self) -> None:
+        epoch, rank = self.assign.epoch, self.assign.rank
+        try:
+            model = self._source.load(self.assign, self._report)
+            book: AddressBook = {}
+            transport = self._open_transport(rank, book)
+            try:
+                self._serve(model, transport, book)
+            finally:
+                self.stage = None
+                transport.close()
+        except CancelledError:
+            return
+        except ClusterError as error:
+            log.warning("%s", error)
+            ranks = range(self.assign.num_stages + 1)
+            lost = next((r for r in ranks if rank_name(r) == error.where and r != rank), -1)
+            self._tell(Trouble(epoch=epoch, cause=error.cause[:4000], lost=lost))
+        except Exception as error:
+            # The head must hear of it whatever it was; the traceback is for this device's log.
+            log.exception("the stage failed")
+            text = f"{type(error).__name__}: {error}"
+            self._tell(Trouble(epoch=epoch, cause=text[:4000]))
+
+    def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
+        assign = self.assign
+        stage = Stage(assign.rank, assign.num_stages, model, shape_stable=assign.shape_stable)
+        stage.kv_rows = kv_rows(model, memory_mb=assign.kv_memory_mb, num_sharing=1)
+        stage.peak_memory_bytes = peak_bytes
+        own = Addresses(control=transport.bound["control"], data=transport.bound["data"])
+        ready = StageReady(
+            epoch=assign.epoch,
+            model_hash=assign.model.model_hash,
+            addresses=own,
+            kv_rows=stage.kv_rows,
+        )
+        self._report(ready)
+        self._may_serve.wait()
+        if self._stopping.is_set():
+            return
+        for rank, there in enumerate(self._addresses):
+            book[rank] = {"control": there.control, "data": there.data}
+        self.stage = stage
+        driver = Driver(stage, transport, assign.num_stages)
+        while not self._stopping.is_set() and not driver.stopped:
+            driver.turn(TURN_S)
+
+
+def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> ZmqTransport:
+    """The data sockets of `rank` at `port` and the one after it, or where there is room.
+
+    `book` is filled by whoever knows where the other ranks listen. Raises ValueError where `host`
+    is no address of this machine.
+    """
+    for first in (port, 0) if port else (0,):
+        control, data = (f"tcp://{host}:{first + k if first else 0}" for k in range(2))
+        book[rank] = {"control": control, "data": data}
+        try:
+            return ZmqTransport(rank, book, keys)
+        except ValueError as error:
+            if not first:
+                raise
+            log.warning("%s; taking any free ports instead", error)
+    raise AssertionError("port 0 was tried")

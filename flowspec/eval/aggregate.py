@@ -1,0 +1,352 @@
+"""Sample records added up: one row per strategy and set, and their mean over the sets.
+
+Within a set a speed is all tokens after the first by all the seconds they took, tau all tokens by
+all verdicts; shares of time weigh by the time they are shares of. In a mean all sets weigh alike.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from flowspec.eval.datasets import DATASETS
+from flowspec.eval.records import Sample
+from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
+from flowspec.strategies import STRATEGIES
+
+MEAN = "mean"
+MAX_DEPTH = 8  # alphas beyond are of few samples
+AVERAGED = (
+    *("tokens_per_s", "end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
+    *("mu_not_in_flight", "rows_sent", "rows_pruned", "rows_wasted", "drafter_busy"),
+    *("ttft_s", "tree_size"),
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What samples that may be compared have in common: all but strategy and prompt."""
+
+    emulated: bool
+    cluster: str
+    model: str
+    stages: int
+    drafter: str
+    table: str
+    max_tokens: int
+    temperature: float
+
+    @classmethod
+    def of(cls, sample: Sample) -> "Setting":
+        """A sample's own."""
+        return cls(**{f.name: getattr(sample, f.name) for f in fields(cls)})
+
+    @property
+    def order(self) -> tuple[object, ...]:
+        """By name, the main table first."""
+        whole = (self.emulated, self.cluster, self.model, self.stages, self.drafter)
+        table = (self.table != "main", self.table, self.max_tokens)
+        return (*whole, *table, self.temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One strategy on one set, or the mean of its sets; None where no sample says."""
+
+    setting: Setting
+    strategy: str
+    dataset: str
+    num_sets: int  # 1, but in a mean
+    prompts: int
+    samples: int
+    tokens: int
+    mismatches: int
+    tokens_per_s: float
+    end_to_end_tokens_per_s: float
+    speedup: Interval | None  # None: no prompt in common with the baseline
+    pairs: Sequence[Pairs]  # per set: questions in common with the baseline, both sides' speeds
+    tau: float
+    alpha: tuple[float, ...]  # by depth
+    mu: float
+    mu_not_drafted: float
+    mu_not_in_flight: float
+    rows_sent: float  # per token, as are the next two
+    rows_pruned: float
+    rows_wasted: float
+    drafter_busy: float
+    stage_busy: tuple[float, ...]
+    stage_idle: tuple[Mapping[str, float], ...]  # cause -> share, by stage
+    ttft_s: float
+    inter_token_ms: Mapping[str, float]
+    tree_size: float
+    bound_share: float | None
+
+    @property
+    def paired(self) -> int:
+        """How many questions are compared."""
+        return sum(map(len, self.pairs))
+
+
+def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
+    """Samples apart by setting. What drafts nothing belongs to every drafter's and table's.
+
+    Where a strategy ran with several parameters, its name says which: "streaming topk=4".
+    """
+    found: dict[Setting, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[Setting.of(sample)].append(sample)
+    _share_undrafted(found)
+    ordered = sorted(found.items(), key=lambda item: item[0].order)
+    return {setting: _named_apart(own) for setting, own in ordered}
+
+
+def _share_undrafted(found: dict[Setting, list[Sample]]) -> None:
+    """Give samples of settings without any draft to all that differ in the draft alone."""
+    drafting = [at for at, own in found.items() if any(drafts(s.strategy) for s in own)]
+    for setting in [at for at in found if at not in drafting]:
+        takers = [at for at in drafting if _undrafted(at) == _undrafted(setting)]
+        for taker in takers:
+            there = {sample.strategy for sample in found[taker]}
+            found[taker] += [s for s in found[setting] if s.strategy not in there]
+        if takers:
+            del found[setting]
+
+
+def _undrafted(setting: Setting) -> Setting:
+    return replace(setting, drafter="", table="")
+
+
+def _named_apart(samples: Sequence[Sample]) -> list[Sample]:
+    by_name: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_name[sample.strategy].append(sample)
+    named = []
+    for name, own in by_name.items():
+        keys = sorted({key for sample in own for key in sample.parameters}) if drafts(name) else []
+        varied = [key for key in keys if len({str(s.parameters.get(key)) for s in own}) > 1]
+        for sample in own:
+            words = [f"{key}={sample.parameters.get(key)}" for key in varied]
+            named.append(replace(sample, strategy=" ".join([name, *words])))
+    return named
+
+
+def summarize(samples: Sequence[Sample], *, baseline: str = "ar") -> dict[Setting, list[Row]]:
+    """Rows of each setting: strategies as they are listed, sets in order, then their mean.
+
+    Raises ValueError where there is no sample, or in a setting none of the baseline.
+    """
+    if not samples:
+        raise ValueError("there are no records")
+    return {setting: _rows(setting, own, baseline) for setting, own in by_setting(samples).items()}
+
+
+def sets_of(samples: Iterable[Sample]) -> list[str]:
+    """Their sets: the known ones in the papers' order, then others by name."""
+    return sorted({s.dataset for s in samples}, key=lambda name: (_place(name, DATASETS), name))
+
+
+def strategies_of(samples: Iterable[Sample]) -> list[str]:
+    """Their strategies, in the order of the table of strategies, then others by name."""
+    known = tuple(STRATEGIES)
+    names = {sample.strategy for sample in samples}
+    return sorted(names, key=lambda name: (_place(name.split(" ")[0], known), name))
+
+
+def _place(name: str, known: Sequence[str]) -> int:
+    return known.index(name) if name in known else len(known)
+
+
+def drafts(strategy: str) -> bool:
+    """Whether a strategy, or one of the variants of `by_setting`, has a tree."""
+    name = strategy.split(" ")[0]
+    return name not in STRATEGIES or STRATEGIES[name].drafts
+
+
+def _rows(setting: Setting, samples: Sequence[Sample], baseline: str) -> list[Row]:
+    strategies = strategies_of(samples)
+    if baseline not in strategies:
+        raise ValueError(
+            f"no record of the baseline {baseline} on {setting.cluster}, {setting.model}, "
+            f"{setting.stages} stages, temperature {setting.temperature:g}; there are: "
+            f"{', '.join(strategies)}; run it too, or name one of these with --baseline"
+        )
+    cells: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        cells[sample.strategy, sample.dataset].append(sample)
+    rows: list[Row] = []
+    for strategy in strategies:
+        own = [
+            add_up(cells[strategy, name], cells[baseline, name])
+            for name in sets_of(samples)
+            if (strategy, name) in cells
+        ]
+        rows += [replace(row, setting=setting) for row in (*own, mean_of(own))]
+    return rows
+
+
+def pair_up(own: Iterable[Sample], base: Iterable[Sample]) -> Pairs:
+    """Per question what both ran: the same turns with the same seeds, each side added up."""
+    sides = [_speeds(own), _speeds(base)]
+    found: dict[str, list[tuple[Speed, Speed]]] = defaultdict(list)
+    for key in sorted(sides[0].keys() & sides[1].keys()):
+        found[key[0]].append((sides[0][key], sides[1][key]))
+    return [
+        (_added(mine for mine, _ in both), _added(theirs for _, theirs in both))
+        for both in found.values()
+    ]
+
+
+def _speeds(samples: Iterable[Sample]) -> dict[tuple[str, int, int], Speed]:
+    """By (question, turn, seed); repeats of one are averaged, so that each counts once."""
+    repeats: dict[tuple[str, int, int], list[Speed]] = defaultdict(list)
+    for s in samples:
+        speed = Speed(max(s.tokens - 1, 0), s.decode_s)
+        repeats[str(s.question), s.turn, s.seed].append(speed)
+    averages = {}
+    for key, speeds in repeats.items():
+        total = _added(speeds)
+        averages[key] = Speed(total.tokens / len(speeds), total.seconds / len(speeds))
+    return averages
+
+
+def _added(speeds: Iterable[Speed]) -> Speed:
+    listed = list(speeds)
+    return Speed(sum(s.tokens for s in listed), sum(s.seconds for s in listed))
+
+
+def _ratio(sets: Sequence[Pairs]) -> Interval | None:
+    try:
+        return speed_ratio([pairs for pairs in sets if pairs])
+    except ValueError:  # nothing in common
+        return None
+
+
+def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
+    """One strategy's samples of one set, beside the baseline's of that set."""
+    pairs = pair_up(own, base)
+    tokens = sum(s.tokens for s in own)
+    speed = _added(_speeds(own).values())
+    by_time = _Weights(own, lambda s: s.decode_s)
+    by_token = _Weights(own, lambda s: s.tokens)
+    alike = _Weights(own, lambda s: 1.0)
+    bounds = [s.bound_share for s in own if s.bound_share is not None]
+    verdicts = sum((s.tokens - 1) / s.tau for s in own if s.tau)
+    seconds = sum(s.tokens / s.end_to_end_tokens_per_s for s in own if s.end_to_end_tokens_per_s)
+    return Row(
+        setting=Setting.of(own[0]),
+        strategy=own[0].strategy,
+        dataset=own[0].dataset,
+        num_sets=1,
+        prompts=len({str(s.question) for s in own}),
+        samples=len(own),
+        tokens=tokens,
+        mismatches=sum(s.mismatch for s in own),
+        tokens_per_s=speed.tokens / speed.seconds if speed.seconds else 0.0,
+        end_to_end_tokens_per_s=tokens / seconds if seconds else 0.0,
+        speedup=_ratio([pairs]),
+        pairs=(pairs,),
+        tau=sum(s.tokens - 1 for s in own if s.tau) / verdicts if verdicts else 0.0,
+        alpha=alike.lists(lambda s: s.alpha),
+        mu=by_token.mean(lambda s: s.mu),
+        mu_not_drafted=by_token.mean(lambda s: s.mu_not_drafted),
+        mu_not_in_flight=by_token.mean(lambda s: s.mu_not_in_flight),
+        rows_sent=_per_token(own, lambda s: s.rows_sent),
+        rows_pruned=_per_token(own, lambda s: s.rows_pruned),
+        rows_wasted=_per_token(own, lambda s: s.rows_wasted),
+        drafter_busy=by_time.mean(lambda s: s.drafter_busy),
+        stage_busy=by_time.lists(lambda s: s.stage_busy),
+        stage_idle=by_time.mappings(lambda s: s.stage_idle),
+        ttft_s=alike.mean(lambda s: s.ttft_s),
+        inter_token_ms=alike.mapping(lambda s: s.inter_token_ms),
+        tree_size=alike.mean(lambda s: s.tree_size),
+        bound_share=_weighted(bounds, by_time.weights) if len(bounds) == len(own) else None,
+    )
+
+
+def mean_of(rows: Sequence[Row]) -> Row:
+    """Over sets; counts are sums."""
+    pairs = [of_set for row in rows for of_set in row.pairs]
+
+    alike = _Weights(rows, lambda row: 1.0)
+    averages: dict[str, Any] = {name: alike.mean(attrgetter(name)) for name in AVERAGED}
+    bounds = [row.bound_share for row in rows if row.bound_share is not None]
+    return replace(
+        rows[0],
+        dataset=MEAN,
+        num_sets=len(rows),
+        prompts=sum(row.prompts for row in rows),
+        samples=sum(row.samples for row in rows),
+        tokens=sum(row.tokens for row in rows),
+        mismatches=sum(row.mismatches for row in rows),
+        speedup=_ratio(pairs),
+        pairs=pairs,
+        alpha=alike.lists(lambda row: row.alpha),
+        stage_busy=alike.lists(lambda row: row.stage_busy),
+        stage_idle=alike.mappings(lambda row: row.stage_idle),
+        inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
+        bound_share=_weighted(bounds, alike.weights) if len(bounds) == len(rows) else None,
+        **averages,
+    )
+
+
+def mean_idle(row: Row, cause: str) -> float:
+    """A cause's share of the stages' time."""
+    shares = [stage.get(cause, 0.0) for stage in row.stage_idle]
+    return sum(shares) / len(shares) if shares else 0.0
+
+
+def _per_token(samples: Sequence[Sample], count: Callable[[Sample], float]) -> float:
+    tokens = sum(s.tokens for s in samples)
+    return sum(map(count, samples)) / tokens if tokens else 0.0
+
+
+class _Weights(Generic[T]):
+    """Weighted means over things; all weigh alike where none weighs anything."""
+
+    def __init__(self, things: Sequence[T], weight: Callable[[T], float]) -> None:
+        self.things = things
+        self.weights = [weight(thing) for thing in things]
+
+    def mean(self, value: Callable[[T], float]) -> float:
+        """Of a number."""
+        return _weighted([value(thing) for thing in self.things], self.weights)
+
+    def lists(self, values: Callable[[T], Sequence[float]]) -> tuple[float, ...]:
+        """Place by place, over those that are long enough."""
+        columns: list[list[tuple[float, float]]] = []
+        for thing, weight in zip(self.things, self.weights, strict=True):
+            for place, value in enumerate(values(thing)):
+                if place == len(columns):
+                    columns.append([])
+                columns[place].append((value, weight))
+        return tuple(_weighted(*zip(*column, strict=True)) for column in columns)
+
+    def mapping(self, values: Callable[[T], Mapping[str, float]]) -> dict[str, float]:
+        """Name by name; what is missing is 0."""
+        found = [values(thing) for thing in self.things]
+        names = dict.fromkeys(name for one in found for name in one)
+        return {n: _weighted([one.get(n, 0.0) for one in found], self.weights) for n in names}
+
+    def mappings(
+        self, values: Callable[[T], Sequence[Mapping[str, float]]]
+    ) -> tuple[dict[str, float], ...]:
+        """Place by place, name by name."""
+        places = max((len(values(thing)) for thing in self.things), default=0)
+        return tuple(self.mapping(_at(values, place)) for place in range(places))
+
+
+def _at(
+    values: Callable[[T], Sequence[Mapping[str, float]]], place: int
+) -> Callable[[T], Mapping[str, float]]:
+    return lambda thing: dict(*values(thing)[place : place + 1])
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    if not values:
+        return 0.0
+    return float(np.average(values, weights=weights if sum(weights) else None))

@@ -1,0 +1,253 @@
+"""Answering a benchmark's questions: the target alone, then a strategy on a cluster.
+
+A `Workbench` keeps the loaded models of one process. A cluster is fresh for each group, so that
+what it learns of costs and scores is the group's alone and no figure depends on what ran before.
+"""
+
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from flowspec.cluster.base import Cluster, generate
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts, build_stage, load_head_parts
+from flowspec.eval.metrics import Activity, RowCounts, count_rows, measure
+from flowspec.eval.plan import Case, Group, Plan
+from flowspec.eval.prompts import Prompt
+from flowspec.eval.provenance import versions
+from flowspec.eval.records import Measured, Sample
+from flowspec.eval.timeline import Timeline, make_timeline, read_records
+from flowspec.model.load import load_whole
+from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
+from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
+from flowspec.simulate.emulation import Emulation
+from flowspec.stage import Stage
+from flowspec.targets.local import LocalTarget
+from flowspec.text import render_chat
+from flowspec.trace import Recorder
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One turn as it is asked, and what the target alone answers."""
+
+    question: str
+    turn: int
+    prompt: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A turn that is left out, and those after it: its prompt and answer exceed the context."""
+
+    dataset: str
+    question: str
+    turn: int
+    num_turns: int  # left out with it
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A turn as a cluster answered it."""
+
+    asked: Asked
+    request: Request
+    completion: Completion
+    rows: RowCounts
+    started_at: str
+
+
+class Workbench:
+    """One process's share of the work; models are loaded when first needed, and kept."""
+
+    def __init__(self, plan: Plan) -> None:
+        torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+        self.plan = plan
+        self._base = RunConfig(
+            model=str(plan.target), stages=plan.stages, max_requests=1, kept_prefixes=1
+        )
+        self._parts: dict[str, HeadParts] = {}
+        self._stages: list[Stage] = []
+        self._alone: LocalTarget | None = None
+
+    def ask(self, group: Group) -> tuple[list[Asked], list[TooLong]]:
+        """The turns of the group's questions with the target's own answers.
+
+        A second turn's prompt holds the first one's answer.
+        """
+        asked: list[Asked] = []
+        too_long: list[TooLong] = []
+        for prompt in group.prompts:
+            found = list(self._ask_one(group, prompt))
+            asked += (one for one in found if isinstance(one, Asked))
+            too_long += (one for one in found if isinstance(one, TooLong))
+        return asked, too_long
+
+    def _ask_one(self, group: Group, prompt: Prompt) -> Iterator[Asked | TooLong]:
+        parts, alone = self._head_parts("none"), self._target()
+        messages: list[dict[str, str]] = []
+        for turn, text in enumerate(prompt.turns):
+            messages.append({"role": "user", "content": text})
+            ids = render_chat(parts.tokenizer, messages)
+            if len(ids) + self.plan.max_tokens > parts.max_context:
+                left_out = len(prompt.turns) - turn
+                yield TooLong(group.dataset, prompt.id, turn, left_out, len(ids))
+                return
+            tokens, _, answer = alone.generate(self._request(1, ids, group), parts.new_text)
+            yield Asked(prompt.id, turn, ids, tuple(tokens))
+            messages.append({"role": "assistant", "content": answer})
+
+    def run(self, case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
+        """A sample per turn. Raises ClusterError where a request fails."""
+        if self.plan.real:
+            return self._run_real(case, group, asked)
+        emulation = self.plan.emulations[case.drafter_name]
+        cluster = self._emulated(case, emulation)
+        limit = self._emulated(case, emulation.ideal()) if self.plan.bound else None
+        samples = []
+        for number, one in enumerate(asked, start=1):
+            done, timeline = self._recorded(cluster, emulation, number, one, group)
+            activity = Activity(timeline)
+            bound = None
+            if limit is not None:
+                bound = self._answer(limit, number, one, group).completion.stats.tokens_per_s
+            samples.append(self._sample(case, group, done, activity, bound))
+        return samples
+
+    def trace(self, case: Case, group: Group) -> Timeline:
+        """What every emulated device did during the group's first turn.
+
+        Raises ValueError where that turn is too long, ClusterError where it fails.
+        """
+        asked, _ = self.ask(group)
+        if not asked:
+            raise ValueError(f"question {group.prompts[0].id} is longer than the context")
+        emulation = self.plan.emulations[case.drafter_name]
+        cluster = self._emulated(case, emulation)
+        return self._recorded(cluster, emulation, 1, asked[0], group)[1]
+
+    def _recorded(
+        self,
+        cluster: SimulatedCluster,
+        emulation: Emulation,
+        number: int,
+        one: Asked,
+        group: Group,
+    ) -> tuple[_Run, Timeline]:
+        recorders = {
+            rank: Recorder(rank, clock="virtual", size_of=emulation.message_bytes)
+            for rank in cluster.simulator.traces
+        }
+        cluster.simulator.traces.update(recorders)
+        done = self._answer(cluster, number, one, group)
+        for recorder in recorders.values():
+            recorder.close()
+        return done, make_timeline(recorder.records for recorder in recorders.values())
+
+    def _run_real(self, case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
+        """On processes of this machine; what each did is known when they have ended."""
+        with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
+            folder = Path(name)
+            with self._local(case, folder) as cluster:
+                done = [
+                    self._answer(cluster, number, one, group)
+                    for number, one in enumerate(asked, start=1)
+                ]
+            files = sorted(folder.glob("rank-*.jsonl"))
+            activity = Activity(make_timeline(read_records(file) for file in files))
+        return [self._sample(case, group, one, activity, None) for one in done]
+
+    def _answer(self, cluster: Cluster, number: int, one: Asked, group: Group) -> _Run:
+        started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        request = self._request(number, one.prompt, group)
+        before = count_rows(cluster.statuses())
+        completion = generate(cluster, request)
+        if completion.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            where = f"{group.dataset}, question {one.question}, turn {one.turn}"
+            raise ClusterError(where, completion.error or completion.reason.value)
+        rows = count_rows(cluster.statuses()).since(before)
+        return _Run(one, request, completion, rows, started_at)
+
+    def _request(self, number: int, prompt: tuple[int, ...], group: Group) -> Request:
+        parts = self._head_parts("none")
+        return Request(
+            id=number,
+            prompt=prompt,
+            sampling=SamplingParams(temperature=group.temperature, seed=group.seed),
+            max_new_tokens=self.plan.max_tokens,
+            eos_token_ids=parts.eos_token_ids,
+        )
+
+    def _sample(
+        self, case: Case, group: Group, run: _Run, activity: Activity, bound: float | None
+    ) -> Sample:
+        plan, one = self.plan, run.asked
+        measured = measure(
+            run.request, run.completion, one.expected, activity=activity, rows=run.rows
+        )
+        speed = measured.decode_tokens_per_s
+        return Sample(
+            **{field.name: getattr(measured, field.name) for field in fields(Measured)},
+            key=plan.keys(case, group)[one.question, one.turn],
+            cluster=plan.cluster,
+            model=plan.model,
+            drafter=case.drafter,
+            strategy=case.strategy,
+            dataset=group.dataset,
+            question=one.question,
+            turn=one.turn,
+            temperature=group.temperature,
+            seed=group.seed,
+            stages=plan.stages,
+            table=plan.table,
+            parameters=case.parameters,
+            max_tokens=plan.max_tokens,
+            warm=plan.warm,
+            emulated=not plan.real,
+            bound_tokens_per_s=bound,
+            bound_share=speed / bound if bound else None,
+            versions=versions(),
+            revision=plan.sources.get("revision", ""),
+            host=platform.node(),
+            started_at=run.started_at,
+        )
+
+    def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
+        if not self._stages:
+            self._stages = [
+                build_stage(
+                    self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False
+                )[0]
+                for rank in range(1, self.plan.stages + 1)
+            ]
+        parts = self._head_parts(case.drafter_name)
+        return emulated_cluster(case.config(self._base), parts, self._stages, emulation)
+
+    @contextmanager
+    def _local(self, case: Case, folder: Path) -> Iterator[LocalCluster]:
+        config = case.config(replace(self._base, draft=self.plan.drafts.get(case.drafter_name, "")))
+        with LocalCluster(config, self._head_parts(case.drafter_name), folder) as cluster:
+            yield cluster
+
+    def _head_parts(self, drafter: str) -> HeadParts:
+        if drafter not in self._parts:
+            strategy = "ar" if drafter == "none" else "streaming"
+            draft = self.plan.drafts.get(drafter, "")
+            config = replace(self._base, drafter=drafter, strategy=strategy, draft=draft)
+            self._parts[drafter] = load_head_parts(config, self.plan.target)
+        return self._parts[drafter]
+
+    def _target(self) -> LocalTarget:
+        if self._alone is None:
+            whole = load_whole(self.plan.target, device="cpu", dtype="float32")
+            self._alone = LocalTarget(whole, self._head_parts("none").max_context)
+        return self._alone

@@ -1,0 +1,101 @@
+"""Evaluation sets by name: where their questions are, and which of them are asked.
+
+The six sets of the published tables, from a folder in the public form (`<set>/question.jsonl`) or
+the hub; and any file or folder of prompts by its path, such as a ShareGPT file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flowspec.eval.hub import HUB_SETS, load_from_hub
+from flowspec.eval.prompts import Prompt, load_prompts
+
+SUFFIXES = (".jsonl", ".json", ".txt")
+TITLES = {
+    "mt_bench": "MT-bench",
+    "humaneval": "HumanEval",
+    "gsm8k": "GSM8K",
+    "alpaca": "Alpaca",
+    "sum": "CNN/DM",
+    "qa": "Natural Questions",
+}
+DATASETS = tuple(TITLES)
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Questions by their place in the set's file: from `first` up to, not including, `last`."""
+
+    first: int = 0
+    last: int | None = None
+
+    def of(self, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
+        """At most `limit` of those in the range."""
+        return prompts[self.first : self.last][:limit]
+
+
+def parse_range(text: str) -> Range:
+    """`30:50`, `30:`, `:30` or all (empty). Raises ValueError for anything else."""
+    first, colon, last = text.partition(":")
+    parts = [part for part in (first, last) if part]
+    if text and (not colon or not all(part.isdecimal() for part in parts)):
+        raise ValueError(f"--questions takes a range such as 30:50, not {text!r}")
+    found = Range(int(first or 0), int(last) if last else None)
+    if found.last is not None and found.first >= found.last:
+        raise ValueError(f"--questions {text} holds no question")
+    return found
+
+
+def load_dataset(
+    name: str, *, data_dir: Path | None, chosen: Range, limit: int | None
+) -> list[Prompt]:
+    """The chosen questions of a set, at most `limit`; their `source` is `name`'s last part.
+
+    `name` is a folder or file in `data_dir`, a path, or, without `data_dir`, a set of the hub.
+    Raises ValueError naming what was looked for, where a question is missing its text, and where
+    the range holds none.
+    """
+    path = _find(name, data_dir)
+    if path is not None:
+        everything = load_prompts(path)
+        source = Path(name).stem
+    elif name in HUB_SETS and data_dir is None:
+        last = chosen.last if chosen.last is not None else chosen.first + (limit or 100)
+        everything = load_from_hub(name, limit=last)
+        source = name
+    else:
+        raise ValueError(_not_there(name, data_dir))
+    prompts = chosen.of(everything, limit)
+    if not prompts:
+        raise ValueError(f"set {name} has {len(everything)} questions, none in the range asked for")
+    ids = [prompt.id for prompt in prompts]
+    if len(set(ids)) < len(ids):
+        twice = next(one for one in ids if ids.count(one) > 1)
+        raise ValueError(f"set {name} has two questions with the id {twice}; give each its own")
+    return [Prompt(prompt.id, source, prompt.turns) for prompt in prompts]
+
+
+def _find(name: str, data_dir: Path | None) -> Path | None:
+    """A file or folder of this name; None where there is none."""
+    if data_dir is not None:
+        folder = data_dir / name
+        found = [folder / "question.jsonl", folder]
+        found += [data_dir / f"{name}{suffix}" for suffix in SUFFIXES]
+        for path in found:
+            if path.is_file() or (path.is_dir() and path.resolve() != data_dir.resolve()):
+                return path
+    path = Path(name)
+    is_path = path.suffix in SUFFIXES or len(path.parts) > 1
+    return path if is_path and path.exists() else None
+
+
+def _not_there(name: str, data_dir: Path | None) -> str:
+    if data_dir is None:
+        known = ", ".join(DATASETS)
+        return f"unknown set {name!r}; known: {known}, or a file or folder of prompts"
+    if not data_dir.is_dir():
+        return f"--data-dir {data_dir} is no folder"
+    there = sorted(
+        path.stem for path in data_dir.iterdir() if path.is_dir() or path.suffix in SUFFIXES
+    )
+    return f"set {name} is not in {data_dir}; there: {', '.join(there) or 'nothing'}"

@@ -1,0 +1,192 @@
+"""Plan of a benchmark: strategies with their parameters over questions, and a sample's key.
+
+Parameters come from a table of config/eval.yaml: `main`, where all strategies have the same head
+and published baselines draft as published, or `all`, where everything is on that a strategy can
+use. A sample's key covers whatever could change its figures, so that a resumed run never mixes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from flowspec.config import RunConfig, override
+from flowspec.drafters import parse_drafter
+from flowspec.eval.prompts import Prompt
+from flowspec.eval.records import hash_of
+from flowspec.plain_yaml import read_yaml
+from flowspec.simulate.emulation import Emulation
+from flowspec.strategies import ABLATIONS, STRATEGIES, find_strategy
+
+FIGURES = 1  # raise where a figure of the records changes its meaning
+EVERY = "every"  # the table's entry for all strategies
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the comparison."""
+
+    strategy: str
+    drafter: str  # as parse_drafter takes it; none for ar
+    parameters: Mapping[str, Any]  # the whole effective DecodeConfig
+
+    @property
+    def drafter_name(self) -> str:
+        """Without its switches."""
+        return parse_drafter(self.drafter)[0]
+
+    def config(self, base: RunConfig) -> RunConfig:
+        """`base` with this strategy."""
+        values = {"strategy": self.strategy, "drafter": self.drafter_name}
+        return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Questions that one cluster answers one after the other, at one temperature and seed."""
+
+    dataset: str
+    prompts: tuple[Prompt, ...]
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A benchmark. `real`: on processes here, else on the emulated cluster's virtual clock."""
+
+    cluster: str
+    model: str
+    table: str
+    stages: int
+    cases: tuple[Case, ...]
+    datasets: Mapping[str, Sequence[Prompt]]
+    temperatures: tuple[float, ...]
+    seeds: tuple[int, ...]
+    max_tokens: int
+    target: Path  # split folder of the model that computes
+    drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
+    emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
+    bound: bool = False
+    real: bool = False
+    warm: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
+
+    def groups(self) -> Iterator[Group]:
+        """All there is to ask; a seed means nothing at temperature 0, so one is enough there."""
+        for temperature in self.temperatures:
+            for seed in self.seeds if temperature > 0 else self.seeds[:1]:
+                for dataset, prompts in self.datasets.items():
+                    sets = [tuple(prompts)] if self.warm else [(prompt,) for prompt in prompts]
+                    for together in sets:
+                        yield Group(dataset, together, temperature, seed)
+
+    def keys(self, case: Case, group: Group) -> dict[tuple[str, int], str]:
+        """Of each question's turns in the group."""
+        emulation = self.emulations.get(case.drafter_name)
+        common = {
+            "figures": FIGURES,
+            "cluster": self.cluster,
+            "model": self.model,
+            "emulation": _hash(emulation) if emulation is not None else None,
+            "drafter": case.drafter,
+            "strategy": case.strategy,
+            "parameters": case.parameters,
+            "table": self.table,
+            "stages": self.stages,
+            "dataset": group.dataset,
+            "temperature": group.temperature,
+            "seed": group.seed,
+            "max_tokens": self.max_tokens,
+            "sources": {
+                name: value
+                for name, value in self.sources.items()
+                if name in ("code", "target", case.drafter_name)
+            },
+        }
+        before = sha256()  # all that the cluster has been asked so far
+        found = {}
+        for prompt in group.prompts:
+            before.update(repr((prompt.id, prompt.turns)).encode())
+            asked = before.hexdigest() if self.warm else repr((prompt.id, prompt.turns))
+            for turn in range(len(prompt.turns)):
+                definition = {**common, "asked": asked, "warm": self.warm, "turn": turn}
+                found[prompt.id, turn] = hash_of(definition)
+        return found
+
+
+@lru_cache
+def _hash(emulation: Emulation) -> str:
+    return hash_of(asdict(emulation))
+
+
+def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Overrides by strategy from table `name` of an evaluation file, `every` merged in.
+
+    Raises ValueError naming an unknown table, strategy or parameter.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold tables by name")
+    if name not in data:
+        raise ValueError(f"{path} has no table {name!r}; it has: {', '.join(map(str, data))}")
+    table = data[name] or {}
+    where = f"{path}: {name}"
+    if not isinstance(table, dict) or not all(
+        isinstance(values, dict) or values is None for values in table.values()
+    ):
+        raise ValueError(f"{where} must map strategies to parameters")
+    specs = STRATEGIES | ABLATIONS
+    if unknown := sorted(str(key) for key in table if key not in (*specs, EVERY)):
+        known = ", ".join((EVERY, *STRATEGIES))
+        raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
+    every = table.get(EVERY) or {}
+    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in specs}
+    for strategy, values in found.items():
+        override(specs[strategy].defaults, values, where=f"{where}: {strategy}")
+    return found
+
+
+def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`streaming.segment_size=48`, or `segment_size=48` for every strategy, by strategy.
+
+    Raises ValueError for what has not this form, or names a strategy that is not run.
+    """
+    found: dict[str, dict[str, str]] = {strategy: {} for strategy in strategies}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        strategy, dot, key = name.rpartition(".")
+        if not equals or not key or (dot and strategy not in found):
+            raise ValueError(
+                f"--set {setting!r}: give strategy.key=value, of {', '.join(strategies)}, or "
+                "key=value for all of them"
+            )
+        for one in (strategy,) if dot else strategies:
+            found[one][key] = value
+    return found
+
+
+def make_cases(
+    strategies: Sequence[str],
+    drafters: Sequence[str],
+    table: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
+) -> tuple[Case, ...]:
+    """Every strategy with every drafter (`eagle+graft` switches grafts on); ar needs none.
+
+    Raises ValueError naming what is unknown, before anything is loaded.
+    """
+    cases = []
+    for strategy in strategies:
+        for drafter in drafters if find_strategy(strategy).drafts else ("none",):
+            name, switches = parse_drafter(drafter)
+            if name == "none" and find_strategy(strategy).drafts:
+                raise ValueError(f"strategy {strategy} needs a drafter; only ar needs none")
+            on = {switch: True for switch, is_on in switches.items() if is_on}
+            values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
+            where = f"strategy {strategy}"
+            effective = override(find_strategy(strategy).defaults, values, where=where)
+            cases.append(Case(strategy, drafter, asdict(effective)))
+    return tuple(cases)

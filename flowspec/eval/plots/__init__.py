@@ -1,0 +1,1 @@
+"""Plots of sample records and traces. Importing it imports matplotlib."""

@@ -1,0 +1,78 @@
+"""What can be plotted from sample records."""
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.figure import Figure
+
+from flowspec.eval.aggregate import (
+    MEAN,
+    Row,
+    Setting,
+    by_setting,
+    drafts,
+    strategies_of,
+    summarize,
+)
+from flowspec.eval.plots.bars import speedup_bars
+from flowspec.eval.plots.lengths import length_histogram
+from flowspec.eval.plots.sweep_lines import sweep_lines
+from flowspec.eval.plots.theme import Theme
+from flowspec.eval.plots.time_stack import time_stack
+from flowspec.eval.records import Sample
+from flowspec.eval.report import describe
+from flowspec.eval.sweeps import check_one, find_axis, sweep
+
+
+def speedup(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
+    """Bars per set; temperatures below one another."""
+    rows = summarize(samples, baseline=baseline)
+    check_one(rows, free=("temperature",))
+    return speedup_bars(rows, theme, baseline)
+
+
+def lengths(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
+    """Of all sets together; the baseline is one strategy like the others."""
+    del baseline
+    settings = by_setting(samples)
+    check_one(settings)
+    ((setting, own),) = settings.items()
+    runs = {
+        strategy: [run for sample in own if sample.strategy == strategy for run in sample.runs]
+        for strategy in strategies_of(own)
+        if drafts(strategy)
+    }
+    return length_histogram(runs, theme, f"{describe(setting)}; all sets")
+
+
+def time(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
+    """Of all sets; the baseline is one strategy like the others."""
+    del baseline
+    setting, rows = _means(samples)
+    return time_stack(rows, theme, f"{describe(setting)}; mean over the sets")
+
+
+def _means(samples: Sequence[Sample]) -> tuple[Setting, list[Row]]:
+    settings = by_setting(samples)
+    check_one(settings)
+    anyone = strategies_of(next(iter(settings.values())))[0]
+    ((setting, rows),) = summarize(samples, baseline=anyone).items()
+    return setting, [row for row in rows if row.dataset == MEAN]
+
+
+def over(axis: str) -> Callable[[Sequence[Sample], Theme, str], Figure]:
+    """A plot over a named axis of `sweeps.AXES`."""
+    found = find_axis(axis)
+
+    def draw(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
+        return sweep_lines(sweep(samples, found, baseline=baseline), theme, baseline)
+
+    return draw
+
+
+PLOTS: dict[str, Callable[[Sequence[Sample], Theme, str], Figure]] = {
+    "speedup": speedup,
+    "bandwidth": over("link_mbps"),
+    "stages": over("stages"),
+    "lengths": lengths,
+    "time": time,
+}

@@ -1,0 +1,58 @@
+"""Predicted speed of a cluster: the bundled model stands in for the emulated one (emulation)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from flowspec.cluster.base import generate
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts
+from flowspec.model.load import load_stage_range
+from flowspec.model.split_plan import even_layers
+from flowspec.request import Request, SamplingParams
+from flowspec.simulate.cluster import emulated_cluster
+from flowspec.simulate.emulation import Emulation
+from flowspec.stage import Stage
+from flowspec.text import render_chat
+
+
+def stand_in_stages(folder: Path, num_layers: int, num_stages: int) -> list[Stage]:
+    """The bundled model's layers (each a shard of `folder`) as so many stages.
+
+    Raises ValueError where it has fewer layers.
+    """
+    stages, first = [], 0
+    for rank, count in enumerate(even_layers(num_layers, num_stages), start=1):
+        model = load_stage_range(folder, first, first + count, verify=False)
+        stages.append(Stage(rank, num_stages, model))
+        first += count
+    return stages
+
+
+def predict_speeds(
+    config: RunConfig,
+    parts: HeadParts,
+    stages: Sequence[Stage],
+    emulation: Emulation,
+    strategies: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+) -> Mapping[str, float]:
+    """Tokens/s after the first token, by strategy: greedy, all prompts together, emulated."""
+    speeds = {}
+    for strategy in strategies:
+        cluster = emulated_cluster(replace(config, strategy=strategy), parts, stages, emulation)
+        tokens = seconds = 0.0
+        for number, prompt in enumerate(prompts, start=1):
+            request = Request(
+                id=number,
+                prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
+                sampling=SamplingParams(temperature=0.0),
+                max_new_tokens=num_tokens,  # end tokens are ignored: all answers are as long
+            )
+            stats = generate(cluster, request).stats
+            tokens += stats.num_tokens - 1
+            seconds += stats.finished_at - stats.first_token_at
+        speeds[strategy] = tokens / seconds
+    return speeds

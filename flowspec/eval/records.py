@@ -1,0 +1,196 @@
+"""Records of a benchmark: a JSON line per sample, appended as it is finished, read to resume.
+
+A sample is one turn of one question under one strategy. Its key is a hash of all that defines it
+(the question, the parameters, the code, the models, the emulated devices); a sample whose key is in
+the file is not run again. Shares are of the decode time: from the first token to the last.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+FILE_NAME = "samples.jsonl"
+MAX_LINE_CHARS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one run of one request gave. Times in seconds of the driver's clock, prefill apart."""
+
+    prompt_tokens: int
+    tokens: int  # generated, EOS included, nothing after it
+    token_hash: str  # equal for equal tokens, see `hash_tokens`
+    mismatch: bool  # they differ from what the target alone gives
+    finish: str  # stop or length
+    ttft_s: float
+    decode_s: float  # from the first token to the last
+    decode_tokens_per_s: float  # tokens after the first, by decode_s; 0 where there is one token
+    end_to_end_tokens_per_s: float
+    inter_token_ms: Mapping[str, float]  # p50, p95, p99; tokens that come together are 0 apart
+    tau: float
+    runs: tuple[int, ...]  # lengths of accepted runs, the one cut off by the end last
+    alpha: tuple[float, ...]  # per depth
+    mu: float  # share of tokens after the first that were in no branch in flight
+    mu_not_drafted: float
+    mu_not_in_flight: float  # drafted, but not sent yet
+    rows_sent: int
+    rows_pruned: int  # dropped in flight, before some stage ran them
+    rows_wasted: int  # run by the last stage, but not accepted
+    segments: int
+    draft_forwards: int
+    drafter_busy: float  # share
+    stage_busy: tuple[float, ...]  # shares, of stage 1 to N
+    stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
+    link_bytes: Mapping[str, float]  # "from-to" -> bytes sent while decoding
+    tree_size: float  # nodes alive when a verdict came, on average
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample(Measured):
+    """A line of the file."""
+
+    key: str
+    cluster: str
+    model: str  # the emulated one's name
+    drafter: str
+    strategy: str
+    dataset: str
+    question: str
+    turn: int  # from 0
+    temperature: float
+    seed: int
+    stages: int
+    table: str  # which set of parameters: main or all
+    parameters: Mapping[str, Any]  # the effective DecodeConfig
+    max_tokens: int
+    warm: bool  # the cluster had answered the set's questions before this one
+    emulated: bool
+    bound_tokens_per_s: float | None  # decode speed with an ideal drafter, host and links
+    bound_share: float | None
+    versions: Mapping[str, str]
+    revision: str  # of the source tree, if it is one under git
+    host: str
+    started_at: str  # ISO 8601, UTC
+
+
+def hash_tokens(tokens: Sequence[int]) -> str:
+    """SHA-256 of the token ids as i32, least significant byte first."""
+    return sha256(np.array(tokens, "<i4").tobytes()).hexdigest()
+
+
+def hash_of(definition: Mapping[str, Any]) -> str:
+    """Equal for equal definitions, whatever the order of their keys."""
+    text = json.dumps(definition, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256(text.encode()).hexdigest()[:24]
+
+
+_READER = TypeAdapter(Sample)
+_NAMES = {field.name for field in fields(Sample)}
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of a file, or of the folder it lies in; of two with one key the later one.
+
+    A last line that an interrupted run left half written is left out. Raises ValueError naming file
+    and line for anything else that is no sample.
+    """
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except FileNotFoundError:
+        raise ValueError(f"{file} does not exist; `flowspec bench` writes it") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    found: dict[str, Sample] = {}
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        sample = _parse(line, f"{file}:{number}")
+        found.pop(sample.key, None)
+        found[sample.key] = sample
+    return list(found.values())
+
+
+def _parse(line: str, where: str) -> Sample:
+    if len(line) > MAX_LINE_CHARS:
+        raise ValueError(f"{where} is longer than {MAX_LINE_CHARS} characters: no sample")
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} must be an object, not {type(record).__name__}")
+    if unknown := sorted(set(record) - _NAMES):
+        raise ValueError(f"{where} has the unknown key {unknown[0]!r}; another version's record?")
+    try:
+        return _READER.validate_python(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{where} is no sample: {name}: {first['msg']}") from None
+
+
+class SampleFile:
+    """The samples of a folder, to be added to; one process at a time. Use with `with`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / FILE_NAME
+        self._file = self.path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ValueError(f"{self.path} is being written by another bench") from None
+        try:
+            self._cut_half_line()
+            self._samples = {sample.key: sample for sample in read_samples(self.path)}
+        except ValueError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "SampleFile":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._samples
+
+    def __getitem__(self, key: str) -> Sample:
+        return self._samples[key]
+
+    def add(self, sample: Sample) -> None:
+        """Append a line; it is with the operating system when this returns."""
+        line = json.dumps(asdict(sample), separators=(",", ":"), allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        self._samples[sample.key] = sample
+
+    def select(self, keys: Iterable[str]) -> Iterator[Sample]:
+        """Those of `keys` that are here, in the order of `keys`."""
+        return (self._samples[key] for key in keys if key in self._samples)
+
+    def _cut_half_line(self) -> None:
+        """What an interrupted run left without an end."""
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if line.endswith(b"\n"):
+                end += len(line)
+        self._file.truncate(end)
+        self._file.seek(0, 2)

@@ -1,0 +1,191 @@
+"""Reports on sample records: speeds, what was accepted, where the time went."""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
+
+from flowspec.eval.aggregate import MEAN, Row, Setting, mean_idle, sets_of, summarize
+from flowspec.eval.datasets import TITLES
+from flowspec.eval.records import Sample
+from flowspec.eval.statistics import LEVEL, Interval
+from flowspec.eval.tables import Table, to_csv
+
+DEPTHS = 4  # alphas shown; the CSV has all
+_NO = "-"
+
+
+def tables(
+    samples: Sequence[Sample], *, baseline: str = "ar", per_set: bool = False
+) -> list[Table]:
+    """Per setting: speed-ups, tokens/s, acceptance and time; the last two by set if asked.
+
+    Raises ValueError where the baseline is missing or there are no samples.
+    """
+    found: list[Table] = []
+    for setting, rows in summarize(samples, baseline=baseline).items():
+        sets = sets_of(s for s in samples if Setting.of(s) == setting)
+        sets = [*(name for name in sets if any(row.dataset == name for row in rows)), MEAN]
+        title = describe(setting)
+        found.append(_speedups(title, rows, sets, baseline))
+        found.append(_speeds(title, rows, sets))
+        for name in sets if per_set else [MEAN]:
+            where = "mean over the sets" if name == MEAN else TITLES.get(name, name)
+            own = [row for row in rows if row.dataset == name]
+            found.append(_acceptance(f"{title}: what was accepted, {where}", own))
+            found.append(_time(f"{title}: where the time went, {where}", own))
+    return found
+
+
+def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
+    """In words, but for the fields in `without`; what is emulated says so first."""
+    words = {
+        "emulated": "Emulated" if setting.emulated else "Measured",
+        "cluster": setting.cluster,
+        "model": setting.model,
+        "stages": f"{setting.stages} {'stage' if setting.stages == 1 else 'stages'}",
+        "drafter": f"drafter {setting.drafter}",
+        "table": f"table {setting.table}",
+        "max_tokens": f"{setting.max_tokens} tokens",
+        "temperature": f"T = {setting.temperature:g}",
+    }
+    return ", ".join(word for name, word in words.items() if name not in without)
+
+
+def _by_set(
+    rows: Sequence[Row], sets: Sequence[str], cell: Callable[[Row], str]
+) -> tuple[list[list[str]], bool]:
+    """A line per strategy with a cell per set; whether a mean is over fewer sets than there are."""
+    lines, partial = [], False
+    for strategy in dict.fromkeys(row.strategy for row in rows):
+        own = {row.dataset: row for row in rows if row.strategy == strategy}
+        line = [strategy]
+        for name in sets:
+            text = cell(own[name]) if name in own else _NO
+            if name == MEAN and own[name].num_sets < len(sets) - 1:
+                first, line_break, rest = text.partition("\n")
+                text, partial = f"{first} *{line_break}{rest}", True
+            line.append(text)
+        lines.append(line)
+    return lines, partial
+
+
+def _speedups(title: str, rows: Sequence[Row], sets: Sequence[str], baseline: str) -> Table:
+    lines, partial = _by_set(rows, sets, lambda row: _interval(row.speedup))
+    means = [row for row in rows if row.dataset == MEAN]
+    for line, row in zip(lines, means, strict=True):
+        line += [f"{row.prompts}", f"{row.mismatches} of {row.samples}"]
+    notes = [f"{LEVEL:.0%} bootstrap intervals, paired by prompt".replace("%", " %")]
+    if any(row.paired < row.prompts for row in means):
+        notes.append(f"Only prompts that {baseline} ran too are compared")
+    if partial:
+        notes.append("* not all sets: not to be compared with the others")
+    return Table(
+        f"{title}: speed-up over {baseline}",
+        ["strategy", *_names(sets), "prompts", "mismatches"],
+        lines,
+        notes,
+    )
+
+
+def _speeds(title: str, rows: Sequence[Row], sets: Sequence[str]) -> Table:
+    lines, _ = _by_set(rows, sets, lambda row: f"{row.tokens_per_s:.2f}")
+    return Table(f"{title}: tokens/s after the first", ["strategy", *_names(sets)], lines)
+
+
+def _names(sets: Iterable[str]) -> list[str]:
+    return [TITLES.get(name, name) for name in sets]
+
+
+def _interval(speedup: Interval | None) -> str:
+    if speedup is None:
+        return _NO
+    if speedup.low is None or speedup.high is None:
+        return f"{speedup.value:.2f}x"
+    return f"{speedup.value:.2f}x\n{speedup.low:.2f}–{speedup.high:.2f}"
+
+
+def _acceptance(title: str, rows: Sequence[Row]) -> Table:
+    depths = min(DEPTHS, max((len(row.alpha) for row in rows), default=0))
+    columns = ["strategy", "tau", *(f"alpha {depth}" for depth in range(depths))]
+    columns += ["mu", "not drafted", "not in flight", "tree"]
+    columns += ["rows sent", "pruned", "wasted"]
+    lines = []
+    for row in rows:
+        alphas = [f"{a:.2f}" for a in row.alpha[:depths]]
+        line = [row.strategy, f"{row.tau:.2f}", *alphas, *[_NO] * (depths - len(alphas))]
+        line += [_percent(v) for v in (row.mu, row.mu_not_drafted, row.mu_not_in_flight)]
+        line += [f"{v:.1f}" for v in (row.tree_size, row.rows_sent, row.rows_pruned)]
+        lines.append([*line, f"{row.rows_wasted:.1f}"])
+    return Table(title, columns, lines, ["Rows per token"])
+
+
+def _time(title: str, rows: Sequence[Row]) -> Table:
+    causes = causes_of(rows)
+    columns = ["strategy", "first token s", "p50 ms", "p95 ms", "p99 ms", "drafter busy"]
+    columns += ["stages busy %", *causes, "of the bound"]
+    lines = []
+    for row in rows:
+        line = [row.strategy, f"{row.ttft_s:.2f}"]
+        line += [f"{row.inter_token_ms.get(name, 0.0):.0f}" for name in ("p50", "p95", "p99")]
+        line += [_percent(row.drafter_busy), stages_busy(row)]
+        line += [_percent(mean_idle(row, cause)) for cause in causes]
+        bound = row.bound_share
+        lines.append([*line, _NO if bound is None else _percent(bound)])
+    return Table(title, columns, lines, ["Causes of idleness: mean over the stages"])
+
+
+def stages_busy(row: Row) -> str:
+    """Per cent of each stage: 61/60/62/71."""
+    return "/".join(f"{100 * share:.0f}" for share in row.stage_busy) or _NO
+
+
+def causes_of(rows: Iterable[Row]) -> list[str]:
+    """Causes of idleness of any stage, the one with the most time first."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for stage in row.stage_idle:
+            for cause, share in stage.items():
+                totals[cause] = totals.get(cause, 0.0) + share
+    return sorted((cause for cause, total in totals.items() if total > 0), key=lambda c: -totals[c])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def csv_report(samples: Sequence[Sample], *, baseline: str = "ar") -> str:
+    """Everything, a line per setting, strategy and set; shares from 0 to 1."""
+    found = [row for rows in summarize(samples, baseline=baseline).values() for row in rows]
+    records = [flat(row) for row in found]
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    return to_csv(columns, ([record.get(name) for name in columns] for record in records))
+
+
+def flat(row: Row) -> dict[str, object]:
+    """A row's figures by name; lists and mappings spread over several."""
+    record: dict[str, object] = {f.name: getattr(row.setting, f.name) for f in fields(Setting)}
+    for field in fields(Row):
+        value = getattr(row, field.name)
+        if field.name in ("setting", "pairs"):
+            continue
+        if field.name == "speedup":
+            known = value or Interval(float("nan"))
+            record |= {
+                "speedup": None if value is None else known.value,
+                "ci_low": known.low,
+                "ci_high": known.high,
+            }
+        else:
+            record |= _spread(field.name, value)
+    return record
+
+
+def _spread(name: str, value: object) -> dict[str, object]:
+    if isinstance(value, Mapping):
+        return {f"{name} {key}": one for key, one in value.items()}
+    if isinstance(value, tuple):
+        spread: dict[str, object] = {}
+        first = 0 if name == "alpha" else 1  # depths count from 0, stages from 1
+        for place, one in enumerate(value, start=first):
+            spread |= _spread(f"{name} {place}", one)
+        return spread
+    return {name: value}

@@ -1,0 +1,184 @@
+"""Running a benchmark's plan: what is not in the file yet, on several processes, as it finishes.
+
+A job is one group of questions under one strategy. Which process runs it changes no figure: every
+job has a cluster of its own, and the clock is virtual. What runs on real processes runs alone.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from flowspec.eval.answering import Asked, TooLong, Workbench
+from flowspec.eval.plan import Case, Group, Plan
+from flowspec.eval.records import Sample, SampleFile
+from flowspec.request import ClusterError
+
+PARENT_POLL_S = 1.0
+_PR_SET_PDEATHSIG = 1
+Asking = tuple[list[Asked], list[TooLong]]
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; told after every step."""
+
+    total: int  # samples to run
+    done: int = 0
+    now: str = ""  # what finished last
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Samples of a plan in its order, those of earlier runs included."""
+
+    samples: list[Sample]
+    num_run: int
+    too_long: list[TooLong] = field(default_factory=list)
+
+
+def run_plan(
+    plan: Plan, file: SampleFile, *, jobs: int, tell: Callable[[Progress], None]
+) -> Outcome:
+    """Run what is missing from `file`; the figures are the same for any number of jobs.
+
+    Raises ClusterError where a request or a process fails; what was finished is in the file.
+    """
+    groups = list(plan.groups())
+    todo = [(group, missing) for group in groups if (missing := _missing(plan, group, file))]
+    turns = [sum(len(prompt.turns) for prompt in group.prompts) for group, _ in todo]
+    progress = Progress(sum(n * len(cases) for n, (_, cases) in zip(turns, todo, strict=True)))
+    tell(progress)
+    too_long: dict[tuple[str, str, int], TooLong] = {}
+    num_run = 0
+    with _crew(plan, 1 if plan.real else jobs) as crew:
+        for group, cases, result in crew.work(todo):
+            if isinstance(result, list):
+                for sample in result:
+                    if _is_wanted(plan, sample.key, file):
+                        file.add(sample)
+                        num_run += 1
+                progress.done += len(result)
+                progress.now = f"{group.dataset}, {cases[0].strategy}"
+            else:
+                _, left_out = result
+                for one in left_out:
+                    too_long[one.dataset, one.question, one.turn] = one
+                    progress.total -= one.num_turns * len(cases)
+            tell(progress)
+    keys = [
+        key for group in groups for case in plan.cases for key in plan.keys(case, group).values()
+    ]
+    return Outcome(list(file.select(keys)), num_run, list(too_long.values()))
+
+
+def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
+    """Strategies with a turn of the group that is not in the file."""
+    return [
+        case
+        for case in plan.cases
+        if any(_is_wanted(plan, key, file) for key in plan.keys(case, group).values())
+    ]
+
+
+def _is_wanted(plan: Plan, key: str, file: SampleFile) -> bool:
+    """Whether the sample is to be run: it is not there, or without the bound asked for."""
+    return key not in file or (plan.bound and file[key].bound_tokens_per_s is None)
+
+
+Todo = Sequence[tuple[Group, list[Case]]]
+Done = Iterator[tuple[Group, list[Case], Asking | list[Sample]]]
+
+
+class _Alone:
+    """Works in this process, one thing after the other."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.bench = Workbench(plan)
+
+    def work(self, todo: Todo) -> Done:
+        for group, cases in todo:
+            asking = self.bench.ask(group)
+            yield group, cases, asking
+            for case in cases if asking[0] else ():
+                yield group, [case], self.bench.run(case, group, asking[0])
+
+
+class _Pool:
+    """Works in several processes: the target's answers, then the strategies that need them."""
+
+    def __init__(self, pool: ProcessPoolExecutor, jobs: int) -> None:
+        self.pool = pool
+        self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
+
+    def work(self, todo: Todo) -> Done:
+        waiting: dict[Future[Asking | list[Sample]], tuple[Group, list[Case]]] = {}
+        left = list(reversed(todo))
+        while waiting or left:
+            while left and len(waiting) < self.most_waiting:
+                group, cases = left.pop()
+                waiting[self.pool.submit(_ask, group)] = group, cases
+            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                group, cases = waiting.pop(future)
+                result = future.result()
+                yield group, cases, result
+                if isinstance(result, tuple) and result[0]:
+                    for case in cases:
+                        waiting[self.pool.submit(_run, case, group, result[0])] = group, [case]
+
+
+@contextmanager
+def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
+    if jobs == 1:
+        yield _Alone(plan)
+        return
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_begin,
+        initargs=(plan, os.getpid()),
+    )
+    try:
+        yield _Pool(pool, jobs)
+    except BrokenProcessPool:
+        raise ClusterError("bench", "a worker process ended; is the memory full?") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_BENCH: Workbench | None = None  # of a worker process
+
+
+def _begin(plan: Plan, parent: int) -> None:
+    """In a worker process, once."""
+    global _BENCH
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
+    _BENCH = Workbench(plan)
+
+
+def _ask(group: Group) -> Asking:
+    assert _BENCH is not None
+    return _BENCH.ask(group)
+
+
+def _run(case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
+    assert _BENCH is not None
+    return _BENCH.run(case, group, asked)

@@ -1,0 +1,90 @@
+"""Tables as Markdown, LaTeX and CSV. A line break in a cell is a space where there are none."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "{": r"\{",
+        "}": r"\}",
+        **{character: rf"\{character}" for character in "&%$#_"},
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "\n": " ",
+    }
+)
+_MARKDOWN = str.maketrans({"|": r"\|", "\n": " ", "*": r"\*", "_": r"\_"})
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The first column names a row; the others hold figures."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.columns) for row in self.rows), self.title
+
+
+def to_markdown(tables: Iterable[Table]) -> str:
+    """Pipe tables below bold titles, notes below them."""
+    return "\n".join(map(_markdown, tables))
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.columns, ["---", *("---:" for _ in table.columns[1:])]]
+    cells = [
+        *([cell.translate(_MARKDOWN) for cell in row] for row in lines[:1]),
+        lines[1],
+        *([cell.translate(_MARKDOWN) for cell in row] for row in table.rows),
+    ]
+    body = [f"| {' | '.join(row)} |" for row in cells]
+    notes = [line for note in table.notes for line in ("", note.translate(_MARKDOWN))]
+    return "\n".join([f"**{table.title.translate(_MARKDOWN)}**", "", *body, *notes, ""])
+
+
+def to_latex(tables: Iterable[Table]) -> str:
+    """`table` environments; they need \\usepackage{booktabs}."""
+    return "\n".join(map(_latex, tables))
+
+
+def _latex(table: Table) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+    caption = ". ".join([table.title, *table.notes]).translate(_LATEX)
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}.}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}",
+            r"\toprule",
+            line(table.columns),
+            r"\midrule",
+            *map(line, table.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """One header, one line per row; what is None stays empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()

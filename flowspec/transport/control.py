@@ -1,0 +1,213 @@
+"""Control sockets of a cluster: one ROUTER on the head, one DEALER on every device and client.
+
+Both are encrypted and authenticated by the cluster's token (transport/curve.py). A message is cut
+into pieces that the sockets cap before they read them. Nothing here knows what messages say.
+"""
+
+import os
+import socket
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
+from flowspec.transport.keys import Keys
+
+MAX_PIECES = 16
+MAX_QUEUED = 1000  # messages per peer and direction
+LINGER_MS = 500
+BURST = 256  # messages taken before whoever asked gets to act on them
+CONNECT_TIMEOUT_S = 3.0
+WRONG_TOKEN = (
+    "the handshake was broken off: the token is not this cluster's, or what listens there is no "
+    "FlowSpec head; copy the whole line that `flowspec serve` printed"
+)
+
+
+class UnreachableError(Exception):
+    """No connection to this peer any more, or it takes nothing."""
+
+
+class ControlServer:
+    """Listens at host:port; peers are named by what `receive` gave with their frames."""
+
+    def __init__(self, host: str, port: int, keys: Keys) -> None:
+        self._context = zmq.Context()
+        self.guard = Guard(self._context, keys, "head")
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.set_hwm(MAX_QUEUED)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            address = self.guard.listen(self._socket, f"tcp://{host}:{port}")
+        except ValueError as error:
+            self.guard.close()
+            self._context.destroy(linger=0)
+            raise ValueError(
+                f"{error}; is another `flowspec serve` running? choose another --port, or a --host "
+                "that this machine has"
+            ) from None
+        self.port = int(address.rsplit(":", 1)[1])
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_read, zmq.POLLIN)
+
+    def receive(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
+        """(peer, message) of what has come; waits at most `timeout_s`, less when woken."""
+        self._poller.poll(int(timeout_s * 1e3))
+        with_wake = True
+        while with_wake:
+            try:
+                with_wake = bool(os.read(self._wake_read, 4096))
+            except BlockingIOError:
+                with_wake = False
+        messages = []
+        for _ in range(BURST):
+            try:
+                peer, *pieces = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            messages.append((peer, _joined(pieces)))
+        return messages
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """Raises UnreachableError; never waits."""
+        try:
+            self._socket.send_multipart([peer, *_cut(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise UnreachableError(error.strerror) from None
+
+    def wake(self) -> None:
+        """End a `receive` that waits; from any thread."""
+        try:
+            os.write(self._wake_write, b".")
+        except (BlockingIOError, OSError):
+            return  # it is awake, or closed
+
+    def close(self) -> None:
+        """What was sent is still delivered within half a second."""
+        self.guard.close()
+        self._context.destroy(linger=LINGER_MS)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+
+class ControlClient:
+    """A connection to the head's control socket."""
+
+    def __init__(self, host: str, port: int, keys: Keys) -> None:
+        self._context = zmq.Context()
+        self._guard = Guard(self._context, keys, "client")
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.set_hwm(MAX_QUEUED)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_DISCONNECTED
+        )
+        self.is_connected = False
+        self._where = (host, port)
+        self._guard.connect(self._socket, f"tcp://{host}:{port}")
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+
+    def connect(self, timeout_s: float) -> str:
+        """Why there is no connection to the head within `timeout_s`; empty where there is."""
+        if self._monitor.poll(int(timeout_s * 1e3)):
+            event = int(recv_monitor_message(self._monitor)["event"])
+            self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        if self.is_connected:
+            return ""
+        return why_unreachable(*self._where) or f"{self._where[0]}:{self._where[1]}: {WRONG_TOKEN}"
+
+    def receive(self, timeout_s: float) -> list[bytes]:
+        """Messages that have come; waits at most `timeout_s`. `is_connected` may turn False."""
+        self._poller.poll(int(timeout_s * 1e3))
+        while self._monitor.poll(0):
+            event = int(recv_monitor_message(self._monitor)["event"])
+            self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        messages = []
+        for _ in range(BURST):
+            try:
+                messages.append(_joined(self._socket.recv_multipart(zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+        return messages
+
+    def send(self, message: bytes) -> None:
+        """Raises UnreachableError where too much waits already; never waits."""
+        try:
+            self._socket.send_multipart(_cut(message), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            raise UnreachableError(error.strerror) from None
+
+    def close(self) -> None:
+        """What was sent is still delivered within half a second."""
+        self._guard.close()
+        self._socket.disable_monitor()
+        self._context.destroy(linger=LINGER_MS)
+
+
+def why_unreachable(host: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
+    """Why no TCP connection to host:port can be made, with what to do; empty where it can."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
+    except socket.gaierror as error:
+        return f"no address is known for {host} ({error.strerror}); give its IP address"
+    except ConnectionRefusedError:
+        return (
+            f"{host} refuses port {port}: nothing listens there; is `flowspec serve` running, with "
+            "this --port, on all interfaces (--host 0.0.0.0)?"
+        )
+    except TimeoutError:
+        return (
+            f"{host} does not answer at port {port} within {timeout_s:.0f} s: a firewall drops it, "
+            "or the address is of a network this device is not in; open the port on the head, or "
+            "use an address that `flowspec serve` lists"
+        )
+    except OSError as error:
+        return f"{host}:{port}: {error.strerror or error}; check cable, Wi-Fi and address"
+    return ""
+
+
+def has_curve() -> bool:
+    """Whether the installed libzmq can encrypt."""
+    return bool(zmq.has("curve"))
+
+
+def local_address_towards(host: str, port: int) -> str:
+    """This machine's own address on the way to `host`; empty where there is no route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, port))
+        except OSError:
+            return ""
+        return str(probe.getsockname()[0])
+
+
+def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
+    """`host` or `host:port`. Raises ValueError."""
+    host, colon, port = text.strip().rpartition(":")
+    if not colon:
+        host, port = text.strip(), str(default_port)
+    if not host or ":" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r} is no address; write HOST:PORT, as in 192.168.1.10:7000")
+    return host, int(port)
+
+
+def _cut(message: bytes) -> list[bytes]:
+    return [
+        message[start : start + MAX_PIECE_BYTES]
+        for start in range(0, max(len(message), 1), MAX_PIECE_BYTES)
+    ]
+
+
+def _joined(pieces: list[bytes]) -> bytes:
+    """One message; empty, which is none, where it has more pieces than any message."""
+    return b"".join(pieces) if len(pieces) <= MAX_PIECES else b""

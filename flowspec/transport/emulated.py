@@ -1,0 +1,157 @@
+"""EmulatedTransport: another transport, its messages held back as on an emulated network's lines.
+
+A thread sends each message when it would have left its sender's line and its latency is over;
+whoever hands it over goes on at once. The receiver holds it while its own line is taken by another
+sender's. What the real transport and the machine add comes on top.
+"""
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from flowspec.ports import Egress, Ingress, Passage
+from flowspec.request import ClusterError, rank_name
+from flowspec.transport.base import Transport
+from flowspec.wire import DATA, WireMessage
+
+Link = Callable[[int, int, WireMessage], Passage]  # (from, to, message)
+MAX_HELD = 1000  # messages, on each side
+SEND_TIMEOUT_S = 10.0
+MAX_WAIT_S = 1.0
+CLOSE_TIMEOUT_S = 1.0
+_Letter = tuple[int, WireMessage, float]  # to, message, latency
+
+
+class EmulatedTransport:
+    """Rank `rank`'s `inner` transport, slowed down to what `link` says of each message."""
+
+    def __init__(self, inner: Transport, rank: int, link: Link) -> None:
+        self.inner = inner
+        self.rank = rank
+        self._link = link
+        self._changed = threading.Condition()
+        self._egress: Egress[_Letter] | None = None
+        self._num_held = 0  # handed over and not sent yet
+        self._outgoing: list[tuple[float, int, int, WireMessage]] = []  # due, count, to, message
+        self._ingress: Ingress | None = None
+        self._incoming: list[tuple[float, int, WireMessage]] = []  # due, count, message
+        self._count = itertools.count()
+        self._error: ClusterError | None = None
+        self._closing = False
+        self._woken = threading.Event()
+        self._sender = threading.Thread(target=self._run, daemon=True, name="emulated-line")
+        self._sender.start()
+
+    def send(self, to: int, message: WireMessage) -> None:
+        """See Transport.send; what the thread could not send is an error of the next call."""
+        passage = self._link(self.rank, to, message)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._num_held < MAX_HELD or self._error, timeout=SEND_TIMEOUT_S
+            )
+            if self._error is not None:
+                raise self._error
+            if self._num_held >= MAX_HELD:
+                raise ClusterError(rank_name(to), f"{MAX_HELD} messages wait for an emulated line")
+            now = time.monotonic()
+            self._collect(now)
+            self._num_held += 1
+            if passage.occupies:
+                if self._egress is None:
+                    self._egress = Egress(passage.rate_out)
+                lane = (to, isinstance(message, DATA))
+                letter = (to, message, passage.latency_s)
+                self._egress.add(now, lane, passage.num_bytes, letter)
+            else:
+                self._hold(now + passage.latency_s, to, message)
+            self._changed.notify()
+
+    def receive(self, timeout_s: float) -> Sequence[WireMessage]:
+        """See Transport.receive."""
+        end = time.monotonic() + timeout_s
+        while True:
+            left = max(0.0, end - time.monotonic())
+            if self._incoming:
+                left = min(left, max(0.0, self._incoming[0][0] - time.monotonic()))
+            if len(self._incoming) < MAX_HELD:
+                self._take_in(left)
+            elif left:
+                time.sleep(left)
+            now = time.monotonic()
+            due: list[WireMessage] = []
+            while self._incoming and self._incoming[0][0] <= now:
+                due.append(heapq.heappop(self._incoming)[2])
+            if due or now >= end or self._woken.is_set():
+                self._woken.clear()
+                return sorted(due, key=lambda message: isinstance(message, DATA))
+
+    def wake(self) -> None:
+        """See Transport.wake."""
+        self._woken.set()
+        self.inner.wake()
+
+    def close(self) -> None:
+        """See Transport.close."""
+        end = time.monotonic() + CLOSE_TIMEOUT_S
+        with self._changed:
+            self._changed.wait_for(
+                lambda: not self._num_held or self._error, timeout=end - time.monotonic()
+            )
+            self._closing = True
+            self._changed.notify_all()
+        # its sockets are the thread's until it has ended
+        self._sender.join(timeout=MAX_WAIT_S + CLOSE_TIMEOUT_S)
+        self.inner.close()
+
+    def _take_in(self, timeout_s: float) -> None:
+        """Messages of the inner transport, each with the time it has passed this rank's line."""
+        for message in self.inner.receive(timeout_s):
+            now = time.monotonic()
+            # the receiver's line is the same whoever sends, and its own sender's rate is not asked
+            passage = self._link(self.rank, self.rank, message)
+            if passage.occupies:
+                if self._ingress is None:
+                    self._ingress = Ingress(passage.rate_in)
+                start = now - passage.num_bytes / passage.rate_in
+                now = self._ingress.take(start, now, passage.num_bytes)
+            heapq.heappush(self._incoming, (now, next(self._count), message))
+
+    def _run(self) -> None:
+        """The sending thread: one message at a time, none before its time."""
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                self._collect(now)
+                if not self._outgoing or self._outgoing[0][0] > now:
+                    if self._closing:
+                        return
+                    self._changed.wait(timeout=min(MAX_WAIT_S, self._next_due() - now))
+                    continue
+                _, _, to, message = heapq.heappop(self._outgoing)
+            try:
+                self.inner.send(to, message)
+            except ClusterError as error:
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._num_held -= 1
+                self._changed.notify_all()
+
+    def _next_due(self) -> float:
+        due = self._outgoing[0][0] if self._outgoing else float("inf")
+        return min(due, self._egress.next_end()) if self._egress is not None else due
+
+    def _collect(self, now: float) -> None:
+        """What has left the line is due a latency later."""
+        if self._egress is None:
+            return
+        for sent in self._egress.done(now):
+            to, message, latency_s = sent.item
+            self._hold(sent.end + latency_s, to, message)
+
+    def _hold(self, due: float, to: int, message: WireMessage) -> None:
+        heapq.heappush(self._outgoing, (due, next(self._count), to, message))

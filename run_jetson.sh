@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# A head here and one stage on each host of a file, over ssh with keys (no password is kept):
+#     run_jetson.sh my-hosts.yaml MODEL --draft HEAD     all options of `flowspec serve` work
+# config/hosts.example.yaml says what the file holds; each host needs the project with its .venv.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+: "${1:?which hosts? a file as config/hosts.example.yaml}"
+python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
+[ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
+exec "$python" -m flowspec serve --hosts "$@"

@@ -1,0 +1,275 @@
+"""What the head and the stages cost per segment, in processor time: real processes, tiny model.
+
+    python scripts/bench_host.py [--tokens 300] [--tree-size 320] [--segment-size 64]
+        [--profile FILE] [--json FILE]
+
+One head drives four stage processes over ZeroMQ with `streaming`; a random model of 4 layers, so
+that the host's own work shows. The drafter is a script that knows the truth and is right about it
+as often as a good head is (first child 0.7, any child 0.9). Segments are sized as on a stage that
+is bound by its memory: any number of rows costs the same.
+
+"head": processor time of the head's process per segment sent, all threads and everything between
+the first token and the last, less the drafter's calls. "stage": that of each stage process, the
+forwards included. Processor time hardly depends on what else the machine runs; segments/s does.
+`--profile` writes cProfile's figures of the head (which then costs more).
+Exit code 1 where the text is not the target's own.
+"""
+
+import argparse
+import cProfile
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flowspec.cli.common import BUNDLED
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.drafters.base import DraftJob, Opening, Proposal, draft_each
+from flowspec.engine import HeadParts
+from flowspec.model.config import read_config
+from flowspec.model.load import load_whole
+from flowspec.model.manifest import read_manifest
+from flowspec.model.source import open_checkpoint
+from flowspec.model.split import run_split
+from flowspec.model.split_plan import even_layers, plan_split
+from flowspec.model.stage_model import StageModel
+from flowspec.pipe import SegmentCost
+from flowspec.request import Completion, Request
+from flowspec.targets.local import LocalTarget
+from flowspec.text import load_tokenizer
+from flowspec.tree import DraftTree, Node
+from flowspec.wire import Segment, Tokens, WireMessage, segments_of
+
+STAGES = 4
+CONTEXT = 8192
+SIZES = {
+    "hidden_size": 32,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "num_hidden_layers": STAGES,
+    "max_position_embeddings": CONTEXT,
+}
+FIRST_RIGHT, ANY_RIGHT = 0.7, 0.9  # how often the truth is the drafter's first child, any child
+LOGPROBS = tuple(-0.4 - 0.9 * rank for rank in range(64))  # of its children by rank
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class FlatCost(SegmentCost):
+    """t(n) left of the knee: as many rows as a segment holds are worth sending."""
+
+    def milliseconds(self, rows: int) -> float:
+        """The same for any `rows`."""
+        return 1.0
+
+
+class ScriptedDrafter:
+    """Right about `truth` as often as the constants say; counts what its own calls cost."""
+
+    name = "scripted"
+    feature_layers = (-1,)  # what an EAGLE head asks for: the verdicts' features travel too
+
+    def __init__(self, truth: Sequence[int], vocab_size: int) -> None:
+        self.truth = truth
+        self.vocab_size = vocab_size
+        self.cpu_s = 0.0
+
+    def open(self, opening: Opening) -> "ScriptedSession":
+        """See Drafter.open."""
+        return ScriptedSession(self, opening.topk)
+
+    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+        """See Drafter.draft."""
+        start = time.thread_time()
+        proposals = draft_each(jobs)
+        self.cpu_s += time.thread_time() - start
+        return proposals
+
+
+class ScriptedSession:
+    """One request's."""
+
+    num_reusable = 0
+
+    def __init__(self, drafter: ScriptedDrafter, topk: int) -> None:
+        self.drafter, self.topk = drafter, topk
+        self.num_rows_ready = 0
+        self._true: set[int] = set()  # nodes on the true path
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See DraftSession.accept."""
+        self.num_rows_ready += len(tokens)
+
+    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+        """They are asked for as an EAGLE head would; the script needs none."""
+
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession.num_rows."""
+        del tree
+        return self.num_rows_ready if nodes is None else len(nodes)
+
+    def absorb(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.absorb."""
+        self.num_rows_ready = 0
+        if not len(tree):
+            return None
+        self._true = {node for node in self._true if node in tree} | {tree.root.id}
+        return self._propose(tree.root)
+
+    def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
+        """See DraftSession.expand."""
+        del tree
+        return [self._propose(node) for node in nodes]
+
+    def _propose(self, node: Node) -> Proposal:
+        truth, random = self.drafter.truth, Random(node.position * 65536 + node.token)
+        tokens = random.sample(range(self.drafter.vocab_size), self.topk)
+        if node.parent in self._true and node.token == truth[node.position]:
+            self._true.add(node.id)
+        luck = random.random()
+        if node.id in self._true and node.position + 1 < len(truth) and luck < ANY_RIGHT:
+            rank = 0 if luck < FIRST_RIGHT else random.randrange(1, self.topk)
+            tokens = [token for token in tokens if token != truth[node.position + 1]]
+            tokens.insert(rank, truth[node.position + 1])
+        return Proposal(node.id, tuple(zip(tokens[: self.topk], LOGPROBS, strict=False)))
+
+
+def make_split(folder: Path) -> Path:
+    """A random model with the bundled tokenizer, split in `folder`, a layer per stage."""
+    target = folder / "target"
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        (target / name).write_bytes((BUNDLED / "target" / name).read_bytes())
+    hf = json.loads((BUNDLED / "target" / "config.json").read_text()) | SIZES
+    (target / "config.json").write_text(json.dumps(hf | {"torch_dtype": "float32"}))
+    config = read_config(target)
+    torch.manual_seed(0)
+    model = StageModel(
+        config, first_layer=0, last_layer=STAGES, with_embedding=True, with_head=True
+    )
+    weights = {
+        name: torch.ones_like(weight) if weight.dim() == 1 else torch.randn_like(weight) * 0.2
+        for name, weight in model.state_dict().items()
+    }
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_split(open_checkpoint(target), layers=even_layers(STAGES, STAGES), dtype=None)
+    run_split(plan, folder / "split", model_id="bench")
+    return folder / "split"
+
+
+class Meter:
+    """Processor time of the head between the segments it sends, and of the stages."""
+
+    def __init__(self, cluster: LocalCluster, drafter: ScriptedDrafter) -> None:
+        self.cluster, self.drafter = cluster, drafter
+        self.stages = [psutil.Process(child.pid) for child in cluster.children.values()]
+        self.marks: list[float] = []  # the head's processor time at each segment sent
+        self._send = cluster.transport.send
+        cluster.transport.send = self._watch  # type: ignore[method-assign]
+
+    def _watch(self, to: int, message: WireMessage) -> None:
+        self._send(to, message)
+        if isinstance(message, Segment) and not segments_of(message)[0].prefix:
+            self.marks.append(self.head_s())
+
+    def head_s(self) -> float:
+        """Processor seconds of this process, all threads, less the drafter's calls."""
+        return time.process_time() - self.drafter.cpu_s
+
+    def stages_s(self) -> list[float]:
+        """Processor seconds of each stage."""
+        return [sum(stage.cpu_times()[:2]) for stage in self.stages]
+
+
+def measure(
+    cluster: LocalCluster, meter: Meter, request: Request, profile: cProfile.Profile | None
+) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Figures of one request from its first token to its last, and its tokens."""
+    meter.marks.clear()
+    events: Iterator[Tokens | Completion] = cluster.serve([request])
+    next(events)
+    start, head, stages = time.monotonic(), meter.head_s(), meter.stages_s()
+    drafter_s = meter.drafter.cpu_s
+    if profile:
+        profile.enable()
+    answer = next(event for event in events if isinstance(event, Completion))
+    if profile:
+        profile.disable()
+    wall, head, stats = time.monotonic() - start, meter.head_s() - head, answer.stats
+    count = len(meter.marks)
+    each = sorted((b - a) * 1e3 for a, b in zip(meter.marks[:-1], meter.marks[1:], strict=True))
+    spent = [b - a for a, b in zip(stages, meter.stages_s(), strict=True)]
+    figures = {
+        "segments": count,
+        "tokens": stats.num_tokens,
+        "rows_per_segment": round(stats.num_rows_sent / count, 1),
+        "drafts_per_segment": round(stats.num_draft_forwards / count, 2),
+        "head_ms": round(head / count * 1e3, 3),
+        "head_p50_ms": round(statistics.median(each), 3),
+        "head_p99_ms": round(each[int(len(each) * 0.99) - 1], 3),
+        "drafter_ms": round((meter.drafter.cpu_s - drafter_s) / count * 1e3, 3),
+        "stage_ms": [round(one / count * 1e3, 3) for one in spent],
+        "segments_per_s": round(count / wall, 1),
+        "head_share_of_a_core": round(head / wall, 3),
+    }
+    return figures, answer.tokens
+
+
+def main() -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=300, help="of the answer [300]")
+    parser.add_argument("--tree-size", type=int, default=320, help="[320]")
+    parser.add_argument("--segment-size", type=int, default=64, help="most rows [64]")
+    parser.add_argument("--topk", type=int, default=10, help="[10]")
+    parser.add_argument("--profile", type=Path, help="write cProfile's figures of the head")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    profile = cProfile.Profile() if options.profile else None
+    with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
+        split = make_split(Path(name))
+        config = RunConfig(
+            model=str(split),
+            decode={
+                "tree_size": options.tree_size,
+                "segment_size": options.segment_size,
+                "topk": options.topk,
+            },
+            kept_prefixes=0,
+        )
+        tokenizer = load_tokenizer(split / "head")
+        prompt = tuple(tokenizer.encode("The quick brown fox jumps over the lazy dog."))
+        request = Request(id=1, prompt=prompt, max_new_tokens=options.tokens)
+        target = LocalTarget(load_whole(Path(name) / "target"), CONTEXT)
+        truth = [*prompt, *(t for t, _ in islice(target.stream(request), options.tokens))]
+        drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer))
+        parts = HeadParts(split, read_manifest(split), tokenizer, drafter, CONTEXT, ())
+        with LocalCluster(config, parts) as cluster:
+            cluster.head.pipe.cost = FlatCost()
+            figures, tokens = measure(cluster, Meter(cluster, drafter), request, profile)
+    for key, value in figures.items():
+        print(f"{key:22s} {value}")
+    if profile:
+        profile.dump_stats(options.profile)
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if [*prompt, *tokens] != truth:
+        print("error: the text is not the target's own")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

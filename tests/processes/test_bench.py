@@ -1,0 +1,57 @@
+"""`flowspec bench` on several processes: the same figures, and real stages."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flowspec.cli.main import app
+from flowspec.eval.records import read_samples
+
+
+@pytest.fixture
+def command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command for the tiny checkpoint, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"prompt": f"how many apples are in box {n}?", "id": n}) for n in range(2)]
+    Path("apples.jsonl").write_text("\n".join(lines))
+    words = ["bench", "--target", str(checkpoint / "target"), "--draft", str(checkpoint / "eagle")]
+    words += ["--datasets", "apples.jsonl", "--max-tokens", "6", "--stages", "2"]
+    return [*words, "--strategies", "ar,streaming"]
+
+
+def figures(folder: str) -> list[dict[str, Any]]:
+    """All but when they were taken, in one order."""
+    found = [{**asdict(sample), "started_at": ""} for sample in read_samples(Path(folder))]
+    return sorted(found, key=lambda one: one["key"])
+
+
+def test_the_number_of_processes_changes_no_figure(command):
+    """Nor what is written, but for the order."""
+    for jobs in ("1", "2"):
+        flags = ["--jobs", jobs, "--out", f"jobs{jobs}", "--json", f"{jobs}.json"]
+        result = CliRunner().invoke(app, [*command, *flags])
+        assert result.exit_code == 0, result.output
+    assert len(figures("jobs1")) == 4
+    assert figures("jobs1") == figures("jobs2")
+    assert Path("1.json").read_text() == Path("2.json").read_text()
+
+
+def test_real_processes_give_the_same_texts(command):
+    """Labelled as measured, with where the time of each process went."""
+    result = CliRunner().invoke(app, [*command, "--real", "--out", "real", "--json", "rows.json"])
+    assert result.exit_code == 0, result.output
+    assert "measured on this machine" in result.output
+    samples = read_samples(Path("real"))
+    assert len(samples) == 4
+    for sample in samples:
+        assert (sample.emulated, sample.cluster, sample.mismatch) == (False, "local", False)
+        assert sample.rows_sent == sample.rows_pruned + sample.rows_wasted + sample.tokens - 1
+        for busy, idle in zip(sample.stage_busy, sample.stage_idle, strict=True):
+            assert 0.0 < busy < 1.0
+            assert busy + sum(idle.values()) == pytest.approx(1.0, abs=0.02)
+    rows = json.loads(Path("rows.json").read_text())
+    assert {row["emulated"] for row in rows} == {False}

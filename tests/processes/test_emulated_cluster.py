@@ -1,0 +1,92 @@
+"""Real processes that keep the pace of an emulated cluster."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from flowspec.cluster.base import generate
+from flowspec.cluster.local import LocalCluster
+from flowspec.config import RunConfig
+from flowspec.engine import HeadParts, build_stage
+from flowspec.request import Request
+from flowspec.simulate.cluster import emulated_cluster
+from flowspec.simulate.emulation import read_emulation
+from flowspec.strategies import STRATEGIES
+
+DEVICE = """source: a test
+memory_gb: 4
+bandwidth_gb_s: 1
+fp16_tflops: 1
+int4_bandwidth_share: 1
+layer_overhead_ms: 12
+host_overhead_ms: 1
+"""
+SIZES = """layers: 1
+  hidden_size: 64
+  intermediate_size: 64
+  num_heads: 2
+  num_kv_heads: 2
+  head_dim: 32
+  vocab_size: 100
+"""
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cluster of two slow devices and a tiny model."""
+    folder: Path = tmp_path_factory.mktemp("profiles")
+    device, link, cluster, model = (folder / f"{n}.yaml" for n in ("device", "link", "c", "m"))
+    device.write_text(DEVICE)
+    link.write_text("source: a test\nrate_mbps: 1\nlatency_ms: 5\n")
+    stages = f"stages: ['{device}', '{device}']"
+    cluster.write_text(f"source: a test\nhead: '{device}'\n{stages}\nlink: '{link}'\n")
+    whole = SIZES.replace("layers: 1", "layers: 2").replace("\n  ", "\n")
+    more = "weight_bits: 16\ndraft_vocab_size: 100\n"
+    model.write_text(f"source: a test\n{whole}{more}draft_model:\n  source: a test\n  {SIZES}")
+    return f"{cluster}:{model}"
+
+
+def ask(parts: HeadParts, number: int) -> Request:
+    """Nine tokens."""
+    prompt = tuple(parts.tokenizer.encode("the lazy dog"))
+    return Request(id=number, prompt=prompt, max_new_tokens=9)
+
+
+def test_processes_are_no_faster_than_the_cluster_they_emulate(
+    config: RunConfig, parts: HeadParts, names: str
+):
+    """The same text as on the virtual clock, and never less time than there."""
+    emulation = read_emulation(names, drafter=config.drafter)
+    config = replace(config, emulate=names)
+    stages = [
+        build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+        for rank in (1, 2)
+    ]
+    simulated = emulated_cluster(config, parts, stages, emulation)
+    with LocalCluster(config, parts) as cluster:
+        for number, spec in enumerate((STRATEGIES["ar"], STRATEGIES["streaming"]), start=1):
+            simulated.configure(spec, spec.defaults)
+            cluster.configure(spec, spec.defaults)
+            virtual = generate(simulated, ask(parts, number))
+            real = generate(cluster, ask(parts, number))
+            assert real.tokens == virtual.tokens
+            if number == 1:  # one course of events: what is late is late for all that follows
+                took = real.stats.finished_at - real.stats.first_token_at
+                modelled = virtual.stats.finished_at - virtual.stats.first_token_at
+                assert took >= 0.999 * modelled
+        statuses = cluster.statuses().values()
+    assert all(status.busy_s >= 0.012 * status.num_segments for status in statuses)
+
+
+def test_a_cluster_of_another_size_is_refused(config: RunConfig, parts: HeadParts):
+    """Before any process is started."""
+    with pytest.raises(ValueError, match="split into 2 stages, cluster jetson-5 has 4; split it"):
+        LocalCluster(replace(config, emulate="jetson-5:vicuna-7b"), parts)
+
+
+@pytest.mark.parametrize("text", ["jetson-5", ":vicuna-7b", "jetson-5:"])
+def test_what_to_emulate_is_a_cluster_and_a_model(text: str):
+    """Half of it is a mistake."""
+    with pytest.raises(ValueError, match="emulate takes CLUSTER:MODEL, such as"):
+        read_emulation(text, drafter="eagle")

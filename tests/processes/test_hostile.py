@@ -1,0 +1,95 @@
+"""Hostile peers against a real process: a counted line in the log, and nothing else."""
+
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from hostile import Stand, judge, stand  # noqa: E402
+from hostile_attacks import MEMBERS, STRANGERS, Target, record_member  # noqa: E402
+
+from flowspec.transport import door as door_module  # noqa: E402
+from flowspec.transport.door import EVERYBODY, Door  # noqa: E402
+
+SECONDS = 0.4
+MAX_GROWTH_MB = 30.0
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="addresses of 127.0.0.0/8 and socket filters are Linux's"
+)
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Stand]:
+    """One process that suffers all of them, one after the other."""
+    with stand() as made:
+        yield made
+
+
+@linux_only
+@pytest.mark.parametrize("attack", [*STRANGERS, *MEMBERS])
+def test_an_attack_is_counted_and_nothing_else(victim: Stand, attack: str) -> None:
+    """It lives, does not grow, logs a few lines; members of old and new are served meanwhile."""
+    outcome = victim.suffer(attack, SECONDS, seed=1)
+    assert judge(outcome, MAX_GROWTH_MB, SECONDS) == "", outcome
+
+
+def test_nothing_readable_travels(victim: Stand) -> None:
+    """A recorded connection shows no message: neither their magic bytes nor their numbers."""
+    port = int(victim.addresses["data"].rpartition(":")[2])
+    said = record_member(Target(host="127.0.0.1", port=port, keys=victim.keys))
+    assert len(said) > 300
+    assert b"FS" + bytes([1]) not in said
+    assert (666).to_bytes(4, "little") not in said
+
+
+def knock(door: Door, source: str) -> bool:
+    """Whether somebody from `source` is let in."""
+    with socket.socket() as raw:
+        raw.settimeout(0.3)
+        raw.bind((source, 0))
+        try:
+            raw.connect((door.host, door.port))
+        except OSError:
+            return False
+        return True
+
+
+@linux_only
+def test_who_comes_too_often_is_kept_out_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, for a while; who is inside stays."""
+    monkeypatch.setattr(door_module, "MAX_PER_ADDRESS", 2)
+    now = [0.0]
+    door = Door("127.0.0.1", 0, clock=lambda: now[0])
+    inside: list[socket.socket] = []
+
+    def enter(source: str) -> str | None:
+        raw = socket.socket()
+        raw.bind((source, 0))
+        raw.connect((door.host, door.port))
+        near, _ = door._socket.accept()
+        inside.extend((raw, near))
+        return door.entered(near.fileno())
+
+    try:
+        assert [enter("127.0.0.5") for _ in range(3)] == [None, None, "127.0.0.5"]
+        assert not knock(door, "127.0.0.5")
+        assert knock(door, "127.0.0.6")
+        inside[0].sendall(b"x")
+        assert inside[1].recv(1) == b"x"
+        now[0] = door_module.SHUT_S + 1
+        door.reopen()
+        assert knock(door, "127.0.0.5")
+        monkeypatch.setattr(door_module, "MAX_OPEN", 3)
+        assert enter("127.0.0.7") == EVERYBODY
+        assert not knock(door, "127.0.0.6")
+        now[0] += door_module.ALL_SHUT_S
+        door.reopen()
+        assert knock(door, "127.0.0.6")
+    finally:
+        for raw in inside:
+            raw.close()
+        door.close()

@@ -1,0 +1,224 @@
+"""serve and join as commands over the loopback: join, answer, a device dies, the answer goes on."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.messages import Done, Note, Piece
+from flowspec.cluster.stage_job import LayerSource
+from flowspec.cluster.token import derive_keys, new_token
+from flowspec.engine import HeadParts
+from flowspec.model.load import load_whole
+from flowspec.request import Request, SamplingParams
+from flowspec.targets.local import LocalTarget
+from flowspec.text import render_chat
+from processes.spawned import spawn
+
+START_S = 120.0  # far more than it takes: this machine may be busy
+PROMPT = "the quick brown fox"
+
+
+@dataclass
+class Processes:
+    """A head and devices in a folder of their own."""
+
+    folder: Path
+    checkpoint: Path
+    token: str
+    port: int = 0
+    running: dict[str, ForkServerProcess] = field(default_factory=dict)
+
+    def start(self, name: str, *arguments: str) -> None:
+        """`flowspec ...`, its output in a file."""
+        environment = {
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "FLOWSPEC_TOKEN": self.token,
+        }
+        log = self.folder / f"{name}.log"
+        self.running[name] = spawn(arguments, log, self.folder, environment)
+
+    def serve(self) -> None:
+        """The head; port 0 the first time, the same again afterwards."""
+        target, eagle = (str(self.checkpoint / name) for name in ("target", "eagle"))
+        options = ["--host", "127.0.0.1", "--port", str(self.port), "--layers", "1+1"]
+        options += ["--settle", "0.1", "--dead-after", "2", "--reserve-mb", "50"]
+        self.start("head", "serve", target, "--draft", eagle, *options)
+        line = self.wait_for("head", r"flowspec join 127\.0\.0\.1:(\d+) --token")
+        self.port = int(line[1])
+
+    def join(self, name: str) -> None:
+        """A device; where one is already, one of the same name."""
+        self.start(name, "join", f"127.0.0.1:{self.port}", "--name", name, "--threads", "1")
+
+    def log(self, name: str) -> str:
+        """What a process has said."""
+        log = self.folder / f"{name}.log"
+        return log.read_text() if log.exists() else ""
+
+    def wait_for(self, name: str, pattern: str, *, count: int = 1) -> re.Match[str]:
+        """Until the log holds the pattern so many times; its last occurrence."""
+        end = time.monotonic() + START_S
+        while True:
+            found = list(re.finditer(pattern, self.log(name)))
+            if len(found) >= count:
+                return found[-1]
+            code = self.running[name].exitcode
+            assert code is None, f"{name} ended with {code}:\n{self.log(name)}"
+            assert time.monotonic() < end, f"{name} said no {pattern!r}:\n{self.log(name)}"
+            time.sleep(0.05)
+
+    def stages(self) -> list[str]:
+        """Names of the devices that serve, as the head last said."""
+        line = self.wait_for("head", r"serving: layers (.*)")
+        return [part.split()[0] for part in line[1].split(", ")]
+
+    def close(self) -> None:
+        """Nothing stays."""
+        for process in self.running.values():
+            process.kill()
+            process.join(timeout=10)
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """A head and three devices: two serve, one is a spare."""
+    processes = Processes(tmp_path_factory.mktemp("serve"), checkpoint, str(new_token()))
+    try:
+        processes.serve()
+        for name in ("ada", "bob", "cyd"):
+            processes.join(name)
+        processes.wait_for("head", r"serving: layers")
+        processes.wait_for("head", r"joined", count=3)
+        yield processes
+    finally:
+        processes.close()
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Processes) -> Iterator[HeadClient]:
+    """A connection that outlives single tests."""
+    with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
+        yield one
+
+
+def alone(parts: HeadParts, *, count: int, temperature: float) -> list[int]:
+    """What the target says in this process."""
+    prompt = render_chat(parts.tokenizer, [{"role": "user", "content": PROMPT}])
+    request = Request(
+        id=1,
+        prompt=prompt,
+        sampling=SamplingParams(temperature=temperature, seed=7),
+        max_new_tokens=count,
+        eos_token_ids=parts.eos_token_ids,
+    )
+    return LocalTarget(load_whole(parts.folder), parts.max_context).generate(request)[0]
+
+
+def ask(
+    client: HeadClient,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    on_piece: Callable[[int], None] = lambda count: None,
+) -> tuple[list[int], Done, list[str]]:
+    """Tokens, end and notes of an answer; `on_piece` hears how many tokens there are."""
+    turns = [{"role": "user", "content": PROMPT}]
+    tokens: list[int] = []
+    notes = []
+    for event in client.ask(
+        client.new_ask(turns=turns, max_new_tokens=count, temperature=temperature, seed=7)
+    ):
+        match event:
+            case Piece():
+                tokens += event.tokens
+                on_piece(len(tokens))
+            case Note():
+                notes.append(event.text)
+            case Done():
+                return tokens, event, notes
+    raise AssertionError("no end")
+
+
+def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
+    """Nothing was configured on them: layers came over the network, by hash."""
+    tokens, done, _ = ask(client, count=24, temperature=1.0)
+    assert tokens == alone(parts, count=24, temperature=1.0)
+    assert (done.reason, done.resumed) == ("length", 0)
+    for name in cluster.stages():
+        assert "fetch 100%" in cluster.log(name)
+    status = client.status()
+    assert status.healthy, status.why
+    assert [one.state for one in status.devices].count("serving") == 2
+    assert [one.state for one in status.devices].count("spare") == 1
+
+
+def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client, parts):
+    """SIGKILL after some tokens; the spare takes the layers, the text is the same."""
+    victim = cluster.stages()[1]
+
+    def kill(count: int) -> None:
+        if count >= 10 and cluster.running[victim].is_alive():
+            cluster.running[victim].kill()
+
+    tokens, done, notes = ask(client, count=120, temperature=1.0, on_piece=kill)
+    assert tokens == alone(parts, count=120, temperature=1.0)
+    assert (done.error, done.resumed) == ("", 1)
+    assert any(f"on {victim}" in note for note in notes)
+    assert victim not in cluster.stages()
+    lost = [one for one in client.status().devices if one.state == "lost"]
+    assert [one.name for one in lost] == [victim]
+
+
+class NoLayers(LayerSource):
+    """For a device that never gets any."""
+
+
+def test_a_wrong_token_is_said_on_both_sides(cluster):
+    """The device ends with what to do, the head counts a stranger."""
+    config = JoinConfig(
+        host="127.0.0.1",
+        port=cluster.port,
+        name="stranger",
+        version="0",
+        listen_host="127.0.0.1",
+    )
+
+    def report() -> None:
+        raise AssertionError("it is not let in")
+
+    joiner = Joiner(config, derive_keys(new_token()), NoLayers(), report)
+    with pytest.raises(JoinRefusedError, match="token is not this cluster's"):
+        joiner.run()
+    cluster.wait_for("head", r"refused connections: wrong token")
+
+
+def test_the_head_comes_back_and_devices_rejoin_without_transfer(cluster, client, parts):
+    """SIGTERM lets the open answer end; devices wait for the head with their layers loaded."""
+    loaded = {name: cluster.log(name).count("load 100%") for name in cluster.stages()}
+    head = cluster.running["head"]
+    told: list[int] = []
+
+    def terminate(count: int) -> None:
+        if not told:
+            head.terminate()
+            told.append(count)
+
+    tokens, done, _ = ask(client, count=60, on_piece=terminate)
+    assert told[0] < 60
+    assert (tokens, done.error) == (alone(parts, count=60, temperature=0.0), "")
+    head.join(timeout=20)
+    assert head.exitcode == 0
+    cluster.serve()
+    cluster.wait_for("head", r"serving: layers", count=3)
+    for name, count in loaded.items():
+        assert cluster.log(name).count("load 100%") == count
+    with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as again:
+        tokens, _, _ = ask(again, count=12)
+    assert tokens == alone(parts, count=12, temperature=0.0)

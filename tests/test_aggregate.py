@@ -1,0 +1,131 @@
+"""Records added up: sums worked out by hand, what may be compared, what is refused."""
+
+from dataclasses import replace
+
+import pytest
+from samples import sample
+
+from flowspec.eval.aggregate import MEAN, Row, by_setting, sets_of, strategies_of, summarize
+
+
+def rows(samples, **options) -> dict[tuple[str, str], Row]:
+    """By strategy and set, of the one setting."""
+    ((_, found),) = summarize(samples, **options).items()
+    return {(row.strategy, row.dataset): row for row in found}
+
+
+def ran(strategy: str, question: str, tokens: int, decode_s: float, **changes):
+    """A sample with these times."""
+    changes = {"strategy": strategy, "tokens": tokens, "decode_s": decode_s} | changes
+    return sample(question=question, **changes)
+
+
+def test_speed_is_all_tokens_by_all_seconds_and_the_mean_is_of_sets():
+    """Each token after the first counts; a long answer weighs more, a set with more answers not."""
+    found = rows(
+        [
+            ran("ar", "1", 11, 10.0),
+            ran("ar", "2", 31, 30.0),
+            ran("ar", "8", 5, 4.0, dataset="qa"),
+            ran("ar", "9", 5, 4.0, dataset="qa"),
+            ran("streaming", "1", 11, 5.0),
+            ran("streaming", "2", 31, 5.0),
+            ran("streaming", "8", 5, 1.0, dataset="qa"),
+            ran("streaming", "9", 5, 1.0, dataset="qa"),
+        ]
+    )
+    assert found["streaming", "gsm8k"].tokens_per_s == pytest.approx(40 / 10)
+    assert found["streaming", "gsm8k"].speedup.value == pytest.approx(4.0)
+    assert found["streaming", "qa"].speedup.value == pytest.approx(4.0)
+    mean = found["streaming", MEAN]
+    assert (mean.num_sets, mean.prompts, mean.tokens) == (2, 4, 52)
+    assert mean.tokens_per_s == pytest.approx((4.0 + 4.0) / 2)
+    assert found["ar", MEAN].speedup.value == found["ar", MEAN].speedup.low == 1.0
+    assert (mean.paired, found["streaming", "qa"].paired) == (4, 2)
+    assert mean.speedup.low < 4.0 < mean.speedup.high
+
+
+def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
+    """Pooled, not averaged over answers."""
+    found = rows(
+        [
+            ran("ar", "1", 11, 1.0, tau=1.0, stage_busy=(0.4,), bound_share=0.4, mismatch=True),
+            ran("ar", "2", 31, 3.0, tau=3.0, stage_busy=(0.8, 0.2), bound_share=0.8),
+        ]
+    )["ar", "gsm8k"]
+    assert found.stage_busy == (pytest.approx(0.7), pytest.approx(0.2))
+    assert found.tau == pytest.approx(40 / (10 / 1.0 + 30 / 3.0))
+    assert found.bound_share == pytest.approx(0.7)
+    assert found.mismatches == 1
+    assert found.stage_idle[0] == {"waiting for link": pytest.approx(0.2)}
+
+
+def test_only_what_both_ran_is_compared():
+    """The same question, turn and seed; repeats count once; what one side lacks is left out."""
+    found = rows(
+        [
+            ran("ar", "1", 11, 10.0, seed=1, key="a"),
+            ran("ar", "1", 11, 20.0, seed=1, key="b"),  # a repeat: 15 s on average
+            ran("ar", "3", 11, 1.0),
+            ran("streaming", "1", 11, 5.0, seed=1),
+            ran("streaming", "1", 11, 0.1, seed=2),
+            ran("streaming", "2", 11, 0.1),
+        ]
+    )["streaming", "gsm8k"]
+    assert found.paired == 1
+    assert found.speedup.value == pytest.approx(3.0)
+    assert found.speedup.low is None
+    assert (found.prompts, found.samples) == (2, 3)
+
+
+def test_nothing_in_common_is_no_speedup():
+    """Not 1, not 0."""
+    found = rows([ran("ar", "1", 11, 10.0), ran("streaming", "2", 11, 1.0)])
+    assert found["streaming", "gsm8k"].speedup is None
+
+
+def test_emulated_and_real_never_meet_nor_do_settings():
+    """Each has rows and a baseline of its own."""
+    samples = [
+        ran(strategy, "1", 11, 1.0, **changes)
+        for strategy in ("ar", "streaming")
+        for changes in ({}, {"emulated": False}, {"temperature": 1.0}, {"cluster": "wifi"})
+    ]
+    assert len(summarize(samples)) == 4
+    missing = [s for s in samples if s.emulated or s.strategy != "ar"]
+    with pytest.raises(ValueError, match=r"baseline ar on testbed.*there are: streaming"):
+        summarize(missing)
+
+
+def test_what_drafts_nothing_is_everybodys_baseline():
+    """`ar` need not run once for each drafter."""
+    samples = [
+        ran("ar", "1", 11, 10.0, drafter="none"),
+        ran("streaming", "1", 11, 5.0, drafter="eagle"),
+        ran("streaming", "1", 11, 4.0, drafter="eagle3", table="all"),
+    ]
+    found = summarize(samples)
+    assert {setting.drafter for setting in found} == {"eagle", "eagle3"}
+    assert all({row.strategy for row in own} == {"ar", "streaming"} for own in found.values())
+
+
+def test_parameters_that_differ_are_told_apart():
+    """Two trees are two rows, whatever else they share; ar has no tree."""
+    sizes = [replace(sample(), parameters={"tree_size": n, "topk": 4}) for n in (60, 80)]
+    base = [replace(one, strategy="ar") for one in sizes]
+    ((_, own),) = by_setting([*sizes, *base]).items()
+    assert strategies_of(own) == ["ar", "streaming tree_size=60", "streaming tree_size=80"]
+
+
+def test_sets_and_strategies_come_in_their_usual_order():
+    """As papers have them; what is new comes last."""
+    names = ("zebra", "qa", "mt_bench")
+    assert sets_of(sample(dataset=name) for name in names) == ["mt_bench", "qa", "zebra"]
+    names = ("streaming", "newest", "ar")
+    assert strategies_of(sample(strategy=n) for n in names) == ["ar", "streaming", "newest"]
+
+
+def test_no_records_are_refused():
+    """An empty table would look like a result."""
+    with pytest.raises(ValueError, match="no records"):
+        summarize([])

@@ -1,0 +1,229 @@
+"""`flowspec bench`, whole, on a tiny checkpoint: records, rows, resuming, refusals."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import save_checkpoint
+from typer.testing import CliRunner, Result
+
+import flowspec.eval.answering
+from flowspec.cli.main import app, main
+from flowspec.eval.records import Sample, read_samples
+from flowspec.text import load_tokenizer, render_chat
+
+Bench = Callable[..., Result]
+QUESTIONS = {
+    "mt_bench": [{"question_id": 81, "turns": ["a fox in a box", "and a lazy dog"]}],
+    "qa": [{"question_id": n, "turns": [f"how many apples are in box {n}?"]} for n in range(3)],
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`target/`, `eagle/` and `data/`."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", num_layers=2)
+    for name, lines in QUESTIONS.items():
+        (folder / "data" / name).mkdir(parents=True)
+        text = "\n".join(json.dumps(line) for line in lines)
+        (folder / "data" / name / "question.jsonl").write_text(text)
+    return folder
+
+
+def words(tiny: Path, *flags: str) -> list[str]:
+    """The command for the tiny checkpoint."""
+    command = ["bench", "--target", str(tiny / "target"), "--draft", str(tiny / "eagle")]
+    command += ["--data-dir", str(tiny / "data"), "--datasets", "mt_bench,qa", "--jobs", "1"]
+    return [*command, "--max-tokens", "8", "--cluster", "agx-5", "--stages", "2", *flags]
+
+
+@pytest.fixture
+def bench(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    """Run it, in a folder of its own (it writes to ./out)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags: str) -> Result:
+        return CliRunner().invoke(app, words(tiny, *flags))
+
+    return run
+
+
+def figures(samples: list[Sample]) -> list[dict[str, Any]]:
+    """All but when they were taken."""
+    return [{k: v for k, v in asdict(s).items() if k != "started_at"} for s in samples]
+
+
+def test_every_strategy_over_two_sets(bench):
+    """A sample per turn, a row per strategy, set and mean; texts are the target's own."""
+    result = bench("--json", "rows.json", "--temperatures", "0,1", "--limit", "1")
+    assert result.exit_code == 0, result.output
+    samples = read_samples(Path("out/bench"))
+    assert len(samples) == 7 * 2 * (2 + 1)
+    assert not any(sample.mismatch for sample in samples)
+    by_question: dict[tuple[str, str, int, float], set[str]] = {}
+    for s in samples:
+        question = (s.dataset, s.question, s.turn, s.temperature)
+        by_question.setdefault(question, set()).add(s.token_hash)
+    assert all(len(hashes) == 1 for hashes in by_question.values())
+    rows = json.loads(Path("rows.json").read_text())
+    assert len(rows) == 7 * 2 * 3
+    by_line = {(r["strategy"], r["dataset"], r["temperature"]): r for r in rows}
+    assert len(by_line) == len(rows)
+    assert {row["speedup_over_ar"] for line, row in by_line.items() if line[0] == "ar"} == {1.0}
+    for row in rows:
+        assert (row["cluster"], row["model"], row["stages"]) == ("agx-5", "vicuna-7b", 2)
+        assert row["emulated"] is True
+        assert row["mismatches"] == 0
+        assert row["bound_share"] is None
+    assert "vicuna-7b on agx-5, 2 stages, table main (emulated)" in result.output
+    assert "42 samples (42 run now)" in result.output
+    assert "0 differ from the target alone" in result.output
+
+
+def test_a_second_turn_holds_the_first_ones_answer(bench, tiny):
+    """Its prompt is the whole conversation."""
+    assert bench("--datasets", "mt_bench", "--strategies", "ar").exit_code == 0
+    first, second = read_samples(Path("out/bench"))
+    assert (first.turn, second.turn) == (0, 1)
+    tokenizer = load_tokenizer(tiny / "target")
+    turns = QUESTIONS["mt_bench"][0]["turns"]
+    asked = [{"role": "user", "content": turns[0]}]
+    assert first.prompt_tokens == len(render_chat(tokenizer, asked))
+    between = second.prompt_tokens - len(tokenizer.encode("\n".join(turns)))
+    assert between >= first.tokens // 2  # the answer's text, encoded anew
+
+
+def test_a_run_goes_on_where_it_ended(bench, monkeypatch):
+    """What is there is not run again, what failed is; the rows are as if nothing had happened."""
+    flags = ("--strategies", "ar,streaming", "--datasets", "qa")
+    whole = bench(*flags, "--out", "whole", "--json", "whole.json")
+    assert whole.exit_code == 0, whole.output
+    original = flowspec.eval.answering.Workbench.run
+    calls: list[str] = []
+
+    def failing(self, case, group, asked):
+        calls.append(case.strategy)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, case, group, asked)
+
+    monkeypatch.setattr(flowspec.eval.answering.Workbench, "run", failing)
+    bench(*flags, "--out", "half")
+    assert len(read_samples(Path("half"))) == 3
+    calls.extend("xxxx")  # past the failure
+    again = bench(*flags, "--out", "half", "--json", "half.json")
+    assert "6 samples (3 run now)" in again.output
+    assert Path("half.json").read_text() == Path("whole.json").read_text()
+    by_key = [
+        sorted(figures(read_samples(Path(p))), key=lambda s: s["key"]) for p in ("half", "whole")
+    ]
+    assert by_key[0] == by_key[1]
+    assert "6 samples (0 run now)" in bench(*flags, "--out", "half").output
+    assert (
+        "9 samples (3 run now)"
+        in bench("--strategies", "ar,streaming,pipedec", "--datasets", "qa", "--out", "half").output
+    )
+
+
+def test_a_bound_is_added_to_what_was_measured_without(bench):
+    """The sample is run again, and its figures stay."""
+    flags = ("--strategies", "streaming", "--datasets", "qa")
+    assert bench(*flags).exit_code == 0
+    before = read_samples(Path("out/bench"))
+    assert "3 samples (3 run now)" in bench(*flags, "--bound").output
+    after = read_samples(Path("out/bench"))
+    assert [(s.key, s.decode_s) for s in before] == [(s.key, s.decode_s) for s in after]
+    for s in after:
+        assert s.bound_tokens_per_s is not None
+        assert s.bound_share == s.decode_tokens_per_s / s.bound_tokens_per_s
+    assert "3 samples (0 run now)" in bench(*flags).output
+
+
+def test_a_warm_cluster_answers_a_whole_set(bench):
+    """In order, with what it has learnt; the text stays the target's."""
+    result = bench("--warm", "--strategies", "ar,streaming", "--set", "calibrate=true")
+    assert result.exit_code == 0, result.output
+    samples = read_samples(Path("out/bench"))
+    assert len(samples) == 2 * 5
+    assert all(sample.warm and sample.parameters["calibrate"] for sample in samples)
+
+
+def test_questions_that_do_not_fit_are_left_out_and_told(bench):
+    """By set, question and turn; a set that fits not at all is an error."""
+    result = bench("--strategies", "ar", "--datasets", "mt_bench", "--max-tokens", "16383")
+    assert isinstance(result.exception, ValueError)
+    assert "every question is longer" in str(result.exception)
+    assert "left out: mt_bench, question 81, turn 1" in result.output
+
+
+def test_another_text_is_told_and_ends_with_1(bench, monkeypatch):
+    """A strategy whose text differs from the target's is wrong, however fast."""
+    original = flowspec.eval.answering.Workbench.ask
+
+    def other(self, group):
+        asked, too_long = original(self, group)
+        changed = [
+            type(one)(one.question, one.turn, one.prompt, (*one.expected[:-1], 7)) for one in asked
+        ]
+        return changed, too_long
+
+    monkeypatch.setattr(flowspec.eval.answering.Workbench, "ask", other)
+    result = bench("--strategies", "ar", "--datasets", "qa", "--json", "rows.json")
+    assert result.exit_code == 1
+    assert "3 differ from the target alone" in result.output
+    assert [row["mismatches"] for row in json.loads(Path("rows.json").read_text())] == [3, 3]
+
+
+def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypatch):
+    """The answer between has made it too long."""
+    original = flowspec.eval.answering.load_head_parts
+    asked = [{"role": "user", "content": QUESTIONS["mt_bench"][0]["turns"][0]}]
+    num_first = len(render_chat(load_tokenizer(tiny / "target"), asked))
+
+    def smaller(config, folder):
+        return replace(original(config, folder), max_context=num_first + 8)
+
+    monkeypatch.setattr(flowspec.eval.answering, "load_head_parts", smaller)
+    result = bench("--strategies", "ar", "--datasets", "mt_bench")
+    assert result.exit_code == 0, result.output
+    assert [sample.turn for sample in read_samples(Path("out/bench"))] == [0]
+    assert "left out: mt_bench, question 81, turn 2" in result.output
+    assert "1 turns left out" in result.output
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--strategies", "warp"], ["warp", "streaming"]),
+        (["--strategies", "ar,ar"], ["--strategies"]),
+        (["--drafter", "oracle"], ["oracle", "ngram"]),
+        (["--drafter", "none"], ["needs a drafter"]),
+        (["--cluster", "nowhere"], ["nowhere", "jetson-5"]),
+        (["--model", "nothing"], ["nothing", "vicuna-7b"]),
+        (["--datasets", "gsm8k"], ["gsm8k", "mt_bench, qa"]),
+        (["--questions", "9:"], ["none in the range"]),
+        (["--temperatures", "warm"], ["--temperatures"]),
+        (["--seeds", "1,1"], ["--seeds", "twice"]),
+        (["--set", "ar.speed=9"], ["speed", "segment_size"]),
+        (["--table", "best"], ["best", "main"]),
+        (["--config", "none.yaml"], ["none.yaml"]),
+        (["--json", "no/rows.json"], ["--json", "no"]),
+        (["--draft", "ngram=here"], ["--draft", "eagle"]),
+        (["--real"], ["--real", "--cluster"]),
+    ],
+)
+def test_errors_name_what_is_wrong(tiny, tmp_path, monkeypatch, capsys, flags, names):
+    """One line, exit code 2, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["flowspec", *words(tiny, *flags)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(name in line for name in names), line
+    assert not (tmp_path / "out" / "bench").exists()

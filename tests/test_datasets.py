@@ -1,0 +1,233 @@
+"""Evaluation sets: folders, single files, the hub, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flowspec.eval.datasets import DATASETS, Range, load_dataset, parse_range
+from flowspec.eval.hub import HUB_SETS
+from flowspec.eval.prompts import load_prompts
+
+EVERYTHING = Range()
+
+
+def load(name: str, data_dir: Path | None = None, chosen: Range = EVERYTHING, limit=None):
+    """Shorter here."""
+    return load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Six questions of two turns, and single files of other forms."""
+    folder = tmp_path / "data"
+    (folder / "mt_bench").mkdir(parents=True)
+    lines = [
+        {"question_id": 81 + n, "category": "x", "turns": [f"ask {n}", f"and {n}"], "reference": []}
+        for n in range(6)
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (folder / "mt_bench" / "question.jsonl").write_text(text + "\n")
+    (folder / "own.jsonl").write_text('{"prompt": "one", "id": "a"}\n\n{"prompt": ["two", "2"]}\n')
+    conversations = [
+        {"id": "x1", "conversations": [{"from": "human", "value": "hello"}, {"from": "gpt"}]},
+        {"id": "x2", "conversations": [{"from": "gpt", "value": "unasked"}]},
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "user", "value": "hi"}]},
+    ]
+    (folder / "sharegpt.json").write_text(json.dumps(conversations))
+    return folder
+
+
+def test_a_set_of_a_folder_keeps_ids_and_turns(data_dir):
+    """As the public question.jsonl has them."""
+    found = load("mt_bench", data_dir)
+    assert [prompt.id for prompt in found] == ["81", "82", "83", "84", "85", "86"]
+    assert found[2].turns == ("ask 2", "and 2")
+    assert {prompt.source for prompt in found} == {"mt_bench"}
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "ids"),
+    [
+        ("2:4", None, ["83", "84"]),
+        ("4:", None, ["85", "86"]),
+        (":1", None, ["81"]),
+        ("1:5", 2, ["82", "83"]),
+        ("", 1, ["81"]),
+        ("5:99", None, ["86"]),
+    ],
+)
+def test_questions_are_chosen_by_place(data_dir, text, limit, ids):
+    """A range is held against the file's order, then cut to the limit."""
+    assert [p.id for p in load("mt_bench", data_dir, parse_range(text), limit)] == ids
+
+
+@pytest.mark.parametrize("text", ["30", "a:b", "5:5", "7:3", "-1:4", "1:2:3", "1.5:2"])
+def test_what_is_no_range_is_refused(text):
+    """Rather than read as something else."""
+    with pytest.raises(ValueError, match="--questions"):
+        parse_range(text)
+
+
+def test_a_range_beyond_the_set_is_refused(data_dir):
+    """A table without a set would look complete."""
+    with pytest.raises(ValueError, match="mt_bench has 6 questions"):
+        load("mt_bench", data_dir, parse_range("6:9"))
+
+
+def test_plain_lines_and_sharegpt(data_dir):
+    """Prompts with an id or their line's number; the user's first message of a conversation."""
+    found = load("own", data_dir)
+    assert [(p.id, p.turns) for p in found] == [("a", ("one",)), ("3", ("two", "2"))]
+    found = load("sharegpt", data_dir)
+    assert [(p.id, p.turns) for p in found] == [("x1", ("hello",)), ("3", ("hi",))]
+    by_path = load(str(data_dir / "sharegpt.json"), limit=1)
+    assert [(p.id, p.source) for p in by_path] == [("x1", "sharegpt")]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("{}", ["list of conversations"]),
+        ("[{}]", ["conversation 1", "conversations"]),
+        ('[{"conversations": [1]}]', ["conversation 1"]),
+        ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', ["no conversation"]),
+        ("[", ["not JSON"]),
+    ],
+)
+def test_what_is_no_sharegpt_file_is_refused(tmp_path, text, names):
+    """By file and conversation."""
+    path = tmp_path / "talk.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"talk\.json") as error:
+        load_prompts(path)
+    assert all(name in str(error.value) for name in names)
+
+
+def test_a_set_that_is_not_there_is_refused_by_what_is(data_dir, tmp_path):
+    """A typing error shows at once; the hub is not asked where a folder was given."""
+    with pytest.raises(ValueError, match="gsm8k is not in .*mt_bench, own, sharegpt"):
+        load("gsm8k", data_dir)
+    with pytest.raises(ValueError, match="is no folder"):
+        load("gsm8k", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="unknown set 'gms8k'; known: mt_bench, humaneval"):
+        load("gms8k")
+
+
+def test_two_questions_with_one_id_are_refused(tmp_path):
+    """Their samples could not be told apart."""
+    (tmp_path / "twice.jsonl").write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n')
+    with pytest.raises(ValueError, match="twice has two questions with the id 1"):
+        load("twice", tmp_path)
+
+
+# The hub ----------------------------------------------------------------------------------------
+
+ROWS: dict[str, dict[str, Any]] = {
+    "mt_bench": {"question_id": 81, "turns": ["a", "b"]},
+    "alpaca": {"instruction": "Name a fish."},
+    "humaneval": {"task_id": "HumanEval/0", "prompt": "def f():"},
+    "gsm8k": {"question": "How many?"},
+    "sum": {"id": "abc", "article": "Much happened."},
+    "qa": {"question": "who sang it"},
+}
+ASKED = {
+    "mt_bench": ("81", ("a", "b")),
+    "alpaca": ("0", ("Name a fish.",)),
+    "humaneval": ("HumanEval/0", ("Complete the code I provided.\n\ndef f():",)),
+    "gsm8k": ("0", ("How many?",)),
+    "sum": ("abc", ("Summarize: Much happened.",)),
+    "qa": ("0", ("who sang it",)),
+}
+
+
+class FakeHub:
+    """Writes the file that is asked for; what it was asked."""
+
+    def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
+        self.folder, self.rows = folder, rows
+        self.asked: list[tuple[str, str, str]] = []
+
+    def __call__(self, repo: str, file: str, *, repo_type: str) -> str:
+        self.asked.append((repo, file, repo_type))
+        path = self.folder / Path(file).name
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(json.dumps(row) for row in self.rows))
+        else:
+            path.write_text(json.dumps(self.rows))
+        return str(path)
+
+
+class FakeParquet:
+    """Of pyarrow: reads JSON instead."""
+
+    def __init__(self, path: Path) -> None:
+        self.rows = json.loads(path.read_text())
+
+    def iter_batches(self, batch_size: int):
+        """Batches of rows."""
+        for start in range(0, len(self.rows), batch_size):
+            batch = type("Batch", (), {})()
+            batch.to_pylist = lambda start=start: self.rows[start : start + batch_size]
+            yield batch
+
+
+def use_hub(monkeypatch, tmp_path, rows) -> FakeHub:
+    """Instead of the network and the parquet library."""
+    hub = FakeHub(tmp_path, rows)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
+    module = type(sys)("pyarrow.parquet")
+    module.ParquetFile = FakeParquet  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pyarrow", type(sys)("pyarrow"))
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", module)
+    return hub
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_each_set_of_the_hub_is_asked_in_its_own_words(name, monkeypatch, tmp_path):
+    """One row of each, under its own id or its place."""
+    hub = use_hub(monkeypatch, tmp_path, [ROWS[name]])
+    (found,) = load(name)
+    assert (found.id, found.turns) == ASKED[name]
+    assert found.source == name
+    source = HUB_SETS[name]
+    assert hub.asked == [(source.repo, source.file, "dataset")]
+
+
+def test_of_the_hub_no_more_is_read_than_asked_for(monkeypatch, tmp_path):
+    """A range is taken from the first rows."""
+    rows = [{"question": f"q{n}"} for n in range(200)]
+    use_hub(monkeypatch, tmp_path, rows)
+    found = load("gsm8k", chosen=parse_range("70:90"), limit=3)
+    assert [(p.id, p.turns[0]) for p in found] == [("70", "q70"), ("71", "q71"), ("72", "q72")]
+
+
+def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
+    """The set, the reason and the option."""
+
+    def fail(*args: Any, **options: Any) -> str:
+        raise OSError("We have no connection\nand more")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match=r"gsm8k .*We have no connection\).*--data-dir"):
+        load("gsm8k")
+
+
+def test_a_set_that_has_changed_is_refused(monkeypatch, tmp_path):
+    """By row and column."""
+    use_hub(monkeypatch, tmp_path, [{"query": "?"}])
+    with pytest.raises(ValueError, match=r"row 0 has no 'question'"):
+        load("gsm8k")
+    use_hub(monkeypatch, tmp_path, ["text"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="must hold objects"):
+        load("alpaca")
+
+
+def test_without_the_parquet_library_its_name_is_told(monkeypatch, tmp_path):
+    """It is no requirement of the package."""
+    use_hub(monkeypatch, tmp_path, [ROWS["gsm8k"]])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="pip install pyarrow"):
+        load("gsm8k")

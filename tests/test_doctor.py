@@ -1,0 +1,171 @@
+"""The doctor's rules: what is wrong, how bad, what to do; all from facts, no device needed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import flowspec
+from flowspec.cluster.doctor import (
+    Facts,
+    Finding,
+    HeadFacts,
+    Level,
+    can_join,
+    examine,
+    examine_link,
+    find_facts,
+)
+from flowspec.cluster.messages import DeviceReport, Interface, Link
+
+REPORT = DeviceReport(
+    hostname="orin",
+    kind="NVIDIA Jetson Orin Nano Developer Kit",
+    torch_device="cuda",
+    memory_available_bytes=5 * 10**9,
+    memory_total_bytes=8 * 10**9,
+    unified_memory=True,
+    disk_free_bytes=50 * 10**9,
+    power_mode="MAXN_SUPER",
+    bandwidth_bytes_per_s=80e9,
+    flops=4e12,
+    interfaces=(Interface(name="eth0", address="192.168.1.11", rate_mbps=1000),),
+    python="3.10.12",
+    torch="2.5.0a0+nv24.08",
+)
+GOOD = Facts(python=(3, 10), report=REPORT, is_jetson=True, l4t="R36.4.3", cuda_available=True)
+LINK = Link(latency_s=0.0003, up_bytes_per_s=1.1e8, down_bytes_per_s=1.1e8)
+
+
+def found(facts: Facts, what: str) -> Finding:
+    """The finding about something, the worst where there are several."""
+    findings = [one for one in examine(facts) if one.what == what]
+    assert findings, f"nothing about {what}"
+    return max(findings, key=lambda one: list(Level).index(one.level))
+
+
+def with_report(**changes: object) -> Facts:
+    """A good board but for this."""
+    return replace(GOOD, report=REPORT.model_copy(update=changes))
+
+
+def test_a_good_board_can_join():
+    """No finding asks for anything."""
+    findings = list(examine(GOOD))
+    assert can_join(findings)
+    assert {one.level for one in findings} == {Level.OK}
+    assert not [one for one in findings if one.fix]
+
+
+@pytest.mark.parametrize(
+    ("facts", "what", "level", "fix"),
+    [
+        (replace(GOOD, python=(3, 8)), "Python", Level.ERROR, "JetPack 6 or 7"),
+        (replace(GOOD, missing=("pyzmq",)), "pyzmq", Level.ERROR, "requirements_jetson.txt"),
+        (replace(GOOD, has_curve=False), "encryption", Level.ERROR, "pyzmq"),
+        (replace(GOOD, cuda_available=False), "torch", Level.WARNING, "NVIDIA's build"),
+        (
+            replace(GOOD, cuda_error="NvMapMemAllocInternalTagged: 1075072515 error 12"),
+            "CUDA",
+            Level.ERROR,
+            "expandable_segments",
+        ),
+        (
+            replace(GOOD, cuda_error="CUDA error: no kernel image is available"),
+            "CUDA",
+            Level.ERROR,
+            "another GPU",
+        ),
+        (
+            replace(GOOD, cuda_error="NVML_SUCCESS == r ASSERT"),
+            "CUDA",
+            Level.ERROR,
+            "NVML",
+        ),
+        (with_report(memory_available_bytes=10**8), "memory", Level.ERROR, "0.5 GB"),
+        (with_report(disk_free_bytes=10**8), "disk", Level.WARNING, "XDG_CACHE_HOME"),
+        (with_report(power_mode="15W"), "power mode", Level.WARNING, "nvpmodel -m"),
+        (with_report(interfaces=()), "network", Level.WARNING, "cable or Wi-Fi"),
+        (
+            with_report(interfaces=(Interface(name="eth0", address="10.0.0.2", rate_mbps=100),)),
+            "network",
+            Level.WARNING,
+            "100 Mbit/s",
+        ),
+        (replace(GOOD, l4t="R36.4.7"), "CUDA allocator", Level.WARNING, "expandable_segments"),
+        (replace(GOOD, l4t="R39.2.1"), "CUDA allocator", Level.WARNING, "expandable_segments"),
+        (replace(GOOD, has_desktop=True), "desktop", Level.WARNING, "multi-user"),
+        (replace(GOOD, num_swap_bytes=4 * 10**9), "swap", Level.WARNING, "nvzramconfig"),
+        (replace(GOOD, has_bitsandbytes=True), "bitsandbytes", Level.WARNING, "uninstall"),
+    ],
+)
+def test_each_trap_has_its_fix(facts, what, level, fix):
+    """Errors stop joining, warnings do not."""
+    finding = found(facts, what)
+    assert finding.level is level
+    assert fix in finding.fix
+    assert can_join(list(examine(facts))) is (level is not Level.ERROR)
+
+
+def test_the_allocator_is_no_trap_before_its_time_or_once_set():
+    """Known from one release on, and cured by one variable."""
+    names = [one.what for one in examine(GOOD)]
+    cured = replace(GOOD, l4t="R36.4.7", allocator="expandable_segments:True")
+    assert "CUDA allocator" not in [*names, *(one.what for one in examine(cured))]
+
+
+def test_jetson_traps_are_not_looked_for_elsewhere():
+    """A PC may have a desktop and swap."""
+    pc = replace(GOOD, is_jetson=False, has_desktop=True, num_swap_bytes=10**9)
+    assert {one.what for one in examine(pc)}.isdisjoint({"desktop", "swap", "Jetson Linux"})
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "words"),
+    [
+        (HeadFacts(where="h", why_unreachable="h refuses port 7"), Level.ERROR, "refuses port 7"),
+        (HeadFacts(where="h", link=LINK, version="0.0.1"), Level.ERROR, "0.0.1"),
+        (
+            HeadFacts(where="h", link=LINK, own_address="127.0.0.1"),
+            Level.WARNING,
+            "cannot reach it at 127.0.0.1",
+        ),
+        (HeadFacts(where="h"), Level.WARNING, "could not be measured"),
+        (
+            HeadFacts(where="h", link=LINK.model_copy(update={"up_bytes_per_s": 2e6})),
+            Level.WARNING,
+            "2 MB/s to the head",
+        ),
+        (
+            HeadFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2"),
+            Level.OK,
+            "0.30 ms one way, 110 MB/s to the head",
+        ),
+    ],
+)
+def test_the_way_to_the_head(facts, level, words):
+    """Unreachable, another version, slow, or fine."""
+    findings = list(examine_link(facts))
+    worst = max(findings, key=lambda one: list(Level).index(one.level))
+    assert worst.level is level
+    assert any(words in one.found for one in findings)
+    assert all(one.fix for one in findings if one.level is not Level.OK)
+
+
+def test_facts_are_read_from_the_system(tmp_path: Path):
+    """Release, swap and what a small kernel said."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.7, GCID: 1\n")
+    swaps = "Filename Type Size Used Priority\n/dev/zram0 partition 634 0 5\n"
+    (tmp_path / "proc/swaps").write_text(swaps)
+    facts = find_facts(
+        REPORT,
+        is_jetson=True,
+        check_cuda=lambda: (True, "boom"),
+        environment={"DISPLAY": ":0"},
+        root=tmp_path,
+    )
+    assert (facts.l4t, facts.num_swap_bytes, facts.cuda_error) == ("R36.4.7", 634 * 1024, "boom")
+    assert facts.has_desktop
+    assert facts.missing == ()

@@ -1,0 +1,139 @@
+"""A benchmark's rows, worked out by hand."""
+
+import pytest
+from samples import sample
+
+from flowspec.eval.summary import summarize, time_shares
+
+KEYS = """cluster model drafter strategy dataset temperature stages prompts tokens tokens_per_s
+speedup_over_ar ci_low ci_high tau mismatches bound_share emulated"""
+
+
+def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **changes):
+    """The same answer by ar and by streaming, with their decode times."""
+    common = {"dataset": dataset, "question": question, **changes}
+    return [
+        sample(strategy="ar", drafter="none", decode_s=ar_s, tau=1.0, **common),
+        sample(decode_s=own_s, **common),
+    ]
+
+
+def rows_of(samples):
+    """By strategy and set."""
+    return {(row.strategy, row.dataset): row for row in summarize(samples)}
+
+
+def test_the_keys_are_those_that_are_promised():
+    """In this order."""
+    (row, mean) = summarize([sample()])
+    assert list(row.as_json()) == list(mean.as_json()) == KEYS.split()
+    assert (row.dataset, mean.dataset) == ("gsm8k", "mean")
+
+
+def test_a_set_is_all_its_tokens_by_all_its_time_and_sets_count_alike():
+    """Two questions of one set, and two of another that is decoded faster."""
+    samples = [
+        *pair("1", ar_s=10.0, own_s=2.0),
+        *pair("2", ar_s=10.0, own_s=3.0, tokens=41),
+        *pair("1", ar_s=5.0, own_s=1.0, dataset="qa"),
+        *pair("2", ar_s=5.0, own_s=1.0, dataset="qa"),
+    ]
+    rows = rows_of(samples)
+    own = rows["streaming", "gsm8k"]
+    assert own.tokens_per_s == pytest.approx((20 + 40) / (2 + 3))
+    assert own.speedup_over_ar == pytest.approx(20 / 5)
+    assert (own.prompts, own.tokens) == (2, 21 + 41)
+    assert rows["ar", "gsm8k"].tokens_per_s == pytest.approx(60 / 20)
+    assert rows["ar", "gsm8k"].speedup_over_ar == pytest.approx(1.0)
+    mean = rows["streaming", "mean"]
+    assert mean.tokens_per_s == pytest.approx((12 + 20) / 2)
+    assert mean.speedup_over_ar == pytest.approx((4 + 5) / 2)
+    assert mean.ci_low is not None
+    assert mean.ci_high is not None
+    assert mean.ci_low <= 4.5 <= mean.ci_high
+    assert (rows["streaming", "qa"].ci_low, rows["streaming", "qa"].ci_high) == (
+        pytest.approx(5.0),
+        pytest.approx(5.0),
+    )
+    assert mean.prompts == 4
+    assert mean.tokens == sum(row.tokens for key, row in rows.items() if key[0] != "ar") // 2
+
+
+def test_a_single_question_has_no_interval():
+    """Nothing is known of how questions differ."""
+    row = rows_of(pair("1", 10.0, 2.0))["streaming", "mean"]
+    assert (row.speedup_over_ar, row.ci_low, row.ci_high) == (pytest.approx(5.0), None, None)
+
+
+def test_only_what_both_have_run_is_compared():
+    """A turn or seed that one side lacks has no partner; without ar there is no speed-up."""
+    samples = [
+        *pair("1", 10.0, 2.0),
+        sample(question="1", turn=1, decode_s=100.0),
+        sample(question="1", seed=2, decode_s=100.0),
+        sample(question="2", decode_s=100.0),
+    ]
+    assert rows_of(samples)["streaming", "gsm8k"].speedup_over_ar == pytest.approx(5.0)
+    alone = rows_of([sample()])["streaming", "mean"]
+    assert (alone.speedup_over_ar, alone.ci_low) == (None, None)
+    assert alone.tokens_per_s == pytest.approx(10.0)
+
+
+def test_temperatures_and_drafters_are_lines_of_their_own():
+    """And each temperature has its own baseline."""
+    samples = [*pair("1", 10.0, 2.0), *pair("1", 30.0, 3.0, temperature=1.0)]
+    samples.append(sample(question="1", drafter="eagle3", decode_s=1.0))
+    rows = [row for row in summarize(samples) if row.strategy == "streaming"]
+    found = [(r.drafter, r.temperature, r.dataset, r.speedup_over_ar) for r in rows]
+    assert found == [
+        ("eagle", 0.0, "gsm8k", pytest.approx(5.0)),
+        ("eagle", 0.0, "mean", pytest.approx(5.0)),
+        ("eagle", 1.0, "gsm8k", pytest.approx(10.0)),
+        ("eagle", 1.0, "mean", pytest.approx(10.0)),
+        ("eagle3", 0.0, "gsm8k", pytest.approx(10.0)),
+        ("eagle3", 0.0, "mean", pytest.approx(10.0)),
+    ]
+
+
+def test_mismatches_and_tau_are_of_all_answers():
+    """tau: tokens by verdicts, not a mean of means."""
+    samples = [
+        sample(question="1", tokens=21, tau=2.0, mismatch=True),
+        sample(question="2", tokens=41, tau=4.0),
+        sample(question="3", tokens=1, tau=0.0, decode_s=0.0),
+    ]
+    row = rows_of(samples)["streaming", "gsm8k"]
+    assert row.mismatches == 1
+    assert row.tau == pytest.approx((20 + 40) / (10 + 10))
+    assert row.tokens_per_s == pytest.approx(60 / 4)
+
+
+def test_the_share_of_the_bound_is_of_the_whole_time():
+    """The time that the bound would take, by the time it took; of every sample or of none."""
+    samples = [
+        sample(question="1", decode_s=4.0, bound_tokens_per_s=10.0, bound_share=0.5),
+        sample(question="2", decode_s=1.0, bound_tokens_per_s=20.0, bound_share=1.0),
+    ]
+    row = rows_of(samples)["streaming", "mean"]
+    assert row.bound_share == pytest.approx((2 + 1) / (4 + 1))
+    without = rows_of([*samples, sample(question="3")])["streaming", "mean"]
+    assert without.bound_share is None
+
+
+def test_time_shares_weigh_by_decode_time():
+    """Busy and idle of all stages add up to the whole."""
+    samples = [
+        sample(decode_s=3.0, drafter_busy=0.4),
+        sample(
+            decode_s=1.0,
+            stage_busy=(1.0, 0.5),
+            stage_idle=({}, {"upstream busy": 0.1, "host overhead": 0.4}),
+            drafter_busy=0.0,
+        ),
+    ]
+    found = time_shares(samples)
+    assert found.by_stage == (pytest.approx(0.85), pytest.approx(0.65))
+    assert found.busy == pytest.approx(0.75)
+    assert found.idle["upstream busy"] == pytest.approx((0.75 * 0.3 + 0.25 * 0.1) / 2)
+    assert found.busy + sum(found.idle.values()) == pytest.approx(1.0)
+    assert found.drafter_busy == pytest.approx(0.3)
