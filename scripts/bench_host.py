@@ -36,7 +36,7 @@ from torch import Tensor
 from flowspec.cli.common import BUNDLED
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.drafters.base import DraftJob, Opening, Proposal, draft_each
+from flowspec.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
 from flowspec.engine import HeadParts
 from flowspec.model.config import read_config
 from flowspec.model.load import load_whole
@@ -89,12 +89,12 @@ class ScriptedDrafter:
         """See Drafter.open."""
         return ScriptedSession(self, opening.topk)
 
-    def draft(self, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-        """See Drafter.draft."""
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
         start = time.thread_time()
-        proposals = draft_each(jobs)
+        found = Lookup(jobs)
         self.cpu_s += time.thread_time() - start
-        return proposals
+        return found
 
 
 class ScriptedSession:
