@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from flowspec.batching import Served
-from flowspec.drafters.base import Drafter, DraftJob, Lookup
+from flowspec.drafters.base import Drafter, DraftJob
 from flowspec.effects import Send, Work
 from flowspec.pipe import Pipe
 from flowspec.session import Session
@@ -27,7 +27,6 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
     """One drafter forward for all of `shares`; messages are served while it runs."""
     num_rows = [session.drafter.num_rows(job.tree, job.nodes) for session, job in shares]
     begun = drafter.begin([job for _, job in shares])
-    beside = not isinstance(begun, Lookup)  # which has nothing left to compute
     pipe.draft_began_at = pipe.now
 
     def finish(now: float, elapsed: float) -> Sequence[Send]:
@@ -38,11 +37,12 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
             pipe.count_draft(elapsed)
         for (session, job), proposals, rows in zip(shares, proposed, num_rows, strict=True):
             session.stats.num_draft_forwards += rows > 0
-            session.take_proposals(proposals, expanded=job.nodes is not None)
+            if not session.over:
+                session.take_proposals(proposals, expanded=job.nodes is not None)
         return ()
 
     context = max(len(session.tokens) for session, _ in shares)
     about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
         about["nodes"] = [node.id for node in shares[0][1].nodes or ()]
-    return Work("draft", sum(num_rows), context, begun.run, finish, about, beside)
+    return Work("draft", sum(num_rows), context, begun.run, finish, about, beside=True)

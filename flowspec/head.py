@@ -305,7 +305,7 @@ class Head:
         """The request is over: its memory is free at once, or kept for a next turn."""
         session, epoch = active.session, self.pipe.epoch
         active.end_outage(now)
-        request = session.request.id
+        request, session.over = session.request.id, True
         del self.active[request]
         self._close_books(request, session.stats, now)
         self.statuses.clear()  # those to come tell whether the caches are free

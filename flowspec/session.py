@@ -42,6 +42,7 @@ class Session:
         default_factory=dict
     )  # of nodes some layers of which have
     forecasts: Forecasts | None = None  # corrects the drafter's scores
+    over: bool = False  # answered: what was being drafted comes too late
 
     @property
     def decoding(self) -> bool:

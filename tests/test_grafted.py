@@ -1,23 +1,28 @@
 """Grafts: branches from the text on any drafter's tree; the drafter meets none it cannot expand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import exp, log
 
 import pytest
-from clusters import run_watched
+from clusters import make_cluster, run_watched
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import SCRIPTS, ScriptedDrafter, ScriptedSession, drafter_named
 from tiny import PROMPT, T0, T1, expected, request, truth
 
+from flowspec.cluster.base import generate
 from flowspec.config import DecodeConfig
 from flowspec.drafters import grafted
 from flowspec.drafters.base import DraftJob, Opening, Proposal, draft
 from flowspec.drafters.grafted import AGREED, OUTSIDER, GraftedDrafter, GraftedSession, merge
+from flowspec.effects import Work
 from flowspec.pipe import Pipe
 from flowspec.request import NO_NODE, NodeId, Request
 from flowspec.session import Session
-from flowspec.simulate.scheduler import adversarial
+from flowspec.simulate.scheduler import adversarial, instant_link
 from flowspec.strategies import STRATEGIES
 from flowspec.tree import DraftTree, Node
 
@@ -236,3 +241,25 @@ def test_an_eagle_head_lives_with_grafts():
         setup = {"num_stages": 2, "drafter": drafter_named("eagle"), "graft": True, "topk": 12}
         completion, _ = run_watched({**setup, "tree_size": 40}, asked)
         assert list(completion.tokens) == expected(asked)
+
+
+def drafting_takes(draft_s: float, rank: int, work: Work) -> float:
+    """Seconds; a forward of a stage takes one."""
+    del rank
+    return draft_s if work.kind == "draft" else 1.0
+
+
+def test_an_answer_may_end_while_the_drafter_runs():
+    """Its last verdict goes beyond the end of the text; what was being drafted comes too late."""
+    text = expected(request(max_new_tokens=24))
+    for count, draft_s in product(range(2, 20, 2), (0.15, 0.35, 0.8)):
+        cluster = make_cluster(
+            2,
+            "streaming",
+            drafter=ScriptedDrafter(SCRIPTS["perfect"]),
+            charges=(partial(drafting_takes, draft_s), instant_link),
+            graft=True,
+        )
+        asked = replace(request(max_new_tokens=24), eos_token_ids=(text[count],))
+        assert list(generate(cluster, asked).tokens) == text[: text.index(text[count]) + 1]
+        cluster.simulator.run()  # what still runs, ends

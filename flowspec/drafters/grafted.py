@@ -117,8 +117,12 @@ class GraftedSession:
         return [self.merged(proposal, tree) for proposal in self.base.expand(nodes, tree)]
 
     def merged(self, proposal: Proposal, tree: DraftTree) -> Proposal:
-        """The drafter's proposal with the text's word on the same node."""
-        if proposal.node not in tree:
+        """The drafter's proposal with the text's word on the same node.
+
+        Of a text that has ended before the tree's root (its last verdict went beyond) there is
+        none.
+        """
+        if proposal.node not in tree or self.ngram.num_tokens != tree.root.position + 1:
             return proposal
         return merge(proposal, self.ngram.propose(tree[proposal.node], tree), self.name)
 

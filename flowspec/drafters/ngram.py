@@ -57,6 +57,11 @@ class NgramSession:
         """See DraftSession."""
         return len(self._new)
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the text so far."""
+        return len(self.automaton) + len(self._new)
+
     def accept(self, tokens: Sequence[int]) -> None:
         """See DraftSession.accept."""
         self._new.extend(tokens)
