@@ -130,6 +130,7 @@ class Campaign:
             where = f"round {number}, {phase}: {kind}"
             self.round(phase, kind, float(self.chance.choice((0, 1))), where)
             number += 1
+            print(f"{where}; {self.faults.total()} faults so far", file=sys.stderr)
         self.verdicts.check_end(self.cluster)
 
     def round(self, phase: str, kind: str, temperature: float, where: str) -> None:

@@ -75,7 +75,8 @@ class Alone:
     def __init__(self, cluster: NetnsCluster) -> None:
         config = RunConfig(model=str(cluster.split), draft=str(cluster.draft))
         self._parts: HeadParts = load_head_parts(config, cluster.split)
-        self._target = LocalTarget(load_whole(cluster.split), self._parts.max_context)
+        whole = load_whole(cluster.split, dtype=config.dtype)  # as the stages compute
+        self._target = LocalTarget(whole, self._parts.max_context)
         self._known: dict[tuple[str, int, float], list[int]] = {}
 
     def tokens(self, answer: Answer) -> list[int]:
