@@ -159,6 +159,18 @@ def name_of(source: Source, record: FileRecord) -> str:
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_a_cache_that_was_cleared_meanwhile_is_filled_again(
+    source: Source, cache: ShardCache
+) -> None:
+    """Somebody empties ~/.cache while the device runs: no reason to fail."""
+    fetch(source, cache)
+    shutil.rmtree(cache.root)
+    fetch(source, cache)
+    assert all(
+        cache.has(record, verify=True) for record in shard_files(source.manifest, ALL).values()
+    )
+
+
 def test_a_bad_rest_of_an_earlier_run_is_fetched_anew(source: Source, cache: ShardCache) -> None:
     """A power cut can leave zeros where bytes were to be."""
     record = largest(source)

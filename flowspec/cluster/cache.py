@@ -71,13 +71,16 @@ class ShardCache:
         self.root = root or cache_folder()
         self._shards, self._models = self.root / "shards", self.root / "models"
         try:
-            for folder in (self._shards, self._models):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._make_folders()
         except OSError as error:
             raise ValueError(
                 f"the cache {self.root} cannot be used: {error.strerror}; set XDG_CACHE_HOME to a "
                 "folder on a disk with room"
             ) from None
+
+    def _make_folders(self) -> None:
+        for folder in (self._shards, self._models):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def folder(self, manifest: Manifest) -> Path:
         """The split folder of a model; what `link` has put there can be loaded."""
@@ -113,7 +116,11 @@ class ShardCache:
 
     def check_room(self, needed: int) -> None:
         """Raises ClusterError where the disk is too small for so many bytes more."""
-        free = shutil.disk_usage(self._shards).free
+        try:
+            self._make_folders()  # somebody may have cleared the cache of a device that runs
+            free = shutil.disk_usage(self._shards).free
+        except OSError as error:
+            raise _disk_error(self._shards, error) from None
         if needed and free < needed + RESERVE_BYTES:
             raise ClusterError(
                 HERE,
