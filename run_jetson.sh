@@ -4,7 +4,7 @@
 # config/hosts.example.yaml says what the file holds; each host needs the project with its .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-: "${1:?which hosts? a file as config/hosts.example.yaml}"
+[ $# -gt 0 ] || { echo "usage: run_jetson.sh HOSTS.yaml MODEL [options of flowspec serve]" >&2; exit 2; }
 python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
 exec "$python" -m flowspec serve --hosts "$@"

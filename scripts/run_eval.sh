@@ -4,7 +4,8 @@
 #   bash scripts/run_eval.sh bandwidth --data-dir QUESTIONS   the same at T = 0 over link rates
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-what="${1:?table or bandwidth}"; shift
+[ $# -gt 0 ] || { echo "usage: run_eval.sh table|bandwidth [options of flowspec bench]" >&2; exit 2; }
+what="$1"; shift
 python="$(bash scripts/setup.sh requirements.txt)"
 out="${EVAL_OUT:-out/eval}"; mkdir -p "$out"
 run() { "$python" -m flowspec bench --questions 30:50 --out "$out" --json "$out/$1.json" "${@:2}"; }

@@ -4,7 +4,8 @@
 # The hosts are started as run_jetson.sh does it, and ended with the last answer.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-hosts="${1:?a file as config/hosts.example.yaml}" prompts="${2:?a file of prompts}" out="${3:?}"
+[ $# -gt 3 ] || { echo "usage: run_jetson_eval.sh HOSTS.yaml PROMPTS OUT.jsonl MODEL [options of flowspec serve]" >&2; exit 2; }
+hosts="$1" prompts="$2" out="$3"
 shift 3
 python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"

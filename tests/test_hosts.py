@@ -97,5 +97,5 @@ def test_the_wrapper_serves_with_the_hosts(tmp_path: Path):
     missing = subprocess.run(
         ["bash", str(ROOT / "run_jetson.sh")], capture_output=True, text=True, timeout=60
     )
-    assert missing.returncode != 0
-    assert "which hosts" in missing.stderr
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("usage: run_jetson.sh HOSTS.yaml")

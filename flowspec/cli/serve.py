@@ -106,6 +106,7 @@ def serve(
     if over_ssh is not None:
         port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
     token = _token(token_file)
+    typer.echo(f"loading {run_config.model} ...", err=True)
     folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.threads_per_process)
     parts = load_head_parts(run_config, folder)
