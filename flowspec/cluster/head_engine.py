@@ -230,6 +230,7 @@ class HeadEngine:
         rows = [member.kv_rows for member in self._members if member.kv_rows]
         self._inject(wire.Resume(num_stages=self._num_stages, kv_rows=min(rows, default=0)))
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
+        self._driver.last_progress = self.epoch_at  # the silence before is not of these stages
         self._submit_probe()
 
     def _halt(self, command: Halt) -> None:
