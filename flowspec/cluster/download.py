@@ -12,6 +12,7 @@ from flowspec.transport.chunks import CHUNK_BYTES, WINDOW, Part
 
 HEAD_NAME = "head"
 TELL_S = 0.2
+STALL_LIMIT_S = 60.0  # longest that a disk may write nothing
 
 
 class Wanted:
@@ -97,7 +98,7 @@ class Writer:
 
     def __exit__(self, *error: object) -> None:
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(STALL_LIMIT_S)  # a disk that hangs keeps the thread, not the device
 
     @property
     def num_waiting(self) -> int:
@@ -116,9 +117,19 @@ class Writer:
             raise self._error
 
     def flush(self, tell: Callable[[], None]) -> None:
-        """Until all is on disk; a slow disk is waited for as long as it writes."""
-        told_at = 0.0
+        """Until all is on disk; a slow disk is waited for as long as it writes.
+
+        Raises ClusterError where it has written nothing for STALL_LIMIT_S.
+        """
+        told_at, left, moved_at = 0.0, self._unwritten, time.monotonic()
         while self._unwritten and self._error is None:
+            if self._unwritten != left:
+                left, moved_at = self._unwritten, time.monotonic()
+            elif time.monotonic() - moved_at > STALL_LIMIT_S:
+                raise ClusterError(
+                    "this device",
+                    f"its disk has written nothing for {STALL_LIMIT_S:.0f} s; check it (`dmesg`)",
+                )
             if time.monotonic() - told_at > TELL_S:
                 told_at = time.monotonic()
                 tell()
