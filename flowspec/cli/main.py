@@ -31,7 +31,7 @@ from flowspec.cli import (
     trace,
     verify,
 )
-from flowspec.cluster.torchrun import find_launch
+from flowspec.cluster.launch import find_launch
 from flowspec.request import ClusterError
 
 app = typer.Typer(

@@ -11,8 +11,9 @@ import typer
 
 from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
+from flowspec.cluster.launch import find_launch
 from flowspec.cluster.local import LocalCluster
-from flowspec.cluster.torchrun import TorchrunCluster, find_launch, fit_to_launch, serve_rank
+from flowspec.cluster.torchrun import TorchrunCluster, fit_to_launch, serve_rank
 from flowspec.config import RunConfig, as_yaml, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts

@@ -7,12 +7,13 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 from flowspec.cluster.child import Child
+from flowspec.cluster.launch import Launch
 from flowspec.cluster.local import EXIT_TIMEOUT_S, LocalCluster
 from flowspec.cluster.worker import WorkerConfig, serve
 from flowspec.config import RunConfig, override
@@ -30,32 +31,15 @@ START_TIMEOUT_S = 120.0
 _SPLIT, _TRACES = "split", "traces"
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """This process's place among those that torchrun has started."""
-
-    rank: int
-    local_rank: int  # on this machine
-    num_stages: int
-
-    def meeting(self, config: RunConfig) -> Meeting:
-        """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
-        gpu = self.device(config) if config.transport == "nccl" else ""
-        return meet_by_torchrun(gpu=gpu)
-
-    def device(self, config: RunConfig) -> str:
-        """What this process computes on."""
-        return rank_device(config.transport, config.device, self.local_rank)
+def own_device(config: RunConfig, launch: Launch) -> str:
+    """What this process computes on."""
+    return rank_device(config.transport, config.device, launch.local_rank)
 
 
-def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What torchrun's environment says; None where there is none."""
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return None
-    rank, local_rank, size = (
-        int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    return Launch(rank, local_rank, size - 1)
+def _meet(config: RunConfig, launch: Launch) -> Meeting:
+    """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
+    gpu = own_device(config, launch) if config.transport == "nccl" else ""
+    return meet_by_torchrun(gpu=gpu)
 
 
 def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
@@ -78,7 +62,7 @@ def serve_rank(config: RunConfig, launch: Launch) -> int:
     """Be a stage until the head says stop or is lost; returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the head ends the stages
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    meeting = launch.meeting(config)
+    meeting = _meet(config, launch)
     tell(meeting, str(launch.rank), f"{os.getpid()} on {socket.gethostname()}")
     folder = hear(meeting, _SPLIT, PREPARE_TIMEOUT_S)
     traces = hear(meeting, _TRACES, PREPARE_TIMEOUT_S)
@@ -92,7 +76,7 @@ def serve_rank(config: RunConfig, launch: Launch) -> int:
         rank=launch.rank,
         num_stages=launch.num_stages,
         transport=config.transport,
-        device=launch.device(config),
+        device=own_device(config, launch),
         dtype=config.dtype,
         threads=config.threads_per_process,
         shape_stable=config.shape_stable,
@@ -136,7 +120,7 @@ class TorchrunCluster(LocalCluster):
         *,
         launch: Launch,
     ) -> None:
-        self.meeting = launch.meeting(config)
+        self.meeting = _meet(config, launch)
         tell(self.meeting, _SPLIT, str(parts.folder))
         tell(self.meeting, _TRACES, str(trace_folder or ""))
         super().__init__(config, parts, trace_folder)

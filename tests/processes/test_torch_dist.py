@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from flowspec.cluster.base import generate
+from flowspec.cluster.launch import Launch, find_launch
 from flowspec.cluster.local import LocalCluster
-from flowspec.cluster.torchrun import Launch, find_launch, fit_to_launch
+from flowspec.cluster.torchrun import fit_to_launch, own_device
 from flowspec.config import RunConfig, override
 from flowspec.engine import HeadParts
 from flowspec.model.load import load_whole
@@ -153,7 +154,7 @@ def test_the_place_under_torchrun_is_read_from_its_environment():
     assert find_launch(TORCHRUN) == Launch(rank=3, local_rank=1, num_stages=4)
     assert find_launch({"RANK": "3", "WORLD_SIZE": "5"}) is None
     config = RunConfig(transport="nccl", device="cuda")
-    assert Launch(3, 1, 4).device(config) == "cuda:1"
+    assert own_device(config, Launch(3, 1, 4)) == "cuda:1"
 
 
 @pytest.mark.parametrize(

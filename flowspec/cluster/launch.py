@@ -1,0 +1,24 @@
+"""What torchrun has told this process of itself, read without torch."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """This process's place among those that torchrun has started."""
+
+    rank: int
+    local_rank: int  # on this machine
+    num_stages: int
+
+
+def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """What torchrun's environment says; None where there is none."""
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return None
+    rank, local_rank, size = (
+        int(environment[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    return Launch(rank, local_rank, size - 1)
