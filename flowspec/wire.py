@@ -6,11 +6,12 @@ H hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from flowspec.request import FinishReason, NodeId, Request, SamplingParams
+
+if TYPE_CHECKING:  # a client of a head has no tensors, and importing torch takes seconds
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ class Segment(OfEpoch):
     nodes: tuple[NodeId, ...]
     parents: tuple[NodeId, ...]
     tokens: tuple[int, ...]
-    hidden: Tensor | None = None  # [n, H]
+    hidden: "Tensor | None" = None  # [n, H]
     prefix: bool = False
     verify: bool = True  # False: the verifier keeps its verdict for a later segment
     slowest_rows: int = 0  # the slowest forward on the way so far: its rows and milliseconds
@@ -149,7 +150,7 @@ class Features(OfEpoch):
     request: int
     layer: int
     nodes: tuple[NodeId, ...]
-    hidden: Tensor
+    hidden: "Tensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
