@@ -17,7 +17,7 @@ def plot(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RECORDS...",
+            metavar="RECORDS",
             help="Files, or folders, that `flowspec bench` or `simulate` wrote; for timeline, the "
             "file that --trace wrote.",
         ),
