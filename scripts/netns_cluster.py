@@ -47,7 +47,7 @@ START_S = 120.0  # far more than it takes: the machine may be busy
 POLL_S = 0.02
 NO_END_TOKEN = 3  # never said: answers are as long as they were asked to be
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["flowspec.cli.main", "transformers"])
+_CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
 
 
 def missing() -> str:

@@ -1,4 +1,4 @@
-"""The `flowspec` command: one file per subcommand, one place for errors."""
+"""The `flowspec` command: its start, its end, one place for errors."""
 
 import contextlib
 import os
@@ -11,54 +11,18 @@ from types import FrameType
 import typer
 
 from flowspec import __version__
-from flowspec.cli import (
-    bench,
-    chat,
-    check_head,
-    doctor,
-    generate,
-    join,
-    plan,
-    plot,
-    reliability,
-    report,
-    run,
-    serve,
-    simulate,
-    split,
-    stage,
-    status,
-    trace,
-    verify,
-)
+from flowspec.cli.commands import Commands
 from flowspec.cluster.launch import find_launch
 from flowspec.request import ClusterError
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Run one large language model on several weak machines, fast and lossless.",
 )
-app.command("run")(run.run)
-app.command("serve")(serve.serve)
-app.command("join")(join.join)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.command("status")(status.status)
-app.command("plan")(plan.plan)
-app.command("doctor")(doctor.doctor)
-app.command("split")(split.split)
-app.command("verify")(verify.verify)
-app.command("bench")(bench.bench)
-app.command("check-head")(check_head.check_head)
-app.add_typer(trace.app, name="trace")
-app.command("reliability")(reliability.reliability)
-app.command("simulate")(simulate.simulate)
-app.command("report")(report.report)
-app.command("plot")(plot.plot)
-app.command("stage", hidden=True)(stage.stage)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,15 +13,15 @@ from rich.table import Table
 from flowspec.eval.trace_summary import ProcessShare, Summary, summarize
 
 WIDTH = 100
-app = typer.Typer(no_args_is_help=True, help="Look at what `flowspec run --trace FILE` recorded.")
+trace = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
-@app.callback()
+@trace.callback()
 def root() -> None:
     """Look at what `flowspec run --trace FILE` recorded."""
 
 
-@app.command("summary")
+@trace.command("summary", short_help="Where the time went, and what held the run up.")
 def summary(
     file: Annotated[Path, typer.Argument(help="The file that --trace wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -12,7 +12,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["flowspec.cli.main", "transformers"])
+_CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
 
 
 def _run(arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str]) -> None:
