@@ -20,6 +20,7 @@ from flowspec.transport.keys import Keys
 from flowspec.transport.tally import Tally
 
 HANDSHAKE_LIMIT_MS = 3000
+DOUBT_S = 2 * HANDSHAKE_LIMIT_MS / 1e3  # who is still here by then is a member
 HEARTBEAT_MS, SILENCE_LIMIT_MS = 1000, 3000  # by libzmq's own thread: a long forward is no silence
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
 CONNECT_LIMIT_MS = 3000
@@ -45,7 +46,6 @@ NO_HANDSHAKE = "no handshake in time, or none at all"
 KEPT_OUT = "kept out for a while, too many connections"
 _REASONS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: WRONG_KEY,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: WRONG_MEMBER,
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: NO_HANDSHAKE,
 }
 
@@ -169,9 +169,11 @@ class _Watch:
 
     def __init__(self, monitor: "zmq.Socket[bytes]", door: Door, refusals: Tally) -> None:
         self.monitor, self.door, self._refusals = monitor, door, refusals
-        self._reason: str | None = None
-        self._entered_at: dict[int, float] = {}
-        self._num_unknown = 0  # connections that have not shown their key yet
+        self._reason: str | None = None  # of the connection that is closed next
+        # libzmq tells that a key was right, and not whose: until nobody else is left, all of these
+        # may be strangers. When each came in, the oldest first.
+        self._in_doubt: dict[int, float] = {}
+        self._num_passed = self._num_denied = 0  # how many of them had a right, a wrong member key
 
     def look(self) -> None:
         """Take in what has happened since."""
@@ -184,27 +186,49 @@ class _Watch:
 
     def _take(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
-            self._num_unknown += 1
-            self._entered_at[value] = time.monotonic()
+            self._in_doubt[value] = time.monotonic()
             if (kept_out := self.door.entered(value)) is not None:
                 self._refusals.add(KEPT_OUT, kept_out)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._num_unknown -= 1
+            self._num_passed += 1
+            self._decide()
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._num_denied += 1  # it is told so, and may stay until its time is over
         elif event in _REASONS:
-            self._reason = _REASONS[event]  # of the connection that is closed next
+            self._reason = _REASONS[event]
         elif event == zmq.EVENT_DISCONNECTED:
             self._left(value)
 
     def _left(self, descriptor: int) -> None:
         address = self.door.left(descriptor)
-        age_s = time.monotonic() - self._entered_at.pop(descriptor, 0.0)
         reason, self._reason = self._reason, None
-        if reason is None and self._num_unknown and age_s < 2 * HANDSHAKE_LIMIT_MS / 1e3:
-            # libzmq says nothing more about who does not even speak its protocol
-            reason = WRONG_KEY
+        entered_at = self._in_doubt.pop(descriptor, None)
+        if reason is None and entered_at is not None:
+            reason = self._guess(entered_at)
+        self._decide()
         if reason is not None:
-            self._num_unknown = max(0, self._num_unknown - 1)
             self._refusals.add(reason, f"from {address}")
+
+    def _guess(self, entered_at: float) -> str | None:
+        """Why one in doubt is gone, None for a member. Who is taken for whom leaves sums right."""
+        if self._num_denied:
+            self._num_denied -= 1
+            return WRONG_MEMBER
+        if self._num_passed:
+            self._num_passed -= 1
+            return None
+        # libzmq says nothing more about who does not even speak its protocol
+        return WRONG_KEY if time.monotonic() - entered_at < DOUBT_S else None
+
+    def _decide(self) -> None:
+        """Members are those who outlast a handshake, and all in doubt where all have passed."""
+        latest = time.monotonic() - DOUBT_S
+        while self._in_doubt and next(iter(self._in_doubt.values())) < latest:
+            del self._in_doubt[next(iter(self._in_doubt))]
+            self._num_passed = max(0, self._num_passed - 1)
+        if self._num_passed >= len(self._in_doubt):
+            self._in_doubt.clear()
+            self._num_passed = self._num_denied = 0
 
     def close(self) -> None:
         """Look away."""
