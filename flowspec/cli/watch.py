@@ -59,7 +59,7 @@ class Watch:
         self._with_bars = self._console.is_terminal and not log_json
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._lines: dict[str, tuple[float, str]] = {}
+        self._lines: dict[str, tuple[float, str, bool]] = {}  # when, what and whether all of it
         handler = logging.StreamHandler(sys.stderr) if log_json else _ConsoleHandler(self._console)
         handler.setFormatter(_JsonLines() if log_json else _Lines())
         root = logging.getLogger()
@@ -75,11 +75,12 @@ class Watch:
         if self._with_bars:
             self._bar(name, progress)
             return
-        at, phase = self._lines.get(name, (0.0, ""))
+        at, phase, was_done = self._lines.get(name, (0.0, "", False))
         is_done = progress.done_bytes >= progress.total_bytes
         now = time.monotonic()
-        if is_done or progress.phase != phase or now - at >= PLAIN_INTERVAL_S:
-            self._lines[name] = (now, progress.phase)
+        is_news = progress.phase != phase or is_done != was_done
+        if is_news or (not is_done and now - at >= PLAIN_INTERVAL_S):
+            self._lines[name] = (now, progress.phase, is_done)
             share = progress.done_bytes / max(progress.total_bytes, 1)
             cached = (
                 f", {progress.cached_bytes / 1e6:.1f} MB cached" if progress.cached_bytes else ""
