@@ -1,5 +1,6 @@
 """`flowspec chat`: a conversation with a running head."""
 
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,18 +51,23 @@ def chat(
         temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
     )
     with HeadClient(host, port, keys) as client:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer, not all of it
         chat_loop(client, options)
 
 
 def chat_loop(
-    client: HeadClient, options: ChatOptions, should_stop: Callable[[], bool] = lambda: False
+    client: HeadClient,
+    options: ChatOptions,
+    *,
+    about: str = HELP,
+    read: Callable[[str], str] = input,
 ) -> None:
-    """Read a line, stream its answer, until the input ends."""
-    typer.echo(HELP, err=True)
+    """Read a line, stream its answer, until the input ends. `about` says which keys do what."""
+    typer.echo(about, err=True)
     turns: list[dict[str, str]] = []
-    while not should_stop():
+    while True:
         try:
-            line = input("> ").strip()
+            line = read("> ").strip()
         except (EOFError, KeyboardInterrupt):
             typer.echo("", err=True)
             return
@@ -69,6 +75,8 @@ def chat_loop(
             return
         if line == "/new":
             turns = []
+        elif line.startswith("/"):
+            typer.echo(about, err=True)
         if not line or line.startswith("/"):
             continue
         turns.append({"role": "user", "content": line})

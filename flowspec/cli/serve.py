@@ -2,13 +2,10 @@
 
 import contextlib
 import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import torch
@@ -17,6 +14,7 @@ import typer
 import flowspec
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.common import bundled, draft_folder, effective_config, split_folder
+from flowspec.cli.signals import Signals
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.device import default_name, interfaces
@@ -46,6 +44,9 @@ from flowspec.transport.keys import Keys
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
+PROMPT_HELP = (
+    "Ctrl-C ends an answer, /new begins another conversation, Ctrl-D or /quit ends serving."
+)
 HOSTS_END_S = 10.0  # for devices over ssh to end after the head
 
 
@@ -154,7 +155,8 @@ def serve(
             stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
             watch.say(f"devices are started over ssh; what they say is in {logs}")
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
-        stop = _start(server)
+        signals = Signals()
+        server.start()
         addresses = _addresses(host)
         _print_line(watch, addresses, control.port, token)
         if mdns and not addresses[0].startswith("127."):
@@ -162,20 +164,12 @@ def serve(
             why = stack.enter_context(announced(default_name(), addresses, control.port, name))
             watch.say(why or "announced by mDNS: flowspec join finds this head without an address")
         if prompt and sys.stdin.isatty():
-            _prompt_loop(control.port, keys, stop)
+            _prompt_loop(control.port, keys, signals)
         else:
-            while not stop.wait(0.2):
+            while not signals.stop.wait(0.2):
                 pass
         watch.say("shutting down: open requests are finished first")
         server.drain("it is shutting down", DRAIN_S)
-
-
-def _start(server: HeadServer) -> threading.Event:
-    """Take devices and clients; the event is set when a signal asks for the end."""
-    stop = threading.Event()
-    _on_signals(stop)
-    server.start()
-    return stop
 
 
 def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> None:
@@ -259,23 +253,14 @@ def _addresses(host: str) -> list[str]:
     return [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
 
 
-def _on_signals(stop: threading.Event) -> None:
-    def end(number: int, frame: FrameType | None) -> None:
-        del frame
-        if stop.is_set():  # asked twice: at once
-            raise SystemExit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-
-
-def _prompt_loop(port: int, keys: Keys, stop: threading.Event) -> None:
+def _prompt_loop(port: int, keys: Keys, signals: Signals) -> None:
     try:
         with HeadClient("127.0.0.1", port, keys) as client:
-            chat_loop(client, ChatOptions(), should_stop=stop.is_set)
-    except (EOFError, KeyboardInterrupt):
+            chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=signals.read)
+    except KeyboardInterrupt:  # just when an answer had ended
         return
     except ClusterError:
-        if not stop.is_set():
+        if not signals.stop.is_set():
             raise
+    finally:
+        signals.ask_to_stop()
