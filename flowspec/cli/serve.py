@@ -29,7 +29,13 @@ from flowspec.cluster.messages import ModelCard
 from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
 from flowspec.cluster.roster import MembershipConfig
 from flowspec.cluster.ship import ShardServer
-from flowspec.cluster.token import check_token, derive_keys, new_token, read_token, write_token
+from flowspec.cluster.token import (
+    TOKEN_VARIABLE,
+    derive_keys,
+    new_token,
+    read_token,
+    write_token,
+)
 from flowspec.config import RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
@@ -106,7 +112,7 @@ def serve(
     over_ssh = read_hosts(hosts) if hosts is not None else None
     if over_ssh is not None:
         port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
-    token = _token(token_file)
+    token, token_from = _token(token_file)
     typer.echo(f"loading {run_config.model} ...", err=True)
     folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.threads_per_process)
@@ -159,6 +165,7 @@ def serve(
         server.start()
         addresses = _addresses(host)
         _print_line(watch, addresses, control.port, token)
+        _say_how_to_ask(watch, f"{addresses[0]}:{control.port}", parts, token_from)
         if mdns and not addresses[0].startswith("127."):
             name = parts.manifest.model_id
             why = stack.enter_context(announced(default_name(), addresses, control.port, name))
@@ -181,19 +188,30 @@ def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> No
         watch.say(f"or by another of this machine's addresses: {', '.join(addresses[1:])}")
 
 
+def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) -> None:
+    """What works once the join line was used, without the token, which that line shows."""
+    watch.say(f"once devices hold all {sum(parts.manifest.layers)} layers: flowspec chat {head}")
+    watch.say(f'for scripts: flowspec generate --head {head} "..."')
+    watch.say(f"devices and health: flowspec status {head}")
+    watch.say(f"each with --token as above or, on this machine, {token_from}")
+
+
 _CONFIG_FLAGS = ("model", "draft", "drafter", "strategy", "max_requests", "dtype", "device")
 
 
-def _token(file: Path | None) -> str:
-    """The cluster's token: given, kept from before, or new; the same after a restart."""
-    if file is None and os.environ.get("FLOWSPEC_TOKEN"):
-        return read_token(None, prompt=False)
+def _token(file: Path | None) -> tuple[str, str]:
+    """The cluster's token: given, kept from before, or new; and what others here may read it from.
+
+    It is the same after a restart.
+    """
+    if file is None and os.environ.get(TOKEN_VARIABLE):
+        return read_token(None, prompt=False), TOKEN_VARIABLE
     path = file or _state_folder() / "token"
-    if path.exists():
-        return read_token(path, prompt=False)
-    token = new_token()
-    write_token(path, token)
-    return check_token(token)
+    if not path.exists():
+        write_token(path, new_token())
+    home = Path.home()
+    shown = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    return read_token(path, prompt=False), f"--token-file {shown}"
 
 
 def _state_folder() -> Path:

@@ -178,7 +178,8 @@ class HeadServer:
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
         self._callers[ticket] = _Caller(peer, ask.id)
         if not self.is_serving:
-            self._send(peer, Note(id=ask.id, text=f"not ready: {self.membership.missing()}"))
+            text = f"not ready: {self.membership.missing()}"[:3900]
+            self._send(peer, Note(id=ask.id, text=f"{text}; the answer comes once it is"))
         self.engine.post(NewRequest(ticket, ask))
 
     def _status(self, peer: bytes, message: AskStatus) -> None:

@@ -146,6 +146,19 @@ def ask(
     raise AssertionError("no end")
 
 
+def test_the_head_says_how_to_ask_and_the_token_once(cluster):
+    """Whoever reads from the start knows what to do next; the secret is in the join line alone."""
+    said, head = cluster.log("head"), f"127.0.0.1:{cluster.port}"
+    for line in (
+        f"once devices hold all 2 layers: flowspec chat {head}",
+        f'for scripts: flowspec generate --head {head} "..."',
+        f"devices and health: flowspec status {head}",
+        "each with --token as above or, on this machine, FLOWSPEC_TOKEN",
+    ):
+        assert said.count(line) == 1
+    assert said.count(cluster.token) == 1
+
+
 def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
     """Nothing was configured on them: layers came over the network, by hash."""
     tokens, done, _ = ask(client, count=24, temperature=1.0)
