@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the virtual environment (.venv, or $FLOWSPEC_VENV) with the given requirement files, once.
-# Prints its python; says on stderr what it does.
+# Prints its python; says on stderr what it does: pip's own progress on a terminal, else its steps.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${FLOWSPEC_VENV:-.venv}"
@@ -10,13 +10,20 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14
     exit 2
 fi
 stamp="$venv/flowspec-$(cat "$@" pyproject.toml | cksum | cut -d' ' -f1).ok"
+step() { echo "setup $1/3, ${SECONDS} s: $2" >&2; }
 if [ ! -e "$stamp" ]; then
-    echo "setting up $venv (some minutes, once) ..." >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    progress=--quiet
+    [ ! -t 2 ] || progress=--progress-bar=on
+    pip=("$venv/bin/python" -m pip --disable-pip-version-check install)
     files=()
     for file in "$@"; do files+=(-r "$file"); done
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${files[@]}" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -e . >&2
+    step 1 "virtual environment $venv"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    step 2 "packages of $* (some minutes, torch is most of it)"
+    "${pip[@]}" "$progress" "${files[@]}" >&2
+    step 3 "flowspec itself"
+    "${pip[@]}" --quiet --no-deps -e . >&2
     touch "$stamp"
+    echo "setup done after $SECONDS s" >&2
 fi
 echo "$venv/bin/python"
