@@ -16,6 +16,7 @@ from types import TracebackType
 from flowspec.answers import Answers
 from flowspec.cluster.child import Child
 from flowspec.cluster.clocks import ping_clocks
+from flowspec.cluster.silence import Silence, Step
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
@@ -84,7 +85,7 @@ class LocalCluster:
             raise
         trace = open_trace(self._trace_file(0), 0)
         self.driver = Driver(self.head, self.transport, self.num_stages, trace, pace=self.emulation)
-        self._pinged_at = 0.0
+        self._silence = Silence(config.timeout_s)
 
     def __enter__(self) -> "LocalCluster":
         try:
@@ -180,7 +181,7 @@ class LocalCluster:
                 error = self._explain(again)
         rows = min((rows for rows in self.kv_rows.values() if rows), default=0)
         driver.inject(Resume(num_stages=self.num_stages, kv_rows=rows))
-        driver.last_progress, self._pinged_at = time.monotonic(), 0.0
+        driver.last_progress = time.monotonic()
 
     def _lost_ranks(self, error: ClusterError) -> set[int]:
         """The stages that have ended, at once or soon, and those that the error names."""
@@ -322,23 +323,29 @@ class LocalCluster:
 
     def _check_progress(self) -> None:
         """No answer about the request for half the timeout: ask all; who stays silent hangs."""
-        now = time.monotonic()
-        silence = now - self.driver.last_progress
-        if silence < self.config.timeout_s / 2:
-            self._pinged_at = 0.0
-            return
-        if not self._pinged_at:
-            self._pinged_at = now
-            for rank in self.children:
-                self.transport.send(rank, Ping(rank=0))
-        if silence < self.config.timeout_s:
-            return
-        heard_at = self.head.heard_at
-        silent = [r for r in sorted(self.children) if heard_at.get(r, 0.0) < self._pinged_at]
-        if silent:
-            where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
-            raise ClusterError(where, f"no answer for {self.config.timeout_s / 2:.1f} s: it hangs")
-        raise ClusterError("head", f"nothing has moved for {silence:.0f} s; all stages answer")
+        now, moved_at, limit = time.monotonic(), self.driver.last_progress, self.config.timeout_s
+        step, silent = self._silence.step(
+            now, moved_at=moved_at, ranks=self.children, heard_at=self.head.heard_at
+        )
+        where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
+        match step:
+            case Step.ASK:
+                for rank in self.children:
+                    self.transport.send(rank, Ping(rank=0))
+                    self.driver.trace.sent(now, rank, Ping(rank=0))
+            case Step.WARN:
+                end = "it is restarted" if len(self.restarts) < self.max_restarts else "giving up"
+                seconds = now - moved_at
+                logger.warning(
+                    "no answer from %s for %.0f s; %s after %.0f s", where, seconds, end, limit
+                )
+            case Step.GIVE_UP if silent:
+                raise ClusterError(where, f"no answer for {limit / 2:.1f} s: it hangs")
+            case Step.GIVE_UP:
+                seconds = now - moved_at
+                raise ClusterError(
+                    "head", f"nothing has moved for {seconds:.0f} s; all stages answer"
+                )
 
     def _raise_failure(self, event: Finished) -> None:
         if event.reason is FinishReason.ERROR and event.error.startswith("stage "):

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import zmq
 
+from flowspec.cluster import silence
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.engine import HeadParts
@@ -73,16 +74,23 @@ def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless,
     all_gone(pids)
 
 
-def test_a_stopped_stage_is_named_after_the_timeout(config, parts, endless, all_gone):
+def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
+    config, parts, endless, all_gone, monkeypatch, caplog
+):
     """A process that hangs sends no word and ends no socket; the others still answer."""
+    monkeypatch.setattr(silence, "ASK_S", 0.2)
+    monkeypatch.setattr(silence, "WARN_S", 0.4)
     with LocalCluster(replace(config, timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, endless, lambda: os.kill(pids[-1], signal.SIGSTOP)
         )
         assert took_s < 4.0
-    assert error.where == f"stage {len(pids)} (process {pids[-1]})"
+    where = f"stage {len(pids)} (process {pids[-1]})"
+    assert error.where == where
     assert "it hangs" in error.cause
+    (warning,) = caplog.records
+    assert warning.getMessage() == f"no answer from {where} for 0 s; giving up after 1 s"
     assert [*error.tokens.values()] == [tuple(seen)]
     all_gone(pids)
 
