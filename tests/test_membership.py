@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from membership_world import CONFIG, HEAD, MODEL, World
 
-from flowspec.cluster.membership import MAX_STRIKES, Phase
+from flowspec.cluster.membership import MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.messages import (
     Addresses,
     Assign,
@@ -217,6 +217,29 @@ def test_who_fails_again_and_again_need_not_come_back():
         epoch = world.last(b, Assign).epoch
         world.say(b, Trouble(epoch=epoch, cause="out of memory"))
     assert world.last(b, Refuse) == Refuse(why="out of memory", retry=False)
+
+
+def test_faults_that_lie_far_apart_are_forgiven():
+    """A device that runs out of memory once a day is worth having."""
+    world = World()
+    a = world.join("a")
+    for _ in range(MAX_STRIKES + 1):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+        assert world.last(b, Refuse).retry
+        world.pass_time(STRIKES_S, a)
+
+
+def test_connections_that_break_as_an_epoch_ends_cost_nobody_its_place():
+    """The others leave the data plane when one is lost, and whoever is slow sees them go."""
+    world = World(rejoin_wait_s=5.0)
+    a, b, c = world.serving(3, 3, 3)
+    world.apply(world.members.unreachable(b, world.now))
+    assert world.members.phase is Phase.GATHERING
+    world.say(a, Trouble(epoch=1, cause="connection lost", lost=3))
+    assert set(world.members.devices) == {"a", "c"}
 
 
 def test_another_model_is_refused_by_both_hashes():

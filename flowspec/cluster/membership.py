@@ -48,7 +48,8 @@ from flowspec.cluster.roster import (
 )
 from flowspec.request import ClusterError
 
-MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back
+MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
+STRIKES_S = 600.0  # ... within this time
 MAX_GONE = 64  # lost devices that are remembered for the status
 
 
@@ -79,7 +80,7 @@ class Membership:
         self.uncovered_since: float | None = now  # None while it serves
         self.gave_up = False  # it has been so for too long
         self._said = ""  # the last reason for waiting, not to repeat it
-        self._strikes: dict[str, int] = {}  # name -> how often it failed by its own fault
+        self._strikes: dict[str, list[float]] = {}  # name -> when it failed by its own fault
 
     def handle(self, peer: bytes, message: FromDevice, now: float) -> list[Effect]:
         """What follows from a device's message."""
@@ -235,9 +236,12 @@ class Membership:
     def _trouble(self, device: Device, message: Trouble, now: float) -> list[Effect]:
         """A stage cannot go on: by its own fault, or because it cannot reach another."""
         if message.lost < 0:
-            strikes = self._strikes[device.name] = self._strikes.get(device.name, 0) + 1
-            final = strikes >= MAX_STRIKES
+            recent = [at for at in self._strikes.get(device.name, ()) if now - at < STRIKES_S]
+            self._strikes[device.name] = [*recent, now]
+            final = len(recent) + 1 >= MAX_STRIKES
             return self._lose(device, message.cause, now, tell=True, final=final)
+        if not device.rank:
+            return []  # the epoch is over: connections break as the others leave it
         cause = f"{message.cause} (seen by {device.name})"
         for other in self._stages():
             if other.rank == message.lost:
