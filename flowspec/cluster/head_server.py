@@ -128,7 +128,7 @@ class HeadServer:
                     self._take(peer, frame)
                 while not self._events.empty():
                     self._from_engine(self._events.get())
-                self._apply(self.membership.tick(time.monotonic()))
+                self._apply(self.membership.tick(time.monotonic(), idle=not self._callers))
             for ticket in list(self._callers):
                 self._end(
                     ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}")
