@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flowspec.drafters.base import Proposal
 from flowspec.request import NodeId
 from flowspec.tree import Node
 
@@ -37,6 +36,15 @@ class Child(NamedTuple):
     depth: int
     rank: int  # among its siblings, 0 the best
     logprob: float
+
+
+class Word(NamedTuple):
+    """What is said of a node's children at once; `depth` is theirs."""
+
+    node: NodeId
+    depth: int
+    children: Sequence[tuple[int, float]]  # (token, log-probability), the best first
+    sources: Sequence[str] = ()  # who says so, child by child; empty: the drafter
 
 
 class Outcome(NamedTuple):
@@ -164,28 +172,25 @@ class Forecasts:
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
         self._open: dict[NodeId, list[_Said]] = {}
 
-    def enter(self, proposals: Sequence[tuple[Proposal, int]]) -> list[Sequence[float]]:
-        """Remember forecasts of children at a depth until they are settled.
-
-        Returns their calibrated log-probabilities, proposal by proposal.
-        """
+    def enter(self, words: Sequence[Word]) -> list[Sequence[float]]:
+        """Remember forecasts until they are settled; their calibrated log-probabilities."""
         forecasts = [
             [
-                Child(source + self._suffix, depth, rank, logprob)
+                Child(source + self._suffix, word.depth, rank, logprob)
                 for rank, ((_, logprob), source) in enumerate(
-                    zip(proposal.children, proposal.sources or repeat(self._source), strict=False)
+                    zip(word.children, word.sources or repeat(self._source), strict=False)
                 )
             ]
-            for proposal, depth in proposals
+            for word in words
         ]
         calibrated = self.calibration.apply(list(chain.from_iterable(forecasts)))
         found: list[Sequence[float]] = []
         start = 0
-        for (proposal, _), children in zip(proposals, forecasts, strict=True):
+        for word, children in zip(words, forecasts, strict=True):
             found.append(calibrated[start : start + len(children)])
             start += len(children)
-            tokens = [token for token, _ in proposal.children]
-            self._open.setdefault(proposal.node, []).append(_Said(tokens, children, found[-1]))
+            tokens = [token for token, _ in word.children]
+            self._open.setdefault(word.node, []).append(_Said(tokens, children, found[-1]))
         return found
 
     def settle(

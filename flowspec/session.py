@@ -6,7 +6,7 @@ Strategies decide through it; only the head changes it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flowspec.calibration import Forecasts
+from flowspec.calibration import Forecasts, Word
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import DraftSession, Proposal
 from flowspec.drafters.grafted import GraftedSession
@@ -180,7 +180,12 @@ class Session:
         if self.forecasts is None:
             return [proposal.children for _, proposal in grown]
         above = self.tree.root.position - 1
-        scores = self.forecasts.enter([(said, node.position - above) for node, said in grown])
+        scores = self.forecasts.enter(
+            [
+                Word(node.id, node.position - above, proposal.children, proposal.sources)
+                for node, proposal in grown
+            ]
+        )
         found = []
         for (node, proposal), logprobs in zip(grown, scores, strict=True):
             tokens = (token for token, _ in proposal.children)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspec.calibration import Calibration, Child, Forecasts, Outcome
-from flowspec.drafters.base import Proposal
+from flowspec.calibration import Calibration, Child, Forecasts, Outcome, Word
 from flowspec.eval.reliability import before_and_after, reliability
 from flowspec.request import NO_NODE, NodeId
 from flowspec.tree import DraftTree
@@ -26,7 +25,7 @@ def enter(
     forecasts: Forecasts, parent: NodeId, token: int, logprob: float, *, depth: int = 1
 ) -> float:
     """A drafter says this of one child; its calibrated log-probability."""
-    return forecasts.enter([(Proposal(parent, ((token, logprob),)), depth)])[0][0]
+    return forecasts.enter([Word(parent, depth, ((token, logprob),))])[0][0]
 
 
 def applied(calibration: Calibration, forecast: Child) -> float:
