@@ -19,7 +19,7 @@ from flowspec.head import Head
 from flowspec.model.config import ModelConfig
 from flowspec.model.rows import run_rows
 from flowspec.request import Completion, Request
-from flowspec.simulate.ablated import UnprunedStage
+from flowspec.simulate.ablated import DecidingHead, UnprunedStage
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.scheduler import ChargeLink, ChargeWork, instant_link, unit_work
 from flowspec.stage import Stage
@@ -75,7 +75,7 @@ class Watch:
         return replace(step, work=replace(step.work, finish=watched))
 
     def _check(self) -> None:
-        stage = self.core
+        stage = self.core.end if isinstance(self.core, DecidingHead) else self.core
         if not isinstance(stage, Stage):
             return
         segments = sum(isinstance(message, Segment | Batch) for message in stage.queue)

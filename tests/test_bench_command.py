@@ -154,10 +154,10 @@ def test_a_warm_cluster_answers_a_whole_set(bench):
 
 def test_a_pipeline_without_a_mechanism_is_emulated_alone(bench, tmp_path):
     """Found by name; its samples are its own, its text the target's. Real stages have them all."""
-    names = "streaming,streaming-unpruned"
+    names = "streaming,streaming-unpruned,streaming-head-verdict"
     result = bench("--strategies", names, "--datasets", "qa", "--limit", "1")
     assert result.exit_code == 0, result.output
-    assert "2 samples (2 run now)" in result.output
+    assert "3 samples (3 run now)" in result.output
     assert "0 differ from the target alone" in result.output
     real = CliRunner().invoke(app, ["bench", "--real", "--strategies", names, "--out", "real"])
     assert isinstance(real.exception, ValueError)

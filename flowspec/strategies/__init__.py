@@ -87,6 +87,9 @@ ABLATIONS: dict[str, StrategySpec] = {
     "streaming-unpruned": StrategySpec(
         Streaming, _STREAMING, "without in-flight pruning", without=Without.PRUNING
     ),
+    "streaming-head-verdict": StrategySpec(
+        Streaming, _STREAMING, "with the verdict on the head", without=Without.LAST_STAGE_VERDICT
+    ),
 }
 
 

@@ -14,6 +14,7 @@ class Without(Enum):
     """What the pipeline itself lacks; on the simulator's clock alone (simulate/ablated.py)."""
 
     PRUNING = "in-flight pruning"
+    LAST_STAGE_VERDICT = "the verdict on the last stage"
 
 
 class Draining(Streaming):
