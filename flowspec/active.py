@@ -84,7 +84,7 @@ def open_session(
     )
     if config.calibrate:
         sampled = request.sampling.temperature > 0.0
-        session.forecasts = Forecasts(calibration, sampled=sampled)
+        session.forecasts = Forecasts(calibration, drafter.name, sampled=sampled)
     session.begin(num_shared)
     return session
 

@@ -9,9 +9,12 @@ parent.
 """
 
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
-from math import exp, floor, log, log1p
+from itertools import chain, repeat
+from math import exp, log, log1p
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from flowspec.request import NodeId
 from flowspec.tree import Node
@@ -22,6 +25,8 @@ MAX_EVIDENCE = 2048.0  # outcomes per bin; then the older ones count for half
 # Forecasts of the prior: how many outcomes it takes to believe a bin as much as what was known.
 PRIOR_COARSE = 24.0
 PRIOR_FINE = 96.0
+_OCTAVES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 3, 4])  # 1, 2, 3 to 4, 5 to 8, more: as 0 to 4
+_NUM_OCTAVES = 5
 
 
 class Child(NamedTuple):
@@ -31,6 +36,15 @@ class Child(NamedTuple):
     depth: int
     rank: int  # among its siblings, 0 the best
     logprob: float
+
+
+class Word(NamedTuple):
+    """What is said of a node's children at once; `depth` is theirs."""
+
+    node: NodeId
+    depth: int
+    children: Sequence[tuple[int, float]]  # (token, log-probability), the best first
+    sources: Sequence[str] = ()  # who says so, child by child; empty: the drafter
 
 
 class Outcome(NamedTuple):
@@ -51,25 +65,35 @@ class PathForecast(NamedTuple):
     calibrated: float
 
 
-@dataclass(slots=True)
-class _Bin:
-    """Outcomes of alike forecasts, and the correction of log-odds that follows from them."""
+class _Bins:
+    """Outcomes of alike forecasts by bin, and the correction of log-odds that follows from them."""
 
-    prior: float
-    count: float = 0.0
-    hits: float = 0.0
-    expected: float = 0.0  # sum of the probabilities that were forecast
-    shift: float = 0.0
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
+        self.shifts = np.zeros(0)
+        self._counts: list[float] = []
+        self._hits: list[float] = []
+        self._expected: list[float] = []  # sums of the probabilities that were forecast
 
-    def record(self, logit: float, happened: bool) -> None:
-        if self.count >= MAX_EVIDENCE:
-            self.count, self.hits, self.expected = self.count / 2, self.hits / 2, self.expected / 2
-        self.count += 1.0
-        self.hits += happened
-        self.expected += exp(_logprob(max(logit, -MAX_LOGIT)))
-        mean = self.expected / self.count
-        rate = (self.hits + self.prior * mean) / (self.count + self.prior)
-        self.shift = log(rate / (1.0 - rate)) - log(mean / (1.0 - mean))
+    def grow(self, size: int) -> None:
+        """Have at least `size` bins."""
+        more = [0.0] * max(0, size - len(self.shifts))
+        self.shifts = np.append(self.shifts, more)
+        for sums in (self._counts, self._hits, self._expected):
+            sums.extend(more)
+
+    def record(self, place: int, logit: float, happened: bool) -> None:
+        """A forecast of this bin was right or wrong."""
+        if self._counts[place] >= MAX_EVIDENCE:
+            for sums in (self._counts, self._hits, self._expected):
+                sums[place] /= 2
+        self._counts[place] += 1.0
+        self._hits[place] += happened
+        self._expected[place] += exp(-_softplus(-max(logit, -MAX_LOGIT)))
+        count = self._counts[place]
+        mean = self._expected[place] / count
+        rate = (self._hits[place] + self.prior * mean) / (count + self.prior)
+        self.shifts[place] = log(rate / (1.0 - rate)) - log(mean / (1.0 - mean))
 
 
 class Calibration:
@@ -81,57 +105,93 @@ class Calibration:
     """
 
     def __init__(self) -> None:
-        self._bins: dict[tuple[str | int, ...], _Bin] = {}
+        self._sources: dict[str, int] = {}
+        self._coarse, self._fine = _Bins(PRIOR_COARSE), _Bins(PRIOR_FINE)
         self.outcomes: list[Outcome] | None = None
         self.paths: list[PathForecast] | None = None
 
-    def apply(self, child: Child) -> float:
-        """The calibrated log-probability, below 0."""
-        logit = _logit(child.logprob)
-        coarse, fine = self._keys(child, logit)
-        logit += self._shift(coarse)
-        return _logprob(logit + self._shift(fine))
+    @property
+    def num_bins(self) -> int:
+        """Of both stages."""
+        return len(self._coarse.shifts) + len(self._fine.shifts)
 
-    def record(self, child: Child, happened: bool) -> None:
-        """The forecast was right or wrong, its parent true."""
-        raw = _logit(child.logprob)
-        coarse, fine = self._keys(child, raw)
-        between = raw + self._shift(coarse)
-        self._bin(fine, PRIOR_FINE).record(between, happened)
-        self._bin(coarse, PRIOR_COARSE).record(raw, happened)
+    def apply(self, children: Sequence[Child]) -> list[float]:
+        """Calibrated log-probabilities, all below 0."""
+        if not children:
+            return []
+        logits, coarse, fine = self._place(children)
+        logits += self._coarse.shifts[coarse]
+        logits += self._fine.shifts[fine]
+        found: list[float] = (-np.logaddexp(0.0, -np.minimum(logits, MAX_LOGIT))).tolist()
+        return found
 
-    def _shift(self, key: tuple[str | int, ...]) -> float:
-        found = self._bins.get(key)
-        return found.shift if found else 0.0
+    def record(self, outcomes: Sequence[tuple[Child, bool]]) -> None:
+        """Forecasts, their parents true, were right or wrong."""
+        if not outcomes:
+            return
+        children, happened = zip(*outcomes, strict=True)
+        places = (array.tolist() for array in self._place(children))
+        for raw, coarse, fine, right in zip(*places, happened, strict=True):
+            between = raw + float(self._coarse.shifts[coarse])
+            self._fine.record(fine, between, right)
+            self._coarse.record(coarse, raw, right)
 
-    def _bin(self, key: tuple[str | int, ...], prior: float) -> _Bin:
-        return self._bins.setdefault(key, _Bin(prior))
+    def _place(
+        self, children: Sequence[Child]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+        """Log-odds [n], at most MAX_LOGIT, and each child's bin in the two stages."""
+        names, depths, ranks, logprobs = zip(*children, strict=True)
+        sources = [self._sources.get(name, -1) for name in names]
+        if -1 in sources:
+            sources = [self._sources.setdefault(name, len(self._sources)) for name in names]
+            self._coarse.grow(len(self._sources) * NUM_BINS)
+            self._fine.grow(len(self._sources) * NUM_BINS * _NUM_OCTAVES**2)
+        said = np.minimum(np.array(logprobs), -exp(-MAX_LOGIT))
+        logits = np.minimum(said - np.log1p(-np.exp(said)), MAX_LOGIT)
+        where = np.clip(logits + NUM_BINS / 2, 0.0, NUM_BINS - 1.0).astype(np.int64)
+        coarse = np.array(sources) * NUM_BINS + where
+        depth = _OCTAVES[np.minimum(depths, len(_OCTAVES) - 1)]
+        rank = _OCTAVES[np.minimum(np.array(ranks) + 1, len(_OCTAVES) - 1)]
+        return logits, coarse, (coarse * _NUM_OCTAVES + depth) * _NUM_OCTAVES + rank
 
-    def _keys(
-        self, child: Child, logit: float
-    ) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
-        where = floor(min(max(logit + NUM_BINS / 2, 0.0), NUM_BINS - 1.0))
-        coarse = (child.source, where)
-        return coarse, (*coarse, _octave(child.depth), _octave(child.rank + 1))
+
+class _Said(NamedTuple):
+    """What was said of one node's children."""
+
+    tokens: Sequence[int]
+    children: Sequence[Child]
+    calibrated: Sequence[float]
 
 
 class Forecasts:
     """One request's open forecasts, by the node whose child they are about."""
 
-    def __init__(self, calibration: Calibration, *, sampled: bool) -> None:
+    def __init__(self, calibration: Calibration, source: str, *, sampled: bool) -> None:
         self.calibration = calibration
+        self._source = source  # whose word a proposal is that does not say
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
-        self._open: dict[NodeId, dict[tuple[int, str, int], tuple[Child, float]]] = {}
+        self._open: dict[NodeId, list[_Said]] = {}
 
-    def enter(self, parent: NodeId, token: int, child: Child) -> float:
-        """Remember a forecast until it is settled; its calibrated log-probability."""
-        child = child._replace(source=child.source + self._suffix)
-        about = self._open.setdefault(parent, {})
-        key = token, child.source, child.depth
-        about.pop(key, None)  # said again: the newest is last
-        calibrated = self.calibration.apply(child)
-        about[key] = child, calibrated
-        return calibrated
+    def enter(self, words: Sequence[Word]) -> list[Sequence[float]]:
+        """Remember forecasts until they are settled; their calibrated log-probabilities."""
+        forecasts = [
+            [
+                Child(source + self._suffix, word.depth, rank, logprob)
+                for rank, ((_, logprob), source) in enumerate(
+                    zip(word.children, word.sources or repeat(self._source), strict=False)
+                )
+            ]
+            for word in words
+        ]
+        calibrated = self.calibration.apply(list(chain.from_iterable(forecasts)))
+        found: list[Sequence[float]] = []
+        start = 0
+        for word, children in zip(words, forecasts, strict=True):
+            found.append(calibrated[start : start + len(children)])
+            start += len(children)
+            tokens = [token for token, _ in word.children]
+            self._open.setdefault(word.node, []).append(_Said(tokens, children, found[-1]))
+        return found
 
     def settle(
         self, path: Sequence[NodeId], tokens: Sequence[int], alive: Container[NodeId]
@@ -139,10 +199,20 @@ class Forecasts:
         """Behind node path[i] came tokens[i]; of all other nodes only `alive` ones matter still."""
         log_to = self.calibration.outcomes
         for node, true in zip(path, tokens, strict=True):
-            for (token, _, _), (child, calibrated) in self._open.pop(node, {}).items():
-                if log_to is not None:
-                    log_to.append(Outcome(child.source, child.logprob, calibrated, token == true))
-                self.calibration.record(child, token == true)
+            newest: dict[tuple[int, str, int], tuple[Child, float]] = {}
+            for said in self._open.pop(node, ()):
+                for token, child, calibrated in zip(*said, strict=True):
+                    key = token, child.source, child.depth
+                    newest.pop(key, None)  # said again: the newest is last
+                    newest[key] = child, calibrated
+            if log_to is not None:
+                log_to += [
+                    Outcome(child.source, child.logprob, calibrated, token == true)
+                    for (token, _, _), (child, calibrated) in newest.items()
+                ]
+            self.calibration.record(
+                [(child, token == true) for (token, _, _), (child, _) in newest.items()]
+            )
         self._open = {node: found for node, found in self._open.items() if node in alive}
 
     def log_paths(self, path: Sequence[Node], children: Iterable[tuple[int, float]]) -> None:
@@ -167,25 +237,12 @@ class Forecasts:
 
     def _newest(self, parent: NodeId, token: int) -> Child:
         return next(
-            child
-            for (about, _, _), (child, _) in reversed(self._open[parent].items())
-            if about == token
+            said.children[said.tokens.index(token)]
+            for said in reversed(self._open[parent])
+            if token in said.tokens
         )
 
 
-def _octave(number: int) -> int:
-    """1, 2, 3 to 4, 5 to 8, more: as 0 to 4."""
-    return min((number - 1).bit_length(), 4)
-
-
-def _logit(logprob: float) -> float:
-    """log(p / (1 - p)), at most MAX_LOGIT."""
-    if logprob >= -exp(-MAX_LOGIT):
-        return MAX_LOGIT
-    return logprob - log1p(-exp(logprob))
-
-
-def _logprob(logit: float) -> float:
-    """The inverse, below 0."""
-    logit = min(logit, MAX_LOGIT)
-    return logit - log1p(exp(logit)) if logit < 0 else -log1p(exp(-logit))
+def _softplus(logit: float) -> float:
+    """log(1 + exp(logit)); -_softplus(-logit) is the log-probability of these log-odds."""
+    return max(logit, 0.0) + log1p(exp(-abs(logit)))

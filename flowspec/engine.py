@@ -15,7 +15,7 @@ from flowspec.model.load import load_head_part, load_stage
 from flowspec.model.manifest import Manifest, read_manifest
 from flowspec.request import Request
 from flowspec.stage import Stage
-from flowspec.strategies import StrategySpec, find_strategy
+from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
 from flowspec.text import TextStream, load_tokenizer
 
 
@@ -44,6 +44,7 @@ def decode_config(config: RunConfig) -> tuple[StrategySpec, DecodeConfig]:
 def check_run(config: RunConfig) -> None:
     """Raise ValueError for what can be said before anything is loaded."""
     spec, _ = decode_config(config)
+    check_runs_for_real(config.strategy)
     find_drafter(config.drafter)
     if spec.drafts and config.drafter == "none":
         raise ValueError(f"strategy {config.strategy} needs a drafter; --strategy ar needs none")

@@ -6,7 +6,7 @@ Strategies decide through it; only the head changes it.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from flowspec.calibration import Child, Forecasts
+from flowspec.calibration import Forecasts, Word
 from flowspec.config import DecodeConfig
 from flowspec.drafters.base import DraftSession, Proposal
 from flowspec.drafters.grafted import GraftedSession
@@ -24,7 +24,7 @@ class Session:
     config: DecodeConfig
     pipe: Pipe
     drafter: DraftSession
-    source: str = ""  # the drafter's name: whose word a proposal is, for calibration
+    source: str = ""  # the drafter's name
     tree: DraftTree = field(default_factory=DraftTree)
     stats: DecodeStats = field(default_factory=DecodeStats)
     flights: set[int] = field(default_factory=set)  # seq_nos sent and not back
@@ -137,7 +137,7 @@ class Session:
         floor = float("-inf")
         if len(self.tree) > floor_count:
             floor = self.tree.ranked()[floor_count].score
-        added = []
+        grown = []
         for proposal in proposals:
             if proposal.node not in self.tree:
                 continue
@@ -145,9 +145,11 @@ class Session:
             node.expanded = node.expanded or not grafted
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
-            if node.position + 1 >= self.context - 1:
-                continue  # what follows the last token is never asked for
-            for token, logprob in self._calibrated(node, proposal):
+            if node.position + 1 < self.context - 1:  # what follows the last token is not asked for
+                grown.append((node, proposal))
+        added = []
+        for (node, _), children in zip(grown, self._calibrated(grown), strict=True):
+            for token, logprob in children:
                 if node.score + logprob < floor and token not in node.children:
                     continue
                 added.append(self.tree.add(node.id, token, logprob))
@@ -171,21 +173,27 @@ class Session:
             tokens = [*(node.token for node in path[1:]), token]
             self.forecasts.settle([node.id for node in path], tokens, self.tree.nodes)
 
-    def _calibrated(self, node: Node, proposal: Proposal) -> Iterable[tuple[int, float]]:
-        """The proposed children of `node`, with corrected scores where these are learnt."""
+    def _calibrated(
+        self, grown: Sequence[tuple[Node, Proposal]]
+    ) -> Iterable[Sequence[tuple[int, float]]]:
+        """Each node's proposed children, with corrected scores where these are learnt."""
         if self.forecasts is None:
-            return proposal.children
-        depth = node.position + 1 - self.tree.root.position
-        sources = proposal.sources or (self.source,) * len(proposal.children)
-        children = [
-            (token, self.forecasts.enter(node.id, token, Child(source, depth, rank, logprob)))
-            for rank, ((token, logprob), source) in enumerate(
-                zip(proposal.children, sources, strict=True)
-            )
-        ]
-        if self.forecasts.calibration.paths is not None:
-            self.forecasts.log_paths(self.tree.path(node.id), children)
-        return sorted(children, key=lambda child: -child[1])
+            return [proposal.children for _, proposal in grown]
+        above = self.tree.root.position - 1
+        scores = self.forecasts.enter(
+            [
+                Word(node.id, node.position - above, proposal.children, proposal.sources)
+                for node, proposal in grown
+            ]
+        )
+        found = []
+        for (node, proposal), logprobs in zip(grown, scores, strict=True):
+            tokens = (token for token, _ in proposal.children)
+            children = list(zip(tokens, logprobs, strict=True))
+            if self.forecasts.calibration.paths is not None:
+                self.forecasts.log_paths(self.tree.path(node.id), children)
+            found.append(sorted(children, key=lambda child: -child[1]))
+        return found
 
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:

@@ -82,6 +82,11 @@ class Stage:
         return self.rank == self.num_stages
 
     @property
+    def next_rank(self) -> int:
+        """Where rows go from here, unless this is the last stage."""
+        return self.rank + 1
+
+    @property
     def kv_rows_used(self) -> int:
         """Rows of all caches held now."""
         return sum(state.opened.capacity for state in self.requests.values())
@@ -186,7 +191,7 @@ class Stage:
         return [*sends, *self._pass_on(message)]
 
     def _pass_on(self, message: Open | Close) -> list[Send]:
-        return [] if self.is_last else [Send(self.rank + 1, message)]
+        return [] if self.is_last else [Send(self.next_rank, message)]
 
     def _forward(self, segments: Sequence[Segment]) -> Step:
         """Drop the dead rows, run the living ones, hand them on."""
@@ -255,7 +260,7 @@ class Stage:
     def _hand_on(self, parts: Sequence[Part]) -> list[Send]:
         """After this stage: on to the next, or out of the pipe with the verdicts that are due."""
         if not self.is_last:
-            return [Send(self.rank + 1, together([part.segment for part in parts]))]
+            return [Send(self.next_rank, together([part.segment for part in parts]))]
         sends: list[Send] = []
         for part in parts:
             if part.state is not None:

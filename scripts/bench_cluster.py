@@ -15,8 +15,10 @@ of a client:
     resume        from the fault to the next token; one worker is a spare
 
 Every answer is compared with the target's alone. The campaign does random faults in all phases
-(scripts/netns_cluster.py says which) and heals them; wanted: no wrong token, no hang, no orphan, no
-lost request. Exit code 1: something of that happened. Nothing is left behind, also after Ctrl-C.
+(scripts/netns_cluster.py says which), on devices and on the head, and heals them; wanted: no wrong
+token, no hang, no orphan, no lost request (an answer of a head that was struck may end in an error
+that says so: what came before it must be right). Exit code 1: something of that happened. Nothing
+is left behind, also after Ctrl-C.
 """
 
 import argparse
@@ -37,7 +39,7 @@ from netns_cluster import INSIDE, KINDS, NetnsCluster, missing, run_inside, wait
 
 from flowspec.request import ClusterError
 
-PHASES = ("idle", "prefill", "decode", "join", "ship", "load")
+PHASES = ("idle", "prefill", "decode", "join", "ship", "load", "head")
 NUM_WORKERS = 4
 
 
@@ -152,7 +154,11 @@ class Campaign:
             self.strike_newcomer(victim, kind)
         elif phase in ("ship", "load"):
             self.strike_loading(stages, kind, phase)
-        self.verdicts.check(answer, self.alone, where)
+        elif phase == "head":
+            answer.wait_for(chance.randint(0, 15))
+            self.strike("head", kind, "answering")
+        check = self.verdicts.check_cut if phase == "head" else self.verdicts.check
+        check(answer, self.alone, where)
         for healer in self._healers:
             healer.join()
         self._healers.clear()
@@ -164,7 +170,7 @@ class Campaign:
     def strike(self, victim: str, kind: str, phase: str) -> None:
         """Now; healed after less or more than it takes to be noticed."""
         self.cluster.strike(victim, kind)
-        self.faults[f"{phase}: {kind}"] += 1
+        self.faults[f"{'head, ' * (victim == 'head')}{phase}: {kind}"] += 1
         delay_s = self.chance.uniform(0.2, 6.0)
 
         def heal() -> None:

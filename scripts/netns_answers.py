@@ -115,6 +115,18 @@ class Verdicts:
         elif answer.tokens != alone.tokens(answer):
             self.wrong_tokens.append(where)
 
+    def check_cut(self, answer: Answer, alone: Alone, where: str) -> None:
+        """The head itself was struck: an answer may end in an error that says so, not in lies."""
+        self.answers += 1
+        if not answer.end():
+            self.hangs.append(f"{where}: no end of an answer; notes {answer.notes}")
+        elif answer.error and not answer.error.startswith("head"):
+            self.lost_requests.append(f"{where}: {answer.error}")
+        elif answer.tokens != alone.tokens(answer)[: len(answer.tokens)]:
+            self.wrong_tokens.append(where)
+        elif not answer.error and len(answer.tokens) != answer.count:
+            self.lost_requests.append(f"{where}: {len(answer.tokens)} of {answer.count} tokens")
+
     def check_end(self, cluster: NetnsCluster) -> None:
         """All processes end when they are told to."""
         self.orphans += [f"{name} did not end by SIGTERM" for name in cluster.stop()]

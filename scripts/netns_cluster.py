@@ -185,6 +185,7 @@ class NetnsCluster:
         self.keys = derive_keys(token)
         write_token(folder / "token", token)
         self.pids: dict[str, int] = {}
+        self._num_serving = 0  # stages, as the head was last told
         self._children: list[object] = []  # handles, so that what ends is reaped
         self._save_model()
 
@@ -204,6 +205,7 @@ class NetnsCluster:
 
     def serve(self, stages: int, *, fresh: bool = False) -> None:
         """The head, until it listens; its layers are spread over `stages` workers."""
+        self._num_serving = stages
         base, more = divmod(self.num_layers, stages)
         layers = "+".join(str(base + (rank < more)) for rank in range(stages))
         (self.folder / "head.log").unlink(missing_ok=True)
@@ -314,7 +316,10 @@ class NetnsCluster:
                 os.kill(self.pids[name], signal.SIGCONT)
         elif kind == "kill":
             wait_until(lambda: not self.is_alive(name))
-            self.join(name)
+            if name == "head":
+                self.serve(self._num_serving)
+            else:
+                self.join(name)
         else:
             self.network.restore(name)
 

@@ -19,6 +19,7 @@ from flowspec.head import Head
 from flowspec.model.config import ModelConfig
 from flowspec.model.rows import run_rows
 from flowspec.request import Completion, Request
+from flowspec.simulate.ablated import DecidingHead, UnprunedStage
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.scheduler import ChargeLink, ChargeWork, instant_link, unit_work
 from flowspec.stage import Stage
@@ -74,18 +75,19 @@ class Watch:
         return replace(step, work=replace(step.work, finish=watched))
 
     def _check(self) -> None:
-        if not isinstance(self.core, Stage):
+        stage = self.core.end if isinstance(self.core, DecidingHead) else self.core
+        if not isinstance(stage, Stage):
             return
-        segments = sum(isinstance(message, Segment | Batch) for message in self.core.queue)
+        segments = sum(isinstance(message, Segment | Batch) for message in stage.queue)
         self.max_queued = max(self.max_queued, segments)
-        for number, state in self.core.requests.items():
-            check_request(state)
-            closing = self.core.queue and self.core.queue[0]
+        for number, state in stage.requests.items():
+            check_request(state, pruned=not isinstance(stage, UnprunedStage))
+            closing = stage.queue and stage.queue[0]
             if isinstance(closing, Close) and closing.request == number and number in self.truths:
-                check_keys(self.core, state, self.truths[number])
+                check_keys(stage, state, self.truths[number])
 
 
-def check_request(state: StageRequest) -> None:
+def check_request(state: StageRequest, *, pruned: bool = True) -> None:
     """What must hold of a request on a stage whenever nothing of it is being computed."""
     count = len(state.nodes)
     lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
@@ -94,6 +96,8 @@ def check_request(state: StageRequest) -> None:
     assert state.cache.prefix_length == state.tip_position + 1, "the path was not committed"
     for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
         assert state.rows[node] == row
+        if not pruned:
+            continue  # a dead row may stand until the next verdict
         if parent == state.tip:
             assert state.positions[row] == state.tip_position + 1
             living = state.next_token in (None, state.tokens[row])

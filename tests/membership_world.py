@@ -58,6 +58,12 @@ class OneLayerPerGigabyte:
         """Any counts."""
         return bool(places)
 
+    def seconds_per_token(
+        self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
+    ) -> float:
+        """The stage with the most layers is the slowest."""
+        return float(max(place.last - place.first for place in places))
+
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """One layer takes one GB."""
         have = report.memory_available_bytes // 10**9
@@ -101,14 +107,14 @@ class World:
         """A device's message."""
         self.apply(self.members.handle(peer, message, self.now))
 
-    def pass_time(self, seconds: float, *alive: bytes) -> None:
+    def pass_time(self, seconds: float, *alive: bytes, idle: bool = True) -> None:
         """Devices that are alive send heartbeats."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.25
             for peer in alive:
                 self.say(peer, Beat(sent_at=self.now))
-            self.apply(self.members.tick(self.now))
+            self.apply(self.members.tick(self.now, idle=idle))
 
     def last(self, peer: bytes, kind: type) -> object:
         """The newest message of a kind that the peer was told; None without one."""

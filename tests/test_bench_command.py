@@ -152,6 +152,19 @@ def test_a_warm_cluster_answers_a_whole_set(bench):
     assert all(sample.warm and sample.parameters["calibrate"] for sample in samples)
 
 
+def test_a_pipeline_without_a_mechanism_is_emulated_alone(bench, tmp_path):
+    """Found by name; its samples are its own, its text the target's. Real stages have them all."""
+    names = "streaming,streaming-unpruned,streaming-head-verdict"
+    result = bench("--strategies", names, "--datasets", "qa", "--limit", "1")
+    assert result.exit_code == 0, result.output
+    assert "3 samples (3 run now)" in result.output
+    assert "0 differ from the target alone" in result.output
+    real = CliRunner().invoke(app, ["bench", "--real", "--strategies", names, "--out", "real"])
+    assert isinstance(real.exception, ValueError)
+    assert "streaming-unpruned runs on an emulated cluster alone" in str(real.exception)
+    assert not (tmp_path / "real").exists()
+
+
 def test_questions_that_do_not_fit_are_left_out_and_told(bench):
     """By set, question and turn; a set that fits not at all is an error."""
     result = bench("--strategies", "ar", "--datasets", "mt_bench", "--max-tokens", "16383")

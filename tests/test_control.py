@@ -19,6 +19,7 @@ from flowspec.cluster.messages import (
 )
 from flowspec.cluster.token import derive_keys, new_token
 from flowspec.transport.control import (
+    NO_HANDSHAKE,
     WRONG_TOKEN,
     ControlClient,
     ControlServer,
@@ -125,6 +126,31 @@ def test_a_wrong_token_and_a_closed_port_are_told_apart():
         assert f"refuses port {port}" in late.connect(10.0)
     finally:
         late.close()
+
+
+def test_a_handshake_that_does_not_end_is_not_the_tokens_fault():
+    """A network that breaks up in the middle of it: trying again may help."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        client = ControlClient("127.0.0.1", mute.getsockname()[1], KEYS)
+        try:
+            assert NO_HANDSHAKE in client.connect(0.5)
+        finally:
+            client.close()
+
+
+def test_one_broken_handshake_is_tried_again():
+    """A head that is restarted at that moment; the token is right."""
+    with socket.create_server(("127.0.0.1", 0)) as dying:
+        port = dying.getsockname()[1]
+        client = ControlClient("127.0.0.1", port, KEYS)
+        dying.settimeout(10.0)
+        dying.accept()[0].close()
+    server = ControlServer("127.0.0.1", port, KEYS)
+    try:
+        assert client.connect(10.0) == ""
+    finally:
+        client.close()
+        server.close()
 
 
 def test_addresses_and_reasons():

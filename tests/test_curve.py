@@ -12,6 +12,7 @@ from flowspec.cluster.token import derive_keys, new_token
 from flowspec.codec import WireError
 from flowspec.request import ClusterError, NodeId
 from flowspec.transport import zmq_sockets
+from flowspec.transport.base import LostPeer
 from flowspec.transport.curve import MAX_PIECE_BYTES, WRONG_KEY, split_address
 from flowspec.transport.pieces import cut, join
 from flowspec.transport.tally import Tally
@@ -74,8 +75,8 @@ def test_long_segments_pass_the_limit_of_a_frame() -> None:
         stage.close()
 
 
-def test_a_connection_comes_back() -> None:
-    """A peer that starts anew at its address is found again by itself."""
+def test_a_connection_that_breaks_is_told_to_the_sender() -> None:
+    """What was on its way is lost, though the peer is there again: nobody may wait for it."""
     stage = ZmqTransport(1, free(1), KEYS)
     book = {1: stage.bound}
     head = ZmqTransport(0, {**free(0), **book}, KEYS)
@@ -84,12 +85,25 @@ def test_a_connection_comes_back() -> None:
         receive(stage)
         stage.close()
         stage = ZmqTransport(1, book, KEYS)
-        end = time.monotonic() + SOON_S
-        got: list[WireMessage] = []
-        while not got and time.monotonic() < end:  # what was on its way may be lost
-            head.send(1, Started(request=1, seq_no=2))
-            got += stage.receive(0.2)
-        assert got
+        with pytest.raises(LostPeer, match="stage 1: connection lost: it broke"):
+            receive(head)
+    finally:
+        head.close()
+        stage.close()
+
+
+def test_a_peer_that_is_not_there_yet_is_waited_for() -> None:
+    """No connection has broken: what is sent arrives once somebody listens."""
+    stage = ZmqTransport(1, free(1), KEYS)
+    book = {1: stage.bound}
+    stage.close()
+    head = ZmqTransport(0, {**free(0), **book}, KEYS)
+    try:
+        head.send(1, Started(request=1, seq_no=1))
+        assert not head.receive(0.5)
+        stage = ZmqTransport(1, book, KEYS)
+        assert isinstance(receive(stage), Started)
+        assert not head.receive(0.1)
     finally:
         head.close()
         stage.close()

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
-from membership_world import CONFIG, HEAD, MODEL, World
+from membership_world import CONFIG, HEAD, MODEL, NUM_LAYERS, OneLayerPerGigabyte, World
 
-from flowspec.cluster.membership import MAX_STRIKES, Phase
+from flowspec.cluster.membership import MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.messages import (
     Addresses,
     Assign,
@@ -20,7 +20,8 @@ from flowspec.cluster.messages import (
     Welcome,
     WhoAreYou,
 )
-from flowspec.cluster.roster import GiveUp, Resume
+from flowspec.cluster.roster import GiveUp, Place, Placement, Resume
+from flowspec.model.split_plan import even_layers
 
 
 def test_layers_are_given_out_once_they_are_covered():
@@ -151,6 +152,58 @@ def test_a_late_device_is_a_spare_and_is_told_so():
     assert world.members.phase is Phase.SERVING
 
 
+class AsManyAsThereAre(OneLayerPerGigabyte):
+    """Spreads the layers over all devices."""
+
+    def place(self, reports, *, spares):
+        """Even layers over all of them, in order of their names."""
+        layers = even_layers(NUM_LAYERS, len(reports))
+        starts = [sum(layers[:k]) for k in range(len(layers))]
+        return Placement(
+            tuple(
+                Place(name, start, start + count)
+                for name, start, count in zip(sorted(reports), starts, layers, strict=True)
+            )
+        )
+
+    def accepts(self, places):
+        """Nobody has chosen."""
+        return True
+
+
+def test_devices_that_come_late_share_the_layers_once_nobody_waits_for_an_answer():
+    """One line per device, pasted one after the other: the first must not keep it all."""
+    world = World()
+    world.members.planner = AsManyAsThereAre()
+    a = world.join("a", 8)
+    world.pass_time(1.5, a)
+    world.load(a)
+    assert [place.last for place in world.members.places] == [8]
+    b = world.join("b", 8)
+    assert "takes over when a device is lost" in world.last(b, Standby).why
+    world.pass_time(3.0, a, b, idle=False)
+    assert world.members.epoch == 1, "an answer is under way"
+    world.pass_time(0.5, a, b)
+    assert [place.last for place in world.members.places] == [4, 8]
+    world.load(a, b)
+    assert world.members.phase is Phase.SERVING
+    world.pass_time(5.0, a, b)
+    assert world.members.epoch == 2, "planned once"
+
+
+def test_layers_do_not_move_for_little():
+    """Loading takes longer than a few percent will ever bring back."""
+    world = World()
+    world.members.planner = AsManyAsThereAre()
+    world.members.planner.seconds_per_token = lambda reports, places: 10.0 - 0.5 * len(places)
+    a = world.join("a", 8)
+    world.pass_time(1.5, a)
+    world.load(a)
+    b = world.join("b", 8)
+    world.pass_time(5.0, a, b)
+    assert world.members.epoch == 1
+
+
 def test_a_returning_device_takes_its_own_layers_back():
     """Within the wait nobody else is asked; the other one's layers stay where they are."""
     world = World()
@@ -217,6 +270,29 @@ def test_who_fails_again_and_again_need_not_come_back():
         epoch = world.last(b, Assign).epoch
         world.say(b, Trouble(epoch=epoch, cause="out of memory"))
     assert world.last(b, Refuse) == Refuse(why="out of memory", retry=False)
+
+
+def test_faults_that_lie_far_apart_are_forgiven():
+    """A device that runs out of memory once a day is worth having."""
+    world = World()
+    a = world.join("a")
+    for _ in range(MAX_STRIKES + 1):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+        assert world.last(b, Refuse).retry
+        world.pass_time(STRIKES_S, a)
+
+
+def test_connections_that_break_as_an_epoch_ends_cost_nobody_its_place():
+    """The others leave the data plane when one is lost, and whoever is slow sees them go."""
+    world = World(rejoin_wait_s=5.0)
+    a, b, c = world.serving(3, 3, 3)
+    world.apply(world.members.unreachable(b, world.now))
+    assert world.members.phase is Phase.GATHERING
+    world.say(a, Trouble(epoch=1, cause="connection lost", lost=3))
+    assert set(world.members.devices) == {"a", "c"}
 
 
 def test_another_model_is_refused_by_both_hashes():

@@ -16,7 +16,7 @@ from flowspec.eval.plan import Plan, make_cases, parse_settings, read_table
 from flowspec.eval.runner import Outcome
 from flowspec.eval.summary import summarize
 from flowspec.simulate.emulation import Emulation, load_emulation
-from flowspec.strategies import STRATEGIES
+from flowspec.strategies import STRATEGIES, check_runs_for_real
 
 TABLES = BUNDLED.parent.parent / "config" / "eval.yaml"
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
@@ -91,6 +91,8 @@ def bench(
         read_table(config, table),
         parse_settings(settings or [], chosen),
     )
+    for case in cases if real else ():
+        check_runs_for_real(case.strategy)
     drafters = {case.drafter_name for case in cases} | {"none"}
     emulations: dict[str, Emulation] = {}
     if not real:

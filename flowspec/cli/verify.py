@@ -25,7 +25,7 @@ from flowspec.eval.verify import Combination, Verifier
 from flowspec.model.load import load_whole
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.strategies import STRATEGIES, find_strategy
+from flowspec.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
 
@@ -98,7 +98,7 @@ def verify(
         raise ValueError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
     names = _names(strategies, tuple(STRATEGIES))
     for name in names:
-        find_strategy(name)
+        check_runs_for_real(name)  # a cluster serves several of them here
     at_once = _numbers(requests, int, "--requests")
     config = RunConfig(
         model=model or RunConfig().model,

@@ -132,6 +132,7 @@ class HeadEngine:
         self.config, self.parts, self.keys = config, parts, keys
         self.head: Head = build_head(config, parts)
         self.head.resumes = True  # membership replaces a stage that fails
+        self.failure: Exception | None = None  # of its thread: it does nothing any more
         self.crossed_at: float | None = None  # when a token last came through every stage
         self.epoch_at: float | None = None  # when the epoch began
         self.statuses: dict[int, Status] = {}
@@ -174,9 +175,9 @@ class HeadEngine:
             while self._serve_commands():
                 if self._is_live:
                     self._turn()
-        except Exception:
+        except Exception as error:
             log.exception("the head failed")
-            raise
+            self.failure = error
         finally:
             self._drop_transport()
 

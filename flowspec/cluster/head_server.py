@@ -43,6 +43,7 @@ from flowspec.cluster.messages import (
 )
 from flowspec.cluster.roster import Effect, Engage, GiveUp, Halt, Resume, Say, Tell
 from flowspec.cluster.status import HeadFacts, cluster_status
+from flowspec.request import ClusterError
 from flowspec.transport.control import ControlServer, UnreachableError
 from flowspec.transport.tally import Tally
 
@@ -77,6 +78,7 @@ class HeadServer:
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.control, self.membership = control, membership
+        self.failure: Exception | None = None  # of one of its threads: nothing is served any more
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.engine = new_engine(self._hear)
         self._sizes = sizes
@@ -95,6 +97,11 @@ class HeadServer:
         self.engine.start()
         self._thread.start()
 
+    def check(self) -> None:
+        """Raises ClusterError where one of its threads has failed."""
+        if failure := self.failure or self.engine.failure:
+            raise ClusterError("head", f"{type(failure).__name__}: {failure}; see its log")
+
     @property
     def is_serving(self) -> bool:
         """Whether all layers are covered now."""
@@ -104,7 +111,7 @@ class HeadServer:
         """Take no new requests and wait for the open ones; whether all have ended."""
         self._draining = why
         end = time.monotonic() + timeout_s
-        while self._callers and time.monotonic() < end:
+        while self._callers and self._thread.is_alive() and time.monotonic() < end:
             time.sleep(DRAIN_POLL_S)
         return not self._callers
 
@@ -128,15 +135,15 @@ class HeadServer:
                     self._take(peer, frame)
                 while not self._events.empty():
                     self._from_engine(self._events.get())
-                self._apply(self.membership.tick(time.monotonic()))
+                self._apply(self.membership.tick(time.monotonic(), idle=not self._callers))
             for ticket in list(self._callers):
                 self._end(
                     ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}")
                 )
             self._apply(self.membership.close(self._draining))
-        except Exception:
+        except Exception as error:
             log.exception("the control thread failed")
-            raise
+            self.failure = error
 
     def _take(self, peer: bytes, frame: bytes) -> None:
         try:
@@ -210,7 +217,7 @@ class HeadServer:
                     self._on_say(effect)
                 case Halt():
                     self.engine.post(effect)
-                    for caller in self._callers.values():
+                    for caller in list(self._callers.values()):  # who has left goes meanwhile
                         text = f"{effect.error}; the answer goes on when its layers are held again"
                         self._send(caller.peer, Note(id=caller.id, text=text[:4000]))
                 case Engage() | Resume() | GiveUp():

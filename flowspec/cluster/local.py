@@ -46,7 +46,8 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
 SLOW_DISK_BYTES_PER_S = 50e6
-POLL_S = 0.2  # how often the children are looked at
+POLL_S = 0.2
+LOOK_EVERY_S = 0.05  # at the stage processes: each look is a system call per stage
 STOP_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
 LOG_TAIL_LINES = 8
@@ -135,7 +136,7 @@ class LocalCluster:
             raise
 
     def _events(self, answers: Answers, *, alone: bool) -> Iterator[Tokens | Completion]:
-        driver = self.driver
+        driver, looked_at = self.driver, 0.0
         while True:
             while driver.to_client:
                 message = driver.to_client.popleft()
@@ -151,8 +152,10 @@ class LocalCluster:
                     return
             try:
                 driver.turn(POLL_S)
-                self._check_children()
-                self._check_progress()
+                if time.monotonic() - looked_at > LOOK_EVERY_S:
+                    self._check_children()
+                    self._check_progress()
+                    looked_at = time.monotonic()
                 if self.head.outage is not None:
                     where, _, cause = self.head.outage.partition(": ")
                     raise ClusterError(where, cause)

@@ -10,16 +10,15 @@ that what a device of an older epoch still sends reaches nobody.
 
 from enum import Enum
 
+from flowspec.cluster.greeting import introduce, refuse
 from flowspec.cluster.keep import as_held, patched
 from flowspec.cluster.messages import (
-    PROTOCOL_VERSION,
     Addresses,
     Assign,
     Beat,
     Bye,
     FromDevice,
     Hello,
-    ModelCard,
     Progress,
     Refuse,
     Release,
@@ -48,7 +47,9 @@ from flowspec.cluster.roster import (
 )
 from flowspec.request import ClusterError
 
-MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back
+MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
+STRIKES_S = 600.0  # ... within this time
+WORTH_MOVING = 1.1  # layers move to devices that came late where a token takes so much less
 MAX_GONE = 64  # lost devices that are remembered for the status
 
 
@@ -76,10 +77,11 @@ class Membership:
         self.places: tuple[Place, ...] = ()  # of the newest epoch
         self.started_at = now
         self.joined_at = now  # the newest device
+        self._planned_at = now  # over all devices that were there
         self.uncovered_since: float | None = now  # None while it serves
         self.gave_up = False  # it has been so for too long
         self._said = ""  # the last reason for waiting, not to repeat it
-        self._strikes: dict[str, int] = {}  # name -> how often it failed by its own fault
+        self._strikes: dict[str, list[float]] = {}  # name -> when it failed by its own fault
 
     def handle(self, peer: bytes, message: FromDevice, now: float) -> list[Effect]:
         """What follows from a device's message."""
@@ -105,8 +107,11 @@ class Membership:
                 return self._trouble(device, message, now)
         return []
 
-    def tick(self, now: float) -> list[Effect]:
-        """What follows from time alone; to be called several times per heartbeat."""
+    def tick(self, now: float, *, idle: bool = True) -> list[Effect]:
+        """What follows from time alone; to be called several times per heartbeat.
+
+        `idle`: no request is open, so that layers may move without anybody waiting for them.
+        """
         effects: list[Effect] = []
         config = self.config
         for device in list(self.devices.values()):
@@ -122,6 +127,8 @@ class Membership:
         if self.phase is Phase.GATHERING:
             effects += self._try_to_cover(now)
             effects += self._check_given_up(now)
+        elif self.phase is Phase.SERVING and idle and self._planned_at < self.joined_at:
+            effects += self._try_to_improve(now)
         return effects
 
     def unreachable(self, peer: bytes, now: float) -> list[Effect]:
@@ -151,18 +158,12 @@ class Membership:
             return []
         return self._lose(stages[rank], cause, now, tell=True)
 
-    def restart(self, why: str, now: float) -> list[Effect]:
-        """Give the epoch up and plan anew over all devices, as when a better plan is known."""
-        effects = self._halt(ClusterError("head", why), now)
-        self.places = ()
-        return [*effects, *self._try_to_cover(now)]
-
     def close(self, why: str) -> list[Effect]:
         """The head ends: every device is told."""
         return [Tell(device.peer, Bye(why=why)) for device in self.devices.values()]
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Effect]:
-        if refusal := self._refusal(hello):
+        if refusal := refuse(hello, self.config):
             return [Tell(peer, refusal), Say(f"refused: {refusal.why}", hello.name, "warning")]
         effects: list[Effect] = []
         for old in list(self.devices.values()):
@@ -183,7 +184,7 @@ class Membership:
             dead_after_s=config.dead_after_s,
             clock=max(0.0, now + self._wall_offset_s),
         )
-        effects += [Tell(peer, welcome), Say(_about(device), name)]
+        effects += [Tell(peer, welcome), Say(introduce(device), name)]
         skew_s = hello.clock - welcome.clock
         if abs(skew_s) > config.clock_skew_s:
             text = f"its clock is {skew_s:+.0f} s off the head's; log times will not compare"
@@ -192,29 +193,6 @@ class Membership:
             device.about = "came when the layers were covered; takes over when a device is lost"
             effects += [Tell(peer, Standby(why=device.about)), Say(f"spare: {device.about}", name)]
         return [*effects, *self._try_to_cover(now)]
-
-    def _refusal(self, hello: Hello) -> Refuse | None:
-        """Why a device cannot be part of this cluster, with both values."""
-        config = self.config
-        if hello.protocol != PROTOCOL_VERSION:
-            return Refuse(
-                why=f"the head speaks control protocol {PROTOCOL_VERSION}, the device "
-                f"{hello.protocol}; install the same FlowSpec on both ({config.version} is here, "
-                f"{hello.version} there)"
-            )
-        if hello.version != config.version:
-            return Refuse(
-                why=f"the head runs FlowSpec {config.version}, the device {hello.version}; "
-                "install the same version on both"
-            )
-        held = hello.model
-        if hello.pinned and (held is None or not held.is_same_weights(config.model)):
-            have = _card(held) if held is not None else "none"
-            return Refuse(
-                why=f"the head serves {_card(config.model)}, the device is offline and holds "
-                f"{have}; let it fetch, or copy the head's model there"
-            )
-        return None
 
     def _ready(self, device: Device, message: StageReady, now: float) -> list[Effect]:
         have, needed = message.model_hash, self.config.model.model_hash
@@ -235,9 +213,12 @@ class Membership:
     def _trouble(self, device: Device, message: Trouble, now: float) -> list[Effect]:
         """A stage cannot go on: by its own fault, or because it cannot reach another."""
         if message.lost < 0:
-            strikes = self._strikes[device.name] = self._strikes.get(device.name, 0) + 1
-            final = strikes >= MAX_STRIKES
+            recent = [at for at in self._strikes.get(device.name, ()) if now - at < STRIKES_S]
+            self._strikes[device.name] = [*recent, now]
+            final = len(recent) + 1 >= MAX_STRIKES
             return self._lose(device, message.cause, now, tell=True, final=final)
+        if not device.rank:
+            return []  # the epoch is over: connections break as the others leave it
         cause = f"{message.cause} (seen by {device.name})"
         for other in self._stages():
             if other.rank == message.lost:
@@ -309,7 +290,29 @@ class Membership:
             return not enough and now - self.started_at < config.wait_for_devices_s
         return now - self.joined_at < config.settle_s
 
+    def _try_to_improve(self, now: float) -> list[Effect]:
+        """Devices have come since the layers were given out: plan anew where that pays."""
+        chooses = self.planner.accepts(())  # else somebody has chosen the counts of layers
+        if now - self.joined_at < self.config.settle_s or not chooses:
+            return []
+        self._planned_at = now
+        reports = {name: device.report for name, device in self.devices.items()}
+        try:
+            placement = self.planner.place(reports, spares=self.config.spares)
+        except DoesNotFitError:  # what a device has free now may be less than what it holds
+            return []
+        before = self.planner.seconds_per_token(reports, self.places)
+        after = self.planner.seconds_per_token(reports, placement.places)
+        if before < WORTH_MOVING * after:
+            return self._stand_by(placement)
+        why = (
+            f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
+            f"{before * 1e3:.3g} ms as it is"
+        )
+        return [Say(why), *self._halt(ClusterError("head", why), now), *self._begin(placement, now)]
+
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
+        self._planned_at = now
         self.epoch += 1
         self.phase, self.places, self._said = Phase.PREPARING, placement.places, ""
         effects: list[Effect] = [Say(placement.about)] if placement.about else []
@@ -332,10 +335,16 @@ class Membership:
             )
             effects.append(Tell(device.peer, assign))
             effects.append(Say(f"gets layers {place.first} to {place.last - 1}", place.name))
+        return [*effects, *self._stand_by(placement)]
+
+    def _stand_by(self, placement: Placement) -> list[Effect]:
+        """Tell those that have nothing to do why, once."""
+        effects: list[Effect] = []
         for name, why in placement.left_out.items():
-            if name in self.devices and self.devices[name].about != why:
-                self.devices[name].about = why
-                effects += [Tell(self.devices[name].peer, Standby(why=why)), Say(why, name)]
+            device = self.devices.get(name)
+            if device is not None and not device.rank and device.about != why:
+                device.about = why
+                effects += [Tell(device.peer, Standby(why=why)), Say(why, name)]
         return effects
 
     def _check_given_up(self, now: float) -> list[Effect]:
@@ -359,18 +368,3 @@ class Membership:
             return []
         self._said = text
         return [Say(text, level="warning")]
-
-
-def _about(device: Device) -> str:
-    """A device in one line."""
-    report = device.report
-    rate = report.bandwidth_bytes_per_s / 1e9
-    return (
-        f"joined: {report.kind}, {report.torch_device}, "
-        f"{report.memory_available_bytes / 1e9:.1f} of {report.memory_total_bytes / 1e9:.1f} GB "
-        f"free, {rate:.1f} GB/s"
-    )
-
-
-def _card(card: ModelCard) -> str:
-    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype}, {card.quantization})"

@@ -9,6 +9,7 @@ from flowspec.cluster.plan import (
     Weights,
     fixed_layers,
     plan_layers,
+    time_per_token,
     too_small,
 )
 from flowspec.cluster.roster import Place, Placement
@@ -45,6 +46,14 @@ class DevicePlanner:
     def accepts(self, places: Sequence[Place]) -> bool:
         """See Planner.accepts."""
         return not self.layers or self.layers == tuple(p.last - p.first for p in places)
+
+    def seconds_per_token(
+        self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
+    ) -> float:
+        """See Planner.seconds_per_token."""
+        candidates = [as_candidate(place.name, reports[place.name]) for place in places]
+        counts = [place.last - place.first for place in places]
+        return time_per_token(candidates, self.model, self.needs, counts, self.weights)
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """See Planner.too_small."""

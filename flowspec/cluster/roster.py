@@ -83,6 +83,11 @@ class Planner(Protocol):
     def accepts(self, places: Sequence[Place]) -> bool:
         """Whether nobody has asked for other counts of layers than these."""
 
+    def seconds_per_token(
+        self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
+    ) -> float:
+        """Predicted, to compare places with."""
+
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
         """Why a device cannot hold that many layers; empty where it can."""
 

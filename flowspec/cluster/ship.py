@@ -122,6 +122,10 @@ def fetch_manifest(address: str, keys: Keys, sha256: str, timeout_s: float) -> M
                 if part.offset != len(content) or part.digest != digest:
                     continue
                 _check_known(part, "manifest")
+                if part.busy:
+                    time.sleep(BUSY_WAIT_S)
+                    client.ask(digest, len(content), CHUNK_BYTES)
+                    continue
                 content += b"".join(part.pieces or ())
                 if len(content) == part.total or part.total > MAX_MANIFEST_BYTES:
                     return _open_manifest(content, sha256)

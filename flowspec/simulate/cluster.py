@@ -8,6 +8,7 @@ from flowspec.effects import HEAD, Core
 from flowspec.engine import HeadParts, build_head
 from flowspec.head import Head
 from flowspec.request import ClusterError, Completion, Request
+from flowspec.simulate.ablated import arrange
 from flowspec.simulate.emulation import Emulation
 from flowspec.simulate.scheduler import (
     ChargeHost,
@@ -24,7 +25,10 @@ from flowspec.wire import Cancel, Status, Submit, Tokens
 
 
 class SimulatedCluster:
-    """Head and stages under one Simulator. Times in its statistics are virtual seconds."""
+    """Head and stages under one Simulator. Times in its statistics are virtual seconds.
+
+    What the head's strategy takes away from the pipeline itself is taken away here (ablated.py).
+    """
 
     def __init__(
         self,
@@ -37,15 +41,20 @@ class SimulatedCluster:
         wrap: Callable[[Core], Core] = lambda core: core,
     ) -> None:
         self.head = head
-        cores: dict[int, Core] = {HEAD: wrap(head)}
-        cores.update({stage.rank: wrap(stage) for stage in stages})
-        self.stages = list(stages)
+        at_head, self.stages = arrange(head, stages)
+        cores: dict[int, Core] = {HEAD: wrap(at_head)}
+        cores.update({stage.rank: wrap(stage) for stage in self.stages})
         self.simulator = Simulator(
             cores, work_time=work_time, link_time=link_time, host_time=host_time
         )
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
-        """See Cluster.configure."""
+        """See Cluster.configure. Raises ValueError where `spec` needs another pipeline."""
+        if spec.without is not self.head.spec.without:
+            raise ValueError(
+                "an ablation of the pipeline needs a cluster that was made for it; run it with "
+                "`flowspec bench`"
+            )
         self.head.configure(spec, config)
 
     def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:

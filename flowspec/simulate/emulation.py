@@ -99,7 +99,9 @@ class Emulation:
             return max(NOTHING_S, drafted + self._host_s(HEAD))
         segments = work.about.get("segments", ())
         requests = max(1, len({segment.request for segment in segments}))
-        time = self.forward_s(rank, work.rows, work.context * requests)
+        time = 0.0
+        if rank != HEAD:  # a head that makes the verdicts runs the lm_head alone
+            time = self.forward_s(rank, work.rows, work.context * requests)
         if work.kind == "verify":
             asked = sum(
                 int(segment.verify) if segment.prefix else len(segment.nodes)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flowspec.config import DecodeConfig
-from flowspec.strategies.ablations import Draining, Eager, FixedSize, Ticking
+from flowspec.strategies.ablations import Draining, Eager, FixedSize, Ticking, Without
 from flowspec.strategies.ar import Ar
 from flowspec.strategies.base import Strategy
 from flowspec.strategies.flowspec import FlowSpec
@@ -17,12 +17,13 @@ from flowspec.strategies.streaming import Streaming
 
 @dataclass(frozen=True, slots=True)
 class StrategySpec:
-    """A strategy, its defaults and whether it needs a drafter."""
+    """A strategy, its defaults, whether it needs a drafter, and what it takes from the pipeline."""
 
     make: Callable[[], Strategy]
     defaults: DecodeConfig
     about: str
     drafts: bool = True
+    without: Without | None = None
 
 
 STRATEGIES: dict[str, StrategySpec] = {
@@ -83,6 +84,12 @@ ABLATIONS: dict[str, StrategySpec] = {
     "streaming-grafted": StrategySpec(
         Streaming, replace(_STREAMING, graft=True), "with n-gram branches"
     ),
+    "streaming-unpruned": StrategySpec(
+        Streaming, _STREAMING, "without in-flight pruning", without=Without.PRUNING
+    ),
+    "streaming-head-verdict": StrategySpec(
+        Streaming, _STREAMING, "with the verdict on the head", without=Without.LAST_STAGE_VERDICT
+    ),
 }
 
 
@@ -93,3 +100,13 @@ def find_strategy(name: str) -> StrategySpec:
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
+
+
+def check_runs_for_real(name: str) -> None:
+    """Raise ValueError for a strategy that is unknown, or lacks what every real pipeline has."""
+    without = find_strategy(name).without
+    if without is not None:
+        raise ValueError(
+            f"strategy {name} runs on an emulated cluster alone (`flowspec bench` without --real): "
+            f"no real pipeline can be had without {without.value}"
+        )

@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import Enum
 
 from flowspec.session import Session
 from flowspec.strategies.base import Outgoing
 from flowspec.strategies.streaming import Streaming
 from flowspec.tree import Node
+
+
+class Without(Enum):
+    """What the pipeline itself lacks; on the simulator's clock alone (simulate/ablated.py)."""
+
+    PRUNING = "in-flight pruning"
+    LAST_STAGE_VERDICT = "the verdict on the last stage"
 
 
 class Draining(Streaming):

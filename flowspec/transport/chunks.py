@@ -6,6 +6,7 @@ path ever travels. The asker keeps a window of requests under way; that is all a
 
 import logging
 import struct
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ CHUNK_BYTES = 256 << 10
 WINDOW = 16  # chunks under way per asker
 MAX_QUEUED = 4 * WINDOW  # libzmq tells of room late, in batches of half its limit
 MAX_PEERS = 64  # that are served at one time
+IDLE_S = 5.0  # who asks for nothing for so long is taken to have left: libzmq does not tell
 LINGER_MS = 500
 IO_THREADS = 2  # they encrypt; askers are shared out among them
 HASH_BYTES = 32
@@ -64,7 +66,7 @@ class ChunkServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(MAX_QUEUED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._peers: OrderedDict[bytes, None] = OrderedDict()
+        self._peers: OrderedDict[bytes, float] = OrderedDict()  # when each last asked
         try:
             self.address = self._guard.listen(self._socket, address)
         except ValueError:
@@ -114,12 +116,14 @@ class ChunkServer:
             self.dropped.add(NOT_TAKEN, error.strerror)
 
     def _admit(self, peer: bytes) -> bool:
-        # Who asks for more stays; libzmq does not tell who left, so the oldest must make room.
+        now = time.monotonic()
         if peer not in self._peers and len(self._peers) >= MAX_PEERS:
-            self._peers.popitem(last=False)
-            self.dropped.add(TOO_MANY, f"at most {MAX_PEERS} at one time")
-            return False
-        self._peers[peer] = None
+            oldest = next(iter(self._peers))
+            if now - self._peers[oldest] < IDLE_S:
+                self.dropped.add(TOO_MANY, f"at most {MAX_PEERS} at one time")
+                return False
+            del self._peers[oldest]
+        self._peers[peer] = now
         self._peers.move_to_end(peer)
         return True
 

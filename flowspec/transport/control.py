@@ -6,6 +6,7 @@ into pieces that the sockets cap before they read them. Nothing here knows what 
 
 import os
 import socket
+import time
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
@@ -18,9 +19,18 @@ MAX_QUEUED = 1000  # messages per peer and direction
 LINGER_MS = 500
 BURST = 256  # messages taken before whoever asked gets to act on them
 CONNECT_TIMEOUT_S = 3.0
+# So many handshakes must be broken off before the token is blamed: a head that restarts breaks one.
+MAX_BROKEN_OFF = 3
 WRONG_TOKEN = (
     "the handshake was broken off: the token is not this cluster's, or what listens there is no "
     "FlowSpec head; copy the whole line that `flowspec serve` printed"
+)
+
+NO_HANDSHAKE = "it is there, but the handshake did not end in time; is the network breaking up?"
+BROKEN_OFF = (
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
 )
 
 
@@ -119,12 +129,22 @@ class ControlClient:
 
     def connect(self, timeout_s: float) -> str:
         """Why there is no connection to the head within `timeout_s`; empty where there is."""
-        if self._monitor.poll(int(timeout_s * 1e3)):
+        end, num_broken_off = time.monotonic() + timeout_s, 0
+        while not self.is_connected and num_broken_off < MAX_BROKEN_OFF:
+            left_s = end - time.monotonic()
+            if left_s <= 0 or not self._monitor.poll(int(left_s * 1e3)):
+                break
             event = int(recv_monitor_message(self._monitor)["event"])
             self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            num_broken_off += event in BROKEN_OFF
+            if event == zmq.EVENT_CONNECT_RETRIED and (reason := why_unreachable(*self._where)):
+                return reason
         if self.is_connected:
             return ""
-        return why_unreachable(*self._where) or f"{self._where[0]}:{self._where[1]}: {WRONG_TOKEN}"
+        if reason := why_unreachable(*self._where):
+            return reason
+        where = f"{self._where[0]}:{self._where[1]}"
+        return f"{where}: {WRONG_TOKEN if num_broken_off >= MAX_BROKEN_OFF else NO_HANDSHAKE}"
 
     def receive(self, timeout_s: float) -> list[bytes]:
         """Messages that have come; waits at most `timeout_s`. `is_connected` may turn False."""

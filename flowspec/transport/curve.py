@@ -15,6 +15,7 @@ from collections import deque
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from flowspec.transport.base import LOST, LostPeer
 from flowspec.transport.door import Door
 from flowspec.transport.keys import Keys
 from flowspec.transport.tally import Tally
@@ -235,6 +236,27 @@ class _Watch:
         self.door.close()
         with contextlib.suppress(zmq.ZMQError):
             self.monitor.close(linger=0)
+
+
+class Line:
+    """An outbox's connection: what breaks it loses what is on its way."""
+
+    def __init__(self, outbox: "zmq.Socket[bytes]", peer: str) -> None:
+        self.monitor = outbox.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
+        self._peer, self._is_up = peer, False
+
+    def look(self) -> None:
+        """Take in what has happened since. Raises LostPeer where a connection that stood broke."""
+        for _ in range(MAX_EVENTS):
+            try:
+                event = int(recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"])
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_DISCONNECTED and self._is_up:
+                raise LostPeer(self._peer, f"{LOST}: it broke, or was closed at the other end")
+            self._is_up = self._is_up or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import zmq
 
 from flowspec.codec import MAX_FRAME_BYTES, WireError, decode, encode
 from flowspec.request import ClusterError, rank_name
-from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
+from flowspec.transport.curve import MAX_PIECE_BYTES, Guard, Line
 from flowspec.transport.keys import Keys
 from flowspec.transport.pieces import cut, join
 from flowspec.transport.tally import Tally
@@ -28,9 +28,9 @@ class ZmqTransport:
 
     For local runs the addresses are ipc:// sockets in a folder that only this user may enter. With
     `keys` they are tcp://host:port, every connection is encrypted, and both ends prove that they
-    hold the keys (see curve.py). A message on its way when a connection breaks may be lost; later
-    ones arrive once it is there again. `addresses` is read when a rank is first sent to. Port 0
-    takes a free port; `bound` says which.
+    hold the keys (see curve.py). What is on its way when such a connection breaks may be lost, and
+    whoever waits for it would wait for ever: the sender's `receive` raises LostPeer. `addresses` is
+    read when a rank is first sent to. Port 0 takes a free port; `bound` says which.
 
     A frame that is no message raises WireError in a local run: it can only be a bug. With `keys` it
     is dropped and counted in `dropped`, for a cluster must outlive one member gone wrong.
@@ -47,6 +47,7 @@ class ZmqTransport:
         self.bound: dict[str, str] = {}
         self._inboxes = [self._bind(lane) for lane in (CONTROL, DATA_LANE)]
         self._outboxes: dict[tuple[int, str], zmq.Socket[bytes]] = {}
+        self._lines: dict[zmq.Socket[bytes], Line] = {}  # by monitor
         self._poller = zmq.Poller()
         for inbox in self._inboxes:
             self._poller.register(inbox, zmq.POLLIN)
@@ -72,8 +73,13 @@ class ZmqTransport:
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
         """See Transport.receive."""
         messages = self._drain()
-        if not messages and timeout_s > 0 and self._poller.poll(int(timeout_s * 1e3)):
+        if messages or timeout_s <= 0:
+            return messages
+        if ready := self._poller.poll(int(timeout_s * 1e3)):
             self._wake.clear()
+            for source, _ in ready:
+                if source in self._lines:
+                    self._lines[source].look()
             messages = self._drain()
         return messages
 
@@ -92,20 +98,13 @@ class ZmqTransport:
         """How many connections were refused, by reason."""
         return self._guard.refusals.counts() if self._guard else {}
 
-    def forget(self, rank: int) -> None:
-        """Drop the connections to a rank and what waits for it; its address is read anew."""
-        for to, lane in list(self._outboxes):
-            if to == rank:
-                self._outboxes.pop((to, lane)).close(linger=0)
-
     def _drain(self) -> list[WireMessage]:
         messages = []
         for inbox in self._inboxes:
             for _ in range(MAX_QUEUED_MESSAGES):
-                try:
-                    frames = inbox.recv_multipart(zmq.NOBLOCK, copy=False)
-                except zmq.Again:
+                if not int(inbox.get(zmq.EVENTS)) & zmq.POLLIN:  # an exception would take longer
                     break
+                frames = inbox.recv_multipart(zmq.NOBLOCK, copy=False)
                 try:
                     messages.append(self._decode([frame.buffer for frame in frames]))
                 except WireError as error:
@@ -146,6 +145,9 @@ class ZmqTransport:
         outbox.set_hwm(MAX_QUEUED_MESSAGES)
         outbox.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
         if self._guard:
+            line = Line(outbox, rank_name(to))
+            self._lines[line.monitor] = line
+            self._poller.register(line.monitor, zmq.POLLIN)
             self._guard.connect(outbox, self._addresses[to][lane])
         else:
             outbox.connect(self._addresses[to][lane])
