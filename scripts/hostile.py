@@ -9,6 +9,7 @@ most a handful of log lines, and members noticed no stall.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import multiprocessing
@@ -17,8 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from hostile_attacks import MEMBERS, STRANGERS, Target
 
 from flowspec.cluster.ship import ShardServer
 from flowspec.cluster.token import derive_keys, new_token
+from flowspec.transport.base import LostPeer
 from flowspec.transport.zmq_sockets import ZmqTransport
-from flowspec.wire import Close, Started
+from flowspec.wire import Close, Started, WireMessage
 
 HOST = "127.0.0.1"
 MAX_LOG_LINES = 6  # of different kinds; each is repeated every 10 s at most
@@ -68,13 +69,13 @@ def victim(token: str, split: str, pipe: Any) -> None:
     server = ShardServer(Path(split), f"tcp://{HOST}:0", keys)
     pipe.send({**transport.bound, "shards": server.address})
     answering = threading.Event()
-    gone: list[int] = []
 
     def answer() -> None:
         while not answering.is_set():
-            while gone:
-                transport.forget(gone.pop())
-            for message in transport.receive(0.1):
+            messages: Sequence[WireMessage] = ()
+            with contextlib.suppress(LostPeer):  # a member has left
+                messages = transport.receive(0.1)
+            for message in messages:
                 if isinstance(message, Started | Close) and message.request in book:
                     transport.send(message.request, message)
 
@@ -84,9 +85,6 @@ def victim(token: str, split: str, pipe: Any) -> None:
         if isinstance(ask, dict):
             book.update(ask)
             pipe.send("noted")
-        elif isinstance(ask, int):
-            book.pop(ask)
-            gone.append(ask)
         else:
             counts = [transport.refusals(), transport.dropped.counts(), server.refusals()]
             pipe.send({**vitals(counts), "log_lines": len(lines), "alive": thread.is_alive()})
@@ -194,7 +192,6 @@ class Stand:
             newcomer = self.new_member()
             outcome.new_member_ms = self.trip(newcomer) * 1e3
             newcomer[1].close()
-            self.pipe.send(newcomer[0])
             self._compare(outcome, before)
         except (RuntimeError, EOFError, OSError) as error:
             outcome.failure = str(error)
@@ -226,7 +223,7 @@ class Stand:
         self.member[1].close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def stand() -> Iterator[Stand]:
     """A victim for the time of the block."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
