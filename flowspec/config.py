@@ -30,7 +30,9 @@ class DecodeConfig:
     coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
     refresh: bool = True  # re-score the root's children when its true feature arrives
     min_score: float = 0.002  # streaming: least probability of being true that is worth a row
-    max_in_flight: int = 0  # segments in the pipe at once; 0: one per stage and one waiting
+    # streaming: segments in the pipe at once; 0: one per stage and one waiting, or, where head and
+    # stages share a machine (`run`, `bench --real`), as many as its cores compute at the same time
+    max_in_flight: int = 0
     prefill_chunk: int = 64  # prompt tokens per segment
     graft: bool = False  # add branches from the text so far to any drafter's tree
     calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone

@@ -23,7 +23,6 @@ from flowspec.model.source import open_checkpoint
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import plan_split
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import TOO_MANY
 
 KEYS = derive_keys(new_token())
 NUM_LAYERS = 4
@@ -96,20 +95,6 @@ def test_manifest_comes_by_its_hash(source: Source) -> None:
         fetch_manifest(address, KEYS, "0" * 64, SOON_S)
     with pytest.raises(ClusterError, match="for the sha256 of its manifest"):
         fetch_manifest(address, KEYS, "../../etc/passwd", SOON_S)
-
-
-def test_one_asker_too_many_waits_its_turn(
-    source: Source, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Until another has asked for nothing for a while: nobody tells when it leaves."""
-    monkeypatch.setattr("flowspec.transport.chunks.MAX_PEERS", 1)
-    monkeypatch.setattr("flowspec.transport.chunks.IDLE_S", 0.5)
-    monkeypatch.setattr("flowspec.cluster.ship.BUSY_WAIT_S", 0.1)
-    address, sha256 = source.server.address, source.server.manifest_sha256
-    for _ in range(2):  # each with a connection of its own
-        assert fetch_manifest(address, KEYS, sha256, SOON_S) == source.manifest
-    assert source.server.refusals()[TOO_MANY] > 0
-    fetch(source, cache)
 
 
 @pytest.mark.usefixtures("small_parts")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flowspec.cli.common import draft_folder, split_folder
+from flowspec.cluster.cores import segments_at_once
 from flowspec.config import RunConfig
 from flowspec.eval.datasets import DATASETS, load_dataset, parse_range
 from flowspec.eval.plan import Case, Plan
@@ -45,6 +46,15 @@ def assemble(
     drafts = _draft_folders(config, cases, draft)
     manifest = read_manifest(folder)
     emulation = emulations.get("none")
+    if emulation is None:
+        threads = config.threads_per_process
+        in_flight = segments_at_once(len(manifest.layers), threads=threads)
+        cases = [
+            replace(case, parameters={**case.parameters, "max_in_flight": in_flight})
+            if not case.parameters["max_in_flight"]
+            else case
+            for case in cases
+        ]
     return Plan(
         cluster=emulation.cluster.name if emulation else LOCAL,
         model=emulation.model.name if emulation else manifest.model_id,

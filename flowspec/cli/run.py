@@ -11,6 +11,7 @@ import typer
 
 from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
+from flowspec.cluster.cores import segments_at_once
 from flowspec.cluster.launch import find_launch
 from flowspec.cluster.local import LocalCluster
 from flowspec.cluster.torchrun import TorchrunCluster, fit_to_launch, serve_rank
@@ -166,6 +167,10 @@ def _generate(
         for number, prompt in enumerate(prompts, start=1)
     ]
     num_stages = len(parts.manifest.layers)
+    shares_cores = not launch and not config.emulate and config.device == "cpu"
+    if shares_cores and not decode_config(config)[1].max_in_flight:
+        in_flight = segments_at_once(num_stages, threads=config.threads_per_process)
+        config = replace(config, decode={**config.decode, "max_in_flight": in_flight})
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
     if config.transport != "zmq":

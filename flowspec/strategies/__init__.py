@@ -52,9 +52,10 @@ STRATEGIES: dict[str, StrategySpec] = {
     "streaming": StrategySpec(
         Streaming,
         DecodeConfig(
-            segment_size=64,
+            segment_size=80,
             tree_size=800,
-            min_score=0.0003,
+            topk=20,
+            min_score=0.001,
             coupled_drafting=True,
             calibrate=True,
         ),
