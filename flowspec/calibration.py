@@ -9,7 +9,6 @@ parent.
 """
 
 from collections.abc import Container, Iterable, Sequence
-from itertools import chain, repeat
 from math import exp, log, log1p
 from typing import NamedTuple
 
@@ -117,50 +116,62 @@ class Calibration:
 
     def apply(self, children: Sequence[Child]) -> list[float]:
         """Calibrated log-probabilities, all below 0."""
-        if not children:
-            return []
-        logits, coarse, fine = self._place(children)
+        found: list[float] = self.calibrate(self._columns(children)).tolist()
+        return found
+
+    def calibrate(self, columns: "Columns") -> NDArray[np.float64]:
+        """The same for children in columns."""
+        logits, coarse, fine = _place(columns)
         logits += self._coarse.shifts[coarse]
         logits += self._fine.shifts[fine]
-        found: list[float] = (-np.logaddexp(0.0, -np.minimum(logits, MAX_LOGIT))).tolist()
-        return found
+        return -np.logaddexp(0.0, -np.minimum(logits, MAX_LOGIT))
 
     def record(self, outcomes: Sequence[tuple[Child, bool]]) -> None:
         """Forecasts, their parents true, were right or wrong."""
-        if not outcomes:
-            return
-        children, happened = zip(*outcomes, strict=True)
-        places = (array.tolist() for array in self._place(children))
-        for raw, coarse, fine, right in zip(*places, happened, strict=True):
+        places = _place(self._columns([child for child, _ in outcomes]))
+        columns = (array.tolist() for array in places)
+        for raw, coarse, fine, (_, right) in zip(*columns, outcomes, strict=True):
             between = raw + float(self._coarse.shifts[coarse])
             self._fine.record(fine, between, right)
             self._coarse.record(coarse, raw, right)
 
-    def _place(
-        self, children: Sequence[Child]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-        """Log-odds [n], at most MAX_LOGIT, and each child's bin in the two stages."""
-        names, depths, ranks, logprobs = zip(*children, strict=True)
-        sources = [self._sources.get(name, -1) for name in names]
-        if -1 in sources:
-            sources = [self._sources.setdefault(name, len(self._sources)) for name in names]
+    def number(self, source: str) -> int:
+        """Of a source, which has bins from now on."""
+        if source not in self._sources:
+            self._sources[source] = len(self._sources)
             self._coarse.grow(len(self._sources) * NUM_BINS)
             self._fine.grow(len(self._sources) * NUM_BINS * _NUM_OCTAVES**2)
-        said = np.minimum(np.array(logprobs), -exp(-MAX_LOGIT))
-        logits = np.minimum(said - np.log1p(-np.exp(said)), MAX_LOGIT)
-        where = np.clip(logits + NUM_BINS / 2, 0.0, NUM_BINS - 1.0).astype(np.int64)
-        coarse = np.array(sources) * NUM_BINS + where
-        depth = _OCTAVES[np.minimum(depths, len(_OCTAVES) - 1)]
-        rank = _OCTAVES[np.minimum(np.array(ranks) + 1, len(_OCTAVES) - 1)]
-        return logits, coarse, (coarse * _NUM_OCTAVES + depth) * _NUM_OCTAVES + rank
+        return self._sources[source]
+
+    def _columns(self, children: Sequence[Child]) -> "Columns":
+        return Columns(
+            np.array([self.number(child.source) for child in children], dtype=np.int64),
+            np.array([child.depth for child in children], dtype=np.int64),
+            np.array([child.rank for child in children], dtype=np.int64),
+            np.array([child.logprob for child in children]),
+        )
 
 
-class _Said(NamedTuple):
-    """What was said of one node's children."""
+class Columns(NamedTuple):
+    """Many children, see Child: arrays [n] of one length."""
 
-    tokens: Sequence[int]
-    children: Sequence[Child]
-    calibrated: Sequence[float]
+    sources: NDArray[np.int64]  # by number
+    depths: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+
+
+def _place(
+    columns: Columns,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Log-odds [n], at most MAX_LOGIT, and each child's bin in the two stages."""
+    said = np.minimum(columns.logprobs, -exp(-MAX_LOGIT))
+    logits = np.minimum(said - np.log1p(-np.exp(said)), MAX_LOGIT)
+    where = np.clip(logits + NUM_BINS / 2, 0.0, NUM_BINS - 1.0).astype(np.int64)
+    coarse = columns.sources * NUM_BINS + where
+    depths = _OCTAVES[np.minimum(columns.depths, len(_OCTAVES) - 1)]
+    ranks = _OCTAVES[np.minimum(columns.ranks + 1, len(_OCTAVES) - 1)]
+    return logits, coarse, (coarse * _NUM_OCTAVES + depths) * _NUM_OCTAVES + ranks
 
 
 class Forecasts:
@@ -170,27 +181,28 @@ class Forecasts:
         self.calibration = calibration
         self._source = source  # whose word a proposal is that does not say
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
-        self._open: dict[NodeId, list[_Said]] = {}
+        self._open: dict[NodeId, list[tuple[Word, Sequence[float]]]] = {}  # and as calibrated
 
     def enter(self, words: Sequence[Word]) -> list[Sequence[float]]:
         """Remember forecasts until they are settled; their calibrated log-probabilities."""
-        forecasts = [
-            [
-                Child(source + self._suffix, word.depth, rank, logprob)
-                for rank, ((_, logprob), source) in enumerate(
-                    zip(word.children, word.sources or repeat(self._source), strict=False)
-                )
-            ]
-            for word in words
-        ]
-        calibrated = self.calibration.apply(list(chain.from_iterable(forecasts)))
+        if not words:
+            return []
+        sizes = [len(word.children) for word in words]
+        columns = Columns(
+            np.array(
+                [self.calibration.number(n) for w in words for n in self._sources(w)], np.int64
+            ),
+            np.repeat([word.depth for word in words], sizes),
+            np.concatenate([np.arange(size) for size in sizes]),
+            np.array([logprob for word in words for _, logprob in word.children]),
+        )
+        calibrated = self.calibration.calibrate(columns).tolist()
         found: list[Sequence[float]] = []
         start = 0
-        for word, children in zip(words, forecasts, strict=True):
-            found.append(calibrated[start : start + len(children)])
-            start += len(children)
-            tokens = [token for token, _ in word.children]
-            self._open.setdefault(word.node, []).append(_Said(tokens, children, found[-1]))
+        for word, size in zip(words, sizes, strict=True):
+            found.append(calibrated[start : start + size])
+            start += size
+            self._open.setdefault(word.node, []).append((word, found[-1]))
         return found
 
     def settle(
@@ -200,8 +212,8 @@ class Forecasts:
         log_to = self.calibration.outcomes
         for node, true in zip(path, tokens, strict=True):
             newest: dict[tuple[int, str, int], tuple[Child, float]] = {}
-            for said in self._open.pop(node, ()):
-                for token, child, calibrated in zip(*said, strict=True):
+            for word, scores in self._open.pop(node, ()):
+                for token, child, calibrated in zip(*self._children(word), scores, strict=True):
                     key = token, child.source, child.depth
                     newest.pop(key, None)  # said again: the newest is last
                     newest[key] = child, calibrated
@@ -236,11 +248,26 @@ class Forecasts:
             )
 
     def _newest(self, parent: NodeId, token: int) -> Child:
-        return next(
-            said.children[said.tokens.index(token)]
-            for said in reversed(self._open[parent])
-            if token in said.tokens
-        )
+        for word, _ in reversed(self._open[parent]):
+            tokens, children = self._children(word)
+            if token in tokens:
+                return children[tokens.index(token)]
+        raise AssertionError(f"nothing was said of token {token} behind node {parent}")
+
+    def _children(self, word: Word) -> tuple[list[int], list[Child]]:
+        """Tokens, and what was said of each."""
+        children = [
+            Child(source, word.depth, rank, logprob)
+            for rank, ((_, logprob), source) in enumerate(
+                zip(word.children, self._sources(word), strict=True)
+            )
+        ]
+        return [token for token, _ in word.children], children
+
+    def _sources(self, word: Word) -> Sequence[str]:
+        """Whose words, child by child."""
+        own = word.sources or (self._source,) * len(word.children)
+        return [source + self._suffix for source in own] if self._suffix else own
 
 
 def _softplus(logit: float) -> float:

@@ -149,8 +149,9 @@ class Session:
                 grown.append((node, proposal))
         added = []
         for (node, _), children in zip(grown, self._calibrated(grown), strict=True):
+            known = set(node.children)  # these are rescored in any case
             for token, logprob in children:
-                if node.score + logprob < floor and token not in node.children:
+                if node.score + logprob < floor and token not in known:
                     continue
                 added.append(self.tree.add(node.id, token, logprob))
                 added[-1].expandable = node.expanded
