@@ -174,7 +174,7 @@ def serve(
             _prompt_loop(control.port, keys, signals)
         else:
             while not signals.stop.wait(0.2):
-                pass
+                server.check()
         watch.say("shutting down: open requests are finished first")
         server.drain("it is shutting down", DRAIN_S)
 

@@ -1,7 +1,7 @@
 """The control protocol of a cluster: JSON objects over the encrypted control socket.
 
 Activations never travel here; they have the data plane. Every text and list has a length cap, the
-frame itself is capped by the socket before it is read. docs/cluster_protocol.md has the order.
+frame itself is capped by the socket before it is read. docs/cluster.md has the order.
 """
 
 from typing import Annotated, Literal, TypeAlias

@@ -1,0 +1,133 @@
+"""The head as a server: its threads, and clients that leave."""
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import flowspec
+from flowspec.cluster.head_engine import HeadEngine, NewRequest
+from flowspec.cluster.head_server import HeadServer
+from flowspec.cluster.membership import Phase
+from flowspec.cluster.messages import Ask, Note, Turn, pack, unpack
+from flowspec.cluster.roster import Halt
+from flowspec.request import ClusterError
+from flowspec.transport.control import UnreachableError
+
+SOON_S = 10.0
+ASK = Ask(id=1, version=flowspec.__version__, turns=(Turn(role="user", content="hi"),))
+
+
+class Control:
+    """Clients that send what they are told to; `gone` take nothing any more."""
+
+    def __init__(self, *frames: tuple[bytes, bytes]) -> None:
+        self.frames, self.gone = [*frames], set[bytes]()
+        self.sent: list[tuple[bytes, object]] = []
+
+    def receive(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
+        """All at once."""
+        del timeout_s
+        time.sleep(0.01)
+        frames, self.frames = self.frames, []
+        return frames
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """Raises UnreachableError for who is gone."""
+        if peer in self.gone:
+            raise UnreachableError("no route")
+        self.sent.append((peer, unpack(message)))
+
+    def wake(self) -> None:
+        """It does not wait."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class Engine:
+    """Notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.failure: Exception | None = None
+        self.posted: list[object] = []
+
+    def post(self, command: object) -> None:
+        """Noted."""
+        self.posted.append(command)
+
+    def start(self) -> None:
+        """Nothing runs."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def server(control: Any, *ticks: Any) -> tuple[HeadServer, Any]:
+    """A head whose membership says what each of `ticks` gives, and then nothing."""
+    left = [*ticks]
+
+    def tick(now: float, *, idle: bool) -> list[object]:
+        del now, idle
+        return left.pop(0)() if left else []
+
+    membership = SimpleNamespace(
+        tick=tick,
+        close=lambda why: [],
+        unreachable=lambda peer, now: [],
+        missing=lambda: "nothing",
+        gave_up=False,
+        phase=Phase.SERVING,
+    )
+    engine = Engine()
+
+    def new_engine(tell: object) -> HeadEngine:
+        del tell
+        return engine  # type: ignore[return-value]
+
+    return HeadServer(control, membership, new_engine, sizes=None), engine  # type: ignore[arg-type]
+
+
+def wait_for(is_true: Any) -> None:
+    """Until it is."""
+    end = time.monotonic() + SOON_S
+    while not is_true():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_thread_that_fails_is_told_to_whoever_holds_the_head() -> None:
+    """A head that does nothing any more must not look as if it served."""
+
+    def fail() -> list[object]:
+        raise RuntimeError("a bug")
+
+    head, engine = server(Control(), fail)
+    head.check()
+    head.start()
+    wait_for(lambda: head.failure is not None)
+    with pytest.raises(ClusterError, match="head: RuntimeError: a bug"):
+        head.check()
+    head.close()
+    other, engine = server(Control())
+    engine.failure = ValueError("another bug")
+    with pytest.raises(ClusterError, match="another bug"):
+        other.check()
+
+
+def test_a_client_that_is_gone_when_an_epoch_ends_takes_nobody_with_it() -> None:
+    """Its request is cancelled; the others hear that their answers go on."""
+    ask = [(peer, pack(ASK)) for peer in (b"here", b"gone", b"there")]
+    control = Control(*ask)
+    head, engine = server(control, lambda: [], lambda: [])
+    head.start()
+    wait_for(lambda: sum(isinstance(one, NewRequest) for one in engine.posted) == 3)
+    control.gone.add(b"gone")
+    head.membership.tick = lambda now, *, idle: [Halt(1, ClusterError("stage 1", "lost"))]
+    wait_for(
+        lambda: {peer for peer, m in control.sent if isinstance(m, Note)} == {b"here", b"there"}
+    )
+    head.membership.tick = lambda now, *, idle: []
+    head.close()
+    head.check()
