@@ -25,7 +25,7 @@ from flowspec.cluster.doctor import (
     examine_link,
     find_facts,
 )
-from flowspec.cluster.token import derive_keys, read_token
+from flowspec.cluster.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.request import ClusterError
 from flowspec.transport.control import (
     local_address_towards,
@@ -71,7 +71,9 @@ def _examine_head(head: str, token: str | None, token_file: Path | None) -> list
     except ValueError as error:
         # Without the token only the port can be looked at.
         reason = why_unreachable(host, port)
-        found = [Finding(what="token", level=Level.WARNING, found=str(error))]
+        given = token or token_file or os.environ.get(TOKEN_VARIABLE)
+        level = Level.ERROR if given else Level.WARNING  # a wrong one, or none yet
+        found = [Finding(what="token", level=level, found=str(error))]
         if reason:
             found += examine_link(HeadFacts(where=head, why_unreachable=reason))
         return found

@@ -23,7 +23,7 @@ from flowspec.eval.prompts import Prompt, load_prompts
 from flowspec.eval.reliability import Reliability, before_and_after, settled
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.strategies import STRATEGIES
+from flowspec.strategies import STRATEGIES, find_strategy
 from flowspec.text import render_chat
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -83,7 +83,7 @@ def reliability(
         max_new_tokens=max_tokens,
     )
     check_run(config)
-    if not STRATEGIES[strategy].drafts:
+    if not find_strategy(strategy).drafts:
         raise ValueError(f"strategy {strategy} drafts nothing; choose another")
     config = replace(config, draft=draft_folder(config))
     asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)

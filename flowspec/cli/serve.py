@@ -84,7 +84,7 @@ def serve(
     kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].")] = 0,
     reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.")] = 600,
     settle: Annotated[float, typer.Option(help="Wait after a join for more devices, s.")] = 2.0,
-    dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 3.0,
+    dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 2.5,
     rejoin_wait: Annotated[
         float, typer.Option(help="Wait for a lost device before planning without it, s.")
     ] = 5.0,

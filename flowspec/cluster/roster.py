@@ -32,7 +32,7 @@ class MembershipConfig:
     devices: int = 0  # start with this many; 0: as soon as the layers are covered
     spares: int = 0  # devices kept free to take over
     heartbeat_s: float = 0.5
-    dead_after_s: float = 3.0
+    dead_after_s: float = 2.5
     settle_s: float = 2.0  # after a join, wait this long for further ones before the first plan
     wait_for_devices_s: float = 60.0  # then start with fewer than `devices`, if they can hold it
     rejoin_wait_s: float = 5.0  # after a loss, wait this long for its return before a new plan

@@ -22,7 +22,7 @@ from flowspec.transport.tally import Tally
 
 HANDSHAKE_LIMIT_MS = 3000
 DOUBT_S = 2 * HANDSHAKE_LIMIT_MS / 1e3  # who is still here by then is a member
-HEARTBEAT_MS, SILENCE_LIMIT_MS = 1000, 3000  # by libzmq's own thread: a long forward is no silence
+HEARTBEAT_MS, SILENCE_LIMIT_MS = 500, 2500  # by libzmq's own thread: a long forward is no silence
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
 CONNECT_LIMIT_MS = 3000
 UNACKNOWLEDGED_LIMIT_MS = 5000
