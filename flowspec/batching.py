@@ -1,7 +1,8 @@
 """What goes into the next slot: rows of one or several requests that share a forward.
 
 A slot costs t(n), the time of the slowest stage for n rows, which is nearly flat up to a knee: rows
-of other requests ride along for little. What is chosen maximises expected accepted tokens per time.
+of other requests ride along for little. What is chosen maximises expected accepted tokens per time,
+that on the line to the next stage included: a slow one makes every verdict later by as much.
 Roots come first, since they are certain to be on the true path: a request whose verdict has come is
 in the very next slot. So none waits longer for its next token than a trip through the pipe, and
 prompts advance by a chunk in every slot, oldest request first.
@@ -61,7 +62,10 @@ class Slots:
             return []
         segments = self._prompt_pieces(requests)
         counts = best_counts(
-            self.pipe.cost, offers_of(offers), num_fixed=sum(len(s.nodes) for s in segments)
+            self.pipe.cost,
+            offers_of(offers),
+            num_fixed=sum(len(s.nodes) for s in segments),
+            row_ms=self.pipe.link_row_ms,
         )
         for offer, count in zip(offers, counts, strict=True):
             if count:
@@ -107,13 +111,21 @@ def offers_of(offers: Sequence[_Offer]) -> list[tuple[list[float], bool]]:
 
 
 def best_counts(
-    cost: SegmentCost, offers: Sequence[tuple[list[float], bool]], *, num_fixed: int = 0
+    cost: SegmentCost,
+    offers: Sequence[tuple[list[float], bool]],
+    *,
+    num_fixed: int = 0,
+    row_ms: float = 0.0,
 ) -> list[int]:
-    """How many rows of each offer to send: most expected gain per time, sum(p) / t(rows).
+    """How many rows of each offer to send: most gain per time, sum(p) / (t(rows) + rows row_ms).
 
     An offer is its rows' probabilities, falling, and whether it may be cut. `num_fixed` rows go
-    along in any case (a piece of prompt: worth one token).
+    along in any case (a piece of prompt: worth one token). `row_ms`: a row's time on the line.
     """
+
+    def milliseconds(rows: int) -> float:
+        return cost.milliseconds(rows) + rows * row_ms
+
     counts = [0 if can_cut else len(gains) for gains, can_cut in offers]
     num_rows = num_fixed + sum(counts)
     gain = sum(sum(gains) for gains, can_cut in offers if not can_cut) + (num_fixed > 0)
@@ -127,10 +139,10 @@ def best_counts(
     loose = [(-p, place) for p, _, place in sorted(ranked)]
     if sum(can_cut for _, can_cut in offers) > 1:
         del loose[MAX_SHARED_ROWS:]
-    best, best_rate = 0, gain / cost.milliseconds(num_rows) if num_rows else 0.0
+    best, best_rate = 0, gain / milliseconds(num_rows) if num_rows else 0.0
     for taken, (p, _) in enumerate(loose, start=1):
         gain += p
-        rate = gain / cost.milliseconds(num_rows + taken)
+        rate = gain / milliseconds(num_rows + taken)
         if rate > best_rate:
             best, best_rate = taken, rate
     # what is certain goes in any case, or a request could wait for ever beside a large one

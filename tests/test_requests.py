@@ -245,6 +245,17 @@ def test_rows_of_all_are_taken_best_first_up_to_the_knee():
     assert min(best_counts(cost, boasters)) > 0, "a root was crowded out by sure guesses"
 
 
+def test_a_slow_line_makes_segments_smaller():
+    """Rows that a stage computes for nothing still take their time on the way."""
+    cost = SegmentCost()
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128):
+        cost.record(rows, 60.0)
+    falling = [([0.9**k for k in range(100)], True)]
+    assert best_counts(cost, falling) == [100]
+    fast, slow = (best_counts(cost, falling, row_ms=ms)[0] for ms in (0.05, 0.5))
+    assert 100 > fast > slow > 10
+
+
 def test_prompts_follow_each_other_without_a_gap():
     """A prompt that is sent and waits for its verdict does not hold up the next one."""
     cluster = make_cluster(4, "ar")

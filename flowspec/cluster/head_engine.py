@@ -21,6 +21,8 @@ from flowspec.config import RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.head import Head
+from flowspec.model.config import read_config
+from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import ClusterError, Completion, Request, SamplingParams, rank_name
 from flowspec.text import render_chat
 from flowspec.transport.base import Transport
@@ -139,6 +141,8 @@ class HeadEngine:
         self._host, self._port = host, port
         self._tell = tell
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
+        self._row_bytes = hidden_size * (4 if config.dtype == "float32" else 2)
         self._ids = count(1)
         self._open: dict[int, _Open] = {}
         self._probe: int | None = None
@@ -230,6 +234,8 @@ class HeadEngine:
         self._use(self._transport)
         rows = [member.kv_rows for member in self._members if member.kv_rows]
         self._inject(wire.Resume(num_stages=self._num_stages, kv_rows=min(rows, default=0)))
+        rates = [member.link_bytes_per_s for member in self._members if member.link_bytes_per_s]
+        self.head.pipe.link_row_ms = self._row_bytes / min(rates) * 1e3 if rates else 0.0
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
         self._driver.last_progress = self.epoch_at  # the silence before is not of these stages
         self._submit_probe()

@@ -71,6 +71,8 @@ class LocalCluster:
         self.num_stages = len(parts.manifest.layers)
         self.emulation = _emulation(config, self.num_stages)
         self.head = build_head(config, parts)
+        if self.emulation is not None:
+            self.head.pipe.link_row_ms = self.emulation.link_row_ms
         self.children: dict[int, Child] = {}
         self.kv_rows: dict[int, int] = {}  # what each stage can hold
         self.restarts: list[str] = []  # why, each time

@@ -204,7 +204,13 @@ class Membership:
         if self.phase is not Phase.PREPARING or not all(d.ready for d in stages):
             return []
         members = [
-            Member(d.rank, d.place, d.ready.addresses, d.ready.kv_rows)
+            Member(
+                d.rank,
+                d.place,
+                d.ready.addresses,
+                d.ready.kv_rows,
+                d.report.link.slower_bytes_per_s,
+            )
             for d in stages
             if d.ready is not None and d.place is not None
         ]

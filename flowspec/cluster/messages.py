@@ -43,6 +43,12 @@ class Link(_Message):
     up_bytes_per_s: Rate = 0.0  # device to head
     down_bytes_per_s: Rate = 0.0
 
+    @property
+    def slower_bytes_per_s(self) -> float:
+        """The slower way that was measured; 0: neither."""
+        rates = [rate for rate in (self.up_bytes_per_s, self.down_bytes_per_s) if rate]
+        return min(rates, default=0.0)
+
 
 class DeviceReport(_Message):
     """What a device has."""

@@ -64,7 +64,6 @@ class DevicePlanner:
 def as_candidate(name: str, report: DeviceReport) -> Candidate:
     """A device as it has reported itself."""
     link = report.link
-    rates = [rate for rate in (link.up_bytes_per_s, link.down_bytes_per_s) if rate]
     return Candidate(
         name=name,
         device=DeviceProfile(
@@ -78,7 +77,7 @@ def as_candidate(name: str, report: DeviceReport) -> Candidate:
         ),
         link=LinkProfile(
             name=name,
-            rate_mbps=min(rates) * 8 / 1e6 if rates else UNKNOWN_RATE_MBPS,
+            rate_mbps=link.slower_bytes_per_s * 8 / 1e6 or UNKNOWN_RATE_MBPS,
             latency_ms=link.latency_s * 1e3 or UNKNOWN_LATENCY_MS,
         ),
     )

@@ -140,6 +140,7 @@ class Member:
     place: Place
     addresses: Addresses
     kv_rows: int
+    link_bytes_per_s: float = 0.0  # the slower way between it and the head; 0: not known
 
 
 @dataclass(frozen=True, slots=True)

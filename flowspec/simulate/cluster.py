@@ -107,8 +107,10 @@ def emulated_cluster(
         Stage(stage.rank, stage.num_stages, stage.model, shape_stable=stage.shape_stable)
         for stage in stages
     ]
+    head = build_head(config, parts)
+    head.pipe.link_row_ms = emulation.link_row_ms
     return SimulatedCluster(
-        build_head(config, parts),
+        head,
         fresh,
         work_time=emulation.work,
         link_time=emulation.link,

@@ -110,6 +110,12 @@ class Emulation:
             time += self.lm_head_s(rank, asked if segments else work.rows)
         return time
 
+    @property
+    def link_row_ms(self) -> float:
+        """A row's time on the slowest line of a stage, milliseconds."""
+        slowest = min(_bytes_per_s(link.rate_mbps) for link in self.cluster.links[1:])
+        return self.model.hidden_size * HALF / slowest * 1e3
+
     def link(self, source: int, to: int, message: Message) -> Passage:
         """What a message asks of the lines of its sender and its receiver."""
         links = self.cluster.links
