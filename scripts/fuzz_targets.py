@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowspec import codec
+from flowspec import codec, wire
 from flowspec.codec import WireError, decode, encode
 from flowspec.config import RunConfig, as_yaml, read_run_config
 from flowspec.engine import decode_config
@@ -115,7 +115,8 @@ def seeds_wire() -> list[bytes]:
 
 def _example(kind: type, *, rows: int, number: int, given: bool) -> WireMessage:
     """A message of `kind` from its fields' types alone, so that new kinds come by themselves."""
-    hints = get_type_hints(kind, vars(__import__("flowspec.wire", fromlist=["wire"])))
+    # the module itself has the name of tensors for its checker alone
+    hints = get_type_hints(kind, {**vars(wire), "Tensor": Tensor})
     values = {
         f.name: _value(hints[f.name], f.name, rows, number, given)
         for f in fields(kind)
