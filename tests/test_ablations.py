@@ -74,7 +74,7 @@ def test_without_pruning_every_row_is_computed_to_the_end():
     assert run_by_last[1] >= num_prompt + 0.9 * without.stats.num_rows_sent
     assert run_by_last[1] > 1.5 * run_by_last[0]
     assert sum(stage.num_rows_pruned for stage in pruned.stages) > 0
-    assert without.stats.last_token_at > with_it.stats.last_token_at
+    assert without.stats.last_token_at >= with_it.stats.last_token_at
 
 
 def test_dead_rows_go_on_and_find_room():

@@ -43,7 +43,7 @@ for kind in ("half-open", "link down"):
     network.cut("a", kind)
     print(answers(), has_carrier())
     network.restore("a")
-    print(answers(), has_carrier())
+    print(any(answers() for _ in range(20)), has_carrier())  # a first packet may come too early
 print(os.environ[INSIDE])
 """
 
