@@ -119,7 +119,8 @@ class Driver:
         if beside is None or not beside.end.done():
             return
         self._beside = None
-        end = self.last_progress = beside.end.result()
+        end = beside.end.result()
+        self.last_progress = max(self.last_progress, end)  # it may have ended before an outage
         self.trace.worked(beside.start, end, beside.work)
         self._send(beside.work.finish(time.monotonic(), end - beside.start))
 

@@ -109,6 +109,16 @@ def test_a_peer_that_is_not_there_yet_is_waited_for() -> None:
         stage.close()
 
 
+def test_an_address_in_use_is_told() -> None:
+    """One sentence, whatever else had been set up by then."""
+    stage = ZmqTransport(1, free(1), KEYS)
+    try:
+        with pytest.raises(ValueError, match="stage 2 cannot listen at tcp://127.0.0.1"):
+            ZmqTransport(2, {2: stage.bound}, KEYS)
+    finally:
+        stage.close()
+
+
 def send_many(transport: ZmqTransport) -> None:
     """More than a queue holds."""
     for seq_no in range(100):

@@ -44,6 +44,7 @@ class ZmqTransport:
         self._addresses = addresses
         self._context = zmq.Context()
         self._guard = Guard(self._context, keys, rank_name(rank)) if keys else None
+        self._wake = Wake()
         self.bound: dict[str, str] = {}
         self._inboxes = [self._bind(lane) for lane in (CONTROL, DATA_LANE)]
         self._outboxes: dict[tuple[int, str], zmq.Socket[bytes]] = {}
@@ -51,7 +52,6 @@ class ZmqTransport:
         self._poller = zmq.Poller()
         for inbox in self._inboxes:
             self._poller.register(inbox, zmq.POLLIN)
-        self._wake = Wake()
         self._poller.register(self._wake, zmq.POLLIN)
 
     def send(self, to: int, message: WireMessage) -> None:
