@@ -17,6 +17,7 @@ from flowspec.transport.zmq_sockets import ZmqTransport
 log = logging.getLogger(__name__)
 AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> lane -> address; read when needed
 TURN_S = 0.1  # how soon an idle stage notices that its epoch is over
+CAUSE_FIRST_S = 1.0  # for the head to hear of a loss before this stage leaves
 STOP_TIMEOUT_S = 30.0  # a forward may have to end first
 
 
@@ -83,21 +84,30 @@ class StageJob:
             transport = self._open_transport(rank, book)
             try:
                 self._serve(model, transport, book)
+            except ClusterError as error:
+                self._tell_lost(error)
+                # closed connections look like this stage's own end: the cause must come first
+                self._stopping.wait(CAUSE_FIRST_S)
             finally:
                 self.stage = None
                 transport.close()
         except CancelledError:
             return
         except ClusterError as error:
-            log.warning("%s", error)
-            ranks = range(self.assign.num_stages + 1)
-            lost = next((r for r in ranks if rank_name(r) == error.where and r != rank), -1)
-            self._tell(Trouble(epoch=epoch, cause=error.cause[:4000], lost=lost))
+            self._tell_lost(error)
         except Exception as error:
             # The head must hear of it whatever it was; the traceback is for this device's log.
             log.exception("the stage failed")
             text = f"{type(error).__name__}: {error}"
             self._tell(Trouble(epoch=epoch, cause=text[:4000]))
+
+    def _tell_lost(self, error: ClusterError) -> None:
+        """The epoch cannot go on: why, and by whose fault where another rank is named."""
+        epoch, rank = self.assign.epoch, self.assign.rank
+        log.warning("%s", error)
+        ranks = range(self.assign.num_stages + 1)
+        lost = next((r for r in ranks if rank_name(r) == error.where and r != rank), -1)
+        self._tell(Trouble(epoch=epoch, cause=error.cause[:4000], lost=lost))
 
     def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
         assign = self.assign
