@@ -96,7 +96,7 @@ def step_generate(args: argparse.Namespace) -> None:
                 if start <= MAX_SAMPLE - 400:
                     prompts.append(np.array(ids[:start], dtype=np.uint16))
         samples = generate.self_generate(
-            load_target(args), prompts, batch=128, max_new=args.max_new,
+            load_target(args), prompts, answers=args.answers, batch=128, max_new=args.max_new,
             minutes=args.generate_minutes, seed=0,
         )  # fmt: skip
         ends = np.cumsum([len(ids) for ids, _ in samples])
@@ -242,6 +242,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eagle3-layers", default="", help="feature layers, as in 1,3,4")
     parser.add_argument("--draft-vocab", type=int, default=3584, help="tokens EAGLE-3 can say")
     parser.add_argument("--max-new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument(
+        "--answers", type=int, default=2, help="to a question; all but the first at temperature 1"
+    )
     parser.add_argument("--prompts", type=int, default=8, help="per evaluation set")
     parser.add_argument("--modes", default="", help="comma-separated, of " + ", ".join(tau.MODES))
     parser.add_argument("--eager", action="store_true", help="compile nothing: for short runs")

@@ -122,12 +122,13 @@ def self_generate(
     model: FastLlama,
     prompts: Sequence[np.ndarray],
     *,
+    answers: int,
     batch: int,
     max_new: int,
     minutes: float,
     seed: int,
 ) -> list[corpus.Sample]:
-    """The target's own answers to each prompt, one greedy, one at temperature 1, without loops.
+    """The target's own answers to each prompt, one greedy, the others at temperature 1; no loops.
 
     A batch is of at most `batch` rows and ROOM tokens. Stops early after `minutes`; the batches
     come in random order, so what there is is a fair part.
@@ -136,7 +137,7 @@ def self_generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches: list[list[int]] = [[]]
     for i in order:
-        if 2 * len(batches[-1]) >= min(batch, ROOM // len(prompts[i])):
+        if answers * len(batches[-1]) >= min(batch, ROOM // len(prompts[i])):
             batches.append([])
         batches[-1].append(i)
     random.Random(seed).shuffle(batches)
@@ -145,9 +146,9 @@ def self_generate(
     for number, members in enumerate(batches):
         if time.monotonic() - begin > minutes * 60:
             break
-        chosen = [prompts[i] for i in members for _ in range(2)]
+        chosen = [prompts[i] for i in members for _ in range(answers)]
         asked += len(chosen)
-        temperature = (torch.arange(len(chosen)) % 2).float()
+        temperature = (torch.arange(len(chosen)) % answers > 0).float()
         for prompt, text in zip(
             chosen, continue_batch(model, chosen, temperature, max_new), strict=True
         ):
