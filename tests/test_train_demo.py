@@ -147,7 +147,9 @@ def test_every_prompt_is_answered_greedily_and_sampled(target, monkeypatch):
     prompts = [np.array([1, *range(6, 6 + n)], dtype=np.uint16) for n in (3, 9, 5)]
     wanted = {tuple(p): generate.continue_batch(target, [p], torch.zeros(1), 4)[0] for p in prompts}
     monkeypatch.setattr(generate, "ROOM", 10)
-    made = generate.self_generate(target, prompts, answers=2, batch=8, max_new=4, minutes=1.0, seed=0)
+    made = generate.self_generate(
+        target, prompts, answers=2, batch=8, max_new=4, minutes=1.0, seed=0
+    )
     assert len(made) == 6
     for ids, start in made[::2]:
         assert ids[start:].tolist() == wanted[tuple(ids[:start])]

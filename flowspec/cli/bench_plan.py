@@ -20,6 +20,7 @@ from flowspec.eval.runner import Outcome, run_plan
 from flowspec.eval.runner import Progress as Step
 from flowspec.model.manifest import read_manifest
 from flowspec.simulate.emulation import Emulation
+from flowspec.strategies import find_strategy
 
 LOCAL = "local"  # the cluster's name where real processes of this machine are it
 
@@ -52,6 +53,7 @@ def assemble(
         cases = [
             replace(case, parameters={**case.parameters, "max_in_flight": in_flight})
             if not case.parameters["max_in_flight"]
+            and "max_in_flight" not in find_strategy(case.strategy).ignores
             else case
             for case in cases
         ]

@@ -13,7 +13,7 @@ from flowspec.model.manifest import MANIFEST_NAME, read_manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
-from flowspec.strategies import find_strategy
+from flowspec.strategies import check_taken, find_strategy
 
 DEFAULT_STAGES = 4
 RECORD_KEYS = (  # that --only takes
@@ -34,7 +34,9 @@ def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
     }
     if sampling:
         given["sampling"] = asdict(override(config.sampling, sampling, where="sampling"))
-    return override(config, given, where="options")
+    config = override(config, given, where="options")
+    check_taken(config.strategy, config.decode, where=f"decode in {file}")
+    return config
 
 
 def bundled(name: str) -> str:

@@ -23,7 +23,7 @@ from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
 from flowspec.request import Completion, Request
-from flowspec.strategies import STRATEGIES
+from flowspec.strategies import STRATEGIES, check_taken
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
 from flowspec.transport.local import TRUSTED_ONLY
@@ -105,6 +105,7 @@ def run(
     effective = effective_config(config, flags)
     if set_:
         effective = override(effective, {"decode": _settings(effective, set_)}, where="--set")
+        check_taken(effective.strategy, effective.decode, where="--set")
     if show_config:
         decode = asdict(decode_config(effective)[1])
         typer.echo(as_yaml(replace(effective, decode=decode)), nl=False)
@@ -168,7 +169,8 @@ def _generate(
     ]
     num_stages = len(parts.manifest.layers)
     shares_cores = not launch and not config.emulate and config.device == "cpu"
-    if shares_cores and not decode_config(config)[1].max_in_flight:
+    spec, decode = decode_config(config)
+    if shares_cores and not decode.max_in_flight and "max_in_flight" not in spec.ignores:
         in_flight = segments_at_once(num_stages, threads=config.threads_per_process)
         config = replace(config, decode={**config.decode, "max_in_flight": in_flight})
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"

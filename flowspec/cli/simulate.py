@@ -79,6 +79,9 @@ def simulate(
     chosen = names_in(strategies, "--strategies")
     parameters = read_table(TABLES, table)
     fixed = parse_settings(settings or [], chosen)
+    for name in settings_of(combinations[0]):
+        if all(name in find_strategy(one).ignores for one in chosen):
+            raise ValueError(f"--vary {name} changes nothing for {strategies}")
     loaded = load_sets(datasets or str(BUNDLED / "prompts.jsonl"), data_dir, questions, limit)
     if trace:
         check_trace_path(trace)
@@ -88,7 +91,10 @@ def simulate(
     def plan_of(values: Values) -> Plan:
         varied = settings_of(values)
         own = {
-            name: {**fixed[name], **(varied if find_strategy(name).drafts else {})}
+            name: {
+                **fixed[name],
+                **{k: v for k, v in varied.items() if k not in find_strategy(name).ignores},
+            }
             for name in chosen
         }
         cases = make_cases(chosen, (drafter,), parameters, own)

@@ -18,7 +18,7 @@ from flowspec.eval.prompts import Prompt
 from flowspec.eval.records import hash_of
 from flowspec.plain_yaml import read_yaml
 from flowspec.simulate.emulation import Emulation
-from flowspec.strategies import ABLATIONS, STRATEGIES, find_strategy
+from flowspec.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
 
 FIGURES = 1  # raise where a figure of the records changes its meaning
 EVERY = "every"  # the table's entry for all strategies
@@ -150,9 +150,10 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`streaming.segment_size=48`, or `segment_size=48` for every strategy, by strategy.
+    """`streaming.segment_size=48`, or `segment_size=48` for all that take it, by strategy.
 
-    Raises ValueError for what has not this form, or names a strategy that is not run.
+    Raises ValueError for what has not this form, names a strategy that is not run, or changes
+    nothing.
     """
     found: dict[str, dict[str, str]] = {strategy: {} for strategy in strategies}
     for setting in settings:
@@ -163,7 +164,12 @@ def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[s
                 f"--set {setting!r}: give strategy.key=value, of {', '.join(strategies)}, or "
                 "key=value for all of them"
             )
-        for one in (strategy,) if dot else strategies:
+        if dot or len(strategies) == 1:
+            check_taken(strategy or strategies[0], [key], where=f"--set {setting}")
+        takers = [one for one in strategies if key not in find_strategy(one).ignores]
+        if not takers:
+            raise ValueError(f"--set {setting}: {key} changes nothing for {', '.join(strategies)}")
+        for one in (strategy,) if dot else takers:
             found[one][key] = value
     return found
 

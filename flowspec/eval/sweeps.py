@@ -69,8 +69,8 @@ def _weight_bits(sample: Sample) -> Value:
 
 def _of_parameters(key: str) -> Callable[[Sample], Value | None]:
     def find(sample: Sample) -> Value | None:
-        if sample.strategy in STRATEGIES and not STRATEGIES[sample.strategy].drafts:
-            return None  # it has no tree
+        if sample.strategy in STRATEGIES and key in STRATEGIES[sample.strategy].ignores:
+            return None
         value = sample.parameters.get(key)
         return float(value) if isinstance(value, int | float) else None
 

@@ -1,7 +1,8 @@
 """The decoding strategies by name. Adding one: one file here, one row in the table."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from flowspec.config import DecodeConfig
 from flowspec.strategies.ablations import Draining, Eager, FixedSize, Ticking, Without
@@ -17,37 +18,59 @@ from flowspec.strategies.streaming import Streaming
 
 @dataclass(frozen=True, slots=True)
 class StrategySpec:
-    """A strategy, its defaults, whether it needs a drafter, and what it takes from the pipeline."""
+    """A strategy, its defaults, whether it needs a drafter, and what it takes from the pipeline.
+
+    `ignores`: the parameters of a DecodeConfig that change nothing for it.
+    """
 
     make: Callable[[], Strategy]
     defaults: DecodeConfig
     about: str
     drafts: bool = True
     without: Without | None = None
+    ignores: frozenset[str] = frozenset()
 
+
+_ALL = tuple(field.name for field in fields(DecodeConfig))
+_STREAMED = frozenset({"draft_width", "max_in_flight"})  # streaming alone has a use for these
 
 STRATEGIES: dict[str, StrategySpec] = {
-    "ar": StrategySpec(Ar, DecodeConfig(), "plain pipeline, one token per trip", drafts=False),
+    "ar": StrategySpec(
+        Ar,
+        DecodeConfig(),
+        "plain pipeline, one token per trip",
+        drafts=False,
+        ignores=frozenset(_ALL) - {"prefill_chunk"},
+    ),
     "serial_pp": StrategySpec(
-        SerialPp, DecodeConfig(tree_size=60), "whole tree in one segment, round by round"
+        SerialPp,
+        DecodeConfig(tree_size=60),
+        "whole tree in one segment, round by round",
+        ignores=_STREAMED | {"segment_size"},
     ),
     "naive_pp": StrategySpec(
-        NaivePp, DecodeConfig(tree_size=80), "tree in chunks, one verdict per round"
+        NaivePp,
+        DecodeConfig(tree_size=80),
+        "tree in chunks, one verdict per round",
+        ignores=_STREAMED | {"segment_size"},
     ),
     "pruned_pp": StrategySpec(
         PrunedPp,
         DecodeConfig(tree_size=80, segment_size=16, refresh=False),
         "segments by score, pruned with every verdict, no growth",
+        ignores=_STREAMED,
     ),
     "pipedec": StrategySpec(
         PipeDec,
         DecodeConfig(tree_size=256, segment_size=16, topk=16, refresh=False),
         "one tree level per tick (PipeDec)",
+        ignores=_STREAMED | {"tree_depth"},
     ),
     "flowspec": StrategySpec(
         FlowSpec,
         DecodeConfig(tree_size=80, segment_size=16),
         "the published FlowSpec: prune and expand, drain on a miss",
+        ignores=_STREAMED,
     ),
     "streaming": StrategySpec(
         Streaming,
@@ -60,36 +83,37 @@ STRATEGIES: dict[str, StrategySpec] = {
             calibrate=True,
         ),
         "asynchronous best-first streaming without a drain",
+        ignores=frozenset({"tree_depth"}),
     ),
 }
 DEFAULT_STRATEGY = "streaming"
-_STREAMING = STRATEGIES[DEFAULT_STRATEGY].defaults
+
+
+def _streaming(
+    about: str,
+    make: Callable[[], Strategy] = Streaming,
+    without: Without | None = None,
+    **defaults: Any,
+) -> StrategySpec:
+    spec = STRATEGIES[DEFAULT_STRATEGY]
+    defaults_then = replace(spec.defaults, **defaults)
+    return replace(spec, make=make, defaults=defaults_then, about=about, without=without)
+
+
 # streaming without one of its mechanisms each; found by name, in no list to choose from
 ABLATIONS: dict[str, StrategySpec] = {
-    "streaming-ticking": StrategySpec(Ticking, _STREAMING, "with a barrier"),
-    "streaming-draining": StrategySpec(Draining, _STREAMING, "with a drain after a miss"),
-    "streaming-eager": StrategySpec(Eager, _STREAMING, "without just-in-time choice"),
-    "streaming-fixed-size": StrategySpec(FixedSize, _STREAMING, "without knee-sized segments"),
-    "streaming-stale": StrategySpec(
-        Streaming, replace(_STREAMING, refresh=False), "without feature refresh"
-    ),
-    "streaming-uncalibrated": StrategySpec(
-        Streaming, replace(_STREAMING, calibrate=False), "without calibrated scores"
-    ),
-    "streaming-uncoupled": StrategySpec(
-        Streaming, replace(_STREAMING, coupled_drafting=False), "without the shared noise"
-    ),
-    "streaming-narrow": StrategySpec(
-        Streaming, replace(_STREAMING, draft_width=4), "with four nodes a drafter forward"
-    ),
-    "streaming-grafted": StrategySpec(
-        Streaming, replace(_STREAMING, graft=True), "with n-gram branches"
-    ),
-    "streaming-unpruned": StrategySpec(
-        Streaming, _STREAMING, "without in-flight pruning", without=Without.PRUNING
-    ),
-    "streaming-head-verdict": StrategySpec(
-        Streaming, _STREAMING, "with the verdict on the head", without=Without.LAST_STAGE_VERDICT
+    "streaming-ticking": _streaming("with a barrier", Ticking),
+    "streaming-draining": _streaming("with a drain after a miss", Draining),
+    "streaming-eager": _streaming("without just-in-time choice", Eager),
+    "streaming-fixed-size": _streaming("without knee-sized segments", FixedSize),
+    "streaming-stale": _streaming("without feature refresh", refresh=False),
+    "streaming-uncalibrated": _streaming("without calibrated scores", calibrate=False),
+    "streaming-uncoupled": _streaming("without the shared noise", coupled_drafting=False),
+    "streaming-narrow": _streaming("with four nodes a drafter forward", draft_width=4),
+    "streaming-grafted": _streaming("with n-gram branches", graft=True),
+    "streaming-unpruned": _streaming("without in-flight pruning", without=Without.PRUNING),
+    "streaming-head-verdict": _streaming(
+        "with the verdict on the head", without=Without.LAST_STAGE_VERDICT
     ),
 }
 
@@ -101,6 +125,17 @@ def find_strategy(name: str) -> StrategySpec:
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; known: {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
+
+
+def check_taken(name: str, parameters: Iterable[str], *, where: str) -> None:
+    """Raise ValueError for a parameter that changes nothing for strategy `name`."""
+    ignores = find_strategy(name).ignores
+    for parameter in parameters:
+        if parameter in ignores:
+            takes = ", ".join(key for key in _ALL if key not in ignores)
+            raise ValueError(
+                f"{where}: {parameter} changes nothing for strategy {name}; it takes: {takes}"
+            )
 
 
 def check_runs_for_real(name: str) -> None:

@@ -43,8 +43,8 @@ def self_attending(heads: Heads, size: int) -> Tensor:
     """First fused q, k, v [(h+2g)*d, 2*H] over (embedding, feature).
 
     The newest token reaches this layer's output through attention alone. Every second key/value
-    head starts with q = k over the embedding, so that a row attends to itself (a score near sqrt(d),
-    near 0 for other tokens): from random weights a head finds that late, and learns little before.
+    head starts with q = k over the embedding, so that a row attends to itself (a score near
+    sqrt(d), near 0 for other tokens): from random weights a head finds that late.
     """
     h, g, d = heads
     rows = torch.randn(h + 2 * g, d, 2 * size) * (2 * size) ** -0.5
