@@ -3,8 +3,12 @@
 import os
 
 import pytest
+from clusters import run_watched
+from scripted import drafter_named
+from tiny import request
 
 from flowspec.cluster.cores import segments_at_once
+from flowspec.wire import Segment
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,18 @@ def test_a_core_for_the_head_and_one_for_each_segment(
     """0: every stage has cores of its own, and the pipeline's own limit is enough."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert segments_at_once(stages, threads=threads) == wanted
+
+
+def test_the_known_token_takes_guesses_along_where_nothing_may_follow_it() -> None:
+    """With one segment in flight; with two, it goes at once and its guesses follow."""
+
+    def sizes(max_in_flight: int) -> list[int]:
+        setup = {"num_stages": 3, "drafter": drafter_named("mixed")}
+        _, watches = run_watched({**setup, "max_in_flight": max_in_flight}, request())
+        return [
+            len(one.nodes) for one in watches[1].seen if isinstance(one, Segment) and not one.prefix
+        ]
+
+    alone, followed = sizes(1), sizes(2)
+    assert min(alone[:-1]) > 1
+    assert min(followed[:-1]) == 1

@@ -27,8 +27,10 @@ class Streaming:
         best = [n for n in s.tree.best_unsent(s.config.segment_size) if n.score >= _least(s)]
         if not best:
             return None
-        # while the first stage computes, there is time to draft on, and then to choose better
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
+        if drafts and len(best) == 1 and s.config.max_in_flight == 1:
+            return None  # nothing may follow the known token: it takes its first guesses along
+        # while the first stage computes, there is time to draft on, and then to choose better
         early = drafts and pipe.first_stage_busy_s > pipe.draft_left_s
         return Outgoing(best, best_first=True, early=early)
 
