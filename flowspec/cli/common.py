@@ -10,8 +10,8 @@ from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
 from flowspec.eval.records import Sample, read_samples
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
-from flowspec.model.source import open_checkpoint, resolve_model
-from flowspec.model.split import run_split
+from flowspec.model.source import check_model, open_checkpoint, resolve_model
+from flowspec.model.split import is_split_of, run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 from flowspec.strategies import check_taken, find_strategy
 
@@ -45,7 +45,7 @@ def bundled(name: str) -> str:
     return name if Path(name).exists() or not own.exists() else str(own)
 
 
-def draft_folder(config: RunConfig) -> str:
+def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
     """Where the draft model lies: as configured, else the drafter's own for the bundled model.
 
     Raises ValueError where a model of one's own comes without its draft model.
@@ -53,12 +53,23 @@ def draft_folder(config: RunConfig) -> str:
     spec = find_drafter(config.drafter)
     if not spec.bundled or not find_strategy(config.strategy).drafts:
         return config.draft
-    if not config.draft and config.model != RunConfig().model:
+    if not config.draft and not is_bundled(config.model):
+        check_model(config.model, offline=offline)  # what is not there needs no draft model
         raise ValueError(
             f"drafter {config.drafter} needs --draft with a model of your own: the folder of a "
-            "draft model made for it"
+            "draft model made for it; --drafter ngram needs none"
         )
     return bundled(config.draft or spec.bundled)
+
+
+def is_bundled(model: str) -> bool:
+    """Whether `model` is the package's own, by name, by its folder or as a split of it."""
+    own, folder = BUNDLED / "target", Path(model)
+    if model == RunConfig().model or (folder.is_dir() and folder.resolve() == own):
+        return True
+    if not (folder / MANIFEST_NAME).exists() or not own.exists():
+        return False
+    return is_split_of(read_manifest(folder), open_checkpoint(own))
 
 
 def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Path:

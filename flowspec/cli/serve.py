@@ -225,16 +225,15 @@ def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
     Raises ValueError where it is cut already, but not so.
     """
     folder = resolve_model(bundled(config.model), offline=offline)
-    if (folder / MANIFEST_NAME).exists():
-        layers = read_manifest(folder).layers
-        if set(layers) != {1}:
-            raise ValueError(
-                f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; serve the "
-                "unsplit model, or one split with every layer by itself"
-            )
-        return folder, override(config, {"draft": draft_folder(config)}, where="draft")
-    num_layers = open_checkpoint(folder).config.num_layers
-    config = override(config, {"draft": draft_folder(config)}, where="draft")
+    is_split = (folder / MANIFEST_NAME).exists()
+    layers = read_manifest(folder).layers if is_split else ()
+    if is_split and set(layers) != {1}:
+        raise ValueError(
+            f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; serve the "
+            "unsplit model, or one split with every layer by itself"
+        )
+    num_layers = len(layers) or open_checkpoint(folder).config.num_layers
+    config = override(config, {"draft": draft_folder(config, offline=offline)}, where="draft")
     return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config
 
 

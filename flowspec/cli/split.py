@@ -1,5 +1,6 @@
 """`flowspec split`: cut a model into one folder per stage."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from flowspec.cli.common import is_bundled
 from flowspec.model.manifest import Manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
@@ -74,4 +76,9 @@ def _report(manifest: Manifest, out: Path) -> None:
             about = f"layers {first} to {last - 1}"
         typer.echo(f"{out / folder}  {size / 1e6:10.1f} MB  {about}")
     typer.echo(f"{manifest.model_id}: {manifest.num_stages} stages, {manifest.dtype}, whole.")
-    typer.echo(f"Next: flowspec run --model {out}")
+    command = f"flowspec run --model {shlex.quote(str(out))}"
+    if is_bundled(str(out)):
+        typer.echo(f"Next: {command}")
+        return
+    typer.echo(f"Next: {command} --drafter ngram")
+    typer.echo("faster with a draft model made for it, --draft FOLDER in place of --drafter ngram")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flowspec.model.config import DTYPES, ModelConfig, read_config, read_json
+from flowspec.model.manifest import MANIFEST_NAME
 from flowspec.model.stage_model import StageModel
 from flowspec.model.tensor_files import StoredTensor, TensorReader, read_bin_header, read_header
 
@@ -35,6 +36,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -68,39 +70,49 @@ def resolve_model(name_or_path: str, *, offline: bool = False) -> Path:
     `offline` (or the environment's HF_HUB_OFFLINE=1) looks only into the cache. Raises ValueError
     when it is neither.
     """
-    folder = Path(name_or_path)
-    if folder.is_dir():
+    if (folder := Path(name_or_path)).is_dir():
         return folder
-    if not _HUB_ID.fullmatch(name_or_path):
-        raise ValueError(
-            f"{name_or_path} is neither a folder nor a Hugging Face id (name or owner/name)"
-        )
+    folder = _fetch(name_or_path, [*_SMALL_FILES, "*.safetensors"], offline=offline)
+    if not any(folder.glob("*.safetensors")):
+        folder = _fetch(name_or_path, [*_SMALL_FILES, "*.bin"], offline=offline)
+    return folder
+
+
+def check_model(name_or_path: str, *, offline: bool = False) -> None:
+    """Raises ValueError, as `resolve_model` would, where there is none; fetches no weights.
+
+    A folder must have the file that every model, split or not, begins with.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        folder = _fetch(name_or_path, ["config.json"], offline=offline)
+    if not (folder / MANIFEST_NAME).exists():
+        read_config(folder)
+
+
+def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
+    """Folder in HF's cache with these files of the id `name`. Raises ValueError."""
+    if not _HUB_ID.fullmatch(name):
+        raise ValueError(f"{name} is neither a folder nor a Hugging Face id (name or owner/name)")
     # Imported here: a worker that is sent its layers needs no hub client.
     from huggingface_hub import snapshot_download
 
-    def fetch(patterns: list[str]) -> Path:
+    try:
         return Path(
             snapshot_download(
-                name_or_path,
+                name,
                 allow_patterns=patterns,
                 ignore_patterns=["*/*", "consolidated*"],
                 local_files_only=offline,
             )
         )
-
-    small = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]
-    try:
-        folder = fetch([*small, "*.safetensors"])
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch([*small, "*.bin"])
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{name_or_path} is no folder here, and as a Hugging Face id it could not be had "
+            f"{name} is no folder here, and as a Hugging Face id it could not be had "
             f"({reason}); give a folder, or download it where the hub is reachable "
             "(`hf download`, `hf auth login` for gated models) and set HF_HUB_OFFLINE=1"
         ) from error
-    return folder
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

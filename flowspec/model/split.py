@@ -5,6 +5,7 @@ manifest is written last: a folder with one is whole. Until then a journal names
 finished, so that a rerun goes on where the last one stopped.
 """
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +25,8 @@ from flowspec.model.manifest import (
     write_json,
     write_manifest,
 )
-from flowspec.model.split_plan import OutputFile, SplitPlan
+from flowspec.model.source import Checkpoint
+from flowspec.model.split_plan import OutputFile, SplitPlan, plan_split
 from flowspec.model.tensor_files import (
     HashedWriter,
     TensorReader,
@@ -75,6 +77,30 @@ def run_split(
         write_manifest(out, manifest)
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     return manifest
+
+
+def is_split_of(manifest: Manifest, checkpoint: Checkpoint) -> bool:
+    """Whether the split has the very bytes that this checkpoint would give, wherever it was made.
+
+    Reads the checkpoint where everything else agrees.
+    """
+    if sum(manifest.layers) != checkpoint.config.num_layers:
+        return False
+    plan = plan_split(checkpoint, layers=manifest.layers, dtype=manifest.dtype)
+    if {file.name for file in plan.files} != set(manifest.files):
+        return False
+    with TensorReader() as reader:
+        return all(
+            _sha256(_pieces(plan, file, reader)) == manifest.files[file.name].sha256
+            for file in plan.files
+        )
+
+
+def _sha256(pieces: Iterator[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _identity(plan: SplitPlan) -> str:
