@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them, by its kind
 MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
 
 
@@ -16,12 +17,23 @@ class Tokenizer(Protocol):
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The HF tokenizer in `folder`. Raises ValueError where there is none."""
+    check_tokenizer(Path(folder))
     from transformers import AutoTokenizer  # here: importing it takes seconds
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer in {folder}: {error}") from None
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises ValueError where `folder` has no file that a tokenizer is loaded from."""
+    if not any((folder / name).exists() for name in _VOCABULARIES):
+        raise ValueError(
+            f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy its files there "
+            "from where the model is from"
+        )
 
 
 def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from checkpoints import save_checkpoint
 
-from flowspec.cli.common import BUNDLED, draft_folder, is_bundled
+from flowspec.cli.common import BUNDLED, draft_folder, is_bundled, split_folder
 from flowspec.cli.split import split
 from flowspec.config import RunConfig
+from flowspec.text import load_tokenizer
 
 OWN_HEAD = BUNDLED / "eagle"
 
@@ -68,3 +69,17 @@ def test_a_missing_model_is_named_before_a_missing_draft(model, tmp_path, monkey
     with pytest.raises(ValueError, match=model) as refused:
         draft_folder(RunConfig(model=model), offline=True)
     assert "--draft" not in str(refused.value)
+
+
+def test_a_model_without_tokenizer_is_named_by_its_own_folder(own, tmp_path, monkeypatch):
+    """In one sentence, before anything is split."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(own, tmp_path / "mute")
+    (tmp_path / "mute" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"mute has no tokenizer \(none of tokenizer\.json, "):
+        split_folder(RunConfig(model="mute"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "mute" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer in .*mute cannot be loaded: .+") as damaged:
+        load_tokenizer(tmp_path / "mute")
+    assert "\n" not in str(damaged.value)

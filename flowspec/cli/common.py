@@ -14,6 +14,7 @@ from flowspec.model.source import check_model, open_checkpoint, resolve_model
 from flowspec.model.split import is_split_of, run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 from flowspec.strategies import check_taken, find_strategy
+from flowspec.text import check_tokenizer
 
 DEFAULT_STAGES = 4
 RECORD_KEYS = (  # that --only takes
@@ -85,6 +86,7 @@ def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Pa
             )
         return folder
     checkpoint = open_checkpoint(folder)
+    check_tokenizer(folder)  # here it has the model's own name, and nothing has been written yet
     if config.layers:
         layers = parse_layers(config.layers)
     else:
