@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from flowspec.cli.common import is_bundled
+from flowspec.cli.common import bundled, is_bundled
 from flowspec.model.manifest import Manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
@@ -35,6 +35,7 @@ def split(
     """Split MODEL into stage folders that the workers load."""
     if (stages is None) == (layers is None):
         raise ValueError("give either --stages N or --layers 8+8+8+8")
+    model = bundled(model)
     folder = resolve_model(model, offline=offline)
     # A folder is known by its last name only: a manifest travels, and paths are private.
     model_id = folder.resolve().name if Path(model).is_dir() else model
