@@ -96,8 +96,9 @@ class RunConfig:
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
         for name in ("kept_prefixes", "kv_memory_mb", "max_restarts"):
-            if not 0 <= getattr(self, name) <= MAX_COUNT:
-                raise ValueError(f"{name} must be from 0 to {MAX_COUNT}")
+            value = getattr(self, name)
+            if not 0 <= value <= MAX_COUNT:
+                raise ValueError(f"{name} must be from 0 to {MAX_COUNT}, not {_shown(value)}")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever
             raise ValueError(
                 f"timeout_s must be positive, at most {MAX_TIMEOUT_S}, not {self.timeout_s}"
@@ -105,7 +106,7 @@ class RunConfig:
         for name in ("stages", "threads_per_process", "max_new_tokens"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MAX_COUNT:
-                raise ValueError(f"{name} must be from 1 to {MAX_COUNT}")
+                raise ValueError(f"{name} must be from 1 to {MAX_COUNT}, not {_shown(value)}")
 
     def _check_emulation(self) -> None:
         if self.emulate and self.transport != "zmq":
@@ -114,6 +115,11 @@ class RunConfig:
             raise ValueError(
                 f"emulate_slowdown must be from 0.01 to 1000, not {self.emulate_slowdown}"
             )
+
+
+def _shown(value: int) -> str:
+    """A number as it was given, unless it would fill the screen."""
+    return str(value) if abs(value) < 10**12 else "one so long"
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:

@@ -209,7 +209,7 @@ def test_a_mismatch_ends_with_exit_code_1_and_is_in_the_rows(command, monkeypatc
         (["--dtype", "int8"], ["dtype", "int8"]),
         (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
         (["--draft", "nowhere"], ["nowhere"]),
-        (["--max-tokens", "0"], ["max_new_tokens"]),
+        (["--max-tokens", "0"], ["--max-tokens"]),
         (["--limit", "0"], ["limit"]),
     ],
 )

@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from flowspec.cli.bench_plan import assemble, load_sets, names_in, numbers_in, run_shown
+from flowspec.cli.bench_plan import (
+    assemble,
+    check_sampling,
+    load_sets,
+    names_in,
+    numbers_in,
+    run_shown,
+)
 from flowspec.cli.bench_table import show
 from flowspec.cli.common import BUNDLED
 from flowspec.drafters import DRAFTERS
@@ -85,6 +92,8 @@ def bench(
     if json_file and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file} cannot be written: {json_file.parent} is no folder")
     chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
+    sampled = numbers_in(temperatures, float, "--temperatures"), numbers_in(seeds, int, "--seeds")
+    check_sampling(*sampled)
     cases = make_cases(
         chosen,
         names_in(drafter, "--drafter"),
@@ -105,8 +114,8 @@ def bench(
         cases,
         emulations,
         datasets=load_sets(datasets, data_dir, questions, limit),
-        temperatures=numbers_in(temperatures, float, "--temperatures"),
-        seeds=numbers_in(seeds, int, "--seeds"),
+        temperatures=sampled[0],
+        seeds=sampled[1],
         max_tokens=max_tokens,
         table=table,
         stages=stages,

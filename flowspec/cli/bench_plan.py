@@ -19,6 +19,7 @@ from flowspec.eval.records import SampleFile
 from flowspec.eval.runner import Outcome, run_plan
 from flowspec.eval.runner import Progress as Step
 from flowspec.model.manifest import read_manifest
+from flowspec.request import SamplingParams
 from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import find_strategy
 
@@ -97,6 +98,14 @@ def numbers_in(text: str, kind: type, option: str) -> tuple:  # type: ignore[typ
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"{option} names a number twice: {text}")
     return numbers
+
+
+def check_sampling(temperatures: Sequence[float], seeds: Sequence[int]) -> None:
+    """Raises ValueError for what nothing can be sampled with."""
+    for temperature in temperatures:
+        SamplingParams(temperature=temperature)
+    for seed in seeds:
+        SamplingParams(seed=seed)
 
 
 def load_sets(

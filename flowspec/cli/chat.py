@@ -41,7 +41,10 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--max-tokens", help="Limit of an answer.")
+        int,
+        typer.Option(
+            "--max-new-tokens", "--max-tokens", help="Limit of an answer.", min=1, max=1_000_000
+        ),
     ] = 200,
 ) -> None:
     """Talk to the model that HEAD serves."""

@@ -47,8 +47,8 @@ def check_head(
     prompts: Annotated[
         Path | None, typer.Option(help="As for verify: a file or folder of prompts [bundled].")
     ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts per file.")] = 4,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    limit: Annotated[int, typer.Option(help="Prompts per file.", min=1)] = 4,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
 ) -> None:

@@ -25,7 +25,7 @@ def generate(
     prompts: Annotated[
         Path | None, typer.Option(help="A file or folder of prompts, one answer each.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     token: Annotated[
         str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
     ] = None,
@@ -36,7 +36,10 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Of the likeliest token's probability.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "--max-tokens", help="Limit of the answer.")
+        int,
+        typer.Option(
+            "--max-new-tokens", "--max-tokens", help="Limit of the answer.", min=1, max=1_000_000
+        ),
     ] = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     json_: Annotated[

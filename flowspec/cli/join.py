@@ -45,9 +45,13 @@ def join(
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     name: Annotated[str | None, typer.Option(help="What the head calls it [host name].")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: as torch decides.")] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; 0: as torch decides.", min=0, max=1024)
+    ] = 0,
     host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
-    port: Annotated[int, typer.Option(help="Own ports PORT and PORT+1 [any free].")] = 0,
+    port: Annotated[
+        int, typer.Option(help="Own ports PORT and PORT+1 [any free].", min=0, max=65534)
+    ] = 0,
     model: Annotated[
         Path | None, typer.Option(help="A copy of the model on this device, split or not.")
     ] = None,

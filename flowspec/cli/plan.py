@@ -70,14 +70,14 @@ def plan(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     layers: Annotated[str | None, typer.Option(help="Layers per device instead, 8+8+16.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a request, in caches.")] = 2048,
-    requests: Annotated[int, typer.Option(help="Served at once.")] = 1,
-    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.")] = 600,
+    context: Annotated[int, typer.Option(help="Tokens of a request, in caches.", min=1)] = 2048,
+    requests: Annotated[int, typer.Option(help="Served at once.", min=1)] = 1,
+    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.", min=0)] = 600,
     drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
     strategies: Annotated[
         str, typer.Option(help=f"all, or of {', '.join(STRATEGIES)}, with commas.")
     ] = STRATEGIES_SHOWN,
-    tokens: Annotated[int, typer.Option(help="Per emulated answer; 0: no prediction.")] = 48,
+    tokens: Annotated[int, typer.Option(help="Per emulated answer; 0: no prediction.", min=0)] = 48,
 ) -> None:
     """Place a model's layers on devices, of a profile or joined to a live head; load nothing.
 

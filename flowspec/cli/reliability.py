@@ -56,10 +56,10 @@ def reliability(
     prompts: Annotated[
         Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    stages: Annotated[int, typer.Option(help="Stages of the simulated cluster.")] = 4,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    stages: Annotated[int, typer.Option(help="Stages of the simulated cluster.", min=1)] = 4,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
     out: Annotated[
         Path | None, typer.Option(help="A plot (.png, .svg, .pdf) or the figures (.json).")
     ] = None,

@@ -27,7 +27,7 @@ from flowspec.cluster.hosts import stop as stop_hosts
 from flowspec.cluster.membership import Membership
 from flowspec.cluster.messages import ModelCard
 from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
-from flowspec.cluster.roster import MembershipConfig
+from flowspec.cluster.roster import MIN_HEARTBEAT_S, MembershipConfig
 from flowspec.cluster.ship import ShardServer
 from flowspec.cluster.token import (
     TOKEN_VARIABLE,
@@ -36,7 +36,7 @@ from flowspec.cluster.token import (
     read_token,
     write_token,
 )
-from flowspec.config import RunConfig, override
+from flowspec.config import MAX_TIMEOUT_S, RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
 from flowspec.model.config import read_config
@@ -66,23 +66,28 @@ def serve(
         str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
     ] = None,
     host: Annotated[str, typer.Option(help="Own address to listen at [all].")] = "0.0.0.0",
-    port: Annotated[int, typer.Option(help="Control port; 0: any free one.")] = DEFAULT_PORT,
+    port: Annotated[
+        int, typer.Option(help="Control port; 0: any free one.", min=0, max=65532)
+    ] = DEFAULT_PORT,
     token_file: Annotated[
         Path | None, typer.Option(help="Where the token is, or is kept when it is made.")
     ] = None,
     devices: Annotated[
-        int, typer.Option(help="Start with this many [as soon as the layers are covered].")
+        int, typer.Option(help="Start with this many [as soon as the layers are covered].", min=0)
     ] = 0,
-    spares: Annotated[int, typer.Option(help="Devices kept free to take over.")] = 0,
+    spares: Annotated[int, typer.Option(help="Devices kept free to take over.", min=0)] = 0,
     layers: Annotated[str | None, typer.Option(help="Layers per device, as in 8+8+16.")] = None,
     context: Annotated[
-        int, typer.Option(help="Tokens a request may have, for the plan's caches [model's, 4096].")
+        int,
+        typer.Option(
+            help="Tokens a request may have, for the plan's caches [model's, 4096].", min=0
+        ),
     ] = 0,
     max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="Of the drafter: cpu or cuda[:n].")] = None,
-    kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].")] = 0,
-    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.")] = 600,
+    kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].", min=0)] = 0,
+    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.", min=0)] = 600,
     settle: Annotated[float, typer.Option(help="Wait after a join for more devices, s.")] = 2.0,
     dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 2.5,
     rejoin_wait: Annotated[
@@ -109,6 +114,8 @@ def serve(
     watch = Watch(log_json=log_json)
     run_config = effective_config(config, flags)
     check_run(run_config)
+    _check_seconds(0.0, settle=settle, rejoin_wait=rejoin_wait, give_up=give_up)
+    _check_seconds(4 * MIN_HEARTBEAT_S, dead_after=dead_after)
     over_ssh = read_hosts(hosts) if hosts is not None else None
     if over_ssh is not None:
         port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
@@ -117,6 +124,7 @@ def serve(
     folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.threads_per_process)
     parts = load_head_parts(run_config, folder)
+    planner = _planner(run_config, parts, layers, context, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)
     shards = _shard_server(folder, host, port + 1 if port else 0, keys)
@@ -140,7 +148,6 @@ def serve(
         kv_memory_mb=kv_memory_mb,
         shape_stable=run_config.shape_stable,
     )
-    planner = _planner(run_config, parts, layers, context, reserve_mb)
     now = time.monotonic()
     membership = Membership(settings, planner, now, wall_offset_s=time.time() - now)
     server = HeadServer(
@@ -177,6 +184,16 @@ def serve(
                 server.check()
         watch.say("shutting down: open requests are finished first")
         server.drain("it is shutting down", DRAIN_S)
+
+
+def _check_seconds(least: float, **options: float) -> None:
+    """Raises ValueError for what is no time to wait; NaN is none either."""
+    for name, value in options.items():
+        if not least <= value <= MAX_TIMEOUT_S:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be from {least:g} to {MAX_TIMEOUT_S:g} seconds, "
+                f"not {value:g}"
+            )
 
 
 def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> None:
@@ -251,6 +268,10 @@ def _planner(
     config: RunConfig, parts: HeadParts, layers: str | None, context: int, reserve_mb: int
 ) -> DevicePlanner:
     model = read_config(parts.folder / HEAD_FOLDER)
+    if context > model.max_position_embeddings:
+        raise ValueError(
+            f"--context {context} is more than the model's {model.max_position_embeddings} tokens"
+        )
     context = context or min(model.max_position_embeddings, 4096)
     needs = needs_of(config.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6)
     profile = model_profile(parts.manifest.model_id, model_sizes(model), config.dtype)

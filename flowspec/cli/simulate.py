@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flowspec.cli.bench import CLUSTER, MODEL, TABLES
-from flowspec.cli.bench_plan import assemble, load_sets, names_in, run_shown
+from flowspec.cli.bench_plan import assemble, check_sampling, load_sets, names_in, run_shown
 from flowspec.cli.common import BUNDLED
 from flowspec.cli.report import MAX_WIDTH, show_table
 from flowspec.drafters import DRAFTERS
@@ -75,6 +75,7 @@ def simulate(
     """
     if not vary and not trace:
         raise ValueError(f"--vary NAME=VALUE,VALUE is needed, of {', '.join(AXES)}")
+    check_sampling((temperature,), (seed,))
     combinations = parse_variations(vary or [])
     chosen = names_in(strategies, "--strategies")
     parameters = read_table(TABLES, table)

@@ -24,7 +24,9 @@ from flowspec.model.split_plan import SplitPlan, even_layers, parse_layers, plan
 
 def split(
     model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
-    stages: Annotated[int | None, typer.Option(help="Number of stages, layers shared out.")] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="Number of stages, layers shared out.", min=1)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers per stage, as in 8+8+8+8.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result.")] = None,
     dtype: Annotated[

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from flowspec.cli.bench_plan import check_sampling
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
@@ -81,8 +82,8 @@ def verify(
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0,1",
     requests: Annotated[str, typer.Option(help="Requests served at once, as in 1,4.")] = "1",
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
-    limit: Annotated[int | None, typer.Option(help="Prompts per file.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     shape_stable: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
@@ -100,6 +101,11 @@ def verify(
     for name in names:
         check_runs_for_real(name)  # a cluster serves several of them here
     at_once = _numbers(requests, int, "--requests")
+    warmth = _numbers(temperatures, float, "--temperatures")
+    check_sampling(warmth, ())
+    counts = _numbers(stages, int, "--stages")
+    if min(counts) < 1:
+        raise ValueError(f"--stages takes counts of 1 or more, not {min(counts)}")
     config = RunConfig(
         model=model or RunConfig().model,
         dtype=dtype,
@@ -113,8 +119,8 @@ def verify(
         config=config,
         strategies=names,
         drafters=_draft_folders(config, drafters, draft or []) if drafting else {},
-        stages=_numbers(stages, int, "--stages"),
-        temperatures=_numbers(temperatures, float, "--temperatures"),
+        stages=counts,
+        temperatures=warmth,
         requests=at_once,
         driver=driver,
         prompts=load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit),

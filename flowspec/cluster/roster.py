@@ -16,6 +16,8 @@ from flowspec.cluster.messages import (
 )
 from flowspec.request import ClusterError
 
+MIN_HEARTBEAT_S = 0.05
+
 
 class DoesNotFitError(ValueError):
     """No way to place the model on these devices; says what is needed and what there is."""
@@ -43,8 +45,10 @@ class MembershipConfig:
     shape_stable: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.05 <= self.heartbeat_s <= 60.0:
-            raise ValueError(f"heartbeat_s must be from 0.05 to 60, not {self.heartbeat_s}")
+        if not MIN_HEARTBEAT_S <= self.heartbeat_s <= 60.0:
+            raise ValueError(
+                f"heartbeat_s must be from {MIN_HEARTBEAT_S} to 60, not {self.heartbeat_s}"
+            )
         if self.dead_after_s < 2 * self.heartbeat_s:
             raise ValueError(
                 f"dead_after_s is {self.dead_after_s}, needed: two heartbeats of "
