@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ import typer
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
+from flowspec.request import SamplingParams
 from flowspec.transport.control import parse_address
 
 DEFAULT_PORT = 7000
@@ -29,6 +30,11 @@ class ChatOptions:
     seed: int = 0
     max_new_tokens: int = 200
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what no head takes, before one is asked."""
+        names = (field.name for field in fields(SamplingParams))
+        SamplingParams(**{name: getattr(self, name) for name in names})
 
 
 def chat(
@@ -84,6 +90,8 @@ def chat_loop(
             continue
         turns.append({"role": "user", "content": line})
         text, done = show_answer(client, options, turns)
+        if done is not None and done.error:
+            typer.echo(f"error: {done.error}", err=True)
         if done is None or done.error:
             turns.pop()
         else:
@@ -93,7 +101,10 @@ def chat_loop(
 def show_answer(
     client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]
 ) -> tuple[str, Done | None]:
-    """Stream one answer to stdout, its figures to stderr; None where Ctrl-C cut it off."""
+    """Stream one answer to stdout, its figures to stderr; None where Ctrl-C cut it off.
+
+    Why there is no answer is the caller's to tell.
+    """
     ask = client.new_ask(
         turns=turns,
         **{name: getattr(options, name) for name in ChatOptions.__slots__},
@@ -109,7 +120,8 @@ def show_answer(
                 case Note():
                     typer.echo(f"[{event.text}]", err=True)
                 case Done():
-                    typer.echo("")
+                    if text or not event.error:
+                        typer.echo("")
                     show_end(event)
                     return text, event
     except KeyboardInterrupt:
@@ -118,9 +130,8 @@ def show_answer(
 
 
 def show_end(done: Done) -> None:
-    """An answer's figures, or why there is none."""
+    """An answer's figures, where there is one."""
     if done.error:
-        typer.echo(f"error: {done.error}", err=True)
         return
     resumed = f", went on after {done.resumed} interruptions" if done.resumed else ""
     typer.echo(

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from itertools import count
 from types import TracebackType
 
+from pydantic import ValidationError
+
 import flowspec
 from flowspec.cluster.messages import (
     Ask,
@@ -59,10 +61,14 @@ class HeadClient:
         self.control.close()
 
     def new_ask(self, **fields: object) -> Ask:
-        """An Ask with an id of its own and this package's version."""
-        return Ask.model_validate(
-            {"version": flowspec.__version__, "id": next(self._ids), **fields}, strict=False
-        )
+        """An Ask with an id of its own and this package's version. Raises ValueError."""
+        content = {"version": flowspec.__version__, "id": next(self._ids), **fields}
+        try:
+            return Ask.model_validate(content, strict=False)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"what is asked cannot be sent: {name}: {first['msg']}") from None
 
     def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
         """Follow one answer to its Done. Whoever turns away early cancels it.
