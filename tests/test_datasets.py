@@ -40,6 +40,15 @@ def data_dir(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_text_is_one_prompt_and_json_lines_are_one_each(tmp_path):
+    """A question may have paragraphs: lines of a text are not taken apart."""
+    text = "Read this.\n\nThen answer: why?"
+    (tmp_path / "ask.txt").write_text(text + "\n")
+    (tmp_path / "ask.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    assert [one.turns for one in load_prompts(tmp_path / "ask.txt")] == [(text,)]
+    assert [one.turns for one in load_prompts(tmp_path)] == [("one",), ("two",), (text,)]
+
+
 def test_a_set_of_a_folder_keeps_ids_and_turns(data_dir):
     """As the public question.jsonl has them."""
     found = load("mt_bench", data_dir)

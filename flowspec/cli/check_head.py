@@ -14,7 +14,7 @@ from flowspec.cli.common import BUNDLED, bundled, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
 from flowspec.model.config import read_config
 from flowspec.model.draft_config import CONTRADICTION, ERROR
 from flowspec.model.draft_kind import FAMILIES
@@ -44,9 +44,7 @@ class Score:
 def check_head(
     model: Annotated[str, typer.Argument(help="The target: folder or HF id.")],
     head: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="As for verify: a file or folder of prompts [bundled].")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP[:-1]} [bundled].")] = None,
     limit: Annotated[int, typer.Option(help="Prompts per file.", min=1)] = 4,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",

@@ -12,7 +12,7 @@ from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
-from flowspec.eval.prompts import load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, load_prompts
 from flowspec.request import ClusterError
 from flowspec.transport.control import parse_address
 
@@ -22,9 +22,7 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help="What to ask; - reads standard input.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file or folder of prompts, one answer each.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     token: Annotated[
         str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")

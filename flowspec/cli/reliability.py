@@ -19,7 +19,7 @@ from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, build_head, build_stage, check_run, load_head_parts
-from flowspec.eval.prompts import Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
 from flowspec.eval.reliability import Reliability, before_and_after, settled
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
@@ -53,9 +53,7 @@ def reliability(
     strategy: Annotated[
         str, typer.Option(help=f"One of {', '.join(STRATEGIES)}, but ar.")
     ] = "streaming",
-    prompts: Annotated[
-        Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     stages: Annotated[int, typer.Option(help="Stages of the simulated cluster.", min=1)] = 4,

@@ -21,7 +21,7 @@ from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS, parse_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
 from flowspec.eval.verify import Combination, Verifier
 from flowspec.model.load import load_whole
 from flowspec.request import Request, SamplingParams
@@ -71,9 +71,7 @@ def verify(
         list[str] | None,
         typer.Option(help="Folder of the draft model, or DRAFTER=FOLDER for each [bundled]."),
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="question.jsonl, JSON lines, text, or a folder of them.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     strategies: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
     drafters: Annotated[
         str, typer.Option(help="all, or names with commas, as in eagle,eagle+graft,ngram.")

@@ -1,4 +1,8 @@
-"""Prompts from files: `question.jsonl` (MT-bench form), JSON lines with a prompt, ShareGPT."""
+"""Prompts from files: JSON lines have one a line, a text is one as a whole, lines and all.
+
+A line of `.jsonl` has `turns` (MT-bench's `question.jsonl`) or `prompt`; `.json` is ShareGPT, the
+first question of each conversation; any other file is one prompt.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_PROMPT_CHARS = 1_000_000
+PROMPTS_HELP = "JSON lines (a prompt each), a text (one prompt), or a folder of them."
 
 
 @dataclass(frozen=True, slots=True)
