@@ -14,7 +14,9 @@ from flowspec.cluster.doctor import (
     can_join,
     examine,
     examine_link,
+    examine_token,
     find_facts,
+    verdict,
 )
 from flowspec.cluster.messages import DeviceReport, Interface, Link
 
@@ -150,6 +152,24 @@ def test_the_way_to_the_head(facts, level, words):
     assert worst.level is level
     assert any(words in one.found for one in findings)
     assert all(one.fix for one in findings if one.level is not Level.OK)
+
+
+def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
+    """What could not be looked at is told, with what to do, and not taken for good."""
+    none, wrong = examine_token(""), examine_token("the token has a typing mistake; copy it")
+    device = list(examine(GOOD))
+    for finding, level, fix in (
+        (none, Level.WARNING, "FLOWSPEC_TOKEN"),
+        (wrong, Level.ERROR, "typing mistake"),
+    ):
+        assert finding.level is level
+        assert "was not checked" in finding.found
+        assert fix in finding.fix
+    assert verdict([*device, none]) == verdict(device)
+    assert "the way to a head was not checked" in verdict(device)
+    assert verdict([*device, wrong]) == "joining would not work"
+    facts = HeadFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
+    assert verdict([*device, *examine_link(facts)]) == "joining would work"
 
 
 def test_facts_are_read_from_the_system(tmp_path: Path):

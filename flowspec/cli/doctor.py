@@ -23,7 +23,9 @@ from flowspec.cluster.doctor import (
     can_join,
     examine,
     examine_link,
+    examine_token,
     find_facts,
+    verdict,
 )
 from flowspec.cluster.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.request import ClusterError
@@ -45,7 +47,7 @@ def doctor(
 ) -> None:
     """Look at this device and, with HEAD, at the way to it; every finding comes with its fix.
 
-    Exit code 0: joining would work; 1: it would not.
+    Exit code 0: nothing that was looked at is in the way of joining; 1: something is.
     """
     torch_device = pick_device(device)
     report = report_device(torch_device, "float32", cache_folder())
@@ -72,8 +74,7 @@ def _examine_head(head: str, token: str | None, token_file: Path | None) -> list
         # Without the token only the port can be looked at.
         reason = why_unreachable(host, port)
         given = token or token_file or os.environ.get(TOKEN_VARIABLE)
-        level = Level.ERROR if given else Level.WARNING  # a wrong one, or none yet
-        found = [Finding(what="token", level=level, found=str(error))]
+        found = [examine_token(str(error) if given else "")]
         if reason:
             found += examine_link(HeadFacts(where=head, why_unreachable=reason))
         return found
@@ -107,4 +108,4 @@ def _show(findings: list[Finding]) -> None:
         row = (marks[finding.level], finding.what, finding.found, finding.fix)
         table.add_row(*(text.replace("[", r"\[") for text in row))
     Console(width=140).print(table)
-    typer.echo("joining would work" if can_join(findings) else "joining would not work")
+    typer.echo(verdict(findings))

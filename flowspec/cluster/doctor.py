@@ -6,19 +6,21 @@ The rules are pure functions of what was found out; finding it out is at the end
 import importlib.metadata
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 import flowspec
 from flowspec.cluster.messages import DeviceReport, Link
+from flowspec.cluster.token import TOKEN_VARIABLE
 from flowspec.transport.control import has_curve
 
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
 MIN_MEMORY_BYTES = 0.5e9  # for less than a layer and the runtime nothing is gained
 MIN_DISK_BYTES = 1e9
 SLOW_LINK_BYTES_PER_S, SLOW_LATENCY_S = 20e6, 0.01
+HEAD = "head"  # what the way to it is found under
 NVMAP_ERROR = "NvMapMemAllocInternalTagged"
 EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
@@ -102,12 +104,12 @@ def examine(facts: Facts) -> Iterator[Finding]:
 def examine_link(facts: HeadFacts) -> Iterator[Finding]:
     """The way to the head."""
     if facts.why_unreachable:
-        yield Finding(what="head", level=Level.ERROR, found=facts.why_unreachable, fix="see there")
+        yield Finding(what=HEAD, level=Level.ERROR, found=facts.why_unreachable, fix="see there")
         return
     version = f"FlowSpec {facts.version}" if facts.version else "it lets us in"
     same = facts.version in ("", flowspec.__version__)
     yield Finding(
-        what="head",
+        what=HEAD,
         level=Level.OK if same else Level.ERROR,
         found=f"{facts.where} answers: {version}; this device listens at {facts.own_address}",
         fix="" if same else f"install {facts.version} here, or {flowspec.__version__} there",
@@ -122,7 +124,33 @@ def examine_link(facts: HeadFacts) -> Iterator[Finding]:
     yield from _speed(facts.link)
 
 
-def can_join(findings: Iterator[Finding] | list[Finding]) -> bool:
+def examine_token(why_wrong: str) -> Finding:
+    """Instead of the way to the head, which cannot be looked at: no token, or why it is none."""
+    if not why_wrong:
+        return Finding(
+            what="token",
+            level=Level.WARNING,
+            found="none given: the way to the head was not checked",
+            fix=f"give --token-file FILE or set {TOKEN_VARIABLE}; `flowspec serve` prints it",
+        )
+    return Finding(
+        what="token",
+        level=Level.ERROR,
+        found="cannot be used: the way to the head was not checked",
+        fix=why_wrong,
+    )
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """All findings in one line."""
+    if not can_join(findings):
+        return "joining would not work"
+    if any(finding.what == HEAD for finding in findings):
+        return "joining would work"
+    return "nothing on this device is in the way of joining; the way to a head was not checked"
+
+
+def can_join(findings: Iterable[Finding]) -> bool:
     """Whether nothing found makes joining impossible."""
     return all(finding.level is not Level.ERROR for finding in findings)
 
