@@ -20,7 +20,7 @@ from flowspec.cluster.messages import (
     Welcome,
     WhoAreYou,
 )
-from flowspec.cluster.roster import GiveUp, Place, Placement, Resume
+from flowspec.cluster.roster import GiveUp, Place, Placement, Resume, Say
 from flowspec.model.split_plan import even_layers
 
 
@@ -247,6 +247,16 @@ def test_open_requests_end_when_nobody_comes():
     c = world.join("c")
     world.load(a, c)
     assert world.members.phase is Phase.SERVING
+
+
+@pytest.mark.parametrize(("idle", "level"), [(True, "info"), (False, "error")])
+def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, level):
+    """Nothing is wrong with a head that nobody has joined yet."""
+    world = World(give_up_s=20.0)
+    world.pass_time(25.0, idle=idle)
+    (said,) = [e for e in world.effects if isinstance(e, Say) and "not been covered" in e.text]
+    assert said.level == level
+    assert "requests are refused until they are" in said.text
 
 
 def test_a_stage_that_names_another_loses_that_one():

@@ -126,7 +126,7 @@ class Membership:
                 effects.append(Tell(device.peer, Beat()))
         if self.phase is Phase.GATHERING:
             effects += self._try_to_cover(now)
-            effects += self._check_given_up(now)
+            effects += self._check_given_up(now, idle=idle)
         elif self.phase is Phase.SERVING and idle and self._planned_at < self.joined_at:
             effects += self._try_to_improve(now)
         return effects
@@ -353,13 +353,15 @@ class Membership:
                 effects += [Tell(device.peer, Standby(why=why)), Say(why, name)]
         return effects
 
-    def _check_given_up(self, now: float) -> list[Effect]:
+    def _check_given_up(self, now: float, *, idle: bool) -> list[Effect]:
         since, limit = self.uncovered_since, self.config.give_up_s
         if since is None or self.gave_up or now - since < limit:
             return []
         self.gave_up = True
         cause = f"the layers have not been covered for {limit:.0f} s; {self.missing()}"
-        return [GiveUp(ClusterError("head", cause)), Say(cause, level="error")]
+        level = "info" if idle else "error"  # nobody has lost anything where nobody asked
+        say = Say(f"{cause}; requests are refused until they are", level=level)
+        return [GiveUp(ClusterError("head", cause)), say]
 
     def missing(self) -> str:
         """Why the cluster does not serve now, in one line."""
