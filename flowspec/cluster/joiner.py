@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 WELCOME_TIMEOUT_S = 10.0
 BACKOFF_S = (0.5, 5.0)  # first and longest wait before the next try
+TELL_EVERY_S = 60.0  # of one reason to try again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +92,7 @@ class Joiner:
         self._heard_at = self._beat_at = 0.0
         self._round_trip_s = 0.0
         self._was_in = self._has_ended = False
+        self._told = "", 0.0  # why it tries again, and when that was said
 
     def stop(self, why: str) -> None:
         """Leave in order; may be called from a signal handler."""
@@ -105,14 +107,21 @@ class Joiner:
             if self._stopping:
                 return
             if self._welcome is not None:
-                wait_s = BACKOFF_S[0]
+                wait_s, self._told = BACKOFF_S[0], ("", 0.0)
             if self.config.once and self._has_ended:
                 return
             if self.config.once and self._was_in:
                 raise ClusterError("head", reason)
-            log.warning("%s; trying again in %.1f s", reason, wait_s)
+            self._tell_why(reason)
             self._pause(wait_s * random.uniform(0.8, 1.2))  # so that devices do not come in step
             wait_s = min(2 * wait_s, BACKOFF_S[1])
+
+    def _tell_why(self, reason: str) -> None:
+        """Once, and now and then while it stays so; another reason is told at once."""
+        now, (told, told_at) = time.monotonic(), self._told
+        if reason != told or now - told_at >= TELL_EVERY_S:
+            self._told = reason, now
+            log.warning("%s; trying again every few seconds", reason)
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
