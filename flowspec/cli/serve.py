@@ -127,7 +127,7 @@ def serve(
     planner = _planner(run_config, parts, layers, context, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)
-    shards = _shard_server(folder, host, port + 1 if port else 0, keys)
+    shards = _shard_server(folder, host, port + 1 if port else 0, keys, watch)
     settings = MembershipConfig(
         version=flowspec.__version__,
         model=ModelCard(
@@ -254,14 +254,17 @@ def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
     return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config
 
 
-def _shard_server(folder: Path, host: str, port: int, keys: Keys) -> ShardServer:
-    """At `port`, or at a free one."""
+def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) -> ShardServer:
+    """At `port`, or at a free one, which is told: a firewall may be open for the former alone."""
     try:
         return ShardServer(folder, f"tcp://{host}:{port}", keys)
-    except ValueError:
+    except ValueError as error:
         if not port:
             raise
-        return ShardServer(folder, f"tcp://{host}:0", keys)
+        server = ShardServer(folder, f"tcp://{host}:0", keys)
+        used = server.address.rpartition(":")[2]
+        watch.say(f"{error}; layers are given out at port {used} instead", level="warning")
+        return server
 
 
 def _planner(

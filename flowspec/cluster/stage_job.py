@@ -139,13 +139,20 @@ def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> Zm
     `book` is filled by whoever knows where the other ranks listen. Raises ValueError where `host`
     is no address of this machine.
     """
-    for first in (port, 0) if port else (0,):
-        control, data = (f"tcp://{host}:{first + k if first else 0}" for k in range(2))
-        book[rank] = {"control": control, "data": data}
+    if port:
         try:
-            return ZmqTransport(rank, book, keys)
+            return _listen_at(rank, host, (port, port + 1), book, keys)
         except ValueError as error:
-            if not first:
-                raise
-            log.warning("%s; taking any free ports instead", error)
-    raise AssertionError("port 0 was tried")
+            transport = _listen_at(rank, host, (0, 0), book, keys)
+            used = " and ".join(bound.rpartition(":")[2] for bound in transport.bound.values())
+            log.warning("%s; ports %s are used instead", error, used)
+            return transport
+    return _listen_at(rank, host, (0, 0), book, keys)
+
+
+def _listen_at(
+    rank: int, host: str, ports: tuple[int, int], book: AddressBook, keys: Keys
+) -> ZmqTransport:
+    control, data = (f"tcp://{host}:{port}" for port in ports)
+    book[rank] = {"control": control, "data": data}
+    return ZmqTransport(rank, book, keys)
