@@ -29,6 +29,7 @@ from flowspec.cluster.messages import (
 )
 from flowspec.cluster.power import find_power_meter
 from flowspec.cluster.token import derive_keys, read_token
+from flowspec.model.source import check_model
 from flowspec.transport.control import local_address_towards, parse_address
 
 DEFAULT_PORT = 7000
@@ -71,6 +72,8 @@ def join(
     else:
         head_host, head_port = parse_address(head, default_port=DEFAULT_PORT)
     name = name or default_name()
+    if model is not None:
+        _check_folder(model)
     watch = Watch(log_json=log_json, device=name)
     torch_device = pick_device(device)
     if threads:
@@ -115,6 +118,16 @@ def join(
         raise ValueError(str(error)) from None
     finally:
         watch.close()
+
+
+def _check_folder(model: Path) -> None:
+    """Raises ValueError where a device's own copy of the model is none."""
+    if not model.is_dir():
+        raise ValueError(
+            f"--model {model} is no folder on this device; name a copy of the model, split or not, "
+            "or leave it out: the layers come from the head"
+        )
+    check_model(str(model))
 
 
 def pick_device(name: str) -> str:
