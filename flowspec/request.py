@@ -191,6 +191,10 @@ class ClusterError(RuntimeError):
         self.where, self.cause, self.tokens = where, cause, dict(tokens or {})
 
 
+class RefusedError(ClusterError):
+    """The head will never take this one: another token, another version."""
+
+
 def rank_name(rank: int) -> str:
     """How a person calls rank `rank`."""
     return {-1: "client", 0: "head"}.get(rank, f"stage {rank}")

@@ -13,7 +13,7 @@ import typer
 from flowspec import __version__
 from flowspec.cli.commands import Commands
 from flowspec.cluster.launch import find_launch
-from flowspec.request import ClusterError
+from flowspec.request import ClusterError, RefusedError
 
 app = typer.Typer(
     cls=Commands,
@@ -46,7 +46,7 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, RefusedError, FileNotFoundError, PermissionError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
     except (ClusterError, OSError) as error:

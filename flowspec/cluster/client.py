@@ -21,8 +21,8 @@ from flowspec.cluster.messages import (
     pack,
     unpack,
 )
-from flowspec.request import ClusterError
-from flowspec.transport.control import ControlClient, UnreachableError
+from flowspec.request import ClusterError, RefusedError
+from flowspec.transport.control import WRONG_TOKEN, ControlClient, UnreachableError
 from flowspec.transport.keys import Keys
 
 HANDSHAKE_TIMEOUT_S = 5.0
@@ -32,7 +32,9 @@ SILENCE_S = 10.0  # of a head that has been asked whether it is there
 
 
 class HeadClient:
-    """A connection to the head at host:port. Raises ClusterError where it cannot be had, with why.
+    """A connection to the head at host:port.
+
+    Raises ClusterError where it cannot be had, with why; RefusedError where the token is another.
 
     Use it with `with`.
     """
@@ -43,7 +45,7 @@ class HeadClient:
         self._ids = count(1)
         if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):
             self.control.close()
-            raise ClusterError("head", reason)
+            raise (RefusedError if WRONG_TOKEN in reason else ClusterError)("head", reason)
 
     def __enter__(self) -> "HeadClient":
         return self
@@ -107,7 +109,7 @@ class HeadClient:
                 if isinstance(message, ClusterStatus):
                     return message
                 if isinstance(message, Refuse):
-                    raise ClusterError(self.where, message.why)
+                    raise RefusedError(self.where, message.why)
         raise ClusterError(self.where, f"no answer within {STATUS_TIMEOUT_S:.0f} s")
 
     def _receive(self) -> Iterator[Control]:
