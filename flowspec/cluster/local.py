@@ -17,6 +17,7 @@ from flowspec.answers import Answers
 from flowspec.cluster.child import Child
 from flowspec.cluster.clocks import ping_clocks
 from flowspec.cluster.silence import Silence, Step
+from flowspec.cluster.stage_totals import StageTotals
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
@@ -76,6 +77,7 @@ class LocalCluster:
         self.children: dict[int, Child] = {}
         self.kv_rows: dict[int, int] = {}  # what each stage can hold
         self.restarts: list[str] = []  # why, each time
+        self._totals = StageTotals()
         can_restart = config.transport == "zmq" and trace_folder is None
         self.max_restarts = config.max_restarts if can_restart else 0
         self.head.resumes = self.max_restarts > 0
@@ -173,8 +175,10 @@ class LocalCluster:
                 raise error
             self.restarts.append(str(error))
             logger.warning("%s; restarting it, answers go on", str(error).splitlines()[0])
+            self.statuses()  # the last word of those that are lost
             driver.inject(Suspend(cause=str(error)))
             lost = self._lost_ranks(error)
+            self._totals.lose(lost)
             try:
                 for rank in lost:
                     self.children[rank].kill()
@@ -200,8 +204,8 @@ class LocalCluster:
         self.driver.inject(Cancel(request=request))
 
     def statuses(self) -> dict[int, Status]:
-        """See Cluster.statuses."""
-        return dict(self.head.statuses)
+        """See Cluster.statuses; what a stage did before it was restarted counts too."""
+        return self._totals.of(self.head.statuses)
 
     def close(self) -> None:
         """End every process: by message, then by SIGTERM, then by SIGKILL. Safe to call twice."""

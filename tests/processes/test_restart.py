@@ -12,6 +12,7 @@ from flowspec.engine import HeadParts
 from flowspec.model.load import load_whole
 from flowspec.request import ClusterError, Completion, Request, SamplingParams
 from flowspec.targets.local import LocalTarget
+from flowspec.wire import Status
 from processes.conftest import stage_pids
 
 T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
@@ -47,13 +48,18 @@ def test_all_stages_killed_at_once_end_no_answer(config, parts, all_gone) -> Non
     asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
     with LocalCluster(replace(config, max_restarts=2), parts) as cluster:
         pids = set(stage_pids(cluster))
+        before: dict[int, Status] = {}
 
         def kill_all() -> None:
+            before.update(cluster.statuses())
             for pid in stage_pids(cluster):
                 os.kill(pid, signal.SIGKILL)
 
         check(parts, asked, answers_with_faults(cluster, asked, {8: kill_all}))
         pids.update(stage_pids(cluster))
+        after = cluster.statuses()
+        for rank in before.keys() & after.keys():  # what was done before the restart counts too
+            assert after[rank].busy_s > before[rank].busy_s
         again = [replace(asked[0], id=7, max_new_tokens=8)]
         check(parts, again, answers_with_faults(cluster, again, {}))
     all_gone(pids)

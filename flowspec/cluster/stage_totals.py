@@ -1,0 +1,34 @@
+"""What stages did in all, when some of their processes were restarted and count from 0 again."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from flowspec.wire import Status
+
+COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
+
+
+class StageTotals:
+    """Adds to a stage's status what the processes before its present one had counted."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, Status] = {}  # of each stage's present process
+        self._ended: dict[int, Status] = {}  # sums over those before it
+
+    def of(self, statuses: Mapping[int, Status]) -> dict[int, Status]:
+        """`statuses` with the counts of all processes; they are remembered for `lose`."""
+        self._newest.update(statuses)
+        return {rank: self._sum(rank, status) for rank, status in statuses.items()}
+
+    def lose(self, ranks: Iterable[int]) -> None:
+        """These stages' processes have ended; the next ones begin at 0."""
+        for rank in ranks:
+            if (last := self._newest.pop(rank, None)) is not None:
+                self._ended[rank] = self._sum(rank, last)
+
+    def _sum(self, rank: int, status: Status) -> Status:
+        ended = self._ended.get(rank)
+        if ended is None:
+            return status
+        sums = {name: getattr(ended, name) + getattr(status, name) for name in COUNTED}
+        return replace(status, **sums)
