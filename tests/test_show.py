@@ -1,6 +1,13 @@
 """What `flowspec run` prints of several answers, also when the run breaks off."""
 
+import contextlib
+import logging
+import os
+import pty
+import signal
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -43,3 +50,73 @@ def test_what_there_is_of_open_answers_is_printed(capsys: pytest.CaptureFixture[
         show_answers(Breaking(), [request(1), request(2), request(3)])  # type: ignore[arg-type]
     out = capsys.readouterr().out
     assert out == "[1] whole answer\n\n[2] half an ans ... (cut off)\n\n"
+
+
+class Slow(Breaking):
+    """One answer, with a stage that is lost in the middle of its second line."""
+
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+        """See Cluster.serve."""
+        logging.getLogger("flowspec.cluster.local").warning("stage 1 was slow to start")
+        yield Tokens(request=1, tokens=(1,), text="first line\nsecond ")
+        logging.getLogger("flowspec.cluster.local").warning("stage 2 is lost; restarting it")
+        yield Tokens(request=1, tokens=(2,), text="line")
+        yield completion(1, (1, 2), "first line\nsecond line")
+
+
+def test_notes_never_stand_in_the_middle_of_an_answer_s_line(monkeypatch, capfd) -> None:
+    """Stdout and stderr may be one log: the live line, which is no news, stays away from it."""
+    monkeypatch.setattr("flowspec.cli.show.PLAIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as `run` has none
+    show_answers(Slow(), [request(1)])  # type: ignore[arg-type]
+    printed = capfd.readouterr()
+    assert printed.out == "first line\nsecond line\n"
+    assert printed.err == "stage 1 was slow to start\n\nstage 2 is lost; restarting it\n"
+    assert not logging.getLogger("flowspec").handlers
+
+
+def test_of_several_answers_there_is_a_live_line_between_them(monkeypatch, capsys) -> None:
+    """Nothing else would show that they come."""
+    monkeypatch.setattr("flowspec.cli.show.PLAIN_INTERVAL_S", 0.0)
+    with pytest.raises(ClusterError):
+        show_answers(Breaking(), [request(1), request(2), request(3)])  # type: ignore[arg-type]
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def test_ctrl_c_at_a_terminal_leaves_one_answer_and_one_error() -> None:
+    """The error is told when the live region is closed, not written across it."""
+    code = f"""if True:
+        import sys, time
+        sys.path[:0] = [{str(Path(__file__).parent)!r}]
+        from test_show import Breaking
+        from tiny import request
+        from flowspec.cli import main as module, show
+        from flowspec.wire import Tokens
+        class Endless(Breaking):
+            def serve(self, requests):
+                yield Tokens(request=1, tokens=(1,), text="the answer")
+                time.sleep(0.5)
+                print(end="\\a", flush=True, file=sys.__stdout__)
+                time.sleep(30)
+        module.app = lambda: show.show_answers(Endless(), [request(1)])
+        module.main()
+    """
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while data := os.read(terminal, 65536):
+            if b"\a" in data:
+                os.kill(child, signal.SIGINT)
+                shown = b""
+                continue
+            shown += data
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    os.close(terminal)
+    # up one line over what is there, the answer once more in its place, then the error
+    assert shown.count(b"the answer") == 1, shown
+    assert b"\x1b[1A" in shown.partition(b"the answer")[0]
+    assert shown.rstrip().endswith(b"error: ended by SIGINT")
+    assert b"tokens/s" not in shown

@@ -35,6 +35,10 @@ def root(
         raise typer.Exit
 
 
+class _Ended(SystemExit):
+    """A signal came; told once everything is unwound, for until then others use the screen."""
+
+
 def main() -> None:
     """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -46,6 +50,11 @@ def main() -> None:
 def _run() -> None:
     try:
         app()
+    except _Ended as ended:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            name = signal.Signals(int(ended.code or 0) - 128).name
+            typer.echo(f"\nerror: ended by {name}", err=True)
+        raise
     except (ValueError, RefusedError, FileNotFoundError, PermissionError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -69,6 +78,4 @@ def _one_voice() -> Iterator[None]:
 def _end(number: int, frame: FrameType | None) -> None:
     """Ctrl-C, SIGTERM and a closed terminal unwind everything, so that no process is left."""
     del frame
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        typer.echo(f"\nerror: ended by {signal.Signals(number).name}", err=True)
-    raise SystemExit(128 + number)
+    raise _Ended(128 + number)

@@ -1,8 +1,12 @@
 """What `flowspec run` shows: the text as it comes, a live line, a summary at the end."""
 
+import logging
+import os
+import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 import typer
 from rich.console import Console, Group
@@ -14,6 +18,7 @@ from flowspec.cluster.local import LocalCluster
 from flowspec.request import Completion, Request
 from flowspec.wire import Status, Tokens
 
+log = logging.getLogger("flowspec")
 PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
 
 
@@ -29,6 +34,8 @@ def show_answers(
     screen = _Screen(console, alone=len(requests) == 1)
     done: dict[int, Completion] = {}
     line = _LiveLine(cluster, start)
+    notes = _Notes(screen)
+    log.addHandler(notes)
     try:
         for event in cluster.serve(requests):
             if isinstance(event, Completion):
@@ -40,17 +47,35 @@ def show_answers(
         screen.cut_off()
         raise
     finally:
+        log.removeHandler(notes)
         screen.close()
     return [done[request.id] for request in requests], time.monotonic() - start
 
 
+class _Notes(logging.Handler):
+    """What the cluster has to tell meanwhile, such as a stage that is restarted."""
+
+    def __init__(self, screen: "_Screen") -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.note(self.format(record))
+
+
 class _Screen:
-    """A live region on a terminal; plain text on stdout, live lines on stderr otherwise."""
+    """A live region on a terminal; otherwise plain text on stdout, now and then a line on stderr.
+
+    Both may be the same place, a pipe to `tee` or a service's log. So while one answer streams,
+    which shows well enough how far it is, there are no such lines but in a file of their own.
+    """
 
     def __init__(self, console: Console, *, alone: bool) -> None:
         self.alone = alone
         self.texts: dict[int, str] = {}  # of answers that are not complete
         self.shown_at = time.monotonic()
+        self.mid_line = False  # of an answer that streams to stdout
+        self.says_speed = not alone or (sys.stderr.isatty() and _is_file(sys.stdout))
         self.live: Live | None = None
         if sys.stdout.isatty():
             self.live = Live(console=console, refresh_per_second=8, transient=not alone)
@@ -66,9 +91,16 @@ class _Screen:
         if self.alone:
             typer.echo(event.text, nl=False)
             sys.stdout.flush()
-        if time.monotonic() - self.shown_at > PLAIN_INTERVAL_S:
+            self.mid_line = not (self.texts[event.request] or "\n").endswith("\n")
+        if self.says_speed and time.monotonic() - self.shown_at > PLAIN_INTERVAL_S:
             self.shown_at = time.monotonic()
             typer.echo(f"[{line}]", err=True)
+
+    def note(self, text: str) -> None:
+        """A line on stderr, also where that is in the middle of an answer's line."""
+        line_end = "\n" if self.mid_line else ""
+        sys.stderr.write(f"{line_end}{text}\n")
+        sys.stderr.flush()
 
     def finish(self, completion: Completion) -> None:
         """One answer is complete, or refused: then its error follows at the end."""
@@ -80,11 +112,16 @@ class _Screen:
             self.live.update(Text(completion.text))
         elif completion.tokens:
             typer.echo("")
+            self.mid_line = False
 
     def cut_off(self) -> None:
         """The run ends here: what there is of the open answers is the user's."""
-        if self.alone:
-            return  # it is on the screen already
+        if self.alone:  # it is on the screen already
+            if self.live:
+                self.live.update(Text("".join(self.texts.values())))  # without the live line
+            elif self.mid_line:
+                typer.echo("")
+            return
         for request, text in self.texts.items():
             self._print(f"[{request}] {text} ... (cut off)\n")
 
@@ -98,6 +135,13 @@ class _Screen:
         """Leave the terminal as it was."""
         if self.live:
             self.live.stop()
+
+
+def _is_file(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # it is closed, or none of the system's
+        return False
 
 
 class _LiveLine:

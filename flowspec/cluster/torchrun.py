@@ -133,7 +133,8 @@ class TorchrunCluster(LocalCluster):
     ) -> None:
         # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        lost = self._find_lost() if kind is SystemExit else None
+        ended = kind is not None and issubclass(kind, SystemExit)
+        lost = self._find_lost() if ended else None
         super().__exit__(kind, error, trace)
         if lost is not None:
             raise lost
