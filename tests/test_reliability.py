@@ -118,7 +118,7 @@ def test_a_plot_is_drawn(command):
         (["--strategy", "warp"], ["warp", "streaming"]),
         (["--drafter", "oracle"], ["oracle", "ngram"]),
         (["--max-tokens", "1"], ["--max-tokens"]),
-        (["--limit", "0"], ["prompts"]),
+        (["--limit", "0"], ["--limit"]),
     ],
 )
 def test_wrong_flags_end_with_exit_code_2_and_one_line(command, monkeypatch, capsys, flags, names):

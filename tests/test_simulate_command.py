@@ -52,7 +52,7 @@ def test_a_sweep_prints_a_line_per_value_and_writes_its_records(tiny, tmp_path, 
     assert [line[1] for line in lines] == ["10", "2500"]
     assert [line[3] for line in lines] == [f"{slow:.2f}", f"{fast:.2f}"]
     before = Path("sim/samples.jsonl").read_text()
-    assert simulate(tiny, *flags, "--out", "sim").output == result.output
+    assert simulate(tiny, *flags, "--out", "sim").stdout == result.stdout
     assert Path("sim/samples.jsonl").read_text() == before
     drawn = CliRunner().invoke(app, ["plot", "bandwidth", "sim", "--out", "plot.svg"])
     assert drawn.exit_code == 0, drawn.exception

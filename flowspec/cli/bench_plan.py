@@ -1,4 +1,4 @@
-"""What the commands that run benchmarks share: a plan from options, and running it with a bar."""
+"""What the commands that run benchmarks share: a plan from options, and running it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flowspec.cli.common import draft_folder, split_folder
+from flowspec.cli.progress import shown
 from flowspec.cluster.cores import segments_at_once
 from flowspec.config import RunConfig
 from flowspec.eval.datasets import DATASETS, load_dataset, parse_range
@@ -16,8 +16,7 @@ from flowspec.eval.plan import Case, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import code_hash, folder_hash, revision
 from flowspec.eval.records import SampleFile
-from flowspec.eval.runner import Outcome, run_plan
-from flowspec.eval.runner import Progress as Step
+from flowspec.eval.runner import Outcome, Progress, run_plan
 from flowspec.model.manifest import read_manifest
 from flowspec.request import SamplingParams
 from flowspec.simulate.emulation import Emulation
@@ -145,17 +144,10 @@ def _draft_folders(
 
 
 def run_shown(plan: Plan, out: Path, jobs: int | None, *, what: str = "") -> Outcome:
-    """Run what is missing in folder `out`, with a bar; `what` stands before it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with (
-        SampleFile(out) as file,
-        Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar,
-    ):
-        task = bar.add_task("starting")
+    """Run what is missing in folder `out` and show how far it is; `what` stands before it."""
+    with SampleFile(out) as file, shown(Console(stderr=True), "samples", what=what) as tell:
 
-        def tell(step: Step) -> None:
-            words = " ".join(filter(None, (what, step.now)))
-            bar.update(task, description=words, total=step.total, completed=step.done)
+        def step(now: Progress) -> None:
+            tell(now.done, now.total, now.now)
 
-        return run_plan(plan, file, jobs=jobs or len(os.sched_getaffinity(0)), tell=tell)
+        return run_plan(plan, file, jobs=jobs or len(os.sched_getaffinity(0)), tell=step)

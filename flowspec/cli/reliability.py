@@ -10,11 +10,11 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from flowspec.calibration import Outcome, PathForecast
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cli.progress import shown
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS
@@ -108,10 +108,12 @@ def _run(config: RunConfig, prompts: list[Prompt]) -> _Settled:
     ]
     cluster = SimulatedCluster(head, stages)
     requests = _requests(config, parts, prompts)
-    for request in track(requests, "running", console=Console(stderr=True), transient=True):
-        completion = generate(cluster, request)
-        found.paths += settled(paths, (*request.prompt, *completion.tokens))
-        paths.clear()
+    with shown(Console(stderr=True), "prompts", what="running") as tell:
+        for done, request in enumerate(requests):
+            tell(done, len(requests))
+            completion = generate(cluster, request)
+            found.paths += settled(paths, (*request.prompt, *completion.tokens))
+            paths.clear()
     return found
 
 

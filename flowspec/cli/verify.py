@@ -1,7 +1,7 @@
 """`flowspec verify`: is every strategy's text exactly the target's own?"""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -11,18 +11,18 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from flowspec.cli.bench_plan import check_sampling
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cli.progress import shown
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS, parse_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
-from flowspec.eval.verify import Combination, Verifier
+from flowspec.eval.verify import Combination, Divergence, Verifier
 from flowspec.model.load import load_whole
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
@@ -169,9 +169,15 @@ def _run(plan: _Plan) -> list[Combination]:
     rows: list[Combination] = []
     verifier: Verifier | None = None
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        total = sum(len(plan.rows(drafter, n)) for n, drafter in plan.clusters)
-        task = progress.add_task("verifying", total=total * len(plan.prompts))
+    total = sum(len(plan.rows(drafter, n)) for n, drafter in plan.clusters) * len(plan.prompts)
+    done = count(1)
+    with shown(console, "runs", what="verifying") as tell:
+
+        def say(where: str, divergence: Divergence | None) -> None:
+            tell(next(done), total, where)
+            if divergence is not None:
+                console.print(f"{where}: {divergence}")
+
         for num_stages, drafter in plan.clusters:
             own = plan.rows(drafter, num_stages)
             config = replace(
@@ -189,9 +195,10 @@ def _run(plan: _Plan) -> list[Combination]:
                 whole = load_whole(folder, device=config.device, dtype=config.dtype)
                 alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
                 verifier = Verifier(alone)
+                tell(0, total)
             with _cluster(plan.driver, config, parts) as cluster:
                 for row in own:
-                    _check_row(plan, row, cluster, verifier, parts, (progress, task))
+                    _check_row(plan, row, cluster, verifier, parts, say)
             rows += own
     return rows
 
@@ -202,17 +209,14 @@ def _check_row(
     cluster: Cluster,
     verifier: Verifier,
     parts: HeadParts,
-    shown: tuple[Progress, TaskID],
+    say: Callable[[str, Divergence | None], None],
 ) -> None:
     spec = find_strategy(row.strategy)
     _, switches = parse_drafter(row.drafter)
     cluster.configure(spec, replace(spec.defaults, **switches))
-    progress, task = shown
+    where = f"{row.strategy}, {row.drafter}, {row.stages} stages, {row.requests} at once"
     for divergence in verifier.check(cluster, _requests(plan, parts, row.temperature), row):
-        progress.advance(task)
-        if divergence is not None:
-            where = f"{row.strategy}, {row.drafter}, {row.stages} stages, {row.requests} at once"
-            progress.console.print(f"{where}: {divergence}")
+        say(where, divergence)
 
 
 def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
