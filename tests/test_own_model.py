@@ -84,3 +84,12 @@ def test_a_model_without_tokenizer_is_named_by_its_own_folder(own, tmp_path, mon
     with pytest.raises(ValueError, match="tokenizer in .*mute cannot be loaded: .+") as damaged:
         load_tokenizer(tmp_path / "mute")
     assert "\n" not in str(damaged.value)
+
+
+def test_a_split_made_on_the_way_is_told_once(own, tmp_path, monkeypatch, capsys):
+    """It takes disk, and stays: whoever runs a model should know where."""
+    monkeypatch.chdir(tmp_path)
+    folder = split_folder(RunConfig(model=str(own), stages=2))
+    assert capsys.readouterr().err == f"splitting target into 2 stages of 2+2 layers: {folder}\n"
+    assert split_folder(RunConfig(model=str(own), stages=2)) == folder
+    assert not capsys.readouterr().err

@@ -43,8 +43,8 @@ def assemble(
     `target` and `draft` as the options of `flowspec bench` have them.
     """
     config = RunConfig(model=target or RunConfig().model, stages=stages)
-    folder = split_folder(config)
     drafts = _draft_folders(config, cases, draft)
+    folder = split_folder(config)
     manifest = read_manifest(folder)
     emulation = emulations.get("none")
     if emulation is None:

@@ -1,5 +1,6 @@
 """What several commands share: the effective configuration and the split model it names."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,8 +74,8 @@ def is_bundled(model: str) -> bool:
     return is_split_of(read_manifest(folder), open_checkpoint(own))
 
 
-def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Path:
-    """The split model that `config` names, made now where it is not there yet."""
+def split_folder(config: RunConfig) -> Path:
+    """The split model that `config` names, made now where it is not there yet, which is told."""
     folder = resolve_model(bundled(config.model))
     if (folder / MANIFEST_NAME).exists():
         have = read_manifest(folder).layers
@@ -94,9 +95,11 @@ def split_folder(config: RunConfig, *, on_bytes: Any = lambda count: None) -> Pa
     name = folder.resolve().name
     cut = "+".join(str(count) for count in layers)
     out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
-    run_split(
-        plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name, on_bytes=on_bytes
-    )
+    if not (out / MANIFEST_NAME).exists():
+        stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
+        # by print, which does not write across a bar that is on the screen
+        print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)
+    run_split(plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name)
     return out
 
 
