@@ -43,7 +43,20 @@ def parse_yaml(text: str, *, where: str) -> Any:
             loader.dispose()  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         # dates that do not exist and numbers too long to be read are plain ValueErrors
-        raise ValueError(f"{where} is not YAML: {error}") from None
+        raise ValueError(f"{where} is not YAML: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: Exception) -> str:
+    """PyYAML's errors are spread over many, with the text between them."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    problem = getattr(error, "problem", "") or "cannot be read"
+    context = getattr(error, "context", "") or ""
+    begun = getattr(error, "context_mark", None)
+    if context and begun is not None:
+        context = f", {context} that begins in line {begun.line + 1}, column {begun.column + 1}"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}{context}"
 
 
 def read_yaml(path: Path) -> Any:

@@ -41,7 +41,9 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("shape_stable: perhaps", "shape_stable"),
         ("model: 7", "model"),
         ("- a\n- b", "mapping"),
-        ("{", "not YAML"),
+        ("{", "not YAML: line 1, column 2: expected"),
+        ("model: a\nseed: [1\ntopk: 3", r"line 3, column 5: .* begins in line 2, column 7$"),
+        ("model: \x07", r"not YAML: unacceptable character #x0007: .*"),
         ("decode: &a {x: *a}", r"run\.yaml is not YAML: anchors and aliases"),
         ("<<: *a", "anchors and aliases"),
         ("[" * 3000, "nested deeper than 8"),
@@ -56,9 +58,10 @@ def read(tmp_path: Path, text: str) -> RunConfig:
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
-    """A typing error must not silently run with a default; the key is named."""
-    with pytest.raises(ValueError, match=message):
+    """A typing error must not silently run with a default; the key is named, in one line."""
+    with pytest.raises(ValueError, match=message) as refused:
         read(tmp_path, text)
+    assert "\n" not in str(refused.value)
 
 
 def test_unknown_keys_name_the_file(tmp_path: Path) -> None:
