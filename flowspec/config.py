@@ -12,6 +12,12 @@ from flowspec.plain_yaml import read_yaml
 from flowspec.request import SamplingParams
 
 T = TypeVar("T")
+_NEEDED = {  # by the beginning of pydantic's kind of error
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "string": "a text",
+}
 MAX_TIMEOUT_S = 86400.0
 MAX_ROWS = 1024  # of a segment, a tree, a drafter forward
 _COUNTS = ("segment_size", "tree_size", "tree_depth", "topk", "draft_width", "prefill_chunk")
@@ -117,9 +123,21 @@ class RunConfig:
             )
 
 
-def _shown(value: int) -> str:
-    """A number as it was given, unless it would fill the screen."""
-    return str(value) if abs(value) < 10**12 else "one so long"
+def _what_is_wrong(error: Any) -> str:
+    """One of pydantic's errors, with what is needed and what there was."""
+    kind = str(error["type"]).partition("_")[0]
+    if kind not in _NEEDED:
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"needed: {_NEEDED[kind]}, not {_shown(error['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it was given, unless it would fill the screen; look-alikes are spelled out."""
+    if isinstance(value, int) and abs(value) >= 10**12:
+        return "one so long"
+    plain = value is None or isinstance(value, str | int | float)
+    text = ascii(value) if plain else f"a {type(value).__name__}"
+    return "nothing" if value is None else text[:60]
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
@@ -127,7 +145,8 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     known = [f.name for f in fields(config)]  # type: ignore[arg-type]
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(known)}")
+        named = ", ".join(key if key.isascii() else ascii(key) for key in unknown)
+        raise ValueError(f"{where}: unknown key {named}; known: {', '.join(known)}")
     merged = {name: getattr(config, name) for name in known} | dict(values)
     for name, value in values.items():
         inner = getattr(config, name)  # pydantic alone would ignore unknown keys in there
@@ -139,8 +158,7 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ValueError(": ".join(part for part in (where, name, message) if part)) from None
+        raise ValueError(": ".join(filter(None, (where, name, _what_is_wrong(first))))) from None
     changes: dict[str, Any] = {name: getattr(checked, name) for name in known}
     return replace(config, **changes)  # type: ignore[type-var]
 

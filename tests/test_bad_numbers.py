@@ -65,6 +65,8 @@ def refusal(words: list[str], monkeypatch, capsys) -> str:
         (["simulate", "--vary", "topk=4", "--seed", "-1"], "seed", "-1"),
         (["run", "--max-tokens", "0"], "max_new_tokens", "0"),
         (["run", "--stages", "0"], "stages", "0"),
+        (["run", "--set", "topk=\uff18"], "--set: topk: needed: a whole number", r"'\uff18'"),
+        (["run", "--set", "segment_size=0"], "--set: decode.segment_size", "0"),
         (["run", "--kv-memory-mb", "-1"], "kv_memory_mb", "-1"),
     ],
 )

@@ -104,7 +104,9 @@ def run(
     flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
     effective = effective_config(config, flags)
     if set_:
+        spec, _ = decode_config(effective)  # what is wrong now is the file's
         effective = override(effective, {"decode": _settings(effective, set_)}, where="--set")
+        override(spec.defaults, effective.decode, where="--set")
         check_taken(effective.strategy, effective.decode, where="--set")
     if show_config:
         decode = asdict(decode_config(effective)[1])
@@ -136,7 +138,7 @@ def _settings(config: RunConfig, pairs: list[str]) -> Mapping[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set takes key=value, not {pair!r}")
+            raise ValueError(f"--set takes key=value, not {pair!a}")
         settings[key] = parse_yaml(value, where=f"--set {key}")
     return settings
 

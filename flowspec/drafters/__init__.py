@@ -80,7 +80,7 @@ DRAFTERS: dict[str, DrafterSpec] = {
 def find_drafter(name: str) -> DrafterSpec:
     """The row of the table. Raises ValueError listing the known names."""
     if name not in DRAFTERS:
-        raise ValueError(f"unknown drafter {name!r}; known: {', '.join(DRAFTERS)}")
+        raise ValueError(f"unknown drafter {name!a}; known: {', '.join(DRAFTERS)}")
     return DRAFTERS[name]
 
 
@@ -92,5 +92,5 @@ def parse_drafter(text: str) -> tuple[str, dict[str, bool]]:
     name, *switches = text.split("+")
     find_drafter(name)
     if unknown := sorted(set(switches) - set(SWITCHES)):
-        raise ValueError(f"{text}: unknown switch {unknown[0]!r}; known: {', '.join(SWITCHES)}")
+        raise ValueError(f"{text}: unknown switch {unknown[0]!a}; known: {', '.join(SWITCHES)}")
     return name, {switch: switch in switches for switch in SWITCHES}

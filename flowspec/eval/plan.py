@@ -161,14 +161,16 @@ def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[s
         strategy, dot, key = name.rpartition(".")
         if not equals or not key or (dot and strategy not in found):
             raise ValueError(
-                f"--set {setting!r}: give strategy.key=value, of {', '.join(strategies)}, or "
+                f"--set {setting!a}: give strategy.key=value, of {', '.join(strategies)}, or "
                 "key=value for all of them"
             )
         if dot or len(strategies) == 1:
-            check_taken(strategy or strategies[0], [key], where=f"--set {setting}")
+            check_taken(strategy or strategies[0], [key], where=f"--set {setting!a}")
         takers = [one for one in strategies if key not in find_strategy(one).ignores]
         if not takers:
-            raise ValueError(f"--set {setting}: {key} changes nothing for {', '.join(strategies)}")
+            raise ValueError(
+                f"--set {setting!a}: {key} changes nothing for {', '.join(strategies)}"
+            )
         for one in (strategy,) if dot else takers:
             found[one][key] = value
     return found
@@ -193,6 +195,8 @@ def make_cases(
             on = {switch: True for switch, is_on in switches.items() if is_on}
             values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
             where = f"strategy {strategy}"
+            if settings.get(strategy):
+                where = f"--set, {where}"  # the table by itself has been checked
             effective = override(find_strategy(strategy).defaults, values, where=where)
             cases.append(Case(strategy, drafter, asdict(effective)))
     return tuple(cases)

@@ -134,7 +134,7 @@ class Sweep:
 def find_axis(name: str) -> Axis:
     """By name. Raises ValueError listing the known ones."""
     if name not in AXES:
-        raise ValueError(f"nothing to vary is called {name!r}; known: {', '.join(AXES)}")
+        raise ValueError(f"nothing to vary is called {name!a}; known: {', '.join(AXES)}")
     return AXES[name]
 
 

@@ -41,7 +41,7 @@ def parse_variations(texts: Sequence[str]) -> list[dict[str, Value]]:
         try:
             axes[name] = list(dict.fromkeys(float(value) for value in values.split(",")))
         except ValueError:
-            raise ValueError(f"--vary {text}: the values must be numbers") from None
+            raise ValueError(f"--vary {text!a}: the values must be numbers") from None
         for value in axes[name]:
             _check(name, value)
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
