@@ -243,7 +243,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
         (["speedup", "good.jsonl", "--baseline", "pipedec", "--out", "x.png"], ["pipedec"]),
         (
             ["time", "mixed.jsonl", "--out", "x.png"],
-            ["differ", "emulated: False, True", "--only emulated=false"],
+            ["differ", "emulated: false, true", "--only emulated=false"],
         ),
         (["speedup", "mixed.jsonl", "--out", "x.png"], ["emulated", "--only"]),
         (["lengths", "ar.jsonl", "--out", "x.png"], ["ar", "drafts nothing"]),

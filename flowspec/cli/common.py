@@ -9,7 +9,7 @@ from typing import Any
 import flowspec
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
-from flowspec.eval.records import Sample, read_samples
+from flowspec.eval.records import Sample, as_text, read_samples
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
 from flowspec.model.source import check_model, open_checkpoint, resolve_model
 from flowspec.model.split import is_split_of, run_split
@@ -116,13 +116,9 @@ def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
         key, equals, values = pair.partition("=")
         if not equals or key not in RECORD_KEYS:
             raise ValueError(f"--only {pair!r} must be key=value; keys: {', '.join(RECORD_KEYS)}")
-        there = sorted({_as_text(getattr(sample, key)) for sample in samples})
+        there = sorted({as_text(getattr(sample, key)) for sample in samples})
         wanted = set(values.lower().split(","))
-        samples = [sample for sample in samples if _as_text(getattr(sample, key)) in wanted]
+        samples = [sample for sample in samples if as_text(getattr(sample, key)) in wanted]
         if not samples:
             raise ValueError(f"--only {pair}: no record has it; there are: {', '.join(there)}")
     return samples
-
-
-def _as_text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()

@@ -86,6 +86,11 @@ def hash_tokens(tokens: Sequence[int]) -> str:
     return sha256(np.array(tokens, "<i4").tobytes()).hexdigest()
 
 
+def as_text(value: Any) -> str:
+    """A sample's value as `--only` takes it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
 def hash_of(definition: Mapping[str, Any]) -> str:
     """Equal for equal definitions, whatever the order of their keys."""
     text = json.dumps(definition, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -4,6 +4,7 @@ What was varied of an emulated cluster or model stands in its name ("jetson-5 li
 was varied of the decoding, in the parameters.
 """
 
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -11,7 +12,7 @@ from functools import cache
 
 from flowspec.config import DecodeConfig
 from flowspec.eval.aggregate import MEAN, Row, Setting, summarize
-from flowspec.eval.records import Sample
+from flowspec.eval.records import Sample, as_text
 from flowspec.eval.report import describe
 from flowspec.simulate.profiles import ClusterProfile, read_cluster, read_model
 from flowspec.strategies import STRATEGIES
@@ -184,9 +185,10 @@ def check_one(settings: Iterable[Setting], where: str = "", *, free: Sequence[st
     """Raises ValueError naming what differs, but for the fields in `free`."""
     listed = list(settings)
     for field in fields(Setting):
-        there = sorted({str(getattr(setting, field.name)) for setting in listed})
+        there = sorted({as_text(getattr(setting, field.name)) for setting in listed})
         if len(there) > 1 and field.name not in free:
+            choice = shlex.quote(f"{field.name}={there[0]}")  # to be pasted
             raise ValueError(
                 f"the records differ {where}in {field.name}: {', '.join(there)}; choose with "
-                f"--only {field.name}={there[0].lower()}"
+                f"--only {choice}"
             )
