@@ -1,5 +1,6 @@
 """`flowspec plot`: each kind in each format and theme, colours, and what is refused."""
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from flowspec.cli.main import app, main
 from flowspec.cluster.base import generate
 from flowspec.eval.aggregate import MEAN, summarize
-from flowspec.eval.chrome_trace import write_trace
+from flowspec.eval.chrome_trace import FORMAT, write_trace
 from flowspec.eval.plots.bars import speedup_bars
 from flowspec.eval.plots.kinds import PLOTS, over
 from flowspec.eval.plots.pipeline import pipeline_timeline
@@ -253,7 +254,12 @@ def test_every_strategy_has_its_color_and_variants_have_others():
         (["sweep", "good.jsonl", "--out", "x.png"], ["--over"]),
         (["sweep", "good.jsonl", "--over", "moon", "--out", "x.png"], ["moon", "tree_depth"]),
         (["time", "good.jsonl", "--over", "topk", "--out", "x.png"], ["--over"]),
-        (["timeline", "good.jsonl", "--out", "x.png"], ["is no trace"]),
+        (["timeline", "good.jsonl", "--out", "x.png"], ["good.jsonl holds", "other plots"]),
+        (["timeline", "one.jsonl", "--out", "x.png"], ["one.jsonl holds", "other plots"]),
+        (["timeline", "empty.jsonl", "--out", "x.png"], ["empty.jsonl is no trace"]),
+        (["speedup", "trace.json", "--out", "x.png"], ["trace.json is a trace", "timeline"]),
+        (["time", "many.jsonl", "--out", "x.png"], ["--only 'cluster=jetson-5 link_mbps=10'"]),
+        (["time", "warm.jsonl", "--out", "x.png"], ["temperature: 0, 1", "--only temperature=0"]),
     ],
 )
 def test_what_cannot_be_plotted_ends_with_one_line(tmp_path, monkeypatch, capsys, words, names):
@@ -264,6 +270,17 @@ def test_what_cannot_be_plotted_ends_with_one_line(tmp_path, monkeypatch, capsys
     real = [replace(one, emulated=False, key=f"real {one.key}") for one in good]
     write(Path("good.jsonl"), good)
     write(Path("mixed.jsonl"), [*good, *real])
+    write(Path("one.jsonl"), good[:1])
+    many = [replace(one, cluster="jetson-5 link_mbps=10", key=f"slow {one.key}") for one in good]
+    write(Path("many.jsonl"), [*good, *many])
+    write(
+        Path("warm.jsonl"),
+        [*good, *(replace(one, temperature=1.0, key=f"w {one.key}") for one in good)],
+    )
+    about = json.dumps({"format": FORMAT})
+    Path("trace.json").write_text(
+        f'{{"displayTimeUnit":"ms","otherData":{about},"traceEvents":[]}}'
+    )
     write(Path("ar.jsonl"), [one for one in good if one.strategy == "ar"])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["flowspec", "plot", *words])

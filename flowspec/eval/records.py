@@ -114,11 +114,22 @@ def read_samples(path: Path) -> list[Sample]:
         raise ValueError(f"{file} does not exist; `flowspec bench` writes it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    if lines and lines[0].startswith("{") and '"traceEvents"' in lines[0]:
+        raise ValueError(
+            f"{file} is a trace, no records; `flowspec plot timeline` and `flowspec trace summary` "
+            "take it"
+        )
     found: dict[str, Sample] = {}
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
             break
-        sample = _parse(line, f"{file}:{number}")
+        try:
+            sample = _parse(line, f"{file}:{number}")
+        except ValueError as error:
+            asked = "if `flowspec bench` or `simulate` wrote this file, " if number == 1 else ""
+            raise ValueError(
+                f"{error}; {asked}delete the line: the same command runs again what it held"
+            ) from None
         found.pop(sample.key, None)
         found[sample.key] = sample
     return list(found.values())

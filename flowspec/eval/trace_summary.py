@@ -70,21 +70,35 @@ class Summary:
 
 def read_trace(path: Path) -> dict[str, Any]:
     """A trace that `flowspec run --trace` wrote. Raises ValueError for anything else."""
+    text = ""
     try:
-        data = json.loads(path.read_text())
+        text = path.read_text()
+        data = json.loads(text)
     except FileNotFoundError:
         raise ValueError(f"trace {path} does not exist") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; name the file that --trace wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        _refuse_records(path, text)
         raise ValueError(f"{path} is no trace: {error}") from None
     about = data.get("otherData") if isinstance(data, dict) else None
     found = about.get("format") if isinstance(about, dict) else None
     if found != FORMAT or not isinstance(data.get("traceEvents"), list):
+        _refuse_records(path, text)
         raise ValueError(
             f"{path} is no trace of `flowspec run --trace` (format {found!r}, needed {FORMAT!r})"
         )
     return dict(data)
+
+
+def _refuse_records(path: Path, text: str) -> None:
+    """Raises ValueError where the file is a benchmark's."""
+    first = text.partition("\n")[0]
+    if first.startswith("{") and '"strategy"' in first and '"tau"' in first:
+        raise ValueError(
+            f"{path} holds a benchmark's records, no trace; `flowspec report` and the other plots "
+            "take it"
+        )
 
 
 def summarize(path: Path) -> Summary:
