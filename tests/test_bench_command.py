@@ -82,6 +82,8 @@ def test_every_strategy_over_two_sets(bench):
     assert "vicuna-7b on agx-5, 2 stages, table main (emulated)" in result.output
     assert "42 samples (42 run now)" in result.output
     assert "0 differ from the target alone" in result.output
+    for unknown in ("95 %", "interval", "bound"):  # one question, and no bound was run
+        assert unknown not in result.stdout
 
 
 def test_a_second_turn_holds_the_first_ones_answer(bench, tiny):
@@ -134,7 +136,9 @@ def test_a_bound_is_added_to_what_was_measured_without(bench):
     flags = ("--strategies", "streaming", "--datasets", "qa")
     assert bench(*flags).exit_code == 0
     before = read_samples(Path("out/bench"))
-    assert "3 samples (3 run now)" in bench(*flags, "--bound").output
+    bounded = bench(*flags, "--bound").output
+    assert "3 samples (3 run now)" in bounded
+    assert "bound" in bounded
     after = read_samples(Path("out/bench"))
     assert [(s.key, s.decode_s) for s in before] == [(s.key, s.decode_s) for s in after]
     for s in after:

@@ -223,6 +223,21 @@ def test_colors_stay_apart_for_everybody(theme, kind):
             assert distance > 12, (one, other, round(distance, 1))
 
 
+@pytest.mark.parametrize("questions", [1, 2])
+def test_intervals_are_named_where_there_are_any(questions):
+    """One question says nothing of how questions differ, and nothing is drawn."""
+    with drawing(LIGHT):
+        for kind, samples in (
+            (PLOTS["speedup"], list(benchmark(FEW, SETS, questions=questions))),
+            (
+                PLOTS["stages"],
+                [s for n in (2, 4) for s in benchmark(FEW, SETS, questions=questions, stages=n)],
+            ),
+        ):
+            texts = [text.get_text() for text in kind(samples, LIGHT, "ar").texts]
+            assert any("95 % intervals" in text for text in texts) is (questions > 1)
+
+
 def test_every_strategy_has_its_color_and_variants_have_others():
     """The same in every plot."""
     for theme in THEMES.values():

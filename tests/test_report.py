@@ -143,6 +143,23 @@ def test_a_mean_of_fewer_sets_is_marked(tmp_path):
     assert "not all sets" in text
 
 
+def test_what_no_row_has_takes_no_column(tmp_path):
+    """A bound that was not run, intervals of single questions; and no column stands there twice."""
+    once = [
+        replace(one, dataset="prompts", bound_share=None)
+        for one in benchmark(("ar", "serial_pp"), ("qa",), questions=1)
+    ]
+    text = report(str(write(tmp_path / "one.jsonl", once)), "--format", "markdown")
+    heads = [line for line in text.splitlines() if line.startswith("| strategy")]
+    assert heads[0] == "| strategy | prompts | mean | questions | mismatches |"
+    assert "bound" not in text
+    assert "95 %" not in text
+    assert "No intervals: a set with one question" in text
+    with_all = report(str(write(tmp_path / "all.jsonl", benchmark(STRATEGIES, SETS))))
+    assert "bound" in with_all
+    assert "95 % bootstrap intervals" in with_all
+
+
 def test_the_table_goes_to_a_file(records, tmp_path):
     """Instead of the terminal."""
     out = tmp_path / "table.md"

@@ -21,7 +21,8 @@ def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
     sets = list(dict.fromkeys(row.dataset for row in rows))
     console.print(f"tokens/s, {about}", highlight=False)
     console.print(_speeds(rows, sets))
-    console.print("speed-up over ar; mean with its 95 % interval", highlight=False)
+    with_interval = "; mean with its 95 % interval" if any(map(_interval, rows)) else ""
+    console.print(f"speed-up over ar{with_interval}", highlight=False)
     console.print(_speedups(rows, sets))
     console.print("where the stages' decode time went, in %", highlight=False)
     console.print(_times(samples))
@@ -44,30 +45,37 @@ def _new_table() -> Table:
 
 def _speeds(rows: Sequence[Row], sets: Sequence[str]) -> Table:
     table = _new_table()
-    for name in (*sets, "tau", "bound"):
+    bounds = ["bound"] if any(row.bound_share is not None for row in rows) else []
+    for name in (*sets, "tau", *bounds):
         table.add_column(name, justify="right", no_wrap=True)
     for line in dict.fromkeys(map(_line, rows)):
         own = {row.dataset: row for row in rows if _line(row) == line}
         mean = own[MEAN]
-        bound = "" if mean.bound_share is None else f"{mean.bound_share:.0%}"
+        reached = ["" if mean.bound_share is None else f"{mean.bound_share:.0%}"] if bounds else []
         speeds = [f"{own[name].tokens_per_s:.2f}" if name in own else "" for name in sets]
-        table.add_row(*_names(line), *speeds, f"{mean.tau:.2f}", bound)
+        table.add_row(*_names(line), *speeds, f"{mean.tau:.2f}", *reached)
     return table
 
 
 def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
     table = _new_table()
-    for name in (*sets, "interval", "mismatches"):
+    intervals = ["interval"] if any(map(_interval, rows)) else []
+    for name in (*sets, *intervals, "mismatches"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in dict.fromkeys(map(_line, rows)):
         own = {row.dataset: row for row in rows if _line(row) == line}
         mean = own[MEAN]
-        interval = ""
-        if mean.ci_low is not None and mean.ci_high is not None:
-            interval = f"{mean.ci_low:.2f} to {mean.ci_high:.2f}"
+        interval = [_interval(mean)] if intervals else []
         ratios = [_ratio(own[name]) if name in own else "" for name in sets]
-        table.add_row(*_names(line), *ratios, interval, str(mean.mismatches))
+        table.add_row(*_names(line), *ratios, *interval, str(mean.mismatches))
     return table
+
+
+def _interval(row: Row) -> str:
+    """Of a mean; empty where there is none."""
+    if row.dataset != MEAN or row.ci_low is None or row.ci_high is None:
+        return ""
+    return f"{row.ci_low:.2f} to {row.ci_high:.2f}"
 
 
 def _ratio(row: Row) -> str:

@@ -7,10 +7,9 @@ from flowspec.eval.aggregate import MEAN, Row, Setting, mean_idle, sets_of, summ
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.records import Sample
 from flowspec.eval.statistics import LEVEL, Interval
-from flowspec.eval.tables import Table, to_csv
+from flowspec.eval.tables import NO_FIGURE, Table, to_csv
 
 DEPTHS = 4  # alphas shown; the CSV has all
-_NO = "-"
 
 
 def tables(
@@ -32,7 +31,7 @@ def tables(
             own = [row for row in rows if row.dataset == name]
             found.append(_acceptance(f"{title}: what was accepted, {where}", own))
             found.append(_time(f"{title}: where the time went, {where}", own))
-    return found
+    return [table.without_empty() for table in found]
 
 
 def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
@@ -59,7 +58,7 @@ def _by_set(
         own = {row.dataset: row for row in rows if row.strategy == strategy}
         line = [strategy]
         for name in sets:
-            text = cell(own[name]) if name in own else _NO
+            text = cell(own[name]) if name in own else NO_FIGURE
             if name == MEAN and own[name].num_sets < len(sets) - 1:
                 first, line_break, rest = text.partition("\n")
                 text, partial = f"{first} *{line_break}{rest}", True
@@ -73,14 +72,17 @@ def _speedups(title: str, rows: Sequence[Row], sets: Sequence[str], baseline: st
     means = [row for row in rows if row.dataset == MEAN]
     for line, row in zip(lines, means, strict=True):
         line += [f"{row.prompts}", f"{row.mismatches} of {row.samples}"]
-    notes = [f"{LEVEL:.0%} bootstrap intervals, paired by prompt".replace("%", " %")]
+    if has_intervals(rows):
+        notes = [f"{LEVEL:.0%} bootstrap intervals, paired by question".replace("%", " %")]
+    else:
+        notes = ["No intervals: a set with one question says nothing of how questions differ"]
     if any(row.paired < row.prompts for row in means):
-        notes.append(f"Only prompts that {baseline} ran too are compared")
+        notes.append(f"Only questions that {baseline} ran too are compared")
     if partial:
         notes.append("* not all sets: not to be compared with the others")
     return Table(
         f"{title}: speed-up over {baseline}",
-        ["strategy", *_names(sets), "prompts", "mismatches"],
+        ["strategy", *_names(sets), "questions", "mismatches"],
         lines,
         notes,
     )
@@ -95,9 +97,15 @@ def _names(sets: Iterable[str]) -> list[str]:
     return [TITLES.get(name, name) for name in sets]
 
 
+def has_intervals(rows: Iterable[Row]) -> bool:
+    """Whether any speed-up has one."""
+    ratios = (row.speedup for row in rows)
+    return any(ratio is not None and ratio.low is not None for ratio in ratios)
+
+
 def _interval(speedup: Interval | None) -> str:
     if speedup is None:
-        return _NO
+        return NO_FIGURE
     if speedup.low is None or speedup.high is None:
         return f"{speedup.value:.2f}x"
     return f"{speedup.value:.2f}x\n{speedup.low:.2f}–{speedup.high:.2f}"
@@ -111,7 +119,7 @@ def _acceptance(title: str, rows: Sequence[Row]) -> Table:
     lines = []
     for row in rows:
         alphas = [f"{a:.2f}" for a in row.alpha[:depths]]
-        line = [row.strategy, f"{row.tau:.2f}", *alphas, *[_NO] * (depths - len(alphas))]
+        line = [row.strategy, f"{row.tau:.2f}", *alphas, *[NO_FIGURE] * (depths - len(alphas))]
         line += [_percent(v) for v in (row.mu, row.mu_not_drafted, row.mu_not_in_flight)]
         line += [f"{v:.1f}" for v in (row.tree_size, row.rows_sent, row.rows_pruned)]
         lines.append([*line, f"{row.rows_wasted:.1f}"])
@@ -129,13 +137,13 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
         line += [_percent(row.drafter_busy), stages_busy(row)]
         line += [_percent(mean_idle(row, cause)) for cause in causes]
         bound = row.bound_share
-        lines.append([*line, _NO if bound is None else _percent(bound)])
+        lines.append([*line, NO_FIGURE if bound is None else _percent(bound)])
     return Table(title, columns, lines, ["Causes of idleness: mean over the stages"])
 
 
 def stages_busy(row: Row) -> str:
     """Per cent of each stage: 61/60/62/71."""
-    return "/".join(f"{100 * share:.0f}" for share in row.stage_busy) or _NO
+    return "/".join(f"{100 * share:.0f}" for share in row.stage_busy) or NO_FIGURE
 
 
 def causes_of(rows: Iterable[Row]) -> list[str]:

@@ -3,8 +3,9 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+NO_FIGURE = "-"
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -34,6 +35,15 @@ class Table:
 
     def __post_init__(self) -> None:
         assert all(len(row) == len(self.columns) for row in self.rows), self.title
+
+    def without_empty(self) -> "Table":
+        """The same but for columns in which no row has a figure."""
+        kept = [0, *(k for k in range(1, len(self.columns)) if self._has_figures(k))]
+        columns = [self.columns[k] for k in kept]
+        return replace(self, columns=columns, rows=[[row[k] for k in kept] for row in self.rows])
+
+    def _has_figures(self, column: int) -> bool:
+        return any(row[column] not in ("", NO_FIGURE) for row in self.rows)
 
 
 def to_markdown(tables: Iterable[Table]) -> str:

@@ -37,4 +37,4 @@ def what_if_table(
             ratio = means[name].speedup
             row.append("-" if ratio is None else f"{ratio.value:.2f}x")
         rows.append(row)
-    return Table(f"{title}: what if", columns, rows, ["Mean over the sets"])
+    return Table(f"{title}: what if", columns, rows, ["Mean over the sets"]).without_empty()

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from flowspec.eval.aggregate import MEAN, Row, Setting
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.plots.theme import Theme, colors, frame, grid
-from flowspec.eval.report import describe
+from flowspec.eval.report import describe, has_intervals
 
 GROUP = 0.84  # of the distance between sets that bars take
 
@@ -23,11 +23,12 @@ def speedup_bars(rows: Mapping[Setting, Sequence[Row]], theme: Theme, baseline: 
         raise ValueError(f"there is nothing but the baseline {baseline} in these records")
     sets = list(dict.fromkeys(row.dataset for row in everything if row.dataset != MEAN))
     color = colors(theme, strategies)
+    intervals = "; lines: 95 % intervals" if has_intervals(everything) else ""
     without = ["temperature"] if len(rows) > 1 else []
     figure = frame(
         theme,
         f"Speed-up over {baseline}",
-        f"{describe(next(iter(rows)), without=without)}; lines: 95 % intervals",
+        describe(next(iter(rows)), without=without) + intervals,
         [(Patch(color=color[name]), name) for name in strategies],
         height=2.7 * len(rows),
     )

@@ -9,6 +9,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from flowspec.eval.aggregate import Row
 from flowspec.eval.plots.theme import MARKERS, Theme, colors, frame, grid
+from flowspec.eval.report import has_intervals
 from flowspec.eval.sweeps import Sweep
 
 LOG_FROM = 6.0  # ratio of the largest to the smallest value
@@ -24,10 +25,12 @@ def sweep_lines(found: Sweep, theme: Theme, baseline: str) -> Figure:
         for name in strategies
     ]
     panels = 2 if found.has_baseline and len(strategies) > 1 else 1
+    rows = [row for line in found.lines.values() for row in line.values()]
+    bands = "; bands: 95 % intervals" if panels == 2 and has_intervals(rows) else ""
     figure = frame(
         theme,
         f"Speed by {found.axis.label.split(',')[0]}",
-        f"{found.about}; mean over the sets" + ("; bands: 95 % intervals" if panels == 2 else ""),
+        f"{found.about}; mean over the sets" + bands,
         legend,
         height=3.3,
     )
