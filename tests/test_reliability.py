@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from flowspec.calibration import Outcome, PathForecast
 from flowspec.cli.main import app, main
+from flowspec.cli.reliability import _figure
 from flowspec.eval.reliability import before_and_after, reliability, settled
 
 
@@ -107,6 +109,19 @@ def test_a_plot_is_drawn(command):
     result = CliRunner().invoke(app, [*command, "--out", "plot.svg"])
     assert result.exit_code == 0, result.output
     assert "<svg" in Path("plot.svg").read_text()
+
+
+def test_the_legend_of_a_plot_covers_no_line():
+    """It stands above the axes, each in its own column of the figure."""
+    forecasts = [(log(0.05 + 0.1 * k), k % 3 > 0) for k in range(10) for _ in range(5)]
+    found = {"before": reliability(forecasts), "after": reliability(forecasts)}
+    figure = _figure({"child": found, "path": found}, "eagle")
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert not legend.overlaps(axes.title.get_window_extent())
+        assert legend.y1 < figure.bbox.y1
 
 
 @pytest.mark.parametrize(

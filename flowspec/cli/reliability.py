@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -25,6 +25,9 @@ from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES, find_strategy
 from flowspec.text import render_chat
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PLOTS = (".png", ".svg", ".pdf")
 
@@ -152,6 +155,10 @@ def _write(report: Mapping[str, Mapping[str, Reliability]], out: Path, title: st
         }
         out.write_text(json.dumps(data, indent=1) + "\n")
         return
+    _figure(report, title).savefig(out)
+
+
+def _figure(report: Mapping[str, Mapping[str, Reliability]], title: str) -> "Figure":
     from matplotlib.figure import Figure  # takes a second to import, and only plots need it
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -160,7 +167,8 @@ def _write(report: Mapping[str, Mapping[str, Reliability]], out: Path, title: st
         for (when, found), style in zip(kinds.items(), ("o--", "s-"), strict=True):
             said, true = [b.predicted for b in found.bins], [b.happened for b in found.bins]
             axes.plot(said, true, style, label=f"{when}, error {found.error:.3f}", markersize=4)
-        axes.set(title=what, xlabel="forecast probability", ylabel="share that came true")
-        axes.legend()
+        axes.set(xlabel="forecast probability", ylabel="share that came true")
+        axes.set_title(what, pad=28)  # the legend stands between, away from the lines
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     figure.suptitle(title)
-    figure.savefig(out)
+    return figure
