@@ -11,6 +11,7 @@ from flowspec.eval.plots.theme import Theme, colors, frame, grid
 
 LONGEST = 15  # longer runs are counted together
 COLUMNS = 3
+HEADROOM = 1.35  # above the tallest bar, for what each panel says
 
 
 def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: str) -> Figure:
@@ -24,8 +25,10 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     longest = min(LONGEST, max(max(own) for own in runs.values()))
     color = colors(theme, list(runs))
+    tallest = max(max(_shares(own, longest)) for own in runs.values())
+    panels[0, 0].set_ylim(0, HEADROOM * tallest)
     for axes, (name, own) in zip(panels.flat, runs.items(), strict=False):
-        _panel(axes, own, longest, color[name], theme)
+        _panel(axes, own, longest, tallest, color[name], theme)
         axes.set_title(name)
     for axes in panels.flat[len(runs) :]:
         axes.set_visible(False)
@@ -38,16 +41,24 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
     return figure
 
 
-def _panel(axes: Axes, runs: Sequence[int], longest: int, color: str, theme: Theme) -> None:
-    grid(axes, "y")
+def _shares(runs: Sequence[int], longest: int) -> list[float]:
+    """Of runs of 0, 1, ..., and `longest` or more."""
     counts = Counter(min(run, longest) for run in runs)
-    shares = [counts[length] / len(runs) for length in range(longest + 1)]
-    axes.bar(range(longest + 1), shares, width=0.86, color=color)
+    return [counts[length] / len(runs) for length in range(longest + 1)]
+
+
+def _panel(
+    axes: Axes, runs: Sequence[int], longest: int, tallest: float, color: str, theme: Theme
+) -> None:
+    grid(axes, "y")
+    axes.bar(range(longest + 1), _shares(runs, longest), width=0.86, color=color)
     mean = float(np.mean(runs))
-    axes.axvline(mean, color=theme.ink, linewidth=1.0, linestyle=(0, (4, 2)))
+    if mean <= longest:  # else it lies beyond the axis, somewhere in the last bar
+        top = 1.04 * tallest
+        axes.plot([mean, mean], [0, top], color=theme.ink, linewidth=1.0, linestyle=(0, (4, 2)))
     axes.annotate(
         f"mean {mean:.2f}\n{len(runs):,} runs",
-        (0.98, 0.96),
+        (0.99, 0.98),
         xycoords="axes fraction",
         ha="right",
         va="top",
@@ -61,5 +72,6 @@ def _panel(axes: Axes, runs: Sequence[int], longest: int, color: str, theme: The
     if longest == LONGEST:
         labels[-1] = f"{LONGEST}+"
     axes.set_xticks(ticks, labels)
+    axes.set_xlim(-0.7, longest + 0.7)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.tick_params(axis="x", length=0)
