@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from clusters import make_cluster
 from made_up import benchmark, write
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tiny import request
 from traces import record, timeline_of
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from flowspec.eval.aggregate import MEAN, summarize
 from flowspec.eval.chrome_trace import FORMAT, write_trace
 from flowspec.eval.plots.bars import speedup_bars
 from flowspec.eval.plots.kinds import PLOTS, over
+from flowspec.eval.plots.lengths import length_histogram
 from flowspec.eval.plots.pipeline import pipeline_timeline
 from flowspec.eval.plots.theme import THEMES, colors, drawing
 from flowspec.eval.records import Sample
@@ -177,6 +179,54 @@ def test_the_timeline_shows_each_forward_where_it_ran(files):
         pipeline_timeline(trace, LIGHT, request=9)
     with pytest.raises(ValueError, match="is empty; the request lasts from"):
         pipeline_timeline(trace, LIGHT, start=5.0, end=4.0)
+
+
+def test_short_work_is_seen_and_no_two_counts_run_together(files):
+    """A real stage's forward may take a thousandth of what is shown."""
+    trace = read_trace(files["timeline"])
+    ends: dict[int, float] = {}  # by lane: one work right after the other
+    for place, event in enumerate(e for e in trace["traceEvents"] if e.get("cat") == "work"):
+        event["ts"] = ends.get(event["pid"], 0.0)
+        event["dur"] = (1.0, 1_000.0, 600.0, 300.0)[place % 4]
+        ends[event["pid"]] = event["ts"] + event["dur"]
+    with drawing(LIGHT):
+        figure = pipeline_timeline(trace, LIGHT)
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    assert min(bar.get_window_extent().width for bar in axes.patches) > 2.0
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert boxes
+    for one, other in combinations(boxes, 2):
+        assert not one.expanded(1.2, 1.0).overlaps(other)
+
+
+def test_a_timeline_without_hits_has_no_other_margins(files):
+    """A mark that is not there takes no room."""
+    trace = read_trace(files["timeline"])
+    lefts = []
+    for kinds in (("verdict: hit", "verdict: miss"), ("verdict: miss",), ()):
+        events = [
+            e for e in trace["traceEvents"] if e.get("cat") != "verdict" or e["name"] in kinds
+        ]
+        with drawing(LIGHT):
+            figure = pipeline_timeline({**trace, "traceEvents": events}, LIGHT)
+        FigureCanvasAgg(figure).draw()
+        lefts.append(figure.axes[0].get_position().x0)
+    assert lefts == pytest.approx([lefts[0]] * 3, abs=0.005)
+
+
+def test_what_a_panel_of_lengths_says_covers_nothing():
+    """Neither a bar nor the mean, which may lie beyond the last bar."""
+    runs = {"streaming": [15] * 9 + [60], "flowspec": [0, 1, 1, 2], "pipedec": [14, 15, 15]}
+    with drawing(LIGHT):
+        figure = length_histogram(runs, LIGHT, "")
+    FigureCanvasAgg(figure).draw()
+    for axes in [axes for axes in figure.axes if axes.get_visible()]:
+        assert axes.get_xlim()[1] == 15.7
+        (text,) = axes.texts
+        shown = [*axes.patches, *axes.lines]
+        assert not any(text.get_window_extent().overlaps(one.get_window_extent()) for one in shown)
+    assert [len(axes.lines) for axes in figure.axes[:3]] == [0, 1, 1]
 
 
 # What a dichromat sees of linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).

@@ -16,7 +16,10 @@ from flowspec.request import rank_name
 MAX_SEGMENTS = 40  # of one stage, where no window is asked for: more could not be told apart
 TALL = 0.72  # of a process's lane
 INCHES_PER_LANE = 0.42
-LEGIBLE = 0.0075  # of the window for each digit: narrower work is not labelled
+# Shares of the window, which is about 1,600 pixels wide:
+DIGIT, AROUND = 0.0075, 0.006  # room for each digit and beside them: narrower work has no label
+THINNEST = 0.0018  # shorter work is drawn as long as this, or it would not be seen
+GAP = 0.0008  # between works that follow one another
 HIT, MISS = "verdict: hit", "verdict: miss"
 
 
@@ -81,7 +84,7 @@ def pipeline_timeline(
     for event in shown:
         lane = ranks.index(event["pid"])
         color = colors[_kind(event, prompts)] if event in own else theme.faint
-        _work(axes, event, lane, window, color, theme.paper)
+        _work(axes, event, lane, window, color)
         if event in own:
             _label(axes, event, lane, window, color)
     _verdicts(axes, [m for m in marks if m["pid"] == HEAD], window, colors)
@@ -162,14 +165,12 @@ def _legend(theme: Theme, colors: Mapping[str, str]) -> list[tuple[Any, str]]:
     ]
 
 
-def _work(
-    axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color: str, edge: str
-) -> None:
+def _work(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color: str) -> None:
     start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
     start, end = max(start, window.start), min(end, window.end)
-    axes.barh(
-        lane, end - start, left=start, height=TALL, color=color, edgecolor=edge, linewidth=0.5
-    )
+    whole = window.end - window.start
+    wide = max(end - start - GAP * whole, THINNEST * whole)
+    axes.barh(lane, wide, left=start, height=TALL, color=color)
 
 
 def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color: str) -> None:
@@ -177,9 +178,9 @@ def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, colo
     start = max(event["ts"] / 1e6, window.start)
     end = min((event["ts"] + event["dur"]) / 1e6, window.end)
     rows = str(event["args"]["rows"])
-    if (end - start) / (window.end - window.start) < LEGIBLE * len(rows):
+    if (end - start) / (window.end - window.start) < DIGIT * len(rows) + AROUND:
         return
-    axes.text(
+    text = axes.text(
         (start + end) / 2,
         lane,
         rows,
@@ -187,7 +188,9 @@ def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, colo
         va="center_baseline",
         size=6.5,
         color=_ink_on(color),
+        clip_on=True,
     )
+    text.set_in_layout(False)  # it lies within the axes, which need no margin for it
 
 
 def _kind(event: Mapping[str, Any], prompts: Collection[str]) -> str:
@@ -212,6 +215,7 @@ def _verdicts(
     for name, shape in ((HIT, "v"), (MISS, "X")):
         times = [mark["ts"] / 1e6 for mark in marks if mark["name"] == name]
         times = [when for when in times if window.start <= when <= window.end]
-        axes.plot(
-            times, [-0.57] * len(times), shape, color=colors[name], markersize=6, clip_on=False
-        )
+        if times:  # an empty line would claim the figure's corner
+            axes.plot(
+                times, [-0.57] * len(times), shape, color=colors[name], markersize=6, clip_on=False
+            )
