@@ -195,6 +195,12 @@ class RefusedError(ClusterError):
     """The head will never take this one: another token, another version."""
 
 
+def cause_of(error: Exception) -> str:
+    """For another process to tell: a ValueError is a sentence, others need their kind beside it."""
+    text = str(error)
+    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
+
+
 def rank_name(rank: int) -> str:
     """How a person calls rank `rank`."""
     return {-1: "client", 0: "head"}.get(rank, f"stage {rank}")

@@ -9,6 +9,7 @@ from flowspec.request import (
     DecodeStats,
     Request,
     SamplingParams,
+    cause_of,
     rank_name,
 )
 
@@ -120,3 +121,20 @@ def test_cluster_error_keeps_what_was_generated() -> None:
 def test_rank_names(rank: int, name: str) -> None:
     """Errors speak of devices, not of numbers."""
     assert rank_name(rank) == name
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            ValueError("stage_1/model.safetensors is corrupt"),
+            "stage_1/model.safetensors is corrupt",
+        ),
+        (ValueError(), "ValueError: "),
+        (KeyError("x"), "KeyError: 'x'"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "UnicodeDecodeError: 'utf-8' codec"),
+    ],
+)
+def test_a_cause_is_a_sentence_or_has_its_kind(error: Exception, cause: str) -> None:
+    """What says what to do needs no Python before it; what does not is useless without."""
+    assert cause_of(error).startswith(cause)

@@ -9,7 +9,7 @@ from flowspec.cluster.memory import kv_rows, peak_bytes
 from flowspec.cluster.messages import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.driver import Driver
 from flowspec.model.stage_model import StageModel
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError, cause_of, rank_name
 from flowspec.stage import Stage
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
@@ -98,8 +98,7 @@ class StageJob:
         except Exception as error:
             # The head must hear of it whatever it was; the traceback is for this device's log.
             log.exception("the stage failed")
-            text = f"{type(error).__name__}: {error}"
-            self._tell(Trouble(epoch=epoch, cause=text[:4000]))
+            self._tell(Trouble(epoch=epoch, cause=cause_of(error)[:4000]))
 
     def _tell_lost(self, error: ClusterError) -> None:
         """The epoch cannot go on: why, and by whose fault where another rank is named."""

@@ -15,7 +15,7 @@ from flowspec.cluster.memory import kv_rows, peak_bytes
 from flowspec.driver import Driver, Pace
 from flowspec.effects import HEAD
 from flowspec.engine import build_stage
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError, cause_of, rank_name
 from flowspec.simulate.emulation import read_emulation
 from flowspec.trace import open_trace
 from flowspec.transport.base import Transport
@@ -92,8 +92,7 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
     except Exception as error:
         # The head must hear of it whatever it was; the traceback is for this process's log.
         traceback.print_exc()
-        text = f"{type(error).__name__}: {error}"
-        epoch = stage.epoch if stage else epoch
+        text, epoch = cause_of(error), stage.epoch if stage else epoch
         transport.send(HEAD, Failed(epoch=epoch, stage=config.rank, request=0, text=text))
         return 1
     finally:
