@@ -4,17 +4,20 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoints import save_checkpoint
 
+from flowspec.cli.join import _show
 from flowspec.cli.main import main
 from flowspec.cli.serve import _shard_server
+from flowspec.cli.watch import Watch
 from flowspec.cluster import joiner as joiner_module
 from flowspec.cluster.joiner import JoinConfig, Joiner
-from flowspec.cluster.messages import Welcome
-from flowspec.cluster.stage_job import listen
+from flowspec.cluster.messages import Assign, ModelCard, Serve, Trouble, Welcome
+from flowspec.cluster.stage_job import StageJob, listen
 from flowspec.cluster.token import derive_keys, new_token
 from flowspec.model.source import open_checkpoint
 from flowspec.model.split import run_split
@@ -22,6 +25,16 @@ from flowspec.model.split_plan import plan_split
 from flowspec.transport.control import ControlServer
 
 KEYS = derive_keys(new_token())
+ASSIGN = Assign(
+    epoch=1,
+    rank=1,
+    num_stages=1,
+    first_layer=0,
+    last_layer=1,
+    model=ModelCard(model_id="m", model_hash="a" * 64, dtype="float32"),
+    manifest_sha256="",
+    shards="",
+)
 WELCOME = Welcome(name="a", version="1", heartbeat_s=0.5, dead_after_s=2.5, clock=0.0)
 
 
@@ -120,6 +133,18 @@ def test_data_ports_that_are_taken_are_told_with_those_used_instead(taken, caplo
     assert f"ports {used[0]} and {used[1]} are used instead" in caplog.text
 
 
+class _Job:
+    """Of epoch 1."""
+
+    assign = SimpleNamespace(epoch=1)
+
+    def serve(self, addresses: object) -> None:
+        """See StageJob.serve."""
+
+    def stop(self) -> None:
+        """See StageJob.stop."""
+
+
 class _Trying(Joiner):
     """Its tries end as `story` has them."""
 
@@ -134,7 +159,10 @@ class _Trying(Joiner):
 
     def _attend(self) -> str:
         reason = self.story.pop(0)
-        self._welcome = WELCOME if reason == "was in" else None
+        if reason == "served":
+            self._job = _Job()  # type: ignore[assignment]
+            self._take_work(Serve(epoch=1, addresses=()))
+        self._welcome = WELCOME if reason in ("was in", "served") else None
         if not self.story:
             self.stop("enough")
         return reason
@@ -149,9 +177,34 @@ def test_why_it_tries_again_is_told_once(monkeypatch, caplog):
     told = [record.message.partition(";")[0] for record in caplog.records]
     assert told == ["no head", "other", "no head"]
     caplog.clear()
-    _Trying(["no head", "no head", "was in", "no head", "end"]).run()
-    assert [r.message.partition(";")[0] for r in caplog.records] == ["no head", "was in", "no head"]
+    _Trying(["was in", "was in", "was in", "served", "was in", "end"]).run()
+    assert [r.message.partition(";")[0] for r in caplog.records] == ["was in", "served", "was in"]
+    caplog.clear()
+    _Trying(["served", "served", "end"]).run()
+    assert len(caplog.records) == 2
     caplog.clear()
     monkeypatch.setattr(joiner_module, "TELL_EVERY_S", 0.0)
     _Trying(["no head"] * 4).run()
     assert len(caplog.records) == 3
+
+
+def test_what_a_stage_lacks_is_told_once_and_without_a_traceback(monkeypatch, caplog):
+    """The device tries again with the same copy, and the same is missing."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
+    watch = Watch(log_json=False, device="a")
+    logging.getLogger().handlers[:] = [caplog.handler]
+    for cause in ("not on this device", "not on this device", "other", "not on this device"):
+        _show(watch, Trouble(epoch=1, cause=cause))
+    assert [record.message for record in caplog.records] == ["not on this device", "other"]
+    caplog.clear()
+    told: list[Any] = []
+    for error in (ValueError("not on this device"), KeyError("a bug")):
+        source = SimpleNamespace(load=lambda assign, report, error=error: _fail(error))
+        job = StageJob(ASSIGN, source, None, told.append)  # type: ignore[arg-type]
+        job.stop()
+    assert [one.cause for one in told] == ["not on this device", "KeyError: 'a bug'"]
+    assert [record.exc_info is not None for record in caplog.records] == [True]
+
+
+def _fail(error: Exception) -> None:
+    raise error

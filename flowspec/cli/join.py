@@ -165,4 +165,4 @@ def _show(watch: Watch, message: Control) -> None:
         case Release():
             watch.say("a device was lost; waiting for a new plan", level="warning")
         case Trouble():
-            watch.say(message.cause, level="warning")
+            watch.say_again(message.cause, level="warning")

@@ -20,6 +20,7 @@ from flowspec.cluster.messages import Progress as DeviceProgress
 
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 PLAIN_INTERVAL_S = 2.0  # between progress lines where stderr is no terminal
+REPEAT_AFTER_S = 60.0
 log = logging.getLogger("flowspec")
 
 
@@ -59,12 +60,21 @@ class Watch:
         self._with_bars = self._console.is_terminal and not log_json
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._said: dict[str, float] = {}  # what may come again and again, and when it was said
         self._lines: dict[str, tuple[float, str, bool]] = {}  # when, what and whether all of it
         handler = logging.StreamHandler(sys.stderr) if log_json else _ConsoleHandler(self._console)
         handler.setFormatter(_JsonLines() if log_json else _Lines())
         root = logging.getLogger()
         root.handlers[:] = [handler]
         root.setLevel(logging.INFO)
+
+    def say_again(self, text: str, *, level: str) -> None:
+        """One line, unless the same was said within the last minute."""
+        now = time.monotonic()
+        if now - self._said.get(text, float("-inf")) >= REPEAT_AFTER_S:
+            self._said = {old: at for old, at in self._said.items() if now - at < REPEAT_AFTER_S}
+            self._said[text] = now
+            self.say(text, level=level)
 
     def say(self, text: str, *, device: str = "", level: str = "info") -> None:
         """One line."""

@@ -107,7 +107,7 @@ class Joiner:
             if self._stopping:
                 return
             if self._welcome is not None:
-                wait_s, self._told = BACKOFF_S[0], ("", 0.0)
+                wait_s = BACKOFF_S[0]
             if self.config.once and self._has_ended:
                 return
             if self.config.once and self._was_in:
@@ -213,6 +213,7 @@ class Joiner:
         elif self._job is None or self._job.assign.epoch != message.epoch:
             return  # of an epoch that is over
         elif isinstance(message, Serve):
+            self._told = "", 0.0  # it worked: what ends it is news, though it were the same
             self._job.serve([self._seen_from_here(a) for a in message.addresses])
         else:
             self._drop_job()

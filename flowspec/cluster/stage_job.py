@@ -96,8 +96,10 @@ class StageJob:
         except ClusterError as error:
             self._tell_lost(error)
         except Exception as error:
-            # The head must hear of it whatever it was; the traceback is for this device's log.
-            log.exception("the stage failed")
+            # The head must hear of it whatever it was; the traceback is for this device's log, but
+            # a ValueError is a sentence, which whoever is told shows.
+            if type(error) is not ValueError:
+                log.exception("the stage failed")
             self._tell(Trouble(epoch=epoch, cause=cause_of(error)[:4000]))
 
     def _tell_lost(self, error: ClusterError) -> None:
