@@ -59,7 +59,7 @@ def test_more_stages_than_layers_are_refused(num_stages):
         even_layers(4, num_stages)
 
 
-@pytest.mark.parametrize("text", ["", "8+", "8,8", "-8+8", "eight"])
+@pytest.mark.parametrize("text", ["", "8+", "8,8", "-8+8", "eight", "8+0", "9" * 5000])
 def test_layer_counts_that_are_no_numbers_are_refused(text):
     with pytest.raises(ValueError, match=r"8\+8\+8\+8"):
         parse_layers(text)

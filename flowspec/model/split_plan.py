@@ -67,8 +67,11 @@ def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
 def parse_layers(text: str) -> tuple[int, ...]:
     """`8+8+8+8` as numbers; ValueError when it is anything else."""
     parts = text.replace(" ", "").split("+")
-    if not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"--layers {text!r}: write layer counts joined by +, as in 8+8+8+8")
+    good = (part.isascii() and part.isdigit() and len(part) < 7 and int(part) for part in parts)
+    if not all(good):
+        raise ValueError(
+            f"--layers {text[:80]!a}: write layer counts of 1 or more joined by +, as in 8+8+8+8"
+        )
     return tuple(int(part) for part in parts)
 
 
