@@ -98,7 +98,7 @@ def simulate(
             }
             for name in chosen
         }
-        cases = make_cases(chosen, (drafter,), parameters, own)
+        cases = make_cases(chosen, (drafter,), parameters, own, options="--vary or --set")
         drafters = sorted({case.drafter_name for case in cases} | {"none"})
         emulations = {name: emulate(cluster, model, values, drafter=name) for name in drafters}
         return assemble(

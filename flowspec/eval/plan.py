@@ -181,10 +181,12 @@ def make_cases(
     drafters: Sequence[str],
     table: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Mapping[str, Any]],
+    *,
+    options: str = "--set",
 ) -> tuple[Case, ...]:
     """Every strategy with every drafter (`eagle+graft` switches grafts on); ar needs none.
 
-    Raises ValueError naming what is unknown, before anything is loaded.
+    `options` gave the settings. Raises ValueError naming what is unknown; nothing has been loaded.
     """
     cases = []
     for strategy in strategies:
@@ -196,7 +198,7 @@ def make_cases(
             values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
             where = f"strategy {strategy}"
             if settings.get(strategy):
-                where = f"--set, {where}"  # the table by itself has been checked
+                where = f"{options}, {where}"  # the table by itself has been checked
             effective = override(find_strategy(strategy).defaults, values, where=where)
             cases.append(Case(strategy, drafter, asdict(effective)))
     return tuple(cases)
