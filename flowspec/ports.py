@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -97,15 +98,40 @@ class Egress(Generic[T]):
 
 
 class Ingress:
-    """The line from the switch to a device."""
+    """The line from the switch to a device.
+
+    A message comes in evenly while its sender sends it, and waits at the switch for what came
+    before; the line never rests while anything waits. What has come by `end` has therefore passed
+    at the latest of t + A(t, end) / rate over all t, with A(t, end) the bytes that came from t on
+    (Reich's formula for a queue; a message still being sent is not known and does not count).
+    """
+
+    _KEPT = 32  # messages: one that is being sent for long may reach back behind some
 
     def __init__(self, rate: float) -> None:
         assert rate > 0, "a line without a rate takes nothing"
         self.rate = rate
-        self._free_at = 0.0
+        self._passed: deque[tuple[float, float, float, float]] = deque(maxlen=self._KEPT)
 
     def take(self, start: float, end: float, num_bytes: float) -> float:
         """When a message that left its sender from `start` to `end` has passed, latency apart."""
-        self._free_at = max(self._free_at, start) + num_bytes / self.rate
-        self._free_at = max(self._free_at, end)
-        return self._free_at
+        came = [(start, end, num_bytes)]
+        busy_since = start
+        for begin, last, size, passed in sorted(self._passed, key=itemgetter(3), reverse=True):
+            if passed <= busy_since:
+                break
+            came.append((begin, last, size))
+            busy_since = min(busy_since, begin)
+        passed = end
+        for t in {begin for begin, _, _ in came}:
+            passed = max(passed, t + sum(_came(one, t, end) for one in came) / self.rate)
+        self._passed.append((start, end, num_bytes, passed))
+        return passed
+
+
+def _came(message: tuple[float, float, float], start: float, end: float) -> float:
+    """Bytes of a message (from, to, size) that came from `start` to `end`."""
+    first, last, size = message
+    if last <= first:
+        return size if start <= first <= end else 0.0
+    return size * max(0.0, min(last, end) - max(first, start)) / (last - first)

@@ -68,3 +68,25 @@ def test_two_senders_at_once_wait_for_one_another_at_the_receiver():
 def test_a_slow_receiver_sets_the_pace():
     """A fast sender does not make a slow line faster."""
     assert Ingress(10.0).take(0.0, 1.0, 100) == pytest.approx(10.0)
+
+
+def test_a_short_message_holds_up_a_long_one_by_its_own_time_alone():
+    """The long one came in before and goes on behind it; the line never rests meanwhile."""
+    ingress = Ingress(100.0)
+    assert ingress.take(5.0, 5.1, 10) == pytest.approx(5.1)  # in the middle of the next one
+    assert ingress.take(0.0, 10.0, 1000) == pytest.approx(10.1)
+    idle = Ingress(100.0)
+    assert idle.take(5.0, 5.1, 10) == pytest.approx(5.1)
+    assert idle.take(0.0, 10.0, 500) == pytest.approx(10.0)  # there was room for both
+
+
+def test_what_waits_at_the_receiver_is_all_that_came_at_the_line_s_rate():
+    """Whatever the order and overlap: the last one has passed when all bytes have."""
+    ingress = Ingress(1.0)
+    for start, end, passed in ((0.0, 10.0, 10.0), (5.0, 15.0, 20.0), (12.0, 22.0, 30.0)):
+        assert ingress.take(start, end, 10) == pytest.approx(passed)
+    slow = Ingress(1.0)  # a slow sender leaves room that cannot be used later
+    assert slow.take(0.0, 100.0, 10) == pytest.approx(100.0)
+    for _ in range(9):
+        last = slow.take(99.0, 100.0, 1)
+    assert last == pytest.approx(99.0 + 9 + 0.1)
