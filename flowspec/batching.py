@@ -66,6 +66,7 @@ class Slots:
             offers_of(offers),
             num_fixed=sum(len(s.nodes) for s in segments),
             row_ms=self.pipe.link_row_ms,
+            least_rate=0.5 / (self.pipe.num_stages * self.pipe.cost.milliseconds(1)),
         )
         for offer, count in zip(offers, counts, strict=True):
             if count:
@@ -116,11 +117,16 @@ def best_counts(
     *,
     num_fixed: int = 0,
     row_ms: float = 0.0,
+    least_rate: float = 0.0,
 ) -> list[int]:
     """How many rows of each offer to send: most gain per time, sum(p) / (t(rows) + rows row_ms).
 
     An offer is its rows' probabilities, falling, and whether it may be cut. `num_fixed` rows go
     along in any case (a piece of prompt: worth one token). `row_ms`: a row's time on the line.
+
+    `least_rate`: guesses that bring less, in tokens per millisecond, do not go. A token that
+    becomes known while they are computed comes in the middle of that on average, and waits for the
+    rest; without them a trip brings one token. So they must bring half a token per trip's time.
     """
 
     def milliseconds(rows: int) -> float:
@@ -139,7 +145,7 @@ def best_counts(
     loose = [(-p, place) for p, _, place in sorted(ranked)]
     if sum(can_cut for _, can_cut in offers) > 1:
         del loose[MAX_SHARED_ROWS:]
-    best, best_rate = 0, gain / milliseconds(num_rows) if num_rows else 0.0
+    best, best_rate = 0, gain / milliseconds(num_rows) if num_rows else least_rate
     for taken, (p, _) in enumerate(loose, start=1):
         gain += p
         rate = gain / milliseconds(num_rows + taken)

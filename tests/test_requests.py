@@ -256,6 +256,19 @@ def test_a_slow_line_makes_segments_smaller():
     assert 100 > fast > slow > 10
 
 
+def test_guesses_that_cost_more_than_they_bring_stay():
+    """What is certain goes; guesses alone must be worth the wait of what comes meanwhile."""
+    cost = SegmentCost()
+    for rows in (1, 2, 4, 8, 16, 32):
+        cost.record(rows, 10.0)
+    doubtful, fair = [([0.004] * 20, True)], [([0.02] * 20, True)]
+    least = 0.5 / (4 * 10.0)  # half a token per trip of four stages
+    assert best_counts(cost, doubtful, least_rate=least) == [0]
+    assert best_counts(cost, fair, least_rate=least) == [20]
+    assert best_counts(cost, fair, least_rate=least, row_ms=10.0) == [0]
+    assert best_counts(cost, [([1.0, *doubtful[0][0]], True)], least_rate=least)[0] >= 1
+
+
 def test_prompts_follow_each_other_without_a_gap():
     """A prompt that is sent and waits for its verdict does not hold up the next one."""
     cluster = make_cluster(4, "ar")
