@@ -41,7 +41,7 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
                 session.take_proposals(proposals, expanded=job.nodes is not None)
         return ()
 
-    context = max(len(session.tokens) for session, _ in shares)
+    context = max(len(s.request.prompt) + len(s.tokens) for s, _ in shares)
     about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
         about["nodes"] = [node.id for node in shares[0][1].nodes or ()]

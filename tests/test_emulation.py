@@ -2,19 +2,20 @@
 
 from dataclasses import replace
 from functools import lru_cache
+from random import Random
 
 import pytest
 import torch
 from clusters import make_cluster
-from scripted import ScriptedDrafter, mixed
-from tiny import request
+from scripted import Script, ScriptedDrafter, mixed
+from tiny import VOCAB, request
 
 from flowspec.cluster.base import generate
 from flowspec.effects import Work
 from flowspec.request import Completion, NodeId
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.emulation import Emulation, load_emulation
-from flowspec.simulate.scheduler import Simulator
+from flowspec.simulate.scheduler import Simulator, instant_link, unit_work
 from flowspec.wire import Exit, Features, Segment
 
 
@@ -46,10 +47,12 @@ def segment(
 
 
 def emulated(
-    emulation: Emulation, strategy: str, *, tokens: int = 17
+    emulation: Emulation, strategy: str, *, tokens: int = 17, script: Script = mixed, **decode: int
 ) -> tuple[SimulatedCluster, Completion]:
     """One short answer of the tiny model on the emulation's clock."""
-    cluster = make_cluster(emulation.cluster.num_stages, strategy, drafter=ScriptedDrafter(mixed))
+    num_stages = emulation.cluster.num_stages
+    cluster = make_cluster(num_stages, strategy, drafter=ScriptedDrafter(script), **decode)
+    cluster.head.pipe.link_row_ms = emulation.link_row_ms
     simulator = cluster.simulator
     cluster.simulator = Simulator(
         {rank: actor.core for rank, actor in simulator.actors.items()},
@@ -78,6 +81,47 @@ def test_context_costs_its_keys_and_values():
     bed = reference()
     more = bed.work(1, work("forward", 1, 1000)) - bed.work(1, work("forward", 1, 0))
     assert more == pytest.approx(8 * 1000 * 2 * 4096 * 2 / 55e9)
+
+
+def test_requests_that_share_a_forward_read_their_own_caches():
+    """Every cache is read once; a row computes over its own request's alone."""
+    bed = reference()
+    one, both = (bed.forward_s(1, 1, 1000, requests) for requests in (1, 2))
+    assert both - one == pytest.approx(8 * 1000 * 2 * 4096 * 2 / 55e9)
+    assert bed.forward_s(1, 300, 1000, 8) == bed.forward_s(1, 300, 1000)  # bound by computing
+
+
+def test_a_drafter_pays_for_the_prompt_too():
+    """It attends to all of the text, not to what was generated alone."""
+    contexts = []
+
+    def charge(rank: int, work: Work) -> float:
+        if work.kind == "draft":
+            contexts.append(work.context)
+        return unit_work(rank, work)
+
+    drafter = ScriptedDrafter(mixed)
+    cluster = make_cluster(4, "serial_pp", drafter=drafter, charges=(charge, instant_link))
+    generate(cluster, request(max_new_tokens=8))
+    assert contexts[0] == len(request().prompt)
+    assert max(contexts) > len(request().prompt)
+
+
+def useless(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+    """As sure as any head, and never right."""
+    wrong = [token for token in random.sample(range(VOCAB), topk + 1) if token != true]
+    return [(token, -0.4 - 0.9 * rank) for rank, token in enumerate(wrong[:topk])]
+
+
+@pytest.mark.parametrize("cluster", ["jetson-5", "jetson-5-125mbit", "wifi-5"])
+def test_streaming_backs_off_where_guessing_does_not_pay(cluster):
+    """A useless drafter makes no cluster slower than plain decoding, not on a slow line either."""
+    sizes = {"tree_size": 400, "segment_size": 80, "topk": 16}
+    took = {}
+    for strategy in ("ar", "streaming"):
+        _, done = emulated(reference(cluster=cluster), strategy, tokens=60, script=useless, **sizes)
+        took[strategy] = done.stats.finished_at - done.stats.first_token_at
+    assert took["streaming"] < 1.01 * took["ar"]
 
 
 def test_a_piece_of_the_prompt_pays_no_lm_head():

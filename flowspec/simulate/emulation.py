@@ -101,7 +101,7 @@ class Emulation:
         requests = max(1, len({segment.request for segment in segments}))
         time = 0.0
         if rank != HEAD:  # a head that makes the verdicts runs the lm_head alone
-            time = self.forward_s(rank, work.rows, work.context * requests)
+            time = self.forward_s(rank, work.rows, work.context, requests)
         if work.kind == "verify":
             asked = sum(
                 int(segment.verify) if segment.prefix else len(segment.nodes)
@@ -143,11 +143,15 @@ class Emulation:
             size += len(message.nodes) * (NODE_BYTES + hidden)
         return size
 
-    def forward_s(self, rank: int, rows: int, context: int) -> float:
-        """Of `rank`'s layers over `rows` rows that see `context` rows, without lm_head."""
+    def forward_s(self, rank: int, rows: int, context: int, requests: int = 1) -> float:
+        """Of `rank`'s layers over `rows` rows of so many requests, without lm_head.
+
+        Each row sees `context` rows, those of its own request.
+        """
         layers, device = self.layers[rank - 1], self.cluster.devices[rank]
         quantized = device.int4_bandwidth_share if self.model.weight_bits < 16 else 1.0
-        read = layers * (self.model.layer_bytes / quantized + context * self.model.kv_bytes)
+        cached = context * requests * self.model.kv_bytes
+        read = layers * (self.model.layer_bytes / quantized + cached)
         if rank == 1:
             read += rows * self.model.hidden_size * HALF  # embedding
         return _roofline(device, read, layers * _operations(self.model, rows, context), layers)
