@@ -39,22 +39,6 @@ def draft_step(
     return x + F.linear(F.silu(gate) * up, down), k, v
 
 
-def self_attending(heads: Heads, size: int) -> Tensor:
-    """First fused q, k, v [(h+2g)*d, 2*H] over (embedding, feature).
-
-    The newest token reaches this layer's output through attention alone. Every second key/value
-    head starts with q = k over the embedding, so that a row attends to itself (a score near
-    sqrt(d), near 0 for other tokens): from random weights a head finds that late.
-    """
-    h, g, d = heads
-    rows = torch.randn(h + 2 * g, d, 2 * size) * (2 * size) ** -0.5
-    q, k, _ = rows.split((h, g, g))
-    k[::2, :, :size] *= 2**0.5
-    k[::2, :, size:] = 0.0
-    q.view(g, h // g, d, 2 * size)[::2] = k[::2, None]
-    return rows.flatten(0, 1)
-
-
 def draft_vocabulary(
     samples: Sequence[corpus.Sample], vocab_size: int, size: int
 ) -> tuple[Tensor, float]:
@@ -95,7 +79,7 @@ class FastEagle3(nn.Module):
         self.norm = nn.Parameter(target.norm.detach().clone())
         self.lm_head = nn.Parameter(target.head.detach()[ids].clone())
         self.layer = nn.ParameterList([
-            nn.Parameter(self_attending(heads, size).bfloat16()),
+            matrix((h + 2 * g) * d, 2 * size, (2 * size) ** -0.5),
             matrix(size, h * d, 0.0),
             matrix(2 * intermediate, size, size**-0.5),
             matrix(size, intermediate, 0.0),
