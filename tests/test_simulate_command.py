@@ -14,6 +14,8 @@ from flowspec.eval.records import read_samples
 from flowspec.eval.sweeps import find_axis, sweep, values_in, with_values
 from flowspec.eval.what_if import emulate, parse_variations, settings_of
 
+MODELS = Path(__file__).resolve().parent.parent / "config" / "models"
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -92,9 +94,19 @@ def test_what_is_varied_changes_that_figure_alone():
     fast = emulate("jetson-5", "vicuna-7b", {"drafter_speed": 2.0}, drafter="eagle")
     assert fast.draft_s(10, 100) == pytest.approx(plain.draft_s(10, 100) / 2)
     assert fast.forward_s(1, 10, 100) == plain.forward_s(1, 10, 100)
-    small = emulate("jetson-5", "vicuna-7b", {"weight_bits": 4.0, "stages": 2.0}, drafter="eagle")
-    assert (small.model.name, small.cluster.num_stages) == ("vicuna-7b weight_bits=4", 2)
-    assert small.model.layer_bytes == plain.model.layer_bytes / 4
+    small = emulate("jetson-5", "vicuna-7b", {"weight_bits": 4.5, "stages": 2.0}, drafter="eagle")
+    assert (small.model.name, small.cluster.num_stages) == ("vicuna-7b weight_bits=4.5", 2)
+    assert small.model.layer_bytes == plain.model.layer_bytes * 4.5 / 16
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in MODELS.glob("*-4bit.yaml")))
+def test_a_sweep_and_the_4_bit_profiles_emulate_the_same(model):
+    """A model's weights take as many bytes and seconds, whichever way 4 bits were asked for."""
+    swept = emulate("agx-5", model.removesuffix("-4bit"), {"weight_bits": 4.5}, drafter="eagle")
+    named = emulate("agx-5", model, {}, drafter="eagle")
+    assert swept.model.layer_bytes == named.model.layer_bytes
+    assert swept.layers == named.layers
+    assert swept.forward_s(1, 10, 100) == named.forward_s(1, 10, 100)
 
 
 def test_variations_are_all_combinations_and_names_say_them():
@@ -117,7 +129,7 @@ def test_variations_are_all_combinations_and_names_say_them():
         (["--vary", "t\u043epk=2"], [r"t\u043epk", "tree_depth"]),
         (["--vary", "stages=0"], ["from 1 to"]),
         (["--vary", "link_mbps=nan,1"], ["link_mbps", "nan"]),
-        (["--vary", "weight_bits=5"], ["4 or 16"]),
+        (["--vary", "weight_bits=4"], ["4.5", "scales", "16"]),
         (["--vary", "topk=2", "--vary", "topk=3"], ["topk", "twice"]),
         (["--vary", "topk=0,2"], ["--vary", "topk"]),
         (["--vary", "stages=2,3", "--cluster", "mixed-5"], ["several kinds"]),

@@ -19,7 +19,7 @@ from flowspec.simulate.profiles import (
 )
 
 Values = Mapping[str, Value]
-BITS = (4, 16)
+BITS = (4.5, 16)  # per weight in all, as in config/models: quantized weights have scales
 PARAMETERS = tuple(name for name, axis in AXES.items() if not axis.moves)
 _OF_CLUSTER = ("link_mbps", "latency_ms", "drafter_speed")
 _OF_MODEL = ("weight_bits",)
@@ -52,7 +52,9 @@ def _check(name: str, value: Value) -> None:
     if whole and not (value.is_integer() and whole[0] <= value <= whole[1]):
         raise ValueError(f"{name} must be from {whole[0]} to {whole[1]}, not {value:g}")
     if name == "weight_bits" and value not in BITS:
-        raise ValueError(f"weight_bits must be 4 or 16, not {value:g}")
+        raise ValueError(
+            f"weight_bits must be 16, or 4.5 for 4-bit weights and their scales, not {value:g}"
+        )
     least = {"link_mbps": 0.001, "drafter_speed": 0.001, "latency_ms": 0.0}.get(name)
     if least is not None and not least <= value <= 1e6:  # NaN and infinity too
         raise ValueError(f"{name} must be from {least:g} to 1e6, not {value:g}")
