@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from flowspec.eval.datasets import DATASETS, Range, load_dataset, parse_range
-from flowspec.eval.hub import HUB_SETS
+from flowspec.cli.bench_plan import load_sets
+from flowspec.eval.datasets import DATASETS, Range, check_datasets, load_dataset, parse_range
+from flowspec.eval.hub import HUB_SETS, PARQUET_READER
 from flowspec.eval.prompts import load_prompts
 
 EVERYTHING = Range()
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(name: str, data_dir: Path | None = None, chosen: Range = EVERYTHING, limit=None):
@@ -117,7 +119,7 @@ def test_what_is_no_sharegpt_file_is_refused(tmp_path, text, names):
 
 def test_a_set_that_is_not_there_is_refused_by_what_is(data_dir, tmp_path):
     """A typing error shows at once; the hub is not asked where a folder was given."""
-    with pytest.raises(ValueError, match="gsm8k is not in .*mt_bench, own, sharegpt"):
+    with pytest.raises(ValueError, match="data has no set gsm8k; there: mt_bench, own, sharegpt"):
         load("gsm8k", data_dir)
     with pytest.raises(ValueError, match="is no folder"):
         load("gsm8k", tmp_path / "nowhere")
@@ -220,8 +222,8 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
         raise OSError("We have no connection\nand more")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(ValueError, match=r"gsm8k .*We have no connection\).*--data-dir"):
-        load("gsm8k")
+    with pytest.raises(ValueError, match=r"alpaca .*We have no connection\).*--data-dir"):
+        load("alpaca")
 
 
 def test_a_set_that_has_changed_is_refused(monkeypatch, tmp_path):
@@ -234,9 +236,40 @@ def test_a_set_that_has_changed_is_refused(monkeypatch, tmp_path):
         load("alpaca")
 
 
-def test_without_the_parquet_library_its_name_is_told(monkeypatch, tmp_path):
-    """It is no requirement of the package."""
-    use_hub(monkeypatch, tmp_path, [ROWS["gsm8k"]])
+@pytest.fixture
+def hub_alone(monkeypatch, tmp_path) -> FakeHub:
+    """A hub, and no library for parquet files: it is no requirement of the package."""
+    hub = use_hub(monkeypatch, tmp_path, [ROWS["mt_bench"]])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match="pip install pyarrow"):
+    return hub
+
+
+def test_without_the_parquet_library_nothing_is_downloaded(hub_alone):
+    """One sentence names every set that needs it, this Python's command, and the way around."""
+    with pytest.raises(ValueError, match="parquet") as error:
+        load_sets("all", None, "", None)
+    assert "the hub has humaneval, gsm8k, sum, qa as parquet files" in str(error.value)
+    assert f"run `{sys.executable} -m pip install '{PARQUET_READER}'`" in str(error.value)
+    assert "--data-dir" in str(error.value)
+    with pytest.raises(ValueError, match="the hub has gsm8k as parquet"):
         load("gsm8k")
+    assert hub_alone.asked == []
+    assert f'hub = ["{PARQUET_READER}"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_sets_that_need_no_library_load_without_it(hub_alone, data_dir):
+    """From the hub, and any from a folder: there the hub is not asked."""
+    assert list(load_sets("mt_bench", None, "", None)) == ["mt_bench"]
+    assert len(hub_alone.asked) == 1
+    (data_dir / "qa.txt").write_text("who?")
+    assert list(load_sets("mt_bench,qa", data_dir, "", None)) == ["mt_bench", "qa"]
+    assert len(hub_alone.asked) == 1
+
+
+def test_all_that_is_missing_is_named_at_once(hub_alone, data_dir):
+    """Not one at a time, after the download of what stands before it."""
+    with pytest.raises(ValueError, match="unknown set 'gms8k', 'qq'; .*the hub has sum as parquet"):
+        check_datasets(["mt_bench", "gms8k", "sum", "qq"], data_dir=None)
+    with pytest.raises(ValueError, match="data has no set sum, qa; there: mt_bench, own"):
+        check_datasets(["mt_bench", "sum", "qa"], data_dir=data_dir)
+    assert hub_alone.asked == []

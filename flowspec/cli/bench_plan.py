@@ -11,7 +11,7 @@ from flowspec.cli.common import draft_folder, split_folder
 from flowspec.cli.progress import shown
 from flowspec.cluster.cores import segments_at_once
 from flowspec.config import RunConfig
-from flowspec.eval.datasets import DATASETS, load_dataset, parse_range
+from flowspec.eval.datasets import DATASETS, check_datasets, load_dataset, parse_range
 from flowspec.eval.plan import Case, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import code_hash, folder_hash, revision
@@ -110,9 +110,10 @@ def check_sampling(temperatures: Sequence[float], seeds: Sequence[int]) -> None:
 def load_sets(
     datasets: str, data_dir: Path | None, questions: str, limit: int | None
 ) -> Mapping[str, Sequence[Prompt]]:
-    """Questions by set. Raises ValueError for what is not there."""
+    """Questions by set. Raises ValueError for what is not there, all of it before any download."""
     names = DATASETS if datasets == "all" else names_in(datasets, "--datasets")
     chosen = parse_range(questions)
+    check_datasets(names, data_dir=data_dir)
     loaded: dict[str, Sequence[Prompt]] = {}
     for name in names:
         prompts = load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)

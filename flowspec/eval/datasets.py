@@ -4,10 +4,11 @@ The six sets of the published tables, from a folder in the public form (`<set>/q
 the hub; and any file or folder of prompts by its path, such as a ShareGPT file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowspec.eval.hub import HUB_SETS, load_from_hub
+from flowspec.eval.hub import HUB_SETS, load_from_hub, missing_readers
 from flowspec.eval.prompts import Prompt, load_prompts
 
 SUFFIXES = (".jsonl", ".json", ".txt")
@@ -46,6 +47,16 @@ def parse_range(text: str) -> Range:
     return found
 
 
+def check_datasets(names: Sequence[str], *, data_dir: Path | None) -> None:
+    """Raises ValueError naming all that is missing to load these sets; asks the hub for nothing."""
+    elsewhere = [name for name in names if _find(name, data_dir) is None]
+    of_hub = [name for name in elsewhere if name in HUB_SETS and data_dir is None]
+    unknown = [name for name in elsewhere if name not in of_hub]
+    found = [_not_there(unknown, data_dir) if unknown else "", missing_readers(of_hub)]
+    if missing := "; ".join(text for text in found if text):
+        raise ValueError(missing)
+
+
 def load_dataset(
     name: str, *, data_dir: Path | None, chosen: Range, limit: int | None
 ) -> list[Prompt]:
@@ -64,7 +75,7 @@ def load_dataset(
         everything = load_from_hub(name, limit=last)
         source = name
     else:
-        raise ValueError(_not_there(name, data_dir))
+        raise ValueError(_not_there([name], data_dir))
     prompts = chosen.of(everything, limit)
     if not prompts:
         raise ValueError(f"set {name} has {len(everything)} questions, none in the range asked for")
@@ -89,13 +100,14 @@ def _find(name: str, data_dir: Path | None) -> Path | None:
     return path if is_path and path.exists() else None
 
 
-def _not_there(name: str, data_dir: Path | None) -> str:
+def _not_there(names: Sequence[str], data_dir: Path | None) -> str:
     if data_dir is None:
         known = ", ".join(DATASETS)
-        return f"unknown set {name!r}; known: {known}, or a file or folder of prompts"
+        unknown = ", ".join(map(repr, names))
+        return f"unknown set {unknown}; known: {known}, or a file or folder of prompts"
     if not data_dir.is_dir():
         return f"--data-dir {data_dir} is no folder"
     there = sorted(
         path.stem for path in data_dir.iterdir() if path.is_dir() or path.suffix in SUFFIXES
     )
-    return f"set {name} is not in {data_dir}; there: {', '.join(there) or 'nothing'}"
+    return f"{data_dir} has no set {', '.join(names)}; there: {', '.join(there) or 'nothing'}"

@@ -5,14 +5,18 @@ questions of the published FlowSpec tables, which are a selection of their own.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from flowspec.eval.prompts import Prompt, make_prompt
 
 Row = Mapping[str, Any]
+PARQUET_READER = "pyarrow>=15"  # the extra `hub`: large, and only these sets need it
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,30 @@ HUB_SETS: dict[str, HubSet] = {
 }
 
 
+def missing_readers(names: Iterable[str]) -> str:
+    """What must be installed to read these sets of HUB_SETS, and how; "" where nothing must."""
+    packed = [name for name in names if HUB_SETS[name].file.endswith(".parquet")]
+    if not packed:
+        return ""
+    try:
+        import_module("pyarrow.parquet")
+    except ImportError:
+        pip = shlex.join([sys.executable, "-m", "pip", "install", PARQUET_READER])
+        return (
+            f"the hub has {', '.join(packed)} as parquet files, which pyarrow reads: run `{pip}`, "
+            "or give --data-dir, a folder with SET/question.jsonl, which needs neither"
+        )
+    return ""
+
+
 def load_from_hub(name: str, *, limit: int) -> list[Prompt]:
     """The first `limit` questions of a set of HUB_SETS, from the hub or its cache.
 
-    Raises ValueError where the hub cannot be reached, or the file is not what it was.
+    Raises ValueError where the file could not be read, the hub cannot be reached, or the file is
+    not what it was.
     """
+    if missing := missing_readers([name]):
+        raise ValueError(missing)
     source = HUB_SETS[name]
     file = _download(source, name)
     where = f"{source.repo}/{source.file}"
@@ -92,12 +115,8 @@ def _download(source: HubSet, name: str) -> Path:
 
 def _rows(file: Path, where: str) -> Iterator[Row]:
     if file.suffix == ".parquet":
-        try:
-            from pyarrow.parquet import ParquetFile  # large, and only these sets need it
-        except ImportError:
-            raise ValueError(
-                f"{where} is a parquet file: `pip install pyarrow`, or give --data-dir"
-            ) from None
+        from pyarrow.parquet import ParquetFile
+
         for batch in ParquetFile(file).iter_batches(batch_size=64):
             yield from batch.to_pylist()
         return
