@@ -41,7 +41,10 @@ def generate(
     ] = 200,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer.")] = None,
     json_: Annotated[
-        bool, typer.Option("--json", help="One JSON object per answer: text, tokens, figures.")
+        bool,
+        typer.Option(
+            "--json", help="One JSON object per answer: what was asked, text, tokens, figures."
+        ),
     ] = False,
 ) -> None:
     """Print what the cluster of --head answers; notes and figures go to stderr."""
@@ -89,7 +92,7 @@ def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str
             case Done():
                 done = event
     figures = done.model_dump(exclude={"kind", "id"})
-    asked = {"prompt": turns[-1]["content"], "text": answer, "tokens": tokens}
-    typer.echo(json.dumps({**asked, **figures}))
+    asked = {"prompt": turns[-1]["content"], **asdict(options)}
+    typer.echo(json.dumps({**asked, "text": answer, "tokens": tokens, **figures}))
     sys.stdout.flush()
     return done
