@@ -1,7 +1,8 @@
 """What the head and the stages cost per segment, in processor time: real processes, tiny model.
 
     python scripts/bench_host.py [--tokens 300] [--tree-size 320] [--segment-size 64]
-        [--profile FILE] [--json FILE] [--least-segments-per-s 200] [--most-core 0.5]
+        [--cost flat|measured] [--profile FILE] [--json FILE]
+        [--least-segments-per-s 200] [--most-core 0.5]
 
 One head drives four stage processes over ZeroMQ with `streaming`; a random model of 4 layers, so
 that the host's own work shows. Two things are not what a real run has:
@@ -9,9 +10,9 @@ that the host's own work shows. Two things are not what a real run has:
 - The drafter is a script that knows the truth and is right about it as often as a good head is
   (first child 0.7, any child 0.9). The time in its calls is subtracted: what a real one takes is
   the draft model's, not the host's.
-- The head's cost model is replaced by one where any number of rows costs the same, as on a stage
-  that is bound by its memory. On this tiny model rows do cost, and segments would be small; full
-  ones are what the host has most work with.
+- With `--cost flat`, the default, the head's cost model is replaced by one where any number of rows
+  costs the same, as on a stage that is bound by its memory. On this tiny model rows do cost, and
+  segments are small (`--cost measured`); full ones are what the host has most work with.
 
 "head": processor time of the head's process per segment sent, all threads and everything between
 the first token and the last, less the drafter's calls. "stage": that of each stage process, the
@@ -254,6 +255,9 @@ def main() -> int:
     parser.add_argument("--tree-size", type=int, default=320, help="[320]")
     parser.add_argument("--segment-size", type=int, default=64, help="most rows [64]")
     parser.add_argument("--topk", type=int, default=10, help="[10]")
+    parser.add_argument(
+        "--cost", choices=("flat", "measured"), default="flat", help="of a segment's rows [flat]"
+    )
     parser.add_argument("--profile", type=Path, help="write cProfile's figures of the head")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
@@ -287,7 +291,8 @@ def main() -> int:
         drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer))
         parts = HeadParts(split, read_manifest(split), tokenizer, drafter, CONTEXT, ())
         with LocalCluster(config, parts) as cluster:
-            cluster.head.pipe.cost = FlatCost()
+            if options.cost == "flat":
+                cluster.head.pipe.cost = FlatCost()
             figures, tokens = measure(cluster, Meter(cluster, drafter), request, profile)
     for key, value in figures.items():
         print(f"{key:22s} {value}")
