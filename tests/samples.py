@@ -53,6 +53,10 @@ def sample(**changes: Any) -> Sample:
         "revision": "",
         "host": "here",
         "started_at": "2026-01-01T00:00:00+00:00",
+        "code": "c0de",
+        "target": "7a26e7",
+        "draft": "d2af7",
+        "emulation": "e31",
     }
     values |= changes
     speed = (values["tokens"] - 1) / values["decode_s"] if values["decode_s"] else 0.0

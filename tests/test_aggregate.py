@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 from samples import sample
 
-from flowspec.eval.aggregate import MEAN, Row, by_setting, sets_of, strategies_of, summarize
+from flowspec.eval.aggregate import MEAN, Row, summarize
+from flowspec.eval.report import describe
+from flowspec.eval.settings import by_setting, sets_of, strategies_of
 
 
 def rows(samples, **options) -> dict[tuple[str, str], Row]:
@@ -95,6 +97,43 @@ def test_emulated_and_real_never_meet_nor_do_settings():
     missing = [s for s in samples if s.emulated or s.strategy != "ar"]
     with pytest.raises(ValueError, match=r"baseline ar on testbed.*there are: streaming"):
         summarize(missing)
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ("code", "the sources they ran"),
+        ("target", "the model that computed"),
+        ("draft", "the draft model"),
+        ("emulation", "the emulated cluster"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ["ar", "streaming"])
+def test_what_no_title_shows_is_not_averaged(field, what, strategy):
+    """A record of other code is no repeat, nor any baseline; the newest is what is suggested."""
+    samples = [ran("ar", "1", 11, 1.0, drafter="none", draft=""), ran("streaming", "1", 11, 1.0)]
+    later = "2026-01-02T00:00:00+00:00"
+    (old,) = (one for one in samples if one.strategy == strategy)
+    new = replace(old, **{field: "feed"}, key="new", started_at=later)
+    with pytest.raises(ValueError, match=f"differ in {field} .*{what}.*--only {field}=feed,?$"):
+        summarize([*samples, new])
+
+
+def test_a_draft_model_is_told_apart_within_its_drafter():
+    """Each drafter has its own, and `ar` none."""
+    samples = [
+        ran("ar", "1", 11, 10.0, drafter="none", draft=""),
+        ran("streaming", "1", 11, 5.0, drafter="eagle", draft="a"),
+        ran("streaming", "1", 11, 4.0, drafter="eagle3", draft="b"),
+    ]
+    assert {setting.draft for setting in summarize(samples)} == {"a", "b"}
+
+
+def test_warm_and_cold_are_settings_of_their_own():
+    """They have titles of their own, too."""
+    samples = [ran(name, "1", 11, 1.0, warm=w) for name in ("ar", "flowspec") for w in (0, 1)]
+    cold, warm = summarize(samples)
+    assert describe(warm) == f"{describe(cold)}, warm"
 
 
 def test_what_drafts_nothing_is_everybodys_baseline():

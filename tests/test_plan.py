@@ -115,6 +115,17 @@ def test_what_cannot_change_a_figure_keeps_the_keys():
     assert plan.keys(streaming, group) != other.keys(streaming, group)
 
 
+def test_a_sample_says_what_its_key_covers_and_no_title_shows():
+    """The same of all drafters but for the draft model: `ar` is every drafter's baseline."""
+    plan = make_plan()
+    ar, streaming = (plan.hashes(case) for case in plan.cases)
+    assert (ar["draft"], streaming["draft"]) == ("", "e")
+    assert {**ar, "draft": "e"} == streaming
+    changed = make_plan(sources={"code": "x", "target": "y"}, emulations=SLOWER)
+    assert all(changed.hashes(changed.cases[1])[name] != value for name, value in streaming.items())
+    assert make_plan(emulations={}).hashes(plan.cases[0])["emulation"] == ""
+
+
 def test_what_a_warm_cluster_has_answered_before_is_part_of_the_key():
     """Its costs and scores are learnt from it."""
     plan = make_plan(warm=True)

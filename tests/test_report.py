@@ -132,6 +132,23 @@ def test_emulated_and_measured_have_tables_of_their_own(tmp_path):
     assert "baseline ar on local" in str(result.exception)
 
 
+@pytest.mark.parametrize("field", ["code", "target", "draft", "emulation"])
+def test_records_of_other_code_or_models_are_refused_until_one_is_chosen(tmp_path, field):
+    """What the error suggests is taken, and leaves a baseline."""
+    ar = list(benchmark(("ar",), SETS, drafter="none", draft=""))
+    samples = [*ar, *benchmark(("streaming",), SETS)]
+    others = [
+        replace(one, **{field: "feed" if getattr(one, field) else ""}, key=f"other {one.key}")
+        for one in samples
+    ]
+    file = write(tmp_path / "both.jsonl", [*samples, *others])
+    result = CliRunner().invoke(app, ["report", str(file)])
+    assert isinstance(result.exception, ValueError)
+    assert f"differ in {field}" in str(result.exception)
+    choice = str(result.exception).rpartition("--only ")[2]
+    assert report(str(file), "--only", choice).count("\n streaming ") == 4
+
+
 def test_a_mean_of_fewer_sets_is_marked(tmp_path):
     """It must not look like the others' mean."""
     samples = [*benchmark(STRATEGIES, SETS), *benchmark(("pipedec",), ("qa",))]

@@ -6,16 +6,15 @@ all verdicts; shares of time weigh by the time they are shares of. In a mean all
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from flowspec.eval.datasets import DATASETS
 from flowspec.eval.records import Sample
+from flowspec.eval.settings import Setting, by_setting, sets_of, strategies_of
 from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
-from flowspec.strategies import STRATEGIES
 
 MEAN = "mean"
 MAX_DEPTH = 8  # alphas beyond are of few samples
@@ -26,32 +25,6 @@ AVERAGED = (
 )
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What samples that may be compared have in common: all but strategy and prompt."""
-
-    emulated: bool
-    cluster: str
-    model: str
-    stages: int
-    drafter: str
-    table: str
-    max_tokens: int
-    temperature: float
-
-    @classmethod
-    def of(cls, sample: Sample) -> "Setting":
-        """A sample's own."""
-        return cls(**{f.name: getattr(sample, f.name) for f in fields(cls)})
-
-    @property
-    def order(self) -> tuple[object, ...]:
-        """By name, the main table first."""
-        whole = (self.emulated, self.cluster, self.model, self.stages, self.drafter)
-        table = (self.table != "main", self.table, self.max_tokens)
-        return (*whole, *table, self.temperature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,49 +65,6 @@ class Row:
         return sum(map(len, self.pairs))
 
 
-def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
-    """Samples apart by setting. What drafts nothing belongs to every drafter's and table's.
-
-    Where a strategy ran with several parameters, its name says which: "streaming topk=4".
-    """
-    found: dict[Setting, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        found[Setting.of(sample)].append(sample)
-    _share_undrafted(found)
-    ordered = sorted(found.items(), key=lambda item: item[0].order)
-    return {setting: _named_apart(own) for setting, own in ordered}
-
-
-def _share_undrafted(found: dict[Setting, list[Sample]]) -> None:
-    """Give samples of settings without any draft to all that differ in the draft alone."""
-    drafting = [at for at, own in found.items() if any(drafts(s.strategy) for s in own)]
-    for setting in [at for at in found if at not in drafting]:
-        takers = [at for at in drafting if _undrafted(at) == _undrafted(setting)]
-        for taker in takers:
-            there = {sample.strategy for sample in found[taker]}
-            found[taker] += [s for s in found[setting] if s.strategy not in there]
-        if takers:
-            del found[setting]
-
-
-def _undrafted(setting: Setting) -> Setting:
-    return replace(setting, drafter="", table="")
-
-
-def _named_apart(samples: Sequence[Sample]) -> list[Sample]:
-    by_name: dict[str, list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_name[sample.strategy].append(sample)
-    named = []
-    for name, own in by_name.items():
-        keys = sorted({key for sample in own for key in sample.parameters}) if drafts(name) else []
-        varied = [key for key in keys if len({str(s.parameters.get(key)) for s in own}) > 1]
-        for sample in own:
-            words = [f"{key}={sample.parameters.get(key)}" for key in varied]
-            named.append(replace(sample, strategy=" ".join([name, *words])))
-    return named
-
-
 def summarize(samples: Sequence[Sample], *, baseline: str = "ar") -> dict[Setting, list[Row]]:
     """Rows of each setting: strategies as they are listed, sets in order, then their mean.
 
@@ -143,28 +73,6 @@ def summarize(samples: Sequence[Sample], *, baseline: str = "ar") -> dict[Settin
     if not samples:
         raise ValueError("there are no records")
     return {setting: _rows(setting, own, baseline) for setting, own in by_setting(samples).items()}
-
-
-def sets_of(samples: Iterable[Sample]) -> list[str]:
-    """Their sets: the known ones in the papers' order, then others by name."""
-    return sorted({s.dataset for s in samples}, key=lambda name: (_place(name, DATASETS), name))
-
-
-def strategies_of(samples: Iterable[Sample]) -> list[str]:
-    """Their strategies, in the order of the table of strategies, then others by name."""
-    known = tuple(STRATEGIES)
-    names = {sample.strategy for sample in samples}
-    return sorted(names, key=lambda name: (_place(name.split(" ")[0], known), name))
-
-
-def _place(name: str, known: Sequence[str]) -> int:
-    return known.index(name) if name in known else len(known)
-
-
-def drafts(strategy: str) -> bool:
-    """Whether a strategy, or one of the variants of `by_setting`, has a tree."""
-    name = strategy.split(" ")[0]
-    return name not in STRATEGIES or STRATEGIES[name].drafts
 
 
 def _rows(setting: Setting, samples: Sequence[Sample], baseline: str) -> list[Row]:

@@ -190,7 +190,7 @@ class Workbench:
     def _sample(
         self, case: Case, group: Group, run: _Run, activity: Activity, bound: float | None
     ) -> Sample:
-        plan, one = self.plan, run.asked
+        plan, one, hashes = self.plan, run.asked, self.plan.hashes(case)
         measured = measure(
             run.request, run.completion, one.expected, activity=activity, rows=run.rows
         )
@@ -219,6 +219,10 @@ class Workbench:
             revision=plan.sources.get("revision", ""),
             host=platform.node(),
             started_at=run.started_at,
+            code=hashes["code"],
+            target=hashes["target"],
+            draft=hashes["draft"],
+            emulation=hashes["emulation"],
         )
 
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:

@@ -6,7 +6,7 @@ use. A sample's key covers whatever could change its figures, so that a resumed 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +21,7 @@ from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
 
 FIGURES = 1  # raise where a figure of the records changes its meaning
+HASH_CHARS = 16  # of the hashes in a sample
 EVERY = "every"  # the table's entry for all strategies
 
 
@@ -82,6 +83,17 @@ class Plan:
                     sets = [tuple(prompts)] if self.warm else [(prompt,) for prompt in prompts]
                     for together in sets:
                         yield Group(dataset, together, temperature, seed)
+
+    def hashes(self, case: Case) -> dict[str, str]:
+        """What a sample says of the code, models and figures it comes from."""
+        emulation = self.emulations.get(case.drafter_name)
+        whole = {
+            "code": self.sources.get("code", ""),
+            "target": self.sources.get("target", ""),
+            "draft": self.sources.get(case.drafter_name, ""),
+            "emulation": _hash(replace(emulation, drafter="none")) if emulation else "",
+        }
+        return {name: value[:HASH_CHARS] for name, value in whole.items()}
 
     def keys(self, case: Case, group: Group) -> dict[tuple[str, int], str]:
         """Of each question's turns in the group."""

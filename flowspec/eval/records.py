@@ -79,6 +79,10 @@ class Sample(Measured):
     revision: str  # of the source tree, if it is one under git
     host: str
     started_at: str  # ISO 8601, UTC
+    code: str = ""  # a hash, as are the next three: of the sources; empty in records of before
+    target: str = ""  # of the model that computed, and where it is cut
+    draft: str = ""  # of the draft model that computed; empty where there is none
+    emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter
 
 
 def hash_tokens(tokens: Sequence[int]) -> str:

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 
-from flowspec.eval.aggregate import MEAN, Row, Setting, mean_idle, sets_of, summarize
+from flowspec.eval.aggregate import MEAN, Row, mean_idle, summarize
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.records import Sample
+from flowspec.eval.settings import Setting, sets_of
 from flowspec.eval.statistics import LEVEL, Interval
 from flowspec.eval.tables import NO_FIGURE, Table, to_csv
 
@@ -45,8 +46,9 @@ def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
         "table": f"table {setting.table}",
         "max_tokens": f"{setting.max_tokens} tokens",
         "temperature": f"T = {setting.temperature:g}",
+        "warm": "warm" if setting.warm and setting.emulated else "",  # real ones always are
     }
-    return ", ".join(word for name, word in words.items() if name not in without)
+    return ", ".join(word for name, word in words.items() if word and name not in without)
 
 
 def _by_set(

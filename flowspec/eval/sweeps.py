@@ -4,16 +4,16 @@ What was varied of an emulated cluster or model stands in its name ("jetson-5 li
 was varied of the decoding, in the parameters.
 """
 
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 
 from flowspec.config import DecodeConfig
-from flowspec.eval.aggregate import MEAN, Row, Setting, summarize
-from flowspec.eval.records import Sample, as_text
+from flowspec.eval.aggregate import MEAN, Row, summarize
+from flowspec.eval.records import Sample
 from flowspec.eval.report import describe
+from flowspec.eval.settings import Setting, check_one
 from flowspec.simulate.profiles import ClusterProfile, read_cluster, read_model
 from flowspec.strategies import STRATEGIES
 
@@ -89,32 +89,35 @@ _PARAMETERS = {
 }
 assert set(_PARAMETERS) <= {f.name for f in fields(DecodeConfig)}
 
+_CLUSTER = ("cluster", "emulation")  # its name, and what is in it
+
 AXES: dict[str, Axis] = {
     axis.name: axis
     for axis in (
-        Axis("stages", "stages", ("stages", "cluster"), lambda sample: sample.stages),
+        # the target's hash covers where it is cut
+        Axis("stages", "stages", (*_CLUSTER, "stages", "target"), lambda sample: sample.stages),
         Axis(
             "link_mbps",
             "link rate, Mbit/s",
-            ("cluster",),
+            _CLUSTER,
             _of_links("link_mbps", lambda cluster: {link.rate_mbps for link in cluster.links}),
         ),
         Axis(
             "latency_ms",
             "latency between two devices, ms",
-            ("cluster",),
+            _CLUSTER,
             _of_links("latency_ms", lambda cluster: {link.latency_ms for link in cluster.links}),
         ),
         Axis(
             "drafter_speed",
             "speed of the drafter's forwards, times the cluster's own",
-            ("cluster",),
+            _CLUSTER,
             _of_cluster("drafter_speed", 1.0),
         ),
         Axis(
             "weight_bits",
             "bits per weight",
-            ("model",),
+            ("model", "emulation"),
             _weight_bits,
         ),
         *(Axis(name, label, (), _of_parameters(name)) for name, label in _PARAMETERS.items()),
@@ -179,16 +182,3 @@ def _in_common(settings: Iterable[Setting]) -> str:
     ]
     moved = [f.name for f in fields(Setting) if len({getattr(s, f.name) for s in plain}) > 1]
     return describe(plain[0], without=moved)
-
-
-def check_one(settings: Iterable[Setting], where: str = "", *, free: Sequence[str] = ()) -> None:
-    """Raises ValueError naming what differs, but for the fields in `free`."""
-    listed = list(settings)
-    for field in fields(Setting):
-        there = sorted({as_text(getattr(setting, field.name)) for setting in listed})
-        if len(there) > 1 and field.name not in free:
-            choice = shlex.quote(f"{field.name}={there[0]}")  # to be pasted
-            raise ValueError(
-                f"the records differ {where}in {field.name}: {', '.join(there)}; choose with "
-                f"--only {choice}"
-            )

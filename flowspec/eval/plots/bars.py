@@ -6,10 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from flowspec.eval.aggregate import MEAN, Row, Setting
+from flowspec.eval.aggregate import MEAN, Row
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.plots.theme import Theme, colors, frame, grid
 from flowspec.eval.report import describe, has_intervals
+from flowspec.eval.settings import Setting
 
 GROUP = 0.84  # of the distance between sets that bars take
 

@@ -4,15 +4,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from flowspec.eval.aggregate import (
-    MEAN,
-    Row,
-    Setting,
-    by_setting,
-    drafts,
-    strategies_of,
-    summarize,
-)
+from flowspec.eval.aggregate import MEAN, Row, summarize
 from flowspec.eval.plots.bars import speedup_bars
 from flowspec.eval.plots.lengths import length_histogram
 from flowspec.eval.plots.sweep_lines import sweep_lines
@@ -20,7 +12,8 @@ from flowspec.eval.plots.theme import Theme
 from flowspec.eval.plots.time_stack import time_stack
 from flowspec.eval.records import Sample
 from flowspec.eval.report import describe
-from flowspec.eval.sweeps import check_one, find_axis, sweep
+from flowspec.eval.settings import Setting, by_setting, check_one, drafts, strategies_of
+from flowspec.eval.sweeps import find_axis, sweep
 
 
 def speedup(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
