@@ -213,6 +213,16 @@ def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypat
     assert "left out: mt_bench, question 81, turn 2" in result.output
     assert "1 turns left out" in result.output
 
+    def unexpected(*_):
+        raise AssertionError("nothing is missing")
+
+    monkeypatch.setattr(flowspec.eval.answering.Workbench, "ask", unexpected)
+    again = bench("--strategies", "ar", "--datasets", "mt_bench")
+    assert again.exit_code == 0, again.exception
+    assert "1 samples (0 run now)" in again.output
+    assert "left out: mt_bench, question 81, turn 2" in again.output
+    assert "1 turns left out" in again.output
+
 
 @pytest.mark.parametrize(
     ("flags", "names"),

@@ -6,7 +6,16 @@ from dataclasses import asdict, fields
 import pytest
 from samples import sample
 
-from flowspec.eval.records import FILE_NAME, Sample, SampleFile, hash_of, hash_tokens, read_samples
+from flowspec.eval.records import (
+    FILE_NAME,
+    LEFT_OUT_NAME,
+    Sample,
+    SampleFile,
+    TooLong,
+    hash_of,
+    hash_tokens,
+    read_samples,
+)
 
 # what reports and plots are made of; a name that changes here breaks older records
 KEYS = """cluster model drafter strategy dataset question turn temperature seed stages table
@@ -99,6 +108,21 @@ def test_a_missing_file_says_what_writes_it(tmp_path):
     """The name of the command."""
     with pytest.raises(ValueError, match="flowspec bench"):
         read_samples(tmp_path / "nowhere.jsonl")
+
+
+def test_what_was_left_out_is_remembered_apart_from_the_samples(tmp_path):
+    """Damage to it costs a question asked once more, no sample."""
+    one, two = (TooLong(key, "qa", key, 1, 2, 900) for key in "ab")
+    with SampleFile(tmp_path) as file:
+        for known in (one, two, one):
+            file.leave_out(known)
+    assert read_samples(tmp_path) == []
+    with SampleFile(tmp_path) as file:
+        assert file.left_out == {"a": one, "b": two}
+    path = tmp_path / LEFT_OUT_NAME
+    path.write_text(path.read_text()[:-5])
+    with SampleFile(tmp_path) as file:
+        assert file.left_out == {"a": one}
 
 
 def test_two_benches_do_not_write_one_file(tmp_path):

@@ -22,7 +22,7 @@ from flowspec.eval.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.eval.plan import Case, Group, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import versions
-from flowspec.eval.records import Measured, Sample
+from flowspec.eval.records import Measured, Sample, TooLong
 from flowspec.eval.timeline import Timeline, make_timeline, read_records
 from flowspec.model.load import load_whole
 from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
@@ -42,17 +42,6 @@ class Asked:
     turn: int
     prompt: tuple[int, ...]
     expected: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TooLong:
-    """A turn that is left out, and those after it: its prompt and answer exceed the context."""
-
-    dataset: str
-    question: str
-    turn: int
-    num_turns: int  # left out with it
-    prompt_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +83,14 @@ class Workbench:
 
     def _ask_one(self, group: Group, prompt: Prompt) -> Iterator[Asked | TooLong]:
         parts, alone = self._head_parts("none"), self._target()
+        key = self.plan.question_keys(group)[prompt.id]
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
             ids = render_chat(parts.tokenizer, messages)
             if len(ids) + self.plan.max_tokens > parts.max_context:
                 left_out = len(prompt.turns) - turn
-                yield TooLong(group.dataset, prompt.id, turn, left_out, len(ids))
+                yield TooLong(key, group.dataset, prompt.id, turn, left_out, len(ids))
                 return
             tokens, _, answer = alone.generate(self._request(1, ids, group), parts.new_text)
             yield Asked(prompt.id, turn, ids, tuple(tokens))

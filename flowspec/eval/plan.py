@@ -128,6 +128,20 @@ class Plan:
                 found[prompt.id, turn] = hash_of(definition)
         return found
 
+    def question_keys(self, group: Group) -> dict[str, str]:
+        """By question: of all that the target's own answers depend on, whatever the strategy."""
+        common = {
+            "dataset": group.dataset,
+            "temperature": group.temperature,
+            "seed": group.seed,
+            "max_tokens": self.max_tokens,
+            "sources": {name: self.sources.get(name, "") for name in ("code", "target")},
+        }
+        return {
+            prompt.id: hash_of({**common, "question": prompt.id, "turns": prompt.turns})
+            for prompt in group.prompts
+        }
+
 
 @lru_cache
 def _hash(emulation: Emulation) -> str:

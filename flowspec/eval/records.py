@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 FILE_NAME = "samples.jsonl"
+LEFT_OUT_NAME = "left_out.jsonl"
 MAX_LINE_CHARS = 1_000_000
 
 
@@ -85,6 +86,18 @@ class Sample(Measured):
     emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter
 
 
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A turn that is left out, and those after it: its prompt and answer exceed the context."""
+
+    key: str  # of its question, see Plan.question_keys
+    dataset: str
+    question: str
+    turn: int
+    num_turns: int  # left out with it
+    prompt_tokens: int
+
+
 def hash_tokens(tokens: Sequence[int]) -> str:
     """SHA-256 of the token ids as i32, least significant byte first."""
     return sha256(np.array(tokens, "<i4").tobytes()).hexdigest()
@@ -102,6 +115,7 @@ def hash_of(definition: Mapping[str, Any]) -> str:
 
 
 _READER = TypeAdapter(Sample)
+_LEFT_OUT_READER = TypeAdapter(TooLong)
 _NAMES = {field.name for field in fields(Sample)}
 
 
@@ -159,7 +173,10 @@ def _parse(line: str, where: str) -> Sample:
 
 
 class SampleFile:
-    """The samples of a folder, to be added to; one process at a time. Use with `with`."""
+    """The samples of a folder, to be added to; one process at a time. Use with `with`.
+
+    Beside them, in a file of its own, what was left out, since no sample tells.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,6 +189,7 @@ class SampleFile:
             raise ValueError(f"{self.path} is being written by another bench") from None
         try:
             self._cut_half_line()
+            self.left_out = _read_left_out(folder / LEFT_OUT_NAME)
             self._samples = {sample.key: sample for sample in read_samples(self.path)}
         except ValueError:
             self._file.close()
@@ -201,6 +219,13 @@ class SampleFile:
         self._file.flush()
         self._samples[sample.key] = sample
 
+    def leave_out(self, one: TooLong) -> None:
+        """Remember it, by its question's key."""
+        if one.key not in self.left_out:
+            self.left_out[one.key] = one
+            lines = "".join(json.dumps(asdict(each)) + "\n" for each in self.left_out.values())
+            self.path.with_name(LEFT_OUT_NAME).write_text(lines)
+
     def select(self, keys: Iterable[str]) -> Iterator[Sample]:
         """Those of `keys` that are here, in the order of `keys`."""
         return (self._samples[key] for key in keys if key in self._samples)
@@ -214,3 +239,15 @@ class SampleFile:
                 end += len(line)
         self._file.truncate(end)
         self._file.seek(0, 2)
+
+
+def _read_left_out(file: Path) -> dict[str, TooLong]:
+    """By key; a line that is none is left out, since the question is only asked once more."""
+    found = {}
+    for line in file.read_text().split("\n") if file.exists() else ():
+        try:
+            one = _LEFT_OUT_READER.validate_json(line)
+        except ValidationError:
+            continue
+        found[one.key] = one
+    return found

@@ -17,9 +17,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from flowspec.eval.answering import Asked, TooLong, Workbench
+from flowspec.eval.answering import Asked, Workbench
 from flowspec.eval.plan import Case, Group, Plan
-from flowspec.eval.records import Sample, SampleFile
+from flowspec.eval.records import Sample, SampleFile, TooLong
 from flowspec.request import ClusterError
 
 PARENT_POLL_S = 1.0
@@ -54,10 +54,10 @@ def run_plan(
     """
     groups = list(plan.groups())
     todo = [(group, missing) for group in groups if (missing := _missing(plan, group, file))]
-    turns = [sum(len(prompt.turns) for prompt in group.prompts) for group, _ in todo]
-    progress = Progress(sum(n * len(cases) for n, (_, cases) in zip(turns, todo, strict=True)))
+    progress = Progress(
+        sum(len(_expected(plan, case, group, file)) for group, cases in todo for case in cases)
+    )
     tell(progress)
-    too_long: dict[tuple[str, str, int], TooLong] = {}
     num_run = 0
     with _crew(plan, 1 if plan.real else jobs) as crew:
         for group, cases, result in crew.work(todo):
@@ -71,13 +71,14 @@ def run_plan(
             else:
                 _, left_out = result
                 for one in left_out:
-                    too_long[one.dataset, one.question, one.turn] = one
-                    progress.total -= one.num_turns * len(cases)
+                    if one.key not in file.left_out:
+                        progress.total -= one.num_turns * len(cases)
+                    file.leave_out(one)
             tell(progress)
     keys = [
-        key for group in groups for case in plan.cases for key in plan.keys(case, group).values()
+        key for group in groups for case in plan.cases for key in _expected(plan, case, group, file)
     ]
-    return Outcome(list(file.select(keys)), num_run, list(too_long.values()))
+    return Outcome(list(file.select(keys)), num_run, _left_out(plan, groups, file))
 
 
 def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
@@ -85,8 +86,28 @@ def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
     return [
         case
         for case in plan.cases
-        if any(_is_wanted(plan, key, file) for key in plan.keys(case, group).values())
+        if any(_is_wanted(plan, key, file) for key in _expected(plan, case, group, file))
     ]
+
+
+def _expected(plan: Plan, case: Case, group: Group, file: SampleFile) -> list[str]:
+    """Keys of the group's turns, but for those known to be too long."""
+    asked = plan.question_keys(group)
+    ends = {
+        question: file.left_out[key].turn for question, key in asked.items() if key in file.left_out
+    }
+    return [
+        key
+        for (question, turn), key in plan.keys(case, group).items()
+        if question not in ends or turn < ends[question]
+    ]
+
+
+def _left_out(plan: Plan, groups: Sequence[Group], file: SampleFile) -> list[TooLong]:
+    """Of these groups, a turn once for all temperatures and seeds."""
+    asked = [key for group in groups for key in plan.question_keys(group).values()]
+    found = [file.left_out[key] for key in asked if key in file.left_out]
+    return list({(one.dataset, one.question, one.turn): one for one in found}.values())
 
 
 def _is_wanted(plan: Plan, key: str, file: SampleFile) -> bool:
