@@ -158,6 +158,29 @@ def test_a_warm_cluster_answers_a_whole_set(bench):
     assert switched == {("ar", False), ("streaming", True)}  # ar has no use for it
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_interrupted_set_keeps_what_it_had(bench, monkeypatch, warm):
+    """Every turn is written as it is finished; going on gives what one go gives, nothing twice."""
+    flags = ["--strategies", "streaming", "--datasets", "qa", *(["--warm"] if warm else [])]
+    assert bench(*flags, "--out", "whole").exit_code == 0
+    original = flowspec.eval.answering.Workbench._answer
+    answered: list[str] = []
+
+    def failing(self, cluster, number, one, group):
+        answered.append(one.question)
+        if len(answered) == 3:
+            raise KeyboardInterrupt
+        return original(self, cluster, number, one, group)
+
+    monkeypatch.setattr(flowspec.eval.answering.Workbench, "_answer", failing)
+    bench(*flags, "--out", "half")
+    assert [sample.question for sample in read_samples(Path("half"))] == ["0", "1"]
+    assert "3 samples (1 run now)" in bench(*flags, "--out", "half").output
+    assert len(answered) == 3 + (3 if warm else 1)
+    assert len(Path("half/samples.jsonl").read_text().splitlines()) == 3
+    assert figures(read_samples(Path("half"))) == figures(read_samples(Path("whole")))
+
+
 def test_a_pipeline_without_a_mechanism_is_emulated_alone(bench, tmp_path):
     """Found by name; its samples are its own, its text the target's. Real stages have them all."""
     names = "streaming,streaming-unpruned,streaming-head-verdict"

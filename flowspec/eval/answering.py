@@ -96,22 +96,24 @@ class Workbench:
             yield Asked(prompt.id, turn, ids, tuple(tokens))
             messages.append({"role": "assistant", "content": answer})
 
-    def run(self, case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
-        """A sample per turn. Raises ClusterError where a request fails."""
+    def run(self, case: Case, group: Group, asked: Sequence[Asked]) -> Iterator[Sample]:
+        """A sample per turn, as it is finished; real ones when their processes have ended.
+
+        Raises ClusterError where a request fails.
+        """
         if self.plan.real:
-            return self._run_real(case, group, asked)
+            yield from self._run_real(case, group, asked)
+            return
         emulation = self.plan.emulations[case.drafter_name]
         cluster = self._emulated(case, emulation)
         limit = self._emulated(case, emulation.ideal()) if self.plan.bound else None
-        samples = []
         for number, one in enumerate(asked, start=1):
             done, timeline = self._recorded(cluster, emulation, number, one, group)
             activity = Activity(timeline)
             bound = None
             if limit is not None:
                 bound = self._answer(limit, number, one, group).completion.stats.tokens_per_s
-            samples.append(self._sample(case, group, done, activity, bound))
-        return samples
+            yield self._sample(case, group, done, activity, bound)
 
     def trace(self, case: Case, group: Group) -> Timeline:
         """What every emulated device did during the group's first turn.
@@ -143,18 +145,28 @@ class Workbench:
             recorder.close()
         return done, make_timeline(recorder.records for recorder in recorders.values())
 
-    def _run_real(self, case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
-        """On processes of this machine; what each did is known when they have ended."""
+    def _run_real(self, case: Case, group: Group, asked: Sequence[Asked]) -> Iterator[Sample]:
+        """On processes of this machine; what each did is known when they have ended.
+
+        Where a turn fails or is interrupted, those before it are given first.
+        """
+        done: list[_Run] = []
+        failure: BaseException | None = None
         with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
             folder = Path(name)
-            with self._local(case, folder) as cluster:
-                done = [
-                    self._answer(cluster, number, one, group)
-                    for number, one in enumerate(asked, start=1)
-                ]
-            files = sorted(folder.glob("rank-*.jsonl"))
-            activity = Activity(make_timeline(read_records(file) for file in files))
-        return [self._sample(case, group, one, activity, None) for one in done]
+            try:
+                with self._local(case, folder) as cluster:
+                    for number, one in enumerate(asked, start=1):
+                        done.append(self._answer(cluster, number, one, group))
+            except (ClusterError, KeyboardInterrupt, SystemExit) as error:  # the last: SIGTERM
+                failure = error
+            if done:
+                files = sorted(folder.glob("rank-*.jsonl"))
+                activity = Activity(make_timeline(read_records(file) for file in files))
+                for run in done:
+                    yield self._sample(case, group, run, activity, None)
+        if failure is not None:
+            raise failure
 
     def _answer(self, cluster: Cluster, number: int, one: Asked, group: Group) -> _Run:
         started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -16,6 +16,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
+from queue import Empty, Queue
+from threading import Event
 
 from flowspec.eval.answering import Asked, Workbench
 from flowspec.eval.plan import Case, Group, Plan
@@ -23,6 +26,7 @@ from flowspec.eval.records import Sample, SampleFile, TooLong
 from flowspec.request import ClusterError
 
 PARENT_POLL_S = 1.0
+SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
 _PR_SET_PDEATHSIG = 1
 Asking = tuple[list[Asked], list[TooLong]]
 
@@ -60,16 +64,15 @@ def run_plan(
     tell(progress)
     num_run = 0
     with _crew(plan, 1 if plan.real else jobs) as crew:
-        for group, cases, result in crew.work(todo):
-            if isinstance(result, list):
-                for sample in result:
-                    if _is_wanted(plan, sample.key, file):
-                        file.add(sample)
-                        num_run += 1
-                progress.done += len(result)
-                progress.now = f"{group.dataset}, {cases[0].strategy}"
+        for finished in crew.work(todo):
+            if isinstance(finished, Sample):
+                if _is_wanted(plan, finished.key, file):  # a warm set begins anew
+                    file.add(finished)
+                    num_run += 1
+                progress.done += 1
+                progress.now = f"{finished.dataset}, {finished.strategy}"
             else:
-                _, left_out = result
+                cases, left_out = finished
                 for one in left_out:
                     if one.key not in file.left_out:
                         progress.total -= one.num_turns * len(cases)
@@ -116,7 +119,7 @@ def _is_wanted(plan: Plan, key: str, file: SampleFile) -> bool:
 
 
 Todo = Sequence[tuple[Group, list[Case]]]
-Done = Iterator[tuple[Group, list[Case], Asking | list[Sample]]]
+Done = Iterator[Sample | tuple[list[Case], list[TooLong]]]  # of a group: for these cases, left out
 
 
 class _Alone:
@@ -127,34 +130,46 @@ class _Alone:
 
     def work(self, todo: Todo) -> Done:
         for group, cases in todo:
-            asking = self.bench.ask(group)
-            yield group, cases, asking
-            for case in cases if asking[0] else ():
-                yield group, [case], self.bench.run(case, group, asking[0])
+            asked, too_long = self.bench.ask(group)
+            yield cases, too_long
+            for case in cases if asked else ():
+                yield from self.bench.run(case, group, asked)
 
 
 class _Pool:
     """Works in several processes: the target's answers, then the strategies that need them."""
 
-    def __init__(self, pool: ProcessPoolExecutor, jobs: int) -> None:
+    def __init__(self, pool: ProcessPoolExecutor, jobs: int, samples: "Queue[Sample]") -> None:
         self.pool = pool
+        self.samples = samples
         self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
 
     def work(self, todo: Todo) -> Done:
-        waiting: dict[Future[Asking | list[Sample]], tuple[Group, list[Case]]] = {}
+        waiting: dict[Future[Asking | None], tuple[Group, list[Case]]] = {}
         left = list(reversed(todo))
         while waiting or left:
             while left and len(waiting) < self.most_waiting:
                 group, cases = left.pop()
                 waiting[self.pool.submit(_ask, group)] = group, cases
-            finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            finished, _ = wait(waiting, SAMPLES_POLL_S, FIRST_COMPLETED)
+            yield from self._arrived()
             for future in finished:
                 group, cases = waiting.pop(future)
-                result = future.result()
-                yield group, cases, result
-                if isinstance(result, tuple) and result[0]:
-                    for case in cases:
-                        waiting[self.pool.submit(_run, case, group, result[0])] = group, [case]
+                asking = future.result()
+                if asking is None:
+                    continue
+                asked, too_long = asking
+                yield cases, too_long
+                for case in cases if asked else ():
+                    waiting[self.pool.submit(_run, case, group, asked)] = group, [case]
+
+    def _arrived(self) -> Iterator[Sample]:
+        """All samples of what is finished are among them: a process waits until each is taken."""
+        while True:
+            try:
+                yield self.samples.get_nowait()
+            except Empty:
+                return
 
 
 @contextmanager
@@ -162,26 +177,48 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
     if jobs == 1:
         yield _Alone(plan)
         return
-    pool = ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(plan, os.getpid()),
-    )
-    try:
-        yield _Pool(pool, jobs)
-    except BrokenProcessPool:
-        raise ClusterError("bench", "a worker process ended; is the memory full?") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    context = multiprocessing.get_context("spawn")
+    manager = SyncManager(ctx=context)
+    # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
+    manager.start(_end_with, (os.getpid(),))
+    with manager:
+        samples, stopped = manager.Queue(), manager.Event()
+        pool = ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=_begin,
+            initargs=(plan, os.getpid(), samples, stopped),
+        )
+        try:
+            yield _Pool(pool, jobs, samples)
+        except BrokenProcessPool:
+            raise ClusterError("bench", "a worker process ended; is the memory full?") from None
+        finally:
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
-_BENCH: Workbench | None = None  # of a worker process
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """What a worker process keeps."""
+
+    bench: Workbench
+    samples: "Queue[Sample]"
+    stopped: Event
 
 
-def _begin(plan: Plan, parent: int) -> None:
+_WORKER: _Worker | None = None
+
+
+def _begin(plan: Plan, parent: int, samples: "Queue[Sample]", stopped: Event) -> None:
     """In a worker process, once."""
-    global _BENCH
+    global _WORKER
+    _end_with(parent)
+    _WORKER = _Worker(Workbench(plan), samples, stopped)
+
+
+def _end_with(parent: int) -> None:
+    """In a process of its own: not before its parent, and not after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -192,14 +229,17 @@ def _begin(plan: Plan, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="parent-watch").start()
-    _BENCH = Workbench(plan)
 
 
 def _ask(group: Group) -> Asking:
-    assert _BENCH is not None
-    return _BENCH.ask(group)
+    assert _WORKER is not None
+    return _WORKER.bench.ask(group)
 
 
-def _run(case: Case, group: Group, asked: Sequence[Asked]) -> list[Sample]:
-    assert _BENCH is not None
-    return _BENCH.run(case, group, asked)
+def _run(case: Case, group: Group, asked: Sequence[Asked]) -> None:
+    """Its samples are in the queue when this returns."""
+    assert _WORKER is not None
+    for sample in _WORKER.bench.run(case, group, asked):
+        _WORKER.samples.put(sample)
+        if _WORKER.stopped.is_set():
+            return

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flowspec.cli.main import app
+from flowspec.eval.answering import Workbench
 from flowspec.eval.records import read_samples
 
 
@@ -29,15 +30,37 @@ def figures(folder: str) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: one["key"])
 
 
-def test_the_number_of_processes_changes_no_figure(command):
+@pytest.mark.parametrize("warm", [[], ["--warm"]])
+def test_the_number_of_processes_changes_no_figure(command, warm):
     """Nor what is written, but for the order."""
     for jobs in ("1", "2"):
-        flags = ["--jobs", jobs, "--out", f"jobs{jobs}", "--json", f"{jobs}.json"]
+        flags = ["--jobs", jobs, "--out", f"jobs{jobs}", "--json", f"{jobs}.json", *warm]
         result = CliRunner().invoke(app, [*command, *flags])
         assert result.exit_code == 0, result.output
     assert len(figures("jobs1")) == 4
     assert figures("jobs1") == figures("jobs2")
     assert Path("1.json").read_text() == Path("2.json").read_text()
+
+
+def test_a_real_set_that_fails_keeps_the_turns_before(command, monkeypatch):
+    """Their records are whole once the processes have ended."""
+    original = Workbench._answer
+
+    def failing(self, cluster, number, one, group):
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(self, cluster, number, one, group)
+
+    flags = [*command, "--real", "--strategies", "streaming", "--out", "real"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Workbench, "_answer", failing)
+        CliRunner().invoke(app, flags)
+    (first,) = read_samples(Path("real"))
+    assert (first.question, first.mismatch) == ("0", False)
+    assert sum(first.stage_busy) > 0
+    result = CliRunner().invoke(app, flags)
+    assert "2 samples (1 run now)" in result.output
+    assert read_samples(Path("real"))[0] == first
 
 
 def test_real_processes_give_the_same_texts(command):
