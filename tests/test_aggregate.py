@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from samples import sample
 
@@ -60,6 +61,41 @@ def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
     assert found.bound_share == pytest.approx(0.7)
     assert found.mismatches == 1
     assert found.stage_idle[0] == {"waiting for link": pytest.approx(0.2)}
+
+
+def test_alpha_pools_the_runs_of_all_answers():
+    """A short answer counts where it did not get to; the run that the end cut off did not fail."""
+    samples = [
+        # two misses and the end: 0, 3, and 1 cut off; tokens after the first are runs and misses
+        ran("serial_pp", "1", 7, 1.0, runs=(0, 3, 1), mu_not_drafted=2 / 6),
+        ran("serial_pp", "2", 4, 1.0, runs=(0, 1), mu_not_drafted=2 / 3),  # ends with a miss
+        ran("serial_pp", "3", 6, 1.0, runs=(4,), mu_not_drafted=1 / 5, dataset="qa"),
+    ]
+    found = rows(samples, baseline="serial_pp")
+    assert found["serial_pp", "gsm8k"].alpha == pytest.approx((3 / 5, 1 / 2, 1.0))
+    assert found["serial_pp", "qa"].alpha == pytest.approx((1.0, 1.0, 1.0, 1.0))
+    # sets alike: of a run of each set, 3/5 and 1 got to depth 1, 1/5 and 1 to depth 2 of 2/5 and 1
+    mean = (8 / 10, (1 / 5 + 1) / (2 / 5 + 1), 1.0, 1 / (1 / 5 + 1))
+    assert found["serial_pp", MEAN].alpha == pytest.approx(mean)
+
+
+def test_alpha_of_many_answers_is_the_chance_that_a_draft_is_accepted():
+    """At every depth, however short the answers; a mean over answers would rise with depth."""
+    random = np.random.default_rng(3)
+    samples = []
+    for number in range(400):
+        runs, left = [], 24
+        while left > 0:
+            run = int(random.geometric(0.4)) - 1
+            runs.append(min(run, left))
+            left -= run + 1
+        missed = 24 - sum(runs)
+        assert missed in (len(runs), len(runs) - 1)
+        samples.append(
+            ran("streaming", str(number), 25, 1.0, runs=tuple(runs), mu_not_drafted=missed / 24)
+        )
+    found = rows(samples, baseline="streaming")["streaming", "gsm8k"].alpha
+    assert found[:6] == pytest.approx([0.6] * 6, abs=0.06)
 
 
 def test_only_what_both_ran_is_compared():

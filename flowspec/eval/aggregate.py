@@ -1,13 +1,16 @@
 """Sample records added up: one row per strategy and set, and their mean over the sets.
 
 Within a set a speed is all tokens after the first by all the seconds they took, tau all tokens by
-all verdicts; shares of time weigh by the time they are shares of. In a mean all sets weigh alike.
+all verdicts, alpha all accepted runs; shares of time weigh by the time they are shares of. In a
+mean all sets weigh alike.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from operator import attrgetter
+from statistics import fmean
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -17,7 +20,6 @@ from flowspec.eval.settings import Setting, by_setting, sets_of, strategies_of
 from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
 
 MEAN = "mean"
-MAX_DEPTH = 8  # alphas beyond are of few samples
 AVERAGED = (
     *("tokens_per_s", "end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
     *("mu_not_in_flight", "rows_sent", "rows_pruned", "rows_wasted", "drafter_busy"),
@@ -44,7 +46,7 @@ class Row:
     speedup: Interval | None  # None: no prompt in common with the baseline
     pairs: Sequence[Pairs]  # per set: questions in common with the baseline, both sides' speeds
     tau: float
-    alpha: tuple[float, ...]  # by depth
+    depths: Sequence[tuple[float, float]]  # runs that got there and that tried, by all runs
     mu: float
     mu_not_drafted: float
     mu_not_in_flight: float
@@ -58,6 +60,11 @@ class Row:
     inter_token_ms: Mapping[str, float]
     tree_size: float
     bound_share: float | None
+
+    @property
+    def alpha(self) -> tuple[float, ...]:
+        """By depth: of the runs that tried, the share that got there; as deep as any got."""
+        return tuple(hits / tried for hits, tried in self.depths if hits)
 
     @property
     def paired(self) -> int:
@@ -159,7 +166,7 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
         speedup=_ratio([pairs]),
         pairs=(pairs,),
         tau=sum(s.tokens - 1 for s in own if s.tau) / verdicts if verdicts else 0.0,
-        alpha=alike.lists(lambda s: s.alpha),
+        depths=_depths(own),
         mu=by_token.mean(lambda s: s.mu),
         mu_not_drafted=by_token.mean(lambda s: s.mu_not_drafted),
         mu_not_in_flight=by_token.mean(lambda s: s.mu_not_in_flight),
@@ -193,13 +200,42 @@ def mean_of(rows: Sequence[Row]) -> Row:
         mismatches=sum(row.mismatches for row in rows),
         speedup=_ratio(pairs),
         pairs=pairs,
-        alpha=alike.lists(lambda row: row.alpha),
+        depths=_mean_depths([row.depths for row in rows if row.depths]),
         stage_busy=alike.lists(lambda row: row.stage_busy),
         stage_idle=alike.mappings(lambda row: row.stage_idle),
         inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
         bound_share=_weighted(bounds, alike.weights) if len(bounds) == len(rows) else None,
         **averages,
     )
+
+
+def _depths(samples: Iterable[Sample]) -> list[tuple[float, float]]:
+    """Of the runs of all samples, at depth 1, 2, ... and the first that none got to.
+
+    The run that an answer's end cut off did not try further than it got.
+    """
+    ended: list[int] = []
+    cut_off: list[int] = []
+    for s in samples:
+        num_missed = round(s.mu_not_drafted * max(1, s.tokens - 1))
+        num_ended = min(num_missed, len(s.runs))
+        ended += s.runs[:num_ended]
+        cut_off += s.runs[num_ended:]
+    whole = [*ended, *cut_off]
+    depths = []
+    for depth in range(1, max(whole, default=-1) + 2):
+        hits = sum(run >= depth for run in whole)
+        tried = sum(run >= depth - 1 for run in ended) + sum(run >= depth for run in cut_off)
+        depths.append((hits / len(whole), tried / len(whole)))
+    return depths
+
+
+def _mean_depths(sets: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of both; where runs of a set failed, and none of it got, counts too."""
+    return [
+        (fmean(hits for hits, _ in depth), fmean(tried for _, tried in depth))
+        for depth in zip_longest(*sets, fillvalue=(0.0, 0.0))
+    ]
 
 
 def mean_idle(row: Row, cause: str) -> float:

@@ -140,7 +140,11 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
         line += [_percent(mean_idle(row, cause)) for cause in causes]
         bound = row.bound_share
         lines.append([*line, NO_FIGURE if bound is None else _percent(bound)])
-    return Table(title, columns, lines, ["Causes of idleness: mean over the stages"])
+    notes = [
+        "p50, p95, p99: means of the answers' own",
+        "Causes of idleness: mean over the stages",
+    ]
+    return Table(title, columns, lines, notes)
 
 
 def stages_busy(row: Row) -> str:
@@ -176,6 +180,9 @@ def flat(row: Row) -> dict[str, object]:
     for field in fields(Row):
         value = getattr(row, field.name)
         if field.name in ("setting", "pairs"):
+            continue
+        if field.name == "depths":
+            record |= _spread("alpha", row.alpha)
             continue
         if field.name == "speedup":
             known = value or Interval(float("nan"))
