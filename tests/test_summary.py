@@ -1,5 +1,7 @@
 """A benchmark's rows, worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 from samples import sample
 
@@ -109,13 +111,21 @@ def test_mismatches_and_tau_are_of_all_answers():
 
 
 def test_the_share_of_the_bound_is_of_the_whole_time():
-    """The time that the bound would take, by the time it took; of every sample or of none."""
+    """The time that the bound would take, by the time it took; of every sample or of none.
+
+    An answer of one token takes no time and has no share.
+    """
     samples = [
         sample(question="1", decode_s=4.0, bound_tokens_per_s=10.0, bound_share=0.5),
         sample(question="2", decode_s=1.0, bound_tokens_per_s=20.0, bound_share=1.0),
     ]
     row = rows_of(samples)["streaming", "mean"]
     assert row.bound_share == pytest.approx((2 + 1) / (4 + 1))
+    nothing = sample(question="4", tokens=1, decode_s=0.0, bound_tokens_per_s=0.0)
+    at_once = rows_of([*samples, nothing, replace(nothing, dataset="qa", key="other")])
+    assert at_once["streaming", "gsm8k"].bound_share == pytest.approx((2 + 1) / (4 + 1))
+    assert at_once["streaming", "qa"].bound_share is None
+    assert at_once["streaming", "mean"].bound_share == pytest.approx((2 + 1) / (4 + 1))
     without = rows_of([*samples, sample(question="3")])["streaming", "mean"]
     assert without.bound_share is None
 

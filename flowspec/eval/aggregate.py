@@ -149,7 +149,7 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
     by_time = _Weights(own, lambda s: s.decode_s)
     by_token = _Weights(own, lambda s: s.tokens)
     alike = _Weights(own, lambda s: 1.0)
-    bounds = [s.bound_share for s in own if s.bound_share is not None]
+    timed = [s for s in own if s.decode_s > 0]  # an answer of one token has no speed, nor a bound
     verdicts = sum((s.tokens - 1) / s.tau for s in own if s.tau)
     seconds = sum(s.tokens / s.end_to_end_tokens_per_s for s in own if s.end_to_end_tokens_per_s)
     return Row(
@@ -179,7 +179,7 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
         ttft_s=alike.mean(lambda s: s.ttft_s),
         inter_token_ms=alike.mapping(lambda s: s.inter_token_ms),
         tree_size=alike.mean(lambda s: s.tree_size),
-        bound_share=_weighted(bounds, by_time.weights) if len(bounds) == len(own) else None,
+        bound_share=_if_all((s.bound_share for s in timed), [s.decode_s for s in timed]),
     )
 
 
@@ -189,7 +189,7 @@ def mean_of(rows: Sequence[Row]) -> Row:
 
     alike = _Weights(rows, lambda row: 1.0)
     averages: dict[str, Any] = {name: alike.mean(attrgetter(name)) for name in AVERAGED}
-    bounds = [row.bound_share for row in rows if row.bound_share is not None]
+    timed = [row for row in rows if row.tokens_per_s > 0]
     return replace(
         rows[0],
         dataset=MEAN,
@@ -204,7 +204,7 @@ def mean_of(rows: Sequence[Row]) -> Row:
         stage_busy=alike.lists(lambda row: row.stage_busy),
         stage_idle=alike.mappings(lambda row: row.stage_idle),
         inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
-        bound_share=_weighted(bounds, alike.weights) if len(bounds) == len(rows) else None,
+        bound_share=_if_all((row.bound_share for row in timed), [1.0] * len(timed)),
         **averages,
     )
 
@@ -288,6 +288,13 @@ def _at(
     values: Callable[[T], Sequence[Mapping[str, float]]], place: int
 ) -> Callable[[T], Mapping[str, float]]:
     return lambda thing: dict(*values(thing)[place : place + 1])
+
+
+def _if_all(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
+    """Their mean; None where one is missing, or there is none."""
+    listed = list(values)
+    known = [value for value in listed if value is not None]
+    return _weighted(known, weights) if known and len(known) == len(listed) else None
 
 
 def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
