@@ -29,22 +29,22 @@ def test_speed_is_all_tokens_by_all_seconds_and_the_mean_is_of_sets():
         [
             ran("ar", "1", 11, 10.0),
             ran("ar", "2", 31, 30.0),
-            ran("ar", "8", 5, 4.0, dataset="qa"),
-            ran("ar", "9", 5, 4.0, dataset="qa"),
+            ran("ar", "3", 11, 10.0),
+            *(ran("ar", question, 5, 4.0, dataset="qa") for question in "789"),
             ran("streaming", "1", 11, 5.0),
             ran("streaming", "2", 31, 5.0),
-            ran("streaming", "8", 5, 1.0, dataset="qa"),
-            ran("streaming", "9", 5, 1.0, dataset="qa"),
+            ran("streaming", "3", 11, 2.5),
+            *(ran("streaming", question, 5, 1.0, dataset="qa") for question in "789"),
         ]
     )
-    assert found["streaming", "gsm8k"].tokens_per_s == pytest.approx(40 / 10)
+    assert found["streaming", "gsm8k"].tokens_per_s == pytest.approx(50 / 12.5)
     assert found["streaming", "gsm8k"].speedup.value == pytest.approx(4.0)
     assert found["streaming", "qa"].speedup.value == pytest.approx(4.0)
     mean = found["streaming", MEAN]
-    assert (mean.num_sets, mean.prompts, mean.tokens) == (2, 4, 52)
+    assert (mean.num_sets, mean.prompts, mean.tokens) == (2, 6, 68)
     assert mean.tokens_per_s == pytest.approx((4.0 + 4.0) / 2)
     assert found["ar", MEAN].speedup.value == found["ar", MEAN].speedup.low == 1.0
-    assert (mean.paired, found["streaming", "qa"].paired) == (4, 2)
+    assert (mean.paired, found["streaming", "qa"].paired) == (6, 3)
     assert mean.speedup.low < 4.0 < mean.speedup.high
 
 

@@ -171,7 +171,7 @@ def test_what_no_row_has_takes_no_column(tmp_path):
     assert heads[0] == "| strategy | prompts | mean | questions | mismatches |"
     assert "bound" not in text
     assert "95 %" not in text
-    assert "No intervals: a set with one question" in text
+    assert "No intervals: a set has fewer than 3 questions" in text
     with_all = report(str(write(tmp_path / "all.jsonl", benchmark(STRATEGIES, SETS))))
     assert "bound" in with_all
     assert "95 % bootstrap intervals" in with_all

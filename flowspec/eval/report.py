@@ -7,7 +7,7 @@ from flowspec.eval.aggregate import MEAN, Row, mean_idle, summarize
 from flowspec.eval.datasets import TITLES
 from flowspec.eval.records import Sample
 from flowspec.eval.settings import Setting, sets_of
-from flowspec.eval.statistics import LEVEL, Interval
+from flowspec.eval.statistics import LEVEL, MIN_PROMPTS, Interval
 from flowspec.eval.tables import NO_FIGURE, Table, to_csv
 
 DEPTHS = 4  # alphas shown; the CSV has all
@@ -77,7 +77,7 @@ def _speedups(title: str, rows: Sequence[Row], sets: Sequence[str], baseline: st
     if has_intervals(rows):
         notes = [f"{LEVEL:.0%} bootstrap intervals, paired by question".replace("%", " %")]
     else:
-        notes = ["No intervals: a set with one question says nothing of how questions differ"]
+        notes = [f"No intervals: a set has fewer than {MIN_PROMPTS} questions that both ran"]
     if any(row.paired < row.prompts for row in means):
         notes.append(f"Only questions that {baseline} ran too are compared")
     if partial:
