@@ -51,6 +51,17 @@ def test_a_text_is_one_prompt_and_json_lines_are_one_each(tmp_path):
     assert [one.turns for one in load_prompts(tmp_path)] == [("one",), ("two",), (text,)]
 
 
+LINE_ENDS = "one\u2028two\u2029three\u0085four"
+
+
+def test_a_text_may_hold_the_line_ends_of_unicode(tmp_path):
+    """A JSON text may, as it is; only the newline ends a line."""
+    path = tmp_path / "ask.jsonl"
+    line = json.dumps({"prompt": LINE_ENDS}, ensure_ascii=False)
+    path.write_text(line + '\n\n{"prompt": "x"}', encoding="utf-8")
+    assert [one.turns for one in load_prompts(path)] == [(LINE_ENDS,), ("x",)]
+
+
 def test_a_set_of_a_folder_keeps_ids_and_turns(data_dir):
     """As the public question.jsonl has them."""
     found = load("mt_bench", data_dir)
@@ -205,6 +216,15 @@ def test_each_set_of_the_hub_is_asked_in_its_own_words(name, monkeypatch, tmp_pa
     assert found.source == name
     source = HUB_SETS[name]
     assert hub.asked == [(source.repo, source.file, "dataset")]
+
+
+def test_a_row_of_the_hub_may_hold_the_line_ends_of_unicode(monkeypatch, tmp_path):
+    """In a set of JSON lines."""
+    file = tmp_path / "question.jsonl"
+    row = {"question_id": 81, "turns": [LINE_ENDS]}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(file))
+    assert [one.turns for one in load("mt_bench", limit=1)] == [(LINE_ENDS,)]
 
 
 def test_of_the_hub_no_more_is_read_than_asked_for(monkeypatch, tmp_path):

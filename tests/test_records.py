@@ -125,6 +125,13 @@ def test_what_was_left_out_is_remembered_apart_from_the_samples(tmp_path):
         assert file.left_out == {"a": one}
 
 
+def test_another_program_may_write_unicode_as_it_is(tmp_path):
+    """Such as jq, which escapes no line end but the newline."""
+    one = sample(question="a\u2028b")
+    (tmp_path / FILE_NAME).write_text(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+    assert read_samples(tmp_path) == [one]
+
+
 def test_two_benches_do_not_write_one_file(tmp_path):
     """Their lines could mix."""
     with SampleFile(tmp_path), pytest.raises(ValueError, match="another bench"):

@@ -125,7 +125,7 @@ def _rows(file: Path, where: str) -> Iterator[Row]:
         rows = (
             json.loads(text)
             if file.suffix == ".json"
-            else [json.loads(line) for line in text.splitlines() if line.strip()]
+            else [json.loads(line) for line in text.split("\n") if line.strip()]
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None

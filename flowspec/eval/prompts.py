@@ -51,7 +51,8 @@ def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
 
 def _lines(text: str, source: str, path: Path, limit: int | None) -> list[Prompt]:
     prompts: list[Prompt] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    # not splitlines: a JSON text may hold the line ends of Unicode as they are
+    for number, line in enumerate(text.split("\n"), start=1):
         if limit is not None and len(prompts) >= limit:
             break
         if line.strip():

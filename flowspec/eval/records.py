@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -127,7 +128,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = list(StringIO(file.read_text(encoding="utf-8")))  # by "\n" alone
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; `flowspec bench` writes it") from None
     except UnicodeDecodeError as error:
