@@ -7,8 +7,9 @@ import pytest
 from samples import sample
 
 from flowspec.eval.aggregate import MEAN, Row, summarize
-from flowspec.eval.report import describe
+from flowspec.eval.report import describe, tables
 from flowspec.eval.settings import by_setting, sets_of, strategies_of
+from flowspec.eval.tables import to_markdown
 
 
 def rows(samples, **options) -> dict[tuple[str, str], Row]:
@@ -63,6 +64,29 @@ def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
     assert found.stage_idle[0] == {"waiting for link": pytest.approx(0.2)}
 
 
+def test_of_repeats_the_median_counts_with_the_lowest_and_the_highest():
+    """A repeat that was interrupted has no speed of its own; a repeat is no further question."""
+    samples = [
+        ran(strategy, question, 11, seconds * factor, dataset=name, repeat=repeat)
+        for strategy, factor in (("ar", 2.0), ("streaming", 1.0))
+        for name in ("gsm8k", "qa")
+        for question in "123"
+        for repeat, seconds in enumerate((1.0, 5.0, 2.0))
+    ]
+    samples.append(ran("streaming", "1", 11, 0.001, repeat=3))
+    found = rows(samples)
+    for name in ("gsm8k", "qa", MEAN):
+        row = found["streaming", name]
+        assert row.tokens_per_s == pytest.approx(5.0)
+        assert row.by_repeat == pytest.approx({0: 10.0, 1: 2.0, 2: 5.0})
+    assert found["streaming", "qa"].speedup.value == pytest.approx(2.0)
+    assert found["streaming", "qa"].speedup.low == pytest.approx(2.0)
+    assert found["streaming", "qa"].paired == 3
+    lines = to_markdown(tables(samples)).splitlines()
+    assert any("5.00 2.00–10.00" in line for line in lines if line.startswith("| streaming"))
+    assert "Medians of up to 3 repeats, with the lowest and the highest" in lines
+
+
 def test_alpha_pools_the_runs_of_all_answers():
     """A short answer counts where it did not get to; the run that the end cut off did not fail."""
     samples = [
@@ -103,7 +127,7 @@ def test_only_what_both_ran_is_compared():
     found = rows(
         [
             ran("ar", "1", 11, 10.0, seed=1, key="a"),
-            ran("ar", "1", 11, 20.0, seed=1, key="b"),  # a repeat: 15 s on average
+            ran("ar", "1", 11, 20.0, seed=1, key="b"),  # a repeat: 15 s between them
             ran("ar", "3", 11, 1.0),
             ran("streaming", "1", 11, 5.0, seed=1),
             ran("streaming", "1", 11, 0.1, seed=2),

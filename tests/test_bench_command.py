@@ -268,6 +268,7 @@ def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypat
         (["--json", "no/rows.json"], ["--json", "no"]),
         (["--draft", "ngram=here"], ["--draft", "eagle"]),
         (["--real"], ["--real", "--cluster"]),
+        (["--repeats", "2"], ["--repeats needs --real", "same figures"]),
     ],
 )
 def test_errors_name_what_is_wrong(tiny, tmp_path, monkeypatch, capsys, flags, names):

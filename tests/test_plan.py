@@ -126,6 +126,14 @@ def test_a_sample_says_what_its_key_covers_and_no_title_shows():
     assert make_plan(emulations={}).hashes(plan.cases[0])["emulation"] == ""
 
 
+def test_every_repeat_has_keys_of_its_own():
+    """The first those of a run without repeats, so that such a run can be repeated later."""
+    once, thrice = keys_of(make_plan(real=True)), keys_of(make_plan(real=True, repeats=3))
+    flat = [key for some in thrice for key in some]
+    assert len(set(flat)) == len(flat) == 3 * sum(map(len, once))
+    assert {key for some in once for key in some} < set(flat)
+
+
 def test_what_a_warm_cluster_has_answered_before_is_part_of_the_key():
     """Its costs and scores are learnt from it."""
     plan = make_plan(warm=True)
@@ -160,8 +168,8 @@ def test_options_beat_the_table_which_beats_the_defaults():
     table = {"streaming": {"segment_size": 48, "graft": False}}
     settings = parse_settings(["streaming.topk=5", "tree_size=99"], ("ar", "streaming"))
     ar, plain, grafted = make_cases(("ar", "streaming"), ("eagle", "ngram+graft"), table, settings)
-    assert (ar.drafter, ar.parameters["tree_size"]) == ("none", 99)
     default = asdict(STRATEGIES["streaming"].defaults)
+    assert (ar.drafter, ar.parameters) == ("none", asdict(STRATEGIES["ar"].defaults))  # no tree
     assert plain.parameters == {**default, "segment_size": 48, "topk": 5, "tree_size": 99}
     assert (grafted.drafter, grafted.drafter_name) == ("ngram+graft", "ngram")
     assert grafted.parameters["graft"] is True

@@ -8,7 +8,7 @@ from samples import sample
 from flowspec.eval.summary import summarize, time_shares
 
 KEYS = """cluster model drafter strategy dataset temperature stages prompts tokens tokens_per_s
-speedup_over_ar ci_low ci_high tau mismatches bound_share emulated"""
+repeats lowest highest speedup_over_ar ci_low ci_high tau mismatches bound_share emulated"""
 
 
 def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **changes):

@@ -77,6 +77,9 @@ def bench(
         bool, typer.Option(help="One cluster answers a whole set: what it learns stays.")
     ] = False,
     real: Annotated[bool, typer.Option(help="On real processes of this machine.")] = False,
+    repeats: Annotated[
+        int, typer.Option(help="--real: run all so often; the median counts.", min=1)
+    ] = 1,
     jobs: Annotated[int | None, typer.Option(help="Processes [one per core].", min=1)] = None,
     out: Annotated[Path, typer.Option(help="Folder of the samples; resumed.")] = Path("out/bench"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
@@ -89,6 +92,8 @@ def bench(
     """
     if real and (bound or cluster or model):
         raise ValueError("--real runs on this machine: it has no --cluster, --model or --bound")
+    if repeats > 1 and not real:
+        raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
     if json_file and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file} cannot be written: {json_file.parent} is no folder")
     chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
@@ -122,7 +127,7 @@ def bench(
         target=target,
         draft=draft or [],
     )
-    plan = replace(plan, bound=bound, warm=warm or real)
+    plan = replace(plan, bound=bound, warm=warm or real, repeats=repeats)
     outcome = run_shown(plan, out, jobs)
     _report(plan, outcome, out, json_file)
 

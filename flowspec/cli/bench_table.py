@@ -19,7 +19,8 @@ def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
     kind = "emulated" if rows[0].emulated else "measured on this machine"
     about = f"{plan.model} on {plan.cluster}, {plan.stages} stages, table {plan.table} ({kind})"
     sets = list(dict.fromkeys(row.dataset for row in rows))
-    console.print(f"tokens/s, {about}", highlight=False)
+    repeats = f", median of {plan.repeats} repeats" if plan.repeats > 1 else ""
+    console.print(f"tokens/s, {about}{repeats}", highlight=False)
     console.print(_speeds(rows, sets))
     with_interval = "; mean with its 95 % interval" if any(map(_interval, rows)) else ""
     console.print(f"speed-up over ar{with_interval}", highlight=False)
@@ -45,15 +46,17 @@ def _new_table() -> Table:
 
 def _speeds(rows: Sequence[Row], sets: Sequence[str]) -> Table:
     table = _new_table()
+    ranges = ["lowest to highest"] if any(row.repeats > 1 for row in rows) else []
     bounds = ["bound"] if any(row.bound_share is not None for row in rows) else []
-    for name in (*sets, "tau", *bounds):
+    for name in (*sets, *ranges, "tau", *bounds):
         table.add_column(name, justify="right", no_wrap=True)
     for line in dict.fromkeys(map(_line, rows)):
         own = {row.dataset: row for row in rows if _line(row) == line}
         mean = own[MEAN]
         reached = ["" if mean.bound_share is None else f"{mean.bound_share:.0%}"] if bounds else []
         speeds = [f"{own[name].tokens_per_s:.2f}" if name in own else "" for name in sets]
-        table.add_row(*_names(line), *speeds, f"{mean.tau:.2f}", *reached)
+        between = [f"{mean.lowest:.2f} to {mean.highest:.2f}"] if ranges else []
+        table.add_row(*_names(line), *speeds, *between, f"{mean.tau:.2f}", *reached)
     return table
 
 

@@ -21,7 +21,7 @@ DEFAULT_STAGES = 4
 RECORD_KEYS = (  # that --only takes
     *("cluster", "model", "drafter", "strategy", "dataset", "question", "turn", "temperature"),
     *("seed", "stages", "table", "max_tokens", "warm", "emulated", "finish", "mismatch", "host"),
-    *("code", "target", "draft", "emulation"),
+    *("code", "target", "draft", "emulation", "repeat"),
 )
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
 

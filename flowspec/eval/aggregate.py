@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from operator import attrgetter
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
 
 MEAN = "mean"
 AVERAGED = (
-    *("tokens_per_s", "end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
+    *("end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
     *("mu_not_in_flight", "rows_sent", "rows_pruned", "rows_wasted", "drafter_busy"),
     *("ttft_s", "tree_size"),
 )
@@ -41,7 +41,8 @@ class Row:
     samples: int
     tokens: int
     mismatches: int
-    tokens_per_s: float
+    tokens_per_s: float  # of several repeats the median
+    by_repeat: Mapping[int, float]  # tokens/s, of whole repeats
     end_to_end_tokens_per_s: float
     speedup: Interval | None  # None: no prompt in common with the baseline
     pairs: Sequence[Pairs]  # per set: questions in common with the baseline, both sides' speeds
@@ -117,16 +118,17 @@ def pair_up(own: Iterable[Sample], base: Iterable[Sample]) -> Pairs:
 
 
 def _speeds(samples: Iterable[Sample]) -> dict[tuple[str, int, int], Speed]:
-    """By (question, turn, seed); repeats of one are averaged, so that each counts once."""
+    """By (question, turn, seed); of repeats the median time, so that each counts once."""
     repeats: dict[tuple[str, int, int], list[Speed]] = defaultdict(list)
     for s in samples:
         speed = Speed(max(s.tokens - 1, 0), s.decode_s)
         repeats[str(s.question), s.turn, s.seed].append(speed)
-    averages = {}
+    medians = {}
     for key, speeds in repeats.items():
-        total = _added(speeds)
-        averages[key] = Speed(total.tokens / len(speeds), total.seconds / len(speeds))
-    return averages
+        medians[key] = Speed(
+            median(speed.tokens for speed in speeds), median(speed.seconds for speed in speeds)
+        )
+    return medians
 
 
 def _added(speeds: Iterable[Speed]) -> Speed:
@@ -145,7 +147,7 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
     """One strategy's samples of one set, beside the baseline's of that set."""
     pairs = pair_up(own, base)
     tokens = sum(s.tokens for s in own)
-    speed = _added(_speeds(own).values())
+    repeats = _repeats(own)
     by_time = _Weights(own, lambda s: s.decode_s)
     by_token = _Weights(own, lambda s: s.tokens)
     alike = _Weights(own, lambda s: 1.0)
@@ -161,7 +163,8 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
         samples=len(own),
         tokens=tokens,
         mismatches=sum(s.mismatch for s in own),
-        tokens_per_s=speed.tokens / speed.seconds if speed.seconds else 0.0,
+        tokens_per_s=median(repeats.values()),
+        by_repeat=repeats,
         end_to_end_tokens_per_s=tokens / seconds if seconds else 0.0,
         speedup=_ratio([pairs]),
         pairs=(pairs,),
@@ -183,6 +186,20 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
     )
 
 
+def _repeats(samples: Iterable[Sample]) -> dict[int, float]:
+    """Speed by repeat; one that was interrupted lacks answers, and is no repeat of the others."""
+    found: dict[int, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.repeat].append(sample)
+    answers = {repeat: _speeds(own) for repeat, own in sorted(found.items())}
+    most = max(map(len, answers.values()))
+    whole = {repeat: _added(own.values()) for repeat, own in answers.items() if len(own) == most}
+    return {
+        repeat: speed.tokens / speed.seconds if speed.seconds else 0.0
+        for repeat, speed in whole.items()
+    }
+
+
 def mean_of(rows: Sequence[Row]) -> Row:
     """Over sets; counts are sums."""
     pairs = [of_set for row in rows for of_set in row.pairs]
@@ -190,6 +207,8 @@ def mean_of(rows: Sequence[Row]) -> Row:
     alike = _Weights(rows, lambda row: 1.0)
     averages: dict[str, Any] = {name: alike.mean(attrgetter(name)) for name in AVERAGED}
     timed = [row for row in rows if row.tokens_per_s > 0]
+    common = set[int].intersection(*(set(row.by_repeat) for row in rows))
+    repeats = {n: fmean(row.by_repeat[n] for row in rows) for n in sorted(common)}
     return replace(
         rows[0],
         dataset=MEAN,
@@ -198,6 +217,8 @@ def mean_of(rows: Sequence[Row]) -> Row:
         samples=sum(row.samples for row in rows),
         tokens=sum(row.tokens for row in rows),
         mismatches=sum(row.mismatches for row in rows),
+        tokens_per_s=median(repeats.values()) if repeats else alike.mean(lambda r: r.tokens_per_s),
+        by_repeat=repeats,
         speedup=_ratio(pairs),
         pairs=pairs,
         depths=_mean_depths([row.depths for row in rows if row.depths]),

@@ -67,18 +67,23 @@ class Workbench:
         self._parts: dict[str, HeadParts] = {}
         self._stages: list[Stage] = []
         self._alone: LocalTarget | None = None
+        self._asked: tuple[Group, list[Asked], list[TooLong]] | None = None  # the last ones
 
     def ask(self, group: Group) -> tuple[list[Asked], list[TooLong]]:
         """The turns of the group's questions with the target's own answers.
 
         A second turn's prompt holds the first one's answer.
         """
+        first = replace(group, repeat=0)
+        if self._asked is not None and self._asked[0] == first:
+            return self._asked[1:]
         asked: list[Asked] = []
         too_long: list[TooLong] = []
         for prompt in group.prompts:
             found = list(self._ask_one(group, prompt))
             asked += (one for one in found if isinstance(one, Asked))
             too_long += (one for one in found if isinstance(one, TooLong))
+        self._asked = first, asked, too_long
         return asked, too_long
 
     def _ask_one(self, group: Group, prompt: Prompt) -> Iterator[Asked | TooLong]:
@@ -225,6 +230,7 @@ class Workbench:
             target=hashes["target"],
             draft=hashes["draft"],
             emulation=hashes["emulation"],
+            repeat=group.repeat,
         )
 
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:

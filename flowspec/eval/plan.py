@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Group:
     prompts: tuple[Prompt, ...]
     temperature: float
     seed: int
+    repeat: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class Plan:
     bound: bool = False
     real: bool = False
     warm: bool = False
+    repeats: int = 1  # of everything; more than one tells something of real runs alone
     sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
 
     def groups(self) -> Iterator[Group]:
@@ -81,8 +84,8 @@ class Plan:
             for seed in self.seeds if temperature > 0 else self.seeds[:1]:
                 for dataset, prompts in self.datasets.items():
                     sets = [tuple(prompts)] if self.warm else [(prompt,) for prompt in prompts]
-                    for together in sets:
-                        yield Group(dataset, together, temperature, seed)
+                    for together, repeat in product(sets, range(self.repeats)):
+                        yield Group(dataset, together, temperature, seed, repeat)
 
     def hashes(self, case: Case) -> dict[str, str]:
         """What a sample says of the code, models and figures it comes from."""
@@ -118,6 +121,8 @@ class Plan:
                 if name in ("code", "target", case.drafter_name)
             },
         }
+        if group.repeat:  # the first has the key of a run without repeats
+            common["repeat"] = group.repeat
         before = sha256()  # all that the cluster has been asked so far
         found = {}
         for prompt in group.prompts:

@@ -84,6 +84,7 @@ class Sample(Measured):
     code: str = ""  # a hash, as are the next three: of the sources; empty in records of before
     target: str = ""  # of the model that computed, and where it is cut
     draft: str = ""  # of the draft model that computed; empty where there is none
+    repeat: int = 0  # of a run on real processes, from 0
     emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter
 
 

@@ -78,6 +78,8 @@ def _speedups(title: str, rows: Sequence[Row], sets: Sequence[str], baseline: st
         notes = [f"{LEVEL:.0%} bootstrap intervals, paired by question".replace("%", " %")]
     else:
         notes = [f"No intervals: a set has fewer than {MIN_PROMPTS} questions that both ran"]
+    if any(len(row.by_repeat) > 1 for row in rows):
+        notes.append("Of every answer the median time of its repeats")
     if any(row.paired < row.prompts for row in means):
         notes.append(f"Only questions that {baseline} ran too are compared")
     if partial:
@@ -91,8 +93,18 @@ def _speedups(title: str, rows: Sequence[Row], sets: Sequence[str], baseline: st
 
 
 def _speeds(title: str, rows: Sequence[Row], sets: Sequence[str]) -> Table:
-    lines, _ = _by_set(rows, sets, lambda row: f"{row.tokens_per_s:.2f}")
-    return Table(f"{title}: tokens/s after the first", ["strategy", *_names(sets)], lines)
+    lines, _ = _by_set(rows, sets, _speed)
+    most = max(len(row.by_repeat) for row in rows)
+    notes = (
+        [f"Medians of up to {most} repeats, with the lowest and the highest"] if most > 1 else []
+    )
+    return Table(f"{title}: tokens/s after the first", ["strategy", *_names(sets)], lines, notes)
+
+
+def _speed(row: Row) -> str:
+    speeds = row.by_repeat.values()
+    between = f"\n{min(speeds):.2f}–{max(speeds):.2f}" if len(speeds) > 1 else ""
+    return f"{row.tokens_per_s:.2f}{between}"
 
 
 def _names(sets: Iterable[str]) -> list[str]:
@@ -183,6 +195,10 @@ def flat(row: Row) -> dict[str, object]:
             continue
         if field.name == "depths":
             record |= _spread("alpha", row.alpha)
+            continue
+        if field.name == "by_repeat":
+            speeds = list(row.by_repeat.values()) or [row.tokens_per_s]
+            record |= {"repeats": len(speeds), "lowest": min(speeds), "highest": max(speeds)}
             continue
         if field.name == "speedup":
             known = value or Interval(float("nan"))

@@ -30,7 +30,10 @@ class Row:
     stages: int
     prompts: int
     tokens: int
-    tokens_per_s: float
+    tokens_per_s: float  # median of the repeats, as many as are whole
+    repeats: int
+    lowest: float
+    highest: float
     speedup_over_ar: float | None  # None where ar was not run
     ci_low: float | None
     ci_high: float | None
@@ -76,6 +79,7 @@ def summarize(samples: Sequence[Sample]) -> list[Row]:
 
 def _row(found: aggregate.Row) -> Row:
     ratio, setting = found.speedup, found.setting
+    speeds = list(found.by_repeat.values()) or [found.tokens_per_s]
     return Row(
         cluster=setting.cluster,
         model=setting.model,
@@ -87,6 +91,9 @@ def _row(found: aggregate.Row) -> Row:
         prompts=found.samples,
         tokens=found.tokens,
         tokens_per_s=found.tokens_per_s,
+        repeats=len(speeds),
+        lowest=min(speeds),
+        highest=max(speeds),
         speedup_over_ar=ratio.value if ratio else None,
         ci_low=ratio.low if ratio else None,
         ci_high=ratio.high if ratio else None,

@@ -65,11 +65,14 @@ def test_a_real_set_that_fails_keeps_the_turns_before(command, monkeypatch):
 
 def test_real_processes_give_the_same_texts(command):
     """Labelled as measured, with where the time of each process went."""
-    result = CliRunner().invoke(app, [*command, "--real", "--out", "real", "--json", "rows.json"])
+    words = [*command, "--real", "--repeats", "2", "--out", "real", "--json", "rows.json"]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "measured on this machine" in result.output
+    assert "measured on this machine), median of 2 repeats" in result.output
+    assert "lowest to highest" in result.output
     samples = read_samples(Path("real"))
-    assert len(samples) == 4
+    assert len(samples) == 8
+    assert [sample.repeat for sample in samples] == [0] * 4 + [1] * 4
     for sample in samples:
         assert (sample.emulated, sample.cluster, sample.mismatch) == (False, "local", False)
         assert sample.rows_sent == sample.rows_pruned + sample.rows_wasted + sample.tokens - 1
@@ -77,4 +80,5 @@ def test_real_processes_give_the_same_texts(command):
             assert 0.0 < busy < 1.0
             assert busy + sum(idle.values()) == pytest.approx(1.0, abs=0.02)
     rows = json.loads(Path("rows.json").read_text())
-    assert {row["emulated"] for row in rows} == {False}
+    assert {(row["emulated"], row["repeats"]) for row in rows} == {(False, 2)}
+    assert all(row["lowest"] <= row["tokens_per_s"] <= row["highest"] for row in rows)
