@@ -1,11 +1,13 @@
 """A benchmark's rows, worked out by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from samples import sample
 
-from flowspec.eval.summary import summarize, time_shares
+from flowspec.eval.aggregate import summarize
+from flowspec.eval.summary import as_json, line_of, rows_of_run, time_shares
 
 KEYS = """cluster model drafter strategy dataset temperature stages prompts tokens tokens_per_s
 repeats lowest highest speedup_over_ar ci_low ci_high tau mismatches bound_share emulated"""
@@ -21,14 +23,15 @@ def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **
 
 
 def rows_of(samples):
-    """By strategy and set."""
-    return {(row.strategy, row.dataset): row for row in summarize(samples)}
+    """What `--json` writes, by strategy and set."""
+    rows = [SimpleNamespace(**as_json(row)) for row in rows_of_run(samples)]
+    return {(row.strategy, row.dataset): row for row in rows}
 
 
 def test_the_keys_are_those_that_are_promised():
     """In this order."""
-    (row, mean) = summarize([sample()])
-    assert list(row.as_json()) == list(mean.as_json()) == KEYS.split()
+    (row, mean) = rows_of_run([sample()])
+    assert list(as_json(row)) == list(as_json(mean)) == KEYS.split()
     assert (row.dataset, mean.dataset) == ("gsm8k", "mean")
 
 
@@ -85,8 +88,8 @@ def test_temperatures_and_drafters_are_lines_of_their_own():
     """And each temperature has its own baseline."""
     samples = [*pair("1", 10.0, 2.0), *pair("1", 30.0, 3.0, temperature=1.0)]
     samples.append(sample(question="1", drafter="eagle3", decode_s=1.0))
-    rows = [row for row in summarize(samples) if row.strategy == "streaming"]
-    found = [(r.drafter, r.temperature, r.dataset, r.speedup_over_ar) for r in rows]
+    rows = [row for row in rows_of_run(samples) if row.strategy == "streaming"]
+    found = [(*line_of(row)[1:], row.dataset, row.speedup.value) for row in rows]
     assert found == [
         ("eagle", 0.0, "gsm8k", pytest.approx(5.0)),
         ("eagle", 0.0, "mean", pytest.approx(5.0)),
@@ -130,8 +133,8 @@ def test_the_share_of_the_bound_is_of_the_whole_time():
     assert without.bound_share is None
 
 
-def test_time_shares_weigh_by_decode_time():
-    """Busy and idle of all stages add up to the whole."""
+def test_time_shares_weigh_by_decode_time_within_a_set_and_sets_alike():
+    """Busy and idle of all stages add up to the whole; `flowspec report` says the same."""
     samples = [
         sample(decode_s=3.0, drafter_busy=0.4),
         sample(
@@ -141,7 +144,13 @@ def test_time_shares_weigh_by_decode_time():
             drafter_busy=0.0,
         ),
     ]
-    found = time_shares(samples)
+    other = sample(decode_s=9.0, dataset="qa", stage_busy=(0.25, 0.25), stage_idle=({}, {}))
+    own, _, mean = rows_of_run([*samples, other])
+    assert time_shares(mean).busy == pytest.approx((0.75 + 0.25) / 2)
+    ((_, reported),) = summarize([*samples, other], baseline="streaming").items()
+    assert reported[-1].stage_busy == mean.stage_busy
+    assert reported[-1].stage_idle == mean.stage_idle
+    found = time_shares(own)
     assert found.by_stage == (pytest.approx(0.85), pytest.approx(0.65))
     assert found.busy == pytest.approx(0.75)
     assert found.idle["upstream busy"] == pytest.approx((0.75 * 0.3 + 0.25 * 0.1) / 2)

@@ -21,7 +21,7 @@ from flowspec.drafters import DRAFTERS
 from flowspec.eval.datasets import DATASETS
 from flowspec.eval.plan import Plan, make_cases, parse_settings, read_table
 from flowspec.eval.runner import Outcome
-from flowspec.eval.summary import summarize
+from flowspec.eval.summary import as_json, rows_of_run
 from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.strategies import STRATEGIES, check_runs_for_real
 
@@ -141,10 +141,10 @@ def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> 
         )
     if not outcome.samples:
         raise ValueError("every question is longer than the context; give others, or --max-tokens")
-    rows = summarize(outcome.samples)
-    show(rows, outcome.samples, plan)
+    rows = rows_of_run(outcome.samples)
+    show(rows, plan)
     if json_file:
-        json_file.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+        json_file.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
     wrong = sum(sample.mismatch for sample in outcome.samples)
     typer.echo(
         f"{len(outcome.samples)} samples ({outcome.num_run} run now) in {out}; {wrong} differ from "

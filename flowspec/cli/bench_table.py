@@ -5,18 +5,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from flowspec.eval.aggregate import MEAN
+from flowspec.eval.aggregate import MEAN, Row
 from flowspec.eval.plan import Plan
-from flowspec.eval.records import Sample
-from flowspec.eval.summary import Row, time_shares
+from flowspec.eval.summary import Line, line_of, time_shares
 
 WIDTH = 120
 
 
-def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
+def show(rows: Sequence[Row], plan: Plan) -> None:
     """Speeds, speed-ups, and where the time went."""
     console = Console(width=WIDTH)
-    kind = "emulated" if rows[0].emulated else "measured on this machine"
+    kind = "emulated" if rows[0].setting.emulated else "measured on this machine"
     about = f"{plan.model} on {plan.cluster}, {plan.stages} stages, table {plan.table} ({kind})"
     sets = list(dict.fromkeys(row.dataset for row in rows))
     repeats = f", median of {plan.repeats} repeats" if plan.repeats > 1 else ""
@@ -25,15 +24,11 @@ def show(rows: Sequence[Row], samples: Sequence[Sample], plan: Plan) -> None:
     with_interval = "; mean with its 95 % interval" if any(map(_interval, rows)) else ""
     console.print(f"speed-up over ar{with_interval}", highlight=False)
     console.print(_speedups(rows, sets))
-    console.print("where the stages' decode time went, in %", highlight=False)
-    console.print(_times(samples))
+    console.print("where the stages' decode time went, mean over the sets, in %", highlight=False)
+    console.print(_times(rows))
 
 
-def _line(row: Row | Sample) -> tuple[str, str, float]:
-    return row.strategy, row.drafter, row.temperature
-
-
-def _names(line: tuple[str, str, float]) -> tuple[str, str, str]:
+def _names(line: Line) -> tuple[str, str, str]:
     return line[0], line[1], f"{line[2]:g}"
 
 
@@ -46,16 +41,17 @@ def _new_table() -> Table:
 
 def _speeds(rows: Sequence[Row], sets: Sequence[str]) -> Table:
     table = _new_table()
-    ranges = ["lowest to highest"] if any(row.repeats > 1 for row in rows) else []
+    ranges = ["lowest to highest"] if any(len(row.by_repeat) > 1 for row in rows) else []
     bounds = ["bound"] if any(row.bound_share is not None for row in rows) else []
     for name in (*sets, *ranges, "tau", *bounds):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in dict.fromkeys(map(_line, rows)):
-        own = {row.dataset: row for row in rows if _line(row) == line}
+    for line in dict.fromkeys(map(line_of, rows)):
+        own = {row.dataset: row for row in rows if line_of(row) == line}
         mean = own[MEAN]
         reached = ["" if mean.bound_share is None else f"{mean.bound_share:.0%}"] if bounds else []
         speeds = [f"{own[name].tokens_per_s:.2f}" if name in own else "" for name in sets]
-        between = [f"{mean.lowest:.2f} to {mean.highest:.2f}"] if ranges else []
+        repeats = mean.by_repeat.values() or [mean.tokens_per_s]
+        between = [f"{min(repeats):.2f} to {max(repeats):.2f}"] if ranges else []
         table.add_row(*_names(line), *speeds, *between, f"{mean.tau:.2f}", *reached)
     return table
 
@@ -65,8 +61,8 @@ def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
     intervals = ["interval"] if any(map(_interval, rows)) else []
     for name in (*sets, *intervals, "mismatches"):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in dict.fromkeys(map(_line, rows)):
-        own = {row.dataset: row for row in rows if _line(row) == line}
+    for line in dict.fromkeys(map(line_of, rows)):
+        own = {row.dataset: row for row in rows if line_of(row) == line}
         mean = own[MEAN]
         interval = [_interval(mean)] if intervals else []
         ratios = [_ratio(own[name]) if name in own else "" for name in sets]
@@ -76,21 +72,19 @@ def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
 
 def _interval(row: Row) -> str:
     """Of a mean; empty where there is none."""
-    if row.dataset != MEAN or row.ci_low is None or row.ci_high is None:
+    ratio = row.speedup
+    if row.dataset != MEAN or ratio is None or ratio.low is None or ratio.high is None:
         return ""
-    return f"{row.ci_low:.2f} to {row.ci_high:.2f}"
+    return f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
 def _ratio(row: Row) -> str:
-    return "" if row.speedup_over_ar is None else f"{row.speedup_over_ar:.2f}"
+    return "" if row.speedup is None else f"{row.speedup.value:.2f}"
 
 
-def _times(samples: Sequence[Sample]) -> Table:
+def _times(rows: Sequence[Row]) -> Table:
     table = _new_table()
-    shares = {
-        line: time_shares([sample for sample in samples if _line(sample) == line])
-        for line in dict.fromkeys(map(_line, samples))
-    }
+    shares = {line_of(row): time_shares(row) for row in rows if row.dataset == MEAN}
     causes = sorted({cause for found in shares.values() for cause in found.idle})
     for name in ("busy", *causes, "each stage busy", "drafter busy"):
         table.add_column(name, justify="right")
