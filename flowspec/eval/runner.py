@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from queue import Empty, Queue
@@ -191,10 +191,11 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
         )
         try:
             yield _Pool(pool, jobs, samples)
-        except BrokenProcessPool:
+        except (BrokenProcessPool, EOFError, ConnectionError):  # of the queue's process, the latter
             raise ClusterError("bench", "a worker process ended; is the memory full?") from None
         finally:
-            stopped.set()
+            with suppress(EOFError, ConnectionError):
+                stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
 
 
