@@ -8,9 +8,9 @@ bin the order of siblings stays, and a probability stays below 1: a child never 
 parent.
 """
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from math import exp, log, log1p
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,10 +116,10 @@ class Calibration:
 
     def apply(self, children: Sequence[Child]) -> list[float]:
         """Calibrated log-probabilities, all below 0."""
-        found: list[float] = self.calibrate(self._columns(children)).tolist()
+        found: list[float] = self.apply_to(self._columns(children)).tolist()
         return found
 
-    def calibrate(self, columns: "Columns") -> NDArray[np.float64]:
+    def apply_to(self, columns: "Columns") -> NDArray[np.float64]:
         """The same for children in columns."""
         logits, coarse, fine = _place(columns)
         logits += self._coarse.shifts[coarse]
@@ -128,12 +128,16 @@ class Calibration:
 
     def record(self, outcomes: Sequence[tuple[Child, bool]]) -> None:
         """Forecasts, their parents true, were right or wrong."""
-        places = _place(self._columns([child for child, _ in outcomes]))
-        columns = (array.tolist() for array in places)
-        for raw, coarse, fine, (_, right) in zip(*columns, outcomes, strict=True):
-            between = raw + float(self._coarse.shifts[coarse])
-            self._fine.record(fine, between, right)
-            self._coarse.record(coarse, raw, right)
+        columns = self._columns([child for child, _ in outcomes])
+        self.record_from(columns, {place: right for place, (_, right) in enumerate(outcomes)})
+
+    def record_from(self, columns: "Columns", happened: Mapping[int, bool]) -> None:
+        """The same for forecasts in columns, those at the places (row by row) in `happened`."""
+        logits, coarse, fine = (array.ravel().tolist() for array in _place(columns))
+        for place, right in happened.items():
+            between = logits[place] + float(self._coarse.shifts[coarse[place]])
+            self._fine.record(fine[place], between, right)
+            self._coarse.record(coarse[place], logits[place], right)
 
     def number(self, source: str) -> int:
         """Of a source, which has bins from now on."""
@@ -153,7 +157,7 @@ class Calibration:
 
 
 class Columns(NamedTuple):
-    """Many children, see Child: arrays [n] of one length."""
+    """Many children, see Child: arrays that broadcast to the shape of `logprobs`, [n] or [n, m]."""
 
     sources: NDArray[np.int64]  # by number
     depths: NDArray[np.int64]
@@ -164,14 +168,15 @@ class Columns(NamedTuple):
 def _place(
     columns: Columns,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Log-odds [n], at most MAX_LOGIT, and each child's bin in the two stages."""
+    """Log-odds, at most MAX_LOGIT, and each child's bin in the two stages; shaped as `logprobs`."""
     said = np.minimum(columns.logprobs, -exp(-MAX_LOGIT))
     logits = np.minimum(said - np.log1p(-np.exp(said)), MAX_LOGIT)
-    where = np.clip(logits + NUM_BINS / 2, 0.0, NUM_BINS - 1.0).astype(np.int64)
+    # np.clip takes longer than both, on as few as these
+    where = np.maximum(np.minimum(logits + NUM_BINS / 2, NUM_BINS - 1.0), 0.0).astype(np.int64)
     coarse = columns.sources * NUM_BINS + where
     depths = _OCTAVES[np.minimum(columns.depths, len(_OCTAVES) - 1)]
     ranks = _OCTAVES[np.minimum(columns.ranks + 1, len(_OCTAVES) - 1)]
-    return logits, coarse, (coarse * _NUM_OCTAVES + depths) * _NUM_OCTAVES + ranks
+    return logits, coarse, coarse * _NUM_OCTAVES**2 + (depths * _NUM_OCTAVES + ranks)
 
 
 class Forecasts:
@@ -187,21 +192,10 @@ class Forecasts:
         """Remember forecasts until they are settled; their calibrated log-probabilities."""
         if not words:
             return []
-        sizes = [len(word.children) for word in words]
-        columns = Columns(
-            np.array(
-                [self.calibration.number(n) for w in words for n in self._sources(w)], np.int64
-            ),
-            np.repeat([word.depth for word in words], sizes),
-            np.concatenate([np.arange(size) for size in sizes]),
-            np.array([logprob for word in words for _, logprob in word.children]),
-        )
-        calibrated = self.calibration.calibrate(columns).tolist()
+        rows = self.calibration.apply_to(self._columns(words)).tolist()
         found: list[Sequence[float]] = []
-        start = 0
-        for word, size in zip(words, sizes, strict=True):
-            found.append(calibrated[start : start + size])
-            start += size
+        for word, row in zip(words, rows, strict=True):
+            found.append(row[: len(word.children)])
             self._open.setdefault(word.node, []).append((word, found[-1]))
         return found
 
@@ -209,23 +203,48 @@ class Forecasts:
         self, path: Sequence[NodeId], tokens: Sequence[int], alive: Container[NodeId]
     ) -> None:
         """Behind node path[i] came tokens[i]; of all other nodes only `alive` ones matter still."""
-        log_to = self.calibration.outcomes
         for node, true in zip(path, tokens, strict=True):
-            newest: dict[tuple[int, str, int], tuple[Child, float]] = {}
-            for word, scores in self._open.pop(node, ()):
-                for token, child, calibrated in zip(*self._children(word), scores, strict=True):
-                    key = token, child.source, child.depth
-                    newest.pop(key, None)  # said again: the newest is last
-                    newest[key] = child, calibrated
-            if log_to is not None:
-                log_to += [
-                    Outcome(child.source, child.logprob, calibrated, token == true)
-                    for (token, _, _), (child, calibrated) in newest.items()
-                ]
-            self.calibration.record(
-                [(child, token == true) for (token, _, _), (child, _) in newest.items()]
-            )
+            if node in self._open:
+                self._settle_node(self._open.pop(node), true)
         self._open = {node: found for node, found in self._open.items() if node in alive}
+
+    def _settle_node(self, said: Sequence[tuple[Word, Sequence[float]]], true: int) -> None:
+        columns = self._columns([word for word, _ in said])
+        width = columns.logprobs.shape[1]
+        happened: dict[int, bool] = {}
+        newest: dict[tuple[int, str, int], int] = {}  # of what was said again, where
+        log_to = self.calibration.outcomes
+        for row, (word, _) in enumerate(said):
+            for rank, (token, source) in enumerate(zip(*self._tokens(word), strict=True)):
+                key = token, source, word.depth
+                happened.pop(newest.get(key, -1), None)
+                newest[key] = row * width + rank
+                happened[row * width + rank] = token == true
+        if log_to is not None:
+            names = {place: source for (_, source, _), place in newest.items()}
+            for place, right in happened.items():
+                word, scores = said[place // width]
+                raw = word.children[place % width][1]
+                log_to.append(Outcome(names[place], raw, scores[place % width], right))
+        self.calibration.record_from(columns, happened)
+
+    def _columns(self, words: Sequence[Word]) -> Columns:
+        """Row i: the children of words[i], padded where others have more."""
+        width = max(len(word.children) for word in words)
+        number, own = self.calibration.number, self._source + self._suffix
+        rows = [[logprob for _, logprob in word.children] for word in words]
+        if any(word.sources for word in words):
+            sources = [[number(n) for n in self._tokens(w)[1]] for w in words]
+            _pad(sources, width, 0)
+        else:
+            sources = [[number(own)]]
+        _pad(rows, width, -MAX_LOGIT)
+        return Columns(
+            np.array(sources),
+            np.array([[word.depth] for word in words]),
+            np.arange(width),
+            np.array(rows),
+        )
 
     def log_paths(self, path: Sequence[Node], children: Iterable[tuple[int, float]]) -> None:
         """Log what has just been forecast of `children` of the last node of `path` as paths.
@@ -235,39 +254,35 @@ class Forecasts:
         assert self.calibration.paths is not None, "nobody asked for a log"
         root, last = path[0], path[-1]
         steps = zip(path[:-1], path[1:], strict=True)
-        raw = sum(self._newest(above.id, below.token).logprob for above, below in steps)
+        raw = sum(self._newest(above.id, below.token) for above, below in steps)
         tokens = tuple(node.token for node in path[1:])
         for token, calibrated in children:
             self.calibration.paths.append(
                 PathForecast(
                     position=root.position,
                     tokens=(*tokens, token),
-                    raw=raw + self._newest(last.id, token).logprob,
+                    raw=raw + self._newest(last.id, token),
                     calibrated=last.score + calibrated,
                 )
             )
 
-    def _newest(self, parent: NodeId, token: int) -> Child:
+    def _newest(self, parent: NodeId, token: int) -> float:
+        """The log-probability that was last said of a child."""
         for word, _ in reversed(self._open[parent]):
-            tokens, children = self._children(word)
-            if token in tokens:
-                return children[tokens.index(token)]
+            for said_of, logprob in word.children:
+                if said_of == token:
+                    return logprob
         raise AssertionError(f"nothing was said of token {token} behind node {parent}")
 
-    def _children(self, word: Word) -> tuple[list[int], list[Child]]:
-        """Tokens, and what was said of each."""
-        children = [
-            Child(source, word.depth, rank, logprob)
-            for rank, ((_, logprob), source) in enumerate(
-                zip(word.children, self._sources(word), strict=True)
-            )
-        ]
-        return [token for token, _ in word.children], children
+    def _tokens(self, word: Word) -> tuple[Sequence[int], Sequence[str]]:
+        """The children's tokens, and whose word each is."""
+        sources = [s + self._suffix for s in word.sources or (self._source,) * len(word.children)]
+        return [token for token, _ in word.children], sources
 
-    def _sources(self, word: Word) -> Sequence[str]:
-        """Whose words, child by child."""
-        own = word.sources or (self._source,) * len(word.children)
-        return [source + self._suffix for source in own] if self._suffix else own
+
+def _pad(rows: Sequence[list[Any]], width: int, value: Any) -> None:
+    for row in rows:
+        row.extend([value] * (width - len(row)))
 
 
 def _softplus(logit: float) -> float:

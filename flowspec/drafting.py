@@ -45,4 +45,13 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
     about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
         about["nodes"] = [node.id for node in shares[0][1].nodes or ()]
-    return Work("draft", sum(num_rows), context, begun.run, finish, about, beside=True)
+    return Work(
+        kind="draft",
+        rows=sum(num_rows),
+        context=context,
+        run=begun.run,
+        finish=finish,
+        about=about,
+        beside=True,
+        done=begun.looked_up,
+    )

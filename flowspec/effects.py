@@ -40,6 +40,7 @@ class Work:
     finish: Callable[[float, float], Sequence[Send]]
     about: Mapping[str, Any] = field(default_factory=dict)  # for traces: request, nodes, segments
     beside: bool = False  # `run` touches nothing of the core: it may run in a thread of its own
+    done: bool = False  # and has nothing to do: it need not
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Strategies decide through it; only the head changes it.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from flowspec.calibration import Forecasts, Word
 from flowspec.config import DecodeConfig
@@ -14,6 +15,8 @@ from flowspec.pipe import Pipe
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.tree import DraftTree, Node
 from flowspec.wire import Reroot, Segment
+
+_LOGPROB = itemgetter(1)
 
 
 @dataclass(slots=True)
@@ -147,14 +150,9 @@ class Session:
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # what follows the last token is not asked for
                 grown.append((node, proposal))
-        added = []
+        added: list[Node] = []
         for (node, _), children in zip(grown, self._calibrated(grown), strict=True):
-            known = set(node.children)  # these are rescored in any case
-            for token, logprob in children:
-                if node.score + logprob < floor and token not in known:
-                    continue
-                added.append(self.tree.add(node.id, token, logprob))
-                added[-1].expandable = node.expanded
+            added += self.tree.extend(node, children, floor=floor, expandable=node.expanded)
         return added
 
     def graft(self) -> None:
@@ -189,11 +187,12 @@ class Session:
         )
         found = []
         for (node, proposal), logprobs in zip(grown, scores, strict=True):
-            tokens = (token for token, _ in proposal.children)
+            tokens = [token for token, _ in proposal.children]
             children = list(zip(tokens, logprobs, strict=True))
             if self.forecasts.calibration.paths is not None:
                 self.forecasts.log_paths(self.tree.path(node.id), children)
-            found.append(sorted(children, key=lambda child: -child[1]))
+            children.sort(key=_LOGPROB, reverse=True)  # stable, also in reverse
+            found.append(children)
         return found
 
 

@@ -82,19 +82,40 @@ class DraftTree:
 
     def add(self, parent: NodeId, token: int, logprob: float) -> Node:
         """The child of `parent` with `token`; an existing one is rescored instead of doubled."""
-        above = self.nodes[parent]
-        logprob = min(logprob, 0.0)
-        if token in above.children:
-            node = self.nodes[above.children[token]]
-            self.rescore(node, logprob)
-            return node
-        node = Node(
-            self.new_id(), parent, token, above.position + 1, logprob, above.score + logprob
-        )
-        self.nodes[node.id] = node
-        above.children[token] = node.id
-        self._unranked.append(node)
-        return node
+        return self.extend(self.nodes[parent], [(token, logprob)])[0]
+
+    def extend(
+        self,
+        above: Node,
+        children: Iterable[tuple[int, float]],
+        *,
+        floor: float = float("-inf"),
+        expandable: bool = True,
+    ) -> list[Node]:
+        """Children (token, logprob) of a living node: new ones that score `floor` or more.
+
+        Existing ones are rescored instead of doubled. Returns both.
+        """
+        found = []
+        known, score, position = above.children, above.score, above.position + 1
+        for token, logprob in children:
+            if logprob > 0.0:
+                logprob = 0.0
+            if token in known:
+                node = self.nodes[known[token]]
+                self.rescore(node, logprob)
+            elif score + logprob < floor:
+                continue
+            else:
+                new = NodeId(self._next_id)
+                self._next_id += 1
+                node = Node(new, above.id, token, position, logprob, score + logprob)
+                self.nodes[new] = node
+                known[token] = new
+                self._unranked.append(node)
+            node.expandable = expandable
+            found.append(node)
+        return found
 
     def child(self, parent: NodeId, token: int) -> Node | None:
         """The child of a living node with `token`, if the tree holds it."""
@@ -169,9 +190,17 @@ class DraftTree:
 
     def keep_best(self, count: int) -> None:
         """Forget unsent nodes outside the `count` best below the root (ancestor-closed)."""
-        for node in self.ranked()[count + 1 :]:  # the root is the first
-            if node.id in self.nodes and not node.sent:
-                self.remove(node)
+        ranked = self.ranked()
+        kept = ranked[: count + 1]  # the root is the first
+        for node in ranked[count + 1 :]:
+            if node.sent:
+                kept.append(node)
+                continue
+            # what hangs below is unsent and worse, so it goes in its turn
+            del self.nodes[node.id]
+            if (above := self.nodes.get(node.parent)) is not None:
+                del above.children[node.token]
+        self._ranked = kept
 
     def drop_descendants(self) -> None:
         """Forget everything below the root, also what is in flight: it will be drafted anew."""

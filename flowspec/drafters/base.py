@@ -82,6 +82,8 @@ class Opening:
 class Draft(Protocol):
     """A drafter forward that has begun. Between `begin` and `finish` no other may."""
 
+    looked_up: bool  # `run` has nothing to compute: not worth a thread of its own
+
     def run(self) -> None:
         """Compute. In a thread of its own, perhaps: it touches the draft model's tensors alone."""
 
@@ -114,6 +116,8 @@ def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
 
 class Lookup:
     """A Draft that is done as soon as it has begun, one job after the other: nothing to compute."""
+
+    looked_up = True
 
     def __init__(self, jobs: Sequence[DraftJob]) -> None:
         self._proposals = look_up(jobs)

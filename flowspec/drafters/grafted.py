@@ -63,6 +63,7 @@ class GraftedDraft:
             self._parts.append((job.session, job.tree))
             inner.append(DraftJob(job.session.base, job.tree, job.nodes))
         self._base = base.begin(inner)
+        self.looked_up = self._base.looked_up
 
     def run(self) -> None:
         """See Draft."""

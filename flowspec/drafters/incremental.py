@@ -104,6 +104,8 @@ class IncrementalDrafter(ABC):
 class Forward:
     """A draft model's forward over the rows of several sessions; see Draft."""
 
+    looked_up = False
+
     @torch.inference_mode()
     def __init__(self, drafter: IncrementalDrafter, jobs: Sequence[DraftJob]) -> None:
         self._drafter = drafter

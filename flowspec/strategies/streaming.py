@@ -24,14 +24,16 @@ class Streaming:
         pipe = s.pipe
         if pipe.num_waiting or pipe.num_in_flight >= (s.config.max_in_flight or s.num_stages + 1):
             return None
-        best = [n for n in s.tree.best_unsent(s.config.segment_size) if n.score >= _least(s)]
-        if not best:
-            return None
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
-        if drafts and len(best) == 1 and s.config.max_in_flight == 1:
-            return None  # nothing may follow the known token: it takes its first guesses along
         # while the first stage computes, there is time to draft on, and then to choose better
         early = drafts and pipe.first_stage_busy_s > pipe.draft_left_s
+        least = _least(s)
+        most = 1 if early else s.config.segment_size
+        best = [n for n in s.tree.best_unsent(most) if n.score >= least]
+        if not best:
+            return None
+        if drafts and len(best) == 1 and s.config.max_in_flight == 1:
+            return None  # nothing may follow the known token: it takes its first guesses along
         return Outgoing(best, best_first=True, early=early)
 
     def next_draft(self, s: Session) -> Sequence[Node]:
@@ -41,7 +43,8 @@ class Streaming:
         """
         if len(s.tree) > MOST_OVER * s.config.tree_size:
             s.tree.keep_best(s.config.tree_size)
-        return [n for n in s.tree.best_unexpanded(s.config.draft_width) if n.score >= _least(s)]
+        least = _least(s)
+        return [n for n in s.tree.best_unexpanded(s.config.draft_width) if n.score >= least]
 
     def on_verdict(self, s: Session) -> None:
         """Make room: guesses that were not worth a row until now give way to the new root's."""

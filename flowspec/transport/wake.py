@@ -24,7 +24,7 @@ class Wake:
     def clear(self) -> None:
         """Until the next `set`."""
         with contextlib.suppress(BlockingIOError):
-            while self._reader.recv(1024):
+            while len(self._reader.recv(1024)) == 1024:
                 pass
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ MAX_QUEUED_MESSAGES = 1000
 LINGER_MS = 1000
 CONTROL, DATA_LANE = "control", "data"
 BAD_FRAME = "bad frame"
+_POLLIN = int(zmq.POLLIN)  # as a flag, `&` would make another one every time
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ZmqTransport:
         self._context = zmq.Context()
         self._guard = Guard(self._context, keys, rank_name(rank)) if keys else None
         self._wake = Wake()
+        self._wake_fd = self._wake.fileno()
         self.bound: dict[str, str] = {}
         self._inboxes = [self._bind(lane) for lane in (CONTROL, DATA_LANE)]
         self._outboxes: dict[tuple[int, str], zmq.Socket[bytes]] = {}
@@ -72,16 +74,14 @@ class ZmqTransport:
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
         """See Transport.receive."""
-        messages = self._drain()
-        if messages or timeout_s <= 0:
-            return messages
-        if ready := self._poller.poll(int(timeout_s * 1e3)):
-            self._wake.clear()
-            for source, _ in ready:
-                if source in self._lines:
-                    self._lines[source].look()
-            messages = self._drain()
-        return messages
+        if timeout_s <= 0:
+            return self._drain()
+        for source, _ in self._poller.poll(int(timeout_s * 1e3)):
+            if source in self._lines:
+                self._lines[source].look()
+            elif source == self._wake_fd:  # of what is no socket of ZeroMQ the number comes back
+                self._wake.clear()
+        return self._drain()
 
     def wake(self) -> None:
         """See Transport.wake."""
@@ -102,7 +102,7 @@ class ZmqTransport:
         messages = []
         for inbox in self._inboxes:
             for _ in range(MAX_QUEUED_MESSAGES):
-                if not int(inbox.get(zmq.EVENTS)) & zmq.POLLIN:  # an exception would take longer
+                if not int(inbox.get(zmq.EVENTS)) & _POLLIN:  # an exception would take longer
                     break
                 frames = inbox.recv_multipart(zmq.NOBLOCK, copy=False)
                 try:
