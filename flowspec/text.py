@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them, by its kind
+_NO_LIMIT = 2**62  # of a text: who has one says so, and not by a warning of the library's
 MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
 
 
@@ -21,7 +22,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer  # here: importing it takes seconds
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer.model_max_length = _NO_LIMIT
+        return tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None

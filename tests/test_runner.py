@@ -1,6 +1,11 @@
 """A plan on several processes: what comes from them, and when."""
 
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from queue import Queue
 from typing import Any
@@ -9,10 +14,11 @@ import pytest
 from samples import sample
 from test_plan import make_plan
 
+from flowspec.eval import runner
 from flowspec.eval.answering import Asked
 from flowspec.eval.plan import Group, make_cases
 from flowspec.eval.prompts import Prompt
-from flowspec.eval.runner import _ask, _crew, _Pool
+from flowspec.eval.runner import Signs, _ask, _crew, _Pool
 from flowspec.request import ClusterError
 
 
@@ -40,7 +46,7 @@ def test_a_turn_comes_before_its_set_is_finished():
     workers = Workers(samples)
     cases = list(make_cases(("streaming",), ("eagle",), {}, {}))
     group = Group("qa", (Prompt("1", "qa", ("who?", "why?")),), 0.0, 1)
-    work = _Pool(workers, 1, samples).work([(group, cases)])
+    work = _Pool(workers, 1, samples, Signs({})).work([(group, cases)])
     assert next(work) == (cases, [])
     assert next(work).question == "1"
     (running,) = workers.running
@@ -64,3 +70,55 @@ def test_the_end_of_the_queue_s_process_is_told():
     """It is nobody's turn that fails then: without care the run would end in silence."""
     with pytest.raises(ClusterError, match="a worker process ended"):
         lose_the_queue()
+
+
+@pytest.fixture
+def worker():
+    """A process that does nothing."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    yield child
+    child.kill()
+    child.wait(10)
+
+
+def test_a_worker_that_shows_no_life_is_ended(worker):
+    """Named with its process id, after a minute of its own silence and not before."""
+    signs = Signs({worker.pid: 1})
+    for second in range(int(runner.FROZEN_S)):
+        signs.look(100.0 + second)
+    assert worker.poll() is None
+    with pytest.raises(ClusterError, match=f"worker process {worker.pid} has shown no sign of li"):
+        signs.look(100.0 + runner.FROZEN_S)
+    assert worker.wait(10) == -signal.SIGKILL
+
+
+def test_a_worker_that_lives_or_was_stopped_with_all_others_goes_on(worker):
+    """A count that rises now and then is life; so may be none while this process did not look."""
+    counts = {worker.pid: 0}
+    signs = Signs(counts)
+    for second in range(400):
+        counts[worker.pid] = second // 50
+        signs.look(100.0 + second)
+    signs.look(9000.0)
+    assert worker.poll() is None
+
+
+def freeze_a_worker() -> None:
+    """Stop it while the crew is there, and go on looking for signs of life."""
+    deadline = time.monotonic() + 60
+    with _crew(make_plan(), 2) as crew:
+        crew.pool.submit(time.sleep, 0)
+        while not (pids := list(crew.signs.counts.keys())):
+            assert time.monotonic() < deadline, "no worker began"
+            time.sleep(0.1)
+        os.kill(pids[0], signal.SIGSTOP)
+        while time.monotonic() < deadline:
+            crew.signs.look(time.monotonic())
+            time.sleep(0.1)
+
+
+def test_a_frozen_worker_of_a_crew_is_ended(monkeypatch):
+    """The run ends with a sentence, and does not wait for it."""
+    monkeypatch.setattr(runner, "FROZEN_S", 4.0)
+    with pytest.raises(ClusterError, match="no sign of life for 4 s"):
+        freeze_a_worker()

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flowspec.cli.common import BUNDLED
 from flowspec.text import TextStream, load_tokenizer, render_chat
 
 CORPUS = [
@@ -237,3 +238,10 @@ def test_chat_template_places_the_special_tokens() -> None:
     tokenizer = Templated()
     assert render_chat(tokenizer, [{"role": "user", "content": "a"}]) == (97, 62)
     assert tokenizer.calls == [{"add_special_tokens": False}]
+
+
+def test_a_long_text_is_no_matter_for_the_tokenizer(capfd):
+    """How much fits is the context's to say; the library would warn of indexing errors."""
+    tokenizer = load_tokenizer(BUNDLED / "target")
+    assert len(tokenizer.encode("one two three four " * 2000)) > 4096
+    assert capfd.readouterr().err == ""

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -27,6 +27,8 @@ from flowspec.request import ClusterError
 
 PARENT_POLL_S = 1.0
 SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
+FROZEN_S = 60.0  # without a sign of life, where one comes every second, a worker is stopped
+STOP_S = 60.0  # for a worker to finish the turn it is at, when the run ends early
 _PR_SET_PDEATHSIG = 1
 Asking = tuple[list[Asked], list[TooLong]]
 
@@ -139,9 +141,12 @@ class _Alone:
 class _Pool:
     """Works in several processes: the target's answers, then the strategies that need them."""
 
-    def __init__(self, pool: ProcessPoolExecutor, jobs: int, samples: "Queue[Sample]") -> None:
+    def __init__(
+        self, pool: ProcessPoolExecutor, jobs: int, samples: "Queue[Sample]", signs: "Signs"
+    ) -> None:
         self.pool = pool
         self.samples = samples
+        self.signs = signs
         self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
 
     def work(self, todo: Todo) -> Done:
@@ -153,6 +158,7 @@ class _Pool:
                 waiting[self.pool.submit(_ask, group)] = group, cases
             finished, _ = wait(waiting, SAMPLES_POLL_S, FIRST_COMPLETED)
             yield from self._arrived()
+            self.signs.look(time.monotonic())
             for future in finished:
                 group, cases = waiting.pop(future)
                 asking = future.result()
@@ -172,6 +178,39 @@ class _Pool:
                 return
 
 
+class Signs:
+    """Signs of life of the worker processes: a count each, by process id, that goes on rising."""
+
+    def __init__(self, counts: MutableMapping[int, int]) -> None:
+        self.counts = counts
+        self._seen: dict[int, tuple[int, float]] = {}  # the count, and seconds since it rose
+        self._looked_at: float | None = None
+
+    def look(self, now: float) -> None:
+        """Kill a worker that is frozen and raise ClusterError; looks about once a second."""
+        if self._looked_at is not None and now - self._looked_at < PARENT_POLL_S:
+            return
+        # this process may have been stopped for long, and the workers with it
+        passed = min(now - (self._looked_at or now), 2 * PARENT_POLL_S)
+        self._looked_at = now
+        for pid, count in self.counts.items():
+            before, silent = self._seen.get(pid, (-1, 0.0))
+            self._seen[pid] = count, 0.0 if count != before else silent + passed
+            if self._seen[pid][1] >= FROZEN_S:
+                self.kill([pid])
+                raise ClusterError(
+                    "bench",
+                    f"worker process {pid} has shown no sign of life for {FROZEN_S:.0f} s; was it "
+                    "stopped, or is the machine out of memory? The same command goes on from here",
+                )
+
+    def kill(self, pids: Iterable[int] | None = None) -> None:
+        """End worker processes, all by default, whatever they do."""
+        for pid in self._seen if pids is None else pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 @contextmanager
 def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
     if jobs == 1:
@@ -182,21 +221,25 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
     # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
     manager.start(_end_with, (os.getpid(),))
     with manager:
-        samples, stopped = manager.Queue(), manager.Event()
+        samples, stopped, counts = manager.Queue(), manager.Event(), manager.dict()
+        signs = Signs(counts)
         pool = ProcessPoolExecutor(
             jobs,
             mp_context=context,
             initializer=_begin,
-            initargs=(plan, os.getpid(), samples, stopped),
+            initargs=(plan, os.getpid(), samples, stopped, counts),
         )
         try:
-            yield _Pool(pool, jobs, samples)
+            yield _Pool(pool, jobs, samples, signs)
         except (BrokenProcessPool, EOFError, ConnectionError):  # of the queue's process, the latter
             raise ClusterError("bench", "a worker process ended; is the memory full?") from None
         finally:
             with suppress(EOFError, ConnectionError):
                 stopped.set()
+            hurry = threading.Timer(STOP_S, signs.kill)
+            hurry.start()
             pool.shutdown(wait=True, cancel_futures=True)
+            hurry.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,21 +254,31 @@ class _Worker:
 _WORKER: _Worker | None = None
 
 
-def _begin(plan: Plan, parent: int, samples: "Queue[Sample]", stopped: Event) -> None:
+def _begin(
+    plan: Plan,
+    parent: int,
+    samples: "Queue[Sample]",
+    stopped: Event,
+    counts: MutableMapping[int, int],
+) -> None:
     """In a worker process, once."""
     global _WORKER
-    _end_with(parent)
+    _end_with(parent, counts)
     _WORKER = _Worker(Workbench(plan), samples, stopped)
 
 
-def _end_with(parent: int) -> None:
-    """In a process of its own: not before its parent, and not after it."""
+def _end_with(parent: int, counts: MutableMapping[int, int] | None = None) -> None:
+    """In a process of its own: not before its parent, and not after it. Signs of life: `counts`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
+        count = 0
         while os.getppid() == parent:
+            if counts is not None:
+                with suppress(EOFError, ConnectionError):  # the run is over
+                    counts[os.getpid()] = count = count + 1
             time.sleep(PARENT_POLL_S)
         os._exit(1)
 
