@@ -10,7 +10,7 @@ import flowspec
 from flowspec.cluster.head_engine import HeadEngine, NewRequest
 from flowspec.cluster.head_server import HeadServer
 from flowspec.cluster.membership import Phase
-from flowspec.cluster.messages import Ask, Note, Turn, pack, unpack
+from flowspec.cluster.messages import Ask, AskStatus, Note, Refuse, Turn, pack, unpack
 from flowspec.cluster.roster import Halt
 from flowspec.request import ClusterError
 from flowspec.transport.control import UnreachableError
@@ -131,3 +131,20 @@ def test_a_client_that_is_gone_when_an_epoch_ends_takes_nobody_with_it() -> None
     head.membership.tick = lambda now, *, idle: []
     head.close()
     head.check()
+
+
+@pytest.mark.parametrize(
+    "message", [ASK.model_copy(update={"version": "0.0"}), AskStatus(version="0.0")]
+)
+def test_a_client_of_another_version_is_refused_whatever_it_asks(message: Any) -> None:
+    """For good, in one way: a request is no more than a question about the cluster."""
+    control = Control((b"old", pack(message)))
+    head, engine = server(control)
+    head.start()
+    wait_for(lambda: control.sent)
+    head.close()
+    ((peer, refusal),) = control.sent
+    assert peer == b"old"
+    assert isinstance(refusal, Refuse)
+    assert f"runs FlowSpec {flowspec.__version__}, this client 0.0" in refusal.why
+    assert not any(isinstance(one, NewRequest) for one in engine.posted)

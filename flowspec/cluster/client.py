@@ -75,7 +75,7 @@ class HeadClient:
     def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
         """Follow one answer to its Done. Whoever turns away early cancels it.
 
-        Raises ClusterError where the head is lost.
+        Raises ClusterError where the head is lost, RefusedError where it speaks to other versions.
         """
         self._send(ask)
         heard_at, is_done, has_asked = time.monotonic(), False, False
@@ -83,6 +83,9 @@ class HeadClient:
             while True:
                 for message in self._receive():
                     heard_at, has_asked = time.monotonic(), False
+                    if isinstance(message, Refuse):
+                        is_done = True
+                        raise RefusedError(self.where, message.why)
                     if isinstance(message, Piece | Note | Done) and message.id == ask.id:
                         is_done = isinstance(message, Done)
                         yield message

@@ -171,7 +171,10 @@ class HeadServer:
                 self._bad.add("not for a head", message.kind)
 
     def _ask(self, peer: bytes, ask: Ask) -> None:
-        refusal = version_refusal(ask.protocol, ask.version)
+        if why := version_refusal(ask.protocol, ask.version):
+            self._send(peer, Refuse(why=why))
+            return
+        refusal = ""
         open_here = sum(caller.peer == peer for caller in self._callers.values())
         if self._draining:
             refusal = f"the head takes no more requests: {self._draining}"
