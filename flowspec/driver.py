@@ -13,6 +13,7 @@ from flowspec.effects import CLIENT, EVERY_STAGE, HEAD, Core, Send, Work
 from flowspec.lanes import Lanes
 from flowspec.trace import OFF, Trace
 from flowspec.transport.base import Transport
+from flowspec.transport.emulated import EmulatedTransport
 from flowspec.wire import Message, Status, Stop
 
 
@@ -33,6 +34,7 @@ class _Beside:
     work: Work
     start: float
     end: Future[float]
+    due: float | None  # modelled end, on an emulated device
 
 
 class Driver:
@@ -62,12 +64,19 @@ class Driver:
         self._beside: _Beside | None = None
         self._waited = False  # the last turn ended with messages
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
+        self._follow_pace()
 
     def go_on(self, transport: Transport, num_stages: int) -> None:
         """Over another network, to other stages; what runs and what the client gets goes on."""
         self.transport = transport
         self.lanes = Lanes(self.core.rank)
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
+        self._follow_pace()
+
+    def _follow_pace(self) -> None:
+        """Emulated lines take messages when the emulated device has them ready."""
+        if isinstance(self.transport, EmulatedTransport):
+            self.transport.handed_at = lambda: self._paced_until or time.monotonic()
 
     def inject(self, message: Message) -> None:
         """A message from this process itself (the head's client)."""
@@ -110,15 +119,17 @@ class Driver:
         if self._thread is None:
             num_threads = (torch.get_num_threads(),)  # torch keeps it per thread
             self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
-        start = time.monotonic()
+        start, due = time.monotonic(), None
+        if self.pace is not None:
+            due = (self._paced_until or start) + self.pace.work(self.core.rank, work)
 
         def run() -> float:
             work.run()
-            if self.pace is not None:
-                _sleep_until(start + self.pace.work(self.core.rank, work))
+            if due is not None:
+                _sleep_until(due)
             return time.monotonic()
 
-        self._beside = _Beside(work, start, self._thread.submit(run))
+        self._beside = _Beside(work, start, self._thread.submit(run), due)
         self._beside.end.add_done_callback(lambda _: self.transport.wake())
 
     def _take_finished(self) -> None:
@@ -128,6 +139,8 @@ class Driver:
             return
         self._beside = None
         end = beside.end.result()
+        if beside.due is not None:  # what follows from it begins then, whoever was slow to wake
+            self._paced_until = max(self._paced_until or 0.0, beside.due)
         self.last_progress = max(self.last_progress, end)  # it may have ended before an outage
         self.trace.worked(beside.start, end, beside.work)
         self._send(beside.work.finish(time.monotonic(), end - beside.start))

@@ -58,11 +58,12 @@ class Egress(Generic[T]):
         self._lanes: dict[Hashable, deque[_Transfer[T]]] = {}
 
     def add(self, now: float, lane: Hashable, num_bytes: float, item: T) -> None:
-        """Queue `item`; take what is `done` by now first."""
+        """Queue `item`; take what is `done` by now first. No earlier than what was queued last."""
         assert self.next_end() >= now, "take what is done first"
+        now = max(now, self._now)
         if self._lanes:
             self._advance((now - self._now) * self.rate / len(self._lanes))
-        self._now = max(now, self._now)
+        self._now = now
         queue = self._lanes.setdefault(lane, deque())
         queue.append(_Transfer(item, num_bytes, self._now))
 

@@ -25,11 +25,16 @@ _Letter = tuple[int, WireMessage, float]  # to, message, latency
 
 
 class EmulatedTransport:
-    """Rank `rank`'s `inner` transport, slowed down to what `link` says of each message."""
+    """Rank `rank`'s `inner` transport, slowed down to what `link` says of each message.
+
+    `handed_at` says when the message that is being handed over would be on the emulated device,
+    which may be a little ago: its process was late to wake.
+    """
 
     def __init__(self, inner: Transport, rank: int, link: Link) -> None:
         self.inner = inner
         self.rank = rank
+        self.handed_at: Callable[[], float] = time.monotonic
         self._link = link
         self._changed = threading.Condition()
         self._egress: Egress[_Letter] | None = None
@@ -55,17 +60,17 @@ class EmulatedTransport:
                 raise self._error
             if self._num_held >= MAX_HELD:
                 raise ClusterError(rank_name(to), f"{MAX_HELD} messages wait for an emulated line")
-            now = time.monotonic()
-            self._collect(now)
+            self._collect(time.monotonic())
+            handed_at = self.handed_at()
             self._num_held += 1
             if passage.occupies:
                 if self._egress is None:
                     self._egress = Egress(passage.rate_out)
                 lane = (to, isinstance(message, DATA))
                 letter = (to, message, passage.latency_s)
-                self._egress.add(now, lane, passage.num_bytes, letter)
+                self._egress.add(handed_at, lane, passage.num_bytes, letter)
             else:
-                self._hold(now + passage.latency_s, to, message)
+                self._hold(handed_at + passage.latency_s, to, message)
             self._changed.notify()
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
