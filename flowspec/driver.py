@@ -16,6 +16,8 @@ from flowspec.transport.base import Transport
 from flowspec.transport.emulated import EmulatedTransport
 from flowspec.wire import Message, Status, Stop
 
+MOST_BEHIND_S = 0.02  # a process wakes late by less; one that is too slow for its model stays late
+
 
 class Pace(Protocol):
     """How long things take on an emulated device, in seconds; whatever is faster waits."""
@@ -57,8 +59,9 @@ class Driver:
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # of anything but statuses; work here counts
-        # Modelled end of what this device did last; None once it has waited for messages. What the
-        # real one takes beyond the model is made up for as long as there is something to do.
+        # Modelled end of what this device did last, or when the message came that it waited for;
+        # None once it rests. What the real one takes beyond the model is made up for, up to
+        # MOST_BEHIND_S, as long as there is something to do.
         self._paced_until: float | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._beside: _Beside | None = None
@@ -75,12 +78,14 @@ class Driver:
 
     def _follow_pace(self) -> None:
         """Emulated lines take messages when the emulated device has them ready."""
-        if isinstance(self.transport, EmulatedTransport):
-            self.transport.handed_at = lambda: self._paced_until or time.monotonic()
+        self._line = self.transport if isinstance(self.transport, EmulatedTransport) else None
+        if self._line is not None:
+            self._line.handed_at = lambda: self._begin(time.monotonic())
 
     def inject(self, message: Message) -> None:
         """A message from this process itself (the head's client)."""
         now = time.monotonic()
+        self._paced_until = None  # nobody turned since the last request
         self.trace.received(now, message)
         self._send(self.core.handle(message, now))
 
@@ -121,7 +126,7 @@ class Driver:
             self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
         start, due = time.monotonic(), None
         if self.pace is not None:
-            due = (self._paced_until or start) + self.pace.work(self.core.rank, work)
+            due = self._begin(start) + self.pace.work(self.core.rank, work)
 
         def run() -> float:
             work.run()
@@ -152,6 +157,8 @@ class Driver:
             self._paced_until = None
             if self._beside is None:
                 self.trace.waited(start, time.monotonic())
+        if messages and self._line is not None:  # none of them was here before it came
+            self._paced_until = max(self._paced_until or 0.0, self._line.came_at)
         for arrived in messages:
             now = time.monotonic()
             self.trace.received(now, arrived)
@@ -169,12 +176,17 @@ class Driver:
                 self._send(sends)
 
     def _keep_pace(self, start: float, seconds: float) -> float:
-        """Wait until what began at `start` has taken `seconds`; returns when the model began it."""
-        if self._paced_until is not None:
-            start = self._paced_until
+        """Wait until what begins now has taken `seconds`; returns when the model began it."""
+        start = self._begin(start)
         self._paced_until = start + seconds
         _sleep_until(self._paced_until)
         return start
+
+    def _begin(self, now: float) -> float:
+        """When the emulated device begins with what its process begins with now."""
+        if self._paced_until is None:
+            return now
+        return max(self._paced_until, now - MOST_BEHIND_S)
 
     def _send(self, sends: Iterable[Send]) -> None:
         for send in sends:

@@ -90,11 +90,11 @@ class DraftTree:
         children: Iterable[tuple[int, float]],
         *,
         floor: float = float("-inf"),
-        expandable: bool = True,
+        expandable: bool | None = None,
     ) -> list[Node]:
         """Children (token, logprob) of a living node: new ones that score `floor` or more.
 
-        Existing ones are rescored instead of doubled. Returns both.
+        Existing ones are rescored instead of doubled. Returns both, `expandable` if that is given.
         """
         found = []
         known, score, position = above.children, above.score, above.position + 1
@@ -113,7 +113,8 @@ class DraftTree:
                 self.nodes[new] = node
                 known[token] = new
                 self._unranked.append(node)
-            node.expandable = expandable
+            if expandable is not None:
+                node.expandable = expandable
             found.append(node)
         return found
 

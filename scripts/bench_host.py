@@ -1,7 +1,7 @@
 """What the head and the stages cost per segment, in processor time: real processes, tiny model.
 
     python scripts/bench_host.py [--tokens 300] [--tree-size 320] [--segment-size 64]
-        [--cost flat|measured] [--beside] [--profile FILE] [--json FILE]
+        [--cost flat|measured] [--draft-ms 1] [--profile FILE] [--json FILE]
         [--least-segments-per-s 200] [--most-core 0.5]
 
 One head drives four stage processes over ZeroMQ with `streaming`; a random model of 4 layers, so
@@ -9,9 +9,9 @@ that the host's own work shows. Two things are not what a real run has:
 
 - The drafter is a script that knows the truth and is right about it as often as a good head is
   (first child 0.7, any child 0.9). The time in its calls is subtracted: what a real one takes is
-  the draft model's, not the host's. It looks its proposals up, as an n-gram drafter does; with
-  `--beside` each draft goes through a thread of its own, as a model's forward does. Either way it
-  is as fast as can be, so the head drafts whenever it has nothing else to do.
+  the draft model's, not the host's. Each draft takes `--draft-ms` in a thread of its own, asleep,
+  as that of a small model on an accelerator would; the next one begins as soon as it can. With 0
+  it is a look-up, as an n-gram drafter's, in the head's own thread, and the head never rests.
 - With `--cost flat`, the default, the head's cost model is replaced by one where any number of rows
   costs the same, as on a stage that is bound by its memory. On this tiny model rows do cost, and
   segments are small (`--cost measured`); full ones are what the host has most work with.
@@ -91,10 +91,10 @@ class ScriptedDrafter:
     name = "scripted"
     feature_layers = (-1,)  # what an EAGLE head asks for: the verdicts' features travel too
 
-    def __init__(self, truth: Sequence[int], vocab_size: int, *, beside: bool) -> None:
+    def __init__(self, truth: Sequence[int], vocab_size: int, *, draft_s: float) -> None:
         self.truth = truth
         self.vocab_size = vocab_size
-        self.beside = beside
+        self.draft_s = draft_s
         self.cpu_s = 0.0
 
     def open(self, opening: Opening) -> "ScriptedSession":
@@ -104,15 +104,23 @@ class ScriptedDrafter:
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
         """See Drafter.begin."""
         start = time.thread_time()
-        found = Beside(jobs) if self.beside else Lookup(jobs)
+        found = Forward(jobs, self.draft_s) if self.draft_s else Lookup(jobs)
         self.cpu_s += time.thread_time() - start
         return found
 
 
-class Beside(Lookup):
-    """Goes through the thread that a model's forward runs in."""
+class Forward(Lookup):
+    """Takes its time, in the thread that a model's forward runs in."""
 
     looked_up = False
+
+    def __init__(self, jobs: Sequence[DraftJob], draft_s: float) -> None:
+        super().__init__(jobs)
+        self._draft_s = draft_s
+
+    def run(self) -> None:
+        """See Draft."""
+        time.sleep(self._draft_s)
 
 
 class ScriptedSession:
@@ -268,7 +276,7 @@ def main() -> int:
         "--cost", choices=("flat", "measured"), default="flat", help="of a segment's rows [flat]"
     )
     parser.add_argument(
-        "--beside", action="store_true", help="a thread for each draft, as for a model's forward"
+        "--draft-ms", type=float, default=1.0, help="of a drafter forward; 0: a look-up [1]"
     )
     parser.add_argument("--profile", type=Path, help="write cProfile's figures of the head")
     parser.add_argument("--json", type=Path)
@@ -300,7 +308,7 @@ def main() -> int:
         request = Request(id=1, prompt=prompt, max_new_tokens=options.tokens)
         target = LocalTarget(load_whole(Path(name) / "target"), CONTEXT)
         truth = [*prompt, *(t for t, _ in islice(target.stream(request), options.tokens))]
-        drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer), beside=options.beside)
+        drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer), draft_s=options.draft_ms / 1e3)
         parts = HeadParts(split, read_manifest(split), tokenizer, drafter, CONTEXT, ())
         with LocalCluster(config, parts) as cluster:
             if options.cost == "flat":

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import Future
 from queue import Queue
@@ -46,7 +44,7 @@ def test_a_turn_comes_before_its_set_is_finished():
     workers = Workers(samples)
     cases = list(make_cases(("streaming",), ("eagle",), {}, {}))
     group = Group("qa", (Prompt("1", "qa", ("who?", "why?")),), 0.0, 1)
-    work = _Pool(workers, 1, samples, Signs({})).work([(group, cases)])
+    work = _Pool(workers, 1, samples, Signs({}, list)).work([(group, cases)])
     assert next(work) == (cases, [])
     assert next(work).question == "1"
     (running,) = workers.running
@@ -75,32 +73,35 @@ def test_the_end_of_the_queue_s_process_is_told():
 @pytest.fixture
 def worker():
     """A process that does nothing."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(100,))
+    child.start()
     yield child
     child.kill()
-    child.wait(10)
+    child.join(10)
 
 
-def test_a_worker_that_shows_no_life_is_ended(worker):
-    """Named with its process id, after a minute of its own silence and not before."""
-    signs = Signs({worker.pid: 1})
+@pytest.mark.parametrize("began", [True, False])
+def test_a_worker_that_shows_no_life_is_ended(worker, began):
+    """Named with its process id, after a minute of silence and not before; begun or not."""
+    signs = Signs({worker.pid: 1} if began else {}, lambda: [worker])
     for second in range(int(runner.FROZEN_S)):
         signs.look(100.0 + second)
-    assert worker.poll() is None
+    assert worker.is_alive()
     with pytest.raises(ClusterError, match=f"worker process {worker.pid} has shown no sign of li"):
         signs.look(100.0 + runner.FROZEN_S)
-    assert worker.wait(10) == -signal.SIGKILL
+    worker.join(10)
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_a_worker_that_lives_or_was_stopped_with_all_others_goes_on(worker):
     """A count that rises now and then is life; so may be none while this process did not look."""
     counts = {worker.pid: 0}
-    signs = Signs(counts)
+    signs = Signs(counts, lambda: [worker])
     for second in range(400):
         counts[worker.pid] = second // 50
         signs.look(100.0 + second)
     signs.look(9000.0)
-    assert worker.poll() is None
+    assert worker.is_alive()
 
 
 def freeze_a_worker() -> None:

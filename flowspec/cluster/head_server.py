@@ -173,6 +173,8 @@ class HeadServer:
     def _ask(self, peer: bytes, ask: Ask) -> None:
         if why := version_refusal(ask.protocol, ask.version):
             self._send(peer, Refuse(why=why))
+            # for a client of a version that waits for this alone
+            self._send(peer, Done(id=ask.id, reason="error", error=why))
             return
         refusal = ""
         open_here = sum(caller.peer == peer for caller in self._callers.values())

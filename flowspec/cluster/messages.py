@@ -112,7 +112,7 @@ class Welcome(_Message):
 
 
 class Refuse(_Message):
-    """Head to whoever said hello: no, and why. `retry`: trying again later may help."""
+    """Head to a device, or a client of another version: no, and why. `retry`: later perhaps."""
 
     kind: Literal["refuse"] = "refuse"
     why: Words

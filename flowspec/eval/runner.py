@@ -11,12 +11,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from queue import Empty, Queue
 from threading import Event
 
@@ -28,7 +29,7 @@ from flowspec.request import ClusterError
 PARENT_POLL_S = 1.0
 SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
 FROZEN_S = 60.0  # without a sign of life, where one comes every second, a worker is stopped
-STOP_S = 60.0  # for a worker to finish the turn it is at, when the run ends early
+STOP_S = 10.0  # for workers to end by themselves, when the run ends early
 _PR_SET_PDEATHSIG = 1
 Asking = tuple[list[Asked], list[TooLong]]
 
@@ -179,11 +180,17 @@ class _Pool:
 
 
 class Signs:
-    """Signs of life of the worker processes: a count each, by process id, that goes on rising."""
+    """Signs of life of worker processes: a count each, by process id, that goes on rising.
 
-    def __init__(self, counts: MutableMapping[int, int]) -> None:
+    `workers` are the processes there are now; one without a count has yet to begin.
+    """
+
+    def __init__(
+        self, counts: Mapping[int, int], workers: Callable[[], Iterable[BaseProcess]]
+    ) -> None:
         self.counts = counts
-        self._seen: dict[int, tuple[int, float]] = {}  # the count, and seconds since it rose
+        self.workers = workers
+        self._seen: dict[int | None, tuple[int, float]] = {}  # and seconds since it rose
         self._looked_at: float | None = None
 
     def look(self, now: float) -> None:
@@ -193,22 +200,23 @@ class Signs:
         # this process may have been stopped for long, and the workers with it
         passed = min(now - (self._looked_at or now), 2 * PARENT_POLL_S)
         self._looked_at = now
-        for pid, count in self.counts.items():
+        counts = dict(self.counts.items())
+        for worker in self.workers():
+            pid, count = worker.pid, counts.get(worker.pid or 0, 0)
             before, silent = self._seen.get(pid, (-1, 0.0))
             self._seen[pid] = count, 0.0 if count != before else silent + passed
             if self._seen[pid][1] >= FROZEN_S:
-                self.kill([pid])
+                worker.kill()
                 raise ClusterError(
                     "bench",
                     f"worker process {pid} has shown no sign of life for {FROZEN_S:.0f} s; was it "
                     "stopped, or is the machine out of memory? The same command goes on from here",
                 )
 
-    def kill(self, pids: Iterable[int] | None = None) -> None:
-        """End worker processes, all by default, whatever they do."""
-        for pid in self._seen if pids is None else pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def kill(self) -> None:
+        """End all worker processes, whatever they do."""
+        for worker in self.workers():
+            worker.kill()
 
 
 @contextmanager
@@ -222,7 +230,10 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
     manager.start(_end_with, (os.getpid(),))
     with manager:
         samples, stopped, counts = manager.Queue(), manager.Event(), manager.dict()
-        signs = Signs(counts)
+        others = multiprocessing.active_children()  # the queue's process among them
+        signs = Signs(
+            counts, lambda: [one for one in multiprocessing.active_children() if one not in others]
+        )
         pool = ProcessPoolExecutor(
             jobs,
             mp_context=context,
@@ -238,8 +249,10 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
                 stopped.set()
             hurry = threading.Timer(STOP_S, signs.kill)
             hurry.start()
-            pool.shutdown(wait=True, cancel_futures=True)
-            hurry.cancel()
+            try:
+                pool.shutdown(wait=True, cancel_futures=True)
+            finally:
+                hurry.cancel()
 
 
 @dataclass(frozen=True, slots=True)

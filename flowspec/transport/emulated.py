@@ -35,6 +35,7 @@ class EmulatedTransport:
         self.inner = inner
         self.rank = rank
         self.handed_at: Callable[[], float] = time.monotonic
+        self.came_at = 0.0  # when the last of those came that `receive` gave last
         self._link = link
         self._changed = threading.Condition()
         self._egress: Egress[_Letter] | None = None
@@ -87,7 +88,8 @@ class EmulatedTransport:
             now = time.monotonic()
             due: list[WireMessage] = []
             while self._incoming and self._incoming[0][0] <= now:
-                due.append(heapq.heappop(self._incoming)[2])
+                self.came_at, _, message = heapq.heappop(self._incoming)
+                due.append(message)
             if due or now >= end or self._woken.is_set():
                 self._woken.clear()
                 return sorted(due, key=lambda message: isinstance(message, DATA))
