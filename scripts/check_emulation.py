@@ -4,8 +4,9 @@
         [--prompts FILE|FOLDER] [--limit 2] [--tokens 96] [--temperatures 0,1]
         [--cluster jetson-5] [--model vicuna-7b] [--strategies naive_pp,pipedec,flowspec]
 
-Bundled models, EAGLE head, virtual clock. closed_form: seconds per token of plain decoding, run and
-computed (simulate/emulation.py: ar_seconds_per_token). ratios: strategies on one cluster, by
+Bundled models, EAGLE head, virtual clock, parameters of the main table of config/eval.yaml.
+closed_form: seconds per token of plain decoding, run and computed (simulate/emulation.py:
+ar_seconds_per_token). ratios: strategies on one cluster, by
 default the reference testbed with Vicuna-7B, tokens/s from the submission to the last token as the
 publication counts them, and over naive_pp; means over the sets. bandwidth: the same at 125 to 1000
 Mbit/s, on the set named mt_bench, else the first. Prompts that leave no room for the answer are
@@ -21,10 +22,12 @@ from pathlib import Path
 
 import torch
 
+from flowspec.cli.bench import TABLES
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
 from flowspec.engine import HeadParts, build_stage, load_head_parts
+from flowspec.eval.plan import read_table
 from flowspec.eval.prompts import Prompt, load_prompts
 from flowspec.request import Completion, Request, SamplingParams
 from flowspec.simulate.cluster import emulated_cluster
@@ -64,7 +67,9 @@ def loaded(num_stages: int) -> tuple[RunConfig, HeadParts, tuple[Stage, ...]]:
 def answers(emulation: Emulation, strategy: str, requests: Sequence[Request]) -> list[Completion]:
     """One after the other on a fresh cluster."""
     config, parts, stages = loaded(emulation.cluster.num_stages)
-    cluster = emulated_cluster(replace(config, strategy=strategy), parts, stages, emulation)
+    tuned = read_table(TABLES, "main").get(strategy, {})
+    config = replace(config, strategy=strategy, decode=tuned)
+    cluster = emulated_cluster(config, parts, stages, emulation)
     return [generate(cluster, request) for request in requests]
 
 
