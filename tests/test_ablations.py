@@ -10,16 +10,21 @@ from scripted import ScriptedDrafter, drafter_named, hostile, mixed
 from tiny import T0, T1, expected, request, stage_models
 
 from flowspec.cluster.base import generate
-from flowspec.config import RunConfig
+from flowspec.config import DecodeConfig, RunConfig
+from flowspec.drafters.base import NoDraftSession
 from flowspec.effects import HEAD, Core, Send, Step
 from flowspec.engine import check_run
 from flowspec.model.stage_model import FINAL_NORM
+from flowspec.pipe import Pipe
 from flowspec.request import Completion
+from flowspec.session import Session
 from flowspec.simulate.ablated import DecidingHead, UnprunedStage
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.stage import Stage
 from flowspec.strategies import ABLATIONS, find_strategy
+from flowspec.strategies.ablations import Eager
+from flowspec.strategies.streaming import Streaming
 from flowspec.wire import Batch, Features, Message, Open, Reroot, Segment
 
 PIPELINES = [name for name, spec in ABLATIONS.items() if spec.without is not None]
@@ -223,3 +228,19 @@ def test_no_real_cluster_runs_them(strategy):
     spec = find_strategy(strategy)
     with pytest.raises(ValueError, match="needs a cluster that was made for it"):
         make_cluster(2).configure(spec, spec.defaults)
+
+
+def test_chosen_ahead_segments_are_whole():
+    """While the first stage computes `streaming` waits; this one sends all that there is."""
+    config = DecodeConfig()
+    session = Session(request(), config, Pipe(4), NoDraftSession())
+    root = session.tree.plant(session.tree.new_id(), token=1, position=5)
+    for token in range(4):
+        session.tree.add(root.id, token, -1.0)
+    session.pipe.cost.record(1, 1000.0)
+    session.pipe.depart(1, ((1, 0),))
+    session.pipe.start((1, 0))
+    assert Streaming().next_segment(session).early
+    outgoing = Eager().next_segment(session)
+    assert not outgoing.early
+    assert len(outgoing.nodes) == 5

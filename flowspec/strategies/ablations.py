@@ -51,10 +51,9 @@ class Ticking(Streaming):
 class Eager(Streaming):
     """A segment is chosen as soon as there are rows, not when the first stage can take it."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def may_wait(self, s: Session) -> bool:
         """See Streaming."""
-        outgoing = super().next_segment(s)
-        return None if outgoing is None else replace(outgoing, early=False)
+        return False
 
 
 class FixedSize(Streaming):

@@ -25,8 +25,7 @@ class Streaming:
         if pipe.num_waiting or pipe.num_in_flight >= (s.config.max_in_flight or s.num_stages + 1):
             return None
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
-        # while the first stage computes, there is time to draft on, and then to choose better
-        early = drafts and pipe.first_stage_busy_s > pipe.draft_left_s
+        early = drafts and self.may_wait(s)
         least = _least(s)
         most = 1 if early else s.config.segment_size
         best = [n for n in s.tree.best_unsent(most) if n.score >= least]
@@ -35,6 +34,10 @@ class Streaming:
         if drafts and len(best) == 1 and s.config.max_in_flight == 1:
             return None  # nothing may follow the known token: it takes its first guesses along
         return Outgoing(best, best_first=True, early=early)
+
+    def may_wait(self, s: Session) -> bool:
+        """While the first stage computes there is time to draft on, and then to choose better."""
+        return s.pipe.first_stage_busy_s > s.pipe.draft_left_s
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """The most probable leaves, without end: what stops being worth a row is not drafted on.
