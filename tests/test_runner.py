@@ -70,6 +70,29 @@ def test_the_end_of_the_queue_s_process_is_told():
         lose_the_queue()
 
 
+def freeze_the_queue(*, at_the_end: bool) -> None:
+    """Stop its process while the crew is there; ask for what has arrived, or end the crew."""
+    with _crew(make_plan(), 2) as crew:
+        os.kill(crew.keeper.pid, signal.SIGSTOP)
+        if not at_the_end:
+            list(crew._arrived())
+
+
+def test_a_frozen_queue_ends_the_run(monkeypatch):
+    """Its process is killed; the end is told as any lost worker is."""
+    monkeypatch.setattr(runner, "FROZEN_S", 2.0)
+    with pytest.raises(ClusterError, match="was silent for 2 s and was killed"):
+        freeze_the_queue(at_the_end=False)
+
+
+def test_a_queue_that_freezes_at_the_end_holds_nobody(monkeypatch):
+    """All is done by then: nothing is told."""
+    monkeypatch.setattr(runner, "STOP_S", 2.0)
+    before = multiprocessing.active_children()
+    freeze_the_queue(at_the_end=True)
+    assert multiprocessing.active_children() == before
+
+
 @pytest.fixture
 def worker():
     """A process that does nothing."""

@@ -143,11 +143,18 @@ class _Pool:
     """Works in several processes: the target's answers, then the strategies that need them."""
 
     def __init__(
-        self, pool: ProcessPoolExecutor, jobs: int, samples: "Queue[Sample]", signs: "Signs"
+        self,
+        pool: ProcessPoolExecutor,
+        jobs: int,
+        samples: "Queue[Sample]",
+        signs: "Signs",
+        keeper: BaseProcess | None = None,
     ) -> None:
+        """`keeper` is the process that keeps the queue and the signs, where one does."""
         self.pool = pool
         self.samples = samples
         self.signs = signs
+        self.keeper = keeper
         self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
 
     def work(self, todo: Todo) -> Done:
@@ -159,7 +166,8 @@ class _Pool:
                 waiting[self.pool.submit(_ask, group)] = group, cases
             finished, _ = wait(waiting, SAMPLES_POLL_S, FIRST_COMPLETED)
             yield from self._arrived()
-            self.signs.look(time.monotonic())
+            with _limit(FROZEN_S, self.keeper):
+                self.signs.look(time.monotonic())
             for future in finished:
                 group, cases = waiting.pop(future)
                 asking = future.result()
@@ -174,9 +182,11 @@ class _Pool:
         """All samples of what is finished are among them: a process waits until each is taken."""
         while True:
             try:
-                yield self.samples.get_nowait()
+                with _limit(FROZEN_S, self.keeper):
+                    sample = self.samples.get_nowait()
             except Empty:
                 return
+            yield sample
 
 
 class Signs:
@@ -213,10 +223,28 @@ class Signs:
                     "stopped, or is the machine out of memory? The same command goes on from here",
                 )
 
-    def kill(self) -> None:
-        """End all worker processes, whatever they do."""
-        for worker in self.workers():
-            worker.kill()
+
+@contextmanager
+def _limit(seconds: float, *processes: BaseProcess | None) -> Iterator[None]:
+    """Kill the processes where what is inside, which waits for them, takes longer.
+
+    However long this process is stopped meanwhile, that counts as a second.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        for _ in range(round(seconds / PARENT_POLL_S)):
+            if done.wait(PARENT_POLL_S):
+                return
+        for process in processes:
+            if process is not None:
+                process.kill()
+
+    threading.Thread(target=watch, daemon=True, name="limit").start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager
@@ -225,15 +253,18 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
         yield _Alone(plan)
         return
     context = multiprocessing.get_context("spawn")
+    before = multiprocessing.active_children()
     manager = SyncManager(ctx=context)
     # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
     manager.start(_end_with, (os.getpid(),))
-    with manager:
+    (keeper,) = (one for one in multiprocessing.active_children() if one not in before)
+    others = [*before, keeper]
+
+    def workers() -> list[BaseProcess]:
+        return [one for one in multiprocessing.active_children() if one not in others]
+
+    try:
         samples, stopped, counts = manager.Queue(), manager.Event(), manager.dict()
-        others = multiprocessing.active_children()  # the queue's process among them
-        signs = Signs(
-            counts, lambda: [one for one in multiprocessing.active_children() if one not in others]
-        )
         pool = ProcessPoolExecutor(
             jobs,
             mp_context=context,
@@ -241,18 +272,21 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
             initargs=(plan, os.getpid(), samples, stopped, counts),
         )
         try:
-            yield _Pool(pool, jobs, samples, signs)
-        except (BrokenProcessPool, EOFError, ConnectionError):  # of the queue's process, the latter
-            raise ClusterError("bench", "a worker process ended; is the memory full?") from None
+            yield _Pool(pool, jobs, samples, Signs(counts, workers), keeper)
+        except (BrokenProcessPool, EOFError, ConnectionError):  # of the keeper, the latter
+            raise ClusterError(
+                "bench",
+                f"a worker process ended, or was silent for {FROZEN_S:.0f} s and was killed; is "
+                "the machine out of memory? The same command goes on from here",
+            ) from None
         finally:
-            with suppress(EOFError, ConnectionError):
+            with _limit(STOP_S, keeper), suppress(EOFError, ConnectionError):
                 stopped.set()
-            hurry = threading.Timer(STOP_S, signs.kill)
-            hurry.start()
-            try:
+            with _limit(STOP_S, *workers()):
                 pool.shutdown(wait=True, cancel_futures=True)
-            finally:
-                hurry.cancel()
+    finally:
+        with _limit(STOP_S, keeper):
+            manager.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
