@@ -148,9 +148,12 @@ def step_eagle3(args: argparse.Namespace) -> None:
     if (folder / "model.safetensors").exists() and not args.init:
         return
     target = load_target(args)
-    layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else None
+    default = train_eagle3.default_layers(target.shape.num_layers)
+    layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else default
+    eagle = args.out / "eagle"
     plan = train_eagle3.Plan(
-        layers=layers or train_eagle3.default_layers(target.shape.num_layers),
+        layers=layers,
+        eagle=eagle if eagle.exists() and layers[-1] == default[-1] else None,
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,
         checkpoint=args.work / "eagle3.pt", steps=args.eagle3_unroll,
         init=args.init and args.init / "eagle3", rate=args.rate,

@@ -39,14 +39,11 @@ def draft_step(
     return x + F.linear(F.silu(gate) * up, down), k, v
 
 
-def draft_vocabulary(
-    samples: Sequence[corpus.Sample], vocab_size: int, size: int
-) -> tuple[Tensor, float]:
-    """The `size` most frequent tokens of the answers, ascending [D], and the share they cover."""
+def draft_vocabulary(samples: Sequence[corpus.Sample], vocab_size: int, size: int) -> Tensor:
+    """The `size` most frequent tokens of the answers, ascending [D]."""
     answers = np.concatenate([ids[start:] for ids, start in samples])
     counts = np.bincount(answers, minlength=vocab_size)
-    kept = np.sort(np.argsort(-counts, kind="stable")[:size])
-    return torch.from_numpy(kept), float(counts[kept].sum() / counts.sum())
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 def vocabulary(tensors: dict[str, Tensor]) -> Tensor:

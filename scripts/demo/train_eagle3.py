@@ -11,14 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from demo import corpus
+from demo.eagle3_from_eagle import begin_as, doubled
+from demo.fast_eagle import FastEagle
 from demo.fast_eagle3 import FastEagle3, draft_vocabulary, vocabulary
 from demo.fast_llama import FastLlama
 from demo.optim import MuonAdam, Slot
-from demo.train_drafters import Batch, HeadPlan, Job, Outcome, distil, make_blocks, run, unrolled
+from demo.train_drafters import (
+    Batch,
+    Blocks,
+    HeadPlan,
+    Job,
+    Outcome,
+    distil,
+    make_blocks,
+    run,
+    unrolled,
+)
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-INTERMEDIATE = 1408
+INTERMEDIATE = 1408  # as the EAGLE-1 head's
+FITTED = 64  # short blocks that a head's first weights are fitted on
 LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
 
 
@@ -29,6 +44,7 @@ class Plan(HeadPlan):
     layers: tuple[int, ...]  # the features: output-of-layer ids, low to high
     draft_vocab: int
     steps: int = 7
+    eagle: Path | None = None  # folder of an EAGLE-1 head to begin as, where there is no `init`
 
 
 def default_layers(num_layers: int) -> tuple[int, int, int]:
@@ -61,21 +77,39 @@ def make_optimizer(head: FastEagle3) -> MuonAdam:
     ])  # fmt: skip
 
 
+def exported(target: FastLlama, tensors: dict[str, Tensor]) -> FastEagle3:
+    """A head that was exported; it keeps its vocabulary, whatever text it goes on with."""
+    size = target.shape.head_dim
+    num_heads = len(tensors["midlayer.self_attn.q_proj.weight"]) // size
+    head = FastEagle3(target, vocabulary(tensors), (num_heads, num_heads, size), INTERMEDIATE)
+    head.load(tensors)
+    return head
+
+
+def new_head(target: FastLlama, ids: Tensor, plan: Plan, short: Blocks) -> FastEagle3:
+    """A head that begins as the plan's EAGLE-1 head, or, without one, as the target's lm_head."""
+    heads = (target.shape.num_heads, target.shape.num_heads, target.shape.head_dim)
+    if plan.eagle is None:
+        return FastEagle3(target, ids, heads, INTERMEDIATE)
+    old = FastEagle(target.embed.detach(), heads, INTERMEDIATE)
+    old.load(load_file(plan.eagle / "model.safetensors"))
+    head = FastEagle3(target, ids, doubled(heads), INTERMEDIATE)
+    begin_as(head, old, target, torch.from_numpy(short.tokens[:FITTED].astype(np.int64)))
+    return head
+
+
 def train(
     target: FastLlama, samples: list[corpus.Sample], held_out: list[corpus.Sample], plan: Plan
 ) -> tuple[FastEagle3, dict[str, Any]]:
     """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
-    shape = target.shape
-    ids, covered = draft_vocabulary(samples, shape.vocab_size, plan.draft_vocab)
-    # A head that goes on, perhaps with more text, keeps its vocabulary.
+    blocks, tests = (make_blocks(x, 0, plan.layers, LENGTHS) for x in (samples, held_out))
     before = plan.checkpoint.with_suffix("") if plan.checkpoint.exists() else plan.init
-    saved = load_file(before / "model.safetensors") if before else {}
-    if saved:
-        ids = vocabulary(saved)
-        covered = float(np.isin(np.concatenate([x[start:] for x, start in samples]), ids).mean())
-    head = FastEagle3(target, ids, (shape.num_heads, shape.num_heads, shape.head_dim), INTERMEDIATE)
-    if saved:
-        head.load(saved)
+    if before:
+        head = exported(target, load_file(before / "model.safetensors"))
+    else:
+        ids = draft_vocabulary(samples, target.shape.vocab_size, plan.draft_vocab)
+        head = new_head(target, ids, plan, blocks[0])
+    covered = np.isin(np.concatenate([x[start:] for x, start in samples]), head.ids).mean()
 
     def loss(batch: Batch) -> Outcome:
         return eagle3_loss(head, target, batch, plan.steps)
@@ -83,11 +117,10 @@ def train(
     def snapshot() -> None:
         export(head, target, plan, plan.checkpoint.with_suffix(""))
 
-    blocks, tests = (make_blocks(x, 0, plan.layers, LENGTHS) for x in (samples, held_out))
     job = Job("eagle3", loss, target, head.lm_head, blocks, tests, plan.minutes, plan.checkpoint,
-              ids, plan.rate, snapshot=snapshot)  # fmt: skip
+              head.ids, plan.rate, snapshot=snapshot)  # fmt: skip
     figures = run(job, make_optimizer(head))
-    return head, figures | {"layers": plan.layers, "covered": covered}
+    return head, figures | {"layers": plan.layers, "covered": float(covered)}
 
 
 def export(head: FastEagle3, target: FastLlama, plan: Plan, folder: Path) -> None:
