@@ -107,7 +107,6 @@ def test_what_cannot_change_a_figure_keeps_the_keys():
         sources={"code": "c", "target": "t", "eagle": "changed", "revision": "later"},
         datasets={"qa": PROMPTS[1:]},
         target=Path("elsewhere"),
-        bound=True,
     )
     ar, streaming = plan.cases
     group = Group("qa", (PROMPTS[1],), 0.0, 1)

@@ -66,6 +66,7 @@ def test_a_name_or_a_path_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         ("rate_mbps: {value: 1, source: x}", "latency_ms is missing"),
         ("rate_mbps: 1\nlatency_ms: {value: 1, source: x}", "rate_mbps has no source"),
+        ("rate: 1\nlatency_ms: {value: 1, source: x}", "unknown key rate; known: .*rate_mbps"),
         ("source: x\nrate_mbps: fast\nlatency_ms: 1", "rate_mbps: Input should be a valid number"),
         ("source: x\nrate_mbps: 0\nlatency_ms: 1", "rate_mbps must be a positive number"),
         ("source: x\nrate_mbps: .nan\nlatency_ms: 1", "rate_mbps must be a positive number"),

@@ -97,7 +97,22 @@ def test_what_is_no_sample_is_refused_by_file_and_line(tmp_path, damage, names):
         SampleFile(tmp_path)
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", '"text"'])
+def test_the_rows_of_json_are_no_records(tmp_path):
+    """Nothing is to be deleted: the records lie elsewhere."""
+    (tmp_path / "rows.json").write_text('[\n {"cluster": "jetson-5"}\n]\n')
+    with pytest.raises(ValueError, match=r"rows\.json is a list, as .*--json.*of --out") as caught:
+        read_samples(tmp_path / "rows.json")
+    assert "delete" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path):
+    """A file has its name."""
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="--out .*taken: no folder to write to: "):
+        SampleFile(tmp_path / "taken")
+
+
+@pytest.mark.parametrize("line", ["nonsense", "1", '"text"'])
 def test_what_is_not_even_an_object_is_refused(tmp_path, line):
     """Other people's files."""
     (tmp_path / FILE_NAME).write_text(line + "\n")

@@ -184,6 +184,21 @@ def test_the_table_goes_to_a_file(records, tmp_path):
     assert out.read_text() == report(str(records), "--format", "markdown")
 
 
+def test_what_drafts_nothing_has_every_drafter(tmp_path):
+    """Records of two drafters: `--only` of one keeps its baseline."""
+    both = [
+        replace(one, drafter="none" if one.strategy == "ar" else drafter)
+        for drafter in ("eagle", "ngram")
+        for one in benchmark(("ar", "streaming"), ("qa",))
+        if drafter == "eagle" or one.strategy != "ar"
+    ]
+    both = [replace(one, key=f"{one.key}-{one.drafter}") for one in both]
+    text = report(str(write(tmp_path / "two.jsonl", both)), "--only", "drafter=ngram")
+    assert "drafter ngram" in text
+    assert "drafter eagle" not in text
+    assert any(line.split()[0] == "ar" for line in text.splitlines() if line.strip())
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -193,9 +208,11 @@ def test_the_table_goes_to_a_file(records, tmp_path):
         (["good.jsonl", "--baseline", "pipedec"], ["pipedec", "there are: flowspec, streaming"]),
         (["good.jsonl"], ["baseline ar", "--baseline"]),
         (["good.jsonl", "--format", "html"], ["html", "markdown"]),
-        (["good.jsonl", "--only", "colour=red"], ["colour=red", "keys:", "temperature"]),
+        (["good.jsonl", "--only", "colour=red"], ["unknown key 'colour'", "known:", "temperature"]),
+        (["good.jsonl", "--only", "colour"], ["'colour'", "must be key=value"]),
         (["good.jsonl", "--only", "temperature=3"], ["temperature=3", "there are: 0"]),
         (["good.jsonl", "--out", "nowhere/t.md"], ["nowhere", "folder"]),
+        (["good.jsonl", "--out", "."], ["--out .", "it is a folder"]),
     ],
 )
 def test_what_cannot_be_reported_ends_with_one_line(tmp_path, monkeypatch, capsys, words, names):

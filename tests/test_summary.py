@@ -9,8 +9,9 @@ from samples import sample
 from flowspec.eval.aggregate import summarize
 from flowspec.eval.summary import as_json, line_of, rows_of_run, time_shares
 
-KEYS = """cluster model drafter strategy dataset temperature stages prompts tokens tokens_per_s
-repeats lowest highest speedup_over_ar ci_low ci_high tau mismatches bound_share emulated"""
+KEYS = """cluster model drafter strategy dataset temperature stages prompts samples tokens
+tokens_per_s repeats lowest highest speedup_over_ar ci_low ci_high tau mismatches bound_share
+emulated"""
 
 
 def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **changes):

@@ -21,8 +21,10 @@ def show(rows: Sequence[Row], plan: Plan) -> None:
     repeats = f", median of {plan.repeats} repeats" if plan.repeats > 1 else ""
     console.print(f"tokens/s, {about}{repeats}", highlight=False)
     console.print(_speeds(rows, sets))
-    with_interval = "; mean with its 95 % interval" if any(map(_interval, rows)) else ""
-    console.print(f"speed-up over ar{with_interval}", highlight=False)
+    about = "; mean with its 95 % interval" if any(map(_interval, rows)) else ""
+    if not any(row.speedup for row in rows):
+        about = ": unknown, as ar was not run; add it to --strategies"
+    console.print(f"speed-up over ar{about}", highlight=False)
     console.print(_speedups(rows, sets))
     console.print("where the stages' decode time went, mean over the sets, in %", highlight=False)
     console.print(_times(rows))

@@ -10,6 +10,7 @@ import flowspec
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
 from flowspec.eval.records import Sample, as_text, read_samples
+from flowspec.eval.settings import drafts
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
 from flowspec.model.source import check_model, open_checkpoint, resolve_model
 from flowspec.model.split import is_split_of, run_split
@@ -104,8 +105,18 @@ def split_folder(config: RunConfig) -> Path:
     return out
 
 
+def check_file(option: str, path: Path) -> None:
+    """Raise ValueError where a file of this name cannot be written, before anything has run."""
+    if path.is_dir():
+        raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path} cannot be written: {path.parent} is no folder")
+
+
 def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
     """Samples of these files that have every `key=value[,value]` of `only`; one of a key.
+
+    What drafts nothing has every drafter, so that plain decoding stays the others' baseline.
 
     Raises ValueError for a file that is no record, an unknown key, and where none is left.
     """
@@ -115,11 +126,18 @@ def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
         raise ValueError(f"{', '.join(map(str, paths))}: no records yet")
     for pair in only:
         key, equals, values = pair.partition("=")
-        if not equals or key not in RECORD_KEYS:
+        if not equals:
             raise ValueError(f"--only {pair!r} must be key=value; keys: {', '.join(RECORD_KEYS)}")
+        if key not in RECORD_KEYS:
+            raise ValueError(f"--only {pair}: unknown key {key!r}; known: {', '.join(RECORD_KEYS)}")
         there = sorted({as_text(getattr(sample, key)) for sample in samples})
         wanted = set(values.lower().split(","))
-        samples = [sample for sample in samples if as_text(getattr(sample, key)) in wanted]
-        if not samples:
+        if not wanted & set(there):
             raise ValueError(f"--only {pair}: no record has it; there are: {', '.join(there)}")
+        samples = [
+            sample
+            for sample in samples
+            if as_text(getattr(sample, key)) in wanted
+            or (key == "drafter" and not drafts(sample.strategy))
+        ]
     return samples

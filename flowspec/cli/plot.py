@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowspec.cli.common import read_records
+from flowspec.cli.common import check_file, read_records
 from flowspec.eval.trace_summary import read_trace
 
 KINDS = ("speedup", "bandwidth", "stages", "sweep", "lengths", "time", "timeline")
@@ -49,8 +49,7 @@ def plot(
         raise ValueError(f"unknown plot {kind!r}; known: {', '.join(KINDS)}")
     if out.suffix not in SUFFIXES:
         raise ValueError(f"--out {out} must end in one of {', '.join(SUFFIXES)}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder")
+    check_file("--out", out)
     if (kind == "sweep") != (over is not None):
         raise ValueError("sweep needs --over WHAT, and nothing else takes it")
     # matplotlib takes a second to import, and only plots need it

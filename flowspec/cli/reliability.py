@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.calibration import Outcome, PathForecast
-from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder
 from flowspec.cli.progress import shown
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
@@ -71,8 +71,8 @@ def reliability(
     """
     if out and out.suffix not in (*PLOTS, ".json"):
         raise ValueError(f"--out {out} must end in one of {', '.join(PLOTS)}, .json")
-    if out and not out.parent.is_dir():
-        raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder")
+    if out:
+        check_file("--out", out)
     config = RunConfig(
         model=model or RunConfig().model,
         draft=draft or "",

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from flowspec.cli.common import read_records
+from flowspec.cli.common import check_file, read_records
 from flowspec.eval.report import csv_report, tables
 from flowspec.eval.tables import Table, to_latex, to_markdown
 
@@ -41,8 +41,8 @@ def report(
     """
     if format_ not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, not {format_!r}")
-    if out and not out.parent.is_dir():
-        raise ValueError(f"--out {out} cannot be written: {out.parent} is no folder")
+    if out:
+        check_file("--out", out)
     samples = read_records(records, only or [])
     if format_ == "csv":
         text = csv_report(samples, baseline=baseline)

@@ -230,18 +230,19 @@ def mean_of(rows: Sequence[Row]) -> Row:
     )
 
 
+def ended_runs(sample: Sample) -> tuple[int, ...]:
+    """Runs that ended with a miss; the one that the answer's end cut off is left out."""
+    return sample.runs[: round(sample.mu_not_drafted * max(1, sample.tokens - 1))]
+
+
 def _depths(samples: Iterable[Sample]) -> list[tuple[float, float]]:
     """Of the runs of all samples, at depth 1, 2, ... and the first that none got to.
 
     The run that an answer's end cut off did not try further than it got.
     """
-    ended: list[int] = []
-    cut_off: list[int] = []
-    for s in samples:
-        num_missed = round(s.mu_not_drafted * max(1, s.tokens - 1))
-        num_ended = min(num_missed, len(s.runs))
-        ended += s.runs[:num_ended]
-        cut_off += s.runs[num_ended:]
+    listed = list(samples)
+    ended = [run for s in listed for run in ended_runs(s)]
+    cut_off = [run for s in listed for run in s.runs[len(ended_runs(s)) :]]
     whole = [*ended, *cut_off]
     depths = []
     for depth in range(1, max(whole, default=-1) + 2):

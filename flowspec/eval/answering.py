@@ -18,6 +18,7 @@ from flowspec.cluster.base import Cluster, generate
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.engine import HeadParts, build_stage, load_head_parts
+from flowspec.eval.bound import least_seconds
 from flowspec.eval.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.eval.plan import Case, Group, Plan
 from flowspec.eval.prompts import Prompt
@@ -111,14 +112,13 @@ class Workbench:
             return
         emulation = self.plan.emulations[case.drafter_name]
         cluster = self._emulated(case, emulation)
-        limit = self._emulated(case, emulation.ideal()) if self.plan.bound else None
         for number, one in enumerate(asked, start=1):
             done, timeline = self._recorded(cluster, emulation, number, one, group)
-            activity = Activity(timeline)
-            bound = None
-            if limit is not None:
-                bound = self._answer(limit, number, one, group).completion.stats.tokens_per_s
-            yield self._sample(case, group, done, activity, bound)
+            stats = done.completion.stats
+            least_s = least_seconds(
+                timeline, stats.first_token_at, stats.last_token_at, emulation.transfer_s
+            )
+            yield self._sample(case, group, done, Activity(timeline), least_s)
 
     def trace(self, case: Case, group: Group) -> Timeline:
         """What every emulated device did during the group's first turn.
@@ -169,7 +169,7 @@ class Workbench:
                 files = sorted(folder.glob("rank-*.jsonl"))
                 activity = Activity(make_timeline(read_records(file) for file in files))
                 for run in done:
-                    yield self._sample(case, group, run, activity, None)
+                    yield self._sample(case, group, run, activity, 0.0)
         if failure is not None:
             raise failure
 
@@ -195,13 +195,14 @@ class Workbench:
         )
 
     def _sample(
-        self, case: Case, group: Group, run: _Run, activity: Activity, bound: float | None
+        self, case: Case, group: Group, run: _Run, activity: Activity, least_s: float
     ) -> Sample:
+        """`least_s`: the bound of its decode time; 0 where there is none."""
         plan, one, hashes = self.plan, run.asked, self.plan.hashes(case)
         measured = measure(
             run.request, run.completion, one.expected, activity=activity, rows=run.rows
         )
-        speed = measured.decode_tokens_per_s
+        bound = (measured.tokens - 1) / least_s if least_s > 0 else None
         return Sample(
             **{field.name: getattr(measured, field.name) for field in fields(Measured)},
             key=plan.keys(case, group)[one.question, one.turn],
@@ -221,7 +222,7 @@ class Workbench:
             warm=plan.warm,
             emulated=not plan.real,
             bound_tokens_per_s=bound,
-            bound_share=speed / bound if bound else None,
+            bound_share=measured.decode_tokens_per_s / bound if bound else None,
             versions=versions(),
             revision=plan.sources.get("revision", ""),
             host=platform.node(),

@@ -21,7 +21,7 @@ from flowspec.plain_yaml import read_yaml
 from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
 
-FIGURES = 1  # raise where a figure of the records changes its meaning
+FIGURES = 2  # raise where a figure of the records changes its meaning
 HASH_CHARS = 16  # of the hashes in a sample
 EVERY = "every"  # the table's entry for all strategies
 
@@ -72,7 +72,6 @@ class Plan:
     target: Path  # split folder of the model that computes
     drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
     emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
-    bound: bool = False
     real: bool = False
     warm: bool = False
     repeats: int = 1  # of everything; more than one tells something of real runs alone

@@ -75,8 +75,8 @@ class Sample(Measured):
     max_tokens: int
     warm: bool  # the cluster had answered the set's questions before this one
     emulated: bool
-    bound_tokens_per_s: float | None  # decode speed with an ideal drafter, host and links
-    bound_share: float | None
+    bound_tokens_per_s: float | None  # decode speed of the same course, see bound.py; emulated
+    bound_share: float | None  # of it reached, at most 1
     versions: Mapping[str, str]
     revision: str  # of the source tree, if it is one under git
     host: str
@@ -139,6 +139,11 @@ def read_samples(path: Path) -> list[Sample]:
             f"{file} is a trace, no records; `flowspec plot timeline` and `flowspec trace summary` "
             "take it"
         )
+    if lines and lines[0].startswith("["):
+        raise ValueError(
+            f"{file} is a list, as `flowspec bench --json` writes its rows; records are in the "
+            f"folder of --out, in {FILE_NAME}"
+        )
     found: dict[str, Sample] = {}
     for number, line in enumerate(lines, start=1):
         if number == len(lines) and not line.endswith("\n"):
@@ -181,9 +186,12 @@ class SampleFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
-        self._file = self.path.open("a+b")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise ValueError(f"--out {folder}: no folder to write to: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -142,11 +142,19 @@ def _acceptance(title: str, rows: Sequence[Row]) -> Table:
 
 def _time(title: str, rows: Sequence[Row]) -> Table:
     causes = causes_of(rows)
-    columns = ["strategy", "first token s", "p50 ms", "p95 ms", "p99 ms", "drafter busy"]
+    columns = [
+        "strategy",
+        "first token s",
+        "end-to-end tokens/s",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "drafter busy",
+    ]
     columns += ["stages busy %", *causes, "of the bound"]
     lines = []
     for row in rows:
-        line = [row.strategy, f"{row.ttft_s:.2f}"]
+        line = [row.strategy, f"{row.ttft_s:.2f}", f"{row.end_to_end_tokens_per_s:.2f}"]
         line += [f"{row.inter_token_ms.get(name, 0.0):.0f}" for name in ("p50", "p95", "p99")]
         line += [_percent(row.drafter_busy), stages_busy(row)]
         line += [_percent(mean_idle(row, cause)) for cause in causes]

@@ -69,7 +69,7 @@ def run_plan(
     with _crew(plan, 1 if plan.real else jobs) as crew:
         for finished in crew.work(todo):
             if isinstance(finished, Sample):
-                if _is_wanted(plan, finished.key, file):  # a warm set begins anew
+                if finished.key not in file:  # a warm set begins anew
                     file.add(finished)
                     num_run += 1
                 progress.done += 1
@@ -92,7 +92,7 @@ def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
     return [
         case
         for case in plan.cases
-        if any(_is_wanted(plan, key, file) for key in _expected(plan, case, group, file))
+        if any(key not in file for key in _expected(plan, case, group, file))
     ]
 
 
@@ -114,11 +114,6 @@ def _left_out(plan: Plan, groups: Sequence[Group], file: SampleFile) -> list[Too
     asked = [key for group in groups for key in plan.question_keys(group).values()]
     found = [file.left_out[key] for key in asked if key in file.left_out]
     return list({(one.dataset, one.question, one.turn): one for one in found}.values())
-
-
-def _is_wanted(plan: Plan, key: str, file: SampleFile) -> bool:
-    """Whether the sample is to be run: it is not there, or without the bound asked for."""
-    return key not in file or (plan.bound and file[key].bound_tokens_per_s is None)
 
 
 Todo = Sequence[tuple[Group, list[Case]]]

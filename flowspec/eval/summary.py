@@ -50,7 +50,7 @@ def rows_of_run(samples: Sequence[Sample]) -> list[Row]:
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """What `--json` writes. `tokens` and `prompts` (turns, once per seed) are of all runs."""
+    """What `--json` writes; `samples` are turns, once per seed and repeat, `tokens` of them all."""
     ratio, setting = row.speedup, row.setting
     speeds = list(row.by_repeat.values()) or [row.tokens_per_s]
     return {
@@ -61,7 +61,8 @@ def as_json(row: Row) -> dict[str, object]:
         "dataset": row.dataset,
         "temperature": setting.temperature,
         "stages": setting.stages,
-        "prompts": row.samples,
+        "prompts": row.prompts,
+        "samples": row.samples,
         "tokens": row.tokens,
         "tokens_per_s": row.tokens_per_s,
         "repeats": len(speeds),

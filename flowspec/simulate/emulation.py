@@ -40,9 +40,7 @@ class Emulation:
     model: ModelProfile
     drafter: str
     layers: tuple[int, ...]  # of the emulated model, on stages 1..N
-    draft_scale: float = 1.0  # of the time of drafter forwards; 0: they are free
-    free_host: bool = False
-    free_latency: bool = False
+    draft_scale: float = 1.0  # of the time of drafter forwards
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
@@ -61,10 +59,6 @@ class Emulation:
                 "at least one each"
             )
         self._check_memory()
-
-    def ideal(self) -> "Emulation":
-        """The same with a free drafter, no host overhead and no latency."""
-        return replace(self, draft_scale=0.0, free_host=True, free_latency=True)
 
     def slowed(self, factor: float) -> "Emulation":
         """The same `factor` times as slow in everything; its decisions take the same course."""
@@ -119,13 +113,17 @@ class Emulation:
     def link(self, source: int, to: int, message: Message) -> Passage:
         """What a message asks of the lines of its sender and its receiver."""
         links = self.cluster.links
-        latency_ms = 0.0 if self.free_latency else (links[source].latency_ms + links[to].latency_ms)
         return Passage(
-            latency_s=latency_ms / 2e3,
+            latency_s=(links[source].latency_ms + links[to].latency_ms) / 2e3,
             num_bytes=self.message_bytes(message),
             rate_out=_bytes_per_s(links[source].rate_mbps),
             rate_in=_bytes_per_s(links[to].rate_mbps),
         )
+
+    def transfer_s(self, source: int, to: int, num_bytes: float) -> float:
+        """Seconds of so many bytes on the slower of the two lines, without latency."""
+        links = self.cluster.links
+        return num_bytes / min(_bytes_per_s(links[rank].rate_mbps) for rank in (source, to))
 
     def host(self, rank: int, message: Message) -> float:
         """Seconds of `rank`'s own program for a message taken in, or a slot sent."""
@@ -167,13 +165,7 @@ class Emulation:
         """Of one drafter forward on the head's device; of none where nothing has to run."""
         if not rows or self.drafter in ("ngram", "none"):
             return 0.0
-        model, size = self._draft_sizes(), self.model.hidden_size
-        weights = model.layers * model.layer_weights + model.lm_head_weights
-        if self.drafter == "eagle":
-            weights += 2 * size * size  # token and feature to one row
-        if self.drafter == "eagle3":  # three features to one; token and feature side by side
-            weights += 3 * size * size + model.attention_weights(2 * size)
-            weights -= model.attention_weights(size)
+        model, weights = self._draft_sizes(), self._draft_weights()
         read = weights * HALF + model.layers * context * model.kv_bytes
         attention = model.layers * 4.0 * rows * context * model.num_heads * model.head_dim
         operations = 2.0 * rows * weights + attention
@@ -195,10 +187,21 @@ class Emulation:
 
     def _passage_s(self, source: int, to: int, num_bytes: float) -> float:
         passage = self.link(source, to, Reroot(request=0, position=0, parent=NO_NODE, token=0))
-        return passage.latency_s + num_bytes / min(passage.rate_out, passage.rate_in)
+        return passage.latency_s + self.transfer_s(source, to, num_bytes)
 
     def _host_s(self, rank: int) -> float:
-        return 0.0 if self.free_host else self.cluster.devices[rank].host_overhead_ms / 1e3
+        return self.cluster.devices[rank].host_overhead_ms / 1e3
+
+    def _draft_weights(self) -> int:
+        """Of the draft model, its lm_head included, that a forward reads."""
+        model, size = self._draft_sizes(), self.model.hidden_size
+        weights = model.layers * model.layer_weights + model.lm_head_weights
+        if self.drafter == "eagle":
+            weights += 2 * size * size  # token and feature to one row
+        if self.drafter == "eagle3":  # three features to one; token and feature side by side
+            weights += 3 * size * size + model.attention_weights(2 * size)
+            weights -= model.attention_weights(size)
+        return weights
 
     def _draft_sizes(self) -> LayerSizes:
         if self.drafter == "draft_model":
@@ -215,14 +218,23 @@ class Emulation:
         )
 
     def _check_memory(self) -> None:
+        head = self.cluster.devices[HEAD]
+        if self.drafter not in ("ngram", "none"):
+            embedding = self._draft_sizes().hidden_size * self.model.vocab_size
+            needed = (self._draft_weights() + embedding) * HALF / 2**30 + SYSTEM_GB
+            if needed > head.memory_gb:
+                raise ValueError(
+                    f"the {self.drafter} drafter of {self.model.name} needs {needed:.1f} GiB on "
+                    f"the head, {head.name} has {head.memory_gb:.1f}; take a larger device, or "
+                    "the ngram drafter"
+                )
         for rank, layers in enumerate(self.layers, start=1):
             device = self.cluster.devices[rank]
             needed = _stage_gb(self.model, layers, first=rank == 1, last=rank == len(self.layers))
             if needed > device.memory_gb:
                 raise ValueError(
                     f"{layers} layers of {self.model.name} need {needed:.1f} GiB on stage {rank}, "
-                    f"{device.name} has {device.memory_gb:.1f}; take more or larger devices, or a "
-                    "4-bit model"
+                    f"{device.name} has {device.memory_gb:.1f}; take {_smaller(self.model)}"
                 )
 
 
@@ -291,8 +303,8 @@ def balanced_layers(cluster: ClusterProfile, model: ModelProfile) -> tuple[int, 
             needed = _stage_gb(model, model.layers, first=True, last=True)
             raise ValueError(
                 f"{model.name} needs {needed - SYSTEM_GB:.1f} GiB and {SYSTEM_GB:.0f} more on each "
-                f"device, the stages of {cluster.name} have {have:.1f} together; take more or "
-                "larger devices, or a 4-bit model"
+                f"device, the stages of {cluster.name} have {have:.1f} together; take "
+                f"{_smaller(model)}"
             )
         layers[min(options)[1]] += 1
     return tuple(layers)
@@ -318,6 +330,11 @@ def _stage_gb(model: ModelProfile, layers: int, *, first: bool, last: bool) -> f
     """Of memory that a stage needs: weights, and the system's share."""
     ends = (first + last) * model.lm_head_weights * HALF
     return (layers * model.layer_bytes + ends) / 2**30 + SYSTEM_GB
+
+
+def _smaller(model: ModelProfile) -> str:
+    """What helps where a model does not fit."""
+    return "more or larger devices" + (", or a 4-bit model" if model.weight_bits > 4 else "")
 
 
 def _operations(model: LayerSizes, rows: int, context: int) -> float:

@@ -6,7 +6,7 @@ clusters and are named without folder and ending; anything else is the path of a
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -160,12 +160,12 @@ def read_link(name: str, *, beside: Path = HERE) -> LinkProfile:
 
 def read_model(name: str) -> ModelProfile:
     """A model's sizes by name or file. Raises ValueError."""
-    path, data = _mapping("models", name)
+    path, data = _mapping(ModelProfile, "models", name)
     draft = data.get("draft_model")
     if not isinstance(draft, Mapping):
         raise ValueError(f"{path} needs draft_model: the sizes of a small model of its family")
     where = f"{path}: draft_model"
-    data["draft_model"] = _build(LayerSizes, _figures(draft, where), where)
+    data["draft_model"] = _build(LayerSizes, _figures(LayerSizes, draft, where), where)
     return _build(ModelProfile, {"name": path.stem, **data}, str(path))
 
 
@@ -174,7 +174,7 @@ def read_cluster(name: str) -> ClusterProfile:
 
     Raises ValueError naming what is wrong and where.
     """
-    path, data = _mapping("clusters", name)
+    path, data = _mapping(_ClusterFile, "clusters", name)
     file = _build(_ClusterFile, {"links": {}, "layers": (), **data}, str(path))
     if not 1 <= len(file.stages) <= MAX_STAGES:
         raise ValueError(f"{path}: {len(file.stages)} stages, it must be 1 to {MAX_STAGES}")
@@ -201,11 +201,11 @@ def profile_names(kind: str) -> list[str]:
 
 
 def _read(cls: type[T], kind: str, name: str, beside: Path) -> T:
-    path, data = _mapping(kind, name, beside)
+    path, data = _mapping(cls, kind, name, beside)
     return _build(cls, {"name": path.stem, **data}, str(path))
 
 
-def _mapping(kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str, Any]]:
+def _mapping(cls: type, kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str, Any]]:
     """Where the profile lies and its figures, sources taken off."""
     own = BUNDLED / kind / f"{name}.yaml"
     path = own if "/" not in name and own.exists() else beside / name
@@ -218,11 +218,12 @@ def _mapping(kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str,
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(data).__name__}")
-    return path, _figures(data, str(path))
+    return path, _figures(cls, data, str(path))
 
 
-def _figures(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values by name. Raises ValueError for one that does not say where it is from."""
+def _figures(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Plain values by name. Raises ValueError for one that is unknown, or of no source."""
+    _check_known(cls, [name for name in data if name not in ABOUT], where)
     sourced = _is_text(data.get("source"))
     values: dict[str, Any] = {}
     for name, value in data.items():
@@ -245,15 +246,23 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _check_known(cls: type, names: Iterable[str], where: str) -> None:
+    known = {f.name for f in fields(cls)}
+    if unknown := sorted(str(name) for name in names if name not in known):
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {_known_names(cls)}")
+
+
+def _known_names(cls: type) -> str:
+    return ", ".join([*ABOUT, *(f.name for f in fields(cls) if f.name != "name")])
+
+
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """A profile of these values and no others."""
+    _check_known(cls, values, where)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    names = ", ".join([*ABOUT, *(name for name in known if name != "name")])
-    if unknown := sorted(str(name) for name in values if name not in known):
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)}; known: {names}")
     needed = [n for n, f in known.items() if f.default is MISSING and n not in values]
     if needed:
-        raise ValueError(f"{where}: {', '.join(needed)} is missing; known: {names}")
+        raise ValueError(f"{where}: {', '.join(needed)} is missing; known: {_known_names(cls)}")
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:

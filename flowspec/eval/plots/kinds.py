@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.figure import Figure
 
-from flowspec.eval.aggregate import MEAN, Row, summarize
+from flowspec.eval.aggregate import MEAN, Row, ended_runs, summarize
 from flowspec.eval.plots.bars import speedup_bars
 from flowspec.eval.plots.lengths import length_histogram
 from flowspec.eval.plots.sweep_lines import sweep_lines
@@ -24,13 +24,13 @@ def speedup(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
 
 
 def lengths(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
-    """Of all sets together; the baseline is one strategy like the others."""
+    """Of runs that a miss ended, in all sets; the baseline is one strategy like the others."""
     del baseline
     settings = by_setting(samples)
     check_one(settings)
     ((setting, own),) = settings.items()
     runs = {
-        strategy: [run for sample in own if sample.strategy == strategy for run in sample.runs]
+        strategy: [run for s in own if s.strategy == strategy for run in ended_runs(s)]
         for strategy in strategies_of(own)
         if drafts(strategy)
     }

@@ -18,7 +18,9 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
     """A panel per strategy over the same axes; `runs` holds the lengths by strategy."""
     runs = {name: own for name, own in runs.items() if own}
     if not runs:
-        raise ValueError("no strategy in these records has accepted runs; ar alone drafts nothing")
+        raise ValueError(
+            "no strategy in these records has a run that a miss ended; ar drafts nothing"
+        )
     columns = 2 if len(runs) == 4 else min(COLUMNS, len(runs))
     lines = -(-len(runs) // columns)
     figure = frame(theme, "Accepted tokens between two misses", subtitle, height=1.9 * lines + 0.2)
