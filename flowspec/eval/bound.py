@@ -35,9 +35,9 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
             done[id(what)] = time = time if when > start else when
         else:
             hop = hops.get(id(what)) if order == _RECEIVE else None
-            if hop is not None:
-                arrives = transfer_s(hop.source, hop.to, hop.sent.size)
-                time = max(time, done[id(hop.sent)] + arrives)
+            if hop is not None and id(hop.sent) in done:  # else it took no time at all
+                on_the_way = transfer_s(hop.source, hop.to, hop.sent.size)
+                time = max(time, done[id(hop.sent)] + on_the_way)
             done[id(what)] = time = time if when > start else when
         now[rank] = time
         if rank == 0 and start < when <= end:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from flowspec.config import DecodeConfig
-from flowspec.strategies.ablations import Draining, Eager, FixedSize, Ticking, Without
+from flowspec.strategies.ablations import (
+    Draining,
+    Eager,
+    FixedSize,
+    LockStep,
+    Ticking,
+    Without,
+)
 from flowspec.strategies.ar import Ar
 from flowspec.strategies.base import Strategy
 from flowspec.strategies.flowspec import FlowSpec
@@ -102,7 +109,8 @@ def _streaming(
 
 # streaming without one of its mechanisms each; found by name, in no list to choose from
 ABLATIONS: dict[str, StrategySpec] = {
-    "streaming-ticking": _streaming("with a barrier", Ticking),
+    "streaming-lockstep": _streaming("with a barrier", LockStep),
+    "streaming-ticking": _streaming("with a barrier, and no overlap of drafting", Ticking),
     "streaming-draining": _streaming("with a drain after a miss", Draining),
     "streaming-eager": _streaming("without just-in-time choice", Eager),
     "streaming-fixed-size": _streaming("without knee-sized segments", FixedSize),
