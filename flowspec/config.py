@@ -36,7 +36,7 @@ class DecodeConfig:
     coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
     refresh: bool = True  # re-score the root's children when its true feature arrives
     min_score: float = 0.002  # streaming: least probability of being true that is worth a row
-    # streaming: segments in the pipe at once; 0: one per stage and one waiting, or, where head and
+    # streaming: segments in the pipe at once; 0: one per stage (at least two), or, where head and
     # stages share a machine (`run`, `bench --real`), as many as its cores compute at the same time
     max_in_flight: int = 0
     prefill_chunk: int = 64  # prompt tokens per segment

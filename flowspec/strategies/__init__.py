@@ -9,7 +9,7 @@ from flowspec.strategies.ablations import (
     Draining,
     Eager,
     FixedSize,
-    LockStep,
+    Queued,
     Ticking,
     Without,
 )
@@ -109,8 +109,8 @@ def _streaming(
 
 # streaming without one of its mechanisms each; found by name, in no list to choose from
 ABLATIONS: dict[str, StrategySpec] = {
-    "streaming-lockstep": _streaming("with a barrier", LockStep),
-    "streaming-ticking": _streaming("with a barrier, and no overlap of drafting", Ticking),
+    "streaming-ticking": _streaming("with a barrier", Ticking),
+    "streaming-queued": _streaming("with a segment waiting before the first stage", Queued),
     "streaming-draining": _streaming("with a drain after a miss", Draining),
     "streaming-eager": _streaming("without just-in-time choice", Eager),
     "streaming-fixed-size": _streaming("without knee-sized segments", FixedSize),

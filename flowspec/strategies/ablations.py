@@ -34,24 +34,28 @@ class Draining(Streaming):
         self.waits = self.waits or not s.last_was_hit
 
 
-class LockStep(Streaming):
-    """A barrier: a segment enters when one has left; drafting goes on beside."""
+class Ticking(Streaming):
+    """In lock step: a segment enters when one has left, and not while the head drafts."""
 
     def next_segment(self, s: Session) -> Outgoing | None:
         """See Streaming."""
-        return None if s.pipe.num_in_flight >= s.num_stages else super().next_segment(s)
-
-
-class Ticking(LockStep):
-    """In lock step, and what enters waits for a draft: the head drafts between the ticks."""
-
-    def next_segment(self, s: Session) -> Outgoing | None:
-        """See Streaming."""
-        return None if s.pipe.draft_began_at is not None else super().next_segment(s)
+        if s.pipe.num_in_flight >= s.num_stages or s.pipe.draft_began_at is not None:
+            return None
+        return super().next_segment(s)
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """One forward a tick, before its segment is sent; then the stages compute."""
         return [] if s.pipe.num_in_flight >= s.num_stages else super().next_draft(s)
+
+
+class Queued(Streaming):
+    """One segment more than there are stages: it waits before the first stage, its rows chosen."""
+
+    def next_segment(self, s: Session) -> Outgoing | None:
+        """See Streaming."""
+        if s.pipe.num_waiting or s.pipe.num_in_flight > s.num_stages:
+            return None
+        return self.best_segment(s)
 
 
 class Eager(Streaming):

@@ -20,10 +20,19 @@ class Streaming:
     """Best nodes first, just in time."""
 
     def next_segment(self, s: Session) -> Outgoing | None:
-        """At most one trip waits before the first stage; how many rows pay, the head decides."""
+        """One segment per stage: more would wait, chosen before it had to be.
+
+        How many of its rows pay, the head decides.
+        """
         pipe = s.pipe
-        if pipe.num_waiting or pipe.num_in_flight >= (s.config.max_in_flight or s.num_stages + 1):
+        most_in_flight = s.config.max_in_flight or max(2, s.num_stages)
+        if pipe.num_waiting or pipe.num_in_flight >= most_in_flight:
             return None
+        return self.best_segment(s)
+
+    def best_segment(self, s: Session) -> Outgoing | None:
+        """The best nodes; one, where there is time to draft on before the first stage is free."""
+        pipe = s.pipe
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
         early = drafts and self.may_wait(s)
         least = _least(s)
