@@ -24,6 +24,7 @@ from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.stage import Stage
 from flowspec.strategies import ABLATIONS, find_strategy
 from flowspec.strategies.ablations import Eager
+from flowspec.strategies.base import Outgoing
 from flowspec.strategies.streaming import Streaming
 from flowspec.wire import Batch, Features, Message, Open, Reroot, Segment
 
@@ -244,3 +245,23 @@ def test_chosen_ahead_segments_are_whole():
     outgoing = Eager().next_segment(session)
     assert not outgoing.early
     assert len(outgoing.nodes) == 5
+
+
+@pytest.mark.parametrize(("num_stages", "most"), [(1, 2), (2, 2), (4, 4)])
+def test_there_is_one_segment_per_stage(monkeypatch, num_stages, most):
+    """Of one stage two, lest it waits for the head; `streaming-queued` has another one wait."""
+    seen: dict[str, list[int]] = {}
+    best = Streaming.best_segment
+
+    def counting(own: Streaming, session: Session) -> Outgoing | None:
+        outgoing = best(own, session)
+        if outgoing is not None:
+            seen[strategy].append(session.pipe.num_in_flight + 1)
+        return outgoing
+
+    monkeypatch.setattr(Streaming, "best_segment", counting)
+    for strategy in ("streaming", "streaming-queued"):
+        seen[strategy] = []
+        answered(strategy, num_stages=num_stages)
+    assert max(seen["streaming"]) == most
+    assert max(seen["streaming-queued"]) == num_stages + 1

@@ -84,7 +84,7 @@ _PARAMETERS = {
     "tree_depth": "levels that one draft grows",
     "topk": "children per node",
     "min_score": "least probability worth a row",
-    "max_in_flight": "segments in the pipe, at most (0: one per stage and one waiting)",
+    "max_in_flight": "segments in the pipe, at most (0: one per stage, at least two)",
     "prefill_chunk": "prompt tokens per segment",
 }
 assert set(_PARAMETERS) <= {f.name for f in fields(DecodeConfig)}
