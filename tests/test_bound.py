@@ -13,6 +13,7 @@ from flowspec.eval.bound import least_seconds
 from flowspec.eval.timeline import make_timeline
 from flowspec.simulate.emulation import Emulation
 from flowspec.simulate.scheduler import Simulator
+from flowspec.strategies import ABLATIONS, STRATEGIES
 from flowspec.trace import Recorder
 
 TOKENS = 17
@@ -60,8 +61,7 @@ def test_plain_decoding_is_bound_by_forwards_and_bytes():
     assert least < 0.995 * took
 
 
-@pytest.mark.parametrize("strategy", ["ar", "serial_pp", "naive_pp", "pipedec", "flowspec",
-                                      "streaming"])  # fmt: skip
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *ABLATIONS])
 @pytest.mark.parametrize("cluster", ["jetson-5", "jetson-5-125mbit", "wifi-5"])
 def test_no_run_beats_its_bound(strategy, cluster):
     """Whatever the schedule and the line."""

@@ -31,7 +31,8 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
         time = now[rank]
         if isinstance(what, Work):
             if order == _END:
-                time = max(time, done[id(what)] + what.end - what.start)
+                begun = done.get(id(what), time)  # one that takes no time ends first
+                time = max(time, begun + what.end - what.start)
             done[id(what)] = time = time if when > start else when
         else:
             hop = hops.get(id(what)) if order == _RECEIVE else None
