@@ -197,7 +197,11 @@ class Head:
         slot = self.slots.next_slot(list(self.active.values()), room)
         if slot:
             num_rows = sum(len(segment.nodes) for segment in slot)
-            self.pipe.depart(num_rows, tuple((s.request, s.seq_no) for s in slot))
+            self.pipe.depart(
+                num_rows,
+                tuple((s.request, s.seq_no) for s in slot),
+                prompt=all(s.prefix for s in slot),
+            )
         return slot
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:

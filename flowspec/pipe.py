@@ -56,6 +56,7 @@ class Trip:
 
     num_rows: int
     segments: tuple[tuple[int, int], ...]  # (request, seq_no) of each; the first names the trip
+    prompt: bool = False  # nothing but pieces of prompts
     started_at: float | None = None  # when the first stage took it, as the head learnt
 
 
@@ -83,6 +84,11 @@ class Pipe:
         return len(self.trips)
 
     @property
+    def num_decoding(self) -> int:
+        """Of the trips in flight those with rows of a tree."""
+        return sum(not trip.prompt for trip in self.trips.values())
+
+    @property
     def num_waiting(self) -> int:
         """Trips that the first stage has not taken yet."""
         return sum(trip.started_at is None for trip in self.trips.values())
@@ -103,9 +109,11 @@ class Pipe:
         until = newest.started_at + self.cost.milliseconds(newest.num_rows) / 1e3
         return max(0.0, until - self.now)
 
-    def depart(self, num_rows: int, segments: tuple[tuple[int, int], ...]) -> None:
-        """Segments leave together."""
-        self.trips[segments[0]] = Trip(num_rows, segments)
+    def depart(
+        self, num_rows: int, segments: tuple[tuple[int, int], ...], *, prompt: bool = False
+    ) -> None:
+        """Segments leave together; `prompt`: all are pieces of prompts."""
+        self.trips[segments[0]] = Trip(num_rows, segments, prompt)
 
     def start(self, trip: tuple[int, int]) -> None:
         """The first stage has taken the trip."""

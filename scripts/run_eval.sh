@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The experiments of docs/schedule.md on the emulated reference testbed; --help says which there are:
+# The experiments of docs/schedule.md on emulated clusters; --help says which there are:
 #     bash scripts/run_eval.sh table --data-dir QUESTIONS
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

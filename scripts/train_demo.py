@@ -151,9 +151,10 @@ def step_eagle3(args: argparse.Namespace) -> None:
     default = train_eagle3.default_layers(target.shape.num_layers)
     layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else default
     eagle = args.out / "eagle"
+    begun = (eagle / "model.safetensors").exists() and layers[-1] == default[-1]
     plan = train_eagle3.Plan(
         layers=layers,
-        eagle=eagle if eagle.exists() and layers[-1] == default[-1] else None,
+        eagle=eagle if begun else None,
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,
         checkpoint=args.work / "eagle3.pt", steps=args.eagle3_unroll,
         init=args.init and args.init / "eagle3", rate=args.rate,

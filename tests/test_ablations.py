@@ -36,6 +36,7 @@ HEAD_VERDICT, UNPRUNED = "streaming-head-verdict", "streaming-unpruned"
 @pytest.mark.parametrize("strategy", PIPELINES)
 def test_texts_are_the_targets_own_and_nothing_is_left(strategy, drafter):
     """For one request and for several in one segment, whatever the number of stages."""
+    batches: list[Batch] = []
     for num_stages, count in ((1, 1), (2, 3), (4, 2)):
         asked = [
             request(n, sampling=replace(T1, seed=n) if n % 2 else T0, max_new_tokens=9 + n)
@@ -47,8 +48,8 @@ def test_texts_are_the_targets_own_and_nothing_is_left(strategy, drafter):
         if strategy == HEAD_VERDICT:
             assert isinstance(watches[0].core, DecidingHead)
             assert not watches[0].core.end.requests
-        if count > 1:
-            assert any(isinstance(message, Batch) for message in watches[1].seen)
+        batches += [message for message in watches[1].seen if isinstance(message, Batch)]
+    assert batches, "no segment was of several"
 
 
 def answered(
@@ -249,17 +250,17 @@ def test_chosen_ahead_segments_are_whole():
 
 @pytest.mark.parametrize(("num_stages", "most"), [(1, 2), (2, 2), (4, 4)])
 def test_there_is_one_segment_per_stage(monkeypatch, num_stages, most):
-    """Of one stage two, lest it waits for the head; `streaming-queued` has another one wait."""
+    """Of one stage two, lest it waits for the head; with more, `streaming-queued` has one wait."""
     seen: dict[str, list[int]] = {}
-    best = Streaming.best_segment
+    choose = Streaming.next_segment
 
     def counting(own: Streaming, session: Session) -> Outgoing | None:
-        outgoing = best(own, session)
+        outgoing = choose(own, session)
         if outgoing is not None:
-            seen[strategy].append(session.pipe.num_in_flight + 1)
+            seen[strategy].append(session.pipe.num_decoding + 1)
         return outgoing
 
-    monkeypatch.setattr(Streaming, "best_segment", counting)
+    monkeypatch.setattr(Streaming, "next_segment", counting)
     for strategy in ("streaming", "streaming-queued"):
         seen[strategy] = []
         answered(strategy, num_stages=num_stages)

@@ -13,7 +13,7 @@ from flowspec.eval.provenance import code_hash, folder_hash, revision, versions
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A source tree of its own."""
     package = tmp_path / "tree" / "package"
-    for name in ("core.py", "model/net.py", "cli/show.py", "eval/report.py"):
+    for name in ("core.py", "model/net.py", "cli/show.py", "eval/report.py", "eval/bound.py"):
         path = package / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x = 1\n")
@@ -23,7 +23,13 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("core.py", True), ("model/net.py", True), ("cli/show.py", False), ("eval/report.py", False)],
+    [
+        ("core.py", True),
+        ("model/net.py", True),
+        ("cli/show.py", False),
+        ("eval/report.py", False),
+        ("eval/bound.py", True),
+    ],
 )
 def test_the_code_that_is_timed_counts(tree, name, changes):
     """A better table needs no new run; a better model does."""
@@ -31,6 +37,11 @@ def test_the_code_that_is_timed_counts(tree, name, changes):
     assert code_hash() == before
     (tree / name).write_text("x = 2\n")
     assert (code_hash() != before) is changes
+
+
+def test_what_measures_is_there():
+    """By its present name."""
+    assert all((provenance.ROOT / name).is_file() for name in provenance.MEASURING)
 
 
 def test_a_moved_source_counts(tree):

@@ -7,7 +7,7 @@ import pytest
 from clusters import check_empty, make_cluster, run_all_watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import SCRIPTS, ScriptedDrafter, drafter_named, hostile, perfect
+from scripted import SCRIPTS, ScriptedDrafter, drafter_named, hostile, mixed, perfect
 from tiny import CONFIG, MAX_CONTEXT, PROMPT, T0, T1, expected, request, whole_model
 from tiny_drafters import MODEL_DRAFTERS, model_drafter
 from traces import record
@@ -189,6 +189,31 @@ def test_prompts_do_not_wait_for_one_another():
 
 
 # Fairness ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["ar", "flowspec", "streaming"])
+def test_a_long_prompt_does_not_stop_who_decodes(strategy):
+    """Another's prompt fills the pipe in pieces; each verdict is still asked for at once."""
+    cluster = make_cluster(4, strategy, drafter=ScriptedDrafter(mixed), prefill_chunk=4)
+    simulator = cluster.simulator
+    simulator.submit(Submit(request=request(1, max_new_tokens=40)))
+    long = request(2, prompt=(PROMPT * 8)[:96], max_new_tokens=2)
+    times: dict[int, list[float]] = {1: [], 2: []}
+    while simulator.step():
+        while simulator.to_client:
+            if isinstance(event := simulator.to_client.popleft(), Tokens):
+                times[event.request].append(simulator.now)
+        if len(times[1]) == 3 and 2 not in cluster.head.active and not times[2]:
+            simulator.submit(Submit(request=long))
+            times[2] = [simulator.now]
+    begin, end, *_ = times[2]
+    assert end - begin > 20.0, "24 pieces, a second each"
+    waits = [
+        after - before for before, after in pairwise(times[1]) if begin < after and before < end
+    ]
+    # a trip through four stages, and a piece that has just begun at each
+    assert waits
+    assert max(waits) < 9.0, waits
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -73,7 +73,7 @@ def test_the_end_of_the_queue_s_process_is_told():
 def freeze_the_queue(*, at_the_end: bool) -> None:
     """Stop its process while the crew is there; ask for what has arrived, or end the crew."""
     with _crew(make_plan(), 2) as crew:
-        os.kill(crew.keeper.pid, signal.SIGSTOP)
+        os.kill(crew.keepers[0].pid, signal.SIGSTOP)
         if not at_the_end:
             list(crew._arrived())
 

@@ -27,7 +27,7 @@ from flowspec.strategies import STRATEGIES, check_runs_for_real
 
 TABLES = BUNDLED.parent.parent / "config" / "eval.yaml"
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
-FEW = 5  # questions of a set, unless more are asked for: minutes, not hours
+FEW = 5  # questions of each of the six sets, unless more are asked for: minutes, not hours
 
 
 def bench(
@@ -53,7 +53,7 @@ def bench(
     questions: Annotated[str, typer.Option(help="Places in each set's file, as in 30:50.")] = "",
     limit: Annotated[
         int | None,
-        typer.Option(help=f"Questions per set [{FEW}, where --questions says none].", min=1),
+        typer.Option(help=f"Questions per set [of the six {FEW}, without --questions].", min=1),
     ] = None,
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0",
     seeds: Annotated[str, typer.Option(help="As in 1,2,3; one is enough at 0.")] = "1",
@@ -119,7 +119,7 @@ def bench(
     plan = assemble(
         cases,
         emulations,
-        datasets=load_sets(datasets, data_dir, questions, limit if limit or questions else FEW),
+        datasets=load_sets(datasets, data_dir, questions, limit, few=FEW),
         temperatures=sampled[0],
         seeds=sampled[1],
         max_tokens=max_tokens,
@@ -129,7 +129,7 @@ def bench(
         draft=draft or [],
     )
     plan = replace(plan, warm=warm or real, repeats=repeats)
-    if not (limit or questions):
+    if not (limit or questions) and any(name in DATASETS for name in plan.datasets):
         typer.echo(f"at most {FEW} questions of each set; --questions 0: takes all", err=True)
     outcome = run_shown(plan, out, jobs)
     _report(plan, outcome, out, json_file)

@@ -108,15 +108,24 @@ def check_sampling(temperatures: Sequence[float], seeds: Sequence[int]) -> None:
 
 
 def load_sets(
-    datasets: str, data_dir: Path | None, questions: str, limit: int | None
+    datasets: str,
+    data_dir: Path | None,
+    questions: str,
+    limit: int | None,
+    *,
+    few: int | None = None,
 ) -> Mapping[str, Sequence[Prompt]]:
-    """Questions by set. Raises ValueError for what is not there, all of it before any download."""
+    """Questions by set; of a known one `few`, where neither a range nor a limit is given.
+
+    Raises ValueError for what is not there, all of it before any download.
+    """
     names = DATASETS if datasets == "all" else names_in(datasets, "--datasets")
     chosen = parse_range(questions)
     check_datasets(names, data_dir=data_dir)
     loaded: dict[str, Sequence[Prompt]] = {}
     for name in names:
-        prompts = load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)
+        most = few if name in DATASETS and not (questions or limit) else limit
+        prompts = load_dataset(name, data_dir=data_dir, chosen=chosen, limit=most)
         source = prompts[0].source
         if source in loaded:
             raise ValueError(f"--datasets: two sets are called {source}; rename a file")

@@ -9,12 +9,12 @@ the same conditions with longer delays. Times in seconds.
 """
 
 from collections.abc import Callable
+from math import inf
 
 from flowspec.eval.timeline import Note, Timeline, Work
 
 TransferTime = Callable[[int, int, int], float]  # of source, receiver and bytes
 DRAFT = "draft"
-# Of what one process did at one time the order: a computation's end comes before what follows it.
 _END, _RECEIVE, _SEND, _BEGIN = range(4)
 
 
@@ -27,15 +27,15 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
     done: dict[int, float] = {}  # of computations' begins and messages' departures, by id
     now = dict.fromkeys(timeline.processes, start)
     last = start
-    for when, order, rank, what in _steps(timeline):
+    for when, kind, rank, what in _steps(timeline):
         time = now[rank]
         if isinstance(what, Work):
-            if order == _END:
+            if kind == _END:
                 begun = done.get(id(what), time)  # one that takes no time ends first
                 time = max(time, begun + what.end - what.start)
             done[id(what)] = time = time if when > start else when
         else:
-            hop = hops.get(id(what)) if order == _RECEIVE else None
+            hop = hops.get(id(what)) if kind == _RECEIVE else None
             if hop is not None and id(hop.sent) in done:  # else it took no time at all
                 on_the_way = transfer_s(hop.source, hop.to, hop.sent.size)
                 time = max(time, done[id(hop.sent)] + on_the_way)
@@ -47,12 +47,17 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
 
 
 def _steps(timeline: Timeline) -> list[tuple[float, int, int, Work | Note]]:
-    """What the processes did, in the order of time; drafts and what a client saw left out."""
-    steps: list[tuple[float, int, int, Work | Note]] = []
+    """What the processes did, in the order of time; drafts are left out.
+
+    At one time a process did what its records say in their order, and began to compute last.
+    """
+    steps: list[tuple[float, float, int, int, Work | Note]] = []
     for rank, process in timeline.processes.items():
         for work in process.works:
             if work.kind != DRAFT:
-                steps += [(work.start, _BEGIN, rank, work), (work.end, _END, rank, work)]
-        steps += [(note.when, _RECEIVE, rank, note) for note in process.received]
-        steps += [(note.when, _SEND, rank, note) for note in process.sent]
-    return sorted(steps, key=lambda step: step[:3])
+                steps.append((work.start, inf, _BEGIN, rank, work))
+                steps.append((work.end, work.order, _END, rank, work))
+        steps += [(note.when, note.order, _RECEIVE, rank, note) for note in process.received]
+        steps += [(note.when, note.order, _SEND, rank, note) for note in process.sent]
+    steps.sort(key=lambda step: step[:4])
+    return [(when, kind, rank, what) for when, _, kind, rank, what in steps]

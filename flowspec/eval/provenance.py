@@ -11,7 +11,9 @@ from flowspec import __version__
 
 ROOT = Path(flowspec.__file__).resolve().parent
 NOT_TIMED = ("cli", "eval")  # parts of the package that no measured run goes through
-MEASURING = ("answering", "bound", "idle", "metrics", "timeline")  # parts of eval that one does
+MEASURING = tuple(  # files of eval that one does
+    f"eval/{name}.py" for name in ("answering", "bound", "clock", "idle", "metrics", "timeline")
+)
 PACKAGES = ("torch", "transformers", "numpy")
 GIT_TIMEOUT_S = 10.0
 _CHUNK = 1 << 20
@@ -22,8 +24,7 @@ def code_hash() -> str:
     total = sha256()
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT)
-        measures = place.parts[0] == "eval" and place.stem in MEASURING
-        if place.parts[0] not in NOT_TIMED or measures:
+        if place.parts[0] not in NOT_TIMED or place.as_posix() in MEASURING:
             total.update(f"{place}\0".encode())
             total.update(path.read_bytes())
     return total.hexdigest()[:16]

@@ -143,13 +143,13 @@ class _Pool:
         jobs: int,
         samples: "Queue[Sample]",
         signs: "Signs",
-        keeper: BaseProcess | None = None,
+        keepers: Sequence[BaseProcess] = (),
     ) -> None:
-        """`keeper` is the process that keeps the queue and the signs, where one does."""
+        """`keepers`: the process that keeps the queue and the signs, where one does."""
         self.pool = pool
         self.samples = samples
         self.signs = signs
-        self.keeper = keeper
+        self.keepers = keepers
         self.most_waiting = 4 * jobs  # few enough to stop soon when asked to
 
     def work(self, todo: Todo) -> Done:
@@ -161,7 +161,7 @@ class _Pool:
                 waiting[self.pool.submit(_ask, group)] = group, cases
             finished, _ = wait(waiting, SAMPLES_POLL_S, FIRST_COMPLETED)
             yield from self._arrived()
-            with _limit(FROZEN_S, self.keeper):
+            with _asking(FROZEN_S, self.keepers):
                 self.signs.look(time.monotonic())
             for future in finished:
                 group, cases = waiting.pop(future)
@@ -177,7 +177,7 @@ class _Pool:
         """All samples of what is finished are among them: a process waits until each is taken."""
         while True:
             try:
-                with _limit(FROZEN_S, self.keeper):
+                with _asking(FROZEN_S, self.keepers):
                     sample = self.samples.get_nowait()
             except Empty:
                 return
@@ -220,7 +220,7 @@ class Signs:
 
 
 @contextmanager
-def _limit(seconds: float, *processes: BaseProcess | None) -> Iterator[None]:
+def _limit(seconds: float, *processes: BaseProcess) -> Iterator[None]:
     """Kill the processes where what is inside, which waits for them, takes longer.
 
     However long this process is stopped meanwhile, that counts as a second.
@@ -232,14 +232,30 @@ def _limit(seconds: float, *processes: BaseProcess | None) -> Iterator[None]:
             if done.wait(PARENT_POLL_S):
                 return
         for process in processes:
-            if process is not None:
-                process.kill()
+            process.kill()
 
     threading.Thread(target=watch, daemon=True, name="limit").start()
     try:
         yield
     finally:
         done.set()
+
+
+class _KeeperLost(Exception):
+    """The process that keeps the queue has ended."""
+
+
+@contextmanager
+def _asking(seconds: float, keepers: Sequence[BaseProcess]) -> Iterator[None]:
+    """What is inside asks the queue's process. Raises _KeeperLost where it ends or does not answer.
+
+    One that is killed within an answer gives a plain OSError.
+    """
+    try:
+        with _limit(seconds, *keepers):
+            yield
+    except (EOFError, OSError):
+        raise _KeeperLost from None
 
 
 @contextmanager
@@ -252,14 +268,15 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
     manager = SyncManager(ctx=context)
     # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
     manager.start(_end_with, (os.getpid(),))
-    (keeper,) = (one for one in multiprocessing.active_children() if one not in before)
-    others = [*before, keeper]
+    keepers = [one for one in multiprocessing.active_children() if one not in before]
+    others = [*before, *keepers]
 
     def workers() -> list[BaseProcess]:
         return [one for one in multiprocessing.active_children() if one not in others]
 
     try:
-        samples, stopped, counts = manager.Queue(), manager.Event(), manager.dict()
+        with _limit(FROZEN_S, *keepers):
+            samples, stopped, counts = manager.Queue(), manager.Event(), manager.dict()
         pool = ProcessPoolExecutor(
             jobs,
             mp_context=context,
@@ -267,20 +284,20 @@ def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
             initargs=(plan, os.getpid(), samples, stopped, counts),
         )
         try:
-            yield _Pool(pool, jobs, samples, Signs(counts, workers), keeper)
-        except (BrokenProcessPool, EOFError, ConnectionError):  # of the keeper, the latter
+            yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
+        except (BrokenProcessPool, _KeeperLost):
             raise ClusterError(
                 "bench",
                 f"a worker process ended, or was silent for {FROZEN_S:.0f} s and was killed; is "
                 "the machine out of memory? The same command goes on from here",
             ) from None
         finally:
-            with _limit(STOP_S, keeper), suppress(EOFError, ConnectionError):
+            with suppress(_KeeperLost), _asking(STOP_S, keepers):
                 stopped.set()
             with _limit(STOP_S, *workers()):
                 pool.shutdown(wait=True, cancel_futures=True)
     finally:
-        with _limit(STOP_S, keeper):
+        with _limit(STOP_S, *keepers):
             manager.shutdown()
 
 
@@ -319,7 +336,7 @@ def _end_with(parent: int, counts: MutableMapping[int, int] | None = None) -> No
         count = 0
         while os.getppid() == parent:
             if counts is not None:
-                with suppress(EOFError, ConnectionError):  # the run is over
+                with suppress(EOFError, OSError):  # the run is over
                     counts[os.getpid()] = count = count + 1
             time.sleep(PARENT_POLL_S)
         os._exit(1)

@@ -48,6 +48,7 @@ class Work:
     requests: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
     segments: tuple[Segment, ...] = ()
+    order: int = 0  # of its end among its process's records
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class Note:
     peer: int = CLIENT
     size: int = 0  # bytes
     details: dict[str, Any] = field(default_factory=dict)
+    order: int = 0  # among its process's records
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,29 +157,29 @@ def make_timeline(records: Iterable[Iterable[Record]]) -> Timeline:
 
 def _load(records: Iterable[Record]) -> Process:
     process = Process(-1)
-    for kind, *values in records:
+    for order, (kind, *values) in enumerate(records):
         if kind == "process":
             process.rank, process.pid, process.clock_kind = values
         elif kind == "work":
-            process.works.append(_work(*values))
+            process.works.append(_work(*values, order=order))
         elif kind in ("wait", "host") and values[0] < values[1]:
             spans = process.waits if kind == "wait" else process.hosted
             spans.append((values[0], values[1]))
         elif kind == "send":
             when, to, key, size, details = values
-            process.sent.append(Note(when, key[0], tuple(key), to, size, details))
+            process.sent.append(Note(when, key[0], tuple(key), to, size, details, order))
         elif kind == "receive":
             when, key, details = values
-            process.received.append(Note(when, key[0], tuple(key), details=details))
+            process.received.append(Note(when, key[0], tuple(key), details=details, order=order))
         elif kind == "end":
             process.num_dropped = values[0]
     return process
 
 
-def _work(*values: Any) -> Work:
+def _work(*values: Any, order: int) -> Work:
     start, end, kind, rows, context, requests, nodes, segments = values
     ran = tuple(_segment(*segment) for segment in segments)
-    return Work(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran)
+    return Work(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran, order)
 
 
 def _segment(

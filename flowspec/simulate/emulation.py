@@ -334,7 +334,7 @@ def _stage_gb(model: ModelProfile, layers: int, *, first: bool, last: bool) -> f
 
 def _smaller(model: ModelProfile) -> str:
     """What helps where a model does not fit."""
-    return "more or larger devices" + (", or a 4-bit model" if model.weight_bits > 8 else "")
+    return "more or larger devices" + (", or a 4-bit model" if model.weight_bits > 5 else "")
 
 
 def _operations(model: LayerSizes, rows: int, context: int) -> float:

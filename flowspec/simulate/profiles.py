@@ -257,8 +257,7 @@ def _known_names(cls: type) -> str:
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A profile of these values and no others."""
-    _check_known(cls, values, where)
+    """A profile of these values, which `_figures` has taken."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     needed = [n for n, f in known.items() if f.default is MISSING and n not in values]
     if needed:

@@ -51,11 +51,9 @@ class Ticking(Streaming):
 class Queued(Streaming):
     """One segment more than there are stages: it waits before the first stage, its rows chosen."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def most_in_flight(self, s: Session) -> int:
         """See Streaming."""
-        if s.pipe.num_waiting or s.pipe.num_in_flight > s.num_stages:
-            return None
-        return self.best_segment(s)
+        return s.num_stages + 1
 
 
 class Eager(Streaming):

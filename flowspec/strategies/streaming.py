@@ -20,19 +20,14 @@ class Streaming:
     """Best nodes first, just in time."""
 
     def next_segment(self, s: Session) -> Outgoing | None:
-        """One segment per stage: more would wait, chosen before it had to be.
+        """The best nodes; one, where there is time to draft on before the first stage is free.
 
-        How many of its rows pay, the head decides.
+        How many of them pay, the head decides.
         """
         pipe = s.pipe
-        most_in_flight = s.config.max_in_flight or max(2, s.num_stages)
-        if pipe.num_waiting or pipe.num_in_flight >= most_in_flight:
+        most_in_flight = s.config.max_in_flight or self.most_in_flight(s)
+        if pipe.num_waiting or pipe.num_decoding >= most_in_flight:
             return None
-        return self.best_segment(s)
-
-    def best_segment(self, s: Session) -> Outgoing | None:
-        """The best nodes; one, where there is time to draft on before the first stage is free."""
-        pipe = s.pipe
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
         early = drafts and self.may_wait(s)
         least = _least(s)
@@ -43,6 +38,13 @@ class Streaming:
         if drafts and len(best) == 1 and s.config.max_in_flight == 1:
             return None  # nothing may follow the known token: it takes its first guesses along
         return Outgoing(best, best_first=True, early=early)
+
+    def most_in_flight(self, s: Session) -> int:
+        """One segment per stage: more would wait, chosen before it had to be.
+
+        Of other requests' prompts there may be more: who decodes does not wait for them all.
+        """
+        return max(2, s.num_stages)
 
     def may_wait(self, s: Session) -> bool:
         """While the first stage computes there is time to draft on, and then to choose better."""

@@ -6,6 +6,7 @@ Shapes: as in train_drafters.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from demo.train_drafters import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+logger = logging.getLogger("train_demo")
 INTERMEDIATE = 1408  # as the EAGLE-1 head's
 FITTED = 64  # short blocks that a head's first weights are fitted on
 LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
@@ -89,6 +91,7 @@ def exported(target: FastLlama, tensors: dict[str, Tensor]) -> FastEagle3:
 def new_head(target: FastLlama, ids: Tensor, plan: Plan, short: Blocks) -> FastEagle3:
     """A head that begins as the plan's EAGLE-1 head, or, without one, as the target's lm_head."""
     heads = (target.shape.num_heads, target.shape.num_heads, target.shape.head_dim)
+    logger.info("eagle3 begins as %s", plan.eagle or "the target's lm_head on its last feature")
     if plan.eagle is None:
         return FastEagle3(target, ids, heads, INTERMEDIATE)
     old = FastEagle(target.embed.detach(), heads, INTERMEDIATE)
