@@ -83,10 +83,12 @@ class Pipe:
         """Trips sent and not back."""
         return len(self.trips)
 
-    @property
-    def num_decoding(self) -> int:
-        """Of the trips in flight those with rows of a tree."""
-        return sum(not trip.prompt for trip in self.trips.values())
+    def num_in_flight_for(self, request: int) -> int:
+        """Trips in flight, but for those of nothing but other requests' prompts."""
+        return sum(
+            not trip.prompt or any(of == request for of, _ in trip.segments)
+            for trip in self.trips.values()
+        )
 
     @property
     def num_waiting(self) -> int:

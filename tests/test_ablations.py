@@ -257,7 +257,7 @@ def test_there_is_one_segment_per_stage(monkeypatch, num_stages, most):
     def counting(own: Streaming, session: Session) -> Outgoing | None:
         outgoing = choose(own, session)
         if outgoing is not None:
-            seen[strategy].append(session.pipe.num_decoding + 1)
+            seen[strategy].append(session.pipe.num_in_flight_for(session.request.id) + 1)
         return outgoing
 
     monkeypatch.setattr(Streaming, "next_segment", counting)

@@ -26,7 +26,7 @@ class Streaming:
         """
         pipe = s.pipe
         most_in_flight = s.config.max_in_flight or self.most_in_flight(s)
-        if pipe.num_waiting or pipe.num_decoding >= most_in_flight:
+        if pipe.num_waiting or pipe.num_in_flight_for(s.request.id) >= most_in_flight:
             return None
         drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
         early = drafts and self.may_wait(s)
