@@ -12,20 +12,20 @@ Share = tuple[Session, DraftJob]
 
 
 def next_drafts(requests: Iterable[Served]) -> list[Share]:
-    """Each request's share of the next forward: true rows first, else what its strategy wants."""
+    """Each request's share of the next forward: true rows, and what its strategy wants."""
     jobs = []
     for served in requests:
         session = served.session
-        if session.drafter.num_rows_ready:
-            jobs.append((session, DraftJob(session.drafter, session.tree)))
-        elif session.decoding and (nodes := served.strategy.next_draft(session)):
-            jobs.append((session, DraftJob(session.drafter, session.tree, nodes)))
+        absorbs = session.drafter.num_rows_ready > 0
+        nodes = served.strategy.next_draft(session) if session.decoding else ()
+        if absorbs or nodes:
+            jobs.append((session, DraftJob(session.drafter, session.tree, nodes, absorbs)))
     return jobs
 
 
 def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
     """One drafter forward for all of `shares`; messages are served while it runs."""
-    num_rows = [session.drafter.num_rows(job.tree, job.nodes) for session, job in shares]
+    num_rows = [job.num_rows for _, job in shares]
     begun = drafter.begin([job for _, job in shares])
     pipe.draft_began_at = pipe.now
 
@@ -38,13 +38,13 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
         for (session, job), proposals, rows in zip(shares, proposed, num_rows, strict=True):
             session.stats.num_draft_forwards += rows > 0
             if not session.over:
-                session.take_proposals(proposals, expanded=job.nodes is not None)
+                session.take_proposals(proposals, expanded={node.id for node in job.nodes})
         return ()
 
     context = max(len(s.request.prompt) + len(s.tokens) for s, _ in shares)
     about: dict[str, object] = {"requests": [session.request.id for session, _ in shares]}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
-        about["nodes"] = [node.id for node in shares[0][1].nodes or ()]
+        about["nodes"] = [node.id for node in shares[0][1].nodes]
     return Work(
         kind="draft",
         rows=sum(num_rows),

@@ -3,7 +3,7 @@
 Strategies decide through it; only the head changes it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -111,17 +111,17 @@ class Session:
         self.commit(ids[num_shared:])
         self.drafter.accept(prompt)
 
-    def take_proposals(self, proposals: list[Proposal], *, expanded: bool) -> None:
-        """The drafter's forward is done: children of expanded nodes, or a new word on the root."""
-        if expanded:
-            self.grow(proposals, floor_count=self.config.tree_size)
-            self.graft()
-            return
+    def take_proposals(self, proposals: list[Proposal], *, expanded: Container[NodeId]) -> None:
+        """The drafter's forward is done: a new word on the root, children of expanded nodes."""
+        below = [proposal for proposal in proposals if proposal.node in expanded]
         for proposal in proposals:
-            self.root_proposal = proposal
-            if self.config.refresh or not self.tree.root.expanded:
-                self.grow([proposal], floor_count=self.config.tree_size)
-                self.graft()
+            if proposal.node not in expanded:
+                self.root_proposal = proposal
+                if self.config.refresh or not self.tree.root.expanded:
+                    below.insert(0, proposal)
+        if below:
+            self.grow(below, floor_count=self.config.tree_size)
+            self.graft()
 
     def drop_tree(self) -> None:
         """Forget all guesses but the root's children as last proposed: a new round begins."""

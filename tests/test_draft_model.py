@@ -73,7 +73,7 @@ class Play:
 
     def run(self, nodes: Sequence[Node] | None) -> tuple[list[Proposal], int]:
         """One job: its proposals, and how many rows of the model it took."""
-        job = DraftJob(self.session, self.tree, nodes)
+        job = DraftJob(self.session, self.tree, nodes or (), absorbs=nodes is None)
         with torch.inference_mode():
             share = self.session.begin(job)
             (output,) = self.drafter.run([share])

@@ -184,7 +184,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
         session.accept(text)
         tree = DraftTree()
         tree.plant(NO_NODE, text[-1], len(text) - 1)
-        jobs.append(DraftJob(session, tree))
+        jobs.append(DraftJob(session, tree, absorbs=True))
     first, second = draft(drafter, jobs)
     assert calls == [2]
     assert 3 in dict(first[0].children)

@@ -43,7 +43,7 @@ class DraftSession(Protocol):
         """True features [H] by absolute position, each position once, any order."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """Rows that a job would compute now: to expand `nodes`, or (None) to absorb."""
+        """Rows to compute now to expand `nodes`, or (None) to absorb."""
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """One forward over true tokens; the root's children if it got as far as the root."""
@@ -54,11 +54,21 @@ class DraftSession(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DraftJob:
-    """One request's share of a drafter forward: nodes to expand, or (None) true rows to absorb."""
+    """One request's share of a drafter forward: true rows to absorb, nodes to expand, or both."""
 
     session: DraftSession
     tree: DraftTree
-    nodes: Sequence[Node] | None = None
+    nodes: Sequence[Node] = ()  # not the root: its children come of absorbing its row
+    absorbs: bool = False
+
+    def __post_init__(self) -> None:
+        assert self.absorbs or self.nodes, "a job of nothing"
+
+    @property
+    def num_rows(self) -> int:
+        """That it would compute now."""
+        absorbed = self.session.num_rows(self.tree) if self.absorbs else 0
+        return absorbed + (self.session.num_rows(self.tree, self.nodes) if self.nodes else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,10 @@ class Draft(Protocol):
         """Compute. In a thread of its own, perhaps: it touches the draft model's tensors alone."""
 
     def finish(self) -> list[list[Proposal]]:
-        """The proposals of each job, also for nodes that have died since."""
+        """The proposals of each job: the root's, if it has absorbed that, then its nodes'.
+
+        Also for nodes that have died since.
+        """
 
 
 class Drafter(Protocol):
@@ -134,11 +147,9 @@ def look_up(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
     """The proposals of one job after the other, each by its session alone."""
     proposals = []
     for job in jobs:
-        if job.nodes is not None:
-            proposals.append(job.session.expand(job.nodes, job.tree))
-        else:
-            absorbed = job.session.absorb(job.tree)
-            proposals.append([] if absorbed is None else [absorbed])
+        root = job.session.absorb(job.tree) if job.absorbs else None
+        below = job.session.expand(job.nodes, job.tree) if job.nodes else []
+        proposals.append([*([] if root is None else [root]), *below])
     return proposals
 
 

@@ -69,7 +69,7 @@ class DraftModelSession(IncrementalSession):
     def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
         """See IncrementalSession."""
         proposals = super().finish(job, share, states, logits)
-        if share.path is not None:
+        if share.true is not None:
             at_root = self._is_root(job.tree, self.num_absorbed)
             self._tip = job.tree.root.id if at_root else NO_NODE
         return proposals

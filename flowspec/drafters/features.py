@@ -69,11 +69,19 @@ class FeatureDrafter(IncrementalDrafter):
         return self.rows(tokens, features, rope, window.attend(0))
 
     def _fused(self, shares: Sequence[Share]) -> list[Tensor]:
-        """What is beside the tokens of each share [n, H]; true features are fused together."""
-        given = [(share, share.features) for share in shares if share.features is not None]
-        true = [raw.to(self.device, self.dtype) for share, raw in given if share.path is not None]
+        """What is beside the tokens of the rows, in their order; true features are fused together.
+
+        Pieces [n, H].
+        """
+        given = [
+            (rows is share.true, rows.features)
+            for share in shares
+            for rows in share.kinds
+            if rows.features is not None
+        ]
+        true = [raw.to(self.device, self.dtype) for is_true, raw in given if is_true]
         fused = iter(self.fuse(torch.cat(true)).split([len(raw) for raw in true]) if true else ())
-        return [raw if share.path is None else next(fused) for share, raw in given]
+        return [next(fused) if is_true else raw for is_true, raw in given]
 
 
 class FeatureSession(IncrementalSession):

@@ -61,7 +61,7 @@ class GraftedDraft:
         for job in jobs:
             assert isinstance(job.session, GraftedSession), "a session of another drafter"
             self._parts.append((job.session, job.tree))
-            inner.append(DraftJob(job.session.base, job.tree, job.nodes))
+            inner.append(replace(job, session=job.session.base))
         self._base = base.begin(inner)
         self.looked_up = self._base.looked_up
 

@@ -10,7 +10,7 @@ vocabulary, Vd the draft model's.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,17 +27,54 @@ UNLIMITED = 2**31
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
-    """One job's n rows in a forward, entered in its session's cache."""
+class Rows:
+    """n rows of one kind in a forward: true ones, or guesses."""
 
     tokens: Sequence[int] = ()
     positions: Sequence[int] = ()  # of RoPE
-    window: Window | None = None  # None where n is 0
+    parents: Sequence[int] = ()  # tree rows, see TreeKVCache.append_tree
     features: Tensor | None = None  # [n, ...], of drafters that need them
     asked: Sequence[Node] = ()  # the last rows are theirs, and give their children
     known: Sequence[Proposal] = ()  # what needs no row
-    path: Sequence[int] | None = None  # None: rows of guesses; else the tree rows that become true
-    num_absorbed: int = 0  # true rows, once it has run
+    path: Sequence[int] = ()  # of true ones: the tree rows that become true
+    num_absorbed: int = 0  # of true ones: how many there are once it has run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One job's rows in a forward, entered in its session's cache: the true ones, then guesses.
+
+    Guesses see the guessed rows of their path, also where its true rows are computed beside them.
+    """
+
+    true: Rows | None  # None: nothing is absorbed
+    guesses: Rows
+    window: Window | None  # None where there are no rows
+
+    @property
+    def kinds(self) -> list[Rows]:
+        """In the order of the rows."""
+        return [self.guesses] if self.true is None else [self.true, self.guesses]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all rows."""
+        return [token for rows in self.kinds for token in rows.tokens]
+
+    @property
+    def positions(self) -> list[int]:
+        """Of all rows."""
+        return [position for rows in self.kinds for position in rows.positions]
+
+    @property
+    def asked(self) -> list[Node]:
+        """The last rows are theirs."""
+        return [node for rows in self.kinds for node in rows.asked]
+
+    @property
+    def known(self) -> list[Proposal]:
+        """What needs no row."""
+        return [proposal for rows in self.kinds for proposal in rows.known]
 
 
 class IncrementalDrafter(ABC):
@@ -183,7 +220,7 @@ class IncrementalSession:
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
-        (proposals,) = draft(self.drafter, [DraftJob(self, tree)])
+        (proposals,) = draft(self.drafter, [DraftJob(self, tree, absorbs=True)])
         return proposals[0] if proposals else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
@@ -193,44 +230,43 @@ class IncrementalSession:
 
     def begin(self, job: DraftJob) -> Share:
         """The rows of a job; `finish` takes what becomes of them."""
-        if job.nodes is None:
-            return self._begin_true(job.tree)
-        return self._begin_guesses(job.tree, job.nodes)
+        room = self.cache.capacity - self.cache.prefix_length - self.cache.num_tree_rows
+        if room < len(job.nodes) + 2 * MAX_ABSORBED_ROWS:
+            self._keep_rows(job.tree, path=())
+        true = self._true_rows(job.tree) if job.absorbs else None
+        share = Share(true=true, guesses=self._guessed_rows(job.nodes), window=None)
+        parents = [parent for rows in share.kinds for parent in rows.parents]
+        return replace(share, window=self.cache.append_tree(parents)) if parents else share
 
-    def _begin_true(self, tree: DraftTree) -> Share:
+    def _true_rows(self, tree: DraftTree) -> Rows:
         assert self.num_rows_ready > 0, "nothing was ready to absorb"
         ready = self.num_absorbed + self.num_rows_ready
         if self._is_full():
-            return Share(known=self._known_root(tree, ready), path=(), num_absorbed=ready)
+            return Rows(known=self._known_root(tree, ready), num_absorbed=ready)
         path = self._known_path(tree)
         start = self.num_absorbed + len(path)
         n = min(ready - start, MAX_ABSORBED_ROWS)
         if n == 0:
-            return Share(known=self._known_root(tree, ready), path=path, num_absorbed=ready)
+            return Rows(known=self._known_root(tree, ready), path=path, num_absorbed=ready)
         first = self.cache.num_tree_rows
-        chain = [path[-1] if path else COMMITTED, *range(first, first + n - 1)]
         tokens = self.tokens[start + self.drafter.first_token :]
-        return Share(
+        return Rows(
             tokens=tokens[:n],
             positions=range(start, start + n),
-            window=self.cache.append_tree(chain),
+            parents=[path[-1] if path else COMMITTED, *range(first, first + n - 1)],
             features=self._features_of_true(start, n),
             asked=[tree.root] if self._is_root(tree, start + n) else [],
             path=[*path, *range(first, first + n)],
             num_absorbed=start + n,
         )
 
-    def _begin_guesses(self, tree: DraftTree, nodes: Sequence[Node]) -> Share:
+    def _guessed_rows(self, nodes: Sequence[Node]) -> Rows:
         known = {node.id: self._known_children(node) for node in nodes}
         asked = [node for node in nodes if known[node.id] is None]
-        room = self.cache.capacity - self.cache.prefix_length - self.cache.num_tree_rows
-        if room < len(asked) + MAX_ABSORBED_ROWS:
-            self._keep_rows(tree, path=())
-        parents = [self._rows.get(node.parent, COMMITTED) for node in asked]
-        return Share(
+        return Rows(
             tokens=[node.token for node in asked],
             positions=[node.position - self.drafter.first_token for node in asked],
-            window=self.cache.append_tree(parents) if asked else None,
+            parents=[self._rows.get(node.parent, COMMITTED) for node in asked],
             features=self._features_of_guesses(asked) if asked else None,
             asked=asked,
             known=[Proposal(node, own) for node, own in known.items() if own is not None],
@@ -238,16 +274,17 @@ class IncrementalSession:
 
     def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
         """The job's proposals, from states [m, H] and logits [m, Vd] of its `asked` rows."""
-        proposals = self._propose(share.asked, logits) if share.asked else []
-        if share.path is None:
-            self._enter(share)
-        else:
-            self.num_absorbed = share.num_absorbed
+        asked = share.asked
+        proposals = self._propose(asked, logits) if asked else []
+        self._enter(share)
+        if share.true is not None:
+            self.num_absorbed = share.true.num_absorbed
             self._count_ready()
-            self._keep_rows(job.tree, path=share.path)
-        self._record(share.asked, states, proposals)
+            self._keep_rows(job.tree, path=share.true.path)
+        self._record(asked, states, proposals)
         found = {proposal.node: proposal for proposal in [*proposals, *share.known]}
-        return [found[node.id] for node in job.nodes] if job.nodes else list(found.values())
+        below = [found.pop(node.id) for node in job.nodes]
+        return [*found.values(), *below]  # the root's first
 
     def _is_full(self) -> bool:
         """Whether the text is beyond what the draft model can see."""
@@ -266,10 +303,12 @@ class IncrementalSession:
         return [Proposal(tree.root.id, children)]
 
     def _enter(self, share: Share) -> None:
-        """Rows of guesses are in the cache now."""
-        first = self.cache.num_tree_rows - len(share.asked)
-        pairs = zip(share.asked, share.positions, strict=True)
-        for row, (node, position) in enumerate(pairs, start=first):
+        """The rows are in the cache now."""
+        true = share.true.positions if share.true is not None else ()
+        self._owners += [NO_NODE] * len(true)  # they go to the prefix
+        self._positions += true
+        pairs = zip(share.guesses.asked, share.guesses.positions, strict=True)
+        for row, (node, position) in enumerate(pairs, start=len(self._owners)):
             if node.id in self._rows:  # drafted again: the newer guess stands
                 self._owners[self._rows[node.id]] = NO_NODE
             self._rows[node.id] = row

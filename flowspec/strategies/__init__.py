@@ -6,6 +6,7 @@ from typing import Any
 
 from flowspec.config import DecodeConfig
 from flowspec.strategies.ablations import (
+    Apart,
     Draining,
     Eager,
     FixedSize,
@@ -114,6 +115,7 @@ ABLATIONS: dict[str, StrategySpec] = {
     "streaming-draining": _streaming("with a drain after a miss", Draining),
     "streaming-eager": _streaming("without just-in-time choice", Eager),
     "streaming-fixed-size": _streaming("without knee-sized segments", FixedSize),
+    "streaming-apart": _streaming("with true rows and guesses in forwards of their own", Apart),
     "streaming-stale": _streaming("without feature refresh", refresh=False),
     "streaming-uncalibrated": _streaming("without calibrated scores", calibrate=False),
     "streaming-uncoupled": _streaming("without the shared noise", coupled_drafting=False),

@@ -48,6 +48,14 @@ class Ticking(Streaming):
         return [] if s.pipe.num_in_flight >= s.num_stages else super().next_draft(s)
 
 
+class Apart(Streaming):
+    """True rows have a drafter forward of their own; guesses wait for it."""
+
+    def next_draft(self, s: Session) -> Sequence[Node]:
+        """See Streaming."""
+        return [] if s.drafter.num_rows_ready else super().next_draft(s)
+
+
 class Queued(Streaming):
     """One segment more than there are stages: it waits before the first stage, its rows chosen."""
 

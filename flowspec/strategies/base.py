@@ -26,7 +26,10 @@ class Strategy(Protocol):
         """What to send now, or nothing yet."""
 
     def next_draft(self, s: Session) -> Sequence[Node]:
-        """Nodes to expand in one drafter forward now, or none."""
+        """Nodes to expand in one drafter forward now, or none.
+
+        True rows that are due run in the same forward; one that is to know them first waits.
+        """
 
     def on_verdict(self, s: Session) -> None:
         """The tree has just been re-rooted; s.last_was_hit says whether the token was drafted."""
@@ -49,8 +52,8 @@ class TreeRound:
         self.depth, self.grown = 0, False
 
     def next_draft(self, s: Session) -> Sequence[Node]:
-        """The next beam; empty while the root's children are not known, and when grown."""
-        if self.grown or not s.tree.root.expanded:
+        """The next beam; empty while true rows or the root's children are due, and when grown."""
+        if self.grown or not s.tree.root.expanded or s.drafter.num_rows_ready:
             return []
         if self.depth < s.config.tree_depth:
             self.depth += 1

@@ -39,7 +39,9 @@ class FlowSpec:
         """Serial at a round's begin; afterwards the levels of the re-draft."""
         if not self.round.grown:
             return self.round.next_draft(s) if s.round_over else []
-        if self.redraft_again and not self.level and not s.drafter.num_rows_ready:
+        if s.drafter.num_rows_ready:
+            return []
+        if self.redraft_again and not self.level:
             self.redraft_again = False
             self.level = s.tree.root.position
             self.deepest = self.level + s.config.tree_depth

@@ -23,7 +23,7 @@ class PipeDec:
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """The level just sent, all at once."""
-        if any(True for _ in s.tree.unsent()):
+        if s.drafter.num_rows_ready or any(True for _ in s.tree.unsent()):
             return []
         deepest = max(node.position for node in s.tree.nodes.values() if node.expandable)
         if deepest == s.tree.root.position:

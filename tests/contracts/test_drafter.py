@@ -21,7 +21,6 @@ from flowspec.drafters.base import (
     Opening,
     Proposal,
     draft,
-    look_up,
 )
 from flowspec.request import NO_NODE, Request, SamplingParams
 from flowspec.tree import DraftTree, Node
@@ -95,7 +94,7 @@ class Play:
         found = []
         while self.session.num_rows_ready:
             before = self.session.num_rows_ready
-            found += draft(self.drafter, [DraftJob(self.session, self.tree)])[0]
+            found += draft(self.drafter, [DraftJob(self.session, self.tree, absorbs=True)])[0]
             assert self.session.num_rows_ready < before
         return found
 
@@ -204,7 +203,7 @@ def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
     play.plant(8)
     play.give()
     ready = play.session.num_rows_ready
-    assert draft(play.drafter, [DraftJob(play.session, play.tree)]) == [[]]
+    assert draft(play.drafter, [DraftJob(play.session, play.tree, absorbs=True)]) == [[]]
     assert play.session.num_rows_ready == ready - 128
     slow = Play(play.drafter, play.asked.prompt)
     slow.plant(8)
@@ -238,29 +237,66 @@ def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int)
     check_fresh(play)
 
 
+@pytest.mark.parametrize("name", MODEL_DRAFTERS)
+def test_true_rows_beside_guesses_change_neither(name: str) -> None:
+    """The root's word is that of absorbing alone, a guess's the one it had before the verdict."""
+    joint, apart = (Play(drafter_named(name), PROMPT, sampling=T1) for _ in range(2))
+    found = []
+    for play in (joint, apart):
+        play.plant(8)
+        play.give()
+        play.absorb()
+        first, other = play.grow(play.tree.root, [1, 2])
+        play.expand([first, other])
+        below = play.grow(first, [3, 4])
+        if play is apart:
+            found += play.expand(below)
+        play.verdict(play.tree.root, 1)
+        play.give()
+        if play is apart:
+            found = [*play.absorb(), *found]
+            continue
+        job = DraftJob(play.session, play.tree, below, absorbs=True)
+        (got,) = draft(play.drafter, [job])
+        assert [p.node for p in got] == [first.id, *(node.id for node in below)]
+    check_same(got, found)
+    for play in (joint, apart):
+        play.verdict(play.tree.root, 4)
+        check_fresh(play)
+
+
 def act(play: Play, seed: int) -> DraftJob | None:
     """A random event of a generation; the forward it asks for, if it does."""
     random = Random(seed)
     kind = random.choice(["grow", "grow", "verdict", "some features", "features"])
     if kind == "verdict" and len(play.tokens) < len(play.asked.prompt) + MAX_NEW_TOKENS - 8:
         nodes = sorted(play.tree.nodes.values(), key=lambda node: node.id)
-        play.verdict(random.choice(nodes), random.randrange(4))
+        node, token = random.choice(nodes), random.randrange(4)
+        if (drafted := list(play.tree.root.children)) and random.random() < 0.7:
+            node, token = play.tree.root, random.choice(drafted)
+        play.verdict(node, token)
+        play.give(random.choice([0, None]), random=random)
     elif kind == "some features":
         play.give(2, random=random)
     elif kind == "features":
         play.give(random=random)
-    if play.session.num_rows_ready and random.random() < 0.8:
-        return DraftJob(play.session, play.tree)
+    absorbs = play.session.num_rows_ready > 0 and random.random() < 0.8
+    if absorbs and random.random() < 0.5:
+        return DraftJob(play.session, play.tree, absorbs=True)
     grown = [n for n in play.tree.nodes.values() if n is not play.tree.root]
     nodes = [n for n in grown if play.tree[n.parent].expanded]
     picked = random.sample(nodes, min(len(nodes), random.randint(1, 4)))
-    return DraftJob(play.session, play.tree, picked) if picked else None
+    if not picked and not absorbs:
+        return None
+    return DraftJob(play.session, play.tree, picked, absorbs)
 
 
 def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) -> None:
     """The head's part after a forward: nodes get children."""
     random = Random(seed)
-    assert job.nodes is None or [p.node for p in proposals] == [n.id for n in job.nodes]
+    expanded = [n.id for n in job.nodes]
+    assert [p.node for p in proposals][len(proposals) - len(expanded) :] == expanded
+    assert len(proposals) <= len(expanded) + job.absorbs
     for proposal in proposals:
         check_shape(proposal, play.tree[proposal.node], play.topk)
         play.grow(play.tree[proposal.node], random.sample(range(4), 2))
@@ -269,15 +305,15 @@ def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> None:
-    """Absorbing and expanding in any mixture; after it each is as good as fresh."""
+    """Absorbing, expanding or both, in any mixture; after it each is as good as fresh."""
     drafter = drafter_named(name)
     prompts = [PROMPT, PROMPT[:2], (9, 9, 4, 1), tuple(range(20))]
     plays = [[Play(drafter, own, sampling=T1) for own in prompts] for _ in range(2)]
     for play in [*plays[0], *plays[1]]:
         play.plant(3)
         play.give()
-    num_joint = 0
-    for turn in range(25):
+    num_joint = num_both = 0
+    for turn in range(40):
         found = []
         for index in range(len(prompts)):
             step = 1000 * seed + 10 * turn + index
@@ -286,13 +322,15 @@ def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> 
             if jobs[0] is not None and jobs[1] is not None:
                 found.append((index, step, jobs))
         joint = draft(drafter, [jobs[0] for _, _, jobs in found])
-        single = look_up([jobs[1] for _, _, jobs in found])
+        single = [draft(drafter, [jobs[1]])[0] for _, _, jobs in found]
         num_joint += len(found) > 1
+        num_both += any(jobs[0].absorbs and jobs[0].nodes for _, _, jobs in found)
         for (index, step, jobs), got, want in zip(found, joint, single, strict=True):
             check_same(got, want)
             settle(plays[0][index], jobs[0], got, step)
             settle(plays[1][index], jobs[1], want, step)
     assert num_joint > 10, "hardly anything ran together"
+    assert num_both > 2, "hardly any forward was of true rows and guesses"
     for play in plays[0]:
         play.verdict(play.tree.root, 45)
         check_fresh(play)
