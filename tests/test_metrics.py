@@ -10,7 +10,7 @@ from traces import record, timeline_of
 
 from flowspec.cluster.base import generate
 from flowspec.eval.metrics import Activity, count_rows, measure
-from flowspec.eval.records import Measured, hash_tokens
+from flowspec.eval.records import Measured, hash_tokens, repeated_share
 from flowspec.eval.timeline import Timeline
 from flowspec.eval.totals import count, verdicts
 from flowspec.ports import Passage
@@ -49,6 +49,7 @@ def test_the_books_balance(strategy, sampling):
     found, completion, timeline = run(strategy, asked)
     assert not found.mismatch
     assert (found.tokens, found.prompt_tokens) == (24, len(PROMPT))
+    assert found.repeated == repeated_share(completion.tokens)
     assert found.rows_sent == found.rows_pruned + found.rows_wasted + found.tokens - 1
     totals = count(timeline)
     assert found.rows_sent == totals.rows_sent

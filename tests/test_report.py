@@ -199,6 +199,19 @@ def test_what_drafts_nothing_has_every_drafter(tmp_path):
     assert any(line.split()[0] == "ar" for line in text.splitlines() if line.strip())
 
 
+def test_answers_that_do_not_loop_are_chosen_by_a_range(tmp_path):
+    """Both ends count; the text is every strategy's, so the pairs stay."""
+    everything = [
+        replace(one, repeated={"0": 0.0, "1": 0.25}.get(one.question, 0.9))
+        for one in benchmark(("ar", "streaming"), ("qa",), questions=3)
+    ]
+    file = str(write(tmp_path / "some.jsonl", everything))
+    chosen = [one for one in everything if one.question in ("0", "1")]
+    few = str(write(tmp_path / "few.jsonl", chosen))
+    assert report(file, "--only", "repeated=0..0.25") == report(few)
+    assert report(file, "--only", "repeated=0..1") == report(file)
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
@@ -211,6 +224,9 @@ def test_what_drafts_nothing_has_every_drafter(tmp_path):
         (["good.jsonl", "--only", "colour=red"], ["unknown key 'colour'", "known:", "temperature"]),
         (["good.jsonl", "--only", "colour"], ["'colour'", "must be key=value"]),
         (["good.jsonl", "--only", "temperature=3"], ["temperature=3", "there are: 0"]),
+        (["good.jsonl", "--only", "repeated=0.3"], ["repeated=0.3", "repeated=LOW..HIGH"]),
+        (["good.jsonl", "--only", "repeated=0..1"], ["records of before repeated was kept"]),
+        (["good.jsonl", "--only", "tokens=1..2"], ["tokens=1..2", "no record", "there are "]),
         (["good.jsonl", "--out", "nowhere/t.md"], ["nowhere", "folder"]),
         (["good.jsonl", "--out", "."], ["--out .", "it is a folder"]),
     ],

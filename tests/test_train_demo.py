@@ -143,7 +143,7 @@ def test_an_exported_head_is_taken_up_whole(target, folder):
 
 def test_every_prompt_is_answered_greedily_and_sampled(target, monkeypatch):
     """Neighbouring answers are of one prompt; little room makes more batches, not other answers."""
-    monkeypatch.setattr(generate, "loops", lambda text: 0.0)
+    monkeypatch.setattr(generate, "repeated_share", lambda text: 0.0)
     prompts = [np.array([1, *range(6, 6 + n)], dtype=np.uint16) for n in (3, 9, 5)]
     wanted = {tuple(p): generate.continue_batch(target, [p], torch.zeros(1), 4)[0] for p in prompts}
     monkeypatch.setattr(generate, "ROOM", 10)
@@ -172,8 +172,8 @@ def test_generation_with_cache_is_the_model_alone(target):
 
 
 def test_looping_text_is_recognised():
-    assert generate.loops([1, 2, 3, 4] * 20) > 0.3
-    assert generate.loops(list(range(50))) == 0.0
+    assert generate.repeated_share([1, 2, 3, 4] * 20) > 0.3
+    assert generate.repeated_share(list(range(50))) == 0.0
 
 
 def test_shipped_folders_are_complete():

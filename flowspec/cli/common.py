@@ -24,6 +24,7 @@ RECORD_KEYS = (  # that --only takes
     *("seed", "stages", "table", "max_tokens", "warm", "emulated", "finish", "mismatch", "host"),
     *("code", "target", "draft", "emulation", "repeat"),
 )
+RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW..HIGH
 BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
 
 
@@ -116,6 +117,8 @@ def check_file(option: str, path: Path) -> None:
 def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
     """Samples of these files that have every `key=value[,value]` of `only`; one of a key.
 
+    Of RECORD_FIGURES `key=LOW..HIGH`, both ends included.
+
     What drafts nothing has every drafter, so that plain decoding stays the others' baseline.
 
     Raises ValueError for a file that is no record, an unknown key, and where none is left.
@@ -128,8 +131,12 @@ def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
         key, equals, values = pair.partition("=")
         if not equals:
             raise ValueError(f"--only {pair!r} must be key=value; keys: {', '.join(RECORD_KEYS)}")
+        if key in RECORD_FIGURES:
+            samples = _between(samples, key, values)
+            continue
         if key not in RECORD_KEYS:
-            raise ValueError(f"--only {pair}: unknown key {key!r}; known: {', '.join(RECORD_KEYS)}")
+            known = ", ".join((*RECORD_KEYS, *RECORD_FIGURES))
+            raise ValueError(f"--only {pair}: unknown key {key!r}; known: {known}")
         there = sorted({as_text(getattr(sample, key)) for sample in samples})
         wanted = set(values.lower().split(","))
         if not wanted & set(there):
@@ -141,3 +148,22 @@ def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
             or (key == "drafter" and not drafts(sample.strategy))
         ]
     return samples
+
+
+def _between(samples: Sequence[Sample], key: str, values: str) -> list[Sample]:
+    """Those whose figure is within `LOW..HIGH`. Raises ValueError."""
+    low, _, high = values.partition("..")
+    try:
+        least, most = float(low), float(high)
+    except ValueError:
+        raise ValueError(f"--only {key}={values}: give numbers, {key}=LOW..HIGH") from None
+    figures = [getattr(sample, key) for sample in samples]
+    if None in figures:
+        raise ValueError(f"--only {key}={values}: there are records of before {key} was kept")
+    found = [one for one, figure in zip(samples, figures, strict=True) if least <= figure <= most]
+    if not found:
+        raise ValueError(
+            f"--only {key}={values}: no record has it; there are {min(figures):g} to "
+            f"{max(figures):g}"
+        )
+    return found

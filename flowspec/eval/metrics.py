@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flowspec.effects import CLIENT, HEAD
 from flowspec.eval.idle import Span, track
-from flowspec.eval.records import Measured, hash_tokens
+from flowspec.eval.records import Measured, hash_tokens, repeated_share
 from flowspec.eval.timeline import HOUSEKEEPING, Timeline
 from flowspec.request import Completion, DecodeStats, FinishReason, Request
 from flowspec.wire import Status
@@ -127,6 +127,7 @@ def measure(
         stage_idle=tuple(idle for _, idle in stages),
         link_bytes=activity.link_bytes(start, end),
         tree_size=stats.mean_nodes_alive,
+        repeated=repeated_share(completion.tokens),
     )
 
 

@@ -53,6 +53,7 @@ class Measured:
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
     link_bytes: Mapping[str, float]  # "from-to" -> bytes sent while decoding
     tree_size: float  # nodes alive when a verdict came, on average
+    repeated: float | None = None  # see `repeated_share`; None in records of before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +104,12 @@ class TooLong:
 def hash_tokens(tokens: Sequence[int]) -> str:
     """SHA-256 of the token ids as i32, least significant byte first."""
     return sha256(np.array(tokens, "<i4").tobytes()).hexdigest()
+
+
+def repeated_share(tokens: Sequence[int]) -> float:
+    """Share of a text's 4-grams that stood in it before; above 0.3 or so it loops."""
+    grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def as_text(value: Any) -> str:

@@ -17,6 +17,8 @@ from demo.fast_llama import FastLlama, norm, rope_table, rotate
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowspec.eval.records import repeated_share
+
 logger = logging.getLogger("train_demo")
 ROOM = 60_000  # prompt tokens of a batch: its attention must fit the memory
 
@@ -112,12 +114,6 @@ def continue_batch(
     return texts
 
 
-def loops(tokens: Sequence[int]) -> float:
-    """Share of repeated 4-grams."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def self_generate(
     model: FastLlama,
     prompts: Sequence[np.ndarray],
@@ -153,7 +149,7 @@ def self_generate(
             chosen, continue_batch(model, chosen, temperature, max_new), strict=True
         ):
             made += len(text)
-            if loops(text) <= 0.3:
+            if repeated_share(text) <= 0.3:
                 ids = np.concatenate([prompt, np.array(text, dtype=np.uint16)])
                 samples.append((ids, len(prompt)))
         if number % 10 == 0:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo.generate import loops
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -21,6 +20,7 @@ from flowspec.acceptance.coupled import choose
 from flowspec.drafters.base import Opening
 from flowspec.drafters.eagle import EagleDrafter
 from flowspec.drafters.eagle3 import Eagle3Drafter
+from flowspec.eval.records import repeated_share
 from flowspec.model.draft_kind import draft_weights, read_draft, recognise
 from flowspec.model.kv_cache import COMMITTED, TreeKVCache
 from flowspec.model.load import load_whole
@@ -236,7 +236,7 @@ def evaluate(
 def summary(row: dict[str, object]) -> dict[str, float]:
     """Means of one set; `plain` leaves looping samples out. A one-token answer has no rounds."""
     samples = [s for s in row["samples"] if s.rounds]  # type: ignore[attr-defined]
-    straight = [s for s in samples if loops(s.tokens) <= 0.3]
+    straight = [s for s in samples if repeated_share(s.tokens) <= 0.3]
     return {
         "all": sum(s.tau for s in samples) / max(len(samples), 1),
         "plain": sum(s.tau for s in straight) / max(len(straight), 1),
