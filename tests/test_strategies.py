@@ -1,14 +1,18 @@
 """The table of strategies: what a strategy is said to ignore changes nothing, the rest does."""
 
+from collections.abc import Sequence
+
 import pytest
 from clusters import make_cluster
-from scripted import drafter_named
+from scripted import ScriptedDrafter, drafter_named, mixed
 from tiny import T1, request
 
 from flowspec.cluster.base import generate
 from flowspec.config import DecodeConfig, RunConfig
+from flowspec.drafters.base import Draft, DraftJob
 from flowspec.engine import decode_config
 from flowspec.eval.plan import parse_settings
+from flowspec.simulate.scheduler import instant_link
 from flowspec.strategies import STRATEGIES, check_taken
 
 # another value of each parameter, far enough from the tests' sizes to show
@@ -43,6 +47,31 @@ def test_ignored_parameters_change_nothing_and_others_do(strategy):
             assert course(strategy, **{name: value}) == usual, name
         elif name not in ALWAYS_MAY:
             assert course(strategy, **{name: value}) != usual, name
+
+
+class Listening(ScriptedDrafter):
+    """Keeps what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(mixed)
+        self.jobs: list[DraftJob] = []
+
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        self.jobs += jobs
+        return super().begin(jobs)
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "streaming-apart"])
+def test_streaming_alone_drafts_while_it_absorbs(strategy):
+    """The published ones begin with the true features that a verdict brought."""
+    drafter = Listening()
+    slow = (lambda rank, work: 1.0, instant_link)  # so that there is always a leaf to draft at
+    cluster = make_cluster(3, strategy, drafter=drafter, charges=slow)
+    generate(cluster, request(sampling=T1, max_new_tokens=24))
+    both = sum(job.absorbs and bool(job.nodes) for job in drafter.jobs)
+    assert (both > 3) == (strategy == "streaming"), both
+    assert any(job.absorbs for job in drafter.jobs) == (strategy != "ar")
 
 
 def test_what_changes_nothing_is_refused():
