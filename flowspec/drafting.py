@@ -27,6 +27,7 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
     """One drafter forward for all of `shares`; messages are served while it runs."""
     num_rows = [job.num_rows for _, job in shares]
     begun = drafter.begin([job for _, job in shares])
+    decoding = [session for session, _ in shares if session.decoding]
     pipe.draft_began_at = pipe.now
 
     def finish(now: float, elapsed: float) -> Sequence[Send]:
@@ -35,6 +36,8 @@ def draft_work(drafter: Drafter, pipe: Pipe, shares: Sequence[Share]) -> Work:
         proposed = begun.finish()
         if sum(num_rows):  # else all was known, and nothing ran
             pipe.count_draft(elapsed)
+            for session in decoding:
+                session.stats.draft_s += elapsed
         for (session, job), proposals, rows in zip(shares, proposed, num_rows, strict=True):
             session.stats.num_draft_forwards += rows > 0
             if not session.over:

@@ -29,6 +29,7 @@ class HeadParts:
     drafter: Drafter
     max_context: int
     eos_token_ids: tuple[int, ...]
+    draft_hash: str = ""  # of the draft model's files, where somebody asks for it
 
     def new_text(self, request: Request) -> TextStream:
         """A detokenizer for one request."""

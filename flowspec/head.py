@@ -99,7 +99,8 @@ class Head:
         assert not self.active, "a request is being served"
         assert not self.admission.waiting, "a request waits that was sized for another strategy"
         self.spec, self.config = spec, config
-        self.pipe.cost, self.calibration = SegmentCost(), Calibration()
+        self.pipe.cost, self.pipe.draft_s = SegmentCost(), 0.0
+        self.calibration = Calibration()
 
     @property
     def drafter_in_use(self) -> Drafter:

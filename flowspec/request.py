@@ -77,6 +77,7 @@ class DecodeStats:
     num_segments: int = 0
     num_rows_sent: int = 0
     num_draft_forwards: int = 0
+    draft_s: float = 0.0  # that these took, but for those of the prompt
     num_prompt_reused: int = 0  # prompt tokens that an earlier turn had computed already
     run_length: int = 0  # tokens found in the tree since the last one that was not
     runs: list[int] = field(default_factory=list)  # finished runs, each ended by a miss

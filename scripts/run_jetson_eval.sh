@@ -1,44 +1,38 @@
 #!/usr/bin/env bash
-# A cluster over ssh, measured: each strategy answers the same prompts, then a table of their speeds.
-#     scripts/run_jetson_eval.sh [--strategies ar,flowspec,streaming] HOSTS.yaml PROMPTS FOLDER \
-#         MODEL [options of flowspec serve] [-- options of flowspec generate]
-# The hosts are started as run_jetson.sh does it, once for each strategy, and ended with its last
-# answer. FOLDER gets STRATEGY.jsonl (a line per answer, with tokens and times) and
-# STRATEGY.status.json. Speed-ups are over the first strategy. Exit code 1 where an answer of one
-# strategy has not the same tokens as the first one's.
+# A cluster over ssh, measured: started once, it answers the same questions under each strategy.
+#     scripts/run_jetson_eval.sh HOSTS.yaml FOLDER MODEL [options of flowspec serve] \
+#         [-- options of flowspec bench, such as --datasets prompts.jsonl --strategies ar,streaming]
+# The hosts are started as run_jetson.sh does it, and ended with the last answer. FOLDER gets the
+# token, status.json and the samples; the same command goes on where it ended. Exit codes are those
+# of `flowspec bench`: 1 where an answer has not the tokens of the cluster's plain decoding.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-strategies=ar,flowspec,streaming
-if [ "${1:-}" = --strategies ] && [ $# -gt 1 ]; then strategies="$2"; shift 2; fi
-[ $# -gt 3 ] || { echo "usage: run_jetson_eval.sh [--strategies A,B] HOSTS.yaml PROMPTS FOLDER MODEL [options of flowspec serve] [-- options of flowspec generate]" >&2; exit 2; }
-hosts="$1" prompts="$2" folder="$3"
-shift 3
+[ $# -gt 2 ] || { echo "usage: run_jetson_eval.sh HOSTS.yaml FOLDER MODEL [options of flowspec serve] [-- options of flowspec bench]" >&2; exit 2; }
+hosts="$1" folder="$2"
+shift 2
 serve=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do serve+=("$1"); shift; done
 [ $# -eq 0 ] || shift # the --
 python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-# before the first hour of answers, not after it
-settings="$("$python" scripts/compare_answers.py --prepare "$hosts" "$prompts" "$strategies")"
-read -r port FLOWSPEC_TOKEN <<<"$settings"
-export FLOWSPEC_TOKEN
+read_address='import sys
+from pathlib import Path
+from flowspec.cluster.hosts import read_hosts
+try:
+    file = read_hosts(Path(sys.argv[1]))
+except (ValueError, OSError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+print(f"{file.head}:{file.port}")'
+address="$("$python" -c "$read_address" "$hosts")"
 mkdir -p "$folder"
-head=""
-end_head() { [ -z "$head" ] || { kill "$head" 2>/dev/null || true; wait "$head" || true; head=""; }; }
-trap end_head EXIT
-files=()
-for strategy in ${strategies//,/ }; do
-    echo "$strategy" >&2
-    bash run_jetson.sh "$hosts" "${serve[@]}" --strategy "$strategy" --no-prompt --no-mdns </dev/null &
-    head=$!
-    until "$python" -m flowspec status "127.0.0.1:$port" >/dev/null 2>&1; do
-        kill -0 "$head" 2>/dev/null || { wait "$head"; exit 3; } # it has said why
-        sleep 1
-    done
-    files+=("$folder/$strategy.jsonl")
-    "$python" -m flowspec generate --prompts "$prompts" --head "127.0.0.1:$port" --json "$@" >"${files[-1]}"
-    "$python" -m flowspec status "127.0.0.1:$port" --json >"$folder/$strategy.status.json"
-    end_head
+token=(--token-file "$folder/token")
+bash run_jetson.sh "$hosts" "${serve[@]}" "${token[@]}" --no-prompt --no-mdns </dev/null &
+head=$!
+trap 'kill "$head" 2>/dev/null || true; wait "$head" || true' EXIT
+until "$python" -m flowspec status "$address" "${token[@]}" --json >"$folder/status.json" 2>/dev/null; do
+    kill -0 "$head" 2>/dev/null || { wait "$head"; exit 3; } # it has said why
+    sleep 1
 done
-"$python" scripts/compare_answers.py "${files[@]}"
+"$python" -m flowspec bench --real --head "$address" "${token[@]}" --out "$folder" "$@"

@@ -99,9 +99,9 @@ def test_a_wrong_text_gives_tables_and_exit_code_1(here, tiny, tmp_path, monkeyp
     assert (tmp_path / "out" / "report.md").exists()
 
 
-def one_wrong(plan: Plan, out: Path, jobs: int | None) -> Outcome:
+def one_wrong(plan: Plan, out: Path, jobs: int | None, *, bench: None) -> Outcome:
     """As it is, but that the command is told of a mismatch."""
-    outcome = run_shown(plan, out, jobs)
+    outcome = run_shown(plan, out, jobs, bench=bench)
     first, *others = outcome.samples
     return replace(outcome, samples=[replace(first, mismatch=True), *others])
 

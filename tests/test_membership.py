@@ -7,6 +7,7 @@ from membership_world import CONFIG, HEAD, MODEL, NUM_LAYERS, OneLayerPerGigabyt
 
 from flowspec.cluster.membership import MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.messages import (
+    PROTOCOL_VERSION,
     Addresses,
     Assign,
     Beat,
@@ -62,7 +63,7 @@ def test_it_waits_a_moment_for_further_devices():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol": 99}, ("99", "protocol 1")),
+        ({"protocol": 99}, ("99", f"protocol {PROTOCOL_VERSION}")),
         ({"version": "0.9"}, ("0.9", "1.0")),
         (
             {"pinned": True, "model": MODEL.model_copy(update={"model_hash": "b" * 64})},

@@ -9,7 +9,7 @@ from tiny import PROMPT, T0, T1, expected, request
 from traces import record, timeline_of
 
 from flowspec.cluster.base import generate
-from flowspec.eval.metrics import Activity, count_rows, measure
+from flowspec.eval.metrics import Activity, Doings, count_rows, measure
 from flowspec.eval.records import Measured, hash_tokens, repeated_share
 from flowspec.eval.timeline import Timeline
 from flowspec.eval.totals import count, verdicts
@@ -34,7 +34,14 @@ def run(
     rows = count_rows(cluster.statuses()).since(before)
     timeline = timeline_of(recorders)
     truth = expected(asked)
-    found = measure(asked, completion, truth, activity=Activity(timeline), rows=rows)
+    stats = completion.stats
+    found = measure(
+        completion,
+        truth,
+        num_prompt=len(asked.prompt),
+        doings=Activity(timeline).during(stats.first_token_at, stats.last_token_at),
+        rows=rows,
+    )
     return found, completion, timeline
 
 
@@ -119,14 +126,12 @@ def test_a_single_token_has_no_decode_time():
 def test_another_text_is_a_mismatch():
     """Whatever else is right."""
     asked = request(max_new_tokens=6)
-    cluster = make_cluster(2, "ar")
-    recorders = record(cluster)
-    completion = generate(cluster, asked)
-    activity = Activity(timeline_of(recorders))
+    completion = generate(make_cluster(2, "ar"), asked)
     truth = expected(asked)
     for other in ([*truth[:-1], truth[-1] + 1], truth[:-1], [*truth, 3]):
-        rows = count_rows(cluster.statuses())
-        assert measure(asked, completion, other, activity=activity, rows=rows).mismatch
+        num_prompt = len(asked.prompt)
+        found = measure(completion, other, num_prompt=num_prompt, doings=Doings(), rows=None)
+        assert found.mismatch
 
 
 def test_link_bytes_are_those_of_the_decode_time():

@@ -1,9 +1,10 @@
 """`flowspec bench`: all strategies over the evaluation sets, on an emulated cluster or for real."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,11 +16,18 @@ from flowspec.cli.bench_plan import (
     numbers_in,
     run_shown,
 )
+from flowspec.cli.bench_remote import (
+    assemble_remote,
+    cluster_drafters,
+    connected,
+    disturbances,
+)
 from flowspec.cli.bench_table import show
 from flowspec.cli.common import BUNDLED, check_file
 from flowspec.drafters import DRAFTERS
 from flowspec.eval.datasets import DATASETS
-from flowspec.eval.plan import Plan, make_cases, parse_settings, read_table
+from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
+from flowspec.eval.remote import RemoteBench
 from flowspec.eval.runner import Outcome
 from flowspec.eval.summary import as_json, rows_of_run
 from flowspec.simulate.emulation import Emulation, load_emulation
@@ -27,6 +35,7 @@ from flowspec.strategies import STRATEGIES, check_runs_for_real
 
 TABLES = BUNDLED.parent.parent / "config" / "eval.yaml"
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
+DRAFTER = "eagle"
 FEW = 5  # questions of each of the six sets, unless more are asked for: minutes, not hours
 
 
@@ -41,8 +50,12 @@ def bench(
         str, typer.Option(help=f"all, or some of {', '.join(STRATEGIES)}, with commas.")
     ] = "all",
     drafter: Annotated[
-        str, typer.Option(help=f"Of {', '.join(DRAFTERS)}; +graft and +calibrate switch on.")
-    ] = "eagle",
+        str | None,
+        typer.Option(
+            help=f"Of {', '.join(DRAFTERS)}; +graft and +calibrate switch on [{DRAFTER}; the "
+            "cluster's of --head]."
+        ),
+    ] = None,
     datasets: Annotated[
         str,
         typer.Option(help=f"all (with --data-dir), or some of {', '.join(DATASETS)}, or files."),
@@ -69,7 +82,11 @@ def bench(
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Model that computes: folder or HF id [bundled].")
+        str | None,
+        typer.Option(
+            help="Model that computes: folder or HF id [bundled]. --head: the cluster's model, to "
+            "compute here what answers are compared with [the cluster's plain decoding]."
+        ),
     ] = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="Draft model: FOLDER, or DRAFTER=FOLDER [bundled].")
@@ -77,7 +94,15 @@ def bench(
     warm: Annotated[
         bool, typer.Option(help="One cluster answers a whole set: what it learns stays.")
     ] = False,
-    real: Annotated[bool, typer.Option(help="On real processes of this machine.")] = False,
+    real: Annotated[
+        bool, typer.Option(help="On real processes: of this machine, or of --head's cluster.")
+    ] = False,
+    head: Annotated[
+        str | None, typer.Option(help="--real: HOST:PORT of a running cluster of devices.")
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="--head: file with the token [FLOWSPEC_TOKEN].")
+    ] = None,
     repeats: Annotated[
         int, typer.Option(help="--real: run all so often; the median counts.", min=1)
     ] = 1,
@@ -89,50 +114,71 @@ def bench(
 
     On the emulated cluster every forward is really computed by the bundled (or named) model and
     charged the emulated model's time; the same figures come on every run. Each text is compared
-    with the target's alone; exit code 1 if one differs. What is in --out is not run again.
+    with the target's alone; exit code 1 if one differs. What is in --out is not run again. With
+    --real --head HOST:PORT a running cluster answers, under one strategy after the other.
     """
     if real and (cluster or model):
         raise ValueError("--real runs on this machine: it has no --cluster or --model")
     if repeats > 1 and not real:
         raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
+    _check_head(head, token_file, real=real, stages=stages, draft=draft)
     if json_file:
         check_file("--json", json_file)
     chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
     sampled = numbers_in(temperatures, float, "--temperatures"), numbers_in(seeds, int, "--seeds")
     check_sampling(*sampled)
-    cases = make_cases(
-        chosen,
-        names_in(drafter, "--drafter"),
-        read_table(config, table),
-        parse_settings(settings or [], chosen),
-    )
-    for case in cases if real else ():
-        check_runs_for_real(case.strategy)
-    drafters = {case.drafter_name for case in cases} | {"none"}
-    emulations: dict[str, Emulation] = {}
-    if not real:
-        names = (cluster or CLUSTER, model or MODEL)
-        emulations = {
-            name: load_emulation(*names, drafter=name, stages=stages) for name in sorted(drafters)
+    for strategy in chosen if real else ():
+        check_runs_for_real(strategy)
+    own_settings = parse_settings(settings or [], chosen)
+    given = names_in(drafter, "--drafter") if drafter is not None else ()
+    with connected(head, token_file) as remote:
+        drafters = cluster_drafters(given, chosen, remote) if remote else given or (DRAFTER,)
+        cases = make_cases(chosen, drafters, read_table(config, table), own_settings)
+        emulations: Mapping[str, Emulation] = {}
+        if not real:
+            emulations = _emulations(cases, cluster or CLUSTER, model or MODEL, stages)
+            stages = emulations["none"].cluster.num_stages
+        asked: dict[str, Any] = {
+            "datasets": load_sets(datasets, data_dir, questions, limit, few=FEW),
+            "temperatures": sampled[0],
+            "seeds": sampled[1],
+            "max_tokens": max_tokens,
+            "table": table,
+            "target": target,
         }
-        stages = emulations["none"].cluster.num_stages
-    plan = assemble(
-        cases,
-        emulations,
-        datasets=load_sets(datasets, data_dir, questions, limit, few=FEW),
-        temperatures=sampled[0],
-        seeds=sampled[1],
-        max_tokens=max_tokens,
-        table=table,
-        stages=stages,
-        target=target,
-        draft=draft or [],
-    )
-    plan = replace(plan, warm=warm or real, repeats=repeats)
-    if not (limit or questions) and any(name in DATASETS for name in plan.datasets):
-        typer.echo(f"at most {FEW} questions of each set; --questions 0: takes all", err=True)
-    outcome = run_shown(plan, out, jobs)
+        if remote is not None:
+            plan = assemble_remote(cases, remote, head=str(head), **asked)
+        else:
+            plan = assemble(cases, emulations, stages=stages, draft=draft or [], **asked)
+        plan = replace(plan, warm=warm or real, repeats=repeats)
+        if not (limit or questions) and any(name in DATASETS for name in plan.datasets):
+            typer.echo(f"at most {FEW} questions of each set; --questions 0: takes all", err=True)
+        bench_there = RemoteBench(plan, remote) if remote is not None else None
+        outcome = run_shown(plan, out, jobs, bench=bench_there)
     _report(plan, outcome, out, json_file)
+
+
+def _check_head(
+    head: str | None, token_file: Path | None, *, real: bool, stages: int | None, draft: object
+) -> None:
+    """Raises ValueError for options that do not go together."""
+    if head is None and token_file is not None:
+        raise ValueError("--token-file needs --head HOST:PORT, the cluster that it is the token of")
+    if head is None:
+        return
+    if not real:
+        raise ValueError("--head needs --real: an emulated run needs no cluster")
+    if stages is not None or draft:
+        option = "--draft" if draft else "--stages"
+        raise ValueError(f"{option} is the cluster's own: `flowspec serve` of --head decides on it")
+
+
+def _emulations(
+    cases: Sequence[Case], cluster: str, model: str, stages: int | None
+) -> Mapping[str, Emulation]:
+    """By drafter; each is charged what it weighs."""
+    names = sorted({case.drafter_name for case in cases} | {"none"})
+    return {name: load_emulation(cluster, model, drafter=name, stages=stages) for name in names}
 
 
 def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> None:
@@ -149,9 +195,12 @@ def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> 
     if json_file:
         json_file.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
     wrong = sum(sample.mismatch for sample in outcome.samples)
+    for sentence in disturbances(outcome):
+        typer.echo(sentence, err=True)
+    truth = "the target alone" if plan.target is not None else "plain decoding on the cluster"
     typer.echo(
         f"{len(outcome.samples)} samples ({outcome.num_run} run now) in {out}; {wrong} differ from "
-        f"the target alone; {sum(one.num_turns for one in outcome.too_long)} turns left out"
+        f"{truth}; {sum(one.num_turns for one in outcome.too_long)} turns left out"
     )
     if wrong:
         raise typer.Exit(1)

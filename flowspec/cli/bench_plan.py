@@ -16,7 +16,7 @@ from flowspec.eval.plan import Case, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import code_hash, folder_hash, revision
 from flowspec.eval.records import SampleFile
-from flowspec.eval.runner import Outcome, Progress, run_plan
+from flowspec.eval.runner import Bench, Outcome, Progress, run_plan
 from flowspec.model.manifest import read_manifest
 from flowspec.request import SamplingParams
 from flowspec.simulate.emulation import Emulation
@@ -153,11 +153,14 @@ def _draft_folders(
     }
 
 
-def run_shown(plan: Plan, out: Path, jobs: int | None, *, what: str = "") -> Outcome:
+def run_shown(
+    plan: Plan, out: Path, jobs: int | None, *, what: str = "", bench: Bench | None = None
+) -> Outcome:
     """Run what is missing in folder `out` and show how far it is; `what` stands before it."""
     with SampleFile(out) as file, shown(Console(stderr=True), "samples", what=what) as tell:
 
         def step(now: Progress) -> None:
             tell(now.done, now.total, now.now)
 
-        return run_plan(plan, file, jobs=jobs or len(os.sched_getaffinity(0)), tell=step)
+        jobs = jobs or len(os.sched_getaffinity(0))
+        return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)

@@ -15,7 +15,8 @@ WIDTH = 120
 def show(rows: Sequence[Row], plan: Plan) -> None:
     """Speeds, speed-ups, and where the time went."""
     console = Console(width=WIDTH)
-    kind = "emulated" if rows[0].setting.emulated else "measured on this machine"
+    where = "on this machine" if plan.remote is None else "on a cluster of devices"
+    kind = "emulated" if rows[0].setting.emulated else f"measured {where}"
     about = f"{plan.model} on {plan.cluster}, {plan.stages} stages, table {plan.table} ({kind})"
     sets = list(dict.fromkeys(row.dataset for row in rows))
     repeats = f", median of {plan.repeats} repeats" if plan.repeats > 1 else ""
@@ -26,6 +27,8 @@ def show(rows: Sequence[Row], plan: Plan) -> None:
         about = ": unknown, as ar was not run; add it to --strategies"
     console.print(f"speed-up over ar{about}", highlight=False)
     console.print(_speedups(rows, sets))
+    if not any(row.stage_busy for row in rows):
+        return  # nobody has told
     console.print("where the stages' decode time went, mean over the sets, in %", highlight=False)
     console.print(_times(rows))
 
@@ -93,6 +96,7 @@ def _times(rows: Sequence[Row]) -> Table:
     for line, found in shares.items():
         idle = [f"{found.idle.get(cause, 0.0):.0%}".rstrip("%") for cause in causes]
         each = " ".join(f"{share:.0%}".rstrip("%") for share in found.by_stage)
-        busy, drafter = (f"{share:.0%}".rstrip("%") for share in (found.busy, found.drafter_busy))
+        busy = "" if found.busy is None else f"{found.busy:.0%}".rstrip("%")
+        drafter = f"{found.drafter_busy:.0%}".rstrip("%")
         table.add_row(*_names(line), busy, *idle, each, drafter)
     return table

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,23 @@ def split_folder(config: RunConfig) -> Path:
         print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)
     run_split(plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name)
     return out
+
+
+def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:
+    """The model split with every layer by itself, made now where it is not there yet.
+
+    Raises ValueError where it is cut already, but not so.
+    """
+    folder = resolve_model(bundled(config.model), offline=offline)
+    is_split = (folder / MANIFEST_NAME).exists()
+    layers = read_manifest(folder).layers if is_split else ()
+    if is_split and set(layers) != {1}:
+        raise ValueError(
+            f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; name the "
+            "unsplit model, or one split with every layer by itself"
+        )
+    num_layers = len(layers) or open_checkpoint(folder).config.num_layers
+    return split_folder(replace(config, layers="+".join(["1"] * num_layers)))
 
 
 def check_file(option: str, path: Path) -> None:

@@ -91,7 +91,7 @@ def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str
                 typer.echo(f"[{event.text}]", err=True)
             case Done():
                 done = event
-    figures = done.model_dump(exclude={"kind", "id"})
+    figures = done.model_dump(exclude={"kind", "id", "figures"})
     asked = {"prompt": turns[-1]["content"], **asdict(options)}
     typer.echo(json.dumps({**asked, "text": answer, "tokens": tokens, **figures}))
     sys.stdout.flush()

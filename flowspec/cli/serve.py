@@ -4,7 +4,6 @@ import contextlib
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +12,7 @@ import typer
 
 import flowspec
 from flowspec.cli.chat import ChatOptions, chat_loop
-from flowspec.cli.common import bundled, draft_folder, effective_config, split_folder
+from flowspec.cli.common import draft_folder, effective_config, layerwise_folder
 from flowspec.cli.signals import Signals
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
@@ -39,9 +38,9 @@ from flowspec.cluster.token import (
 from flowspec.config import MAX_TIMEOUT_S, RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
+from flowspec.eval.provenance import folder_hash
 from flowspec.model.config import read_config
-from flowspec.model.manifest import HEAD_FOLDER, MANIFEST_NAME, read_manifest
-from flowspec.model.source import open_checkpoint, resolve_model
+from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError
 from flowspec.strategies import STRATEGIES
@@ -124,6 +123,8 @@ def serve(
     folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.threads_per_process)
     parts = load_head_parts(run_config, folder)
+    if parts.drafter.name != "none" and run_config.draft:
+        parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
     planner = _planner(run_config, parts, layers, context, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)
@@ -237,21 +238,9 @@ def _state_folder() -> Path:
 
 
 def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
-    """The model cut into one shard per layer, so that any device can get any of them.
-
-    Raises ValueError where it is cut already, but not so.
-    """
-    folder = resolve_model(bundled(config.model), offline=offline)
-    is_split = (folder / MANIFEST_NAME).exists()
-    layers = read_manifest(folder).layers if is_split else ()
-    if is_split and set(layers) != {1}:
-        raise ValueError(
-            f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; serve the "
-            "unsplit model, or one split with every layer by itself"
-        )
-    num_layers = len(layers) or open_checkpoint(folder).config.num_layers
+    """The model cut into one shard per layer, so that any device can get any of them."""
     config = override(config, {"draft": draft_folder(config, offline=offline)}, where="draft")
-    return split_folder(replace(config, layers="+".join(["1"] * num_layers))), config
+    return layerwise_folder(config, offline=offline), config
 
 
 def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) -> ShardServer:

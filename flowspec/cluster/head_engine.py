@@ -7,15 +7,28 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
-from typing import TypeAlias
 
 from flowspec import wire
-from flowspec.cluster.messages import Addresses, Ask, Done
+from flowspec.cluster.asked import AskedDecoding, check_measurable, request_of
+from flowspec.cluster.head_events import (
+    CancelTicket,
+    Command,
+    Ended,
+    Event,
+    HeadBound,
+    MoreText,
+    NewRequest,
+    StageLost,
+)
+from flowspec.cluster.measured import Decoding
+from flowspec.cluster.messages import Addresses, Done
+from flowspec.cluster.open_request import Measured, OpenRequest, done_of
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
 from flowspec.cluster.stage_job import AddressBook, listen
+from flowspec.cluster.stage_watch import StageWatch
 from flowspec.codec import WireError
 from flowspec.config import RunConfig
 from flowspec.driver import Driver
@@ -23,8 +36,7 @@ from flowspec.engine import HeadParts, build_head
 from flowspec.head import Head
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
-from flowspec.request import ClusterError, Completion, Request, SamplingParams, rank_name
-from flowspec.text import render_chat
+from flowspec.request import ClusterError, Request, rank_name
 from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
@@ -34,70 +46,7 @@ log = logging.getLogger(__name__)
 TURN_S = 0.02  # how long a command may wait while messages are waited for
 IDLE_S = 0.5
 PROBE_EVERY_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class NewRequest:
-    """Answer `ask`; all that is told about it carries `ticket`."""
-
-    ticket: int
-    ask: Ask
-
-
-@dataclass(frozen=True, slots=True)
-class CancelTicket:
-    """End it now."""
-
-    ticket: int
-
-
-@dataclass(frozen=True, slots=True)
-class HeadBound:
-    """The head's data sockets for this epoch."""
-
-    epoch: int
-    addresses: Addresses
-
-
-@dataclass(frozen=True, slots=True)
-class StageLost:
-    """A stage takes or answers nothing."""
-
-    epoch: int
-    rank: int
-    cause: str
-
-
-@dataclass(frozen=True, slots=True)
-class MoreText:
-    """Newly accepted tokens of a request."""
-
-    ticket: int
-    tokens: tuple[int, ...]
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """A request is over; `done.id` is left to whoever knows the client."""
-
-    ticket: int
-    done: Done
-
-
-Command: TypeAlias = Engage | Resume | Halt | GiveUp | NewRequest | CancelTicket
-Event: TypeAlias = HeadBound | StageLost | MoreText | Ended
-
-
-@dataclass(slots=True)
-class _Open:
-    """A client's request being served."""
-
-    ticket: int
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    num_resumed: int = 0
+SETTLE_S = 2.0  # for the stages to say what they did for a request that is measured
 
 
 class _Nowhere:
@@ -144,7 +93,9 @@ class HeadEngine:
         hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
         self._row_bytes = hidden_size * (4 if config.dtype == "float32" else 2)
         self._ids = count(1)
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, OpenRequest] = {}
+        self._over: list[Measured] = []
+        self._decoding = AskedDecoding(config, drafter=parts.drafter.name)
         self._probe: int | None = None
         self._epoch, self._num_stages = 0, 0
         self._members: Sequence[Member] = ()
@@ -173,6 +124,11 @@ class HeadEngine:
         """Clients' requests that are not over."""
         return len(self._open)
 
+    @property
+    def strategy(self) -> str:
+        """The one in force."""
+        return self._decoding.strategy
+
     def _run(self) -> None:
         try:
             self._suspend("the layers are not covered yet")
@@ -197,6 +153,12 @@ class HeadEngine:
         return False
 
     def _do(self, command: Command) -> None:
+        with self._noticing_losses():
+            self._obey(command)
+            self._pass_on()
+        self._pass_on()  # what a loss has ended
+
+    def _obey(self, command: Command) -> None:
         match command:
             case Engage():
                 self._engage(command)
@@ -212,7 +174,6 @@ class HeadEngine:
                 for number, entry in list(self._open.items()):
                     if entry.ticket == command.ticket:
                         self._inject(Cancel(request=number))
-        self._pass_on()
 
     def _engage(self, command: Engage) -> None:
         """Listen for an epoch that is about to begin."""
@@ -249,6 +210,8 @@ class HeadEngine:
     def _suspend(self, cause: str) -> None:
         """The stages are lost; what is accepted is here, and goes on with the next ones."""
         self._drop_transport()
+        for watch in self._watches():
+            watch.is_whole = False
         self._inject(wire.Suspend(cause=cause))
 
     def _drop_transport(self) -> None:
@@ -265,13 +228,21 @@ class HeadEngine:
 
     def _turn(self) -> None:
         """One turn of the core, and a look at whether anything moves."""
-        try:
+        with self._noticing_losses():
             self._driver.turn(TURN_S)
             if self.head.outage is not None:
                 where, _, cause = self.head.outage.partition(": ")
                 raise ClusterError(where, cause)
             self._check_progress()
             self._submit_probe()
+            self._pass_on()
+        self._pass_on()  # what a loss has ended
+
+    @contextmanager
+    def _noticing_losses(self) -> Iterator[None]:
+        """A stage that takes nothing, or has failed, is the end of this epoch alone."""
+        try:
+            yield
         except WireError as error:
             log.warning("dropped: %s", error)
         except ClusterError as error:
@@ -279,7 +250,6 @@ class HeadEngine:
                 (r for r in range(1, self._num_stages + 1) if rank_name(r) == error.where), 0
             )
             self._lost(rank or 1, error.cause)
-        self._pass_on()
 
     def _lost(self, rank: int, cause: str) -> None:
         self._suspend(cause)
@@ -297,40 +267,60 @@ class HeadEngine:
         ranks = range(1, self._num_stages + 1)
         if not self._pinged_at:
             self._pinged_at = now
-            for rank in ranks:
-                self._driver.transport.send(rank, Ping(rank=0))
+            self._ping_stages()
         if silence < limit:
             return
         silent = [r for r in ranks if self.head.heard_at.get(r, 0.0) < self._pinged_at]
         cause = f"no answer for {limit / 2:.1f} s: it hangs" if silent else "its messages are lost"
         self._lost(silent[0] if silent else 1, cause)
 
+    def _ping_stages(self) -> None:
+        for rank in range(1, self._num_stages + 1):
+            self._driver.transport.send(rank, Ping(rank=0))
+
+    def _watches(self) -> list[StageWatch]:
+        return [entry.watch for entry in self._open.values() if entry.watch is not None]
+
     def _inject(self, message: Message) -> None:
         self._driver.inject(message)
 
     def _submit(self, command: NewRequest) -> None:
-        ask, number = command.ask, next(self._ids)
+        ask, num_prompt = command.ask, 0
         try:
-            request = Request(
-                id=number,
-                prompt=render_chat(self.parts.tokenizer, [t.model_dump() for t in ask.turns]),
-                sampling=SamplingParams(
-                    temperature=ask.temperature,
-                    top_k=ask.top_k,
-                    top_p=ask.top_p,
-                    min_p=ask.min_p,
-                    seed=ask.seed,
-                ),
-                max_new_tokens=ask.max_new_tokens,
-                stop=ask.stop,
-                eos_token_ids=self.parts.eos_token_ids,
-            )
+            request = request_of(ask, next(self._ids), self.parts)
+            num_prompt = len(request.prompt)
+            if ask.decoding is not None:
+                check_measurable(request, self.parts.max_context)
+            self._use_decoding(ask.decoding)
         except ValueError as error:
-            done = Done(id=0, reason="error", error=str(error)[:4000])
+            why = str(error)[:4000]
+            done = Done(id=0, reason="error", error=why, prompt_tokens=num_prompt)
             self._tell(Ended(command.ticket, done))
             return
-        self._open[number] = _Open(command.ticket, request)
+        for other in self._watches():
+            other.alone = False
+        entry = self._open[request.id] = OpenRequest(command.ticket, request)
+        if ask.decoding is not None:
+            entry.watch = StageWatch(self.head, alone=len(self._open) == 1)
         self._inject(Submit(request=request))
+
+    def _use_decoding(self, wanted: Decoding | None) -> None:
+        """Have this strategy answer from now on. Raises ValueError where that cannot be.
+
+        Who asks for none takes what is in force while others are served: the text is the same.
+        """
+        self._decoding.find(wanted)
+        if wanted == self._decoding.in_force or (wanted is None and self._open):
+            return
+        if self._open:
+            raise ValueError(
+                "the head serves another request now, so its strategy cannot be changed; ask again "
+                "when it is over, `flowspec status` shows how many there are"
+            )
+        if self._probe is not None:
+            self._inject(Cancel(request=self._probe))
+            self._pass_on()
+        self._decoding.put_in_force(wanted, self.head)
 
     def _submit_probe(self) -> None:
         """While nobody asks anything, a token goes through all stages now and then."""
@@ -354,6 +344,9 @@ class HeadEngine:
                 self._tokens(message)
             elif isinstance(message, Finished):
                 self._finished(message)
+        for watch in self._watches():
+            watch.look()
+        self._end_settled()
 
     def _tokens(self, message: Tokens) -> None:
         if message.tokens:
@@ -365,6 +358,8 @@ class HeadEngine:
             entry.tokens.extend(message.tokens)
             entry.text += message.text
             self._tell(MoreText(entry.ticket, message.tokens, message.text))
+            if entry.watch is not None and message.tokens and entry.watch.first_token():
+                self._ping_stages()
 
     def _finished(self, message: Finished) -> None:
         if message.request == self._probe:
@@ -375,18 +370,14 @@ class HeadEngine:
         if entry is None:
             return
         completion = self.head.completion(entry.request, message, entry.tokens, entry.text)
-        self._tell(Ended(entry.ticket, _done(completion, entry.num_resumed)))
+        if entry.watch is None or completion.error:
+            self._tell(Ended(entry.ticket, done_of(entry, completion)))
+            return
+        self._over.append(Measured(entry, completion, entry.watch, time.monotonic() + SETTLE_S))
 
-
-def _done(completion: Completion, num_resumed: int) -> Done:
-    stats = completion.stats
-    return Done(
-        id=0,
-        reason=completion.reason.value,
-        error=completion.error[:4000],
-        num_tokens=len(completion.tokens),
-        tokens_per_s=stats.tokens_per_s,
-        time_to_first_token_s=stats.time_to_first_token_s,
-        tau=stats.mean_accepted_length,
-        resumed=num_resumed,
-    )
+    def _end_settled(self) -> None:
+        """Measured requests of which there is no more to hear."""
+        for one in list(self._over):
+            if not self._is_live or one.is_settled(time.monotonic()):
+                self._over.remove(one)
+                self._tell(Ended(one.entry.ticket, one.done(self._epoch, live=self._is_live)))

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import flowspec
-from flowspec.cluster.head_engine import (
+from flowspec.cluster.head_engine import HeadEngine
+from flowspec.cluster.head_events import (
     CancelTicket,
     Ended,
     Event,
     HeadBound,
-    HeadEngine,
     MoreText,
     NewRequest,
     StageLost,
@@ -200,7 +200,10 @@ class HeadServer:
             return
         now = time.monotonic()
         facts = HeadFacts(
-            config=self.engine.config,
+            strategy=self.engine.strategy,
+            max_context=self.engine.parts.max_context,
+            drafter=self.engine.parts.drafter.name,
+            draft_hash=self.engine.parts.draft_hash,
             sizes=self._sizes,
             uptime_s=now - self._started_at,
             epoch_at=self.engine.epoch_at,

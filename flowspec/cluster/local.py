@@ -18,6 +18,7 @@ from flowspec.cluster.child import Child
 from flowspec.cluster.clocks import ping_clocks
 from flowspec.cluster.silence import Silence, Step
 from flowspec.cluster.stage_totals import StageTotals
+from flowspec.cluster.stage_watch import settled
 from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
@@ -288,9 +289,7 @@ class LocalCluster:
         """Until the stages have freed the request and told their totals, a second at most."""
         end = time.monotonic() + 1.0
         while time.monotonic() < end:
-            statuses = self.head.statuses.values()
-            kept = len(self.head.admission.kept)
-            if len(statuses) == self.num_stages and all(s.num_requests <= kept for s in statuses):
+            if settled(self.head) is not None:
                 return
             self.driver.turn(0.05)
 

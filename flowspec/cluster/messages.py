@@ -6,29 +6,29 @@ frame itself is capped by the socket before it is read. docs/cluster.md has the 
 
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 1 << 20
-MAX_STAGES = 256
+from flowspec.cluster.fields import (
+    MAX_MESSAGE_BYTES,
+    MAX_STAGES,
+    Count,
+    Name,
+    Rate,
+    Seconds,
+    Strict,
+    Text,
+    Words,
+)
+from flowspec.cluster.measured import Decoding, Figures
 
-Name = Annotated[str, Field(max_length=200)]
-Words = Annotated[str, Field(max_length=4000)]
-Text = Annotated[str, Field(max_length=MAX_MESSAGE_BYTES // 4)]
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0.0, le=1e18, allow_inf_nan=False)]
+PROTOCOL_VERSION = 2
 
 
 class ControlError(ValueError):
     """Bytes that are no message of this protocol."""
 
 
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Interface(_Message):
+class Interface(Strict):
     """One network interface that is up. `rate_mbps` 0: not known (Wi-Fi, virtual)."""
 
     name: Name
@@ -36,7 +36,7 @@ class Interface(_Message):
     rate_mbps: Count = 0
 
 
-class Link(_Message):
+class Link(Strict):
     """What was measured between a device and the head; 0: not measured."""
 
     latency_s: Seconds = 0.0  # half of a small message's round trip
@@ -50,7 +50,7 @@ class Link(_Message):
         return min(rates, default=0.0)
 
 
-class DeviceReport(_Message):
+class DeviceReport(Strict):
     """What a device has."""
 
     hostname: Name
@@ -70,7 +70,7 @@ class DeviceReport(_Message):
     link: Link = Link()
 
 
-class ModelCard(_Message):
+class ModelCard(Strict):
     """Which model a cluster serves; devices compare it with what they hold."""
 
     model_id: Name
@@ -85,7 +85,7 @@ class ModelCard(_Message):
         return mine == (other.model_hash, other.stored_dtype, other.quantization)
 
 
-class Hello(_Message):
+class Hello(Strict):
     """Device to head, first: who it is and what it has."""
 
     kind: Literal["hello"] = "hello"
@@ -100,7 +100,7 @@ class Hello(_Message):
     pinned: bool = False  # offline: it can use no other model than `model`
 
 
-class Welcome(_Message):
+class Welcome(Strict):
     """Head to device: you are in; this is the rhythm of heartbeats."""
 
     kind: Literal["welcome"] = "welcome"
@@ -111,7 +111,7 @@ class Welcome(_Message):
     clock: Seconds
 
 
-class Refuse(_Message):
+class Refuse(Strict):
     """Head to a device, or a client of another version: no, and why. `retry`: later perhaps."""
 
     kind: Literal["refuse"] = "refuse"
@@ -119,7 +119,7 @@ class Refuse(_Message):
     retry: bool = False
 
 
-class Assign(_Message):
+class Assign(Strict):
     """Head to device: these layers are yours in this epoch; fetch what is missing, load them."""
 
     kind: Literal["assign"] = "assign"
@@ -135,7 +135,7 @@ class Assign(_Message):
     shape_stable: bool = False
 
 
-class Progress(_Message):
+class Progress(Strict):
     """Device to head: how far it is. `phase`: fetch or load."""
 
     kind: Literal["progress"] = "progress"
@@ -146,14 +146,14 @@ class Progress(_Message):
     cached_bytes: Count = 0
 
 
-class Addresses(_Message):
+class Addresses(Strict):
     """Where a process listens for its peers."""
 
     control: Name
     data: Name
 
 
-class StageReady(_Message):
+class StageReady(Strict):
     """Device to head: loaded and listening at `addresses`."""
 
     kind: Literal["ready"] = "ready"
@@ -163,7 +163,7 @@ class StageReady(_Message):
     kv_rows: Count = 0
 
 
-class Serve(_Message):
+class Serve(Strict):
     """Head to device: all are ready; `addresses[k]` is where rank k listens."""
 
     kind: Literal["serve"] = "serve"
@@ -171,21 +171,21 @@ class Serve(_Message):
     addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1)]
 
 
-class Release(_Message):
+class Release(Strict):
     """Head to device: this epoch is over; keep what you have loaded and wait."""
 
     kind: Literal["release"] = "release"
     epoch: Count
 
 
-class Standby(_Message):
+class Standby(Strict):
     """Head to device: nothing for you now, and why."""
 
     kind: Literal["standby"] = "standby"
     why: Words
 
 
-class Trouble(_Message):
+class Trouble(Strict):
     """Device to head: this epoch cannot go on. `lost` is the rank it cannot reach, -1: itself."""
 
     kind: Literal["trouble"] = "trouble"
@@ -194,7 +194,7 @@ class Trouble(_Message):
     lost: Annotated[int, Field(ge=-1, le=MAX_STAGES)] = -1
 
 
-class Beat(_Message):
+class Beat(Strict):
     """Both ways: alive. The head sends a device's `sent_at` back, which gives the round trip."""
 
     kind: Literal["beat"] = "beat"
@@ -204,20 +204,20 @@ class Beat(_Message):
     round_trip_s: Seconds = 0.0  # as the device measured it last
 
 
-class Bye(_Message):
+class Bye(Strict):
     """Both ways: leaving in order, and why."""
 
     kind: Literal["bye"] = "bye"
     why: Words
 
 
-class WhoAreYou(_Message):
+class WhoAreYou(Strict):
     """Head to a peer it does not know (any more): say hello again."""
 
     kind: Literal["who"] = "who"
 
 
-class Echo(_Message):
+class Echo(Strict):
     """Anybody with the token to the head, which sends it back: round trip and rate of the link."""
 
     kind: Literal["echo"] = "echo"
@@ -225,14 +225,14 @@ class Echo(_Message):
     reply_bytes: Annotated[int, Field(ge=0, le=MAX_MESSAGE_BYTES // 4)] = 0
 
 
-class Turn(_Message):
+class Turn(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: Text
 
 
-class Ask(_Message):
+class Ask(Strict):
     """Client to head: answer this conversation. `id` is the client's own."""
 
     kind: Literal["ask"] = "ask"
@@ -247,9 +247,10 @@ class Ask(_Message):
     min_p: Seconds = 0.0
     seed: Count = 0
     stop: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+    decoding: Decoding | None = None  # None: as the cluster was served
 
 
-class Piece(_Message):
+class Piece(Strict):
     """Head to client: more of an answer."""
 
     kind: Literal["piece"] = "piece"
@@ -258,7 +259,7 @@ class Piece(_Message):
     text: Text
 
 
-class Note(_Message):
+class Note(Strict):
     """Head to client: why an answer waits (a device is lost, layers are on their way)."""
 
     kind: Literal["note"] = "note"
@@ -266,7 +267,7 @@ class Note(_Message):
     text: Words
 
 
-class Done(_Message):
+class Done(Strict):
     """Head to client: the answer is over. `error` is set where the reason is `error`."""
 
     kind: Literal["done"] = "done"
@@ -278,16 +279,18 @@ class Done(_Message):
     time_to_first_token_s: Seconds = 0.0
     tau: Rate = 0.0  # tokens per verdict
     resumed: Count = 0  # how often the cluster was rebuilt under it
+    prompt_tokens: Count = 0  # of what was asked; 0 where the head did not look at it
+    figures: Figures | None = None  # of an Ask with `decoding` that was answered
 
 
-class Drop(_Message):
+class Drop(Strict):
     """Client to head: end my request `id`."""
 
     kind: Literal["drop"] = "drop"
     id: Count
 
 
-class AskStatus(_Message):
+class AskStatus(Strict):
     """Client to head: how are you? `what` status, or plan for the devices' table."""
 
     kind: Literal["ask_status"] = "ask_status"
@@ -295,7 +298,7 @@ class AskStatus(_Message):
     version: Name
 
 
-class ModelSizes(_Message):
+class ModelSizes(Strict):
     """Of the model that is served, for planning elsewhere."""
 
     layers: Count
@@ -307,7 +310,7 @@ class ModelSizes(_Message):
     vocab_size: Count
 
 
-class DeviceStatus(_Message):
+class DeviceStatus(Strict):
     """One device as the head sees it."""
 
     name: Name
@@ -325,7 +328,7 @@ class DeviceStatus(_Message):
     peak_memory_bytes: Count = 0
 
 
-class ClusterStatus(_Message):
+class ClusterStatus(Strict):
     """Head to client: the cluster now."""
 
     kind: Literal["status"] = "status"
@@ -337,8 +340,10 @@ class ClusterStatus(_Message):
     epoch_age_s: Seconds = 0.0
     model: ModelCard
     sizes: ModelSizes
+    max_context: Count = 0  # tokens of prompt and answer together
     strategy: Name
     drafter: Name
+    draft_hash: Name = ""  # of the draft model's files; empty where there is none
     uptime_s: Seconds
     probe_age_s: Seconds | None  # since a token last crossed every stage
     requests_active: Count

@@ -8,7 +8,6 @@ import flowspec
 from flowspec.cluster.membership import Membership, Phase
 from flowspec.cluster.messages import ClusterStatus, DeviceReport, DeviceStatus, ModelSizes
 from flowspec.cluster.roster import Device
-from flowspec.config import RunConfig
 from flowspec.wire import Status
 
 PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluster is not healthy
@@ -18,7 +17,10 @@ PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluste
 class HeadFacts:
     """What the core's side of the head knows. Times as of the monotonic clock."""
 
-    config: RunConfig
+    strategy: str  # that answers the next request, or all that are open
+    max_context: int
+    drafter: str  # that is loaded
+    draft_hash: str
     sizes: ModelSizes
     uptime_s: float
     epoch_at: float | None  # when the epoch began
@@ -45,7 +47,6 @@ def cluster_status(membership: Membership, facts: HeadFacts, now: float) -> Clus
         )
         for name, cause in membership.gone.items()
     ]  # fmt: skip
-    config = facts.config
     return ClusterStatus(
         version=flowspec.__version__,
         healthy=not why,
@@ -54,8 +55,10 @@ def cluster_status(membership: Membership, facts: HeadFacts, now: float) -> Clus
         epoch_age_s=0.0 if facts.epoch_at is None else max(0.0, now - facts.epoch_at),
         model=membership.config.model,
         sizes=facts.sizes,
-        strategy=config.strategy,
-        drafter=config.drafter,
+        strategy=facts.strategy,
+        drafter=facts.drafter,
+        draft_hash=facts.draft_hash,
+        max_context=facts.max_context,
         uptime_s=facts.uptime_s,
         probe_age_s=probe_age_s,
         requests_active=facts.num_active,

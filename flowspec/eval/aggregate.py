@@ -22,7 +22,7 @@ from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
 MEAN = "mean"
 AVERAGED = (
     *("end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
-    *("mu_not_in_flight", "rows_sent", "rows_pruned", "rows_wasted", "drafter_busy"),
+    *("mu_not_in_flight", "rows_sent", "drafter_busy"),
     *("ttft_s", "tree_size"),
 )
 
@@ -52,8 +52,8 @@ class Row:
     mu_not_drafted: float
     mu_not_in_flight: float
     rows_sent: float  # per token, as are the next two
-    rows_pruned: float
-    rows_wasted: float
+    rows_pruned: float | None
+    rows_wasted: float | None
     drafter_busy: float
     stage_busy: tuple[float, ...]
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share, by stage
@@ -174,8 +174,8 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
         mu_not_drafted=by_token.mean(lambda s: s.mu_not_drafted),
         mu_not_in_flight=by_token.mean(lambda s: s.mu_not_in_flight),
         rows_sent=_per_token(own, lambda s: s.rows_sent),
-        rows_pruned=_per_token(own, lambda s: s.rows_pruned),
-        rows_wasted=_per_token(own, lambda s: s.rows_wasted),
+        rows_pruned=_per_token_known(own, lambda s: s.rows_pruned),
+        rows_wasted=_per_token_known(own, lambda s: s.rows_wasted),
         drafter_busy=by_time.mean(lambda s: s.drafter_busy),
         stage_busy=by_time.lists(lambda s: s.stage_busy),
         stage_idle=by_time.mappings(lambda s: s.stage_idle),
@@ -226,6 +226,8 @@ def mean_of(rows: Sequence[Row]) -> Row:
         stage_idle=alike.mappings(lambda row: row.stage_idle),
         inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
         bound_share=_if_all((row.bound_share for row in timed), [1.0] * len(timed)),
+        rows_pruned=_if_all((row.rows_pruned for row in rows), [1.0] * len(rows)),
+        rows_wasted=_if_all((row.rows_wasted for row in rows), [1.0] * len(rows)),
         **averages,
     )
 
@@ -269,6 +271,14 @@ def mean_idle(row: Row, cause: str) -> float:
 def _per_token(samples: Sequence[Sample], count: Callable[[Sample], float]) -> float:
     tokens = sum(s.tokens for s in samples)
     return sum(map(count, samples)) / tokens if tokens else 0.0
+
+
+def _per_token_known(
+    samples: Sequence[Sample], count: Callable[[Sample], int | None]
+) -> float | None:
+    """Over the answers of which it is known; None where there is none."""
+    known = [s for s in samples if count(s) is not None]
+    return _per_token(known, lambda s: count(s) or 0) if known else None
 
 
 class _Weights(Generic[T]):

@@ -6,7 +6,7 @@ what it learns of costs and scores is the group's alone and no figure depends on
 
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
@@ -43,6 +43,10 @@ class Asked:
     turn: int
     prompt: tuple[int, ...]
     expected: tuple[int, ...]
+    messages: tuple[Mapping[str, str], ...] = ()  # the conversation so far
+
+
+LeftOut = tuple[Sequence[Case], Sequence[TooLong]]  # turns that are too long for these cases
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +65,11 @@ class Workbench:
 
     def __init__(self, plan: Plan) -> None:
         torch.set_num_threads(1)  # small forwards; more threads only wait for one another
-        self.plan = plan
+        assert plan.target is not None, "nothing is computed here"
+        self.plan, self._folder = plan, plan.target
+        self._dtype = plan.remote["dtype"] if plan.remote is not None else "float32"
         self._base = RunConfig(
-            model=str(plan.target), stages=plan.stages, max_requests=1, kept_prefixes=1
+            model=str(self._folder), stages=plan.stages, max_requests=1, kept_prefixes=1
         )
         self._parts: dict[str, HeadParts] = {}
         self._stages: list[Stage] = []
@@ -99,8 +105,15 @@ class Workbench:
                 yield TooLong(key, group.dataset, prompt.id, turn, left_out, len(ids))
                 return
             tokens, _, answer = alone.generate(self._request(1, ids, group), parts.new_text)
-            yield Asked(prompt.id, turn, ids, tuple(tokens))
+            yield Asked(prompt.id, turn, ids, tuple(tokens), tuple(messages))
             messages.append({"role": "assistant", "content": answer})
+
+    def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
+        """What is left out of the group, then the samples of each case."""
+        asked, too_long = self.ask(group)
+        yield cases, too_long
+        for case in cases if asked else ():
+            yield from self.run(case, group, asked)
 
     def run(self, case: Case, group: Group, asked: Sequence[Asked]) -> Iterator[Sample]:
         """A sample per turn, as it is finished; real ones when their processes have ended.
@@ -174,8 +187,7 @@ class Workbench:
             raise failure
 
     def _answer(self, cluster: Cluster, number: int, one: Asked, group: Group) -> _Run:
-        started_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        request = self._request(number, one.prompt, group)
+        started_at, request = now_text(), self._request(number, one.prompt, group)
         before = count_rows(cluster.statuses())
         completion = generate(cluster, request)
         if completion.reason not in (FinishReason.STOP, FinishReason.LENGTH):
@@ -198,48 +210,26 @@ class Workbench:
         self, case: Case, group: Group, run: _Run, activity: Activity, least_s: float
     ) -> Sample:
         """`least_s`: the bound of its decode time; 0 where there is none."""
-        plan, one, hashes = self.plan, run.asked, self.plan.hashes(case)
+        stats = run.completion.stats
         measured = measure(
-            run.request, run.completion, one.expected, activity=activity, rows=run.rows
+            run.completion,
+            run.asked.expected,
+            num_prompt=len(run.request.prompt),
+            doings=activity.during(stats.first_token_at, stats.last_token_at),
+            rows=run.rows,
         )
         bound = (measured.tokens - 1) / least_s if least_s > 0 else None
-        return Sample(
-            **{field.name: getattr(measured, field.name) for field in fields(Measured)},
-            key=plan.keys(case, group)[one.question, one.turn],
-            cluster=plan.cluster,
-            model=plan.model,
-            drafter=case.drafter,
-            strategy=case.strategy,
-            dataset=group.dataset,
-            question=one.question,
-            turn=one.turn,
-            temperature=group.temperature,
-            seed=group.seed,
-            stages=plan.stages,
-            table=plan.table,
-            parameters=case.parameters,
-            max_tokens=plan.max_tokens,
-            warm=plan.warm,
-            emulated=not plan.real,
-            bound_tokens_per_s=bound,
-            bound_share=measured.decode_tokens_per_s / bound if bound else None,
-            versions=versions(),
-            revision=plan.sources.get("revision", ""),
-            host=platform.node(),
-            started_at=run.started_at,
-            code=hashes["code"],
-            target=hashes["target"],
-            draft=hashes["draft"],
-            emulation=hashes["emulation"],
-            repeat=group.repeat,
-        )
+        turn = (run.asked.question, run.asked.turn)
+        found = sample_of(self.plan, case, group, turn, measured, started_at=run.started_at)
+        share = measured.decode_tokens_per_s / bound if bound else None
+        return replace(found, bound_tokens_per_s=bound, bound_share=share)
 
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
         if not self._stages:
             self._stages = [
-                build_stage(
-                    self.plan.target, rank, device="cpu", dtype="float32", shape_stable=False
-                )[0]
+                build_stage(self._folder, rank, device="cpu", dtype="float32", shape_stable=False)[
+                    0
+                ]
                 for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)
@@ -256,11 +246,59 @@ class Workbench:
             strategy = "ar" if drafter == "none" else "streaming"
             draft = self.plan.drafts.get(drafter, "")
             config = replace(self._base, drafter=drafter, strategy=strategy, draft=draft)
-            self._parts[drafter] = load_head_parts(config, self.plan.target)
+            self._parts[drafter] = load_head_parts(config, self._folder)
         return self._parts[drafter]
 
     def _target(self) -> LocalTarget:
         if self._alone is None:
-            whole = load_whole(self.plan.target, device="cpu", dtype="float32")
+            whole = load_whole(self._folder, device="cpu", dtype=self._dtype)
             self._alone = LocalTarget(whole, self._head_parts("none").max_context)
         return self._alone
+
+
+def now_text() -> str:
+    """As a sample keeps it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def sample_of(
+    plan: Plan,
+    case: Case,
+    group: Group,
+    turn: tuple[str, int],
+    measured: Measured,
+    *,
+    started_at: str,
+) -> Sample:
+    """What was measured of a question's turn, with all that it is of."""
+    (question, number), hashes = turn, plan.hashes(case)
+    return Sample(
+        **{field.name: getattr(measured, field.name) for field in fields(Measured)},
+        key=plan.keys(case, group)[turn],
+        cluster=plan.cluster,
+        model=plan.model,
+        drafter=case.drafter,
+        strategy=case.strategy,
+        dataset=group.dataset,
+        question=question,
+        turn=number,
+        temperature=group.temperature,
+        seed=group.seed,
+        stages=plan.stages,
+        table=plan.table,
+        parameters=case.parameters,
+        max_tokens=plan.max_tokens,
+        warm=plan.warm,
+        emulated=not plan.real,
+        bound_tokens_per_s=None,
+        bound_share=None,
+        versions=versions(),
+        revision=plan.sources.get("revision", ""),
+        host=platform.node(),
+        started_at=started_at,
+        code=hashes["code"],
+        target=hashes["target"],
+        draft=hashes["draft"],
+        emulation=hashes["emulation"],
+        repeat=group.repeat,
+    )

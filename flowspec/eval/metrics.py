@@ -6,13 +6,13 @@ the text counts. Times in seconds of the driver's clock.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flowspec.effects import CLIENT, HEAD
 from flowspec.eval.idle import Span, track
 from flowspec.eval.records import Measured, hash_tokens, repeated_share
 from flowspec.eval.timeline import HOUSEKEEPING, Timeline
-from flowspec.request import Completion, DecodeStats, FinishReason, Request
+from flowspec.request import Completion, DecodeStats, FinishReason
 from flowspec.wire import Status
 
 PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
@@ -36,6 +36,16 @@ def count_rows(statuses: Mapping[int, Status]) -> RowCounts:
         return RowCounts()
     pruned = sum(status.num_rows_pruned for status in statuses.values())
     return RowCounts(pruned, statuses[max(statuses)].num_rows_run)
+
+
+@dataclass(frozen=True, slots=True)
+class Doings:
+    """What the processes did in the decode time, as shares of it; empty where nobody tells."""
+
+    drafter_busy: float = 0.0
+    stage_busy: tuple[float, ...] = ()
+    stage_idle: tuple[Mapping[str, float], ...] = ()
+    link_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 class Activity:
@@ -66,6 +76,20 @@ class Activity:
         whole = end - start
         return busy / whole, {cause: seconds / whole for cause, seconds in sorted(idle.items())}
 
+    def during(self, start: float, end: float) -> Doings:
+        """From an answer's first token, at `start`, to its last."""
+        stages: list[tuple[float, dict[str, float]]] = [(0.0, {}) for _ in self.stages]
+        drafter_busy = 0.0
+        if end > start:
+            stages = [self.shares(rank, start, end) for rank in self.stages]
+            drafter_busy = self.shares(HEAD, start, end)[0]
+        return Doings(
+            drafter_busy=drafter_busy,
+            stage_busy=tuple(busy for busy, _ in stages),
+            stage_idle=tuple(idle for _, idle in stages),
+            link_bytes=self.link_bytes(start, end),
+        )
+
     def link_bytes(self, start: float, end: float) -> dict[str, float]:
         """Bytes handed over from one rank to another, as "from-to", from `start` up to `end`."""
         sums = defaultdict[str, float](float)
@@ -78,27 +102,26 @@ class Activity:
 
 
 def measure(
-    request: Request,
     completion: Completion,
     expected: Sequence[int],
     *,
-    activity: Activity,
-    rows: RowCounts,
+    num_prompt: int,
+    doings: Doings,
+    rows: RowCounts | None,
 ) -> Measured:
-    """The figures of one finished request; `rows` are those of its time, `expected` the truth."""
+    """The figures of one finished request of `num_prompt` prompt tokens.
+
+    `rows` are those of its time, None where nobody tells; `expected` is the truth.
+    """
     assert completion.reason in (FinishReason.STOP, FinishReason.LENGTH), completion.error
     stats = completion.stats
     start, end = stats.first_token_at, stats.last_token_at
-    decode_s = end - start
-    stages: list[tuple[float, dict[str, float]]] = [(0.0, {}) for _ in activity.stages]
-    drafter_busy = 0.0
-    if decode_s > 0:
-        stages = [activity.shares(rank, start, end) for rank in activity.stages]
-        drafter_busy = activity.shares(HEAD, start, end)[0]
+    decode_s = end - start - stats.resume_s
     not_drafted, not_in_flight = stats.mu
-    num_prompt_run = len(request.prompt) - stats.num_prompt_reused
+    # the last token's row is never needed
+    num_needed = num_prompt - stats.num_prompt_reused + stats.num_tokens - 1
     return Measured(
-        prompt_tokens=len(request.prompt),
+        prompt_tokens=num_prompt,
         tokens=stats.num_tokens,
         token_hash=hash_tokens(completion.tokens),
         mismatch=list(completion.tokens) != list(expected),
@@ -117,17 +140,18 @@ def measure(
         mu_not_drafted=not_drafted,
         mu_not_in_flight=not_in_flight,
         rows_sent=stats.num_rows_sent,
-        rows_pruned=rows.pruned,
-        # the last token's row is never needed
-        rows_wasted=rows.run_by_last - num_prompt_run - (stats.num_tokens - 1),
+        rows_pruned=None if rows is None else rows.pruned,
+        rows_wasted=None if rows is None else rows.run_by_last - num_needed,
         segments=stats.num_segments,
         draft_forwards=stats.num_draft_forwards,
-        drafter_busy=drafter_busy,
-        stage_busy=tuple(busy for busy, _ in stages),
-        stage_idle=tuple(idle for _, idle in stages),
-        link_bytes=activity.link_bytes(start, end),
+        drafter_busy=doings.drafter_busy,
+        stage_busy=doings.stage_busy,
+        stage_idle=doings.stage_idle,
+        link_bytes=doings.link_bytes,
         tree_size=stats.mean_nodes_alive,
         repeated=repeated_share(completion.tokens),
+        resumes=stats.num_resumes,
+        outage_s=stats.resume_s,
     )
 
 

@@ -58,7 +58,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A benchmark. `real`: on processes here, else on the emulated cluster's virtual clock."""
+    """A benchmark, on the emulated cluster's virtual clock unless `real`.
+
+    `real`: on processes here, or with `remote` on a cluster of devices, which that describes.
+    """
 
     cluster: str
     model: str
@@ -69,10 +72,12 @@ class Plan:
     temperatures: tuple[float, ...]
     seeds: tuple[int, ...]
     max_tokens: int
-    target: Path  # split folder of the model that computes
+    # split folder of the model that computes; None: a remote cluster's plain decoding is the truth
+    target: Path | None
     drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
     emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
     real: bool = False
+    remote: Mapping[str, Any] | None = None  # what a cluster of devices' figures depend on
     warm: bool = False
     repeats: int = 1  # of everything; more than one tells something of real runs alone
     sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
@@ -94,6 +99,7 @@ class Plan:
             "target": self.sources.get("target", ""),
             "draft": self.sources.get(case.drafter_name, ""),
             "emulation": _hash(replace(emulation, drafter="none")) if emulation else "",
+            **({"emulation": hash_of(self.remote)} if self.remote else {}),
         }
         return {name: value[:HASH_CHARS] for name, value in whole.items()}
 
@@ -120,6 +126,8 @@ class Plan:
                 if name in ("code", "target", case.drafter_name)
             },
         }
+        if self.remote is not None:
+            common["remote"] = self.remote
         if group.repeat:  # the first has the key of a run without repeats
             common["repeat"] = group.repeat
         before = sha256()  # all that the cluster has been asked so far

@@ -12,7 +12,8 @@ from flowspec import __version__
 ROOT = Path(flowspec.__file__).resolve().parent
 NOT_TIMED = ("cli", "eval")  # parts of the package that no measured run goes through
 MEASURING = tuple(  # files of eval that one does
-    f"eval/{name}.py" for name in ("answering", "bound", "clock", "idle", "metrics", "timeline")
+    f"eval/{name}.py"
+    for name in ("answering", "bound", "clock", "idle", "metrics", "remote", "timeline")
 )
 PACKAGES = ("torch", "transformers", "numpy")
 GIT_TIMEOUT_S = 10.0

@@ -33,7 +33,7 @@ class Measured:
     mismatch: bool  # they differ from what the target alone gives
     finish: str  # stop or length
     ttft_s: float
-    decode_s: float  # from the first token to the last
+    decode_s: float  # from the first token to the last, less outages
     decode_tokens_per_s: float  # tokens after the first, by decode_s; 0 where there is one token
     end_to_end_tokens_per_s: float
     inter_token_ms: Mapping[str, float]  # p50, p95, p99; tokens that come together are 0 apart
@@ -44,16 +44,19 @@ class Measured:
     mu_not_drafted: float
     mu_not_in_flight: float  # drafted, but not sent yet
     rows_sent: int
-    rows_pruned: int  # dropped in flight, before some stage ran them
-    rows_wasted: int  # run by the last stage, but not accepted
+    rows_pruned: int | None  # dropped in flight, before some stage ran them; None: nobody tells
+    rows_wasted: int | None  # run by the last stage, but not accepted; None: nobody tells
     segments: int
     draft_forwards: int
     drafter_busy: float  # share
+    # the next three are empty where nobody tells
     stage_busy: tuple[float, ...]  # shares, of stage 1 to N
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
     link_bytes: Mapping[str, float]  # "from-to" -> bytes sent while decoding
     tree_size: float  # nodes alive when a verdict came, on average
     repeated: float | None = None  # see `repeated_share`; None in records of before
+    resumes: int = 0  # how often stages were lost and the answer went on
+    outage_s: float = 0.0  # from such a loss to the next token; no decode time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,10 @@ class Sample(Measured):
     target: str = ""  # of the model that computed, and where it is cut
     draft: str = ""  # of the draft model that computed; empty where there is none
     repeat: int = 0  # of a run on real processes, from 0
-    emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter
+    emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter; of
+    # a cluster of devices: of these, their layers and the dtype
+    devices: tuple[str, ...] = ()  # of a cluster of devices: which held what, in order
+    alone: bool = True  # nobody else's request was served meanwhile
 
 
 @dataclass(frozen=True, slots=True)

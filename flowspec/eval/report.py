@@ -135,8 +135,8 @@ def _acceptance(title: str, rows: Sequence[Row]) -> Table:
         alphas = [f"{a:.2f}" for a in row.alpha[:depths]]
         line = [row.strategy, f"{row.tau:.2f}", *alphas, *[NO_FIGURE] * (depths - len(alphas))]
         line += [_percent(v) for v in (row.mu, row.mu_not_drafted, row.mu_not_in_flight)]
-        line += [f"{v:.1f}" for v in (row.tree_size, row.rows_sent, row.rows_pruned)]
-        lines.append([*line, f"{row.rows_wasted:.1f}"])
+        counts = (row.tree_size, row.rows_sent, row.rows_pruned, row.rows_wasted)
+        lines.append([*line, *(NO_FIGURE if v is None else f"{v:.1f}" for v in counts)])
     return Table(title, columns, lines, ["Rows per token"])
 
 
@@ -160,10 +160,8 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
         line += [_percent(mean_idle(row, cause)) for cause in causes]
         bound = row.bound_share
         lines.append([*line, NO_FIGURE if bound is None else _percent(bound)])
-    notes = [
-        "p50, p95, p99: means of the answers' own",
-        "Causes of idleness: mean over the stages",
-    ]
+    notes = ["p50, p95, p99: means of the answers' own"]
+    notes += ["Causes of idleness: mean over the stages"] if causes else []
     return Table(title, columns, lines, notes)
 
 

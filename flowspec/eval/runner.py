@@ -20,8 +20,9 @@ from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
 from queue import Empty, Queue
 from threading import Event
+from typing import Protocol
 
-from flowspec.eval.answering import Asked, Workbench
+from flowspec.eval.answering import Asked, LeftOut, Workbench
 from flowspec.eval.plan import Case, Group, Plan
 from flowspec.eval.records import Sample, SampleFile, TooLong
 from flowspec.request import ClusterError
@@ -52,10 +53,28 @@ class Outcome:
     too_long: list[TooLong] = field(default_factory=list)
 
 
+Todo = Sequence[tuple[Group, list[Case]]]
+Done = Iterator[Sample | LeftOut]
+
+
+class Bench(Protocol):
+    """Works off one group of questions after the other."""
+
+    def work(self, group: Group, cases: Sequence[Case]) -> Done:
+        """The group's samples under each case, and what is left out of it."""
+
+
 def run_plan(
-    plan: Plan, file: SampleFile, *, jobs: int, tell: Callable[[Progress], None]
+    plan: Plan,
+    file: SampleFile,
+    *,
+    jobs: int,
+    tell: Callable[[Progress], None],
+    bench: Bench | None = None,
 ) -> Outcome:
     """Run what is missing from `file`; the figures are the same for any number of jobs.
+
+    `bench` does it all where it is given.
 
     Raises ClusterError where a request or a process fails; what was finished is in the file.
     """
@@ -66,7 +85,7 @@ def run_plan(
     )
     tell(progress)
     num_run = 0
-    with _crew(plan, 1 if plan.real else jobs) as crew:
+    with _crew(plan, 1 if plan.real else jobs, bench) as crew:
         for finished in crew.work(todo):
             if isinstance(finished, Sample):
                 if finished.key not in file:  # a warm set begins anew
@@ -116,22 +135,15 @@ def _left_out(plan: Plan, groups: Sequence[Group], file: SampleFile) -> list[Too
     return list({(one.dataset, one.question, one.turn): one for one in found}.values())
 
 
-Todo = Sequence[tuple[Group, list[Case]]]
-Done = Iterator[Sample | tuple[list[Case], list[TooLong]]]  # of a group: for these cases, left out
-
-
 class _Alone:
     """Works in this process, one thing after the other."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.bench = Workbench(plan)
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
 
     def work(self, todo: Todo) -> Done:
         for group, cases in todo:
-            asked, too_long = self.bench.ask(group)
-            yield cases, too_long
-            for case in cases if asked else ():
-                yield from self.bench.run(case, group, asked)
+            yield from self.bench.work(group, cases)
 
 
 class _Pool:
@@ -259,9 +271,9 @@ def _asking(seconds: float, keepers: Sequence[BaseProcess]) -> Iterator[None]:
 
 
 @contextmanager
-def _crew(plan: Plan, jobs: int) -> Iterator[_Alone | _Pool]:
-    if jobs == 1:
-        yield _Alone(plan)
+def _crew(plan: Plan, jobs: int, bench: Bench | None = None) -> Iterator[_Alone | _Pool]:
+    if bench is not None or jobs == 1:
+        yield _Alone(bench or Workbench(plan))
         return
     context = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()

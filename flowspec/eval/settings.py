@@ -17,7 +17,7 @@ HASHED = {  # field -> what it is a hash of
     "code": "the sources they ran",
     "target": "the model that computed",
     "draft": "the draft model that computed",
-    "emulation": "the figures of the emulated cluster and model",
+    "emulation": "the emulated cluster's and model's figures, or of the devices of a real one",
 }
 
 

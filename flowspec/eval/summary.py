@@ -18,9 +18,9 @@ BASELINE = "ar"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeShares:
-    """Of all stages' decode time: at work, and idle by cause."""
+    """Of all stages' decode time: at work, and idle by cause, as far as that is known."""
 
-    busy: float
+    busy: float | None
     by_stage: tuple[float, ...]
     idle: Mapping[str, float]
     drafter_busy: float
@@ -82,7 +82,7 @@ def time_shares(row: Row) -> TimeShares:
     """Where the stages' decode time went, of a set weighed by each answer's."""
     causes = sorted({cause for idle in row.stage_idle for cause in idle})
     return TimeShares(
-        busy=fmean(row.stage_busy),
+        busy=fmean(row.stage_busy) if row.stage_busy else None,
         by_stage=row.stage_busy,
         idle={cause: mean_idle(row, cause) for cause in causes},
         drafter_busy=row.drafter_busy,

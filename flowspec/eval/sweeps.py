@@ -51,6 +51,11 @@ def _of_links(key: str, value: Callable[[ClusterProfile], set[Value]]) -> Callab
         named = values_in(sample.cluster)
         if key in named:
             return named[key]
+        if not sample.emulated:
+            raise ValueError(
+                f"records measured on {sample.cluster} do not say {key}: it is known of emulated "
+                "clusters alone; choose these with --only emulated=true"
+            )
         found = value(_profile(sample.cluster.split(" ")[0]))
         if len(found) != 1:
             raise ValueError(f"the links of cluster {sample.cluster} differ: no place on {key}")
@@ -65,6 +70,10 @@ def _of_cluster(key: str, default: Value) -> Callable[[Sample], Value]:
 
 def _weight_bits(sample: Sample) -> Value:
     named = values_in(sample.model).get("weight_bits")
+    if named is None and not sample.emulated:
+        raise ValueError(
+            "measured records do not say weight_bits; choose others with --only emulated=true"
+        )
     return read_model(sample.model.split(" ")[0]).weight_bits if named is None else named
 
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flowspec.eval.aggregate import Row
+from flowspec.eval.idle import UNKNOWN
 from flowspec.eval.plots.theme import Theme, frame, grid
 
 BUSY = "busy"
@@ -34,7 +35,7 @@ def time_stack(rows: Sequence[Row], theme: Theme, subtitle: str) -> Figure:
     at, middles = 0.0, []
     for row in rows:
         for stage, busy in enumerate(row.stage_busy):
-            _bar(axes, at + stage, busy, row.stage_idle[stage], parts, color)
+            _bar(axes, at + stage, busy, _idle(row)[stage], parts, color)
         last = at + len(row.stage_busy) - 1
         middles.append((at + last) / 2)
         mean = sum(row.stage_busy) / len(row.stage_busy)
@@ -53,11 +54,14 @@ def time_stack(rows: Sequence[Row], theme: Theme, subtitle: str) -> Figure:
 
 def _parts(rows: Sequence[Row], theme: Theme) -> list[str]:
     """Busy, then causes in the theme's order, then others."""
-    causes = {
-        cause for row in rows for idle in row.stage_idle for cause, s in idle.items() if s > 0
-    }
+    causes = {cause for row in rows for idle in _idle(row) for cause, s in idle.items() if s > 0}
     known = [part for part in theme.parts if part in causes or part == BUSY]
     return [*known, *sorted(causes - set(known))]
+
+
+def _idle(row: Row) -> Sequence[Mapping[str, float]]:
+    """By cause, for each stage; what ran on devices says no more than how busy they were."""
+    return row.stage_idle or [{UNKNOWN: 1.0 - busy} for busy in row.stage_busy]
 
 
 def _colors(parts: Sequence[str], theme: Theme) -> dict[str, str]:

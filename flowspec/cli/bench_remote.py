@@ -1,0 +1,128 @@
+"""`flowspec bench --real --head`: the plan of a benchmark on a cluster of devices that runs."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowspec.cli.chat import DEFAULT_PORT
+from flowspec.cli.common import layerwise_folder
+from flowspec.cluster.client import HeadClient
+from flowspec.cluster.remote import RemoteCluster
+from flowspec.cluster.token import derive_keys, read_token
+from flowspec.config import RunConfig
+from flowspec.drafters import parse_drafter
+from flowspec.eval.plan import Case, Plan
+from flowspec.eval.prompts import Prompt
+from flowspec.eval.provenance import code_hash, revision
+from flowspec.eval.runner import Outcome
+from flowspec.model.manifest import read_manifest
+from flowspec.strategies import find_strategy
+from flowspec.transport.control import parse_address
+
+
+@contextmanager
+def connected(head: str | None, token_file: Path | None) -> Iterator[RemoteCluster | None]:
+    """The cluster of `head`, or None without one. Raises ClusterError where it cannot serve."""
+    if head is None:
+        yield None
+        return
+    keys = derive_keys(read_token(token_file))
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    with HeadClient(host, port, keys) as client:
+        # by print, which does not write across a bar that is on the screen
+        yield RemoteCluster(client, lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def cluster_drafters(
+    given: Sequence[str], strategies: Sequence[str], cluster: RemoteCluster
+) -> Sequence[str]:
+    """The drafters of `--drafter`, or the cluster's own; only the switches are free.
+
+    Raises ValueError where the cluster was served with another one.
+    """
+    own = cluster.status.drafter
+    names = given or (own,)
+    for name in names:
+        if own == "none" and any(find_strategy(strategy).drafts for strategy in strategies):
+            raise ValueError(
+                "this cluster was served without a drafter: --strategies ar needs none, for others "
+                "serve it anew with: flowspec serve MODEL --drafter NAME --draft FOLDER"
+            )
+        if (wanted := parse_drafter(name)[0]) != own:
+            raise ValueError(
+                f"--drafter {name}: this cluster was served with {own}; give --drafter {own}, or "
+                f"serve it anew with: flowspec serve MODEL --drafter {wanted} --draft FOLDER"
+            )
+    return names
+
+
+def assemble_remote(
+    cases: Sequence[Case],
+    cluster: RemoteCluster,
+    *,
+    head: str,
+    datasets: Mapping[str, Sequence[Prompt]],
+    temperatures: tuple[float, ...],
+    seeds: tuple[int, ...],
+    max_tokens: int,
+    table: str,
+    target: str | None,
+) -> Plan:
+    """A plan for the cluster as it is now; with `target`, that computes the truth here.
+
+    Raises ValueError where the cluster serves another model than `target`.
+    """
+    card = cluster.status.model
+    folder = None
+    if target is not None:
+        folder = layerwise_folder(RunConfig(model=target))
+        own = read_manifest(folder).model_hash
+        if own != card.model_hash:
+            raise ValueError(
+                f"--target {target} is not the model of this cluster, {card.model_id}: its hash "
+                f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --target the "
+                "cluster's own plain decoding is what answers are compared with"
+            )
+    host, port = parse_address(head, default_port=DEFAULT_PORT)
+    return Plan(
+        cluster=f"{host}:{port}",
+        model=card.model_id,
+        table=table,
+        stages=cluster.num_stages,
+        cases=tuple(cases),
+        datasets=datasets,
+        temperatures=temperatures,
+        seeds=seeds,
+        max_tokens=max_tokens,
+        target=folder,
+        real=True,
+        remote={
+            "devices": cluster.devices,
+            "dtype": card.dtype,
+            "stored_dtype": card.stored_dtype,
+            "quantization": card.quantization,
+            "truth": "ar" if folder is None else "target",
+        },
+        sources={
+            "code": code_hash(),
+            "target": card.model_hash,
+            "revision": revision(),
+            cluster.status.drafter: cluster.status.draft_hash,
+        },
+    )
+
+
+def disturbances(outcome: Outcome) -> Iterator[str]:
+    """What makes figures of devices less than clean, a sentence each."""
+    shared = sum(not sample.alone for sample in outcome.samples)
+    if shared:
+        yield (
+            f"{shared} of the answers were given while the head served other requests too: they "
+            "are slower than they would be alone"
+        )
+    resumed = sum(sample.resumes > 0 for sample in outcome.samples)
+    if resumed:
+        yield (
+            f"{resumed} of the answers went on after a device was lost; outages are no decode time"
+        )

@@ -1,0 +1,75 @@
+"""What a client asks for: a request, and the strategy that answers, if not the cluster's own."""
+
+from flowspec.cluster.measured import MAX_TOKENS, Decoding
+from flowspec.cluster.messages import Ask
+from flowspec.config import DecodeConfig, RunConfig, override
+from flowspec.engine import HeadParts, decode_config
+from flowspec.head import Head
+from flowspec.request import Request, SamplingParams
+from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
+from flowspec.text import render_chat
+
+Wanted = tuple[StrategySpec, DecodeConfig]
+
+
+class AskedDecoding:
+    """Checks what clients ask for and knows what is in force: None is what `serve` was given."""
+
+    def __init__(self, config: RunConfig, *, drafter: str) -> None:
+        """`drafter`: the one that is loaded."""
+        self.config, self.drafter = config, drafter
+        self.in_force: Decoding | None = None
+
+    @property
+    def strategy(self) -> str:
+        """The one in force, by name."""
+        return self.in_force.strategy if self.in_force is not None else self.config.strategy
+
+    def find(self, wanted: Decoding | None) -> Wanted:
+        """The strategy's row and parameters. Raises ValueError for what cannot be had here."""
+        if wanted is None:
+            return decode_config(self.config)
+        check_runs_for_real(wanted.strategy)
+        spec = find_strategy(wanted.strategy)
+        if spec.drafts and self.drafter == "none":
+            raise ValueError(
+                f"strategy {wanted.strategy} needs a drafter, this cluster was served without "
+                "one; serve it with --drafter, or ask for ar"
+            )
+        where = f"parameters of {wanted.strategy}"
+        return spec, override(spec.defaults, wanted.parameters, where=where)
+
+    def put_in_force(self, wanted: Decoding | None, head: Head) -> None:
+        """What `find` has found good, from the next request on; nothing may be open."""
+        head.configure(*self.find(wanted))
+        self.in_force = wanted
+
+
+def request_of(ask: Ask, number: int, parts: HeadParts) -> Request:
+    """The conversation as tokens. Raises ValueError for what cannot be sampled so."""
+    return Request(
+        id=number,
+        prompt=render_chat(parts.tokenizer, [turn.model_dump() for turn in ask.turns]),
+        sampling=SamplingParams(
+            temperature=ask.temperature,
+            top_k=ask.top_k,
+            top_p=ask.top_p,
+            min_p=ask.min_p,
+            seed=ask.seed,
+        ),
+        max_new_tokens=ask.max_new_tokens,
+        stop=ask.stop,
+        eos_token_ids=parts.eos_token_ids,
+    )
+
+
+def check_measurable(request: Request, max_context: int) -> None:
+    """Raises ValueError for an answer that the context would cut short, or one too long to tell."""
+    num_prompt, num_new = len(request.prompt), request.max_new_tokens
+    if num_new > MAX_TOKENS:
+        raise ValueError(f"answers of at most {MAX_TOKENS} tokens are measured, not {num_new}")
+    if num_prompt + num_new > max_context:
+        raise ValueError(
+            f"{num_prompt} prompt tokens and {num_new} more exceed the context of {max_context} "
+            "tokens"
+        )

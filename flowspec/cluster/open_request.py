@@ -1,0 +1,57 @@
+"""A client's request while the head serves it, and what the client is told at its end."""
+
+from dataclasses import dataclass, field
+
+from flowspec.cluster.measured import figures_of
+from flowspec.cluster.messages import Done
+from flowspec.cluster.stage_watch import StageWatch
+from flowspec.request import Completion, Request
+
+
+@dataclass(slots=True)
+class OpenRequest:
+    """One that is being served."""
+
+    ticket: int
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    num_resumed: int = 0
+    watch: StageWatch | None = None  # of one that is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A measured request that is over; its figures wait for the stages' last word, not for long."""
+
+    entry: OpenRequest
+    completion: Completion
+    watch: StageWatch
+    until: float
+
+    def is_settled(self, now: float) -> bool:
+        """Whether nothing more is waited for."""
+        return self.watch.is_settled or now >= self.until
+
+    def done(self, epoch: int, *, live: bool) -> Done:
+        """Its end with figures; the stages' own only where they are there."""
+        stages = self.watch.figures() if live else None
+        alone = self.watch.alone
+        figures = figures_of(self.completion.stats, epoch=epoch, alone=alone, stages=stages)
+        return done_of(self.entry, self.completion).model_copy(update={"figures": figures})
+
+
+def done_of(entry: OpenRequest, completion: Completion) -> Done:
+    """The end of a request; `id` is left to whoever knows the client."""
+    stats = completion.stats
+    return Done(
+        id=0,
+        reason=completion.reason.value,
+        error=completion.error[:4000],
+        num_tokens=len(completion.tokens),
+        tokens_per_s=stats.tokens_per_s,
+        time_to_first_token_s=stats.time_to_first_token_s,
+        tau=stats.mean_accepted_length,
+        resumed=entry.num_resumed,
+        prompt_tokens=len(entry.request.prompt),
+    )

@@ -1,0 +1,99 @@
+"""`flowspec bench --real --head` on joined devices: the table, its records, what ends it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import flowspec.eval.remote
+from flowspec.cli.main import app
+from flowspec.cluster.token import new_token
+from flowspec.eval.records import read_samples
+from flowspec.request import ClusterError
+from processes.devices import Processes
+
+QUESTIONS = [
+    {"id": "box", "prompt": "how many apples are in the box?"},
+    {"id": "fox", "turns": ["a fox in a box", "and a lazy dog"]},
+]
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Two devices."""
+    processes = Processes(tmp_path_factory.mktemp("bench"), checkpoint, str(new_token()))
+    try:
+        processes.serve()
+        for name in ("ada", "bob"):
+            processes.join(name)
+        processes.wait_for("head", r"serving: layers")
+        yield processes
+    finally:
+        processes.close()
+
+
+def bench(cluster: Processes, *flags: str) -> Result:
+    """In the folder of the test."""
+    Path("asked.jsonl").write_text("\n".join(json.dumps(one) for one in QUESTIONS))
+    words = ["bench", "--real", "--head", f"127.0.0.1:{cluster.port}", "--max-tokens", "24"]
+    words += ["--datasets", "asked.jsonl", "--strategies", "ar,streaming", *flags]
+    return CliRunner().invoke(app, words, env={"FLOWSPEC_TOKEN": cluster.token})
+
+
+def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, monkeypatch):
+    """Without a restart; every row is accounted for, and what is there is not asked again."""
+    monkeypatch.chdir(tmp_path)
+    result = bench(cluster, "--out", "out", "--json", "rows.json", "--temperatures", "0,1")
+    assert result.exit_code == 0, result.output
+    assert f"target on 127.0.0.1:{cluster.port}, 2 stages, table main" in result.output
+    assert "measured on a cluster of devices" in result.output
+    assert "12 samples (12 run now) in out; 0 differ from plain decoding on the cluster" in (
+        result.output
+    )
+    samples = read_samples(Path("out"))
+    assert [s.strategy for s in samples] == ["ar", "ar", "ar", *["streaming"] * 3] * 2
+    for sample in samples:
+        assert (sample.emulated, sample.warm, sample.alone) == (False, True, True)
+        assert [one.partition(":")[0] for one in sample.devices] == cluster.stages()
+        assert (sample.stage_idle, sample.link_bytes) == ((), {})
+    known = [sample for sample in samples if sample.rows_pruned is not None]
+    assert len(known) >= 10  # a probe may have been under way when the first was asked
+    for s in known:
+        assert s.rows_sent == s.rows_pruned + s.rows_wasted + s.tokens - 1
+    assert any(sample.stage_busy for sample in samples)
+    rows = json.loads(Path("rows.json").read_text())
+    assert {(row["emulated"], row["stages"], row["mismatches"]) for row in rows} == {(False, 2, 0)}
+    again = bench(cluster, "--out", "out", "--temperatures", "0,1")
+    assert "12 samples (0 run now)" in again.output
+    more = bench(cluster, "--out", "out", "--strategies", "ar,streaming,serial_pp")
+    assert "9 samples (3 run now) in out; 0 differ" in more.output
+
+
+def test_the_target_alone_may_be_the_truth(cluster, tmp_path, monkeypatch):
+    """Where it is the cluster's model, by hash."""
+    monkeypatch.chdir(tmp_path)
+    result = bench(cluster, "--target", str(cluster.checkpoint / "target"), "--limit", "1")
+    assert result.exit_code == 0, result.output
+    assert "2 samples (2 run now) in out/bench; 0 differ from the target alone" in result.output
+    wrong = bench(cluster, "--drafter", "ngram")
+    assert isinstance(wrong.exception, ValueError)
+    assert "served with eagle" in str(wrong.exception)
+
+
+def test_a_head_that_goes_away_ends_it_with_what_there_is(cluster, tmp_path, monkeypatch):
+    """One sentence, and nothing lost."""
+    monkeypatch.chdir(tmp_path)
+    original = flowspec.eval.remote.RemoteBench._answer
+
+    def answer(self, case, group, run, messages):
+        if case.strategy == "streaming" and len(messages) == 3:
+            cluster.running["head"].kill()
+        return original(self, case, group, run, messages)
+
+    monkeypatch.setattr(flowspec.eval.remote.RemoteBench, "_answer", answer)
+    result = bench(cluster)
+    assert isinstance(result.exception, ClusterError)
+    assert str(result.exception) == f"head at 127.0.0.1:{cluster.port}: connection lost"
+    assert len(read_samples(Path("out/bench"))) == 5

@@ -1,0 +1,279 @@
+"""A client chooses the strategy: what the head refuses, when it changes it, what it tells."""
+
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from checkpoints import save_checkpoint
+from pydantic import ValidationError
+
+import flowspec
+from flowspec.cluster.head_engine import HeadEngine
+from flowspec.cluster.head_events import (
+    CancelTicket,
+    Ended,
+    Event,
+    MoreText,
+    NewRequest,
+    StageLost,
+)
+from flowspec.cluster.measured import Decoding, StageFigures, figures_of, stats_of
+from flowspec.cluster.messages import MAX_MESSAGE_BYTES, Ask, Done, Turn, pack, unpack
+from flowspec.cluster.stage_watch import StageWatch
+from flowspec.config import RunConfig
+from flowspec.drafters.base import NoDrafter
+from flowspec.engine import HeadParts, load_head_parts
+from flowspec.model.source import open_checkpoint
+from flowspec.model.split import run_split
+from flowspec.model.split_plan import plan_split
+from flowspec.request import ClusterError, DecodeStats
+from flowspec.strategies import STRATEGIES
+from flowspec.wire import Status, Tokens
+
+CONFIG = RunConfig(strategy="flowspec", decode={"topk": 7})  # what `serve` was given
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> HeadParts:
+    """The head's share of a tiny model."""
+    folder = save_checkpoint(tmp_path_factory.mktemp("asked") / "tiny", num_layers=2)
+    plan = plan_split(open_checkpoint(folder / "target"), layers=(1, 1), dtype=None)
+    run_split(plan, folder / "split", model_id="tiny")
+    return load_head_parts(replace(CONFIG, draft=str(folder / "eagle")), folder / "split")
+
+
+class Asking:
+    """A head without devices: requests wait, which is enough to choose what will answer them."""
+
+    def __init__(self, parts: HeadParts) -> None:
+        self.told: list[Event] = []
+        self.engine = HeadEngine(CONFIG, parts, None, self.told.append)  # type: ignore[arg-type]
+        self.engine._suspend("no device has joined")
+        self.tickets = 0
+
+    def ask(self, decoding: Decoding | None, **fields: Any) -> Done | None:
+        """Its end, where it has come at once."""
+        self.tickets += 1
+        ask = Ask(
+            **{
+                "id": 1,
+                "version": flowspec.__version__,
+                "turns": (Turn(role="user", content="a fox"),),
+                "max_new_tokens": 8,
+                "decoding": decoding,
+                **fields,
+            }
+        )
+        self.engine._do(NewRequest(self.tickets, unpack(pack(ask))))  # type: ignore[arg-type]
+        ends = [e.done for e in self.told if isinstance(e, Ended) and e.ticket == self.tickets]
+        return ends[0] if ends else None
+
+    def cancel(self) -> None:
+        """The newest."""
+        self.engine._do(CancelTicket(self.tickets))
+
+    @property
+    def chosen(self) -> tuple[Any, Any]:
+        """What answers the next request."""
+        return self.engine.head.spec, self.engine.head.config
+
+
+@pytest.fixture
+def head(parts: HeadParts) -> Asking:
+    """As it is served."""
+    return Asking(parts)
+
+
+def decoding(strategy: str = "streaming", run: str = "1", **parameters: Any) -> Decoding:
+    """All parameters of the strategy, but for some."""
+    effective = {**asdict(STRATEGIES[strategy].defaults), **parameters}
+    return Decoding(strategy=strategy, parameters=effective, run=run)
+
+
+def test_a_client_has_its_strategy_and_the_next_one_the_cluster_s(head):
+    """Nothing of a benchmark stays, also where it was killed."""
+    served = head.chosen
+    assert served == (STRATEGIES["flowspec"], replace(STRATEGIES["flowspec"].defaults, topk=7))
+    assert head.ask(decoding(topk=3)) is None
+    assert head.chosen[0] is STRATEGIES["streaming"]
+    assert head.chosen[1] == replace(STRATEGIES["streaming"].defaults, topk=3)
+    assert head.engine.strategy == "streaming"
+    head.cancel()
+    assert head.ask(None) is None
+    assert (head.chosen, head.engine.strategy) == (served, "flowspec")
+
+
+def test_what_is_learnt_is_one_run_s(head):
+    """The same label goes on, another one begins anew."""
+    calibrations = []
+    for run in ("1", "1", "2"):
+        head.ask(decoding(run=run))
+        calibrations.append(head.engine.head.calibration)
+        head.cancel()
+    assert calibrations[0] is calibrations[1]
+    assert calibrations[1] is not calibrations[2]
+
+
+def test_a_strategy_is_not_changed_under_a_request(head):
+    """Who wants another one hears why; who wants none takes what there is."""
+    assert head.ask(decoding()) is None
+    done = head.ask(decoding("ar"))
+    assert done is not None
+    assert done.reason == "error"
+    assert "serves another request now" in done.error
+    assert "flowspec status" in done.error
+    assert head.ask(None) is None
+    assert head.ask(decoding()) is None
+    assert head.chosen[0] is STRATEGIES["streaming"]
+    assert head.engine.num_open == 3
+
+
+def test_the_head_s_own_probe_is_no_other_request(head):
+    """It gives way."""
+    head.engine._submit_probe()
+    assert head.ask(decoding()) is None
+    assert head.engine._probe is None
+    assert head.chosen[0] is STRATEGIES["streaming"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Decoding(strategy="warp", parameters={}, run="1"), ["warp", "known: ar"]),
+        (decoding(speed=9), ["parameters of streaming", "speed", "topk"]),
+        (decoding(topk=0), ["topk must be at least 1"]),
+        (decoding("ar", tree_size=2000), ["tree_size is 2000", "at most 1024"]),
+        (
+            Decoding(strategy="streaming-unpruned", parameters={}, run="1"),
+            ["streaming-unpruned", "emulated cluster alone"],
+        ),
+    ],
+)
+def test_a_strategy_that_cannot_be_had_is_refused_with_a_sentence(head, wanted, words):
+    """And changes nothing; the head goes on."""
+    served = head.chosen
+    done = head.ask(wanted)
+    assert done is not None
+    assert all(word in done.error for word in words), done.error
+    assert head.chosen == served
+    assert head.ask(None) is None
+
+
+def test_without_a_drafter_nothing_drafts(parts):
+    """Plain decoding still does."""
+    head = Asking(replace(parts, drafter=NoDrafter()))
+    done = head.ask(decoding())
+    assert done is not None
+    assert "needs a drafter" in done.error
+    assert head.ask(decoding("ar")) is None
+
+
+def test_what_would_be_cut_short_is_not_measured(head, parts):
+    """The client learns how long the prompt is; unmeasured answers end where the context does."""
+    done = head.ask(decoding(), max_new_tokens=parts.max_context)
+    assert done is not None
+    assert 0 < done.prompt_tokens < parts.max_context
+    assert f"{done.prompt_tokens} prompt tokens" in done.error
+    done = head.ask(decoding(), max_new_tokens=100_000)
+    assert done is not None
+    assert "at most 65536 tokens" in done.error
+    assert head.ask(None, max_new_tokens=parts.max_context) is None
+
+
+@pytest.mark.parametrize("value", ["9", None, [1], float("inf"), float("nan")])
+def test_a_parameter_is_a_number_or_a_switch(value):
+    """Nothing else travels."""
+    with pytest.raises(ValidationError):
+        Decoding(strategy="ar", parameters={"topk": value}, run="1")
+
+
+def test_statistics_come_back_as_they_were():
+    """Counted from when the request came; as long as they get, they fit a message."""
+    stats = DecodeStats(submitted_at=100.0, runs=[0, 3] * 20_000, num_verdicts=7, resume_s=0.5)
+    for number in range(1, 60_000):
+        stats.count_tokens(1, 100.0 + 1.1 ** (number % 150))
+    stats.finished_at = stats.last_token_at
+    stages = StageFigures(rows_pruned=1, rows_run_by_last=2, busy_s=(0.5,) * 256)
+    figures = figures_of(stats, epoch=3, alone=True, stages=stages)
+    frame = pack(Done(id=1, reason="length", figures=figures))
+    assert len(frame) < MAX_MESSAGE_BYTES
+    done = unpack(frame)
+    assert isinstance(done, Done)
+    assert done.figures == figures
+    back = stats_of(figures)
+    assert back.inter_token == stats.inter_token
+    assert back.time_to_first_token_s == pytest.approx(stats.time_to_first_token_s)
+    assert (back.runs, back.num_verdicts, back.resume_s) == (stats.runs, 7, 0.5)
+    assert back.last_token_at == pytest.approx(stats.last_token_at - 100.0)
+
+
+def status(stage: int, busy_s: float, rows: int, pruned: int, num_requests: int = 0) -> Status:
+    """A stage's totals."""
+    return Status(
+        stage=stage,
+        busy_s=busy_s,
+        num_segments=1,
+        num_rows_run=rows,
+        num_rows_pruned=pruned,
+        num_requests=num_requests,
+    )
+
+
+def watched(*before: Status) -> Any:
+    """A head of two stages that has heard so far."""
+    return SimpleNamespace(
+        statuses={one.stage: one for one in before},
+        heard_at={one.stage: 0.0 for one in before},
+        pipe=SimpleNamespace(num_stages=2),
+        admission=SimpleNamespace(kept={}),
+    )
+
+
+def hear(head: Any, *statuses: Status) -> None:
+    """New totals."""
+    for one in statuses:
+        head.statuses[one.stage], head.heard_at[one.stage] = one, float("inf")
+
+
+def test_what_stages_did_is_the_difference_of_their_totals():
+    """Rows since the request came, time since its first token."""
+    head = watched(status(1, 1.0, 10, 4), status(2, 2.0, 9, 1))
+    watch = StageWatch(head, alone=True)
+    assert watch.first_token()
+    assert not watch.first_token()
+    watch.look()  # what came before the first token is not of it
+    hear(head, status(1, 1.5, 12, 4, 1), status(2, 2.25, 11, 1, 1))
+    watch.look()
+    assert not watch.is_settled
+    hear(head, status(1, 3.0, 30, 6), status(2, 3.0, 25, 2))
+    watch.look()
+    assert watch.is_settled
+    assert watch.figures() == StageFigures(rows_pruned=3, rows_run_by_last=16, busy_s=(1.5, 0.75))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_cannot_be_told_apart_is_not_told(alone):
+    """Of a request beside another, or one that lost its stages; and nothing is waited for."""
+    watch = StageWatch(watched(status(1, 1.0, 1, 1), status(2, 1.0, 1, 1)), alone=alone)
+    watch.is_whole = not alone
+    assert watch.is_settled
+    assert watch.figures() is None
+
+
+def test_a_stage_that_takes_nothing_is_lost_and_no_more(head):
+    """Also where it is asked what it has done, or a client turns away."""
+    head.ask(decoding())
+
+    def send(to: int, message: object) -> None:
+        raise ClusterError("stage 2", f"took no {type(message).__name__} for 5 s")
+
+    engine = head.engine
+    engine._num_stages, engine._epoch = 2, 4
+    engine._driver.transport = SimpleNamespace(send=send, wake=lambda: None)
+    number = next(iter(engine._open))
+    engine._driver.to_client.append(Tokens(request=number, tokens=(5,), text="a"))
+    engine._do(CancelTicket(99))
+    assert StageLost(4, 2, "took no Ping for 5 s") in head.told
+    assert MoreText(1, (5,), "a") in head.told
+    assert engine.num_open == 1
