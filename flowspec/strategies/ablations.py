@@ -49,7 +49,7 @@ class Ticking(Streaming):
 
 
 class Apart(Streaming):
-    """True rows have a drafter forward of their own; guesses wait for it."""
+    """True rows have a drafter forward of their own; guesses wait for it, segments as ever."""
 
     def next_draft(self, s: Session) -> Sequence[Node]:
         """See Streaming."""

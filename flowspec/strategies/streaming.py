@@ -28,7 +28,7 @@ class Streaming:
         most_in_flight = s.config.max_in_flight or self.most_in_flight(s)
         if pipe.num_waiting or pipe.num_in_flight_for(s.request.id) >= most_in_flight:
             return None
-        drafts = pipe.draft_began_at is not None or bool(self.next_draft(s))
+        drafts = pipe.draft_began_at is not None or bool(self.leaves(s))
         early = drafts and self.may_wait(s)
         least = _least(s)
         most = 1 if early else s.config.segment_size
@@ -51,7 +51,11 @@ class Streaming:
         return s.pipe.first_stage_busy_s > s.pipe.draft_left_s
 
     def next_draft(self, s: Session) -> Sequence[Node]:
-        """The most probable leaves, without end: what stops being worth a row is not drafted on.
+        """The most probable leaves, beside whatever true rows are due."""
+        return self.leaves(s)
+
+    def leaves(self, s: Session) -> Sequence[Node]:
+        """The most probable ones, without end: what stops being worth a row is not drafted on.
 
         A text that is easy to guess is in flight many tokens deep, and a level takes a forward.
         """
