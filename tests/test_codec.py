@@ -114,6 +114,7 @@ FIXED = st.one_of(
         num_requests=U32,
         kv_rows_used=U64,
         peak_memory_bytes=U64,
+        num_closes=U64,
     ),
     st.builds(Ping, rank=I32),
     st.just(Stop()),

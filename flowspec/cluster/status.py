@@ -17,7 +17,7 @@ PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluste
 class HeadFacts:
     """What the core's side of the head knows. Times as of the monotonic clock."""
 
-    strategy: str  # that answers the next request, or all that are open
+    strategy: str  # in force: serve's, or a client's own while it asks, and some seconds after
     max_context: int
     drafter: str  # that is loaded
     draft_hash: str
