@@ -1,5 +1,6 @@
 """A client's strategy where things go wrong: no token yet, a stage lost, totals that cannot be."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,11 @@ from flowspec import wire
 from flowspec.cluster.asked import PUT_BACK_S
 from flowspec.cluster.head_engine import PROBE_EVERY_S
 from flowspec.cluster.head_events import Ended, StageLost
-from flowspec.cluster.messages import Done
-from flowspec.cluster.roster import GiveUp, Halt
+from flowspec.cluster.membership import Phase
+from flowspec.cluster.messages import DeviceReport, Done
+from flowspec.cluster.roster import Device, GiveUp, Halt
 from flowspec.cluster.stage_watch import StageWatch, settled
+from flowspec.cluster.status import _device
 from flowspec.engine import HeadParts
 from flowspec.request import ClusterError
 from flowspec.wire import Cancel, Close, Failed, Submit
@@ -312,3 +315,22 @@ def test_after_the_last_word_a_stage_does_nothing_more(max_kept):
                 assert one.num_rows_pruned == stage.num_rows_pruned
         assert settled(head) is not None
     assert num_settled
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (status(1, 2.0, 1, 1), 2.0),
+        (status(1, float("nan"), 1, 1), 0.0),
+        (status(1, -1.0, 1, 1), 0.0),
+        (replace(status(1, 2.0, 1, 1), kv_rows_used=2**63), 0.0),
+    ],
+)
+def test_what_cannot_be_is_not_shown(said, shown):
+    """`flowspec status` is answered whatever a device says."""
+    report = DeviceReport(hostname="a", kind="", memory_available_bytes=0, memory_total_bytes=0)
+    hello: Any = SimpleNamespace(report=report)
+    device = Device("a", b"", hello, 0.0, rank=1)
+    facts: Any = SimpleNamespace(statuses={1: said})
+    membership: Any = SimpleNamespace(phase=Phase.SERVING)
+    assert _device(device, membership, facts, 1.0).busy_s == shown
