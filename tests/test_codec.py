@@ -231,7 +231,7 @@ def test_bytes_are_pinned() -> None:
         "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530302"
+    assert header[:4].hex() == "46530402"
     assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
     assert hidden == b"\x80\x3f" * 8
 
