@@ -38,7 +38,7 @@ from flowspec.wire import (
     stamped,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_ROWS = 4096
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
@@ -64,7 +64,7 @@ _REROOT = struct.Struct("<Iqi")
 _STARTED = struct.Struct("<Q")
 _EXIT = struct.Struct("<QIIf")
 _FEATURES = struct.Struct("<iIBI")
-_STATUS = struct.Struct("<IdQQQIQQ")
+_STATUS = struct.Struct("<IdQQQIQQQ")
 _READY = struct.Struct("<Q")
 _RANK = struct.Struct("<i")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -384,6 +384,7 @@ _KINDS: dict[type, _Kind] = {
         "num_requests",
         "kv_rows_used",
         "peak_memory_bytes",
+        "num_closes",
     ),
     Failed: _Kind(
         "Failed", 9, 1, lambda head, m: [head + _encode_text(m.stage, m.text)], _decode_failed

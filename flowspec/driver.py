@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -188,11 +188,13 @@ class Driver:
             return now
         return max(self._paced_until, now - MOST_BEHIND_S)
 
-    def _send(self, sends: Iterable[Send]) -> None:
-        for send in sends:
+    def _send(self, sends: Sequence[Send]) -> None:
+        for send in sends:  # the client's first: what is over is over, whatever a stage takes
             if send.to == CLIENT:
                 self.trace.sent(time.monotonic(), CLIENT, send.message)
                 self.to_client.append(send.message)
+        for send in sends:
+            if send.to == CLIENT:
                 continue
             for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
                 now = time.monotonic()

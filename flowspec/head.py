@@ -233,6 +233,7 @@ class Head:
 
     def _close(self, requests: Sequence[int]) -> list[Send]:
         epoch = self.pipe.epoch
+        self.pipe.num_closes += len(requests)
         return [Send(FIRST_STAGE, Close(epoch=epoch, request=old)) for old in requests]
 
     def _features(self, message: Features) -> None:
@@ -317,6 +318,7 @@ class Head:
         keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and self.admission.max_kept > 0
         close = Close(epoch=epoch, request=request, keep=keep, verdict=session.verdict)
         sends = [Send(FIRST_STAGE, close)]
+        self.pipe.num_closes += 1
         if keep:
             sends += self._close(self.admission.keep(session))
         else:

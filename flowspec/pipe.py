@@ -71,11 +71,13 @@ class Pipe:
     draft_s: float = 0.0  # what a drafter forward takes, a running mean
     draft_began_at: float | None = None  # of the one that runs now
     epoch: int = 0  # of the stages that are there now
+    num_closes: int = 0  # `Close`s sent, of this epoch
     link_row_ms: float = 0.0  # what each row adds on the slowest line between stages, if known
 
     def begin_epoch(self) -> None:
         """The stages are lost, or are others now: what was under way never comes back."""
         self.epoch += 1
+        self.num_closes = 0
         self.trips.clear()
 
     @property

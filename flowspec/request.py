@@ -149,7 +149,12 @@ class DecodeStats:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed: tokens after the first over the time since the first, less outages."""
+        """Decode speed: tokens after the first over the time since the first, less outages.
+
+        0 below two tokens: a request may be over before its first one.
+        """
+        if self.num_tokens < 2:
+            return 0.0
         elapsed = self.finished_at - self.first_token_at - self.resume_s
         return (self.num_tokens - 1) / elapsed if elapsed > 0 else 0.0
 

@@ -73,6 +73,7 @@ class Stage:
         self.num_segments = 0
         self.num_rows_run = 0
         self.num_rows_pruned = 0
+        self.num_closes = 0  # of this epoch
         self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process; its driver knows
         self._status_due = 0.0
 
@@ -112,7 +113,7 @@ class Stage:
         """Whether it is of this epoch; the first of a newer one ends all requests of the old."""
         epoch = epoch_of(message)
         if epoch is not None and epoch > self.epoch:
-            self.epoch = epoch
+            self.epoch, self.num_closes = epoch, 0
             self.requests.clear()
             self.queue.clear()
         return epoch in (None, self.epoch)
@@ -183,6 +184,7 @@ class Stage:
 
     def _close(self, message: Close) -> list[Send]:
         """Free the request, or keep what is committed of it."""
+        self.num_closes += 1
         sends: list[Send] = []
         if not message.keep:
             self.requests.pop(message.request, None)
@@ -329,6 +331,7 @@ class Stage:
             num_requests=len(self.requests),
             kv_rows_used=self.kv_rows_used,
             peak_memory_bytes=self.peak_memory_bytes(),
+            num_closes=self.num_closes,
         )
         return Send(HEAD, status)
 

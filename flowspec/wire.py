@@ -165,6 +165,7 @@ class Status:
     num_requests: int  # caches held now, kept ones included
     kv_rows_used: int = 0  # that those caches take
     peak_memory_bytes: int = 0  # of the process, 0: not known
+    num_closes: int = 0  # `Close`s taken in, of this epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,94 +1,37 @@
 """A client chooses the strategy: what the head refuses, when it changes it, what it tells."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from checkpoints import save_checkpoint
+from asked import Asking, decoding, hear, status, tiny_parts, watched
 from pydantic import ValidationError
 
-import flowspec
-from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_events import (
     CancelTicket,
-    Ended,
-    Event,
     MoreText,
-    NewRequest,
     StageLost,
 )
 from flowspec.cluster.measured import Decoding, StageFigures, figures_of, stats_of
-from flowspec.cluster.messages import MAX_MESSAGE_BYTES, Ask, Done, Turn, pack, unpack
+from flowspec.cluster.messages import MAX_MESSAGE_BYTES, Done, pack, unpack
 from flowspec.cluster.stage_watch import StageWatch
-from flowspec.config import RunConfig
 from flowspec.drafters.base import NoDrafter
-from flowspec.engine import HeadParts, load_head_parts
-from flowspec.model.source import open_checkpoint
-from flowspec.model.split import run_split
-from flowspec.model.split_plan import plan_split
+from flowspec.engine import HeadParts
 from flowspec.request import ClusterError, DecodeStats
 from flowspec.strategies import STRATEGIES
-from flowspec.wire import Status, Tokens
-
-CONFIG = RunConfig(strategy="flowspec", decode={"topk": 7})  # what `serve` was given
+from flowspec.wire import Tokens
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> HeadParts:
     """The head's share of a tiny model."""
-    folder = save_checkpoint(tmp_path_factory.mktemp("asked") / "tiny", num_layers=2)
-    plan = plan_split(open_checkpoint(folder / "target"), layers=(1, 1), dtype=None)
-    run_split(plan, folder / "split", model_id="tiny")
-    return load_head_parts(replace(CONFIG, draft=str(folder / "eagle")), folder / "split")
-
-
-class Asking:
-    """A head without devices: requests wait, which is enough to choose what will answer them."""
-
-    def __init__(self, parts: HeadParts) -> None:
-        self.told: list[Event] = []
-        self.engine = HeadEngine(CONFIG, parts, None, self.told.append)  # type: ignore[arg-type]
-        self.engine._suspend("no device has joined")
-        self.tickets = 0
-
-    def ask(self, decoding: Decoding | None, **fields: Any) -> Done | None:
-        """Its end, where it has come at once."""
-        self.tickets += 1
-        ask = Ask(
-            **{
-                "id": 1,
-                "version": flowspec.__version__,
-                "turns": (Turn(role="user", content="a fox"),),
-                "max_new_tokens": 8,
-                "decoding": decoding,
-                **fields,
-            }
-        )
-        self.engine._do(NewRequest(self.tickets, unpack(pack(ask))))  # type: ignore[arg-type]
-        ends = [e.done for e in self.told if isinstance(e, Ended) and e.ticket == self.tickets]
-        return ends[0] if ends else None
-
-    def cancel(self) -> None:
-        """The newest."""
-        self.engine._do(CancelTicket(self.tickets))
-
-    @property
-    def chosen(self) -> tuple[Any, Any]:
-        """What answers the next request."""
-        return self.engine.head.spec, self.engine.head.config
+    return tiny_parts(tmp_path_factory.mktemp("asked"))
 
 
 @pytest.fixture
 def head(parts: HeadParts) -> Asking:
     """As it is served."""
     return Asking(parts)
-
-
-def decoding(strategy: str = "streaming", run: str = "1", **parameters: Any) -> Decoding:
-    """All parameters of the strategy, but for some."""
-    effective = {**asdict(STRATEGIES[strategy].defaults), **parameters}
-    return Decoding(strategy=strategy, parameters=effective, run=run)
 
 
 def test_a_client_has_its_strategy_and_the_next_one_the_cluster_s(head):
@@ -208,34 +151,6 @@ def test_statistics_come_back_as_they_were():
     assert back.last_token_at == pytest.approx(stats.last_token_at - 100.0)
 
 
-def status(stage: int, busy_s: float, rows: int, pruned: int, num_requests: int = 0) -> Status:
-    """A stage's totals."""
-    return Status(
-        stage=stage,
-        busy_s=busy_s,
-        num_segments=1,
-        num_rows_run=rows,
-        num_rows_pruned=pruned,
-        num_requests=num_requests,
-    )
-
-
-def watched(*before: Status) -> Any:
-    """A head of two stages that has heard so far."""
-    return SimpleNamespace(
-        statuses={one.stage: one for one in before},
-        heard_at={one.stage: 0.0 for one in before},
-        pipe=SimpleNamespace(num_stages=2),
-        admission=SimpleNamespace(kept={}),
-    )
-
-
-def hear(head: Any, *statuses: Status) -> None:
-    """New totals."""
-    for one in statuses:
-        head.statuses[one.stage], head.heard_at[one.stage] = one, float("inf")
-
-
 def test_what_stages_did_is_the_difference_of_their_totals():
     """Rows since the request came, time since its first token."""
     head = watched(status(1, 1.0, 10, 4), status(2, 2.0, 9, 1))
@@ -243,10 +158,13 @@ def test_what_stages_did_is_the_difference_of_their_totals():
     assert watch.first_token()
     assert not watch.first_token()
     watch.look()  # what came before the first token is not of it
-    hear(head, status(1, 1.5, 12, 4, 1), status(2, 2.25, 11, 1, 1))
+    hear(head, status(1, 1.5, 12, 4), status(2, 2.25, 11, 1))
     watch.look()
+    head.pipe.num_closes = 1  # it is over
     assert not watch.is_settled
-    hear(head, status(1, 3.0, 30, 6), status(2, 3.0, 25, 2))
+    hear(head, status(1, 3.0, 30, 6, 1), status(2, 2.5, 20, 1))
+    assert not watch.is_settled
+    hear(head, status(2, 3.0, 25, 2, 1))
     watch.look()
     assert watch.is_settled
     assert watch.figures() == StageFigures(rows_pruned=3, rows_run_by_last=16, busy_s=(1.5, 0.75))

@@ -114,6 +114,7 @@ FIXED = st.one_of(
         num_requests=U32,
         kv_rows_used=U64,
         peak_memory_bytes=U64,
+        num_closes=U64,
     ),
     st.builds(Ping, rank=I32),
     st.just(Stop()),
@@ -221,16 +222,16 @@ def test_every_kind_is_covered() -> None:
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 3 must mean the same bytes."""
+    """Two versions that both say protocol 4 must mean the same bytes."""
     frames = as_bytes(
         Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
     )
     assert [f.hex() for f in frames] == [
-        "4653" "03" "04" "09000000" "0200" "08000000" "0500000000000000"
+        "4653" "04" "04" "09000000" "0200" "08000000" "0500000000000000"
         "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530302"
+    assert header[:4].hex() == "46530402"
     assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
     assert hidden == b"\x80\x3f" * 8
 

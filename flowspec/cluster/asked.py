@@ -9,6 +9,8 @@ from flowspec.request import Request, SamplingParams
 from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
 from flowspec.text import render_chat
 
+PUT_BACK_S = 8.0  # longer than a benchmark needs between two questions, shorter than until a probe
+
 Wanted = tuple[StrategySpec, DecodeConfig]
 
 
@@ -19,6 +21,8 @@ class AskedDecoding:
         """`drafter`: the one that is loaded."""
         self.config, self.drafter = config, drafter
         self.in_force: Decoding | None = None
+        self.used_at = 0.0  # when somebody last asked for what is in force, or was answered
+        self._is_fresh = False  # nobody has asked since the last change
 
     @property
     def strategy(self) -> str:
@@ -42,7 +46,16 @@ class AskedDecoding:
     def put_in_force(self, wanted: Decoding | None, head: Head) -> None:
         """What `find` has found good, from the next request on; nothing may be open."""
         head.configure(*self.find(wanted))
-        self.in_force = wanted
+        self.in_force, self._is_fresh = wanted, True
+
+    def use(self, now: float) -> bool:
+        """A request asks for what is in force; whether it is the first one since the change."""
+        is_first, self._is_fresh, self.used_at = self._is_fresh, False, now
+        return is_first
+
+    def is_left(self, now: float) -> bool:
+        """Whether whoever asked for what is in force has asked nothing for some seconds."""
+        return self.in_force is not None and now - self.used_at > PUT_BACK_S
 
 
 def request_of(ask: Ask, number: int, parts: HeadParts) -> Request:

@@ -25,6 +25,7 @@ from flowspec.cluster.head_events import (
 )
 from flowspec.cluster.measured import Decoding
 from flowspec.cluster.messages import Addresses, Done
+from flowspec.cluster.nowhere import Nowhere
 from flowspec.cluster.open_request import Measured, OpenRequest, done_of
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
 from flowspec.cluster.stage_job import AddressBook, listen
@@ -40,31 +41,13 @@ from flowspec.request import ClusterError, Request, rank_name
 from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
-from flowspec.wire import Cancel, Finished, Message, Ping, Status, Submit, Tokens, WireMessage
+from flowspec.wire import Cancel, Finished, Message, Ping, Status, Submit, Tokens
 
 log = logging.getLogger(__name__)
 TURN_S = 0.02  # how long a command may wait while messages are waited for
 IDLE_S = 0.5
 PROBE_EVERY_S = 10.0
 SETTLE_S = 2.0  # for the stages to say what they did for a request that is measured
-
-
-class _Nowhere:
-    """Between epochs: nothing can be sent, nothing comes."""
-
-    def send(self, to: int, message: object) -> None:
-        """What was meant for stages that are gone."""
-
-    def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """Nothing."""
-        del timeout_s
-        return ()
-
-    def wake(self) -> None:
-        """Nobody waits."""
-
-    def close(self) -> None:
-        """Nothing to close."""
 
 
 class HeadEngine:
@@ -101,7 +84,7 @@ class HeadEngine:
         self._members: Sequence[Member] = ()
         self._book: AddressBook = {}
         self._transport: ZmqTransport | None = None
-        self._driver = Driver(self.head, _Nowhere(), 0)
+        self._driver = Driver(self.head, Nowhere(), 0)
         self._is_live = False
         self._pinged_at = 0.0
         self._thread = threading.Thread(target=self._run, name="head", daemon=True)
@@ -126,13 +109,14 @@ class HeadEngine:
 
     @property
     def strategy(self) -> str:
-        """The one in force."""
+        """The one in force; a client's own goes some seconds after its last answer."""
         return self._decoding.strategy
 
     def _run(self) -> None:
         try:
             self._suspend("the layers are not covered yet")
             while self._serve_commands():
+                self._put_back()
                 if self._is_live:
                     self._turn()
         except Exception as error:
@@ -155,8 +139,6 @@ class HeadEngine:
     def _do(self, command: Command) -> None:
         with self._noticing_losses():
             self._obey(command)
-            self._pass_on()
-        self._pass_on()  # what a loss has ended
 
     def _obey(self, command: Command) -> None:
         match command:
@@ -211,19 +193,22 @@ class HeadEngine:
         """The stages are lost; what is accepted is here, and goes on with the next ones."""
         self._drop_transport()
         for watch in self._watches():
-            watch.is_whole = False
+            watch.lose()
         self._inject(wire.Suspend(cause=cause))
+        if self._probe is not None:  # the next stages get one of their own
+            self._inject(Cancel(request=self._probe))
+            self._probe = None
 
     def _drop_transport(self) -> None:
         self._is_live = False
         if self._transport is not None:
             self._transport.close()
             self._transport = None
-        self._use(_Nowhere())
+        self._use(Nowhere())
 
     def _use(self, transport: Transport) -> None:
         """Go on over another network; what clients have not been told yet stays."""
-        num_stages = 0 if isinstance(transport, _Nowhere) else self._num_stages
+        num_stages = 0 if isinstance(transport, Nowhere) else self._num_stages
         self._driver.go_on(transport, num_stages)
 
     def _turn(self) -> None:
@@ -235,14 +220,16 @@ class HeadEngine:
                 raise ClusterError(where, cause)
             self._check_progress()
             self._submit_probe()
-            self._pass_on()
-        self._pass_on()  # what a loss has ended
 
     @contextmanager
     def _noticing_losses(self) -> Iterator[None]:
-        """A stage that takes nothing, or has failed, is the end of this epoch alone."""
+        """A stage that takes nothing, or has failed, is the end of this epoch alone.
+
+        What the core has for its clients is passed on, also what a loss has ended.
+        """
         try:
             yield
+            self._pass_on()
         except WireError as error:
             log.warning("dropped: %s", error)
         except ClusterError as error:
@@ -250,6 +237,7 @@ class HeadEngine:
                 (r for r in range(1, self._num_stages + 1) if rank_name(r) == error.where), 0
             )
             self._lost(rank or 1, error.cause)
+            self._pass_on()  # nothing is sent any more, so nothing fails
 
     def _lost(self, rank: int, cause: str) -> None:
         self._suspend(cause)
@@ -299,9 +287,12 @@ class HeadEngine:
             return
         for other in self._watches():
             other.alone = False
+        for one in self._over:  # served alone, but what stages say from now on is of both
+            one.watch.is_whole = False
         entry = self._open[request.id] = OpenRequest(command.ticket, request)
         if ask.decoding is not None:
             entry.watch = StageWatch(self.head, alone=len(self._open) == 1)
+            entry.is_fresh = self._decoding.use(time.monotonic())
         self._inject(Submit(request=request))
 
     def _use_decoding(self, wanted: Decoding | None) -> None:
@@ -310,24 +301,31 @@ class HeadEngine:
         Who asks for none takes what is in force while others are served: the text is the same.
         """
         self._decoding.find(wanted)
-        if wanted == self._decoding.in_force or (wanted is None and self._open):
+        changes = wanted != self._decoding.in_force
+        if wanted is None and (self._open or not changes):
             return
-        if self._open:
+        if self._open and changes:
             raise ValueError(
                 "the head serves another request now, so its strategy cannot be changed; ask again "
                 "when it is over, `flowspec status` shows how many there are"
             )
-        if self._probe is not None:
-            self._inject(Cancel(request=self._probe))
-            self._pass_on()
-        self._decoding.put_in_force(wanted, self.head)
+        if self._probe is not None and not self._open:  # else it would be measured too
+            with self._noticing_losses():  # who asks waits for the next stages then
+                self._inject(Cancel(request=self._probe))
+        if changes:
+            self._decoding.put_in_force(wanted, self.head)
+
+    def _put_back(self) -> None:
+        """Nobody measures any more: serve's own strategy is in force again, for probes too."""
+        if self._decoding.is_left(time.monotonic()) and not self._open and not self._over:
+            self._use_decoding(None)
 
     def _submit_probe(self) -> None:
         """While nobody asks anything, a token goes through all stages now and then."""
         now = time.monotonic()
         recent = self.crossed_at is not None and now - self.crossed_at < PROBE_EVERY_S
-        if self._probe is not None or self._open or (recent and self.statuses):
-            return
+        if self._probe is not None or self._open or self._over or (recent and self.statuses):
+            return  # a measured one that is over counts what the stages do until they have said it
         self._probe = number = next(self._ids)
         # cancelled at its first token, so that it is not kept for a next turn
         eos = self.parts.eos_token_ids
@@ -362,13 +360,14 @@ class HeadEngine:
                 self._ping_stages()
 
     def _finished(self, message: Finished) -> None:
-        if message.request == self._probe:
-            self._probe = None
-            self.head.finished.pop(message.request, None)
-            return
         entry = self._open.pop(message.request, None)
         if entry is None:
+            self.head.finished.pop(message.request, None)
+            if message.request == self._probe:
+                self._probe = None
             return
+        if entry.watch is not None:
+            self._decoding.used_at = time.monotonic()
         completion = self.head.completion(entry.request, message, entry.tokens, entry.text)
         if entry.watch is None or completion.error:
             self._tell(Ended(entry.ticket, done_of(entry, completion)))

@@ -45,7 +45,12 @@ class StageFigures(Strict):
 
 
 class Figures(Strict):
-    """A request's statistics (`DecodeStats`), and what the stages did where that is known."""
+    """A request's statistics (`DecodeStats`), and what the stages did where that is known.
+
+    `num_resumes` also counts a wait for lost stages before it had begun: `resume_s` has nothing of
+    an outage before the first token, which is a part of the time to it. `alone` is of the time
+    until it was over; who came after that, before the stages' last word, takes only `stages`.
+    """
 
     num_tokens: Count
     num_verdicts: Count
@@ -69,11 +74,12 @@ class Figures(Strict):
     num_zero_latencies: Count
     epoch: Count  # in which it ended
     alone: bool  # no other request was served meanwhile
+    fresh: bool  # the first one under a strategy just put in force: nothing was learnt before it
     stages: StageFigures | None = None
 
 
 def figures_of(
-    stats: DecodeStats, *, epoch: int, alone: bool, stages: StageFigures | None
+    stats: DecodeStats, *, epoch: int, alone: bool, stages: StageFigures | None, fresh: bool = False
 ) -> Figures:
     """What a client is told of a request that is over."""
     return Figures(
@@ -84,6 +90,7 @@ def figures_of(
         num_zero_latencies=stats.inter_token.num_zero,
         epoch=epoch,
         alone=alone,
+        fresh=fresh,
         stages=stages,
     )
 

@@ -1,6 +1,6 @@
 """A client's request while the head serves it, and what the client is told at its end."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flowspec.cluster.measured import figures_of
 from flowspec.cluster.messages import Done
@@ -18,6 +18,7 @@ class OpenRequest:
     text: str = ""
     num_resumed: int = 0
     watch: StageWatch | None = None  # of one that is measured
+    is_fresh: bool = False  # the first one under a strategy just put in force
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +36,14 @@ class Measured:
 
     def done(self, epoch: int, *, live: bool) -> Done:
         """Its end with figures; the stages' own only where they are there."""
-        stages = self.watch.figures() if live else None
-        alone = self.watch.alone
-        figures = figures_of(self.completion.stats, epoch=epoch, alone=alone, stages=stages)
+        stats, watch = self.completion.stats, self.watch
+        figures = figures_of(
+            replace(stats, num_resumes=max(stats.num_resumes, int(watch.was_late))),
+            epoch=epoch,
+            alone=watch.alone,
+            fresh=self.entry.is_fresh,
+            stages=watch.figures() if live else None,
+        )
         return done_of(self.entry, self.completion).model_copy(update={"figures": figures})
 
 

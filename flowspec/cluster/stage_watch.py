@@ -3,17 +3,23 @@
 import time
 from collections.abc import Mapping
 
+from pydantic import ValidationError
+
 from flowspec.cluster.measured import StageFigures
 from flowspec.head import Head
 from flowspec.wire import Status
 
 
 def settled(head: Head) -> Mapping[int, Status] | None:
-    """The stages' totals where all have freed whatever is over; None where one has yet to say."""
-    statuses, kept = head.statuses, len(head.admission.kept)
-    if len(statuses) < head.pipe.num_stages:
+    """The stages' totals where all have done with whatever is over; None where one has yet to say.
+
+    `Close` comes behind a request's rows: who has taken in all that were sent has no such rows.
+    """
+    statuses, pipe = head.statuses, head.pipe
+    if not statuses or set(statuses) != set(range(1, pipe.num_stages + 1)):
         return None
-    return dict(statuses) if all(s.num_requests <= kept for s in statuses.values()) else None
+    is_last_word = all(s.num_closes == pipe.num_closes for s in statuses.values())
+    return dict(statuses) if is_last_word else None
 
 
 class StageWatch:
@@ -24,11 +30,17 @@ class StageWatch:
 
     def __init__(self, head: Head, *, alone: bool) -> None:
         self.alone = alone
-        self.is_whole = True  # no stage was lost meanwhile
+        self.is_whole = True  # no stage was lost, and nobody came before their last word
+        self.was_late = head.outage is not None  # its first token waited for lost stages
         self._head = head
         self._before = settled(head)
         self._first_at: float | None = None
         self._first: dict[int, Status] = {}
+
+    def lose(self) -> None:
+        """A stage is lost."""
+        self.is_whole = False
+        self.was_late |= self._first_at is None
 
     def first_token(self) -> bool:
         """A token has come; whether it is the first, so that the stages are to be asked now."""
@@ -55,16 +67,19 @@ class StageWatch:
         return self.alone and self.is_whole and self._before is not None
 
     def figures(self) -> StageFigures | None:
-        """What came since the request began; None where it is not known."""
+        """What came since the request began; None where it is not known or cannot be."""
         before, after = self._before, settled(self._head)
         if not self._is_usable or before is None or after is None or set(before) != set(after):
             return None
         last, first = max(after), self._first
         since_first = [after[r].busy_s - first[r].busy_s for r in sorted(after) if r in first]
         pruned = sum(after[rank].num_rows_pruned - before[rank].num_rows_pruned for rank in after)
-        return StageFigures(
-            rows_pruned=pruned,
-            rows_run_by_last=after[last].num_rows_run - before[last].num_rows_run,
-            # an answer may be over before a stage has said what it had done by the first token
-            busy_s=tuple(since_first) if len(since_first) == len(after) else (),
-        )
+        try:
+            return StageFigures(
+                rows_pruned=pruned,
+                rows_run_by_last=after[last].num_rows_run - before[last].num_rows_run,
+                # an answer may be over before a stage has said what it had done by the first token
+                busy_s=tuple(since_first) if len(since_first) == len(after) else (),
+            )
+        except ValidationError:  # a device says whatever it says: totals that go down, say
+            return None

@@ -10,6 +10,7 @@ from flowspec.cluster.messages import ClusterStatus, DeviceReport, DeviceStatus,
 from flowspec.cluster.roster import Device
 from flowspec.wire import Status
 
+MAX_BUSY_S, MAX_COUNT = 1e12, 2**62  # as a control message may hold them (fields.py)
 PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluster is not healthy
 
 
@@ -17,7 +18,7 @@ PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluste
 class HeadFacts:
     """What the core's side of the head knows. Times as of the monotonic clock."""
 
-    strategy: str  # that answers the next request, or all that are open
+    strategy: str  # in force: serve's, or a client's own while it asks, and some seconds after
     max_context: int
     drafter: str  # that is loaded
     draft_hash: str
@@ -81,6 +82,8 @@ def _why_unhealthy(membership: Membership, probe_age_s: float | None) -> str:
 
 def _device(device: Device, membership: Membership, facts: HeadFacts, now: float) -> DeviceStatus:
     status = facts.statuses.get(device.rank) if device.rank else None
+    if status is not None and not _can_be(status):
+        status = None
     place = device.place if device.rank else None
     return DeviceStatus(
         name=device.name,
@@ -97,6 +100,12 @@ def _device(device: Device, membership: Membership, facts: HeadFacts, now: float
         kv_rows_used=status.kv_rows_used if status else 0,
         peak_memory_bytes=status.peak_memory_bytes if status else 0,
     )
+
+
+def _can_be(status: Status) -> bool:
+    """Whether a person can be shown it: a device says whatever it says."""
+    counts = (status.kv_rows_used, status.peak_memory_bytes)
+    return 0.0 <= status.busy_s <= MAX_BUSY_S and all(0 <= count <= MAX_COUNT for count in counts)
 
 
 def _state(
