@@ -115,6 +115,19 @@ def test_what_is_learnt_is_one_run_s(head):
     assert calibrations[1] is not calibrations[2]
 
 
+def test_an_answer_s_first_epoch_is_the_one_it_came_in(head):
+    """0 where no devices were there to answer."""
+    for live, epoch in ((False, 0), (True, 3)):
+        head.engine._is_live, head.engine._epoch = live, 3
+        assert head.ask(decoding()) is None
+        ((_, entry),) = head.engine._open.items()
+        assert entry.first_epoch == epoch
+        stats = DecodeStats()
+        figures = figures_of(stats, epoch=4, alone=True, stages=None, first_epoch=epoch)
+        assert (figures.first_epoch, figures.fresh) == (epoch, False)
+        head.cancel()
+
+
 def test_a_strategy_is_not_changed_under_a_request(head):
     """Who wants another one hears why; who wants none takes what there is."""
     assert head.ask(decoding()) is None

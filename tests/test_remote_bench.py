@@ -291,9 +291,9 @@ def ask(client: Client, said: list[str] | None = None) -> Answer | LongPrompt:
 
 
 def test_an_answer_is_put_together():
-    """With why it waited, and the devices after a loss."""
+    """With why it waited."""
     pieces = Piece(id=1, tokens=(1, 2), text="a "), Piece(id=1, tokens=(3,), text="b")
-    end = Done(id=1, reason="stop", prompt_tokens=7, figures=figures(epoch=2))
+    end = Done(id=1, reason="stop", prompt_tokens=7, figures=figures())
     said: list[str] = []
     client = Client(pieces[0], Note(id=1, text="bob is lost"), pieces[1], end)
     answer = ask(client, said)
@@ -301,7 +301,7 @@ def test_an_answer_is_put_together():
     assert (answer.completion.tokens, answer.completion.text) == ((1, 2, 3), "a b")
     assert answer.num_prompt == 7
     assert answer.completion.stats.time_to_first_token_s == 1.0
-    assert said == ["bob is lost"]  # the same devices again
+    assert said == ["bob is lost"]
 
 
 def test_what_a_head_refuses_is_told_in_its_words():

@@ -300,6 +300,7 @@ class HeadEngine:
         for other in self._watches():
             other.alone = False
         entry = self._open[request.id] = OpenRequest(command.ticket, request)
+        entry.first_epoch = self._epoch if self._is_live else 0
         if ask.decoding is not None:
             entry.watch = StageWatch(self.head, alone=len(self._open) == 1)
         self._inject(Submit(request=request))

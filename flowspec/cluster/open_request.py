@@ -17,6 +17,7 @@ class OpenRequest:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     num_resumed: int = 0
+    first_epoch: int = 0  # in which it came; 0: between two
     watch: StageWatch | None = None  # of one that is measured
 
 
@@ -36,8 +37,13 @@ class Measured:
     def done(self, epoch: int, *, live: bool) -> Done:
         """Its end with figures; the stages' own only where they are there."""
         stages = self.watch.figures() if live else None
-        alone = self.watch.alone
-        figures = figures_of(self.completion.stats, epoch=epoch, alone=alone, stages=stages)
+        figures = figures_of(
+            self.completion.stats,
+            epoch=epoch,
+            first_epoch=self.entry.first_epoch,
+            alone=self.watch.alone,
+            stages=stages,
+        )
         return done_of(self.entry, self.completion).model_copy(update={"figures": figures})
 
 

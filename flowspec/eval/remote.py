@@ -120,7 +120,6 @@ class RemoteBench:
         found = sample_of(self.plan, case, group, turn, measured, started_at=started_at)
         return replace(
             found,
-            stages=self._cluster.num_stages,
             devices=tuple(self._cluster.devices),
             alone=answer.figures.alone,
         )
