@@ -1,17 +1,23 @@
 """A benchmark on a cluster whose devices change, or whose head serves others in between."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_remote_bench import PROMPTS, STAGES, Client, figures, make_plan
+from samples import sample
+from test_remote_bench import PROMPTS, STAGES, Client, Cluster, figures, make_plan, run
+from test_remote_bench import told as printed
 
+from flowspec.cli.bench_remote import disturbances
 from flowspec.cluster.measured import Decoding, Figures
 from flowspec.cluster.messages import Ask, Done, Note, Piece
 from flowspec.cluster.remote import Answer, RemoteCluster
+from flowspec.eval.aggregate import summarize
 from flowspec.eval.records import SampleFile, read_samples
 from flowspec.eval.remote import RemoteBench
+from flowspec.eval.report import csv_report, tables
 from flowspec.eval.runner import run_plan
 from flowspec.request import ClusterError, SamplingParams
 
@@ -106,3 +112,39 @@ def test_an_answer_says_whether_the_cluster_was_built_anew():
     """Its time to the first token may hold the wait."""
     cluster = connect((told(1), 1, ADA_BOB), (told(3), 3, ADA_BOB), (told(3), 3, ADA_BOB))
     assert [ask(cluster).rebuilt for _ in range(3)] == [False, True, False]
+
+
+def test_a_time_to_the_first_token_that_may_hold_an_outage_is_in_no_table():
+    """Of answers that were resumed, and of those that came after the cluster was built anew."""
+    changes: list[dict[str, Any]] = [{"ttft_s": 1.0}, {"ttft_s": 90.0, "resumes": 1}]
+    changes += [{"ttft_s": 80.0, "rebuilt": True}]
+    answers = [sample(strategy="ar", question=str(n), **one) for n, one in enumerate(changes)]
+    ((_, rows),) = summarize(answers).items()
+    assert [row.ttft_s for row in rows] == [1.0, 1.0]
+    ((_, rows),) = summarize(answers[1:]).items()
+    assert [row.ttft_s for row in rows] == [None, None]
+    assert not any("first token s" in table.columns for table in tables(answers[1:]))
+    csv_report(answers[1:])
+
+
+def test_who_asks_in_between_is_noticed(tmp_path):
+    """The first answer of a set under a strategy is the only one with nothing learnt before it."""
+    outcome = run(make_plan("ar", "streaming"), Cluster(answered=told(1, fresh=True)), tmp_path)
+    assert [s.relearnt for s in outcome.samples] == [False, True, True] * 2
+    assert list(disturbances(outcome)) == [
+        "before 4 of the answers somebody else asked the head something: costs and scores of their "
+        "sets were learnt anew from there"
+    ]
+
+
+def test_a_drafter_of_which_nobody_tells_is_not_idle(tmp_path, monkeypatch):
+    """An answer without decode time says nothing of it; tables stay empty there."""
+    short = figures().model_copy(update={"last_token_at": 1.0})
+    plan = make_plan("ar", "streaming")
+    outcome = run(plan, Cluster(answered=short), tmp_path)
+    assert {s.drafter_busy for s in outcome.samples} == {None}
+    assert not any("drafter busy" in table.columns for table in tables(outcome.samples))
+    csv_report(outcome.samples)
+    printed(monkeypatch, plan, outcome)
+    busy = [replace(s, stage_busy=(0.5, 0.25)) for s in outcome.samples]
+    assert "50 25" in printed(monkeypatch, plan, replace(outcome, samples=busy))

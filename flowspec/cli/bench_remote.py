@@ -126,3 +126,9 @@ def disturbances(outcome: Outcome) -> Iterator[str]:
         yield (
             f"{resumed} of the answers went on after a device was lost; outages are no decode time"
         )
+    relearnt = sum(sample.relearnt for sample in outcome.samples)
+    if relearnt:
+        yield (
+            f"before {relearnt} of the answers somebody else asked the head something: costs and "
+            "scores of their sets were learnt anew from there"
+        )

@@ -48,7 +48,7 @@ class Measured:
     rows_wasted: int | None  # run by the last stage, but not accepted; None: nobody tells
     segments: int
     draft_forwards: int
-    drafter_busy: float  # share
+    drafter_busy: float | None  # share; None: nobody tells
     # the next three are empty where nobody tells
     stage_busy: tuple[float, ...]  # shares, of stage 1 to N
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
@@ -93,6 +93,9 @@ class Sample(Measured):
     # a cluster of devices: of these, their layers and the dtype
     devices: tuple[str, ...] = ()  # of a cluster of devices: which held what, in order
     alone: bool = True  # nobody else's request was served meanwhile
+    rebuilt: bool = False  # the devices were lost or planned anew since the answer before: the time
+    # to the first token may hold the wait for them
+    relearnt: bool = False  # somebody asked in between, so costs and scores were learnt anew
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class RemoteBench:
         self._plain = own[0] if own else Case(PLAIN, "none", asdict(STRATEGIES[PLAIN].defaults))
         self._truth: tuple[Group, list[Asked]] | None = None  # of the last group
         self._session, self._runs = token_hex(8), count(1)
+        self._num_answers = 0  # of the run
 
     def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
         """Each turn's sample as it is finished, and what is left out of the group.
@@ -89,6 +90,7 @@ class RemoteBench:
 
     def _new_run(self) -> str:
         """A label that nobody else has: what the head learns under it is this set's alone."""
+        self._num_answers = 0
         return f"{self._session}-{next(self._runs)}"
 
     def _answer(
@@ -108,7 +110,7 @@ class RemoteBench:
     def _sample(
         self, case: Case, group: Group, one: Asked, answer: Answer, started_at: str
     ) -> Sample:
-        stages = answer.figures.stages
+        stages, self._num_answers = answer.figures.stages, self._num_answers + 1
         measured = measure(
             answer.completion,
             one.expected,
@@ -122,6 +124,8 @@ class RemoteBench:
             found,
             devices=tuple(self._cluster.devices),
             alone=answer.figures.alone,
+            rebuilt=answer.rebuilt,
+            relearnt=answer.figures.fresh and self._num_answers > 1,
         )
 
 
