@@ -35,6 +35,7 @@ CONFIG = RunConfig(strategy="flowspec", decode={"topk": 7})  # what `serve` was 
 
 
 
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> HeadParts:
     """The head's share of a tiny model."""
