@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from asked import Asking, decoding, hear, status, tiny_parts, watched
+from checkpoints import save_checkpoint
 from pydantic import ValidationError
 
 import flowspec
@@ -34,12 +34,49 @@ from flowspec.wire import Status, Tokens
 CONFIG = RunConfig(strategy="flowspec", decode={"topk": 7})  # what `serve` was given
 
 
-
-
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> HeadParts:
     """The head's share of a tiny model."""
-    return tiny_parts(tmp_path_factory.mktemp("asked"))
+    folder = save_checkpoint(tmp_path_factory.mktemp("asked") / "tiny", num_layers=2)
+    plan = plan_split(open_checkpoint(folder / "target"), layers=(1, 1), dtype=None)
+    run_split(plan, folder / "split", model_id="tiny")
+    return load_head_parts(replace(CONFIG, draft=str(folder / "eagle")), folder / "split")
+
+
+class Asking:
+    """A head without devices: requests wait, which is enough to choose what will answer them."""
+
+    def __init__(self, parts: HeadParts) -> None:
+        self.told: list[Event] = []
+        self.engine = HeadEngine(CONFIG, parts, None, self.told.append)  # type: ignore[arg-type]
+        self.engine._suspend("no device has joined")
+        self.tickets = 0
+
+    def ask(self, decoding: Decoding | None, **fields: Any) -> Done | None:
+        """Its end, where it has come at once."""
+        self.tickets += 1
+        ask = Ask(
+            **{
+                "id": 1,
+                "version": flowspec.__version__,
+                "turns": (Turn(role="user", content="a fox"),),
+                "max_new_tokens": 8,
+                "decoding": decoding,
+                **fields,
+            }
+        )
+        self.engine._do(NewRequest(self.tickets, unpack(pack(ask))))  # type: ignore[arg-type]
+        ends = [e.done for e in self.told if isinstance(e, Ended) and e.ticket == self.tickets]
+        return ends[0] if ends else None
+
+    def cancel(self) -> None:
+        """The newest."""
+        self.engine._do(CancelTicket(self.tickets))
+
+    @property
+    def chosen(self) -> tuple[Any, Any]:
+        """What answers the next request."""
+        return self.engine.head.spec, self.engine.head.config
 
 
 @pytest.fixture
