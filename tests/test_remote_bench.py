@@ -317,11 +317,12 @@ def test_what_a_head_refuses_is_told_in_its_words():
         ask(Client(healthy=False, why="2 of 8 layers are nobody's"))
 
 
-def served_with(drafter: str, **card: str) -> Any:
+def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
     """A cluster as the command sees it."""
     model = {"model_id": "big", "model_hash": "b" * 64, "dtype": "float32", "stored_dtype": "x"}
     model |= {"quantization": "none", **card}
     status = SimpleNamespace(drafter=drafter, draft_hash="d", model=SimpleNamespace(**model))
+    status.max_context, status.code_hash = 100, code
     return SimpleNamespace(status=status, devices=["ada"], num_stages=1)
 
 

@@ -344,6 +344,7 @@ class ClusterStatus(Strict):
     strategy: Name
     drafter: Name
     draft_hash: Name = ""  # of the draft model's files; empty where there is none
+    code_hash: Name = ""  # of the head's sources
     uptime_s: Seconds
     probe_age_s: Seconds | None  # since a token last crossed every stage
     requests_active: Count

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 import flowspec.eval.remote
 from flowspec.cli.main import app
 from flowspec.cluster.token import new_token
+from flowspec.eval.provenance import code_hash
 from flowspec.eval.records import read_samples
 from flowspec.request import ClusterError
 from processes.devices import Processes
@@ -58,6 +59,8 @@ def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, m
         assert (sample.emulated, sample.warm, sample.alone) == (False, True, True)
         assert [one.partition(":")[0] for one in sample.devices] == cluster.stages()
         assert (sample.stage_idle, sample.link_bytes) == ((), {})
+        assert sample.code == code_hash()
+        assert not sample.relearnt
     known = [sample for sample in samples if sample.rows_pruned is not None]
     assert len(known) >= 10  # a probe may have been under way when the first was asked
     for s in known:
