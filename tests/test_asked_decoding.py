@@ -194,6 +194,21 @@ def test_what_would_be_cut_short_is_not_measured(head, parts):
     assert head.ask(None, max_new_tokens=parts.max_context) is None
 
 
+def test_what_no_stage_can_hold_is_refused_as_such(head):
+    """Prompt, answer and tree, against what the tightest stage holds."""
+    head.engine.head.admission.max_rows = 300
+    assert head.ask(decoding(tree_size=40)) is None
+    head.cancel()
+    done = head.ask(decoding(tree_size=400))
+    assert done is not None
+    assert done.too_large
+    assert "rows of KV cache on every stage, the tightest stage holds 300" in done.error
+    assert 0 < done.prompt_tokens < 300
+    unknown = head.ask(decoding("none such"))
+    assert unknown is not None
+    assert not unknown.too_large
+
+
 @pytest.mark.parametrize("value", ["9", None, [1], float("inf"), float("nan")])
 def test_a_parameter_is_a_number_or_a_switch(value):
     """Nothing else travels."""

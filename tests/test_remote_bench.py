@@ -59,6 +59,7 @@ class Cluster:
     fails_at: int = 0
     wrong: str = ""  # the strategy whose text differs
     too_long: Sequence[str] = ()
+    too_large: Sequence[tuple[str, str]] = ()  # strategy and words
     answered: Figures = field(default_factory=figures)
     asked: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     num_stages: int = 2
@@ -80,6 +81,8 @@ class Cluster:
             raise ClusterError("head at here:7000", "connection lost")
         if words[-1] in self.too_long:
             return LongPrompt(4000)
+        if (decoding.strategy, words[-1]) in self.too_large:
+            return LongPrompt(9, "it needs 90 rows")
         tokens = (1, 2, 3, 4, 6 if decoding.strategy == self.wrong else 5)
         completion = Completion(
             request=1,
@@ -323,7 +326,7 @@ def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
     model |= {"quantization": "none", **card}
     status = SimpleNamespace(drafter=drafter, draft_hash="d", model=SimpleNamespace(**model))
     status.max_context, status.code_hash = 100, code
-    return SimpleNamespace(status=status, devices=["ada"], num_stages=1)
+    return SimpleNamespace(status=status, devices=["ada"], num_stages=1, kv_rows=0)
 
 
 def test_the_drafter_is_the_cluster_s():

@@ -194,13 +194,15 @@ def _emulations(
 
 def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> None:
     for left in outcome.too_long:
+        why = f"{left.prompt_tokens} prompt tokens and {plan.max_tokens} more exceed the context"
         typer.echo(
             f"left out: {left.dataset}, question {left.question}, turn {left.turn + 1}: "
-            f"{left.prompt_tokens} prompt tokens and {plan.max_tokens} more exceed the context",
+            f"{left.reason or why}",
             err=True,
         )
     if not outcome.samples:
-        raise ValueError("every question is longer than the context; give others, or --max-tokens")
+        limit = "context, or the devices' memory" if plan.remote is not None else "context"
+        raise ValueError(f"every question is longer than the {limit}; give others, or --max-tokens")
     rows = rows_of_run(outcome.samples)
     show(rows, plan)
     if json_file:

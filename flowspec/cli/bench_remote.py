@@ -104,6 +104,7 @@ def assemble_remote(
         max_tokens=max_tokens,
         target=folder,
         real=True,
+        kv_rows=cluster.kv_rows,
         remote={
             "devices": cluster.devices,
             "dtype": card.dtype,

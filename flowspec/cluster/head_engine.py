@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from itertools import count
 
 from flowspec import wire
-from flowspec.cluster.asked import AskedDecoding, check_measurable, request_of
+from flowspec.admission import TooLargeError
+from flowspec.cluster.asked import AskedDecoding, check_fits, check_measurable, request_of
 from flowspec.cluster.head_events import (
     CancelTicket,
     Command,
@@ -292,9 +293,16 @@ class HeadEngine:
             if ask.decoding is not None:
                 check_measurable(request, self.parts.max_context)
             self._use_decoding(ask.decoding)
+            if ask.decoding is not None:
+                check_fits(request, self.head)
         except ValueError as error:
-            why = str(error)[:4000]
-            done = Done(id=0, reason="error", error=why, prompt_tokens=num_prompt)
+            done = Done(
+                id=0,
+                reason="error",
+                error=str(error)[:4000],
+                prompt_tokens=num_prompt,
+                too_large=isinstance(error, TooLargeError),
+            )
             self._tell(Ended(command.ticket, done))
             return
         for other in self._watches():

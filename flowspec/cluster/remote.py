@@ -23,9 +23,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
-    """Prompt and answer exceed the context: nothing was computed."""
+    """Prompt and answer exceed the context, or what `reason` says: nothing was computed."""
 
     num_prompt: int
+    reason: str = ""  # why the devices' memory cannot hold them
 
 
 class RemoteCluster:
@@ -50,6 +51,11 @@ class RemoteCluster:
     def devices(self) -> list[str]:
         """Which device holds what, in the order of the pipeline."""
         return _devices_of(self.status)
+
+    @property
+    def kv_rows(self) -> int:
+        """Rows of KV cache that the tightest device holds; 0: not known."""
+        return min((one.kv_rows for one in self.status.devices if one.kv_rows), default=0)
 
     def ask(
         self,
@@ -87,6 +93,9 @@ class RemoteCluster:
     ) -> Answer | LongPrompt:
         if done.error and done.prompt_tokens + max_new_tokens > self.status.max_context:
             return LongPrompt(done.prompt_tokens)
+        if done.too_large:
+            self._check_memory()
+            return LongPrompt(done.prompt_tokens, done.error)
         if done.error or done.figures is None:
             raise ClusterError(self._client.where, done.error or "it has sent no figures")
         rebuilt = done.figures.epoch != self._epoch
@@ -101,21 +110,29 @@ class RemoteCluster:
         )
         return Answer(done.prompt_tokens, completion, done.figures, rebuilt)
 
+    def _check_memory(self) -> None:
+        """What other devices cannot hold is none of these devices' limits."""
+        now = self._client.status()
+        if _devices_of(now) != self.devices:
+            raise self._changed(now)
+
     def _check_devices(self, figures: Figures) -> None:
         """The cluster was built anew: go on if all of the answer is of the same devices."""
         now = self._client.status()
-        before, after = self.devices, _devices_of(now)
         # a status of another epoch does not tell which devices the answer ended on
-        is_same = now.epoch == figures.epoch and after == before
-        if is_same and not _has_seen_others(figures, self._epoch):
-            self._epoch = now.epoch
-            return
+        is_same = now.epoch == figures.epoch and _devices_of(now) == self.devices
+        if not is_same or _has_seen_others(figures, self._epoch):
+            raise self._changed(now)
+        self._epoch = now.epoch
+
+    def _changed(self, now: ClusterStatus) -> ClusterError:
+        before, after = self.devices, _devices_of(now)
         if after != before:
             there = "; ".join(after) or f"none that hold all layers ({now.why})"
             change = f"other devices answer now, before: {'; '.join(before)}, now: {there}"
         else:
             change = "the cluster was built anew several times, perhaps of other devices meanwhile"
-        raise ClusterError(
+        return ClusterError(
             self._client.where,
             f"{change}; what was answered before is kept, and the same command measures the "
             "devices that are there now, whose samples have keys of their own",

@@ -100,7 +100,10 @@ class Sample(Measured):
 
 @dataclass(frozen=True, slots=True)
 class TooLong:
-    """A turn that is left out, and those after it: its prompt and answer exceed the context."""
+    """A turn that is left out, and those after it: its prompt and answer exceed the context.
+
+    Or, with `reason`, the memory of a cluster of devices.
+    """
 
     key: str  # of its question, see Plan.question_keys
     dataset: str
@@ -108,6 +111,7 @@ class TooLong:
     turn: int
     num_turns: int  # left out with it
     prompt_tokens: int
+    reason: str = ""
 
 
 def hash_tokens(tokens: Sequence[int]) -> str:
