@@ -204,7 +204,7 @@ def test_what_no_stage_can_hold_is_refused_as_such(head):
     assert done.too_large
     assert "rows of KV cache on every stage, the tightest stage holds 300" in done.error
     assert 0 < done.prompt_tokens < 300
-    unknown = head.ask(decoding("none such"))
+    unknown = head.ask(decoding(no_such_parameter=1))
     assert unknown is not None
     assert not unknown.too_large
 
