@@ -94,6 +94,17 @@ def test_plain_decoding_may_be_too_large_already(tmp_path):
     assert cluster.by_strategy == ["ar"] * 3 + ["streaming"] * 2
 
 
+def test_of_two_turns_that_do_not_fit_the_earlier_one_counts(tmp_path):
+    """The second exceeds the context, the first the memory under another strategy."""
+    cluster = Cluster(too_long=["and then?"], too_large=[("streaming", "what?")])
+    outcome = run(make_plan("ar", "streaming"), cluster, tmp_path)
+    assert [(s.strategy, s.question) for s in outcome.samples] == [("ar", "1"), ("streaming", "1")]
+    assert [(one.turn, one.num_turns) for one in outcome.too_long] == [(0, 2)]
+    again = Cluster()
+    assert len(run(make_plan("ar", "streaming"), again, tmp_path).samples) == 2
+    assert again.asked == []
+
+
 def test_a_head_says_that_its_devices_cannot_hold_it():
     """Of the devices that the plan is of."""
     end = Done(id=1, reason="error", error="it needs 90 rows", prompt_tokens=9, too_large=True)

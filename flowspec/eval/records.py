@@ -250,8 +250,9 @@ class SampleFile:
         self._samples[sample.key] = sample
 
     def leave_out(self, one: TooLong) -> None:
-        """Remember it, by its question's key."""
-        if one.key not in self.left_out:
+        """Remember it, by its question's key; of two turns the earlier one."""
+        before = self.left_out.get(one.key)
+        if before is None or one.turn < before.turn:
             self.left_out[one.key] = one
             lines = "".join(json.dumps(asdict(each)) + "\n" for each in self.left_out.values())
             self.path.with_name(LEFT_OUT_NAME).write_text(lines)
