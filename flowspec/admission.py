@@ -17,6 +17,10 @@ from flowspec.text import TextStream
 MAX_QUEUED = 64  # requests waiting for their turn
 
 
+class TooLargeError(ValueError):
+    """A request that the stages' memory can never hold."""
+
+
 @dataclass(slots=True)
 class Before:
     """What a request had reached when its stages were lost."""
@@ -103,15 +107,20 @@ class Admission:
                 f"{self.max_context}; shorten the prompt"
             )
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
-        num_rows = len(request.prompt) + request.max_new_tokens + num_tree_rows
-        if self.max_rows and num_rows > self.max_rows:
-            raise ValueError(
-                f"the request needs {num_rows} rows of KV cache on every stage, the tightest stage "
-                f"holds {self.max_rows}; shorten prompt or answer, raise kv_memory_mb or add stages"
-            )
+        num_rows = self.rows_of(request, num_tree_rows)
         if len(self.waiting) >= MAX_QUEUED:
             raise ValueError(f"{MAX_QUEUED} requests are waiting already")
         self.waiting.append(Waiting(request, now, num_rows))
+
+    def rows_of(self, request: Request, num_tree_rows: int) -> int:
+        """Capacity of its caches. Raises TooLargeError where the tightest stage never has it."""
+        num_rows = len(request.prompt) + request.max_new_tokens + num_tree_rows
+        if self.max_rows and num_rows > self.max_rows:
+            raise TooLargeError(
+                f"the request needs {num_rows} rows of KV cache on every stage, the tightest stage "
+                f"holds {self.max_rows}; shorten prompt or answer, raise kv_memory_mb or add stages"
+            )
+        return num_rows
 
     def withdraw(self, request: int) -> Waiting | None:
         """Take a request out of the queue; None: it was not there."""

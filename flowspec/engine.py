@@ -30,6 +30,7 @@ class HeadParts:
     max_context: int
     eos_token_ids: tuple[int, ...]
     draft_hash: str = ""  # of the draft model's files, where somebody asks for it
+    code_hash: str = ""  # of the package's sources, likewise
 
     def new_text(self, request: Request) -> TextStream:
         """A detokenizer for one request."""

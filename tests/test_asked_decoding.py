@@ -58,6 +58,19 @@ def test_what_is_learnt_is_one_run_s(head):
     assert calibrations[1] is not calibrations[2]
 
 
+def test_an_answer_s_first_epoch_is_the_one_it_came_in(head):
+    """0 where no devices were there to answer."""
+    for live, epoch in ((False, 0), (True, 3)):
+        head.engine._is_live, head.engine._epoch = live, 3
+        assert head.ask(decoding()) is None
+        ((_, entry),) = head.engine._open.items()
+        assert entry.first_epoch == epoch
+        stats = DecodeStats()
+        figures = figures_of(stats, epoch=4, alone=True, stages=None, first_epoch=epoch)
+        assert (figures.first_epoch, figures.fresh) == (epoch, False)
+        head.cancel()
+
+
 def test_a_strategy_is_not_changed_under_a_request(head):
     """Who wants another one hears why; who wants none takes what there is."""
     assert head.ask(decoding()) is None
@@ -122,6 +135,21 @@ def test_what_would_be_cut_short_is_not_measured(head, parts):
     assert done is not None
     assert "at most 65536 tokens" in done.error
     assert head.ask(None, max_new_tokens=parts.max_context) is None
+
+
+def test_what_no_stage_can_hold_is_refused_as_such(head):
+    """Prompt, answer and tree, against what the tightest stage holds."""
+    head.engine.head.admission.max_rows = 300
+    assert head.ask(decoding(tree_size=40)) is None
+    head.cancel()
+    done = head.ask(decoding(tree_size=400))
+    assert done is not None
+    assert done.too_large
+    assert "rows of KV cache on every stage, the tightest stage holds 300" in done.error
+    assert 0 < done.prompt_tokens < 300
+    unknown = head.ask(decoding(no_such_parameter=1))
+    assert unknown is not None
+    assert not unknown.too_large
 
 
 @pytest.mark.parametrize("value", ["9", None, [1], float("inf"), float("nan")])

@@ -24,7 +24,7 @@ decode_tokens_per_s end_to_end_tokens_per_s inter_token_ms tau runs alpha mu mu_
 mu_not_in_flight rows_sent rows_pruned rows_wasted segments draft_forwards drafter_busy stage_busy
 stage_idle link_bytes tree_size bound_tokens_per_s bound_share versions revision host started_at
 key max_tokens warm code target draft emulation
-repeat repeated resumes outage_s devices alone"""
+repeat repeated resumes outage_s devices alone rebuilt relearnt"""
 
 
 def test_the_schema_is_what_readers_rely_on():

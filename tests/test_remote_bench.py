@@ -59,6 +59,7 @@ class Cluster:
     fails_at: int = 0
     wrong: str = ""  # the strategy whose text differs
     too_long: Sequence[str] = ()
+    too_large: Sequence[tuple[str, str]] = ()  # strategy and words
     answered: Figures = field(default_factory=figures)
     asked: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     num_stages: int = 2
@@ -80,6 +81,8 @@ class Cluster:
             raise ClusterError("head at here:7000", "connection lost")
         if words[-1] in self.too_long:
             return LongPrompt(4000)
+        if (decoding.strategy, words[-1]) in self.too_large:
+            return LongPrompt(9, "it needs 90 rows")
         tokens = (1, 2, 3, 4, 6 if decoding.strategy == self.wrong else 5)
         completion = Completion(
             request=1,
@@ -291,9 +294,9 @@ def ask(client: Client, said: list[str] | None = None) -> Answer | LongPrompt:
 
 
 def test_an_answer_is_put_together():
-    """With why it waited, and the devices after a loss."""
+    """With why it waited."""
     pieces = Piece(id=1, tokens=(1, 2), text="a "), Piece(id=1, tokens=(3,), text="b")
-    end = Done(id=1, reason="stop", prompt_tokens=7, figures=figures(epoch=2))
+    end = Done(id=1, reason="stop", prompt_tokens=7, figures=figures())
     said: list[str] = []
     client = Client(pieces[0], Note(id=1, text="bob is lost"), pieces[1], end)
     answer = ask(client, said)
@@ -301,7 +304,7 @@ def test_an_answer_is_put_together():
     assert (answer.completion.tokens, answer.completion.text) == ((1, 2, 3), "a b")
     assert answer.num_prompt == 7
     assert answer.completion.stats.time_to_first_token_s == 1.0
-    assert said == ["bob is lost"]  # the same devices again
+    assert said == ["bob is lost"]
 
 
 def test_what_a_head_refuses_is_told_in_its_words():
@@ -317,12 +320,13 @@ def test_what_a_head_refuses_is_told_in_its_words():
         ask(Client(healthy=False, why="2 of 8 layers are nobody's"))
 
 
-def served_with(drafter: str, **card: str) -> Any:
+def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
     """A cluster as the command sees it."""
     model = {"model_id": "big", "model_hash": "b" * 64, "dtype": "float32", "stored_dtype": "x"}
     model |= {"quantization": "none", **card}
     status = SimpleNamespace(drafter=drafter, draft_hash="d", model=SimpleNamespace(**model))
-    return SimpleNamespace(status=status, devices=["ada"], num_stages=1)
+    status.max_context, status.code_hash = 100, code
+    return SimpleNamespace(status=status, devices=["ada"], num_stages=1, kv_rows=0)
 
 
 def test_the_drafter_is_the_cluster_s():

@@ -21,6 +21,7 @@ from flowspec.cli.bench_remote import (
     cluster_drafters,
     connected,
     disturbances,
+    other_code,
 )
 from flowspec.cli.bench_table import show
 from flowspec.cli.common import BUNDLED, check_file
@@ -117,11 +118,11 @@ def bench(
     with the target's alone; exit code 1 if one differs. What is in --out is not run again. With
     --real --head HOST:PORT a running cluster answers, under one strategy after the other.
     """
-    if real and (cluster or model):
-        raise ValueError("--real runs on this machine: it has no --cluster or --model")
     if repeats > 1 and not real:
         raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
-    _check_head(head, token_file, real=real, stages=stages, draft=draft)
+    emulated = {"--cluster": cluster, "--model": model}
+    others = {**emulated, "--draft": draft, "--stages": stages, "--jobs": jobs}
+    _check_head(head, token_file, real=real, given=[name for name in others if others[name]])
     if json_file:
         check_file("--json", json_file)
     chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
@@ -153,24 +154,34 @@ def bench(
         plan = replace(plan, warm=warm or real, repeats=repeats)
         if not (limit or questions) and any(name in DATASETS for name in plan.datasets):
             typer.echo(f"at most {FEW} questions of each set; --questions 0: takes all", err=True)
+        if sentence := other_code(plan):
+            typer.echo(sentence, err=True)
         bench_there = RemoteBench(plan, remote) if remote is not None else None
         outcome = run_shown(plan, out, jobs, bench=bench_there)
     _report(plan, outcome, out, json_file)
 
 
 def _check_head(
-    head: str | None, token_file: Path | None, *, real: bool, stages: int | None, draft: object
+    head: str | None, token_file: Path | None, *, real: bool, given: Sequence[str]
 ) -> None:
-    """Raises ValueError for options that do not go together."""
+    """Raises ValueError for options that do not go together; `given`: of those in question."""
     if head is None and token_file is not None:
         raise ValueError("--token-file needs --head HOST:PORT, the cluster that it is the token of")
+    emulated = [option for option in given if option in ("--cluster", "--model")]
     if head is None:
+        if real and emulated:
+            raise ValueError("--real runs on this machine: it has no --cluster or --model")
         return
     if not real:
         raise ValueError("--head needs --real: an emulated run needs no cluster")
-    if stages is not None or draft:
-        option = "--draft" if draft else "--stages"
-        raise ValueError(f"{option} is the cluster's own: `flowspec serve` of --head decides on it")
+    if emulated:
+        raise ValueError(f"--head names the cluster that answers, {emulated[0]} an emulated one")
+    if "--jobs" in given:
+        raise ValueError("--jobs are processes of this machine: the cluster of --head has its own")
+    if given:
+        raise ValueError(
+            f"{given[0]} is the cluster's own: `flowspec serve` of --head decides on it"
+        )
 
 
 def _emulations(
@@ -183,13 +194,15 @@ def _emulations(
 
 def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> None:
     for left in outcome.too_long:
+        why = f"{left.prompt_tokens} prompt tokens and {plan.max_tokens} more exceed the context"
         typer.echo(
             f"left out: {left.dataset}, question {left.question}, turn {left.turn + 1}: "
-            f"{left.prompt_tokens} prompt tokens and {plan.max_tokens} more exceed the context",
+            f"{left.reason or why}",
             err=True,
         )
     if not outcome.samples:
-        raise ValueError("every question is longer than the context; give others, or --max-tokens")
+        limit = "context, or the devices' memory" if plan.remote is not None else "context"
+        raise ValueError(f"every question is longer than the {limit}; give others, or --max-tokens")
     rows = rows_of_run(outcome.samples)
     show(rows, plan)
     if json_file:

@@ -71,9 +71,15 @@ def assemble_remote(
 ) -> Plan:
     """A plan for the cluster as it is now; with `target`, that computes the truth here.
 
-    Raises ValueError where the cluster serves another model than `target`.
+    Raises ValueError where the cluster serves another model than `target`, or its context holds no
+    such answer.
     """
-    card = cluster.status.model
+    card, context = cluster.status.model, cluster.status.max_context
+    if max_tokens >= context:
+        raise ValueError(
+            f"--max-tokens {max_tokens}: this cluster's context holds {context} tokens, prompt and "
+            "answer together"
+        )
     folder = None
     if target is not None:
         folder = layerwise_folder(RunConfig(model=target))
@@ -85,6 +91,7 @@ def assemble_remote(
                 "cluster's own plain decoding is what answers are compared with"
             )
     host, port = parse_address(head, default_port=DEFAULT_PORT)
+    code = cluster.status.code_hash
     return Plan(
         cluster=f"{host}:{port}",
         model=card.model_id,
@@ -97,6 +104,7 @@ def assemble_remote(
         max_tokens=max_tokens,
         target=folder,
         real=True,
+        kv_rows=cluster.kv_rows,
         remote={
             "devices": cluster.devices,
             "dtype": card.dtype,
@@ -105,11 +113,21 @@ def assemble_remote(
             "truth": "ar" if folder is None else "target",
         },
         sources={
-            "code": code_hash(),
+            "code": code,
             "target": card.model_hash,
-            "revision": revision(),
+            "revision": revision() if code == code_hash() else "",  # the head's is not known
             cluster.status.drafter: cluster.status.draft_hash,
         },
+    )
+
+
+def other_code(plan: Plan) -> str:
+    """A sentence where the head's sources are not this machine's; else empty."""
+    if plan.remote is None or (there := plan.sources["code"]) == (own := code_hash()):
+        return ""
+    return (
+        f"the head runs other sources, {there or 'it does not say which'}, than this machine, "
+        f"{own}: samples have the head's hash, and no revision"
     )
 
 
@@ -125,4 +143,10 @@ def disturbances(outcome: Outcome) -> Iterator[str]:
     if resumed:
         yield (
             f"{resumed} of the answers went on after a device was lost; outages are no decode time"
+        )
+    relearnt = sum(sample.relearnt for sample in outcome.samples)
+    if relearnt:
+        yield (
+            f"before {relearnt} of the answers somebody else asked the head something: costs and "
+            "scores of their sets were learnt anew from there"
         )

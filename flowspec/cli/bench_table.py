@@ -87,6 +87,11 @@ def _ratio(row: Row) -> str:
     return "" if row.speedup is None else f"{row.speedup.value:.2f}"
 
 
+def _share(share: float | None) -> str:
+    """In %, without the sign; empty where nobody tells."""
+    return "" if share is None else f"{share:.0%}".rstrip("%")
+
+
 def _times(rows: Sequence[Row]) -> Table:
     table = _new_table()
     shares = {line_of(row): time_shares(row) for row in rows if row.dataset == MEAN}
@@ -96,7 +101,5 @@ def _times(rows: Sequence[Row]) -> Table:
     for line, found in shares.items():
         idle = [f"{found.idle.get(cause, 0.0):.0%}".rstrip("%") for cause in causes]
         each = " ".join(f"{share:.0%}".rstrip("%") for share in found.by_stage)
-        busy = "" if found.busy is None else f"{found.busy:.0%}".rstrip("%")
-        drafter = f"{found.drafter_busy:.0%}".rstrip("%")
-        table.add_row(*_names(line), busy, *idle, each, drafter)
+        table.add_row(*_names(line), _share(found.busy), *idle, each, _share(found.drafter_busy))
     return table

@@ -38,7 +38,7 @@ from flowspec.cluster.token import (
 from flowspec.config import MAX_TIMEOUT_S, RunConfig, override
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, check_run, load_head_parts
-from flowspec.eval.provenance import folder_hash
+from flowspec.eval.provenance import code_hash, folder_hash
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.model.split_plan import parse_layers
@@ -125,6 +125,7 @@ def serve(
     parts = load_head_parts(run_config, folder)
     if parts.drafter.name != "none" and run_config.draft:
         parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
+    parts.code_hash = code_hash()  # now: the files may change while this process runs
     planner = _planner(run_config, parts, layers, context, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)

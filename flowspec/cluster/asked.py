@@ -1,5 +1,6 @@
 """What a client asks for: a request, and the strategy that answers, if not the cluster's own."""
 
+from flowspec.active import max_rows_alive
 from flowspec.cluster.measured import MAX_TOKENS, Decoding
 from flowspec.cluster.messages import Ask
 from flowspec.config import DecodeConfig, RunConfig, override
@@ -86,3 +87,8 @@ def check_measurable(request: Request, max_context: int) -> None:
             f"{num_prompt} prompt tokens and {num_new} more exceed the context of {max_context} "
             "tokens"
         )
+
+
+def check_fits(request: Request, head: Head) -> None:
+    """Raises TooLargeError where the stages' memory can never hold it under what is in force."""
+    head.admission.rows_of(request, max_rows_alive(head.config))

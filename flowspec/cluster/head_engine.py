@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from itertools import count
 
 from flowspec import wire
-from flowspec.cluster.asked import AskedDecoding, check_measurable, request_of
+from flowspec.admission import TooLargeError
+from flowspec.cluster.asked import AskedDecoding, check_fits, check_measurable, request_of
 from flowspec.cluster.head_events import (
     CancelTicket,
     Command,
@@ -280,9 +281,16 @@ class HeadEngine:
             if ask.decoding is not None:
                 check_measurable(request, self.parts.max_context)
             self._use_decoding(ask.decoding)
+            if ask.decoding is not None:
+                check_fits(request, self.head)
         except ValueError as error:
-            why = str(error)[:4000]
-            done = Done(id=0, reason="error", error=why, prompt_tokens=num_prompt)
+            done = Done(
+                id=0,
+                reason="error",
+                error=str(error)[:4000],
+                prompt_tokens=num_prompt,
+                too_large=isinstance(error, TooLargeError),
+            )
             self._tell(Ended(command.ticket, done))
             return
         for other in self._watches():
@@ -290,6 +298,7 @@ class HeadEngine:
         for one in self._over:  # served alone, but what stages say from now on is of both
             one.watch.is_whole = False
         entry = self._open[request.id] = OpenRequest(command.ticket, request)
+        entry.first_epoch = self._epoch if self._is_live else 0
         if ask.decoding is not None:
             entry.watch = StageWatch(self.head, alone=len(self._open) == 1)
             entry.is_fresh = self._decoding.use(time.monotonic())

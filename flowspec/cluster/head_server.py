@@ -204,6 +204,7 @@ class HeadServer:
             max_context=self.engine.parts.max_context,
             drafter=self.engine.parts.drafter.name,
             draft_hash=self.engine.parts.draft_hash,
+            code_hash=self.engine.parts.code_hash,
             sizes=self._sizes,
             uptime_s=now - self._started_at,
             epoch_at=self.engine.epoch_at,

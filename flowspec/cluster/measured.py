@@ -73,13 +73,20 @@ class Figures(Strict):
     latency_bins: Annotated[tuple[tuple[int, Count], ...], Field(max_length=MAX_BINS)]
     num_zero_latencies: Count
     epoch: Count  # in which it ended
+    first_epoch: Count = 0  # in which it came; 0: between two
     alone: bool  # no other request was served meanwhile
-    fresh: bool  # the first one under a strategy just put in force: nothing was learnt before it
+    fresh: bool = False  # the first under a strategy just put in force: nothing learnt before it
     stages: StageFigures | None = None
 
 
 def figures_of(
-    stats: DecodeStats, *, epoch: int, alone: bool, stages: StageFigures | None, fresh: bool = False
+    stats: DecodeStats,
+    *,
+    epoch: int,
+    alone: bool,
+    stages: StageFigures | None,
+    first_epoch: int = 0,
+    fresh: bool = False,
 ) -> Figures:
     """What a client is told of a request that is over."""
     return Figures(
@@ -89,6 +96,7 @@ def figures_of(
         latency_bins=tuple(stats.inter_token.bins.items()),
         num_zero_latencies=stats.inter_token.num_zero,
         epoch=epoch,
+        first_epoch=first_epoch,
         alone=alone,
         fresh=fresh,
         stages=stages,

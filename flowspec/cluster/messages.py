@@ -280,6 +280,7 @@ class Done(Strict):
     tau: Rate = 0.0  # tokens per verdict
     resumed: Count = 0  # how often the cluster was rebuilt under it
     prompt_tokens: Count = 0  # of what was asked; 0 where the head did not look at it
+    too_large: bool = False  # the devices' memory cannot hold what was asked, with `decoding`
     figures: Figures | None = None  # of an Ask with `decoding` that was answered
 
 
@@ -344,6 +345,7 @@ class ClusterStatus(Strict):
     strategy: Name
     drafter: Name
     draft_hash: Name = ""  # of the draft model's files; empty where there is none
+    code_hash: Name = ""  # of the head's sources
     uptime_s: Seconds
     probe_age_s: Seconds | None  # since a token last crossed every stage
     requests_active: Count

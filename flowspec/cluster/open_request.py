@@ -17,6 +17,7 @@ class OpenRequest:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     num_resumed: int = 0
+    first_epoch: int = 0  # in which it came; 0: between two
     watch: StageWatch | None = None  # of one that is measured
     is_fresh: bool = False  # the first one under a strategy just put in force
 
@@ -40,6 +41,7 @@ class Measured:
         figures = figures_of(
             replace(stats, num_resumes=max(stats.num_resumes, int(watch.was_late))),
             epoch=epoch,
+            first_epoch=self.entry.first_epoch,
             alone=watch.alone,
             fresh=self.entry.is_fresh,
             stages=watch.figures() if live else None,

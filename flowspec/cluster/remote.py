@@ -18,17 +18,19 @@ class Answer:
     num_prompt: int
     completion: Completion
     figures: Figures
+    rebuilt: bool = False  # the cluster was, since the answer before: the wait may be in its times
 
 
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
-    """Prompt and answer exceed the context: nothing was computed."""
+    """Prompt and answer exceed the context, or what `reason` says: nothing was computed."""
 
     num_prompt: int
+    reason: str = ""  # why the devices' memory cannot hold them
 
 
 class RemoteCluster:
-    """Asks over `client`; `say` hears why an answer waits.
+    """Asks over `client`; `say` hears why an answer waits. All answers are of the same devices.
 
     Raises ClusterError where the cluster is not healthy.
     """
@@ -38,21 +40,22 @@ class RemoteCluster:
         self.status = client.status()
         if not self.status.healthy:
             raise ClusterError(client.where, f"not healthy: {self.status.why}")
+        self._epoch = self.status.epoch  # the newest that is known to be of these devices
 
     @property
     def num_stages(self) -> int:
-        """Devices that hold layers now."""
+        """Devices that hold layers."""
         return len(self.devices)
 
     @property
     def devices(self) -> list[str]:
         """Which device holds what, in the order of the pipeline."""
-        serving = [one for one in self.status.devices if one.rank and one.layers is not None]
-        return [
-            f"{one.name}: layers {one.layers[0]} to {one.layers[1] - 1}"
-            for one in sorted(serving, key=lambda one: one.rank)
-            if one.layers is not None
-        ]
+        return _devices_of(self.status)
+
+    @property
+    def kv_rows(self) -> int:
+        """Rows of KV cache that the tightest device holds; 0: not known."""
+        return min((one.kv_rows for one in self.status.devices if one.kv_rows), default=0)
 
     def ask(
         self,
@@ -62,7 +65,10 @@ class RemoteCluster:
         *,
         max_new_tokens: int,
     ) -> Answer | LongPrompt:
-        """The whole answer, or that there can be none. Raises ClusterError where it fails."""
+        """The whole answer, or that there can be none.
+
+        Raises ClusterError where it fails, or where other devices may have had a part in it.
+        """
         ask = self._client.new_ask(
             turns=[dict(one) for one in messages],
             max_new_tokens=max_new_tokens,
@@ -87,10 +93,14 @@ class RemoteCluster:
     ) -> Answer | LongPrompt:
         if done.error and done.prompt_tokens + max_new_tokens > self.status.max_context:
             return LongPrompt(done.prompt_tokens)
+        if done.too_large:
+            self._check_memory()
+            return LongPrompt(done.prompt_tokens, done.error)
         if done.error or done.figures is None:
             raise ClusterError(self._client.where, done.error or "it has sent no figures")
-        if done.figures.epoch != self.status.epoch:
-            self._follow(self._client.status())
+        rebuilt = done.figures.epoch != self._epoch
+        if rebuilt:
+            self._check_devices(done.figures)
         completion = Completion(
             request=done.id,
             tokens=tuple(tokens),
@@ -98,10 +108,52 @@ class RemoteCluster:
             reason=FinishReason(done.reason),
             stats=stats_of(done.figures),
         )
-        return Answer(done.prompt_tokens, completion, done.figures)
+        return Answer(done.prompt_tokens, completion, done.figures, rebuilt)
 
-    def _follow(self, now: ClusterStatus) -> None:
-        """The cluster was built anew, perhaps of other devices."""
-        before, self.status = self.devices, now
-        if self.devices != before:
-            self._say(f"from here on other devices answer: {'; '.join(self.devices)}")
+    def _check_memory(self) -> None:
+        """What other devices cannot hold is none of these devices' limits."""
+        now = self._client.status()
+        if _devices_of(now) != self.devices:
+            raise self._changed(now)
+
+    def _check_devices(self, figures: Figures) -> None:
+        """The cluster was built anew: go on if all of the answer is of the same devices."""
+        now = self._client.status()
+        # a status of another epoch does not tell which devices the answer ended on
+        is_same = now.epoch == figures.epoch and _devices_of(now) == self.devices
+        if not is_same or _has_seen_others(figures, self._epoch):
+            raise self._changed(now)
+        self._epoch = now.epoch
+
+    def _changed(self, now: ClusterStatus) -> ClusterError:
+        before, after = self.devices, _devices_of(now)
+        if after != before:
+            there = "; ".join(after) or f"none that hold all layers ({now.why})"
+            change = f"other devices answer now, before: {'; '.join(before)}, now: {there}"
+        else:
+            change = "the cluster was built anew several times, perhaps of other devices meanwhile"
+        return ClusterError(
+            self._client.where,
+            f"{change}; what was answered before is kept, and the same command measures the "
+            "devices that are there now, whose samples have keys of their own",
+        )
+
+
+def _devices_of(status: ClusterStatus) -> list[str]:
+    serving = [(one.rank, one.name, one.layers) for one in status.devices if one.rank]
+    return [
+        f"{name}: layers {layers[0]} to {layers[1] - 1}"
+        for _, name, layers in sorted(serving)
+        if layers is not None
+    ]
+
+
+def _has_seen_others(figures: Figures, known: int) -> bool:
+    """Whether an epoch between `known` and the last, of devices nobody knows, may have served it.
+
+    It was served in the last epoch, and in one more for each time it was resumed.
+    """
+    if not figures.num_resumes or figures.epoch == known + 1:
+        return False
+    began_before = figures.alone and figures.first_epoch == known  # it waited for nobody
+    return figures.num_resumes > 1 or not began_before

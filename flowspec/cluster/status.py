@@ -22,6 +22,7 @@ class HeadFacts:
     max_context: int
     drafter: str  # that is loaded
     draft_hash: str
+    code_hash: str
     sizes: ModelSizes
     uptime_s: float
     epoch_at: float | None  # when the epoch began
@@ -59,6 +60,7 @@ def cluster_status(membership: Membership, facts: HeadFacts, now: float) -> Clus
         strategy=facts.strategy,
         drafter=facts.drafter,
         draft_hash=facts.draft_hash,
+        code_hash=facts.code_hash,
         max_context=facts.max_context,
         uptime_s=facts.uptime_s,
         probe_age_s=probe_age_s,

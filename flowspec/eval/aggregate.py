@@ -22,8 +22,7 @@ from flowspec.eval.statistics import Interval, Pairs, Speed, speed_ratio
 MEAN = "mean"
 AVERAGED = (
     *("end_to_end_tokens_per_s", "tau", "mu", "mu_not_drafted"),
-    *("mu_not_in_flight", "rows_sent", "drafter_busy"),
-    *("ttft_s", "tree_size"),
+    *("mu_not_in_flight", "rows_sent", "tree_size"),
 )
 
 T = TypeVar("T")
@@ -54,10 +53,10 @@ class Row:
     rows_sent: float  # per token, as are the next two
     rows_pruned: float | None
     rows_wasted: float | None
-    drafter_busy: float
+    drafter_busy: float | None
     stage_busy: tuple[float, ...]
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share, by stage
-    ttft_s: float
+    ttft_s: float | None  # of answers that waited for no devices
     inter_token_ms: Mapping[str, float]
     tree_size: float
     bound_share: float | None
@@ -176,10 +175,10 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
         rows_sent=_per_token(own, lambda s: s.rows_sent),
         rows_pruned=_per_token_known(own, lambda s: s.rows_pruned),
         rows_wasted=_per_token_known(own, lambda s: s.rows_wasted),
-        drafter_busy=by_time.mean(lambda s: s.drafter_busy),
+        drafter_busy=_mean_known(own, lambda s: s.drafter_busy, lambda s: s.decode_s),
         stage_busy=by_time.lists(lambda s: s.stage_busy),
         stage_idle=by_time.mappings(lambda s: s.stage_idle),
-        ttft_s=alike.mean(lambda s: s.ttft_s),
+        ttft_s=_mean_known(own, _clean_ttft, lambda s: 1.0),
         inter_token_ms=alike.mapping(lambda s: s.inter_token_ms),
         tree_size=alike.mean(lambda s: s.tree_size),
         bound_share=_if_all((s.bound_share for s in timed), [s.decode_s for s in timed]),
@@ -226,6 +225,8 @@ def mean_of(rows: Sequence[Row]) -> Row:
         stage_idle=alike.mappings(lambda row: row.stage_idle),
         inter_token_ms=alike.mapping(lambda row: row.inter_token_ms),
         bound_share=_if_all((row.bound_share for row in timed), [1.0] * len(timed)),
+        drafter_busy=_if_all((row.drafter_busy for row in rows), [1.0] * len(rows)),
+        ttft_s=_if_all((row.ttft_s for row in rows), [1.0] * len(rows)),
         rows_pruned=_if_all((row.rows_pruned for row in rows), [1.0] * len(rows)),
         rows_wasted=_if_all((row.rows_wasted for row in rows), [1.0] * len(rows)),
         **averages,
@@ -279,6 +280,21 @@ def _per_token_known(
     """Over the answers of which it is known; None where there is none."""
     known = [s for s in samples if count(s) is not None]
     return _per_token(known, lambda s: count(s) or 0) if known else None
+
+
+def _clean_ttft(sample: Sample) -> float | None:
+    """None where it may hold the time that devices were not there."""
+    return None if sample.resumes or sample.rebuilt else sample.ttft_s
+
+
+def _mean_known(
+    samples: Sequence[Sample],
+    value: Callable[[Sample], float | None],
+    weight: Callable[[Sample], float],
+) -> float | None:
+    """Over the answers of which it is known; None where there is none."""
+    known = [s for s in samples if value(s) is not None]
+    return _Weights(known, weight).mean(lambda s: value(s) or 0.0) if known else None
 
 
 class _Weights(Generic[T]):

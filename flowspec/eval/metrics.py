@@ -40,9 +40,9 @@ def count_rows(statuses: Mapping[int, Status]) -> RowCounts:
 
 @dataclass(frozen=True, slots=True)
 class Doings:
-    """What the processes did in the decode time, as shares of it; empty where nobody tells."""
+    """What the processes did in the decode time, as shares; empty or None where nobody tells."""
 
-    drafter_busy: float = 0.0
+    drafter_busy: float | None = None
     stage_busy: tuple[float, ...] = ()
     stage_idle: tuple[Mapping[str, float], ...] = ()
     link_bytes: Mapping[str, float] = field(default_factory=dict)

@@ -78,6 +78,7 @@ class Plan:
     emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
     real: bool = False
     remote: Mapping[str, Any] | None = None  # what a cluster of devices' figures depend on
+    kv_rows: int = 0  # that the tightest device of these holds; 0: not known
     warm: bool = False
     repeats: int = 1  # of everything; more than one tells something of real runs alone
     sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
@@ -141,14 +142,20 @@ class Plan:
         return found
 
     def question_keys(self, group: Group) -> dict[str, str]:
-        """By question: of all that the target's own answers depend on, whatever the strategy."""
-        common = {
+        """By question: of all that the target's own answers depend on, whatever the strategy.
+
+        And of what decides on whether a cluster of devices can hold it.
+        """
+        common: dict[str, Any] = {
             "dataset": group.dataset,
             "temperature": group.temperature,
             "seed": group.seed,
             "max_tokens": self.max_tokens,
             "sources": {name: self.sources.get(name, "") for name in ("code", "target")},
         }
+        if self.remote is not None:  # whose memory may be too small for a question
+            tree_sizes = [case.parameters["tree_size"] for case in self.cases]
+            common["memory"] = [self.kv_rows, max(tree_sizes, default=0)]
         return {
             prompt.id: hash_of({**common, "question": prompt.id, "turns": prompt.turns})
             for prompt in group.prompts

@@ -48,7 +48,7 @@ class Measured:
     rows_wasted: int | None  # run by the last stage, but not accepted; None: nobody tells
     segments: int
     draft_forwards: int
-    drafter_busy: float  # share
+    drafter_busy: float | None  # share; None: nobody tells
     # the next three are empty where nobody tells
     stage_busy: tuple[float, ...]  # shares, of stage 1 to N
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
@@ -93,11 +93,17 @@ class Sample(Measured):
     # a cluster of devices: of these, their layers and the dtype
     devices: tuple[str, ...] = ()  # of a cluster of devices: which held what, in order
     alone: bool = True  # nobody else's request was served meanwhile
+    rebuilt: bool = False  # the devices were lost or planned anew since the answer before: the time
+    # to the first token may hold the wait for them
+    relearnt: bool = False  # somebody asked in between, so costs and scores were learnt anew
 
 
 @dataclass(frozen=True, slots=True)
 class TooLong:
-    """A turn that is left out, and those after it: its prompt and answer exceed the context."""
+    """A turn that is left out, and those after it: its prompt and answer exceed the context.
+
+    Or, with `reason`, the memory of a cluster of devices.
+    """
 
     key: str  # of its question, see Plan.question_keys
     dataset: str
@@ -105,6 +111,7 @@ class TooLong:
     turn: int
     num_turns: int  # left out with it
     prompt_tokens: int
+    reason: str = ""
 
 
 def hash_tokens(tokens: Sequence[int]) -> str:
@@ -243,8 +250,9 @@ class SampleFile:
         self._samples[sample.key] = sample
 
     def leave_out(self, one: TooLong) -> None:
-        """Remember it, by its question's key."""
-        if one.key not in self.left_out:
+        """Remember it, by its question's key; of two turns the earlier one."""
+        before = self.left_out.get(one.key)
+        if before is None or one.turn < before.turn:
             self.left_out[one.key] = one
             lines = "".join(json.dumps(asdict(each)) + "\n" for each in self.left_out.values())
             self.path.with_name(LEFT_OUT_NAME).write_text(lines)

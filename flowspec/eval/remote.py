@@ -33,6 +33,7 @@ class RemoteBench:
         self._plain = own[0] if own else Case(PLAIN, "none", asdict(STRATEGIES[PLAIN].defaults))
         self._truth: tuple[Group, list[Asked]] | None = None  # of the last group
         self._session, self._runs = token_hex(8), count(1)
+        self._num_answers = 0  # of the run
 
     def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
         """Each turn's sample as it is finished, and what is left out of the group.
@@ -54,14 +55,25 @@ class RemoteBench:
                     yield found
             left = [case for case in cases if case != self._plain]
             self._truth = replace(group, repeat=0), asked
-        for case in left:
-            run = self._new_run()
-            for one in asked:
-                started_at = now_text()
-                answer = self._answer(case, group, run, one.messages)
-                if isinstance(answer, LongPrompt):  # the target alone has said that it fits
-                    raise ClusterError("head", f"{_name(group, one)} is too long for it")
+        for place, case in enumerate(left):
+            for found in self._run(case, group, asked):
+                yield (left[place:], [found]) if isinstance(found, TooLong) else found
+
+    def _run(self, case: Case, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
+        """What the memory cannot hold under this strategy goes out of `asked`."""
+        run = self._new_run()
+        for one in tuple(asked):
+            if one not in asked:  # a turn before it is left out
+                continue
+            started_at = now_text()
+            answer = self._answer(case, group, run, one.messages)
+            if isinstance(answer, Answer):
                 yield self._sample(case, group, one, answer, started_at)
+            elif answer.reason:
+                yield self._left_out(group, one.question, one.turn, answer)
+                asked[:] = [a for a in asked if a.question != one.question or a.turn < one.turn]
+            else:  # plain decoding, or the target alone, has said that it fits
+                raise ClusterError("head", f"{_name(group, one)} is too long for it")
 
     def _ask_plain(self, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
         """The cluster's own plain decoding, which becomes the truth in `asked`."""
@@ -78,8 +90,7 @@ class RemoteBench:
             started_at = now_text()
             answer = self._answer(self._plain, group, run, messages)
             if isinstance(answer, LongPrompt):
-                key, num_left = self.plan.question_keys(group)[prompt.id], len(prompt.turns) - turn
-                yield TooLong(key, group.dataset, prompt.id, turn, num_left, answer.num_prompt)
+                yield self._left_out(group, prompt.id, turn, answer)
                 return
             completion = answer.completion
             one = Asked(prompt.id, turn, (), completion.tokens, tuple(messages))
@@ -87,8 +98,14 @@ class RemoteBench:
             yield self._sample(self._plain, group, one, answer, started_at)
             messages.append({"role": "assistant", "content": completion.text})
 
+    def _left_out(self, group: Group, question: str, turn: int, why: LongPrompt) -> TooLong:
+        turns = next(len(one.turns) for one in group.prompts if one.id == question)
+        key, dataset = self.plan.question_keys(group)[question], group.dataset
+        return TooLong(key, dataset, question, turn, turns - turn, why.num_prompt, why.reason)
+
     def _new_run(self) -> str:
         """A label that nobody else has: what the head learns under it is this set's alone."""
+        self._num_answers = 0
         return f"{self._session}-{next(self._runs)}"
 
     def _answer(
@@ -108,7 +125,7 @@ class RemoteBench:
     def _sample(
         self, case: Case, group: Group, one: Asked, answer: Answer, started_at: str
     ) -> Sample:
-        stages = answer.figures.stages
+        stages, self._num_answers = answer.figures.stages, self._num_answers + 1
         measured = measure(
             answer.completion,
             one.expected,
@@ -120,9 +137,10 @@ class RemoteBench:
         found = sample_of(self.plan, case, group, turn, measured, started_at=started_at)
         return replace(
             found,
-            stages=self._cluster.num_stages,
             devices=tuple(self._cluster.devices),
             alone=answer.figures.alone,
+            rebuilt=answer.rebuilt,
+            relearnt=answer.figures.fresh and self._num_answers > 1,
         )
 
 

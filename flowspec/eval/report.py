@@ -154,12 +154,12 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
     columns += ["stages busy %", *causes, "of the bound"]
     lines = []
     for row in rows:
-        line = [row.strategy, f"{row.ttft_s:.2f}", f"{row.end_to_end_tokens_per_s:.2f}"]
+        ttft = NO_FIGURE if row.ttft_s is None else f"{row.ttft_s:.2f}"
+        line = [row.strategy, ttft, f"{row.end_to_end_tokens_per_s:.2f}"]
         line += [f"{row.inter_token_ms.get(name, 0.0):.0f}" for name in ("p50", "p95", "p99")]
         line += [_percent(row.drafter_busy), stages_busy(row)]
         line += [_percent(mean_idle(row, cause)) for cause in causes]
-        bound = row.bound_share
-        lines.append([*line, NO_FIGURE if bound is None else _percent(bound)])
+        lines.append([*line, _percent(row.bound_share)])
     notes = ["p50, p95, p99: means of the answers' own"]
     notes += ["Causes of idleness: mean over the stages"] if causes else []
     return Table(title, columns, lines, notes)
@@ -180,8 +180,8 @@ def causes_of(rows: Iterable[Row]) -> list[str]:
     return sorted((cause for cause, total in totals.items() if total > 0), key=lambda c: -totals[c])
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _percent(share: float | None) -> str:
+    return NO_FIGURE if share is None else f"{100 * share:.0f} %"
 
 
 def csv_report(samples: Sequence[Sample], *, baseline: str = "ar") -> str:

@@ -96,8 +96,9 @@ def run_plan(
             else:
                 cases, left_out = finished
                 for one in left_out:
-                    if one.key not in file.left_out:
-                        progress.total -= one.num_turns * len(cases)
+                    known = file.left_out.get(one.key)
+                    num_turns = one.num_turns - (known.num_turns if known else 0)
+                    progress.total -= max(0, num_turns) * len(cases)
                     file.leave_out(one)
             tell(progress)
     keys = [

@@ -23,7 +23,7 @@ class TimeShares:
     busy: float | None
     by_stage: tuple[float, ...]
     idle: Mapping[str, float]
-    drafter_busy: float
+    drafter_busy: float | None
 
 
 Line = tuple[str, str, float]  # strategy, drafter, temperature

@@ -1,6 +1,7 @@
 """`flowspec bench --real --head` on joined devices: the table, its records, what ends it."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner, Result
 import flowspec.eval.remote
 from flowspec.cli.main import app
 from flowspec.cluster.token import new_token
+from flowspec.eval.provenance import code_hash
 from flowspec.eval.records import read_samples
 from flowspec.request import ClusterError
 from processes.devices import Processes
@@ -58,6 +60,8 @@ def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, m
         assert (sample.emulated, sample.warm, sample.alone) == (False, True, True)
         assert [one.partition(":")[0] for one in sample.devices] == cluster.stages()
         assert (sample.stage_idle, sample.link_bytes) == ((), {})
+        assert sample.code == code_hash()
+        assert not sample.relearnt
     known = [sample for sample in samples if sample.rows_pruned is not None]
     assert len(known) >= 10  # a probe may have been under way when the first was asked
     for s in known:
@@ -80,6 +84,38 @@ def test_the_target_alone_may_be_the_truth(cluster, tmp_path, monkeypatch):
     wrong = bench(cluster, "--drafter", "ngram")
     assert isinstance(wrong.exception, ValueError)
     assert "served with eagle" in str(wrong.exception)
+
+
+def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, monkeypatch):
+    """A spare takes over in the middle; the same command then measures what is there."""
+    monkeypatch.chdir(tmp_path)
+    before = cluster.stages()
+    cluster.join("cyd")
+    cluster.wait_for("head", r"cyd.*spare: came when the layers were covered")
+    original = flowspec.eval.remote.RemoteBench._answer
+
+    def answer(self, case, group, run, messages):
+        if case.strategy == "streaming" and len(messages) == 3:
+            cluster.running["bob"].kill()
+        return original(self, case, group, run, messages)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowspec.eval.remote.RemoteBench, "_answer", answer)
+        result = bench(cluster)
+    assert isinstance(result.exception, ClusterError)
+    assert re.search(
+        r"other devices answer now, before: .*bob: layers.*, now: .*cyd: layers.*; what was "
+        r"answered before is kept, and the same command measures",
+        str(result.exception),
+    )
+    kept = read_samples(Path("out/bench"))
+    assert len(kept) == 5
+    assert {tuple(one.partition(":")[0] for one in s.devices) for s in kept} == {tuple(before)}
+    again = bench(cluster)
+    assert again.exit_code == 0, again.output
+    assert "6 samples (6 run now) in out/bench; 0 differ" in again.output
+    new = read_samples(Path("out/bench"))[5:]
+    assert all(any(one.startswith("cyd:") for one in s.devices) for s in new)
 
 
 def test_a_head_that_goes_away_ends_it_with_what_there_is(cluster, tmp_path, monkeypatch):
