@@ -174,7 +174,7 @@ def test_chosen_counts_are_kept():
     placement = fixed_layers(boards, MODEL, NEEDS, (1, 5))
     assert list(counts(placement).values()) == [1, 5]
     assert len(placement.left_out) == 1
-    with pytest.raises(DoesNotFitError, match="3 stages, 2 devices"):
+    with pytest.raises(DoesNotFitError, match="3 stages, devices that have joined: 2"):
         fixed_layers(boards[:2], MODEL, NEEDS, (2, 2, 2))
     with pytest.raises(DoesNotFitError, match=r"stage 1 with 5 layers needs .* GB"):
         fixed_layers([device("x", gb=0.15), device("y", gb=0.15)], MODEL, NEEDS, (5, 1))

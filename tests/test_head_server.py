@@ -79,6 +79,7 @@ def server(control: Any, *ticks: Any) -> tuple[HeadServer, Any]:
         missing=lambda: "nothing",
         gave_up=False,
         phase=Phase.SERVING,
+        config=SimpleNamespace(give_up_s=120.0),
     )
     engine = Engine()
 

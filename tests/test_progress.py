@@ -4,8 +4,11 @@ import io
 
 import pytest
 from rich.console import Console
+from samples import sample
 
-from flowspec.cli import progress
+from flowspec.cli import bench_plan, progress
+from flowspec.eval.records import SampleFile
+from flowspec.request import ClusterError
 
 
 @pytest.fixture
@@ -49,3 +52,20 @@ def test_a_terminal_gets_a_bar_that_goes(clock: list[float]) -> None:
     assert "mt_bench, ar" in out.getvalue()
     assert "ahead" not in out.getvalue()
     assert out.getvalue().endswith("\x1b[2K")  # the bar is wiped out
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_what_is_kept_is_told_where_a_run_ends_early(tmp_path, monkeypatch, capsys, count):
+    """And nothing where there is nothing."""
+
+    def broken(plan: object, file: SampleFile, **rest: object) -> None:
+        raise ClusterError("head", "connection lost")
+
+    monkeypatch.setattr(bench_plan, "run_plan", broken)
+    with SampleFile(tmp_path) as file:
+        for number in range(count):
+            file.add(sample(question=str(number)))
+    with pytest.raises(ClusterError, match="connection lost"):
+        bench_plan.run_shown(None, tmp_path, jobs=1)  # type: ignore[arg-type]
+    told = f"2 samples are in {tmp_path}; the same command runs what is missing\n"
+    assert capsys.readouterr().err.endswith(told) == (count == 2)

@@ -1,6 +1,7 @@
 """What the commands that run benchmarks share: a plan from options, and running it."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from flowspec.eval.provenance import code_hash, folder_hash, revision
 from flowspec.eval.records import SampleFile
 from flowspec.eval.runner import Bench, Outcome, Progress, run_plan
 from flowspec.model.manifest import read_manifest
-from flowspec.request import SamplingParams
+from flowspec.request import ClusterError, SamplingParams
 from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import find_strategy
 
@@ -156,11 +157,21 @@ def _draft_folders(
 def run_shown(
     plan: Plan, out: Path, jobs: int | None, *, what: str = "", bench: Bench | None = None
 ) -> Outcome:
-    """Run what is missing in folder `out` and show how far it is; `what` stands before it."""
-    with SampleFile(out) as file, shown(Console(stderr=True), "samples", what=what) as tell:
+    """Run what is missing in folder `out` and show how far it is; `what` stands before it.
 
-        def step(now: Progress) -> None:
-            tell(now.done, now.total, now.now)
+    Where it ends early, what is kept is told.
+    """
+    with SampleFile(out) as file:
+        try:
+            with shown(Console(stderr=True), "samples", what=what) as tell:
 
-        jobs = jobs or len(os.sched_getaffinity(0))
-        return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
+                def step(now: Progress) -> None:
+                    tell(now.done, now.total, now.now)
+
+                jobs = jobs or len(os.sched_getaffinity(0))
+                return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
+        except (ClusterError, SystemExit):  # the latter: a signal
+            if len(file):
+                goes_on = f"{len(file)} samples are in {out}; the same command runs what is missing"
+                print(goes_on, file=sys.stderr, flush=True)
+            raise

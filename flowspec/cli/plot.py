@@ -27,7 +27,10 @@ def plot(
     baseline: Annotated[str, typer.Option(help="Strategy that speeds are compared with.")] = "ar",
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only records with key=value[,value]: temperature=0, emulated=true."),
+        typer.Option(
+            help="Only records with key=value[,value]: temperature=0, emulated=true; of some "
+            "figures key=LOW..HIGH: repeated=0..0.3 leaves out texts that loop."
+        ),
     ] = None,
     over: Annotated[
         str | None, typer.Option(help="sweep: what was varied, such as tree_depth.")

@@ -28,7 +28,10 @@ def report(
     ] = "ar",
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Only records with key=value[,value]: temperature=0, emulated=true."),
+        typer.Option(
+            help="Only records with key=value[,value]: temperature=0, emulated=true; of some "
+            "figures key=LOW..HIGH: repeated=0..0.3 leaves out texts that loop."
+        ),
     ] = None,
     per_set: Annotated[
         bool, typer.Option("--per-set", help="Acceptance and time of every set, not of the mean.")

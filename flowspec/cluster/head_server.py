@@ -227,7 +227,11 @@ class HeadServer:
                 case Halt():
                     self.engine.post(effect)
                     for caller in list(self._callers.values()):  # who has left goes meanwhile
-                        text = f"{effect.error}; the answer goes on when its layers are held again"
+                        left = f"{self.membership.config.give_up_s:g} s"
+                        text = (
+                            f"{effect.error}; the answer goes on when its layers are held again, "
+                            f"and ends if nobody holds them within {left}"
+                        )
                         self._send(caller.peer, Note(id=caller.id, text=text[:4000]))
                 case Engage() | Resume() | GiveUp():
                     self.engine.post(effect)

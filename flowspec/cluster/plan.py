@@ -148,7 +148,7 @@ def fixed_layers(
     """
     if len(candidates) < len(layers):
         raise DoesNotFitError(
-            f"--layers names {len(layers)} stages, {len(candidates)} devices have joined"
+            f"--layers names {len(layers)} stages, devices that have joined: {len(candidates)}"
         )
     left = list(candidates)
     taken: dict[int, Candidate] = {}

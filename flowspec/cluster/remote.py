@@ -97,7 +97,8 @@ class RemoteCluster:
             self._check_memory()
             return LongPrompt(done.prompt_tokens, done.error)
         if done.error or done.figures is None:
-            raise ClusterError(self._client.where, done.error or "it has sent no figures")
+            why = done.error.removeprefix("head: ")  # it is named already
+            raise ClusterError(self._client.where, why or "it has sent no figures")
         rebuilt = done.figures.epoch != self._epoch
         if rebuilt:
             self._check_devices(done.figures)

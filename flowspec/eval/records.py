@@ -211,7 +211,8 @@ class SampleFile:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         except OSError as error:
-            raise ValueError(f"--out {folder}: no folder to write to: {error.strerror}") from None
+            why = "it is a file" if folder.is_file() else error.strerror
+            raise ValueError(f"--out {folder}: no folder to write to: {why}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -238,6 +239,9 @@ class SampleFile:
 
     def __contains__(self, key: str) -> bool:
         return key in self._samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def __getitem__(self, key: str) -> Sample:
         return self._samples[key]

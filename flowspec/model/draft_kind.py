@@ -60,6 +60,8 @@ def draft_weights(folder: Path) -> Path:
     names = (*_FILES, _MEDUSA_FILE)
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
+        if not folder.exists():
+            raise ValueError(f"{folder} does not exist; give the folder of a draft checkpoint")
         raise ValueError(
             f"{folder} has none of {', '.join(names)}; is it the folder of a draft checkpoint?"
         )
