@@ -29,6 +29,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 STATUS_TIMEOUT_S = 5.0
 POLL_S = 0.2
 SILENCE_S = 10.0  # of a head that has been asked whether it is there
+FORGOTTEN_AFTER = 3  # such words, each after so long a silence, that it serves nobody
 
 
 class HeadClient:
@@ -75,14 +76,17 @@ class HeadClient:
     def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
         """Follow one answer to its Done. Whoever turns away early cancels it.
 
-        Raises ClusterError where the head is lost, RefusedError where it speaks to other versions.
+        Raises ClusterError where the head is lost or has forgotten it, RefusedError where it
+        speaks to other versions.
         """
         self._send(ask)
         heard_at, is_done, has_asked = time.monotonic(), False, False
+        num_idle = 0  # of its last words, how many said that it serves nobody
         try:
             while True:
                 for message in self._receive():
                     heard_at, has_asked = time.monotonic(), False
+                    num_idle = self._count_idle(message, num_idle)
                     if isinstance(message, Refuse):
                         is_done = True
                         raise RefusedError(self.where, message.why)
@@ -114,6 +118,19 @@ class HeadClient:
                 if isinstance(message, Refuse):
                     raise RefusedError(self.where, message.why)
         raise ClusterError(self.where, f"no answer within {STATUS_TIMEOUT_S:.0f} s")
+
+    def _count_idle(self, message: Control, before: int) -> int:
+        """How many words in a row say that no request is open, the one asked for neither.
+
+        Raises ClusterError where these are too many.
+        """
+        if not isinstance(message, ClusterStatus):
+            return 0
+        if message.requests_active or message.requests_waiting:
+            return 0
+        if before + 1 >= FORGOTTEN_AFTER:
+            raise ClusterError(self.where, "it serves nobody now, and has not answered: ask again")
+        return before + 1
 
     def _receive(self) -> Iterator[Control]:
         for frame in self.control.receive(POLL_S):
