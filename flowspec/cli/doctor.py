@@ -29,11 +29,8 @@ from flowspec.cluster.doctor import (
 )
 from flowspec.cluster.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.request import ClusterError
-from flowspec.transport.control import (
-    local_address_towards,
-    parse_address,
-    why_unreachable,
-)
+from flowspec.transport.address import local_address_towards, parse_address
+from flowspec.transport.control import why_unreachable
 
 
 def doctor(
@@ -67,7 +64,6 @@ def doctor(
 
 def _examine_head(head: str, token: str | None, token_file: Path | None) -> list[Finding]:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    own = local_address_towards(host, port)
     try:
         keys = derive_keys(token or read_token(token_file))
     except ValueError as error:
@@ -82,6 +78,7 @@ def _examine_head(head: str, token: str | None, token_file: Path | None) -> list
         with HeadClient(host, port, keys) as client:
             link = measure_link(client.control)
             version = client.status().version
+            own = local_address_towards(client.control.host, port)
     except ClusterError as error:
         return list(examine_link(HeadFacts(where=head, why_unreachable=error.cause)))
     facts = HeadFacts(where=head, own_address=own, link=link, version=version)

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from flowspec.cluster.memory import available_bytes, total_bytes
-from flowspec.cluster.messages import DeviceReport, Echo, Interface, Link, pack, unpack
+from flowspec.cluster.messages import DeviceReport, Echo, Link, pack, unpack
+from flowspec.cluster.network import interfaces
 from flowspec.model.manifest import write_json
 from flowspec.transport.control import ControlClient
 
@@ -100,20 +101,6 @@ def power_mode() -> str:
     except OSError:
         return ""
     return f"governor {governor.strip()}"
-
-
-def interfaces() -> list[Interface]:
-    """Those that are up and have an IPv4 address, the loopback last."""
-    import psutil
-
-    states, found = psutil.net_if_stats(), []
-    for name, addresses in psutil.net_if_addrs().items():
-        state = states.get(name)
-        for address in addresses:
-            if address.family.name == "AF_INET" and state is not None and state.isup:
-                rate = state.speed if 0 < state.speed < 1_000_000 else 0
-                found.append(Interface(name=name, address=address.address, rate_mbps=rate))
-    return sorted(found, key=lambda interface: interface.address.startswith("127."))[:32]
 
 
 def measure_link(client: ControlClient) -> Link:

@@ -14,6 +14,7 @@ from pathlib import Path
 import flowspec
 from flowspec.cluster.messages import DeviceReport, Link
 from flowspec.cluster.token import TOKEN_VARIABLE
+from flowspec.transport.address import is_link_local, is_loopback
 from flowspec.transport.control import has_curve
 
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
@@ -114,11 +115,11 @@ def examine_link(facts: HeadFacts) -> Iterator[Finding]:
         found=f"{facts.where} answers: {version}; this device listens at {facts.own_address}",
         fix="" if same else f"install {facts.version} here, or {flowspec.__version__} there",
     )
-    if facts.own_address.startswith("127."):
+    if is_loopback(facts.own_address):
         yield Finding(
             what="address",
             level=Level.WARNING,
-            found="this device is the head's own: others cannot reach it at 127.0.0.1",
+            found=f"this device is the head's own: others cannot reach it at {facts.own_address}",
             fix="where other devices join too, join by the head's network address",
         )
     yield from _speed(facts.link)
@@ -229,7 +230,7 @@ def _disk(report: DeviceReport) -> Finding:
 
 
 def _interfaces(report: DeviceReport) -> Finding:
-    real = [one for one in report.interfaces if not one.address.startswith("127.")]
+    real = [one for one in report.interfaces if not is_loopback(one.address)]
     text = ", ".join(
         f"{one.name} {one.address}" + (f" {one.rate_mbps} Mbit/s" if one.rate_mbps else "")
         for one in real
@@ -238,6 +239,13 @@ def _interfaces(report: DeviceReport) -> Finding:
     if not real:
         fix = "connect a cable or Wi-Fi; without one only a head on this machine can be joined"
         return Finding(what="network", level=Level.WARNING, found="none is up", fix=fix)
+    if all(is_link_local(one.address) for one in real):
+        fix = (
+            "get an address by DHCP or from the router; without one only a head on the same cable "
+            f"can be joined, as in flowspec join '[fe80::1%{real[0].name}]:7000'"
+        )
+        found = f"{text}: link-local alone"
+        return Finding(what="network", level=Level.WARNING, found=found, fix=fix)
     if slow and len(slow) == len(real):
         fix = f"{slow[0].name} runs at {slow[0].rate_mbps} Mbit/s: check cable and switch"
         return Finding(what="network", level=Level.WARNING, found=text, fix=fix)
