@@ -82,8 +82,22 @@ def is_unified(device: torch.device) -> bool:
 
 def disk_free(folder: Path) -> int:
     """Free bytes on the disk that `folder` is, or would be, on."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    for path in (folder, *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(path).free
+        except OSError:  # it is not there, or hidden from this user
+            continue
+    return 0
+
+
+def why_not_computed(torch_device: str, dtype: str) -> str:
+    """What torch says of a small product in `dtype` on the device; empty where it can."""
+    try:
+        one = torch.ones(8, 8, device=torch_device, dtype=getattr(torch, dtype))
+        float((one @ one).sum())
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def power_mode() -> str:

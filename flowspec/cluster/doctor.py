@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 import flowspec
+from flowspec.cluster.cache import CacheProblem
 from flowspec.cluster.messages import DeviceReport, Link
 from flowspec.cluster.token import TOKEN_VARIABLE
 from flowspec.transport.address import is_link_local, is_loopback
@@ -60,6 +61,7 @@ class Facts:
     cuda_error: str = ""  # what a small allocation and kernel said
     has_curve: bool = True
     missing: tuple[str, ...] = ()  # packages
+    cache_problem: CacheProblem | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,8 @@ class HeadFacts:
     own_address: str = ""
     link: Link = Link()
     version: str = ""  # of its package, where it let us in
+    dtype: str = ""  # of its model
+    dtype_error: str = ""  # what this device says of computing in it
 
 
 def examine(facts: Facts) -> Iterator[Finding]:
@@ -94,7 +98,7 @@ def examine(facts: Facts) -> Iterator[Finding]:
         )
     yield from _torch(facts)
     yield _memory(report)
-    yield _disk(report)
+    yield _cache(facts)
     if report.power_mode:
         yield Finding(what="power mode", level=Level.OK, found=report.power_mode)
     yield _interfaces(report)
@@ -121,6 +125,14 @@ def examine_link(facts: HeadFacts) -> Iterator[Finding]:
             level=Level.WARNING,
             found=f"this device is the head's own: others cannot reach it at {facts.own_address}",
             fix="where other devices join too, join by the head's network address",
+        )
+    if facts.dtype_error:
+        yield Finding(
+            what="dtype",
+            level=Level.ERROR,
+            found=f"the head's model computes in {facts.dtype}, this device cannot: "
+            f"{facts.dtype_error[:300]}",
+            fix="join with another --device, or serve with another --dtype",
         )
     yield from _speed(facts.link)
 
@@ -219,7 +231,12 @@ def _memory(report: DeviceReport) -> Finding:
     )
 
 
-def _disk(report: DeviceReport) -> Finding:
+def _cache(facts: Facts) -> Finding:
+    """Whether layers can be kept where `join` keeps them, by the same check as join's."""
+    report, problem = facts.report, facts.cache_problem
+    if problem is not None:
+        level = Level.ERROR if problem.is_fatal else Level.WARNING
+        return Finding(what="cache", level=level, found=problem.found, fix=problem.fix)
     enough = report.disk_free_bytes >= MIN_DISK_BYTES
     return Finding(
         what="disk",
@@ -321,6 +338,7 @@ def find_facts(
     is_jetson: bool,
     check_cuda: Callable[[], tuple[bool, str]],
     environment: Mapping[str, str],
+    cache_problem: CacheProblem | None = None,
     root: Path = Path("/"),
 ) -> Facts:
     """What there is to know about this device; `check_cuda`: is it there, what is wrong with it."""
@@ -338,6 +356,7 @@ def find_facts(
         allocator=environment.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         has_bitsandbytes=_is_installed("bitsandbytes"),
         has_curve=has_curve(),
+        cache_problem=cache_problem,
         missing=tuple(n for n in ("pyzmq", "cryptography", "pydantic") if not _is_installed(n)),
     )
 
