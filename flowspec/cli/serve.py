@@ -75,7 +75,7 @@ def serve(
     strategy: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
     ] = None,
-    host: Annotated[str, typer.Option(help="Own address to listen at [all].")] = ALL_INTERFACES,
+    host: Annotated[str, typer.Option(help="Own address to listen at; *: all.")] = ALL_INTERFACES,
     port: Annotated[
         int, typer.Option(help="Control port; 0: any free one.", min=0, max=65532)
     ] = DEFAULT_PORT,
