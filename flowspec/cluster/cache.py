@@ -142,7 +142,8 @@ def _try_out(shards: Path, models: Path) -> tuple[str, OSError] | None:
 def _why(root: Path, error: OSError) -> str:
     """The system's reason, and whose folder it is or what is no folder."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        file = next((path for path in (root, *root.parents) if path.is_file()), root)
+        paths = (root / "shards", root / "models", root, *root.parents)
+        file = next((path for path in paths if path.is_file()), root)
         return f"{file} is a file"
     if error.errno not in (errno.EACCES, errno.EPERM):
         return str(error.strerror)

@@ -22,8 +22,13 @@ from pydantic import (
 from flowspec.plain_yaml import read_yaml
 from flowspec.transport.address import Address, is_ipv6, parse_address, parse_host
 
-Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+-]+$")]
-Place = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.:@%+\[\]-]+$")]
+# none begins with a dash: it would be an option of ssh
+Word = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+][A-Za-z0-9_.~/:@+-]*$")
+]
+Place = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.:\[][A-Za-z0-9_.:@%+\[\]-]*$")
+]
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 

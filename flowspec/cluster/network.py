@@ -57,13 +57,14 @@ def order(
     """
 
     def key(one: Interface) -> tuple[int, int, bool, bool]:
-        metric = routes.get((one.name, is_ipv6(one.address)))
         kind = kinds.get(one.name, Kind.DIRECT)
         if is_loopback(one.address):
             kind = Kind.LOOPBACK
-        elif metric is not None and kind is not Kind.TUNNEL:
+        elif (one.name, is_ipv6(one.address)) in routes and kind is not Kind.TUNNEL:
             kind = Kind.DEFAULT
-        return kind, metric or 0, is_link_local(one.address), is_ipv6(one.address)
+        # an interface has one place for both families, IPv4's where it has both
+        metric = routes.get((one.name, False), routes.get((one.name, True), 0))
+        return kind, metric, is_link_local(one.address), is_ipv6(one.address)
 
     return sorted(found, key=key)
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -58,11 +59,14 @@ class Machine:
         process.start()
         return process
 
-    def run(self, what: str, *arguments: str) -> tuple[int | None, str]:
-        """`flowspec ...` in it to its end: exit code and output."""
-        process = self.start(what, *arguments)
-        process.join(START_S)
-        return process.exitcode, self.log(what).read_text()
+    def run(self, *commands: Sequence[str]) -> list[tuple[int | None, str]]:
+        """`flowspec ...` in it, all at the same time, to their ends: exit codes and outputs."""
+        names = [f"{number}-{command[0]}" for number, command in enumerate(commands)]
+        started = [self.start(name, *one) for name, one in zip(names, commands, strict=True)]
+        for process in started:
+            process.join(START_S)
+        codes = [process.exitcode for process in started]
+        return [(code, self.log(n).read_text()) for code, n in zip(codes, names, strict=True)]
 
     def log(self, what: str) -> Path:
         """What a command has said."""
@@ -111,24 +115,26 @@ def cluster(folder: Path) -> dict[str, object]:
     ]
     wait_for(head.log("serve"), r"serving: layers", serving)
     assert all(process.is_alive() for process in joining)
-    code, said = ada.run("generate", "generate", "--head", NAME, "--max-tokens", "12", PROMPT)
-    doctors = [
-        (code, json.loads(said[said.index("[{") :].splitlines()[0]))
-        for code, said in (
-            ada.run("doctor", "doctor", f"[{HEAD}]:{PORT}", "--json"),
-            bob.run("doctor", "doctor", "[fe80::1%wlan0]", "--json"),
-        )
-    ]
-    status = ada.run("status", "status", f"[{HEAD}]", "--json")
-    where = bob.run("status", "status", "[fe80::1%eth7]:7000")
-    closed = bob.run("closed", "status", f"[{HEAD}]:7009")
+    asked, first = ada.run(
+        ["generate", "--head", NAME, "--max-tokens", "12", PROMPT],
+        ["doctor", f"[{HEAD}]:{PORT}", "--json"],
+    )
+    second, status, no_such_interface, closed = bob.run(
+        ["doctor", "[fe80::1%wlan0]", "--json"],
+        ["status", f"[{HEAD}]", "--json"],
+        ["status", "[fe80::1%eth7]:7000"],
+        ["status", f"[{HEAD}]:7009"],
+    )
     return {
         "line": line,
         "log": head.log("serve").read_text(),
-        "generate": (code, said),
-        "doctors": doctors,
+        "generate": asked,
+        "doctors": [
+            (code, json.loads(said[said.index("[{") :].splitlines()[0]))
+            for code, said in (first, second)
+        ],
         "status": status,
-        "no_such_interface": where,
+        "no_such_interface": no_such_interface,
         "closed": closed,
     }
 
@@ -155,8 +161,8 @@ def behind_docker(folder: Path) -> dict[str, object]:
     box.ip("route", "add", "default", "via", "10.9.0.1")
     serving = box.start("serve", "serve", *MODEL, "--no-mdns", "--port", str(PORT))
     wait_for(box.log("serve"), r"devices and health", serving)
-    both = [box.run(f"status{k}", "status", h)[1] for k, h in enumerate(("127.0.0.1", "[::1]"))]
-    return {"log": box.log("serve").read_text(), "status": both}
+    both = box.run(["status", "127.0.0.1"], ["status", "[::1]"])
+    return {"log": box.log("serve").read_text(), "status": [said for _, said in both]}
 
 
 if __name__ == "__main__":
@@ -168,6 +174,7 @@ if __name__ == "__main__":
     work = Path(os.environ[INSIDE])
     (work / "hosts").write_text(f"10.255.255.1 {NAME}\n{HEAD} {NAME}\n")
     tool("mount", "--bind", str(work / "hosts"), "/etc/hosts")
+    os.environ["OMP_NUM_THREADS"] = "1"  # also so that a device's speed is measured once
     CONTEXT = multiprocessing.get_context("forkserver")
     CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
     os.chdir(work)
