@@ -93,7 +93,7 @@ def run_inside(arguments: Sequence[str]) -> int:
             child.wait()
 
 
-def _new_namespace() -> int:
+def new_namespace() -> int:
     """A network namespace that lives as long as the descriptor that is returned."""
     made: list[int] = []
 
@@ -109,13 +109,14 @@ def _new_namespace() -> int:
     return made[0]
 
 
-def _tool(*command: str) -> None:
+def tool(*command: str) -> None:
+    """Run a command. Raises RuntimeError with what it said where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
-def _enter_and_run(
+def enter_and_run(
     namespace: str, arguments: Sequence[str], log: str, environment: Mapping[str, str]
 ) -> None:
     """`flowspec *arguments` in a process that was forked."""
@@ -139,36 +140,36 @@ class Network:
     def __init__(self, rate_mbit: float) -> None:
         self.rate_mbit = rate_mbit
         self.paths: dict[str, str] = {}
-        _tool("ip", "link", "set", "lo", "up")
-        _tool("ip", "link", "add", BRIDGE, "type", "bridge")
-        _tool("ip", "addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
-        _tool("ip", "link", "set", BRIDGE, "up")
+        tool("ip", "link", "set", "lo", "up")
+        tool("ip", "link", "add", BRIDGE, "type", "bridge")
+        tool("ip", "addr", "add", f"{SUBNET}.254/24", "dev", BRIDGE)
+        tool("ip", "link", "set", BRIDGE, "up")
 
     def add(self, name: str, address: str) -> None:
         """A namespace with a shaped link to the bridge."""
-        path = self.paths[name] = f"/proc/{os.getpid()}/fd/{_new_namespace()}"
+        path = self.paths[name] = f"/proc/{os.getpid()}/fd/{new_namespace()}"
         inside = ("nsenter", f"--net={path}")
         shape = ("root", "tbf", "rate", f"{self.rate_mbit}mbit", "burst", "256kb")
         shape = (*shape, "latency", "20ms")
         near = f"v-{name}"
-        _tool("ip", "link", "add", near, "type", "veth", "peer", "name", "far")
-        _tool("ip", "link", "set", "far", "netns", path)
-        _tool("ip", "link", "set", near, "master", BRIDGE)
-        _tool("ip", "link", "set", near, "up")
-        _tool("tc", "qdisc", "add", "dev", near, *shape)
-        _tool(*inside, "ip", "link", "set", "lo", "up")
-        _tool(*inside, "ip", "addr", "add", f"{address}/24", "dev", "far")
-        _tool(*inside, "ip", "link", "set", "far", "up")
-        _tool(*inside, "tc", "qdisc", "add", "dev", "far", *shape)
+        tool("ip", "link", "add", near, "type", "veth", "peer", "name", "far")
+        tool("ip", "link", "set", "far", "netns", path)
+        tool("ip", "link", "set", near, "master", BRIDGE)
+        tool("ip", "link", "set", near, "up")
+        tool("tc", "qdisc", "add", "dev", near, *shape)
+        tool(*inside, "ip", "link", "set", "lo", "up")
+        tool(*inside, "ip", "addr", "add", f"{address}/24", "dev", "far")
+        tool(*inside, "ip", "link", "set", "far", "up")
+        tool(*inside, "tc", "qdisc", "add", "dev", "far", *shape)
 
     def cut(self, name: str, kind: str) -> None:
         """`link down` or `half-open`."""
         state = ("down",) if kind == "link down" else ("nomaster",)
-        _tool("ip", "link", "set", f"v-{name}", *state)
+        tool("ip", "link", "set", f"v-{name}", *state)
 
     def restore(self, name: str) -> None:
         """The link as it was."""
-        _tool("ip", "link", "set", f"v-{name}", "master", BRIDGE, "up")
+        tool("ip", "link", "set", f"v-{name}", "master", BRIDGE, "up")
 
 
 class NetnsCluster:
@@ -244,7 +245,7 @@ class NetnsCluster:
             self._children.append(child)
             return
         process = _CONTEXT.Process(
-            target=_enter_and_run, args=(path, arguments, str(log), environment)
+            target=enter_and_run, args=(path, arguments, str(log), environment)
         )
         process.start()
         assert process.pid is not None

@@ -17,28 +17,28 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do serve+=("$1"); shift; done
 start_s="${FLOWSPEC_START_S:-600}" say_s=30
 [[ "$start_s" =~ ^[0-9]{1,6}$ ]] || { echo "error: FLOWSPEC_START_S takes whole seconds, not $start_s" >&2; exit 2; }
 start_s=$((10#$start_s)) # 08 is no octal number here
-own=127.0.0.1 # the head runs here, at all addresses unless the options say which
+own='*' # the head runs here, at all addresses unless the options say which
 for ((k = 0; k < ${#serve[@]}; k++)); do
     case "${serve[k]}" in
         --host) own="${serve[k + 1]:-$own}" ;;
         --host=*) own="${serve[k]#--host=}" ;;
     esac
 done
-[ "$own" != 0.0.0.0 ] || own=127.0.0.1
 python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
 [ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-read_port='import sys
+read_address='import sys
 from pathlib import Path
 from flowspec.cluster.hosts import read_hosts
+from flowspec.cluster.network import own_host
+from flowspec.transport.address import Address, parse_host
 try:
-    file = read_hosts(Path(sys.argv[1]))
+    port = read_hosts(Path(sys.argv[1])).port
+    print(Address(own_host(parse_host(sys.argv[2]), port), port))
 except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-print(file.port)'
-port="$("$python" -c "$read_port" "$hosts")"
-address="$own:$port"
+    sys.exit(2)'
+address="$("$python" -c "$read_address" "$hosts" "$own")"
 mkdir -p "$folder"
 token=(--token-file "$folder/token")
 bash run_jetson.sh "$hosts" "${serve[@]}" "${token[@]}" --no-prompt --no-mdns </dev/null &

@@ -4,6 +4,7 @@ import socket
 import time
 
 import pytest
+from ipv6 import HAS_IPV6, needs_ipv6
 
 from flowspec.cluster.device import measure_link
 from flowspec.cluster.messages import (
@@ -18,13 +19,13 @@ from flowspec.cluster.messages import (
     unpack,
 )
 from flowspec.cluster.token import derive_keys, new_token
+from flowspec.transport.address import Address
 from flowspec.transport.control import (
     NO_HANDSHAKE,
     WRONG_TOKEN,
     ControlClient,
     ControlServer,
     UnreachableError,
-    parse_address,
     why_unreachable,
 )
 
@@ -81,6 +82,15 @@ def test_hello_names_what_is_missing():
     with pytest.raises(ControlError, match="hello"):
         unpack(b'{"kind": "hello"}')
     assert Hello.model_fields["protocol"].default >= 1
+
+
+def receive(server: ControlServer) -> tuple[bytes, bytes]:
+    """The next message and its peer."""
+    end = time.monotonic() + 10.0
+    while time.monotonic() < end:
+        if messages := server.receive(0.5):
+            return messages[0]
+    raise AssertionError("nothing came")
 
 
 def pump(server: ControlServer, client: ControlClient, *, until: float) -> list[bytes]:
@@ -153,13 +163,70 @@ def test_one_broken_handshake_is_tried_again():
         server.close()
 
 
-def test_addresses_and_reasons():
-    """Typing errors and names without an address."""
-    assert parse_address("10.0.0.1", default_port=7) == ("10.0.0.1", 7)
-    assert parse_address("a.local:80", default_port=7) == ("a.local", 80)
-    for wrong in ("", ":80", "a:b", "a:0", "a:99999", "::1"):
-        with pytest.raises(ValueError, match="HOST:PORT"):
-            parse_address(wrong, default_port=7)
+@pytest.mark.parametrize(
+    ("host", "bound", "ways"),
+    [
+        ("*", "::", ("127.0.0.1", "::1", "localhost")),
+        ("::", "::", ("127.0.0.1", "::1")),
+        ("::1", "::1", ("::1",)),
+        ("0.0.0.0", "0.0.0.0", ("127.0.0.1",)),
+        ("localhost", "127.0.0.1", ("127.0.0.1", "localhost")),
+    ],
+)
+def test_a_server_is_there_by_the_families_that_it_listens_at(host, bound, ways):
+    """Without a host by both; it knows the address of who has spoken."""
+    if ":" in bound and not HAS_IPV6:
+        pytest.skip("this machine has no ::1")
+    server = ControlServer(host, 0, KEYS)
+    clients = []
+    try:
+        assert server.host == bound
+        for way in ways:
+            clients.append(client := ControlClient(way, server.port, KEYS))
+            assert client.connect(10.0) == ""
+            client.send(way.encode())
+            peer, message = receive(server)
+            assert message == way.encode()
+            assert server.host_of(peer) == client.host == {"localhost": "127.0.0.1"}.get(way, way)
+            server.send(peer, b"back")
+            assert client.receive(10.0) == [b"back"]
+    finally:
+        for client in clients:
+            client.close()
+        server.close()
+
+
+@needs_ipv6
+def test_the_next_address_of_a_name_is_tried(monkeypatch):
+    """A name may have an address at which the head does not listen."""
+    server = ControlServer("127.0.0.1", 0, KEYS)
+    both = [Address(host, server.port) for host in ("::1", "127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr("flowspec.transport.control.resolve", lambda host, port: both)
+    client = ControlClient("head.test", server.port, KEYS)
+    try:
+        assert client.connect(10.0) == ""
+        assert client.host == "127.0.0.1"
+        client.send(b"hello")
+        assert receive(server)[1] == b"hello"
+    finally:
+        client.close()
+        server.close()
+
+
+def test_a_listener_without_an_address_says_what_to_choose():
+    """Another port where it is taken, another host where it is not this machine's."""
+    server = ControlServer("127.0.0.1", 0, KEYS)
+    try:
+        with pytest.raises(ValueError, match="another `flowspec serve` running"):
+            ControlServer("127.0.0.1", server.port, KEYS)
+        with pytest.raises(ValueError, match="a --host that this machine has"):
+            ControlServer("2001:db8::1", 0, KEYS)
+    finally:
+        server.close()
+
+
+def test_a_name_without_an_address_is_told():
+    """With what to give instead."""
     assert "no address is known" in why_unreachable("no.such.host.invalid", 7000)
 
 

@@ -12,8 +12,9 @@ from flowspec.cluster.token import derive_keys, new_token
 from flowspec.codec import WireError
 from flowspec.request import ClusterError, NodeId
 from flowspec.transport import zmq_sockets
+from flowspec.transport.address import parse_url
 from flowspec.transport.base import LostPeer
-from flowspec.transport.curve import MAX_PIECE_BYTES, WRONG_KEY, split_address
+from flowspec.transport.curve import MAX_PIECE_BYTES, WRONG_KEY
 from flowspec.transport.pieces import cut, join
 from flowspec.transport.tally import Tally
 from flowspec.transport.zmq_sockets import ZmqTransport
@@ -148,7 +149,7 @@ def test_a_wrong_token_ends_in_an_error_and_is_counted(monkeypatch: pytest.Monke
 def test_what_is_no_address_is_told(address: str) -> None:
     """Before a socket is made."""
     with pytest.raises(ValueError, match="is no address; needed: tcp://HOST:PORT"):
-        split_address(address)
+        parse_url(address)
 
 
 def test_a_flood_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,11 +1,18 @@
 """The doctor's rules: what is wrong, how bad, what to do; all from facts, no device needed."""
 
+import errno
+import fcntl
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import flowspec
+from flowspec.cluster.cache import CacheProblem, ShardCache, find_problem
+from flowspec.cluster.device import why_not_computed
 from flowspec.cluster.doctor import (
     Facts,
     Finding,
@@ -35,6 +42,8 @@ REPORT = DeviceReport(
     python="3.10.12",
     torch="2.5.0a0+nv24.08",
 )
+UNUSABLE = CacheProblem(found="writing fails", fix="give another folder")
+FULL = CacheProblem(found="the disk is full", fix="free some", is_fatal=False)
 GOOD = Facts(python=(3, 10), report=REPORT, is_jetson=True, l4t="R36.4.3", cuda_available=True)
 LINK = Link(latency_s=0.0003, up_bytes_per_s=1.1e8, down_bytes_per_s=1.1e8)
 
@@ -86,6 +95,8 @@ def test_a_good_board_can_join():
         ),
         (with_report(memory_available_bytes=10**8), "memory", Level.ERROR, "0.5 GB"),
         (with_report(disk_free_bytes=10**8), "disk", Level.WARNING, "XDG_CACHE_HOME"),
+        (replace(GOOD, cache_problem=UNUSABLE), "cache", Level.ERROR, "another folder"),
+        (replace(GOOD, cache_problem=FULL), "cache", Level.WARNING, "free some"),
         (with_report(power_mode="15W"), "power mode", Level.WARNING, "nvpmodel -m"),
         (with_report(interfaces=()), "network", Level.WARNING, "cable or Wi-Fi"),
         (
@@ -93,6 +104,12 @@ def test_a_good_board_can_join():
             "network",
             Level.WARNING,
             "100 Mbit/s",
+        ),
+        (
+            with_report(interfaces=(Interface(name="eth0", address="fe80::2%eth0"),)),
+            "network",
+            Level.WARNING,
+            "'[fe80::1%eth0]:7000'",
         ),
         (replace(GOOD, l4t="R36.4.7"), "CUDA allocator", Level.WARNING, "expandable_segments"),
         (replace(GOOD, l4t="R39.2.1"), "CUDA allocator", Level.WARNING, "expandable_segments"),
@@ -132,6 +149,16 @@ def test_jetson_traps_are_not_looked_for_elsewhere():
             Level.WARNING,
             "cannot reach it at 127.0.0.1",
         ),
+        (
+            HeadFacts(where="h", link=LINK, own_address="::1"),
+            Level.WARNING,
+            "cannot reach it at ::1",
+        ),
+        (
+            HeadFacts(where="h", link=LINK, dtype="bfloat16", dtype_error="not implemented"),
+            Level.ERROR,
+            "computes in bfloat16, this device cannot: not implemented",
+        ),
         (HeadFacts(where="h"), Level.WARNING, "could not be measured"),
         (
             HeadFacts(where="h", link=LINK.model_copy(update={"up_bytes_per_s": 2e6})),
@@ -170,6 +197,58 @@ def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
     assert verdict([*device, wrong]) == "joining would not work"
     facts = HeadFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
     assert verdict([*device, *examine_link(facts)]) == "joining would work"
+
+
+def test_an_ipv6_address_is_a_network():
+    """A device needs no IPv4."""
+    only = with_report(interfaces=(Interface(name="eth0", address="fd00::2", rate_mbps=1000),))
+    finding = found(only, "network")
+    assert (finding.level, finding.found) == (Level.OK, "eth0 fd00::2 1000 Mbit/s")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "words"),
+    [
+        (fcntl, "flock", errno.ENOLCK, "locking a file fails: No locks available"),
+        (Path, "symlink_to", errno.EPERM, "making a link fails: Operation not permitted, "),
+        (Path, "replace", errno.EIO, "renaming a file fails: Input/output error"),
+        (os, "write", errno.EROFS, "writing fails: Read-only file system"),
+    ],
+)
+def test_a_disk_that_lacks_one_thing_is_no_cache(tmp_path, monkeypatch, owner, name, number, words):
+    """A network folder without locks, a card without links; join refuses with the same words."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(owner, name, fail)
+    problem = find_problem(tmp_path)
+    assert problem is not None
+    assert problem.is_fatal
+    assert words in problem.found
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
+    with pytest.raises(ValueError, match="cannot be used: .* fails: .*; set XDG_CACHE_HOME"):
+        ShardCache(tmp_path)
+
+
+def test_a_full_disk_is_fatal_only_without_layers(tmp_path, monkeypatch):
+    """What is there can be served; what is missing is told when it is fetched."""
+    assert find_problem(tmp_path) is None
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(ValueError, match="is full: free 1 MB, needed 67 MB"):
+        ShardCache(tmp_path)
+    (tmp_path / "shards" / f"{'a' * 64}.partial").touch()
+    assert find_problem(tmp_path).is_fatal
+    (tmp_path / "shards" / ("a" * 64)).touch()
+    assert not find_problem(tmp_path).is_fatal
+    ShardCache(tmp_path)
+
+
+def test_what_the_device_cannot_compute_in_is_found_by_trying():
+    """Every CPU computes in float32, none multiplies matrices of booleans."""
+    assert why_not_computed("cpu", "float32") == ""
+    assert why_not_computed("cpu", "bool") != ""
+    assert why_not_computed("cpu", "float3") != ""
 
 
 def test_facts_are_read_from_the_system(tmp_path: Path):

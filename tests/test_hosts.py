@@ -17,6 +17,8 @@ user: nvidia
 folder: FOLDER
 hosts:
   - a.local
+  - eve@[fd00::5]:2222
+  - fd00::6
   - {address: b.local, device: cpu, threads: 4, user: pi}
 """
 # Stands in for ssh: notes what it was called with, and runs the remote command here.
@@ -50,6 +52,8 @@ def test_each_host_joins_and_the_token_is_in_no_command_line(tmp_path: Path, mon
     join = "s3cret: join 10.0.0.1:7100 --once --name"
     assert said == {
         "a.local": f"{join} a.local --device auto --threads 0\n",
+        "fd00::5": f"{join} fd00::5 --device auto --threads 0\n",
+        "fd00::6": f"{join} fd00::6 --device auto --threads 0\n",
         "b.local": f"{join} b.local --device cpu --threads 4\n",
     }
     notes = (tmp_path / "notes").read_text()
@@ -57,6 +61,17 @@ def test_each_host_joins_and_the_token_is_in_no_command_line(tmp_path: Path, mon
     assert "BatchMode=yes" in notes
     assert "nvidia@a.local" in notes
     assert "pi@b.local" in notes
+    assert "-p 2222 eve@fd00::5 " in notes
+    assert "nvidia@fd00::6 " in notes
+
+
+def test_a_head_by_ipv6_is_joined_in_brackets(tmp_path: Path):
+    """However the file writes it."""
+    for head in ("fd00::1", "[fd00::1]"):
+        file = tmp_path / "hosts.yaml"
+        file.write_text(f"head: '{head}'\nhosts: [a]")
+        hosts = read_hosts(file)
+        assert "join '[fd00::1]:7000' --once" in hosts.command(hosts.hosts[0])[-1]
 
 
 @pytest.mark.parametrize(
@@ -65,6 +80,14 @@ def test_each_host_joins_and_the_token_is_in_no_command_line(tmp_path: Path, mon
         ("head: h\nhosts: [a]\nuser: 'x; rm -rf /'", "user"),
         ("head: h\nhosts: [a]\npassword: x", "password"),
         ("head: h\nhosts: []", "hosts"),
+        ("head: h:7000\nhosts: [a]", "head: .*without a port"),
+        ("head: -F/tmp/x\nhosts: [a]", "head"),
+        ("head: h\nhosts: ['-F']", "hosts.0"),
+        ("head: h\nhosts: ['-F@a']", "hosts.0"),
+        ("head: h\nuser: -F\nhosts: [a]", "user"),
+        ("head: h\nhosts: ['a:x']", "hosts.0: 'a:x' is no address"),
+        ("head: h\nhosts: ['fd00::1:22', '[fd00::1]:0']", "hosts.1"),
+        ("head: h\nhosts: ['fe80::1']", "link-local"),
         ("head: h\nhosts: [{address: a, folder: '$(boom)'}]", "folder"),
         ("- a", "must hold head"),
     ],

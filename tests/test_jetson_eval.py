@@ -107,6 +107,8 @@ def test_a_cluster_that_does_not_come_is_not_waited_for_without_end(jetson, tmp_
         (["--host", "10.0.0.9"], "10.0.0.9"),
         (["--host=10.0.0.8"], "10.0.0.8"),
         (["--host", "0.0.0.0"], "127.0.0.1"),
+        (["--host", "::"], "127.0.0.1"),
+        (["--host", "fd00::9"], "[fd00::9]"),
     ],
 )
 def test_the_head_is_asked_where_it_listens(jetson, tmp_path, flags, asked):

@@ -18,7 +18,7 @@ from flowspec.eval.provenance import code_hash, revision
 from flowspec.eval.runner import Outcome
 from flowspec.model.manifest import read_manifest
 from flowspec.strategies import find_strategy
-from flowspec.transport.control import parse_address
+from flowspec.transport.address import parse_address
 
 
 @contextmanager
@@ -90,10 +90,9 @@ def assemble_remote(
                 f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --target the "
                 "cluster's own plain decoding is what answers are compared with"
             )
-    host, port = parse_address(head, default_port=DEFAULT_PORT)
     code = cluster.status.code_hash
     return Plan(
-        cluster=f"{host}:{port}",
+        cluster=str(parse_address(head, default_port=DEFAULT_PORT)),
         model=card.model_id,
         table=table,
         stages=cluster.num_stages,

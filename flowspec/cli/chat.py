@@ -13,7 +13,7 @@ from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.request import SamplingParams
-from flowspec.transport.control import parse_address
+from flowspec.transport.address import parse_address
 
 DEFAULT_PORT = 7000
 HELP = "Ctrl-C ends an answer, Ctrl-D or /quit the conversation, /new begins another."

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.join import pick_device
-from flowspec.cluster.cache import cache_folder
+from flowspec.cluster.cache import cache_folder, find_problem
 from flowspec.cluster.client import HeadClient
-from flowspec.cluster.device import is_jetson, measure_link, report_device
+from flowspec.cluster.device import is_jetson, measure_link, report_device, why_not_computed
 from flowspec.cluster.doctor import (
     Finding,
     HeadFacts,
@@ -29,11 +29,8 @@ from flowspec.cluster.doctor import (
 )
 from flowspec.cluster.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.request import ClusterError
-from flowspec.transport.control import (
-    local_address_towards,
-    parse_address,
-    why_unreachable,
-)
+from flowspec.transport.address import local_address_towards, parse_address
+from flowspec.transport.control import why_unreachable
 
 
 def doctor(
@@ -43,6 +40,9 @@ def doctor(
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    cache: Annotated[
+        Path | None, typer.Option(help="As join's: where layers would be kept [XDG cache].")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON list of findings.")] = False,
 ) -> None:
     """Look at this device and, with HEAD, at the way to it; every finding comes with its fix.
@@ -50,13 +50,19 @@ def doctor(
     Exit code 0: nothing that was looked at is in the way of joining; 1: something is.
     """
     torch_device = pick_device(device)
-    report = report_device(torch_device, "float32", cache_folder())
+    cache = cache or cache_folder()
+    problem = find_problem(cache)
+    report = report_device(torch_device, "float32", cache)
     facts = find_facts(
-        report, is_jetson=is_jetson(), check_cuda=_check_cuda, environment=os.environ
+        report,
+        is_jetson=is_jetson(),
+        check_cuda=_check_cuda,
+        environment=os.environ,
+        cache_problem=problem,
     )
     findings = list(examine(facts))
     if head is not None:
-        findings += _examine_head(head, token, token_file)
+        findings += _examine_head(head, token, token_file, torch_device)
     if json_:
         typer.echo(json.dumps([asdict(finding) for finding in findings]))
     else:
@@ -65,9 +71,10 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _examine_head(head: str, token: str | None, token_file: Path | None) -> list[Finding]:
+def _examine_head(
+    head: str, token: str | None, token_file: Path | None, torch_device: str
+) -> list[Finding]:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    own = local_address_towards(host, port)
     try:
         keys = derive_keys(token or read_token(token_file))
     except ValueError as error:
@@ -81,10 +88,19 @@ def _examine_head(head: str, token: str | None, token_file: Path | None) -> list
     try:
         with HeadClient(host, port, keys) as client:
             link = measure_link(client.control)
-            version = client.status().version
+            status = client.status()
+            own = local_address_towards(client.control.host, port)
     except ClusterError as error:
         return list(examine_link(HeadFacts(where=head, why_unreachable=error.cause)))
-    facts = HeadFacts(where=head, own_address=own, link=link, version=version)
+    dtype = status.model.dtype
+    facts = HeadFacts(
+        where=head,
+        own_address=own,
+        link=link,
+        version=status.version,
+        dtype=dtype,
+        dtype_error=why_not_computed(torch_device, dtype),
+    )
     return list(examine_link(facts))
 
 

@@ -14,7 +14,7 @@ from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.eval.prompts import PROMPTS_HELP, load_prompts
 from flowspec.request import ClusterError
-from flowspec.transport.control import parse_address
+from flowspec.transport.address import parse_address
 
 
 def generate(

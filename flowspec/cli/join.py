@@ -30,7 +30,7 @@ from flowspec.cluster.messages import (
 from flowspec.cluster.power import find_power_meter
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.model.source import check_model
-from flowspec.transport.control import local_address_towards, parse_address
+from flowspec.transport.address import parse_address, parse_host
 
 DEFAULT_PORT = 7000
 
@@ -71,6 +71,7 @@ def join(
         head_host, head_port = found.host, found.port
     else:
         head_host, head_port = parse_address(head, default_port=DEFAULT_PORT)
+    listen_host = parse_host(host) if host else ""
     name = name or default_name()
     if model is not None:
         _check_folder(model)
@@ -79,13 +80,12 @@ def join(
     if threads:
         torch.set_num_threads(threads)
     shards = ShardCache(cache)
-    own = host or local_address_towards(head_host, head_port) or "0.0.0.0"
     config = JoinConfig(
         host=head_host,
         port=head_port,
         name=name,
         version=flowspec.__version__,
-        listen_host=own,
+        listen_host=listen_host,
         listen_port=port,
         once=once,
         pinned=folder_card(model, fetch),

@@ -41,7 +41,7 @@ from flowspec.simulate.profiles import (
     read_model,
 )
 from flowspec.strategies import STRATEGIES
-from flowspec.transport.control import parse_address
+from flowspec.transport.address import parse_address
 
 STRATEGIES_SHOWN = "streaming,flowspec,serial_pp,ar"
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +18,7 @@ from flowspec.cli.common import draft_folder, effective_config, layerwise_folder
 from flowspec.cli.signals import Signals
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
-from flowspec.cluster.device import default_name, interfaces
+from flowspec.cluster.device import default_name
 from flowspec.cluster.discovery import announced
 from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_server import HeadServer
@@ -24,7 +26,8 @@ from flowspec.cluster.hosts import read_hosts
 from flowspec.cluster.hosts import start as start_hosts
 from flowspec.cluster.hosts import stop as stop_hosts
 from flowspec.cluster.membership import Membership
-from flowspec.cluster.messages import ModelCard
+from flowspec.cluster.messages import Interface, ModelCard
+from flowspec.cluster.network import own_host, reached_at
 from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
 from flowspec.cluster.roster import MIN_HEARTBEAT_S, MembershipConfig
 from flowspec.cluster.ship import ShardServer
@@ -44,6 +47,14 @@ from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.model.split_plan import parse_layers
 from flowspec.request import ClusterError
 from flowspec.strategies import STRATEGIES
+from flowspec.transport.address import (
+    ALL_INTERFACES,
+    Address,
+    is_link_local,
+    is_loopback,
+    parse_host,
+    parse_url,
+)
 from flowspec.transport.control import ControlServer
 from flowspec.transport.keys import Keys
 
@@ -64,7 +75,7 @@ def serve(
     strategy: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
     ] = None,
-    host: Annotated[str, typer.Option(help="Own address to listen at [all].")] = "0.0.0.0",
+    host: Annotated[str, typer.Option(help="Own address to listen at; *: all.")] = ALL_INTERFACES,
     port: Annotated[
         int, typer.Option(help="Control port; 0: any free one.", min=0, max=65532)
     ] = DEFAULT_PORT,
@@ -113,6 +124,7 @@ def serve(
     watch = Watch(log_json=log_json)
     run_config = effective_config(config, flags)
     check_run(run_config)
+    host = parse_host(host)
     _check_seconds(0.0, settle=settle, rejoin_wait=rejoin_wait, give_up=give_up)
     _check_seconds(4 * MIN_HEARTBEAT_S, dead_after=dead_after)
     over_ssh = read_hosts(hosts) if hosts is not None else None
@@ -172,15 +184,12 @@ def serve(
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
         signals = Signals()
         server.start()
-        addresses = _addresses(host)
-        _print_line(watch, addresses, control.port, token)
-        _say_how_to_ask(watch, f"{addresses[0]}:{control.port}", parts, token_from)
-        if mdns and not addresses[0].startswith("127."):
-            name = parts.manifest.model_id
-            why = stack.enter_context(announced(default_name(), addresses, control.port, name))
-            watch.say(why or "announced by mDNS: flowspec join finds this head without an address")
+        head = _print_line(watch, reached_at(host, control.host), control.port, token)
+        _say_how_to_ask(watch, head, parts, token_from)
+        if mdns:
+            _announce(stack, watch, control, parts.manifest.model_id)
         if prompt and sys.stdin.isatty():
-            _prompt_loop(control.port, keys, signals)
+            _prompt_loop(own_host(control.host, control.port), control.port, keys, signals)
         else:
             while not signals.stop.wait(0.2):
                 server.check()
@@ -198,13 +207,34 @@ def _check_seconds(least: float, **options: float) -> None:
             )
 
 
-def _print_line(watch: Watch, addresses: list[str], port: int, token: str) -> None:
-    """The line to paste elsewhere goes to stdout; the address's alternatives to the log."""
-    watch.say("run this on each device:")
-    typer.echo(f"flowspec join {addresses[0]}:{port} --token {token}")
+def _print_line(watch: Watch, ways: Sequence[Interface], port: int, token: str) -> str:
+    """The line to paste elsewhere goes to stdout; the address's alternatives to the log.
+
+    Returns the address in that line, as a shell takes it.
+    """
+    first, *others = ways
+    via = f" (the address is that of {first.name})" if first.name else ""
+    watch.say(f"run this on each device{via}:")
+    head = shlex.quote(str(Address(first.address, port)))  # brackets mean something to shells
+    typer.echo(f"flowspec join {head} --token {token}")
     sys.stdout.flush()
-    if len(addresses) > 1:
-        watch.say(f"or by another of this machine's addresses: {', '.join(addresses[1:])}")
+    if is_link_local(first.address):
+        watch.say("after the %, put the interface by which that device reaches this one")
+    if others:
+        listed = ", ".join(f"{Address(way.address, port)} ({way.name})" for way in others)
+        watch.say(f"or by another of this machine's addresses: {listed}")
+    return head
+
+
+def _announce(
+    stack: contextlib.ExitStack, watch: Watch, control: ControlServer, model: str
+) -> None:
+    """By mDNS until the stack ends, where others than this machine can reach it."""
+    addresses = [way.address for way in reached_at(control.host, control.host)]
+    if is_loopback(addresses[0]):
+        return
+    why = stack.enter_context(announced(default_name(), addresses, control.port, model))
+    watch.say(why or "announced by mDNS: flowspec join finds this head without an address")
 
 
 def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) -> None:
@@ -247,12 +277,12 @@ def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
 def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) -> ShardServer:
     """At `port`, or at a free one, which is told: a firewall may be open for the former alone."""
     try:
-        return ShardServer(folder, f"tcp://{host}:{port}", keys)
+        return ShardServer(folder, Address(host, port).url, keys)
     except ValueError as error:
         if not port:
             raise
-        server = ShardServer(folder, f"tcp://{host}:0", keys)
-        used = server.address.rpartition(":")[2]
+        server = ShardServer(folder, Address(host, 0).url, keys)
+        used = parse_url(server.address).port
         watch.say(f"{error}; layers are given out at port {used} instead", level="warning")
         return server
 
@@ -276,17 +306,9 @@ def _planner(
     return DevicePlanner(profile, needs, layers=counts)
 
 
-def _addresses(host: str) -> list[str]:
-    """By which devices may reach this head, the likeliest first."""
-    if host != "0.0.0.0":
-        return [host]
-    found = [one.address for one in interfaces()]
-    return [a for a in found if not a.startswith("127.")] or ["127.0.0.1"]
-
-
-def _prompt_loop(port: int, keys: Keys, signals: Signals) -> None:
+def _prompt_loop(host: str, port: int, keys: Keys, signals: Signals) -> None:
     try:
-        with HeadClient("127.0.0.1", port, keys) as client:
+        with HeadClient(host, port, keys) as client:
             chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=signals.read)
     except KeyboardInterrupt:  # just when an answer had ended
         return

@@ -11,7 +11,7 @@ from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import ClusterStatus, DeviceStatus
 from flowspec.cluster.token import derive_keys, read_token
-from flowspec.transport.control import parse_address
+from flowspec.transport.address import parse_address
 
 
 def status(

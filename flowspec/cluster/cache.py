@@ -4,13 +4,18 @@
 `models/<model hash>/` is laid out as a split folder, of links. Nothing is written elsewhere.
 """
 
+import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
+import pwd
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flowspec.model.manifest import (
@@ -36,6 +41,8 @@ _READ_BYTES = 1 << 20
 _HEX = frozenset("0123456789abcdef")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
+log = logging.getLogger(__name__)
+
 
 class WrongHashError(Exception):
     """A file is not what the manifest says; `resumed`: part of it came in an earlier run."""
@@ -46,10 +53,17 @@ class WrongHashError(Exception):
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`."""
+    """`$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`. Raises ValueError without a home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # by the XDG specification, a relative path is to be ignored
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "flowspec"
+    if Path(base).is_absolute():
+        return Path(base) / "flowspec"
+    try:
+        return Path.home() / ".cache" / "flowspec"
+    except RuntimeError:
+        raise ValueError(
+            "this user has no home folder to keep layers in; set XDG_CACHE_HOME to a folder"
+        ) from None
 
 
 def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileRecord]:
@@ -64,23 +78,118 @@ def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileReco
     return {name: manifest.files[name] for name in names}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheProblem:
+    """What is in the way of using a cache. `is_fatal`: no layers can be used from it at all."""
+
+    found: str
+    fix: str
+    is_fatal: bool = True
+
+
+def find_problem(root: Path) -> CacheProblem | None:
+    """Try in `root` what getting layers does there: make folders, write, lock, rename, link.
+
+    None where all of it works. A disk that is full is fatal only where no layers are there yet.
+    """
+    shards, models = root / "shards", root / "models"
+    elsewhere = "set XDG_CACHE_HOME (or join --cache) to a folder of yours on a disk with room"
+    failed = _try_out(shards, models)
+    if failed is not None and failed[1].errno not in _FULL:
+        doing, error = failed
+        found = f"the cache {root} cannot be used: {doing} fails: {_why(root, error)}"
+        return CacheProblem(found=found, fix=elsewhere)
+    free = shutil.disk_usage(shards).free if failed is None else 0
+    if free >= RESERVE_BYTES:
+        return None
+    return CacheProblem(
+        found=f"the disk of the cache {root} is full: free {free / 1e6:.0f} MB, needed "
+        f"{RESERVE_BYTES / 1e6:.0f} MB and the layers",
+        fix=f"free some, or {elsewhere}",
+        is_fatal=not _has_layers(shards),
+    )
+
+
+def _try_out(shards: Path, models: Path) -> tuple[str, OSError] | None:
+    """What failed, and how; what was made for it is removed again."""
+    made: list[Path] = []
+    handle, doing = -1, "making folders"
+    try:
+        _make_folders(shards, models)
+        doing = "writing"
+        handle, name = tempfile.mkstemp(prefix=".check-", dir=shards)
+        made = [Path(name), Path(f"{name}.renamed"), models / f"{Path(name).name}.link"]
+        os.write(handle, bytes(4096))
+        os.fsync(handle)  # some disks say only then that they are full
+        doing = "locking a file"
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        doing = "renaming a file"
+        made[0].replace(made[1])
+        doing = "making a link"
+        made[2].symlink_to(Path("../shards") / made[1].name)
+        made[2].stat()
+    except OSError as error:
+        return doing, error
+    finally:
+        if handle >= 0:
+            os.close(handle)
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.unlink()
+    return None
+
+
+def _why(root: Path, error: OSError) -> str:
+    """The system's reason, and whose folder it is or what is no folder."""
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        paths = (root / "shards", root / "models", root, *root.parents)
+        file = next((path for path in paths if path.is_file()), root)
+        return f"{file} is a file"
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return str(error.strerror)
+    for path in (root / "shards", root, *root.absolute().parents):
+        with contextlib.suppress(OSError):  # it is not there, or hidden from this user
+            return f"{error.strerror}, {path} belongs to {_user_name(path.stat().st_uid)}"
+    return str(error.strerror)
+
+
+def _user_name(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
+
+
+def _has_layers(shards: Path) -> bool:
+    """Whether a whole file is in the cache."""
+    try:
+        return any(len(path.name) == 64 and set(path.name) <= _HEX for path in shards.iterdir())
+    except OSError:
+        return False
+
+
+def _make_folders(*folders: Path) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
 class ShardCache:
-    """The cache in folder `root`. Several processes may use one at the same time."""
+    """The cache in folder `root`. Several processes may use one at the same time.
+
+    Raises ValueError where nothing can be kept in it.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or cache_folder()
         self._shards, self._models = self.root / "shards", self.root / "models"
-        try:
-            self._make_folders()
-        except OSError as error:
-            raise ValueError(
-                f"the cache {self.root} cannot be used: {error.strerror}; set XDG_CACHE_HOME to a "
-                "folder on a disk with room"
-            ) from None
+        problem = find_problem(self.root)
+        if problem is not None and problem.is_fatal:
+            raise ValueError(f"{problem.found}; {problem.fix}")
+        if problem is not None:
+            log.warning("%s; %s", problem.found, problem.fix)
 
     def _make_folders(self) -> None:
-        for folder in (self._shards, self._models):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_folders(self._shards, self._models)
 
     def folder(self, manifest: Manifest) -> Path:
         """The split folder of a model; what `link` has put there can be loaded."""

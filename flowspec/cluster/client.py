@@ -22,6 +22,7 @@ from flowspec.cluster.messages import (
     unpack,
 )
 from flowspec.request import ClusterError, RefusedError
+from flowspec.transport.address import Address
 from flowspec.transport.control import WRONG_TOKEN, ControlClient, UnreachableError
 from flowspec.transport.keys import Keys
 
@@ -41,7 +42,7 @@ class HeadClient:
     """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
-        self.where = f"head at {host}:{port}"
+        self.where = f"head at {Address(host, port)}"
         self.control = ControlClient(host, port, keys)
         self._ids = count(1)
         if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from flowspec.cluster.memory import available_bytes, total_bytes
-from flowspec.cluster.messages import DeviceReport, Echo, Interface, Link, pack, unpack
+from flowspec.cluster.messages import DeviceReport, Echo, Link, pack, unpack
+from flowspec.cluster.network import interfaces
 from flowspec.model.manifest import write_json
 from flowspec.transport.control import ControlClient
 
@@ -81,8 +82,22 @@ def is_unified(device: torch.device) -> bool:
 
 def disk_free(folder: Path) -> int:
     """Free bytes on the disk that `folder` is, or would be, on."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    for path in (folder, *folder.absolute().parents):
+        try:
+            return shutil.disk_usage(path).free
+        except OSError:  # it is not there, or hidden from this user
+            continue
+    return 0
+
+
+def why_not_computed(torch_device: str, dtype: str) -> str:
+    """What torch says of a small product in `dtype` on the device; empty where it can."""
+    try:
+        one = torch.ones(8, 8, device=torch_device, dtype=getattr(torch, dtype))
+        float((one @ one).sum())
+    except (RuntimeError, OSError, AttributeError, TypeError) as error:
+        return str(error).partition("\n")[0]
+    return ""
 
 
 def power_mode() -> str:
@@ -100,20 +115,6 @@ def power_mode() -> str:
     except OSError:
         return ""
     return f"governor {governor.strip()}"
-
-
-def interfaces() -> list[Interface]:
-    """Those that are up and have an IPv4 address, the loopback last."""
-    import psutil
-
-    states, found = psutil.net_if_stats(), []
-    for name, addresses in psutil.net_if_addrs().items():
-        state = states.get(name)
-        for address in addresses:
-            if address.family.name == "AF_INET" and state is not None and state.isup:
-                rate = state.speed if 0 < state.speed < 1_000_000 else 0
-                found.append(Interface(name=name, address=address.address, rate_mbps=rate))
-    return sorted(found, key=lambda interface: interface.address.startswith("127."))[:32]
 
 
 def measure_link(client: ControlClient) -> Link:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import flowspec
+from flowspec.cluster.network import interfaces
+from flowspec.transport.address import Address, is_link_local, local_address_towards
 
 SERVICE = "_flowspec._tcp.local."
 BROWSE_S = 3.0
@@ -36,14 +38,14 @@ def announced(name: str, addresses: Sequence[str], port: int, model: str) -> Ite
     info = ServiceInfo(
         SERVICE,
         f"{name}-{port}.{SERVICE}",
-        addresses=[ipaddress.IPv4Address(address).packed for address in addresses],
+        addresses=[ipaddress.ip_address(a.partition("%")[0]).packed for a in addresses],
         port=port,
         properties={"version": flowspec.__version__, "model": model},
     )
     try:
         network = Zeroconf(interfaces=list(addresses))
-    except OSError as error:
-        yield f"mDNS cannot be used here: {error.strerror or error}"
+    except (OSError, RuntimeError) as error:  # the latter where an address has just gone
+        yield f"mDNS cannot be used here: {getattr(error, 'strerror', None) or error}"
         return
     why = ""
     try:
@@ -70,11 +72,13 @@ def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
         def add_service(self, zc: Any, type_: str, name: str) -> None:
             """A head has answered."""
             info = zc.get_service_info(type_, name, timeout=int(timeout_s * 1e3))
-            addresses = info.parsed_addresses() if info is not None else []
-            if addresses:
+            if info is None:
+                return
+            host = choose_host(info.parsed_scoped_addresses(), info.port)
+            if host:
                 model = (info.properties.get(b"model") or b"").decode(errors="replace")
                 head = name.removesuffix(f".{SERVICE}")
-                found[name] = FoundHead(head, addresses[0], info.port, model)
+                found[name] = FoundHead(head, host, info.port, model)
 
         update_service = add_service
 
@@ -83,18 +87,29 @@ def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
             del zc, type_
             found.pop(name, None)
 
+    own = [one.address for one in interfaces()]
+    if not own:
+        raise ValueError("mDNS cannot be used here (no interface is up): connect to a network")
     try:
-        network = Zeroconf()
-    except OSError as error:
-        raise ValueError(
-            f"mDNS cannot be used here ({error.strerror or error}); give the head's HOST:PORT"
-        ) from None
+        network = Zeroconf(interfaces=own)
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"mDNS cannot be used here ({why}); give the head's HOST:PORT") from None
     try:
         ServiceBrowser(network, SERVICE, Listener())
         time.sleep(timeout_s)
     finally:
         network.close()
     return sorted(found.values(), key=lambda head: head.name)
+
+
+def choose_host(addresses: Sequence[str], port: int) -> str:
+    """The first of a head's addresses that this device has a route to; empty where none has.
+
+    A link-local address comes last: it reaches no further than one cable.
+    """
+    ordered = sorted(addresses, key=is_link_local)
+    return next((host for host in ordered if local_address_towards(host, port)), "")
 
 
 def choose_head(heads: Sequence[FoundHead]) -> FoundHead:
@@ -105,6 +120,6 @@ def choose_head(heads: Sequence[FoundHead]) -> FoundHead:
             "its address, as in flowspec join 192.168.1.10:7000"
         )
     if len(heads) > 1:
-        list_ = ", ".join(f"{head.host}:{head.port} ({head.model})" for head in heads)
+        list_ = ", ".join(f"{Address(head.host, head.port)} ({head.model})" for head in heads)
         raise ValueError(f"several heads were found: {list_}; name one of them")
     return heads[0]

@@ -12,8 +12,10 @@ from enum import Enum
 from pathlib import Path
 
 import flowspec
+from flowspec.cluster.cache import CacheProblem
 from flowspec.cluster.messages import DeviceReport, Link
 from flowspec.cluster.token import TOKEN_VARIABLE
+from flowspec.transport.address import is_link_local, is_loopback
 from flowspec.transport.control import has_curve
 
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
@@ -59,6 +61,7 @@ class Facts:
     cuda_error: str = ""  # what a small allocation and kernel said
     has_curve: bool = True
     missing: tuple[str, ...] = ()  # packages
+    cache_problem: CacheProblem | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,8 @@ class HeadFacts:
     own_address: str = ""
     link: Link = Link()
     version: str = ""  # of its package, where it let us in
+    dtype: str = ""  # of its model
+    dtype_error: str = ""  # what this device says of computing in it
 
 
 def examine(facts: Facts) -> Iterator[Finding]:
@@ -93,7 +98,7 @@ def examine(facts: Facts) -> Iterator[Finding]:
         )
     yield from _torch(facts)
     yield _memory(report)
-    yield _disk(report)
+    yield _cache(facts)
     if report.power_mode:
         yield Finding(what="power mode", level=Level.OK, found=report.power_mode)
     yield _interfaces(report)
@@ -114,12 +119,20 @@ def examine_link(facts: HeadFacts) -> Iterator[Finding]:
         found=f"{facts.where} answers: {version}; this device listens at {facts.own_address}",
         fix="" if same else f"install {facts.version} here, or {flowspec.__version__} there",
     )
-    if facts.own_address.startswith("127."):
+    if is_loopback(facts.own_address):
         yield Finding(
             what="address",
             level=Level.WARNING,
-            found="this device is the head's own: others cannot reach it at 127.0.0.1",
+            found=f"this device is the head's own: others cannot reach it at {facts.own_address}",
             fix="where other devices join too, join by the head's network address",
+        )
+    if facts.dtype_error:
+        yield Finding(
+            what="dtype",
+            level=Level.ERROR,
+            found=f"the head's model computes in {facts.dtype}, this device cannot: "
+            f"{facts.dtype_error[:300]}",
+            fix="join with another --device, or serve with another --dtype",
         )
     yield from _speed(facts.link)
 
@@ -218,7 +231,12 @@ def _memory(report: DeviceReport) -> Finding:
     )
 
 
-def _disk(report: DeviceReport) -> Finding:
+def _cache(facts: Facts) -> Finding:
+    """Whether layers can be kept where `join` keeps them, by the same check as join's."""
+    report, problem = facts.report, facts.cache_problem
+    if problem is not None:
+        level = Level.ERROR if problem.is_fatal else Level.WARNING
+        return Finding(what="cache", level=level, found=problem.found, fix=problem.fix)
     enough = report.disk_free_bytes >= MIN_DISK_BYTES
     return Finding(
         what="disk",
@@ -229,7 +247,7 @@ def _disk(report: DeviceReport) -> Finding:
 
 
 def _interfaces(report: DeviceReport) -> Finding:
-    real = [one for one in report.interfaces if not one.address.startswith("127.")]
+    real = [one for one in report.interfaces if not is_loopback(one.address)]
     text = ", ".join(
         f"{one.name} {one.address}" + (f" {one.rate_mbps} Mbit/s" if one.rate_mbps else "")
         for one in real
@@ -238,6 +256,13 @@ def _interfaces(report: DeviceReport) -> Finding:
     if not real:
         fix = "connect a cable or Wi-Fi; without one only a head on this machine can be joined"
         return Finding(what="network", level=Level.WARNING, found="none is up", fix=fix)
+    if all(is_link_local(one.address) for one in real):
+        fix = (
+            "get an address by DHCP or from the router; without one only a head on the same cable "
+            f"can be joined, as in flowspec join '[fe80::1%{real[0].name}]:7000'"
+        )
+        found = f"{text}: link-local alone"
+        return Finding(what="network", level=Level.WARNING, found=found, fix=fix)
     if slow and len(slow) == len(real):
         fix = f"{slow[0].name} runs at {slow[0].rate_mbps} Mbit/s: check cable and switch"
         return Finding(what="network", level=Level.WARNING, found=text, fix=fix)
@@ -313,6 +338,7 @@ def find_facts(
     is_jetson: bool,
     check_cuda: Callable[[], tuple[bool, str]],
     environment: Mapping[str, str],
+    cache_problem: CacheProblem | None = None,
     root: Path = Path("/"),
 ) -> Facts:
     """What there is to know about this device; `check_cuda`: is it there, what is wrong with it."""
@@ -330,6 +356,7 @@ def find_facts(
         allocator=environment.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         has_bitsandbytes=_is_installed("bitsandbytes"),
         has_curve=has_curve(),
+        cache_problem=cache_problem,
         missing=tuple(n for n in ("pyzmq", "cryptography", "pydantic") if not _is_installed(n)),
     )
 

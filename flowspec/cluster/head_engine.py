@@ -39,6 +39,7 @@ from flowspec.head import Head
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import ClusterError, Request, rank_name
+from flowspec.transport.address import ALL_INTERFACES
 from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
@@ -61,7 +62,7 @@ class HeadEngine:
         keys: Keys,
         tell: Callable[[Event], None],
         *,
-        host: str = "0.0.0.0",
+        host: str = ALL_INTERFACES,
         port: int = 0,
     ) -> None:
         self.config, self.parts, self.keys = config, parts, keys

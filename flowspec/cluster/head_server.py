@@ -30,6 +30,7 @@ from flowspec.cluster.messages import (
     Done,
     Drop,
     Echo,
+    FromDevice,
     Hello,
     ModelSizes,
     Note,
@@ -154,9 +155,7 @@ class HeadServer:
         now = time.monotonic()
         match message:
             case Hello() | Progress() | StageReady() | Trouble() | Beat() | Bye():
-                self._apply(self.membership.handle(peer, message, now))
-                if isinstance(message, Progress):
-                    self._on_progress(self._name(peer), message)
+                self._from_device(peer, message, now)
             case Ask():
                 self._ask(peer, message)
             case Drop():
@@ -169,6 +168,19 @@ class HeadServer:
                 self._send(peer, Echo(payload="x" * message.reply_bytes))
             case _:
                 self._bad.add("not for a head", message.kind)
+
+    def _from_device(self, peer: bytes, message: FromDevice, now: float) -> None:
+        if isinstance(message, StageReady):
+            message = self._seen_here(peer, message)
+        self._apply(self.membership.handle(peer, message, now))
+        if isinstance(message, Progress):
+            self._on_progress(self._name(peer), message)
+
+    def _seen_here(self, peer: bytes, ready: StageReady) -> StageReady:
+        """Where a stage listens, as this machine must write it."""
+        if not (host := self.control.host_of(peer)):
+            return ready
+        return ready.model_copy(update={"addresses": ready.addresses.seen_here(host)})
 
     def _ask(self, peer: bytes, ask: Ask) -> None:
         if why := version_refusal(ask.protocol, ask.version):

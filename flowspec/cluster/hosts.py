@@ -10,11 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from flowspec.plain_yaml import read_yaml
+from flowspec.transport.address import Address, is_ipv6, parse_address, parse_host
 
-Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+-]+$")]
+# none begins with a dash: it would be an option of ssh
+Word = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+][A-Za-z0-9_.~/:@+-]*$")
+]
+Place = Annotated[
+    str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.:\[][A-Za-z0-9_.:@%+\[\]-]*$")
+]
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=15")
 
 
@@ -25,17 +39,42 @@ class _Plain(BaseModel):
 class Host(_Plain):
     """One device. What is left out is the file's own default."""
 
-    address: Word  # as ssh reaches it
+    address: Place  # [USER@]HOST[:PORT] as ssh reaches it; an IPv6 address with a port in brackets
     user: Word | None = None
     folder: Word | None = None  # of the project there
     device: Word = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
 
+    @property
+    def name(self) -> str:
+        """Its host alone, by name or by number."""
+        return self._where().host
+
+    def destination(self, user: str | None) -> list[str]:
+        """What ssh is told of it; `user` where nothing here names one."""
+        host, port = self._where()
+        own, _, _ = self.address.rpartition("@")
+        user = own or self.user or user
+        words = ["-p", str(port)] if port else []
+        return [*words, f"{user}@{host}" if user else host]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Host":
+        self._where()
+        return self
+
+    def _where(self) -> Address:
+        """Host and port; port 0: ssh knows. Raises ValueError."""
+        _, _, place = self.address.rpartition("@")
+        if is_ipv6(place) or ":" not in place.rpartition("]")[2]:
+            return Address(parse_host(place), 0)
+        return parse_address(place, default_port=0)
+
 
 class Hosts(_Plain):
     """A head and its devices."""
 
-    head: Word  # this machine's address, as the devices reach it
+    head: Annotated[Place, AfterValidator(parse_host)]  # this machine, as the devices reach it
     port: Annotated[int, Field(ge=1, le=65535)] = 7000
     user: Word | None = None
     folder: Word = "flowspec"
@@ -45,14 +84,13 @@ class Hosts(_Plain):
         """The ssh command that makes `host` a device of the cluster; it reads the token."""
         folder = host.folder or self.folder
         join = [
-            *(f"{folder}/.venv/bin/flowspec", "join", f"{self.head}:{self.port}", "--once"),
-            *("--name", host.address, "--device", host.device, "--threads", str(host.threads)),
+            *(f"{folder}/.venv/bin/flowspec", "join", str(Address(self.head, self.port)), "--once"),
+            *("--name", host.name, "--device", host.device, "--threads", str(host.threads)),
         ]
         # a ~ at the front is the other side's home
         words = [word if word.startswith("~") else shlex.quote(word) for word in join]
         script = f"IFS= read -r FLOWSPEC_TOKEN && export FLOWSPEC_TOKEN && exec {' '.join(words)}"
-        user = host.user or self.user
-        return [*SSH, f"{user}@{host.address}" if user else host.address, script]
+        return [*SSH, *host.destination(self.user), script]
 
 
 def read_hosts(path: Path) -> Hosts:
@@ -69,7 +107,8 @@ def read_hosts(path: Path) -> Hosts:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: {where}: {first['msg']}") from None
+        why = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {where}: {why}") from None
 
 
 def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]"]:
@@ -77,7 +116,7 @@ def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]
     logs.mkdir(parents=True, exist_ok=True)
     started = []
     for host in hosts.hosts:
-        with (logs / f"{host.address.replace('/', '_')}.log").open("wb") as log:
+        with (logs / f"{host.name}.log").open("wb") as log:
             try:
                 process = subprocess.Popen(
                     hosts.command(host), stdin=subprocess.PIPE, stdout=log, stderr=log

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from flowspec.cluster.device import measure_link
 from flowspec.cluster.messages import (
-    Addresses,
     Assign,
     Beat,
     Bye,
@@ -32,14 +31,17 @@ from flowspec.cluster.messages import (
     pack,
     unpack,
 )
+from flowspec.cluster.network import interfaces
 from flowspec.cluster.power import PowerMeter
 from flowspec.cluster.stage_job import AddressBook, LayerSource, StageJob, listen
 from flowspec.request import ClusterError
-from flowspec.transport.control import (
-    WRONG_TOKEN,
-    ControlClient,
-    UnreachableError,
+from flowspec.transport.address import (
+    ALL_INTERFACES,
+    as_seen_here,
+    local_address_towards,
+    zone_of,
 )
+from flowspec.transport.control import WRONG_TOKEN, ControlClient, UnreachableError
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
 
@@ -58,7 +60,7 @@ class JoinConfig:
     port: int
     name: str
     version: str
-    listen_host: str  # where its stage listens; this machine's address on the way to the head
+    listen_host: str = ""  # where its stage listens [this machine's address towards the head]
     listen_port: int = 0  # and the next one; 0: any that are free
     once: bool = False  # leave when the head leaves, instead of waiting for it
     pinned: ModelCard | None = None  # offline: the only model it can serve
@@ -93,6 +95,8 @@ class Joiner:
         self._round_trip_s = 0.0
         self._was_in = self._has_ended = False
         self._told = "", 0.0  # why it tries again, and when that was said
+        self._head_host = config.host  # as a number, once there is a connection
+        self._own_host = self._zone = ""  # this device's address and interface on the way there
 
     def stop(self, why: str) -> None:
         """Leave in order; may be called from a signal handler."""
@@ -138,6 +142,7 @@ class Joiner:
                 if WRONG_TOKEN in reason and not self._was_in:
                     raise JoinRefusedError(reason)
                 return reason
+            self._look_up_route(client.host)
             link = measure_link(client)
             hello = self._hello()
             self._send(client, hello.model_copy(update={
@@ -207,14 +212,14 @@ class Joiner:
         """Layers, the other ranks' addresses, or the end of an epoch."""
         if isinstance(message, Assign):
             self._drop_job()
-            shards = message.shards.replace("//0.0.0.0:", f"//{self.config.host}:")
+            shards = as_seen_here(message.shards, self._head_host, self._zone)
             assign = message.model_copy(update={"shards": shards})
             self._job = StageJob(assign, self.source, self._open_transport, self._words.put)
         elif self._job is None or self._job.assign.epoch != message.epoch:
             return  # of an epoch that is over
         elif isinstance(message, Serve):
             self._told = "", 0.0  # it worked: what ends it is news, though it were the same
-            self._job.serve([self._seen_from_here(a) for a in message.addresses])
+            self._job.serve([a.seen_here(self._head_host, self._zone) for a in message.addresses])
         else:
             self._drop_job()
 
@@ -257,13 +262,12 @@ class Joiner:
             self._job = None
 
     def _open_transport(self, rank: int, book: AddressBook) -> ZmqTransport:
-        host, port = self.config.listen_host, self.config.listen_port
-        return listen(rank, host, port, book, self.keys)
+        host = self.config.listen_host or self._own_host or ALL_INTERFACES
+        return listen(rank, host, self.config.listen_port, book, self.keys)
 
-    def _seen_from_here(self, addresses: Addresses) -> Addresses:
-        """The head's sockets listen on all its interfaces: take the one this device came by."""
-        host = self.config.host
-        return Addresses(
-            control=addresses.control.replace("//0.0.0.0:", f"//{host}:"),
-            data=addresses.data.replace("//0.0.0.0:", f"//{host}:"),
-        )
+    def _look_up_route(self, head_host: str) -> None:
+        """By which addresses and interface head and device see one another in this connection."""
+        self._head_host = head_host
+        self._own_host = own = local_address_towards(head_host, self.config.port)
+        named = (one.name for one in interfaces() if one.address == own)
+        self._zone = zone_of(own) or next(named, "")

@@ -20,6 +20,7 @@ from flowspec.cluster.fields import (
     Words,
 )
 from flowspec.cluster.measured import Decoding, Figures
+from flowspec.transport.address import as_seen_here
 
 PROTOCOL_VERSION = 2
 
@@ -151,6 +152,11 @@ class Addresses(Strict):
 
     control: Name
     data: Name
+
+    def seen_here(self, via: str, zone: str = "") -> "Addresses":
+        """As this machine must write them, which reaches that one, or its head, at `via`."""
+        control, data = (as_seen_here(url, via, zone) for url in (self.control, self.data))
+        return Addresses(control=control, data=data)
 
 
 class StageReady(Strict):

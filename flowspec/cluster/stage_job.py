@@ -11,6 +11,7 @@ from flowspec.driver import Driver
 from flowspec.model.stage_model import StageModel
 from flowspec.request import ClusterError, cause_of, rank_name
 from flowspec.stage import Stage
+from flowspec.transport.address import Address, parse_url
 from flowspec.transport.keys import Keys
 from flowspec.transport.zmq_sockets import ZmqTransport
 
@@ -145,7 +146,7 @@ def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> Zm
             return _listen_at(rank, host, (port, port + 1), book, keys)
         except ValueError as error:
             transport = _listen_at(rank, host, (0, 0), book, keys)
-            used = " and ".join(bound.rpartition(":")[2] for bound in transport.bound.values())
+            used = " and ".join(str(parse_url(bound).port) for bound in transport.bound.values())
             log.warning("%s; ports %s are used instead", error, used)
             return transport
     return _listen_at(rank, host, (0, 0), book, keys)
@@ -154,6 +155,6 @@ def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> Zm
 def _listen_at(
     rank: int, host: str, ports: tuple[int, int], book: AddressBook, keys: Keys
 ) -> ZmqTransport:
-    control, data = (f"tcp://{host}:{port}" for port in ports)
+    control, data = (Address(host, port).url for port in ports)
     book[rank] = {"control": control, "data": data}
     return ZmqTransport(rank, book, keys)

@@ -7,11 +7,13 @@ into pieces that the sockets cap before they read them. Nothing here knows what 
 import os
 import socket
 import time
+from collections import OrderedDict, deque
 
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
+from flowspec.transport.address import Address, parse_url, resolve, unmapped, zone_of
+from flowspec.transport.curve import MAX_PIECE_BYTES, Guard, ListenError
 from flowspec.transport.keys import Keys
 
 MAX_PIECES = 16
@@ -19,6 +21,7 @@ MAX_QUEUED = 1000  # messages per peer and direction
 LINGER_MS = 500
 BURST = 256  # messages taken before whoever asked gets to act on them
 CONNECT_TIMEOUT_S = 3.0
+MAX_PEERS = 1024  # whose address is remembered
 # So many handshakes must be broken off before the token is blamed: a head that restarts breaks one.
 MAX_BROKEN_OFF = 3
 WRONG_TOKEN = (
@@ -39,7 +42,10 @@ class UnreachableError(Exception):
 
 
 class ControlServer:
-    """Listens at host:port; peers are named by what `receive` gave with their frames."""
+    """Listens at host:port; peers are named by what `receive` gave with their frames.
+
+    `host` is the address that it has got, as a number.
+    """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
         self._context = zmq.Context()
@@ -48,15 +54,17 @@ class ControlServer:
         self._socket.set_hwm(MAX_QUEUED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         try:
-            address = self.guard.listen(self._socket, f"tcp://{host}:{port}")
-        except ValueError as error:
+            address = self.guard.listen(self._socket, Address(host, port).url)
+        except ListenError as error:
             self.guard.close()
             self._context.destroy(linger=0)
-            raise ValueError(
-                f"{error}; is another `flowspec serve` running? choose another --port, or a --host "
-                "that this machine has"
-            ) from None
-        self.port = int(address.rsplit(":", 1)[1])
+            if error.is_in_use:
+                fix = "is another `flowspec serve` running? choose another --port"
+            else:
+                fix = "choose a --host that this machine has; without it all are listened at"
+            raise ValueError(f"{error}; {fix}") from None
+        self.host, self.port = parse_url(address)
+        self._hosts: OrderedDict[bytes, str] = OrderedDict()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -76,11 +84,17 @@ class ControlServer:
         messages = []
         for _ in range(BURST):
             try:
-                peer, *pieces = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break
+            peer, *pieces = [frame.bytes for frame in frames]
+            self._note_host(peer, unmapped(str(frames[-1].get("Peer-Address"))))
             messages.append((peer, _joined(pieces)))
         return messages
+
+    def host_of(self, peer: bytes) -> str:
+        """The address from which a peer last sent, with this machine's zone; empty: not known."""
+        return self._hosts.get(peer, "")
 
     def send(self, peer: bytes, message: bytes) -> None:
         """Raises UnreachableError; never waits."""
@@ -103,9 +117,18 @@ class ControlServer:
         os.close(self._wake_read)
         os.close(self._wake_write)
 
+    def _note_host(self, peer: bytes, host: str) -> None:
+        if self._hosts.get(peer) != host:
+            self._hosts[peer] = host
+            if len(self._hosts) > MAX_PEERS:
+                self._hosts.popitem(last=False)
+
 
 class ControlClient:
-    """A connection to the head's control socket."""
+    """A connection to the head's control socket.
+
+    A name may have several addresses; they are tried in their order, and `host` is the one in use.
+    """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
         self._context = zmq.Context()
@@ -121,14 +144,18 @@ class ControlClient:
             | zmq.EVENT_DISCONNECTED
         )
         self.is_connected = False
-        self._where = (host, port)
-        self._guard.connect(self._socket, f"tcp://{host}:{port}")
+        self._where, self._url = Address(host, port), ""
+        self.host, self._left = host, _addresses(host, port)
+        self._why_none = "" if self._left else why_unreachable(host, port)
+        self._try_next()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
 
     def connect(self, timeout_s: float) -> str:
         """Why there is no connection to the head within `timeout_s`; empty where there is."""
+        if self._why_none:
+            return self._why_none
         end, num_broken_off = time.monotonic() + timeout_s, 0
         while not self.is_connected and num_broken_off < MAX_BROKEN_OFF:
             left_s = end - time.monotonic()
@@ -137,14 +164,17 @@ class ControlClient:
             event = int(recv_monitor_message(self._monitor)["event"])
             self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
             num_broken_off += event in BROKEN_OFF
-            if event == zmq.EVENT_CONNECT_RETRIED and (reason := why_unreachable(*self._where)):
-                return reason
+            if event == zmq.EVENT_CONNECT_RETRIED:
+                if self._left:
+                    self._try_next()
+                elif reason := why_unreachable(*self._where):
+                    return reason
         if self.is_connected:
             return ""
         if reason := why_unreachable(*self._where):
             return reason
-        where = f"{self._where[0]}:{self._where[1]}"
-        return f"{where}: {WRONG_TOKEN if num_broken_off >= MAX_BROKEN_OFF else NO_HANDSHAKE}"
+        why = WRONG_TOKEN if num_broken_off >= MAX_BROKEN_OFF else NO_HANDSHAKE
+        return f"{self._where}: {why}"
 
     def receive(self, timeout_s: float) -> list[bytes]:
         """Messages that have come; waits at most `timeout_s`. `is_connected` may turn False."""
@@ -173,17 +203,40 @@ class ControlClient:
         self._socket.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
 
+    def _try_next(self) -> None:
+        """Go on with the host's next address in place of the one in use."""
+        if not self._left:
+            return
+        if self._url:
+            self._socket.disconnect(self._url)
+        address = self._left.popleft()
+        self.host, self._url = address.host, address.url
+        self._guard.connect(self._socket, self._url)
+
+
+def _addresses(host: str, port: int) -> deque[Address]:
+    """Of a host, as numbers; none where it has none."""
+    try:
+        return deque(resolve(host, port))
+    except OSError:
+        return deque()
+
 
 def why_unreachable(host: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
     """Why no TCP connection to host:port can be made, with what to do; empty where it can."""
     try:
         socket.create_connection((host, port), timeout_s).close()
     except socket.gaierror as error:
+        if zone := zone_of(host):
+            return (
+                f"{host} cannot be reached: this device has no interface {zone}; after the % "
+                "stands one of its own, `ip link` lists them"
+            )
         return f"no address is known for {host} ({error.strerror}); give its IP address"
     except ConnectionRefusedError:
         return (
             f"{host} refuses port {port}: nothing listens there; is `flowspec serve` running, with "
-            "this --port, on all interfaces (--host 0.0.0.0)?"
+            "this --port, and without a --host that is another address?"
         )
     except TimeoutError:
         return (
@@ -192,33 +245,13 @@ def why_unreachable(host: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S) 
             "use an address that `flowspec serve` lists"
         )
     except OSError as error:
-        return f"{host}:{port}: {error.strerror or error}; check cable, Wi-Fi and address"
+        return f"{Address(host, port)}: {error.strerror or error}; check cable, Wi-Fi and address"
     return ""
 
 
 def has_curve() -> bool:
     """Whether the installed libzmq can encrypt."""
     return bool(zmq.has("curve"))
-
-
-def local_address_towards(host: str, port: int) -> str:
-    """This machine's own address on the way to `host`; empty where there is no route."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, port))
-        except OSError:
-            return ""
-        return str(probe.getsockname()[0])
-
-
-def parse_address(text: str, *, default_port: int) -> tuple[str, int]:
-    """`host` or `host:port`. Raises ValueError."""
-    host, colon, port = text.strip().rpartition(":")
-    if not colon:
-        host, port = text.strip(), str(default_port)
-    if not host or ":" in host or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ValueError(f"{text!r} is no address; write HOST:PORT, as in 192.168.1.10:7000")
-    return host, int(port)
 
 
 def _cut(message: bytes) -> list[bytes]:

@@ -6,6 +6,7 @@ told about in a log line now and then.
 """
 
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ from collections import deque
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from flowspec.transport.address import Address, is_ipv6, parse_url
 from flowspec.transport.base import LOST, LostPeer
 from flowspec.transport.door import Door
 from flowspec.transport.keys import Keys
@@ -53,6 +55,14 @@ _REASONS: dict[int, str] = {
 logger = logging.getLogger(__name__)
 
 
+class ListenError(ValueError):
+    """No socket can listen at this address of this machine."""
+
+    def __init__(self, address: str, error: OSError) -> None:
+        super().__init__(f"cannot listen at {address}: {error.strerror or error}")
+        self.is_in_use = error.errno == errno.EADDRINUSE
+
+
 class Guard:
     """Answers libzmq's questions about keys (ZAP) and watches the listeners of one context.
 
@@ -74,13 +84,13 @@ class Guard:
     def listen(self, inbox: "zmq.Socket[bytes]", address: str) -> str:
         """Bind `inbox` to `tcp://host:port` for holders of the member key; the address it has got.
 
-        Raises ValueError where the address is none or cannot be had.
+        Raises ValueError where the address is none or cannot be had, ListenError for the latter.
         """
-        host, port = split_address(address)
+        host, port = parse_url(address)
         try:
             door = Door(host, port)
         except OSError as error:
-            raise ValueError(f"cannot listen at {address}: {error.strerror or error}") from None
+            raise ListenError(address, error) from None
         self._start()
         _set_limits(inbox)
         inbox.setsockopt(zmq.CURVE_SERVER, 1)
@@ -90,14 +100,17 @@ class Guard:
         inbox.setsockopt(zmq.USE_FD, door.handle())
         monitor = inbox.get_monitor_socket(_EVENTS)
         monitor.set_hwm(MAX_EVENTS)
-        inbox.bind(f"tcp://{door.host}:{door.port}")
+        inbox.setsockopt(zmq.IPV6, is_ipv6(door.host))
+        own = Address(door.host, door.port).url
+        inbox.bind(own)
         self._arriving.append(_Watch(monitor, door, self.refusals))
-        return f"tcp://{door.host}:{door.port}"
+        return own
 
     def connect(self, outbox: "zmq.Socket[bytes]", address: str) -> None:
         """Connect `outbox` to the holder of the server key at `tcp://host:port`."""
-        split_address(address)
+        host = parse_url(address).host
         _set_limits(outbox)
+        outbox.setsockopt(zmq.IPV6, is_ipv6(host))
         outbox.setsockopt(zmq.CURVE_SERVERKEY, self._keys.server_public)
         outbox.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.member_public)
         outbox.setsockopt(zmq.CURVE_SECRETKEY, self._keys.member_secret)
@@ -257,15 +270,6 @@ class Line:
             if event == zmq.EVENT_DISCONNECTED and self._is_up:
                 raise LostPeer(self._peer, f"{LOST}: it broke, or was closed at the other end")
             self._is_up = self._is_up or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of `tcp://host:port`; ValueError where it is anything else."""
-    kind, _, rest = address.partition("://")
-    host, _, port = rest.rpartition(":")
-    if kind != "tcp" or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise ValueError(f"{address!r} is no address; needed: tcp://HOST:PORT")
-    return host, int(port)
 
 
 def _set_limits(socket: "zmq.Socket[bytes]") -> None:

@@ -5,7 +5,6 @@ Neither encrypts nor authenticates: whoever reaches the ports can read, join and
 
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from flowspec.codec import WireError, decode, encode_tensors
 from flowspec.effects import HEAD
 from flowspec.request import rank_name
+from flowspec.transport.address import local_address_towards
 from flowspec.transport.torch_link import AnyFrame, Link, Meeting
 from flowspec.wire import DATA, WireMessage
 
@@ -132,7 +132,7 @@ def meet_by_torchrun(*, gpu: str = "") -> Meeting:
     if env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"]:
         return Meeting(open_store, gpu=gpu)
     interface = env.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
-    return Meeting(open_store, host=_own_address(host, port), interface=interface, gpu=gpu)
+    return Meeting(open_store, host=local_address_towards(host, port), interface=interface, gpu=gpu)
 
 
 def tell(meeting: Meeting, key: str, text: str) -> None:
@@ -161,11 +161,3 @@ def check_backends(gpu: str) -> None:
             f"transport nccl needs a GPU for each process, {gpu} here; this machine has "
             f"{torch.cuda.device_count()}: use --transport gloo or zmq"
         )
-
-
-def _own_address(host: str, port: int) -> str:
-    """The address of the interface that leads to `host`; nothing is sent."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.connect(address)
-        return str(probe.getsockname()[0])

@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
 
 
-def _run(arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str]) -> None:
+def run_command(
+    arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str]
+) -> None:
+    """`flowspec *arguments` in this process, which was forked for it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for number in (1, 2):
         os.dup2(output, number)
@@ -31,8 +34,8 @@ def spawn(
     arguments: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str]
 ) -> ForkServerProcess:
     """Start `flowspec *arguments` in `folder`; its output is appended to `log`."""
-    process = _CONTEXT.Process(
-        target=_run, args=(arguments, str(log), str(folder), dict(environment)), daemon=True
+    process = CONTEXT.Process(
+        target=run_command, args=(arguments, str(log), str(folder), dict(environment)), daemon=True
     )
     process.start()
     return process

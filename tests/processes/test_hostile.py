@@ -1,11 +1,13 @@
 """Hostile peers against a real process: a counted line in the log, and nothing else."""
 
+import ipaddress
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ipv6 import needs_ipv6
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -48,11 +50,11 @@ def test_nothing_readable_travels(victim: Stand) -> None:
 
 def knock(door: Door, source: str) -> bool:
     """Whether somebody from `source` is let in."""
-    with socket.socket() as raw:
+    with socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET) as raw:
         raw.settimeout(0.3)
         raw.bind((source, 0))
         try:
-            raw.connect((door.host, door.port))
+            raw.connect(("::1" if ":" in source else "127.0.0.1", door.port))
         except OSError:
             return False
         return True
@@ -92,4 +94,31 @@ def test_who_comes_too_often_is_kept_out_and_nobody_else(monkeypatch: pytest.Mon
     finally:
         for raw in inside:
             raw.close()
+        door.close()
+
+
+@linux_only
+@needs_ipv6
+@pytest.mark.parametrize("often", ["::1", "127.0.0.5"])
+def test_each_family_is_kept_out_by_its_own_addresses(
+    monkeypatch: pytest.MonkeyPatch, often: str
+) -> None:
+    """At one socket for both, the filter finds the address in either header, whole."""
+    monkeypatch.setattr(door_module, "MAX_PER_ADDRESS", 0)
+    door = Door("*", 0)
+    near_misses = [str(ipaddress.IPv6Address(1 << 96 | 1)), "::2", "::1:0:0:1", "127.0.1.5"]
+    door._shut = dict.fromkeys([*near_misses, *(f"fd00::{k:x}" for k in range(50))], 1e12)
+    door._filter()
+    raw = socket.socket(socket.AF_INET6 if ":" in often else socket.AF_INET)
+    try:
+        raw.bind((often, 0))
+        raw.connect(("::1" if ":" in often else "127.0.0.1", door.port))
+        near, _ = door._socket.accept()
+        with near:
+            assert door.entered(near.fileno()) == often
+        assert not knock(door, often)
+        assert knock(door, "127.0.0.6")
+        assert knock(door, "::1") is (often != "::1")
+    finally:
+        raw.close()
         door.close()
