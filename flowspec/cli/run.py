@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from flowspec.cli.common import draft_folder, effective_config, split_folder
+from flowspec.cli.common import check_texts, draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
 from flowspec.cluster.cores import segments_at_once
 from flowspec.cluster.launch import find_launch
@@ -102,6 +102,7 @@ def run(
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
     flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
+    check_texts({"--prompt": prompt, "--stop": stop})
     effective = effective_config(config, flags)
     if set_:
         spec, _ = decode_config(effective)  # what is wrong now is the file's
