@@ -1,5 +1,6 @@
 """`flowspec chat`: a conversation with a running head."""
 
+import contextlib
 import io
 import signal
 import sys
@@ -75,8 +76,9 @@ def chat_loop(
 ) -> None:
     """Read a line, stream its answer, until the input ends. `about` says which keys do what."""
     typer.echo(about, err=True)
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # so that a bad line ends no conversation
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 ends no conversation
+        with contextlib.suppress(io.UnsupportedOperation):  # something was read already
+            sys.stdin.reconfigure(errors="surrogateescape")
     turns: list[dict[str, str]] = []
     while True:
         try:

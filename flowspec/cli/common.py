@@ -9,7 +9,6 @@ from typing import Any
 import flowspec
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
-from flowspec.eval.prompts import decode_file
 from flowspec.eval.records import Sample, as_text, read_samples
 from flowspec.eval.settings import drafts
 from flowspec.model.manifest import MANIFEST_NAME, read_manifest
@@ -17,7 +16,6 @@ from flowspec.model.source import check_model, open_checkpoint, resolve_model
 from flowspec.model.split import is_split_of, run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 from flowspec.strategies import check_taken, find_strategy
-from flowspec.text import check_text
 from flowspec.tokenizer import load_tokenizer
 
 DEFAULT_STAGES = 4
@@ -123,18 +121,6 @@ def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:
         )
     num_layers = len(layers) or open_checkpoint(folder).config.num_layers
     return split_folder(replace(config, layers="+".join(["1"] * num_layers)))
-
-
-def check_texts(options: Mapping[str, Sequence[str] | None]) -> None:
-    """Raise ValueError naming the option whose text is not UTF-8, before anything has run."""
-    for option, texts in options.items():
-        for text in texts or ():
-            check_text(text, option)
-
-
-def read_input() -> str:
-    """All of standard input as text. Raises ValueError where it is not UTF-8."""
-    return decode_file(sys.stdin.buffer.read(), Path("standard input"))
 
 
 def check_file(option: str, path: Path) -> None:

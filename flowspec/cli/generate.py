@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
-from flowspec.cli.common import check_texts, read_input
+from flowspec.cli.texts import check_texts, read_input
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from flowspec.cli.common import check_texts, draft_folder, effective_config, split_folder
+from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
+from flowspec.cli.texts import check_texts
 from flowspec.cluster.cores import segments_at_once
 from flowspec.cluster.launch import find_launch
 from flowspec.cluster.local import LocalCluster

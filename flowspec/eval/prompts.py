@@ -18,7 +18,7 @@ from typing import Any
 from flowspec.text import PromptError, check_text, render_chat
 
 MAX_PROMPT_CHARS = 1_000_000
-PROMPTS_HELP = "JSON lines (a prompt each), a text (one prompt), or a folder of them."
+PROMPTS_HELP = "JSON lines or a list (a prompt each), a text (one prompt), or a folder of them."
 _KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "question")
 _NEEDED = f"needed: an object with {', '.join(_KEYS[:-1])} or {_KEYS[-1]}"
 _BETWEEN = re.compile(r"[\s,]*")
