@@ -16,7 +16,8 @@ from flowspec.model.manifest import Manifest, read_manifest
 from flowspec.request import Request
 from flowspec.stage import Stage
 from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
-from flowspec.text import TextStream, load_tokenizer
+from flowspec.text import TextStream
+from flowspec.tokenizer import load_tokenizer
 
 
 @dataclass(slots=True)

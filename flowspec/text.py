@@ -1,12 +1,10 @@
-"""Tokens to text and prompts to tokens; transformers is imported here alone, and late."""
+"""Tokens to text, and conversations to tokens."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them, by its kind
-_NO_LIMIT = 2**62  # of a text: who has one says so, and not by a warning of the library's
 MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
+MAX_REASON_CHARS = 500  # of what a template says
 
 
 class Tokenizer(Protocol):
@@ -16,40 +14,63 @@ class Tokenizer(Protocol):
         """Text of tokens."""
 
 
-def load_tokenizer(folder: str | Path) -> Any:
-    """The HF tokenizer in `folder`. Raises ValueError where there is none."""
-    check_tokenizer(Path(folder))
-    from transformers import AutoTokenizer  # here: importing it takes seconds
+class PromptError(ValueError):
+    """What was asked cannot be turned into tokens; it says why."""
 
+
+def check_text(text: str, where: str) -> str:
+    """`text`, if it can be written as UTF-8. Raises PromptError naming `where`.
+
+    A byte of the command line that is not UTF-8 arrives as a lone surrogate, and a JSON text may
+    hold one.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        tokenizer.model_max_length = _NO_LIMIT
-        return tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, before = ord(text[error.start]), text[max(0, error.start - 20) : error.start]
+        is_byte = 0xDC80 <= code <= 0xDCFF  # as Python decodes the command line
+        found = f"the byte 0x{code - 0xDC00:02x}" if is_byte else f"half a character, \\u{code:04x}"
+        place = f"after {before!r}" if before else "at its beginning"
+        raise PromptError(
+            f"{where} is not valid text: {place} it has {found}; write it in UTF-8"
+        ) from None
+    return text
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises ValueError where `folder` has no file that a tokenizer is loaded from."""
-    if not any((folder / name).exists() for name in _VOCABULARIES):
-        raise ValueError(
-            f"{folder} has no tokenizer (none of {', '.join(_VOCABULARIES)}); copy its files there "
-            "from where the model is from"
-        )
-
-
-def render_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
     """Token ids of a conversation, ready for the assistant's turn.
 
-    Uses the tokenizer's chat template; without one, the messages' contents line by line.
+    Uses the tokenizer's chat template; without one, the messages' contents line by line. Raises
+    PromptError where the template refuses the conversation or the text cannot be encoded.
     """
+    for message in messages:
+        check_text(message["content"], f"the {message['role']}'s message")
     if getattr(tokenizer, "chat_template", None):
+        text = _apply_template(tokenizer, messages)
+        options = {"add_special_tokens": False}  # the template has written them
+    else:
+        text, options = "\n".join(message["content"] for message in messages), {}
+    try:
+        return tuple(tokenizer.encode(text, **options))
+    except Exception as error:  # the libraries raise of any kind
+        raise PromptError(f"the tokenizer cannot encode the prompt: {_reason(error)}") from error
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-        return tuple(tokenizer.encode(text, add_special_tokens=False))
-    return tuple(tokenizer.encode("\n".join(message["content"] for message in messages)))
+    except Exception as error:  # a template is the model's own program, and may raise anything
+        refuses = type(error).__name__ == "TemplateError"  # what its raise_exception() raises
+        what = "refuses this conversation" if refuses else f"fails with {type(error).__name__}"
+        raise PromptError(f"the model's chat template {what}: {_reason(error)}") from error
+    return check_text(text, "what the model's chat template has made")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line of a readable length."""
+    return " ".join(str(error).split())[:MAX_REASON_CHARS] or type(error).__name__
 
 
 class TextStream:

@@ -59,7 +59,7 @@ from flowspec.model.stage_model import StageModel
 from flowspec.pipe import SegmentCost
 from flowspec.request import Completion, Request
 from flowspec.targets.local import LocalTarget
-from flowspec.text import load_tokenizer
+from flowspec.tokenizer import load_tokenizer
 from flowspec.tree import DraftTree, Node
 from flowspec.wire import Segment, Tokens, WireMessage, segments_of
 

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from vocabularies import byte_level
 
 NUM_LAYERS = 4
 VOCAB = 61
@@ -130,7 +131,7 @@ def save(
     if form.startswith("bin"):
         _turn_to_bin(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
-    (folder / "tokenizer.json").write_text("{}")
+    byte_level().save(str(folder / "tokenizer.json"))
     return model
 
 

@@ -152,6 +152,18 @@ def test_what_no_stage_can_hold_is_refused_as_such(head):
     assert not unknown.too_large
 
 
+def test_what_a_chat_template_refuses_is_refused_as_such(head, parts, monkeypatch):
+    """In the template's words; the head goes on."""
+    template = parts.tokenizer.chat_template
+    monkeypatch.setattr(parts.tokenizer, "chat_template", "{{ raise_exception('not so') }}")
+    done = head.ask(decoding())
+    assert done is not None
+    assert done.refused
+    assert done.error == "the model's chat template refuses this conversation: not so"
+    monkeypatch.setattr(parts.tokenizer, "chat_template", template)
+    assert head.ask(decoding()) is None
+
+
 @pytest.mark.parametrize("value", ["9", None, [1], float("inf"), float("nan")])
 def test_a_parameter_is_a_number_or_a_switch(value):
     """Nothing else travels."""

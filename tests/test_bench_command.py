@@ -14,7 +14,8 @@ from typer.testing import CliRunner, Result
 import flowspec.eval.answering
 from flowspec.cli.main import app, main
 from flowspec.eval.records import Sample, read_samples
-from flowspec.text import load_tokenizer, render_chat
+from flowspec.text import render_chat
+from flowspec.tokenizer import load_tokenizer
 
 Bench = Callable[..., Result]
 QUESTIONS = {

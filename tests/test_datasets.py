@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,23 +110,152 @@ def test_plain_lines_and_sharegpt(data_dir):
     assert [(p.id, p.source) for p in by_path] == [("x1", "sharegpt")]
 
 
+ASKED_ONCE = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+ANSWERED = [*ASKED_ONCE, {"role": "assistant", "content": "x"}, {"role": "user", "content": "and"}]
+SHAREGPT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "x"}]
+FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "turns": ({"turns": ["hello", "again"]}, ("hello", "again")),
+    "one turn": ({"turns": "hello"}, ("hello",)),
+    "prompt": ({"prompt": "hello"}, ("hello",)),
+    "prompt of messages": ({"prompt": ASKED_ONCE}, ("hello",)),
+    "messages": ({"messages": ANSWERED}, ("hello",)),
+    "messages without answers": ({"messages": [*ASKED_ONCE, ANSWERED[-1]]}, ("hello", "and")),
+    "bare messages": (ASKED_ONCE, ("hello",)),
+    "content in parts": (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]},
+        ("hello",),
+    ),
+    "sharegpt": ({"conversations": SHAREGPT}, ("hello",)),
+    "bare sharegpt": (SHAREGPT, ("hello",)),
+    "alpaca": ({"instruction": "hello", "input": "you", "output": "x"}, ("hello\n\nyou",)),
+    "alpaca without input": ({"instruction": "hello", "input": "", "output": "x"}, ("hello",)),
+    "question": ({"question": "hello", "answer": "x"}, ("hello",)),
+    "text": ("hello", ("hello",)),
+    "an empty key beside": ({"turns": [], "prompt": "hello", "id": None}, ("hello",)),
+}
+LAYOUTS: dict[str, tuple[str, Callable[[list[Any]], str]]] = {
+    "jsonl": (".jsonl", lambda rows: "".join(json.dumps(row) + "\n" for row in rows)),
+    "json": (".json", lambda rows: json.dumps(rows)),
+    "indented json": (".json", lambda rows: json.dumps(rows, indent=2)),
+    "json lines named json": (".json", lambda rows: "\n".join(json.dumps(row) for row in rows)),
+    "a list named jsonl": (".jsonl", lambda rows: json.dumps(rows, indent=1)),
+    "empty lines, CRLF": (".jsonl", lambda rows: "\r\n\r\n".join(map(json.dumps, rows)) + "\r\n"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_usual_form_is_read(tmp_path, form, layout):
+    """In every layout, with a byte order mark as Windows writes it and without."""
+    (entry, turns), (suffix, write) = FORMS[form], LAYOUTS[layout]
+    text = write([entry, {"prompt": "last", "id": "own"}])
+    for number, mark in enumerate(("", "\ufeff")):
+        path = tmp_path / f"ask{number}{suffix}"
+        path.write_bytes((mark + text).encode())
+        found = load(str(path))
+        assert [(one.id, one.turns) for one in found] == [("1", turns), ("own", ("last",))]
+
+
+def test_a_file_may_be_one_conversation(tmp_path):
+    """As an API's request has it; or one entry alone."""
+    for content in (ASKED_ONCE, {"messages": ASKED_ONCE}):
+        for suffix in (".json", ".jsonl"):
+            path = tmp_path / f"talk{suffix}"
+            path.write_text(json.dumps(content))
+            assert [(one.id, one.turns) for one in load(str(path))] == [("1", ("hello",))]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    """A tokenizer would make tokens of it."""
+    path = tmp_path / "ask.txt"
+    path.write_bytes("\ufeffWhat is 2 + 2?\r\nSay it.\r\n".encode())
+    assert [one.turns for one in load_prompts(path)] == [("What is 2 + 2?\nSay it.",)]
+
+
+def test_conversations_that_ask_nothing_are_left_out(tmp_path):
+    """Public files hold some; a file of nothing else is refused."""
+    path = tmp_path / "talk.jsonl"
+    rows: list[Any] = [{"conversations": []}, {"conversations": [{"from": "gpt", "value": "x"}]}]
+    rows += [{"messages": [{"role": "user", "content": " "}]}]
+    path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "hello"}])))
+    assert [(one.id, one.turns) for one in load_prompts(path)] == [("4", ("hello",))]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"talk\.jsonl has no conversation"):
+        load_prompts(path)
+
+
+def test_questions_without_an_id_are_numbered(tmp_path):
+    """Apart from the ids that are given, and from another file's."""
+    rows = [{"prompt": "a", "question_id": None}, {"prompt": "b", "question_id": None, "id": None}]
+    rows += [{"prompt": "c", "id": "1"}, {"prompt": "d", "question_id": 0, "id": 7}]
+    path = tmp_path / "ask.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [one.id for one in load(str(path))] == ["ask:1", "2", "1", "0"]
+    folder = tmp_path / "data" / "both"
+    folder.mkdir(parents=True)
+    for name in ("x", "y"):
+        (folder / f"{name}.jsonl").write_text('{"prompt": "p"}\n')
+    assert [one.id for one in load("both", tmp_path / "data")] == ["x:1", "y:1"]
+
+
 @pytest.mark.parametrize(
-    ("text", "names"),
+    ("name", "text", "words"),
     [
-        ("{}", ["list of conversations"]),
-        ("[{}]", ["conversation 1", "conversations"]),
-        ('[{"conversations": [1]}]', ["conversation 1"]),
-        ('[{"conversations": [{"from": "gpt", "value": "x"}]}]', ["no conversation"]),
-        ("[", ["not JSON"]),
+        ("a.json", "{}", ["a.json:1 holds an object with nothing", "needed: an object with turns"]),
+        ("a.json", "[\n{}]", ["a.json:2 holds an object"]),
+        ("a.json", '[{"prompt": "x"},\n {"prompt": 5}]', ['a.json:2: "prompt" holds a number']),
+        ("a.json", '[{"conversations": [1]}]', ['a.json:1: "conversations" holds a list']),
+        ("a.json", "[", ["a.json:1 is not JSON"]),
+        ("a.json", '[\n\n{"prompt": }]', ["a.json:3 is not JSON", "column 12"]),
+        ("a.json", "7", ["a.json:1 holds a number"]),
+        ("a.json", "[" * 100_000, ["a.json:1 is not JSON"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"query": "x", "gold": 1}',
+            ["a.jsonl:2", "with query, gold"],
+        ),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y"', ["a.jsonl:2 is not JSON"]),
+        ("a.jsonl", '{"prompt": "x"\n{"prompt": "y"}', ["a.jsonl:1 is not JSON"]),
+        ("a.jsonl", '{"prompt": "x"}\n[1]', ["a.jsonl:2 holds a list"]),
+        ("a.jsonl", '{"prompt": "x"}\nnull', ["a.jsonl:2 holds null"]),
+        ("a.jsonl", '{"turns": ["x", ""]}', ["a.jsonl:1 has an empty text"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"role": "user", "content": "x"}',
+            ["a.jsonl:2 holds one message", "one list"],
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            ["a.jsonl:1", "part of type image_url"],
+        ),
+        ("a.jsonl", '{"turns": ["cut \\ud83d here"]}', ["a.jsonl:1", "half a character, \\ud83d"]),
+        (
+            "a.jsonl",
+            '{"prompt": "x", "id": 1}\n{"prompt": "y", "id": "1"}',
+            ["id 1", ":1 and", ":2"],
+        ),
+        ("a.jsonl", " \n", ["a.jsonl is empty"]),
     ],
 )
-def test_what_is_no_sharegpt_file_is_refused(tmp_path, text, names):
-    """By file and conversation."""
-    path = tmp_path / "talk.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"talk\.json") as error:
+def test_what_is_no_question_is_told_by_form_file_and_line(tmp_path, name, text, words):
+    """Not by the key that one form among several would have."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"a\.json") as error:
+        load(str(tmp_path / name))
+    assert [word for word in words if word not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("name", ["ask.txt", "ask.jsonl"])
+def test_what_is_no_utf_8_is_told_by_line_and_byte(tmp_path, name):
+    """And what Windows calls Unicode by its name."""
+    path = tmp_path / name
+    path.write_bytes(b'{"prompt": "x"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=rf"{name}:2 is not UTF-8 text: it has the byte 0xe9"):
         load_prompts(path)
-    assert all(name in str(error.value) for name in names)
+    path.write_bytes('{"prompt": "x"}'.encode("utf-16"))
+    with pytest.raises(ValueError, match=rf"{name} is UTF-16 text; save it as UTF-8"):
+        load_prompts(path)
 
 
 def test_a_set_that_is_not_there_is_refused_by_what_is(data_dir, tmp_path):

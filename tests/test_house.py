@@ -29,6 +29,7 @@ LEVELS: dict[str, int] = {
     "flowspec.tree": 4,
     "flowspec.verifier": 4,
     "flowspec.text": 4,
+    "flowspec.tokenizer": 4,
     "flowspec.model": 4,
     "flowspec.transport": 4,
     "flowspec.acceptance": 5,

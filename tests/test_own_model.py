@@ -10,7 +10,7 @@ from checkpoints import save_checkpoint
 from flowspec.cli.common import BUNDLED, draft_folder, is_bundled, split_folder
 from flowspec.cli.split import split
 from flowspec.config import RunConfig
-from flowspec.text import load_tokenizer
+from flowspec.tokenizer import load_tokenizer
 
 OWN_HEAD = BUNDLED / "eagle"
 

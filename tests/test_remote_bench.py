@@ -60,6 +60,7 @@ class Cluster:
     wrong: str = ""  # the strategy whose text differs
     too_long: Sequence[str] = ()
     too_large: Sequence[tuple[str, str]] = ()  # strategy and words
+    refused: Sequence[str] = ()  # by the chat template
     answered: Figures = field(default_factory=figures)
     asked: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
     num_stages: int = 2
@@ -81,6 +82,8 @@ class Cluster:
             raise ClusterError("head at here:7000", "connection lost")
         if words[-1] in self.too_long:
             return LongPrompt(4000)
+        if words[-1] in self.refused:
+            return LongPrompt(0, "the template says no", refused=True)
         if (decoding.strategy, words[-1]) in self.too_large:
             return LongPrompt(9, "it needs 90 rows")
         tokens = (1, 2, 3, 4, 6 if decoding.strategy == self.wrong else 5)
@@ -193,6 +196,17 @@ def test_repeats_share_one_truth(tmp_path):
     outcome = run(make_plan("ar", "streaming", repeats=2), cluster, tmp_path)
     assert cluster.by_strategy == [*["ar"] * 3, *["streaming"] * 3] * 2
     assert [sample.repeat for sample in outcome.samples] == [0] * 6 + [1] * 6
+
+
+def test_a_conversation_that_is_refused_is_left_out_from_its_later_turn(tmp_path):
+    """A first turn ends the benchmark: the file is to be mended, whose line is named."""
+    outcome = run(make_plan("ar"), Cluster(refused=["and then?"]), tmp_path)
+    assert [(s.question, s.turn) for s in outcome.samples] == [("1", 0), ("2", 0)]
+    assert [(one.turn, one.reason) for one in outcome.too_long] == [(1, "the template says no")]
+    first = replace(PROMPTS[0], where="ask.jsonl:3")
+    plan = make_plan("ar", datasets={"qa": (first,)})
+    with pytest.raises(ValueError, match=r"ask\.jsonl:3: the template says no"):
+        run(plan, Cluster(refused=["who?"]), tmp_path / "other")
 
 
 def test_a_turn_that_is_too_long_is_left_out(tmp_path):
@@ -314,6 +328,8 @@ def test_what_a_head_refuses_is_told_in_its_words():
         ask(Client(busy))
     long = Done(id=1, reason="error", error="51 prompt tokens and 50 more", prompt_tokens=51)
     assert ask(Client(long)) == LongPrompt(51)
+    refused = Done(id=1, reason="error", error="the template says no", refused=True)
+    assert ask(Client(refused)) == LongPrompt(0, "the template says no", refused=True)
     with pytest.raises(ClusterError, match="no figures"):
         ask(Client(Done(id=1, reason="stop")))
     with pytest.raises(ClusterError, match="not healthy: 2 of 8 layers"):

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from vocabularies import byte_level
 
-from flowspec.cli.common import BUNDLED
-from flowspec.text import TextStream, load_tokenizer, render_chat
+from flowspec.text import TextStream, render_chat
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log\n",
@@ -33,21 +32,6 @@ class Wrapped:
         return self.raw.encode(text).ids
 
 
-def byte_level() -> Tokenizer:
-    """Like Llama 3: merges over bytes, so that characters split over tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[SPECIAL],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return tokenizer
-
-
 def metaspace() -> Tokenizer:
     """Like Llama 2: a leading space belongs to the word and goes at the text's beginning."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -59,7 +43,7 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
-BYTES, SPACES = Wrapped(byte_level()), Wrapped(metaspace())
+BYTES, SPACES = Wrapped(byte_level(CORPUS, special=[SPECIAL])), Wrapped(metaspace())
 TEXTS = st.one_of(
     st.text(max_size=40),
     st.lists(st.sampled_from(["the cat", " sat", "你好", "😀", "é", "\n", " ", "x"])).map("".join),
@@ -207,12 +191,6 @@ def test_without_a_tokenizer_tokens_just_pass() -> None:
     assert not stream.stopped
 
 
-def test_missing_tokenizer_names_its_folder(tmp_path) -> None:
-    """The user gave the folder; the error must say which."""
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        load_tokenizer(tmp_path)
-
-
 def test_chat_without_a_template() -> None:
     """Base models take the messages' contents."""
     messages = [{"role": "user", "content": "the cat"}, {"role": "user", "content": "sat"}]
@@ -238,10 +216,3 @@ def test_chat_template_places_the_special_tokens() -> None:
     tokenizer = Templated()
     assert render_chat(tokenizer, [{"role": "user", "content": "a"}]) == (97, 62)
     assert tokenizer.calls == [{"add_special_tokens": False}]
-
-
-def test_a_long_text_is_no_matter_for_the_tokenizer(capfd):
-    """How much fits is the context's to say; the library would warn of indexing errors."""
-    tokenizer = load_tokenizer(BUNDLED / "target")
-    assert len(tokenizer.encode("one two three four " * 2000)) > 4096
-    assert capfd.readouterr().err == ""

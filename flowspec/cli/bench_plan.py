@@ -22,6 +22,7 @@ from flowspec.model.manifest import read_manifest
 from flowspec.request import ClusterError, SamplingParams
 from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import find_strategy
+from flowspec.text import PromptError
 
 LOCAL = "local"  # the cluster's name where real processes of this machine are it
 
@@ -170,7 +171,7 @@ def run_shown(
 
                 jobs = jobs or len(os.sched_getaffinity(0))
                 return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
-        except (ClusterError, SystemExit):  # the latter: a signal
+        except (ClusterError, PromptError, SystemExit):  # the last: a signal
             if len(file):
                 goes_on = f"{len(file)} samples are in {out}; the same command runs what is missing"
                 print(goes_on, file=sys.stderr, flush=True)

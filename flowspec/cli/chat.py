@@ -1,5 +1,7 @@
 """`flowspec chat`: a conversation with a running head."""
 
+import contextlib
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.request import SamplingParams
+from flowspec.text import PromptError, check_text
 from flowspec.transport.address import parse_address
 
 DEFAULT_PORT = 7000
@@ -73,6 +76,9 @@ def chat_loop(
 ) -> None:
     """Read a line, stream its answer, until the input ends. `about` says which keys do what."""
     typer.echo(about, err=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 ends no conversation
+        with contextlib.suppress(io.UnsupportedOperation):  # something was read already
+            sys.stdin.reconfigure(errors="surrogateescape")
     turns: list[dict[str, str]] = []
     while True:
         try:
@@ -86,7 +92,7 @@ def chat_loop(
             turns = []
         elif line.startswith("/"):
             typer.echo(about, err=True)
-        if not line or line.startswith("/"):
+        if not line or line.startswith("/") or not _is_text(line):
             continue
         turns.append({"role": "user", "content": line})
         text, done = show_answer(client, options, turns)
@@ -96,6 +102,16 @@ def chat_loop(
             turns.pop()
         else:
             turns.append({"role": "assistant", "content": text})
+
+
+def _is_text(line: str) -> bool:
+    """Whether a line can be asked; why not is told."""
+    try:
+        check_text(line, "this line")
+    except PromptError as error:
+        typer.echo(f"error: {error}", err=True)
+        return False
+    return True
 
 
 def show_answer(

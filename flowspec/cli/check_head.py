@@ -14,7 +14,7 @@ from flowspec.cli.common import BUNDLED, bundled, split_folder
 from flowspec.cluster.base import generate
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
 from flowspec.model.config import read_config
 from flowspec.model.draft_config import CONTRADICTION, ERROR
 from flowspec.model.draft_kind import FAMILIES
@@ -23,7 +23,6 @@ from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES
-from flowspec.text import render_chat
 
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {
@@ -115,10 +114,7 @@ def _requests(
     parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int, *, first_id: int
 ) -> list[Request]:
     """Prompts that leave room for an answer. Raises ValueError when none does."""
-    rendered = [
-        render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-        for prompt in prompts
-    ]
+    rendered = [first_turn(parts.tokenizer, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
     if not fitting:
         raise ValueError(

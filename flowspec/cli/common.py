@@ -16,7 +16,7 @@ from flowspec.model.source import check_model, open_checkpoint, resolve_model
 from flowspec.model.split import is_split_of, run_split
 from flowspec.model.split_plan import even_layers, parse_layers, plan_split
 from flowspec.strategies import check_taken, find_strategy
-from flowspec.text import check_tokenizer
+from flowspec.tokenizer import load_tokenizer
 
 DEFAULT_STAGES = 4
 RECORD_KEYS = (  # that --only takes
@@ -90,7 +90,6 @@ def split_folder(config: RunConfig) -> Path:
             )
         return folder
     checkpoint = open_checkpoint(folder)
-    check_tokenizer(folder)  # here it has the model's own name, and nothing has been written yet
     if config.layers:
         layers = parse_layers(config.layers)
     else:
@@ -99,6 +98,7 @@ def split_folder(config: RunConfig) -> Path:
     cut = "+".join(str(count) for count in layers)
     out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
     if not (out / MANIFEST_NAME).exists():
+        load_tokenizer(folder)  # or say what it lacks by the model's own name, before it is split
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
         # by print, which does not write across a bar that is on the screen
         print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)

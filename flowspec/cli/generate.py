@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
+from flowspec.cli.texts import check_texts, read_input
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
@@ -50,6 +51,7 @@ def generate(
     """Print what the cluster of --head answers; notes and figures go to stderr."""
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
+    check_texts({"the prompt": [prompt or ""], "--stop": stop})
     options = ChatOptions(
         temperature=temperature,
         top_k=top_k,
@@ -62,11 +64,11 @@ def generate(
     keys = derive_keys(token or read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
     if prompts is not None:
-        texts = [one.turns[0] for one in load_prompts(prompts, limit=limit)]
+        asked = [(one.turns[0], one.where) for one in load_prompts(prompts, limit=limit)]
     else:
-        texts = [sys.stdin.read() if prompt == "-" else str(prompt)]
+        asked = [(read_input() if prompt == "-" else str(prompt), "")]
     with HeadClient(host, port, keys) as client:
-        for text in texts:
+        for text, where in asked:
             turns = [{"role": "user", "content": text}]
             done = (
                 _as_json(client, options, turns)
@@ -76,7 +78,7 @@ def generate(
             if done is None:
                 raise typer.Exit(130)
             if done.error:
-                raise ClusterError("head", done.error)
+                raise ClusterError("head", f"{where}: {done.error}" if where else done.error)
 
 
 def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:

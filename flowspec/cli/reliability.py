@@ -19,12 +19,11 @@ from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS
 from flowspec.engine import HeadParts, build_head, build_stage, check_run, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
 from flowspec.eval.reliability import Reliability, before_and_after, settled
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES, find_strategy
-from flowspec.text import render_chat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +123,7 @@ def _requests(config: RunConfig, parts: HeadParts, prompts: list[Prompt]) -> lis
     ids = count(1)
     requests = []
     for prompt in prompts:
-        tokens = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        tokens = first_turn(parts.tokenizer, prompt)
         if len(tokens) < parts.max_context:
             number = next(ids)
             requests.append(

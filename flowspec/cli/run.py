@@ -11,6 +11,7 @@ import typer
 
 from flowspec.cli.common import draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
+from flowspec.cli.texts import check_texts
 from flowspec.cluster.cores import segments_at_once
 from flowspec.cluster.launch import find_launch
 from flowspec.cluster.local import LocalCluster
@@ -102,6 +103,7 @@ def run(
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
     flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
+    check_texts({"--prompt": prompt, "--stop": stop})
     effective = effective_config(config, flags)
     if set_:
         spec, _ = decode_config(effective)  # what is wrong now is the file's

@@ -20,6 +20,7 @@ from flowspec.model.manifest import Manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
 from flowspec.model.split_plan import SplitPlan, even_layers, parse_layers, plan_split
+from flowspec.tokenizer import load_tokenizer
 
 
 def split(
@@ -48,6 +49,7 @@ def split(
     else:
         counts = parse_layers(layers)
     plan = plan_split(checkpoint, layers=counts, dtype=dtype)
+    load_tokenizer(folder)  # or say what it lacks, before anything is written
     out = out or Path("out") / f"{model_id.rsplit('/', maxsplit=1)[-1]}-{len(counts)}stages"
     manifest = _run(plan, out, model_id)
     _report(manifest, out)

@@ -21,14 +21,13 @@ from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
 from flowspec.drafters import DRAFTERS, parse_drafter
 from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, load_prompts
+from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
 from flowspec.eval.verify import Combination, Divergence, Verifier
 from flowspec.model.load import load_whole
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
 
 DRIVERS = ("simulated", "zmq", "gloo")  # the latter two: real processes over that transport
 _REQUEST_IDS = count(1)
@@ -232,7 +231,7 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
     """Seeds follow from the prompt's place, so that every strategy gets the same; ids are new."""
     requests = []
     for seed, prompt in enumerate(plan.prompts, start=1):
-        ids = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        ids = first_turn(parts.tokenizer, prompt)
         if len(ids) >= parts.max_context:
             continue  # said once, by _say_left_out
         requests.append(

@@ -39,6 +39,7 @@ from flowspec.head import Head
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import ClusterError, Request, rank_name
+from flowspec.text import PromptError
 from flowspec.transport.address import ALL_INTERFACES
 from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
@@ -290,6 +291,7 @@ class HeadEngine:
                 reason="error",
                 error=str(error)[:4000],
                 prompt_tokens=num_prompt,
+                refused=isinstance(error, PromptError),
                 too_large=isinstance(error, TooLargeError),
             )
             self._tell(Ended(command.ticket, done))

@@ -286,6 +286,7 @@ class Done(Strict):
     tau: Rate = 0.0  # tokens per verdict
     resumed: Count = 0  # how often the cluster was rebuilt under it
     prompt_tokens: Count = 0  # of what was asked; 0 where the head did not look at it
+    refused: bool = False  # the chat template or the tokenizer takes no such conversation
     too_large: bool = False  # the devices' memory cannot hold what was asked, with `decoding`
     figures: Figures | None = None  # of an Ask with `decoding` that was answered
 

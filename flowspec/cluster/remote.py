@@ -26,7 +26,8 @@ class LongPrompt:
     """Prompt and answer exceed the context, or what `reason` says: nothing was computed."""
 
     num_prompt: int
-    reason: str = ""  # why the devices' memory cannot hold them
+    reason: str = ""  # why the devices' memory cannot hold them, or the conversation is refused
+    refused: bool = False  # the latter
 
 
 class RemoteCluster:
@@ -91,6 +92,8 @@ class RemoteCluster:
     def _end(
         self, done: Done, tokens: Sequence[int], text: str, max_new_tokens: int
     ) -> Answer | LongPrompt:
+        if done.refused:
+            return LongPrompt(0, done.error, refused=True)
         if done.error and done.prompt_tokens + max_new_tokens > self.status.max_context:
             return LongPrompt(done.prompt_tokens)
         if done.too_large:

@@ -14,7 +14,7 @@ from flowspec.model.draft_kind import refuse_head
 from flowspec.model.load import HeadPart, load_whole
 from flowspec.model.load_eagle import load_eagle
 from flowspec.model.load_eagle3 import load_eagle3
-from flowspec.text import load_tokenizer
+from flowspec.tokenizer import load_tokenizer
 
 Net = TypeVar("Net")
 

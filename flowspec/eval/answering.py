@@ -21,7 +21,7 @@ from flowspec.engine import HeadParts, build_stage, load_head_parts
 from flowspec.eval.bound import least_seconds
 from flowspec.eval.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.eval.plan import Case, Group, Plan
-from flowspec.eval.prompts import Prompt
+from flowspec.eval.prompts import Prompt, first_turn
 from flowspec.eval.provenance import versions
 from flowspec.eval.records import Measured, Sample, TooLong
 from flowspec.eval.timeline import Timeline, make_timeline, read_records
@@ -31,7 +31,7 @@ from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
 from flowspec.simulate.emulation import Emulation
 from flowspec.stage import Stage
 from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
+from flowspec.text import PromptError, render_chat
 from flowspec.trace import Recorder
 
 
@@ -99,9 +99,19 @@ class Workbench:
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
-            ids = render_chat(parts.tokenizer, messages)
+            left_out = len(prompt.turns) - turn
+            try:
+                ids = (
+                    render_chat(parts.tokenizer, messages)
+                    if turn
+                    else first_turn(parts.tokenizer, prompt)
+                )
+            except PromptError as error:
+                if not turn:  # the question's own text is refused: that is for its author to mend
+                    raise
+                yield TooLong(key, group.dataset, prompt.id, turn, left_out, 0, str(error))
+                return
             if len(ids) + self.plan.max_tokens > parts.max_context:
-                left_out = len(prompt.turns) - turn
                 yield TooLong(key, group.dataset, prompt.id, turn, left_out, len(ids))
                 return
             tokens, _, answer = alone.generate(self._request(1, ids, group), parts.new_text)

@@ -1,11 +1,11 @@
 """Evaluation sets by name: where their questions are, and which of them are asked.
 
 The six sets of the published tables, from a folder in the public form (`<set>/question.jsonl`) or
-the hub; and any file or folder of prompts by its path, such as a ShareGPT file.
+the hub; and any file or folder of prompts by its path, of any form that `prompts` reads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flowspec.eval.hub import HUB_SETS, load_from_hub, missing_readers
@@ -79,11 +79,15 @@ def load_dataset(
     prompts = chosen.of(everything, limit)
     if not prompts:
         raise ValueError(f"set {name} has {len(everything)} questions, none in the range asked for")
-    ids = [prompt.id for prompt in prompts]
-    if len(set(ids)) < len(ids):
-        twice = next(one for one in ids if ids.count(one) > 1)
-        raise ValueError(f"set {name} has two questions with the id {twice}; give each its own")
-    return [Prompt(prompt.id, source, prompt.turns) for prompt in prompts]
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        other = first.setdefault(prompt.id, prompt)
+        if other is not prompt:
+            raise ValueError(
+                f"set {name} has two questions with the id {prompt.id} ({other.where} and "
+                f"{prompt.where}); give each its own"
+            )
+    return [replace(prompt, source=source) for prompt in prompts]
 
 
 def _find(name: str, data_dir: Path | None) -> Path | None:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flowspec.eval.prompts import Prompt, make_prompt
+from flowspec.eval.prompts import Prompt, decode_file, make_prompt
 
 Row = Mapping[str, Any]
 PARQUET_READER = "pyarrow>=15"  # the extra `hub`: large, and only these sets need it
@@ -93,9 +93,10 @@ def load_from_hub(name: str, *, limit: int) -> list[Prompt]:
             break
         try:
             turns = source.turns(row)
-            question = str(row[source.name]) if source.name and source.name in row else str(place)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: row {place} has no {error}; has the set changed?") from None
+        own = row.get(source.name) if source.name else None
+        question = str(place) if own is None else str(own)
         prompts.append(make_prompt(question, name, turns, f"{where}: row {place}"))
     return prompts
 
@@ -120,7 +121,7 @@ def _rows(file: Path, where: str) -> Iterator[Row]:
         for batch in ParquetFile(file).iter_batches(batch_size=64):
             yield from batch.to_pylist()
         return
-    text = file.read_text(encoding="utf-8")
+    text = decode_file(file.read_bytes(), file)
     try:
         rows = (
             json.loads(text)

@@ -102,7 +102,7 @@ class Sample(Measured):
 class TooLong:
     """A turn that is left out, and those after it: its prompt and answer exceed the context.
 
-    Or, with `reason`, the memory of a cluster of devices.
+    Or, with `reason`, the memory of a cluster of devices, or the chat template refuses it.
     """
 
     key: str  # of its question, see Plan.question_keys
@@ -149,7 +149,7 @@ def read_samples(path: Path) -> list[Sample]:
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = list(StringIO(file.read_text(encoding="utf-8")))  # by "\n" alone
+        lines = list(StringIO(file.read_text(encoding="utf-8-sig")))  # by "\n" alone
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; `flowspec bench` writes it") from None
     except UnicodeDecodeError as error:

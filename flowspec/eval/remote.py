@@ -18,6 +18,7 @@ from flowspec.eval.prompts import Prompt
 from flowspec.eval.records import Sample, TooLong
 from flowspec.request import ClusterError, FinishReason, SamplingParams
 from flowspec.strategies import STRATEGIES
+from flowspec.text import PromptError
 
 PLAIN = "ar"
 
@@ -90,6 +91,8 @@ class RemoteBench:
             started_at = now_text()
             answer = self._answer(self._plain, group, run, messages)
             if isinstance(answer, LongPrompt):
+                if answer.refused and not turn:  # as where the target is computed here
+                    raise PromptError(f"{prompt.where}: {answer.reason}")
                 yield self._left_out(group, prompt.id, turn, answer)
                 return
             completion = answer.completion

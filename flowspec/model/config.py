@@ -168,7 +168,7 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; ValueError when it is missing, damaged or no object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is {path.parent} a model folder?") from None
     except (OSError, ValueError, RecursionError) as error:  # the last: brackets without end

@@ -23,7 +23,7 @@ from flowspec.model.manifest import (
     read_manifest,
     stage_folder,
 )
-from flowspec.model.source import EMBEDDING, LM_HEAD, open_checkpoint
+from flowspec.model.source import EMBEDDING, LM_HEAD, TOKENIZER_FILES, open_checkpoint
 from flowspec.model.stage_model import StageModel
 from flowspec.model.tensor_files import load_bin, read_header
 
@@ -144,6 +144,7 @@ def load_head_part(
     folder = Path(folder)
     manifest = read_manifest(folder)
     config = _part_config(folder, manifest, HEAD_FOLDER, verify=verify)
+    _check_tokenizer_files(folder, manifest, verify=verify)
     path = check_file(folder, manifest, f"{HEAD_FOLDER}/{WEIGHTS_NAME}", verify=verify)
     tensors = read_tensors(path, device=device, dtype=dtype)
     shape = (config.vocab_size, config.hidden_size)
@@ -236,6 +237,18 @@ def _part_config(folder: Path, manifest: Manifest, part: str, *, verify: bool) -
             "split again"
         )
     return config
+
+
+def _check_tokenizer_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
+    """The model's hash is of these too: tokenizers that differ make of one text other tokens."""
+    for name in (f"{HEAD_FOLDER}/{file}" for file in TOKENIZER_FILES):
+        if name in manifest.files:
+            check_file(folder, manifest, name, verify=verify)
+        elif (folder / name).exists():
+            raise ValueError(
+                f"{folder / name} is no part of this split, and would change its tokenizer; remove "
+                "it, or put it beside the unsplit model and split that again"
+            )
 
 
 def _empty_stage(config: ModelConfig, first: int, last: int) -> StageModel:
