@@ -152,7 +152,7 @@ def _read_sentencepiece(folder: Path) -> tuple[Any, _Reference]:
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
     from transformers import LlamaTokenizer
 
-    content = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    content = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
     if content.trainer_spec.model_type != _SENTENCEPIECE_BPE:
         raise _FormError(
             f"{path} is a SentencePiece model of another type than BPE, which is not read; give a "
