@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flowspec.model.config import ModelConfig
 from flowspec.model.llama import rope_frequencies
+from flowspec.request import LONGEST_CONTEXT
 
 SIZES: dict[str, Any] = {
     "hidden_act": "silu",
@@ -150,6 +151,7 @@ PUBLISHED: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "sections": (
         1024, ("mrope_section",), llama(1024, {"rope_type": "default", "mrope_section": [1, 2]})
     ),
+    "a typing error": (LONGEST_CONTEXT, (), llama(2048, {"type": "linear", "factor": 1e9})),
     "half": (512, ("below 1",), llama(1024, {"rope_type": "linear", "factor": 0.5})),
 }  # fmt: skip
 

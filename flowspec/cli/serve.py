@@ -80,8 +80,7 @@ def serve(
     context: Annotated[
         int | None,
         typer.Option(
-            help=f"{CONTEXT_HELP[:-2]}]. The plan counts on caches for so many [4096].",
-            min=0,
+            help=f"{CONTEXT_HELP} The plan counts on caches for so many [at most 4096].", min=0
         ),
     ] = None,
     max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,

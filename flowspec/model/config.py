@@ -19,6 +19,7 @@ from flowspec.model.fields import (
     without_empty,
 )
 from flowspec.model.rope import RopeScaling, Warn, read_rope
+from flowspec.request import LONGEST_CONTEXT
 
 DTYPES = ("float32", "float16", "bfloat16")
 _log = logging.getLogger(__name__)
@@ -81,8 +82,9 @@ tie_word_embeddings torch_dtype use_sliding_window vocab_size
 """
 # They tell nothing about the forward pass, or (biases) nothing that the tensors do not.
 _KEYS_IDLE = """
-_name_or_path _attn_implementation attention_dropout attn_implementation bias
-chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label initializer_range is_decoder
+_name_or_path _attn_implementation _attn_implementation_autoset attention_dropout
+attn_implementation bias chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label
+initializer_range is_decoder
 is_encoder_decoder is_llama_config label2id max_length model_type
 output_attentions output_hidden_states pad_token_id pretraining_tp problem_type qkv_bias
 resid_pdrop return_dict task_specific_params temperature tokenizer_class top_k top_p torchscript
@@ -132,9 +134,10 @@ class ModelConfig:
     @property
     def context_length(self) -> int:
         """Tokens of a text, prompt and answer together, that the model was made for."""
-        if self.rope_scaling is None:
-            return self.max_position_embeddings
-        return self.rope_scaling.context_length(self.max_position_embeddings)
+        length = self.max_position_embeddings
+        if self.rope_scaling is not None:
+            length = self.rope_scaling.context_length(length)
+        return min(max(length, 1), LONGEST_CONTEXT)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], *, warn: Warn | None = None) -> "ModelConfig":

@@ -168,7 +168,8 @@ def head_config(sizes: Sizes, *, hidden: int, num_heads: int, target: ModelConfi
             f"{heads} query{default} and {kv_heads} key/value heads of {config.head_dim}"
         )
     _refuse(sizes)
-    theta, scaling = _rope(sizes, target)
+    positions = sizes.number("max_position_embeddings")
+    theta, scaling = _rope(sizes, target, positions or 2048)
     bias = sizes.settle_flag("attention_bias", sizes.has("self_attn.q_proj.bias"))
     return replace(
         config,
@@ -178,8 +179,7 @@ def head_config(sizes: Sizes, *, hidden: int, num_heads: int, target: ModelConfi
         qkv_bias=bias,
         output_bias=sizes.has("self_attn.o_proj.bias"),
         qk_norm=sizes.has("self_attn.q_norm.weight") or sizes.has("self_attn.k_norm.weight"),
-        max_position_embeddings=sizes.number("max_position_embeddings")
-        or target.max_position_embeddings,
+        max_position_embeddings=positions or target.max_position_embeddings,
     )
 
 
@@ -208,12 +208,11 @@ def _refuse(sizes: Sizes) -> None:
                   "not there")  # fmt: skip
 
 
-def _rope(sizes: Sizes, target: ModelConfig) -> tuple[float, RopeScaling | None]:
+def _rope(sizes: Sizes, target: ModelConfig, positions: int) -> tuple[float, RopeScaling | None]:
     """The head's own; a plain one, which is not shown, where it cannot be read."""
     plain = 10000.0, None
     if not sizes.has_config:
         return plain
-    positions = sizes.number("max_position_embeddings") or 2048
     try:
         theta, scaling = read_rope(
             sizes.hf, max_positions=positions, warn=lambda text: sizes.add(NOTE, text, ROPE)
