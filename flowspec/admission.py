@@ -103,8 +103,9 @@ class Admission:
         room = self.max_context - len(request.prompt)
         if room < 1:
             raise ValueError(
-                f"the prompt has {len(request.prompt)} tokens, the model's context holds "
-                f"{self.max_context}; shorten the prompt"
+                f"the prompt has {len(request.prompt)} tokens, the context holds "
+                f"{self.max_context}; shorten the prompt, or raise --context (of `serve`, where a "
+                "cluster answers)"
             )
         request = replace(request, max_new_tokens=min(request.max_new_tokens, room))
         num_rows = self.rows_of(request, num_tree_rows)

@@ -9,7 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from flowspec.plain_yaml import read_yaml
-from flowspec.request import SamplingParams
+from flowspec.request import LONGEST_CONTEXT, SamplingParams
 
 T = TypeVar("T")
 _NEEDED = {  # by the beginning of pydantic's kind of error
@@ -77,6 +77,7 @@ class RunConfig:
     threads_per_process: int = 1
     shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
+    context: int = 0  # most tokens of a request, prompt and answer; 0: what the model was made for
     max_requests: int = 8  # served at once; further ones wait
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
@@ -101,10 +102,10 @@ class RunConfig:
         self._check_emulation()
         if not 1 <= self.max_requests <= 16:
             raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
-        for name in ("kept_prefixes", "kv_memory_mb", "max_restarts"):
-            value = getattr(self, name)
-            if not 0 <= value <= MAX_COUNT:
-                raise ValueError(f"{name} must be from 0 to {MAX_COUNT}, not {_shown(value)}")
+        for name in ("context", "kept_prefixes", "kv_memory_mb", "max_restarts"):
+            value, most = getattr(self, name), LONGEST_CONTEXT if name == "context" else MAX_COUNT
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must be from 0 to {most}, not {_shown(value)}")
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever
             raise ValueError(
                 f"timeout_s must be positive, at most {MAX_TIMEOUT_S}, not {self.timeout_s}"

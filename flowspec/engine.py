@@ -11,6 +11,7 @@ from flowspec.config import DecodeConfig, RunConfig, override
 from flowspec.drafters import DraftSource, find_drafter
 from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.head import Head
+from flowspec.model.config import ModelConfig, warn_once
 from flowspec.model.load import load_head_part, load_stage
 from flowspec.model.manifest import Manifest, read_manifest
 from flowspec.request import Request
@@ -59,6 +60,17 @@ def check_run(config: RunConfig) -> None:
         raise ValueError(f"device {config.device} was asked for, torch finds no CUDA here")
 
 
+def max_context(asked: int, model: ModelConfig) -> int:
+    """Most tokens of a request: as asked for, which may be more, or what the model was made for."""
+    made_for = model.context_length
+    if asked > made_for:
+        warn_once(
+            f"--context {asked} is more than the {made_for} tokens that the model was made for; "
+            "what it says beyond them may make no sense"
+        )
+    return asked or made_for
+
+
 def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
     """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
     check_run(config)
@@ -79,7 +91,7 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
         manifest=read_manifest(split_folder),
         tokenizer=load_tokenizer(split_folder / "head"),
         drafter=drafter,
-        max_context=part.config.max_position_embeddings,
+        max_context=max_context(config.context, part.config),
         eos_token_ids=part.config.eos_token_ids,
     )
 

@@ -9,6 +9,7 @@ from flowspec.latencies import Latencies
 
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
+LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was made for so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

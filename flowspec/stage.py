@@ -17,7 +17,7 @@ from flowspec.effects import EVERY_STAGE, HEAD, Send, Step, Work
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.model.rows import STABLE_ROWS
 from flowspec.model.stage_model import StageModel
-from flowspec.request import NodeId
+from flowspec.request import LONGEST_CONTEXT, NodeId
 from flowspec.stage_forward import Forward, Part, Share
 from flowspec.stage_request import StageRequest
 from flowspec.verifier import Verifier
@@ -161,9 +161,10 @@ class Stage:
 
     def _refusal(self, message: Open, before: StageRequest | None) -> str:
         """Why this request cannot have the cache it asks for; checked before memory is taken."""
-        longest = self.model.config.max_position_embeddings
-        if message.context > longest:
-            return f"a context of {message.context} was asked for, the model holds {longest}"
+        # How long a request may be, its head decides; whether there is memory is checked below.
+        asked = f"a context of {message.context} was asked for"
+        if message.context > LONGEST_CONTEXT:
+            return f"{asked}, needed: at most {LONGEST_CONTEXT}"
         if message.capacity > message.context + MAX_TREE_ROWS:
             return (
                 f"a cache of {message.capacity} rows was asked for, a context of "

@@ -12,7 +12,8 @@ from torch import Tensor
 from flowspec.model.config import ModelConfig
 from flowspec.model.eagle3_net import Eagle3Layout, Eagle3Net
 
-ORIGINS = ("official", "specforge", "speculators", "eagle3.1")
+ORIGINS = ("official", "specforge", "speculators", "speculators-0.1", "eagle3.1")
+ROPE_BASE = 500000.0  # of heads in the form of speculators; that of the others is the default
 IDS = (0, 2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # the draft vocabulary, target's ids
 
 
@@ -34,14 +35,15 @@ def save_eagle3(
     """
     wanted = layers or (1, target.num_layers // 2 - 1, target.num_layers - 4)
     known = torch.tensor(ids) if ids else torch.arange(target.vocab_size)
-    speculators, newest = origin == "speculators", origin == "eagle3.1"
+    speculators, newest = origin.startswith("speculators"), origin == "eagle3.1"
+    norms = origin == "speculators"  # its first version knew none of these
     layout = Eagle3Layout(
         feature_layers=wanted,
         target_hidden_size=target.hidden_size,
         norm_before_residual=speculators,
-        norm_before_fc=speculators,
-        fc_norm=newest,
-        norm_output=speculators or newest,
+        norm_before_fc=norms,
+        fc_norm=norms or newest,
+        norm_output=norms or newest,
     )
     net = Eagle3Net(head_sizes(target), layout, draft_to_target=known)
     randomize(net, 5)
@@ -89,17 +91,8 @@ def _config(net: Eagle3Net, origin: str, layers: tuple[int, ...] | None) -> dict
         "head_dim": config.head_dim,
     }
     head: dict[str, Any] = {"draft_vocab_size": net.lm_head.out_features}
-    if origin == "speculators":
-        head |= {
-            "architectures": ["Eagle3Speculator"],
-            "speculators_model_type": "eagle3",
-            "norm_before_residual": net.layout.norm_before_residual,
-            "norm_before_fc": net.layout.norm_before_fc,
-            "norm_output": net.layout.norm_output,
-        }
-        if layers:
-            head["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in layers]
-        return head | {"transformer_layer_config": {"model_type": "llama", **sizes}}
+    if origin.startswith("speculators"):
+        return head | _speculators(net, origin, layers, sizes)
     named = "LlamaForCausalLM" if origin == "official" else "LlamaForCausalLMEagle3"
     head |= {"architectures": [named], **sizes}
     if net.layout.norm_output:
@@ -107,3 +100,62 @@ def _config(net: Eagle3Net, origin: str, layers: tuple[int, ...] | None) -> dict
     if layers:
         head["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": list(layers)}
     return head
+
+
+def _speculators(
+    net: Eagle3Net, origin: str, layers: tuple[int, ...] | None, sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """What the library writes beside `draft_vocab_size`, in its first version and in newer ones."""
+    whole: dict[str, Any] = {
+        "speculators_model_type": "eagle3",
+        "norm_before_residual": net.layout.norm_before_residual,
+        "target_hidden_size": None,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 3}],
+            "verifier": {"architectures": ["LlamaForCausalLM"], "name_or_path": "some/target"},
+        },
+    }
+    if layers:
+        whole["eagle_aux_hidden_state_layer_ids"] = [layer + 1 for layer in layers]
+    layer = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "pretraining_tp": 1,
+        "use_cache": True,
+        **sizes,
+    }
+    if origin == "speculators-0.1":
+        return whole | {
+            "architectures": ["Eagle3Speculator"],
+            "auto_map": {"": "eagle3.Eagle3SpeculatorConfig"},
+            "has_no_defaults_at_init": False,
+            "speculators_version": "0.1.0.dev14",
+            "torch_dtype": "bfloat16",
+            "transformer_layer_config": layer | {"rope_scaling": None, "rope_theta": ROPE_BASE},
+        }
+    return (
+        {"eagle_aux_hidden_state_layer_ids": None}
+        | whole
+        | {
+            "architectures": ["Eagle3DraftModel"],
+            "dtype": "bfloat16",
+            "embed_requires_grad": False,
+            "fc_norm": net.layout.fc_norm,
+            "norm_before_fc": net.layout.norm_before_fc,
+            "norm_output": net.layout.norm_output,
+            "speculators_version": "0.6.0",
+            "tie_word_embeddings": False,
+            "transformer_layer_config": layer
+            | {
+                "layer_types": ["full_attention"],
+                "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_BASE},
+            },
+        }
+    )

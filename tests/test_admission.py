@@ -6,7 +6,7 @@ from tiny import MAX_CONTEXT, PROMPT, expected, request
 
 from flowspec.admission import Admission
 from flowspec.cluster.base import generate_all
-from flowspec.request import Completion, FinishReason
+from flowspec.request import LONGEST_CONTEXT, Completion, FinishReason
 from flowspec.stage import Stage
 from flowspec.wire import Abandon, Cancel, Close, Failed, Open, Segment, Submit, Tokens
 
@@ -74,6 +74,9 @@ def test_a_stage_defends_its_memory():
     assert (refusal.message.request, refusal.message.stage) == (2, 1)
     assert "200 rows was asked for, 100 of 300 are free" in refusal.message.text
     assert list(stage.requests) == [1]
+    stage.handle(Open(request=3, capacity=2, context=LONGEST_CONTEXT + 1), 0.0)
+    (refusal,) = stage.poll(0.0).sends
+    assert f"needed: at most {LONGEST_CONTEXT}" in refusal.message.text
 
 
 def test_a_cancelled_request_is_freed_at_once():

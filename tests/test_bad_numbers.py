@@ -68,6 +68,11 @@ def refusal(words: list[str], monkeypatch, capsys) -> str:
         (["run", "--set", "topk=\uff18"], "--set: topk: needed: a whole number", r"'\uff18'"),
         (["run", "--set", "segment_size=0"], "--set: decode.segment_size", "0"),
         (["run", "--kv-memory-mb", "-1"], "kv_memory_mb", "-1"),
+        (["run", "--context", "-1"], "--context", "-1"),
+        (["run", "--context", "20000000"], "context", "20000000"),
+        (["serve", "--context", "20000000"], "context", "20000000"),
+        (["verify", "--context", "-1"], "--context", "-1"),
+        (["bench", "--context", "-1"], "--context", "-1"),
     ],
 )
 def test_it_is_told_by_the_option_s_name(words, option, value, tmp_path, monkeypatch, capsys):
@@ -77,11 +82,3 @@ def test_it_is_told_by_the_option_s_name(words, option, value, tmp_path, monkeyp
     assert option in error
     assert value in error or "Invalid value for" in error  # in the words of the option parser
     assert list(tmp_path.iterdir()) == []
-
-
-def test_more_context_than_the_model_has(tmp_path, monkeypatch, capsys):
-    """Told with the model's own number, before a port is taken."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    words = ["serve", "--drafter", "ngram", "--context", "999999"]
-    assert "--context 999999 is more than the model's 2048" in refusal(words, monkeypatch, capsys)

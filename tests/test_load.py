@@ -227,7 +227,7 @@ ONE = torch.ones(32)
         ([], {"d2t": torch.ones(5)}, "EAGLE-3.*d2t"),
         ([], {"fc.weight": torch.ones(32, 96)}, "EAGLE-3.*fc.weight"),
         ([], {"layers.0.input_layernorm.weight": ONE}, "unexpected.*input_layernorm"),
-        ([], {"embedding_layernorm.weight": ONE}, "unexpected.*embedding_layernorm"),
+        ([], {"embedding_layernorm.weight": ONE}, "embedding_layernorm.weight: a head with norms"),
         (["layers.0.mlp.down_proj.weight"], {}, "missing.*down_proj"),
         (["layers.0.self_attn.k_proj.weight"], {}, "missing.*k_proj"),
         (

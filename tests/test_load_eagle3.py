@@ -3,11 +3,12 @@
 The net is compared with a plain computation of the same formulas, written here from the tensors.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from heads import IDS, ORIGINS, save_eagle3
+from heads import IDS, ORIGINS, ROPE_BASE, save_eagle3
 from tiny import CONFIG
 from torch import Tensor
 from torch.nn import functional as F
@@ -103,6 +104,45 @@ def test_sizes_and_biases_are_the_tensors(tmp_path) -> None:
     assert net.lm_head.out_features == len(IDS)
 
 
+@pytest.mark.parametrize("origin", ["official", "specforge", "speculators"])
+@pytest.mark.parametrize("empty", [[], None])
+def test_no_feature_layers_are_the_usual_ones(tmp_path, origin, empty) -> None:
+    """An empty list says no more than a key that is not there, at either level of the config."""
+    names = {"eagle_aux_hidden_state_layer_ids": empty, "draft_vocab_size": None, "head_dim": None}
+    hf = {"eagle_config": names} if origin == "specforge" else names
+    save_eagle3(tmp_path, CONFIG, origin, hf=hf)
+    assert load(tmp_path).feature_layers == OFFICIAL
+
+
+def test_the_layers_own_config_counts_most(tmp_path) -> None:
+    """Beside it a file of speculators has the defaults of transformers, which say nothing."""
+    save_eagle3(tmp_path, CONFIG, "speculators", hf={"rope_theta": 1.0, "rms_norm_eps": 0.5})
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["transformer_layer_config"]["rope_theta"] = 250000.0
+    del content["transformer_layer_config"]["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = load(tmp_path).config
+    assert (config.rope_theta, config.rms_norm_eps) == (250000.0, 1e-5)
+
+
+def test_what_rope_leaves_out_is_told_when_a_head_is_loaded(tmp_path, caplog) -> None:
+    """Once, with the file that it is in."""
+    rope = {"rope_type": "linear", "factor": 2.0, "factors": [2]}
+    save_eagle3(tmp_path, CONFIG, hf={"rope_scaling": rope})
+    for _ in range(2):
+        load(tmp_path)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith(f"{tmp_path / 'config.json'}: the RoPE block: factors means nothing")
+
+
+def test_what_training_left_in_the_file_is_not_used(tmp_path) -> None:
+    """The target's norm and lm_head, which some versions of speculators store too."""
+    left = {"verifier_norm.weight": torch.ones(HIDDEN), "verifier_lm_head.weight": torch.ones(1, 1)}
+    save_eagle3(tmp_path, CONFIG, "speculators", add=left)
+    assert load(tmp_path).feature_layers == OFFICIAL
+
+
 SWAPPED = torch.tensor(IDS) - torch.arange(len(IDS))
 ONE = torch.ones(HIDDEN)
 
@@ -112,7 +152,7 @@ ONE = torch.ones(HIDDEN)
     [
         ("official", {"drop": ("norm.weight",)}, "missing tensor: norm.weight"),
         ("official", {"drop": ("d2t", "t2d")}, "d2t.*13 of 48 tokens"),
-        ("official", {"add": {"midlayer.self_attn.q_norm.weight": ONE}}, "unexpected.*q_norm"),
+        ("official", {"add": {"midlayer.self_attn.q_norm.weight": ONE}}, "missing.*k_norm"),
         ("official", {"add": {"layers.1.mlp.up_proj.weight": ONE}}, "unexpected.*layers.1"),
         ("official", {"add": {"norm.weight": torch.ones(31)}}, r"norm.weight is \[31\], needed"),
         ("official", {"add": {"fc.weight": torch.ones(32, 128)}}, "another target"),
@@ -130,6 +170,13 @@ ONE = torch.ones(HIDDEN)
         ("specforge", {"hf": {"aux_hidden_state_layer_ids": "1,2"}}, "a list of layer ids"),
         ("speculators", {"hf": {"norm_before_residual": None}}, "norm_before_residual is missing"),
         ("official", {"hf": {"rope_scaling": {"rope_type": "mystery"}}}, "'mystery'"),
+        ("speculators", {"drop": ("input_norm.weight",)}, "norm_before_fc.*set norm_before_fc to"),
+        ("official", {"hf": {"input_norm": True}}, "input_norm.weight is not in the checkpoint"),
+        ("official", {"hf": {"layer_types": ["sliding_attention"]}}, "layer_types.*full attention"),
+        ("official", {"hf": {"quantization_config": {"quant_method": "fp8"}}}, "quantised .fp8"),
+        ("official", {"hf": {"hidden_act": "gelu"}}, "'gelu'"),
+        ("official", {"hf": {"logit_scale": 0.5}}, "logit_scale = 0.5"),
+        ("official", {"hf": {"eagle_config": {"use_aux_hidden_state": False}}}, "three layers"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, origin, changes, named) -> None:
@@ -162,22 +209,28 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
 
 
-def turned(x: Tensor, positions: Tensor) -> Tensor:
-    """RoPE on [n, heads, 16] as a product of complex numbers, base 10000."""
+def turned(x: Tensor, positions: Tensor, base: float) -> Tensor:
+    """RoPE on [n, heads, 16] as a product of complex numbers."""
     pairs = torch.complex(*x.double().chunk(2, dim=-1))
-    angles = positions[:, None, None] * 10000.0 ** (-torch.arange(8, dtype=torch.float64) / 8)
+    angles = positions[:, None, None] * base ** (-torch.arange(8, dtype=torch.float64) / 8)
     spun = pairs * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((spun.real, spun.imag), dim=-1).float()
 
 
-def plain_outputs(w: dict[str, Tensor], layout, tokens: Tensor, features: Tensor) -> Tensor:
+def plain_outputs(
+    w: dict[str, Tensor], layout, tokens: Tensor, features: Tensor, *, base: float
+) -> Tensor:
     """a_i [n, Hd] of every row, for the features [n, Hd] that the layer takes."""
     embedded = norm(w["embed_tokens.weight"][tokens], w["midlayer.input_layernorm.weight"])
     normed = norm(features, w["midlayer.hidden_norm.weight"])
     x = torch.cat((embedded, normed), dim=-1)
     n, where = len(tokens), torch.arange(len(tokens))
     q, k, v = (x @ w[f"midlayer.self_attn.{p}_proj.weight"].T for p in "qkv")
-    q, k = turned(q.view(n, 4, 16), where), turned(k.view(n, 2, 16), where)
+    q, k = q.view(n, 4, 16), k.view(n, 2, 16)
+    if "midlayer.self_attn.q_norm.weight" in w:
+        q = norm(q, w["midlayer.self_attn.q_norm.weight"])
+        k = norm(k, w["midlayer.self_attn.k_norm.weight"])
+    q, k = turned(q, where, base), turned(k, where, base)
     heads = []
     for h in range(4):
         scores = q[:, h] @ k[:, h // 2].T / 4.0
@@ -192,13 +245,12 @@ def plain_outputs(w: dict[str, Tensor], layout, tokens: Tensor, features: Tensor
 
 def plain_fused(w: dict[str, Tensor], layout, features: Tensor) -> Tensor:
     """g_i of the target's features [n, 3, Ht]."""
+    if layout.norm_before_fc:
+        features = norm(features.flatten(1), w["input_norm.weight"]).view(features.shape)
     if layout.fc_norm:
         weights = [w[f"fc_norm.{i}.weight"] for i in range(3)]
         features = torch.stack([norm(features[:, i], weights[i]) for i in range(3)], dim=1)
-    wide = features.flatten(1)
-    if layout.norm_before_fc:
-        wide = norm(wide, w["input_norm.weight"])
-    return wide @ w["fc.weight"].T
+    return features.flatten(1) @ w["fc.weight"].T
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -209,9 +261,10 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )[0].transpose(0, 1)  # fmt: skip
 
 
-@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize("origin", [*ORIGINS, "speculators-0.1 of a Qwen3 layer"])
 def test_the_net_computes_the_formulas(tmp_path, origin) -> None:
     """Five true rows, then three drafted ones, each on the state of the row before."""
+    origin, _, qwen = origin.partition(" ")
     stored = save_eagle3(tmp_path, CONFIG, origin)
     with torch.no_grad():
         for name, weight in stored.named_parameters():
@@ -219,16 +272,21 @@ def test_the_net_computes_the_formulas(tmp_path, origin) -> None:
                 weight.copy_(1.0 + 0.3 * torch.randn(len(weight), generator=torch.manual_seed(7)))
             del name
     changed = {n: t for n, t in stored.state_dict().items() if t.dim() == 1}
+    if qwen:
+        for name in ("q_norm", "k_norm"):
+            weight = 1.0 + 0.3 * torch.randn(16, generator=torch.manual_seed(8))
+            changed[f"midlayer.self_attn.{name}.weight"] = weight
     save_eagle3(tmp_path, CONFIG, origin, add=changed)
     net = load(tmp_path)
-    w, layout = stored.state_dict(), stored.layout
+    w, layout = {**stored.state_dict(), **changed}, stored.layout
+    base = ROPE_BASE if origin.startswith("speculators") else 10000.0
     generator = torch.Generator().manual_seed(3)
     true = torch.randn(5, 3, HIDDEN, generator=generator)
     tokens = torch.randint(0, CONFIG.vocab_size, (8,), generator=generator)
     with torch.no_grad():
         features, mine = plain_fused(w, layout, true), net.fuse(true.flatten(1))
         for n in range(5, 9):
-            outputs = plain_outputs(w, layout, tokens[:n], features)
+            outputs = plain_outputs(w, layout, tokens[:n], features, base=base)
             logits = norm(outputs[-1], w["norm.weight"]) @ w["lm_head.weight"].T
             handed = norm(outputs, w["norm.weight"]) if layout.norm_output else outputs
             rope = rope_angles(rope_frequencies(net.config), torch.arange(n), torch.float32)

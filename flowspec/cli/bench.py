@@ -24,7 +24,7 @@ from flowspec.cli.bench_remote import (
     other_code,
 )
 from flowspec.cli.bench_table import show
-from flowspec.cli.common import BUNDLED, check_file
+from flowspec.cli.common import BUNDLED, CONTEXT_HELP, check_file
 from flowspec.drafters import DRAFTERS
 from flowspec.eval.datasets import DATASETS
 from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
@@ -72,6 +72,7 @@ def bench(
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0",
     seeds: Annotated[str, typer.Option(help="As in 1,2,3; one is enough at 0.")] = "1",
     max_tokens: Annotated[int, typer.Option(help="New tokens per turn.", min=2)] = 128,
+    context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, min=0)] = None,
     stages: Annotated[
         int | None, typer.Option(help="Another number of stages than the cluster's.", min=1)
     ] = None,
@@ -121,7 +122,8 @@ def bench(
     if repeats > 1 and not real:
         raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
     emulated = {"--cluster": cluster, "--model": model}
-    others = {**emulated, "--draft": draft, "--stages": stages, "--jobs": jobs}
+    others = {**emulated, "--draft": draft, "--stages": stages, "--context": context}
+    others["--jobs"] = jobs
     _check_head(head, token_file, real=real, given=[name for name in others if others[name]])
     if json_file:
         check_file("--json", json_file)
@@ -150,7 +152,8 @@ def bench(
         if remote is not None:
             plan = assemble_remote(cases, remote, head=str(head), **asked)
         else:
-            plan = assemble(cases, emulations, stages=stages, draft=draft or [], **asked)
+            asked |= {"stages": stages, "draft": draft or [], "context": context or 0}
+            plan = assemble(cases, emulations, **asked)
         plan = replace(plan, warm=warm or real, repeats=repeats)
         if not (limit or questions) and any(name in DATASETS for name in plan.datasets):
             typer.echo(f"at most {FEW} questions of each set; --questions 0: takes all", err=True)
@@ -202,7 +205,10 @@ def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> 
         )
     if not outcome.samples:
         limit = "context, or the devices' memory" if plan.remote is not None else "context"
-        raise ValueError(f"every question is longer than the {limit}; give others, or --max-tokens")
+        more = "" if plan.remote is not None else ", or raise --context"
+        raise ValueError(
+            f"every question is longer than the {limit}; give others, or --max-tokens{more}"
+        )
     rows = rows_of_run(outcome.samples)
     show(rows, plan)
     if json_file:

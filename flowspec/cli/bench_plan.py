@@ -12,13 +12,15 @@ from flowspec.cli.common import draft_folder, split_folder
 from flowspec.cli.progress import shown
 from flowspec.cluster.cores import segments_at_once
 from flowspec.config import RunConfig
+from flowspec.engine import max_context
 from flowspec.eval.datasets import DATASETS, check_datasets, load_dataset, parse_range
 from flowspec.eval.plan import Case, Plan
 from flowspec.eval.prompts import Prompt
 from flowspec.eval.provenance import code_hash, folder_hash, revision
 from flowspec.eval.records import SampleFile
 from flowspec.eval.runner import Bench, Outcome, Progress, run_plan
-from flowspec.model.manifest import read_manifest
+from flowspec.model.config import read_config
+from flowspec.model.manifest import HEAD_FOLDER, read_manifest
 from flowspec.request import ClusterError, SamplingParams
 from flowspec.simulate.emulation import Emulation
 from flowspec.strategies import find_strategy
@@ -39,15 +41,17 @@ def assemble(
     stages: int | None,
     target: str | None,
     draft: Sequence[str],
+    context: int = 0,
 ) -> Plan:
     """A plan; models are split where they are not yet. No emulations: on real processes.
 
     `target` and `draft` as the options of `flowspec bench` have them.
     """
-    config = RunConfig(model=target or RunConfig().model, stages=stages)
+    config = RunConfig(model=target or RunConfig().model, stages=stages, context=context)
     drafts = _draft_folders(config, cases, draft)
     folder = split_folder(config)
     manifest = read_manifest(folder)
+    max_context(context, read_config(folder / HEAD_FOLDER))  # warns here, for the jobs are silent
     emulation = emulations.get("none")
     if emulation is None:
         threads = config.threads_per_process
@@ -69,6 +73,7 @@ def assemble(
         temperatures=temperatures,
         seeds=seeds,
         max_tokens=max_tokens,
+        context=context,
         target=folder,
         drafts=drafts,
         emulations=emulations,

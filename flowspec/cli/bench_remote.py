@@ -101,6 +101,7 @@ def assemble_remote(
         temperatures=temperatures,
         seeds=seeds,
         max_tokens=max_tokens,
+        context=context,
         target=folder,
         real=True,
         kv_rows=cluster.kv_rows,

@@ -19,6 +19,7 @@ from flowspec.strategies import check_taken, find_strategy
 from flowspec.tokenizer import load_tokenizer
 
 DEFAULT_STAGES = 4
+CONTEXT_HELP = "Most tokens of a request, prompt and answer [what the model was made for]."
 RECORD_KEYS = (  # that --only takes
     *("cluster", "model", "drafter", "strategy", "dataset", "question", "turn", "temperature"),
     *("seed", "stages", "table", "max_tokens", "warm", "emulated", "finish", "mismatch", "host"),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from flowspec.cli.common import draft_folder, effective_config, split_folder
+from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, split_folder
 from flowspec.cli.show import show_answers, show_summary
 from flowspec.cli.texts import check_texts
 from flowspec.cluster.cores import segments_at_once
@@ -61,6 +61,7 @@ def run(
         int | None,
         typer.Option("--max-new-tokens", "--max-tokens", help="Length limit of an answer [200]."),
     ] = None,
+    context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, min=0)] = None,
     max_requests: Annotated[
         int | None, typer.Option(help="Served at once, at most 16 [8].")
     ] = None,
@@ -131,7 +132,7 @@ _CONFIG_FLAGS = (
         "shape_stable",
     ),
     *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
-    *("max_requests", "kv_memory_mb", "max_restarts", "trace", "emulate"),
+    *("context", "max_requests", "kv_memory_mb", "max_restarts", "trace", "emulate"),
 )
 
 

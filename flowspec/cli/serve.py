@@ -14,7 +14,7 @@ import typer
 
 import flowspec
 from flowspec.cli.chat import ChatOptions, chat_loop
-from flowspec.cli.common import draft_folder, effective_config, layerwise_folder
+from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, layerwise_folder
 from flowspec.cli.signals import Signals
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
@@ -60,6 +60,7 @@ from flowspec.transport.keys import Keys
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
+PLANNED_CONTEXT = 4096  # tokens of a request that the plan's caches hold, unless --context says
 PROMPT_HELP = (
     "Ctrl-C ends an answer, /new begins another conversation, Ctrl-D or /quit ends serving."
 )
@@ -88,11 +89,11 @@ def serve(
     spares: Annotated[int, typer.Option(help="Devices kept free to take over.", min=0)] = 0,
     layers: Annotated[str | None, typer.Option(help="Layers per device, as in 8+8+16.")] = None,
     context: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Tokens a request may have, for the plan's caches [model's, 4096].", min=0
+            help=f"{CONTEXT_HELP} The plan counts on caches for so many [at most 4096].", min=0
         ),
-    ] = 0,
+    ] = None,
     max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="Of the drafter: cpu or cuda[:n].")] = None,
@@ -138,7 +139,7 @@ def serve(
     if parts.drafter.name != "none" and run_config.draft:
         parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
     parts.code_hash = code_hash()  # now: the files may change while this process runs
-    planner = _planner(run_config, parts, layers, context, reserve_mb)
+    planner = _planner(run_config, parts, layers, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)
     shards = _shard_server(folder, host, port + 1 if port else 0, keys, watch)
@@ -245,7 +246,10 @@ def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) 
     watch.say(f"each with --token as above or, on this machine, {token_from}")
 
 
-_CONFIG_FLAGS = ("model", "draft", "drafter", "strategy", "max_requests", "dtype", "device")
+_CONFIG_FLAGS = (
+    *("model", "draft", "drafter", "strategy"),
+    *("context", "max_requests", "dtype", "device"),
+)
 
 
 def _token(file: Path | None) -> tuple[str, str]:
@@ -288,14 +292,11 @@ def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) 
 
 
 def _planner(
-    config: RunConfig, parts: HeadParts, layers: str | None, context: int, reserve_mb: int
+    config: RunConfig, parts: HeadParts, layers: str | None, reserve_mb: int
 ) -> DevicePlanner:
     model = read_config(parts.folder / HEAD_FOLDER)
-    if context > model.max_position_embeddings:
-        raise ValueError(
-            f"--context {context} is more than the model's {model.max_position_embeddings} tokens"
-        )
-    context = context or min(model.max_position_embeddings, 4096)
+    # Most requests are shorter than what a model of a long context could take.
+    context = config.context or min(parts.max_context, PLANNED_CONTEXT)
     needs = needs_of(config.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6)
     profile = model_profile(parts.manifest.model_id, model_sizes(model), config.dtype)
     counts = parse_layers(layers) if layers else ()

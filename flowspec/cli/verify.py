@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.cli.bench_plan import check_sampling
-from flowspec.cli.common import BUNDLED, draft_folder, split_folder
+from flowspec.cli.common import BUNDLED, CONTEXT_HELP, draft_folder, split_folder
 from flowspec.cli.progress import shown
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
@@ -81,6 +81,7 @@ def verify(
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
     limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
+    context: Annotated[int, typer.Option(help=CONTEXT_HELP, min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
     shape_stable: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
@@ -108,6 +109,7 @@ def verify(
         dtype=dtype,
         device=device,
         shape_stable=shape_stable,
+        context=context,
         max_requests=max(at_once),
         kept_prefixes=0,
     )
@@ -222,7 +224,10 @@ def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
     """A prompt that fills the model's context has no answer to compare."""
     left_out = len(plan.prompts) - len(_requests(plan, parts, 0.0))
     if left_out == len(plan.prompts):
-        raise ValueError(f"every prompt is longer than the context of {parts.max_context} tokens")
+        raise ValueError(
+            f"every prompt is longer than the context of {parts.max_context} tokens; give shorter "
+            "ones, or raise --context"
+        )
     if left_out:
         console.print(f"{left_out} prompts left out: longer than {parts.max_context} tokens")
 

@@ -28,7 +28,7 @@ class DraftModelDrafter(IncrementalDrafter):
     def __init__(self, model: StageModel, *, vocab_size: int) -> None:
         self.model = model
         self.device = model.device
-        self.max_positions = model.config.max_position_embeddings
+        self.max_positions = model.config.context_length
         self.vocab_size = min(vocab_size, model.config.vocab_size)
 
     def new_cache(self, capacity: int) -> TreeKVCache:

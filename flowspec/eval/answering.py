@@ -69,7 +69,11 @@ class Workbench:
         self.plan, self._folder = plan, plan.target
         self._dtype = plan.remote["dtype"] if plan.remote is not None else "float32"
         self._base = RunConfig(
-            model=str(self._folder), stages=plan.stages, max_requests=1, kept_prefixes=1
+            model=str(self._folder),
+            stages=plan.stages,
+            context=plan.context,
+            max_requests=1,
+            kept_prefixes=1,
         )
         self._parts: dict[str, HeadParts] = {}
         self._stages: list[Stage] = []

@@ -72,6 +72,7 @@ class Plan:
     temperatures: tuple[float, ...]
     seeds: tuple[int, ...]
     max_tokens: int
+    context: int = 0  # most tokens of a prompt and its answer; 0: what the model was made for
     # split folder of the model that computes; None: a remote cluster's plain decoding is the truth
     target: Path | None
     drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
@@ -153,6 +154,8 @@ class Plan:
             "max_tokens": self.max_tokens,
             "sources": {name: self.sources.get(name, "") for name in ("code", "target")},
         }
+        if self.context:
+            common["context"] = self.context
         if self.remote is not None:  # whose memory may be too small for a question
             tree_sizes = [case.parameters["tree_size"] for case in self.cases]
             common["memory"] = [self.kv_rows, max(tree_sizes, default=0)]

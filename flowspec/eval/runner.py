@@ -5,6 +5,7 @@ job has a cluster of its own, and the clock is virtual. What runs on real proces
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -336,6 +337,8 @@ def _begin(
     """In a worker process, once."""
     global _WORKER
     _end_with(parent, counts)
+    # The parent has read the same configs, and each worker would warn of them again.
+    logging.getLogger("flowspec.model").setLevel(logging.ERROR)
     _WORKER = _Worker(Workbench(plan), samples, stopped)
 
 

@@ -6,17 +6,24 @@ is a model that runs as its authors meant.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from flowspec.model.fields import flag, positive_number, token_ids, whole_number
-from flowspec.model.rope import RopeScaling, read_rope
+from flowspec.model.fields import (
+    flag,
+    positive_number,
+    token_ids,
+    whole_number,
+    without_empty,
+)
+from flowspec.model.rope import RopeScaling, Warn, read_rope
+from flowspec.request import LONGEST_CONTEXT
 
 DTYPES = ("float32", "float16", "bfloat16")
 _log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +35,12 @@ class _Family:
     mlp_bias: bool | None = False
     qk_norm: bool = False
     head_dim: int | None = None  # where config.json names none; None: hidden size over heads
+    max_positions: int = 32768  # likewise
 
 
 _FAMILIES = {
-    "LlamaForCausalLM": _Family(mlp_bias=None),
-    "MistralForCausalLM": _Family(qkv_bias=False, output_bias=False),
+    "LlamaForCausalLM": _Family(mlp_bias=None, max_positions=2048),
+    "MistralForCausalLM": _Family(qkv_bias=False, output_bias=False, max_positions=131072),
     "Qwen2ForCausalLM": _Family(qkv_bias=True, output_bias=False),
     "Qwen3ForCausalLM": _Family(qk_norm=True, head_dim=128),
 }
@@ -54,12 +62,17 @@ _FEATURE_WORDS = (
     "attention_chunk_size",
     "no_rope_layer",
     "parallel_residual",
+    "rope_interleaved",
     "alibi",
     "quantization_config",
     "compression_config",
     "auto_map",
 )
 _NEUTRAL_AT_ONE = ("multiplier", "scale", "scaling")
+_LENGTH_KEYS = (  # beside max_position_embeddings
+    *("n_positions", "max_seq_len", "seq_length", "model_max_length", "max_sequence_length"),
+    *("max_seq_length", "seq_len"),
+)
 _KEYS_READ = """
 architectures attention_bias bos_token_id dtype eos_token_id flowspec head_dim hidden_act
 hidden_size intermediate_size layer_types max_position_embeddings max_window_layers mlp_bias
@@ -69,14 +82,15 @@ tie_word_embeddings torch_dtype use_sliding_window vocab_size
 """
 # They tell nothing about the forward pass, or (biases) nothing that the tensors do not.
 _KEYS_IDLE = """
-_name_or_path _attn_implementation attention_dropout attn_implementation bias
-chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label initializer_range is_decoder
-is_encoder_decoder label2id max_length max_sequence_length model_max_length model_type
+_name_or_path _attn_implementation _attn_implementation_autoset attention_dropout
+attn_implementation bias chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label
+initializer_range is_decoder
+is_encoder_decoder is_llama_config label2id max_length model_type
 output_attentions output_hidden_states pad_token_id pretraining_tp problem_type qkv_bias
 resid_pdrop return_dict task_specific_params temperature tokenizer_class top_k top_p torchscript
 transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
 """
-_KNOWN_KEYS = frozenset((_KEYS_READ + _KEYS_IDLE).split())
+_KNOWN_KEYS = frozenset((_KEYS_READ + _KEYS_IDLE).split()) | frozenset(_LENGTH_KEYS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +114,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = 2048  # before a scaling of RoPE that it does not include
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -117,16 +131,30 @@ class ModelConfig:
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text, prompt and answer together, that the model was made for."""
+        length = self.max_position_embeddings
+        if self.rope_scaling is not None:
+            length = self.rope_scaling.context_length(length)
+        return min(max(length, 1), LONGEST_CONTEXT)
+
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+    def from_hf(cls, hf: Mapping[str, Any], *, warn: Warn | None = None) -> "ModelConfig":
         """Read the content of a HF `config.json`, of transformers 4 or 5.
 
+        `warn` is told what a reader should know; without it, that is logged once per process.
         Raises ValueError naming the key for what is missing, out of range or not supported.
         """
+        warn = warn or _warn_of_config
+        hf = without_empty(hf, keep=("sliding_window",))
         architecture = _architecture(hf)
         family = _FAMILIES[architecture]
-        _refuse_features(hf)
-        _warn_of_unknown(tuple(sorted(hf.keys() - _KNOWN_KEYS)))
+        if sentence := next(unsupported_features(hf), None):
+            raise ValueError(f"config.json: {sentence}")
+        if unknown := unknown_keys(hf):
+            warn(f"nothing is known of {', '.join(unknown)}; the model runs as if they were not "
+                 "there")  # fmt: skip
         hidden = whole_number(hf, "hidden_size")
         heads = whole_number(hf, "num_attention_heads")
         if hf.get("head_dim") is None and family.head_dim is None and hidden % heads:
@@ -135,7 +163,8 @@ class ModelConfig:
                 "and there is no head_dim; add head_dim"
             )
         num_layers = whole_number(hf, "num_hidden_layers")
-        rope_theta, rope_scaling = read_rope(hf)
+        max_positions = whole_number(hf, "max_position_embeddings", family.max_positions)
+        rope_theta, rope_scaling = read_rope(hf, max_positions=max_positions, warn=warn)
 
         def switch(fixed: bool | None, key: str) -> bool:
             return flag(hf, key) if fixed is None else fixed
@@ -158,7 +187,7 @@ class ModelConfig:
             output_bias=switch(family.output_bias, "attention_bias"),
             mlp_bias=switch(family.mlp_bias, "mlp_bias"),
             tie_word_embeddings=flag(hf, "tie_word_embeddings"),
-            max_position_embeddings=whole_number(hf, "max_position_embeddings", 2048),
+            max_position_embeddings=_positions(hf, family),
             dtype=_dtype(hf),
             bos_token_id=next(iter(token_ids(hf, "bos_token_id")), None),
             eos_token_ids=token_ids(hf, "eos_token_id"),
@@ -178,12 +207,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> ModelConfig:
+def warn_once(text: str) -> None:
+    """Log a warning, once per process.
+
+    A model's config is read often: before a split, after it, and for each drafter.
+    """
+    if text not in _told:
+        _told.add(text)
+        _log.warning("%s", text)
+
+
+def _warn_of_config(text: str) -> None:
+    warn_once(f"config.json: {text}")
+
+
+def be_silent(text: str) -> None:
+    """Warn nobody: for parts of a model whose config its head has read already."""
+    del text
+
+
+def read_config(folder: Path, *, warn: Warn | None = None) -> ModelConfig:
     """Read `config.json` of a model folder, and the end tokens `generation_config.json` adds.
 
-    Raises ValueError as `ModelConfig.from_hf`.
+    Warns and raises ValueError as `ModelConfig.from_hf`.
     """
-    config = ModelConfig.from_hf(read_json(folder / "config.json"))
+    config = ModelConfig.from_hf(read_json(folder / "config.json"), warn=warn)
     generation = folder / "generation_config.json"
     if not generation.exists():
         return config
@@ -203,22 +251,45 @@ def _architecture(hf: Mapping[str, Any]) -> str:
     )
 
 
-def _refuse_features(hf: Mapping[str, Any]) -> None:
-    """Whatever would change the forward pass and is not built, by the name of its key."""
+def unsupported_features(hf: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each key that would change the forward pass and is not built."""
     for key, value in hf.items():
         if any(word in key for word in _FEATURE_WORDS) and not _is_off(key, value):
-            raise ValueError(
-                f"config.json: {key} = {value!r} is not supported; use an unquantised checkpoint "
-                f"of plain {' or '.join(ARCHITECTURES)}"
-            )
+            yield _refusal(key, value)
     activation = hf.get("hidden_act", "silu")
     if activation != "silu":
-        raise ValueError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-    if hf.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ValueError(
-            f"config.json: partial_rotary_factor {hf['partial_rotary_factor']!r} is not supported, "
-            "only 1"
+        yield f"hidden_act {activation!r} is not supported, only 'silu'"
+    if hf.get("partial_rotary_factor", 1) != 1:
+        yield f"partial_rotary_factor {hf['partial_rotary_factor']!r} is not supported, only 1"
+
+
+def _refusal(key: str, value: Any) -> str:
+    if key == "auto_map":
+        return (
+            "auto_map: the checkpoint brings code of its own, which is never run here; if the "
+            "model is a plain one of its architecture, delete auto_map"
         )
+    if key in ("quantization_config", "compression_config"):
+        method = value.get("quant_method") if isinstance(value, Mapping) else value
+        return (
+            f"{key}: the checkpoint is quantised ({method}); use the checkpoint that it was made "
+            "from, in float32, float16 or bfloat16"
+        )
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return (
+        f"{key} = {shown} is not supported: it changes what the model computes; use a checkpoint "
+        f"of plain {' or '.join(ARCHITECTURES)}"
+    )
+
+
+def unknown_keys(hf: Mapping[str, Any]) -> list[str]:
+    """Keys of which nothing is known: refusing them would turn away every author's note."""
+    return [
+        key
+        for key in sorted(hf.keys() - _KNOWN_KEYS)
+        if not any(word in key for word in _FEATURE_WORDS)  # one that is off, or it was refused
+    ]
 
 
 def _is_off(key: str, value: Any) -> bool:
@@ -228,14 +299,13 @@ def _is_off(key: str, value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and value == neutral
 
 
-@cache
-def _warn_of_unknown(keys: tuple[str, ...]) -> None:
-    """Once per process: refusing would turn away every file with a note of its author's in it."""
-    if keys:
-        _log.warning(
-            "config.json: nothing is known of %s; the model runs as if they were not there",
-            ", ".join(keys),
-        )
+def _positions(hf: Mapping[str, Any], family: _Family) -> int:
+    """The least of the lengths that the file names; the family's where it names none."""
+    others = [hf[key] for key in _LENGTH_KEYS if key in hf]
+    lengths = [value for value in others if type(value) is int and value > 0]
+    if "max_position_embeddings" in hf:
+        lengths.append(whole_number(hf, "max_position_embeddings"))
+    return min(lengths, default=family.max_positions)
 
 
 def _windows(hf: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:

@@ -87,9 +87,10 @@ def recognise(tensors: Mapping[str, Tensor]) -> DraftKind:
         return DraftKind("dflash", block)
     if eagle3 := _eagle3_marks(tensors):
         return DraftKind("eagle3", eagle3)
-    fc = tensors.get("fc.weight")
-    if fc is not None and any(name.startswith("layers.0.self_attn.") for name in tensors):
-        return DraftKind("eagle", (f"fc.weight {list(fc.shape)}", "layers.0.self_attn.*"))
+    for fc, layer in (("fc.weight", "layers.0."), ("fusion_fc.weight", "transformer.")):
+        if fc in tensors and any(name.startswith(f"{layer}self_attn.") for name in tensors):
+            shape = list(tensors[fc].shape)
+            return DraftKind("eagle", (f"{fc} {shape}", f"{layer}self_attn.*"))
     if "model.embed_tokens.weight" in tensors:
         return DraftKind("model", _few(name for name in tensors if ".layers." in name))
     return DraftKind("unknown", _few(tensors))
@@ -135,6 +136,9 @@ def _eagle3_marks(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
         return ()
     marks = [name for name in tensors if name in _EAGLE3_NAMES]
     marks += [n for n in tensors if n.startswith(_EAGLE3_MARKS) or ".hidden_norm." in n]
+    narrow = fc is not None and fc.dim() == 2 and fc.shape[1] == 2 * fc.shape[0]
+    if marks == ["lm_head.weight"] and narrow:
+        return ()  # an EAGLE-1/2 head with a copy of the target's lm_head
     wide = fc is not None and fc.dim() == 2 and fc.shape[1] >= 3 * fc.shape[0]
     shape = (f"fc.weight {list(fc.shape)}",) if wide and fc is not None else ()
     return (*shape, *_few(marks))

@@ -91,12 +91,12 @@ class Eagle3Net(nn.Module):
 
     def fuse(self, features: Tensor) -> Tensor:
         """The target's features [n, 3*Ht], low, middle and high side by side -> [n, Hd]."""
+        if self.input_norm is not None:
+            features = self.input_norm(features)
         if self.fc_norm is not None:
             parts = features.chunk(NUM_FEATURES, dim=-1)
             normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
             features = torch.cat(normed, dim=-1)
-        if self.input_norm is not None:
-            features = self.input_norm(features)
         return self.fc(features)
 
     def forward(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:

@@ -16,6 +16,15 @@ _LARGEST = {
 _LARGEST_OTHER = (1 << 31) - 1
 
 
+def without_empty(hf: Mapping[str, Any], *, keep: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A copy without the keys whose value is null or empty, which count as absent.
+
+    `keep` names keys where null says something of its own.
+    """
+    empty: tuple[Any, ...] = (None, "", [], {})
+    return {key: value for key, value in hf.items() if key in keep or value not in empty}
+
+
 def whole_number(
     hf: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1
 ) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from flowspec.model.config import ModelConfig, read_json
 from flowspec.model.draft_config import ERROR, Finding
 from flowspec.model.draft_kind import FAMILIES, DraftKind, draft_weights, read_draft, recognise
-from flowspec.model.load_eagle import plan_eagle
-from flowspec.model.load_eagle3 import plan_eagle3
+from flowspec.model.load_eagle import EaglePlan, plan_eagle
+from flowspec.model.load_eagle3 import Eagle3Plan, plan_eagle3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,20 +37,13 @@ def inspect_head(folder: Path, target: ModelConfig) -> HeadReport:
     about = f"{len(tensors)} tensors"
     if kind.family in ("eagle", "eagle3"):
         hf = _config(folder, findings)
+        plan: EaglePlan | Eagle3Plan
         if kind.family == "eagle":
             plan = plan_eagle(hf, tensors, target)
-            sizes, findings = plan.net.config, findings + plan.findings
         else:
-            plan3 = plan_eagle3(hf, tensors, target)
-            sizes, findings = plan3.net.config, findings + plan3.findings
-            about += f", {plan3.origin} form, features are the outputs of layers " + ", ".join(
-                map(str, plan3.net.feature_layers)
-            )
-            about += f", {plan3.net.lm_head.out_features} of {target.vocab_size} tokens"
-        about += (
-            f", hidden {sizes.hidden_size}, {sizes.num_heads} query and {sizes.num_kv_heads} "
-            f"key/value heads of {sizes.head_dim}, RoPE base {sizes.rope_theta:g}"
-        )
+            plan = plan_eagle3(hf, tensors, target)
+        findings += plan.findings
+        about = ", ".join((about, *plan.about))
     elif not FAMILIES[kind.family].drafter:
         known = ", ".join(
             f"{f.title} (--drafter {f.drafter})" for f in FAMILIES.values() if f.drafter
@@ -59,10 +52,10 @@ def inspect_head(folder: Path, target: ModelConfig) -> HeadReport:
     return HeadReport(path=path, kind=kind, about=about, findings=tuple(findings))
 
 
-def _config(folder: Path, findings: list[Finding]) -> dict[str, object]:
-    """The config, or nothing and the reason."""
+def _config(folder: Path, findings: list[Finding]) -> dict[str, object] | None:
+    """The config, or None and the reason."""
     try:
         return read_json(folder / "config.json")
     except ValueError as error:
         findings.append(Finding(ERROR, "config.json", str(error)))
-        return {}
+        return None

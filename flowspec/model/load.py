@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flowspec.model.config import DTYPES, ModelConfig, read_config, read_json
+from flowspec.model.config import DTYPES, ModelConfig, be_silent, read_config, read_json
 from flowspec.model.manifest import (
     HEAD_FOLDER,
     MANIFEST_NAME,
@@ -23,6 +23,7 @@ from flowspec.model.manifest import (
     read_manifest,
     stage_folder,
 )
+from flowspec.model.rope import Warn
 from flowspec.model.source import EMBEDDING, LM_HEAD, TOKENIZER_FILES, open_checkpoint
 from flowspec.model.stage_model import StageModel
 from flowspec.model.tensor_files import load_bin, read_header
@@ -86,7 +87,9 @@ def load_stage_range(
 
 
 def _stage_config(folder: Path, manifest: Manifest, stage: int, *, verify: bool) -> ModelConfig:
-    config = _part_config(folder, manifest, stage_folder(stage), verify=verify)
+    part = stage_folder(stage)
+    # Silent: each of the stages would say again what its head has said.
+    config = _part_config(folder, manifest, part, verify=verify, warn=be_silent)
     first, last = manifest.layer_range(stage)
     about = read_json(folder / stage_folder(stage) / "config.json").get("flowspec")
     found = about if isinstance(about, dict) else {}
@@ -227,9 +230,11 @@ def fill(model: Net, tensors: Mapping[str, Tensor], where: Path) -> Net:
     return model.requires_grad_(False).eval()
 
 
-def _part_config(folder: Path, manifest: Manifest, part: str, *, verify: bool) -> ModelConfig:
+def _part_config(
+    folder: Path, manifest: Manifest, part: str, *, verify: bool, warn: Warn | None = None
+) -> ModelConfig:
     check_file(folder, manifest, f"{part}/config.json", verify=verify)
-    config = read_config(folder / part)
+    config = read_config(folder / part, warn=warn)
     if config.num_layers != sum(manifest.layers) or config.architecture != manifest.architecture:
         raise ValueError(
             f"{folder / part}/config.json is of a {config.architecture} with {config.num_layers} "

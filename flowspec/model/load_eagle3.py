@@ -2,11 +2,12 @@
 
 They differ in names (`midlayer.` or `layers.0.`), in where the config keeps the layer's sizes, and
 in what a feature layer's id counts: SpecForge and SGLang the layer whose output is meant,
-speculators and vLLM the layer whose input is meant. Here it is always the output.
+speculators and vLLM the layer whose input is meant. Here it is always the output. Newer files of
+speculators say more (norms, feature layers) than older ones, in the same form.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from flowspec.model.draft_config import (
     Finding,
     Sizes,
     compare_tensors,
+    flatten,
     head_config,
     parameter_shapes,
-    refuse_errors,
+    renamed,
+    settle_findings,
 )
 from flowspec.model.draft_kind import draft_weights, read_draft, recognise, require
 from flowspec.model.eagle3_net import NUM_FEATURES, Eagle3Layout, Eagle3Net
@@ -36,6 +39,7 @@ _LAYER = "midlayer."
 _EMBEDDING = "embed_tokens.weight"
 _RENAMED = {"layers.0.": _LAYER, "draft_id_to_target_id": "d2t"}
 _LAYER_ID_KEYS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+_TRAINING = "verifier_"  # tensors of the target's, which some trainers leave in the file
 # A speculators config leaves out what a Llama config has by default.
 _SPECULATORS_HEADS = 32
 
@@ -48,6 +52,7 @@ class Eagle3Plan:
     tensors: Mapping[str, Tensor]  # the parameters, under the net's names
     origin: str
     findings: list[Finding]
+    about: Sequence[str]
 
 
 def load_eagle3(
@@ -68,7 +73,7 @@ def load_eagle3(
     tensors = read_draft(path, device=device, dtype=dtype)
     require(recognise(tensors), "eagle3", path)
     plan = plan_eagle3(read_json(Path(folder) / "config.json"), tensors, target_config)
-    refuse_errors(plan.findings, path)
+    settle_findings(plan.findings, path)
     weights = dict(plan.tensors)
     if _EMBEDDING not in weights:
         if embedding is None:
@@ -85,22 +90,33 @@ def load_eagle3(
 
 
 def plan_eagle3(
-    hf: Mapping[str, Any], tensors: Mapping[str, Tensor], target: ModelConfig
+    hf: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], target: ModelConfig
 ) -> Eagle3Plan:
-    """Reads config and tensors of an EAGLE-3 head against its target; raises nothing."""
-    named = {_official_name(name): tensor for name, tensor in tensors.items()}
-    speculators = "speculators_model_type" in hf or "transformer_layer_config" in hf
-    sizes = Sizes(_flat(hf), named, _LAYER, [])
-    hidden = sizes.dim("fc.weight") or sizes.number("hidden_size") or target.hidden_size
+    """Reads config and tensors of an EAGLE-3 head against its target; raises nothing.
+
+    `hf` None: the config could not be read.
+    """
+    named = renamed(tensors, _RENAMED)
+    raw = hf or {}
+    speculators = "speculators_model_type" in raw or "transformer_layer_config" in raw
+    sizes = Sizes(flatten(raw), named, _LAYER, has_config=hf is not None)
+    origin = _origin(raw, speculators)
+    measured = sizes.dim("fc.weight") or sizes.number("hidden_size")
+    hidden = measured or target.hidden_size
+    sizes.about += [f"{origin} form"] if sizes.has_config else []
+    sizes.about += [f"hidden {hidden}"] if measured else []
     heads = _SPECULATORS_HEADS if speculators else target.num_heads
     config = head_config(sizes, hidden=hidden, num_heads=heads, target=target)
+    _check_kind(sizes)
     _check_target_size(sizes, target)
     layout = Eagle3Layout(
         feature_layers=_feature_layers(sizes, target.num_layers, counts_inputs=speculators),
         target_hidden_size=target.hidden_size,
         norm_before_residual=_residual_flag(sizes, required=speculators),
-        norm_before_fc=sizes.settle_flag("norm_before_fc", "input_norm.weight" in named),
-        fc_norm=sizes.settle_flag("fc_norm", "fc_norm.0.weight" in named),
+        norm_before_fc=_input_norm(sizes),
+        fc_norm=sizes.settle_flag(
+            "fc_norm", "fc_norm.0.weight" in named, needed="fc_norm.0.weight"
+        ),
         norm_output=_output_flag(sizes, speculators=speculators),
         fc_bias="fc.bias" in named,
     )
@@ -111,26 +127,13 @@ def plan_eagle3(
     if _EMBEDDING not in named and hidden == target.hidden_size:
         del expected[_EMBEDDING]  # the target's is used
     parameters = {name: t for name, t in named.items() if name not in ("d2t", "t2d")}
+    for name in [name for name in parameters if name.startswith(_TRAINING)]:
+        del parameters[name]
+        sizes.add(NOTE, f"{name} is not used: it is the target's, for training alone")
     sizes.findings += compare_tensors(expected, parameters)
     return Eagle3Plan(
-        net=net, tensors=parameters, findings=sizes.findings, origin=_origin(hf, speculators)
+        net=net, tensors=parameters, findings=sizes.findings, origin=origin, about=sizes.about
     )
-
-
-def _official_name(name: str) -> str:
-    for other, official in _RENAMED.items():
-        if name.startswith(other):
-            return official + name.removeprefix(other)
-    return name
-
-
-def _flat(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys on one level: a speculators' nested layer config, SpecForge's `eagle_config`."""
-    flat: dict[str, Any] = {}
-    for key in ("transformer_layer_config", "eagle_config"):
-        part = hf.get(key)
-        flat.update(part if isinstance(part, Mapping) else {})
-    return {**flat, **{k: v for k, v in hf.items() if v is not None}}
 
 
 def _origin(hf: Mapping[str, Any], speculators: bool) -> str:
@@ -138,6 +141,21 @@ def _origin(hf: Mapping[str, Any], speculators: bool) -> str:
         return "speculators"
     named = hf.get("architectures") or []
     return "SpecForge" if "LlamaForCausalLMEagle3" in named else "official"
+
+
+def _check_kind(sizes: Sizes) -> None:
+    named = sizes.hf.get("speculators_model_type")
+    if named not in (None, "eagle3"):
+        sizes.add(CONTRADICTION, f"speculators_model_type is {named!r}, the tensors are those of "
+                  "an EAGLE-3 head")  # fmt: skip
+
+
+def _input_norm(sizes: Sizes) -> bool:
+    """One norm over all three features; files know the flag under two names."""
+    stored = "input_norm.weight" in sizes.tensors
+    for key in ("norm_before_fc", "input_norm"):
+        sizes.settle_flag(key, stored, needed="input_norm.weight")
+    return stored
 
 
 def _check_target_size(sizes: Sizes, target: ModelConfig) -> None:
@@ -155,7 +173,7 @@ def _check_target_size(sizes: Sizes, target: ModelConfig) -> None:
 def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tuple[int, ...]:
     """Output-of-layer ids; the official choice where the config names none or nonsense."""
     official = (1, num_layers // 2 - 1, num_layers - 4)
-    key = next((key for key in _LAYER_ID_KEYS if sizes.hf.get(key) is not None), None)
+    key = next((key for key in _LAYER_ID_KEYS if key in sizes.hf), None)
     ids: Any = None if key is None else sizes.hf[key]
     if ids is None:
         ids = [i + counts_inputs for i in official]
@@ -171,7 +189,13 @@ def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tu
         sizes.add(ERROR, f"feature layers {ids} do not all lie in {first} to "
                   f"{num_layers - 1 + first}; the target has {num_layers} layers")  # fmt: skip
         return official
-    _note_convention(sizes, layers, ids, official, counts_inputs)
+    if key:
+        _note_convention(sizes, layers, ids, official, counts_inputs)
+    if sizes.has_config:
+        default = "" if key else " (the usual ones: the config names none)"
+        sizes.about.append(
+            f"features are the outputs of layers {', '.join(map(str, layers))}{default}"
+        )
     return layers
 
 
@@ -206,7 +230,10 @@ def _output_flag(sizes: Sizes, *, speculators: bool) -> bool:
 
 def _draft_vocabulary(sizes: Sizes, vocab: int) -> Tensor:
     """The target's id of each draft id [Vd]; the identity where the checkpoint says nothing."""
-    size = sizes.settle("draft_vocab_size", sizes.dim("lm_head.weight"), vocab)
+    measured = sizes.dim("lm_head.weight")
+    size = sizes.settle("draft_vocab_size", measured, vocab)
+    if measured is not None:
+        sizes.about.append(f"{size} of {vocab} tokens")
     known = sizes.tensors.get("t2d")
     if known is not None and known.shape != (vocab,):
         sizes.add(ERROR, f"t2d is {list(known.shape)}, needed [{vocab}]", "wrong shape")

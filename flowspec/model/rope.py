@@ -1,18 +1,20 @@
 """RoPE scaling: the ways in which a model stretches its rotary positions beyond its training.
 
 Each type is its parameters and its formula over the base frequencies [d/2] (d head dimension).
-`attention_factor` multiplies rotated queries and keys.
+`attention_factor` multiplies rotated queries and keys. `context_length` is the number of positions
+that the stretched model was made for.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from flowspec.model.fields import flag, positive_number, whole_number
+from flowspec.model.fields import flag, positive_number, whole_number, without_empty
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -23,6 +25,10 @@ class LinearRopeScaling:
 
     factor: float
     attention_factor: ClassVar[float] = 1.0
+
+    def context_length(self, max_positions: int) -> int:
+        """`max_position_embeddings` is that of the model before scaling."""
+        return int(max_positions * self.factor)
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
         """Frequencies [d/2] -> [d/2]."""
@@ -40,20 +46,19 @@ class Llama3RopeScaling:
     original_max_position_embeddings: int
     attention_factor: ClassVar[float] = 1.0
 
-    def __post_init__(self) -> None:
-        """ValueError where the two borders are the wrong way round."""
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"config.json: low_freq_factor {self.low_freq_factor} must be below "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
+    def context_length(self, max_positions: int) -> int:
+        """`max_position_embeddings` is that of the stretched model."""
+        return max_positions
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
         """Long waves are stretched by `factor`, short ones kept, those between blended."""
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * torch.pi)
         span = self.high_freq_factor - self.low_freq_factor
-        keep = ((turns - self.low_freq_factor) / span).clamp(0.0, 1.0)
+        if span > 0:
+            keep = ((turns - self.low_freq_factor) / span).clamp(0.0, 1.0)
+        else:  # there is nothing between the two borders to blend
+            keep = (turns >= self.low_freq_factor).to(frequencies.dtype)
         return keep * frequencies + (1.0 - keep) * frequencies / self.factor
 
 
@@ -68,13 +73,10 @@ class YarnRopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
 
-    def __post_init__(self) -> None:
-        """ValueError where the two borders are the wrong way round."""
-        if self.beta_fast < self.beta_slow:
-            raise ValueError(
-                f"config.json: beta_fast {self.beta_fast} must not be below "
-                f"beta_slow {self.beta_slow}"
-            )
+    def context_length(self, max_positions: int) -> int:
+        """The context before scaling is among the parameters, so `max_positions` says nothing."""
+        del max_positions
+        return int(self.original_max_position_embeddings * self.factor)
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
         """Dimensions that turn over `beta_fast` times are kept, below `beta_slow` stretched."""
@@ -97,6 +99,7 @@ class YarnRopeScaling:
 
 
 RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
+Warn = Callable[[str], None]
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -110,57 +113,139 @@ _KEYS: dict[str, tuple[str, ...]] = {
 }
 
 
-def read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def read_rope(
+    hf: Mapping[str, Any], *, max_positions: int, warn: Warn
+) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before).
 
-    Raises ValueError naming the type or key that is unknown, missing or out of range.
+    `max_positions` is the config's `max_position_embeddings`. Where transformers goes on with a
+    warning, so does this, with what transformers computes; `warn` is told. Raises ValueError naming
+    the type or key that is unknown, missing or out of range.
     """
-    rope: dict[str, Any] = {}
+    rope = _parameters(hf, warn)
+    theta = positive_number({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", 10000.0)
+    rope.pop("rope_theta", None)
+    kind = _type(rope, warn)
+    for key in sorted(rope.keys() - set(_KEYS[kind])):
+        warn(f"the RoPE block: {_unused(key, kind)}")
+        del rope[key]
+    if kind == "default":
+        return theta, None
+    if kind != "linear":
+        _settle_original(rope, hf, max_positions, warn)
+        ratio = max_positions / whole_number(rope, _ORIGINAL)
+        if kind == "yarn" and "factor" not in rope and ratio != 1:
+            rope["factor"] = ratio
+            warn(f"the RoPE block has no factor; {ratio:g}, max_position_embeddings over "
+                 f"{_ORIGINAL}, is taken")  # fmt: skip
+    if (factor := positive_number(rope, "factor")) < 1:
+        warn(f"the RoPE block: factor {factor:g} is below 1; it shortens the model's context")
+    if kind == "linear":
+        return theta, LinearRopeScaling(factor=factor)
+    if kind == "llama3":
+        return theta, _llama3(rope, max_positions, warn)
+    return theta, _yarn(rope, theta, max_positions, warn)
+
+
+def _parameters(hf: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
+    """The block that counts, without its empty values."""
+    found: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
         part = hf.get(key) or {}
         if not isinstance(part, Mapping):
             raise ValueError(f"config.json: {key} is {part!r}, needed: an object or null")
-        rope.update({name: value for name, value in part.items() if value is not None})
-    theta = positive_number({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", 10000.0)
-    named_type = rope.pop("type", "default")
-    kind = rope.pop("rope_type", named_type)
-    rope.pop("rope_theta", None)
+        found[key] = without_empty(part)
+    old, new = found.values()
+    if old and new and old != new:
+        warn("rope_scaling and rope_parameters differ; rope_scaling is used, so delete the other")
+    return old or new
+
+
+def _type(rope: dict[str, Any], warn: Warn) -> str:
+    """Takes the type out of the block. Raises ValueError for one that is not supported."""
+    old = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old)
+    if old not in ("default", kind):
+        warn(f"the RoPE block: type is {old!r} and rope_type {kind!r}; rope_type is used")
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("config.json: partial_rotary_factor of RoPE is not supported, only 1")
-    if kind not in _KEYS:
-        raise ValueError(f"config.json: RoPE type {kind!r} is not supported: {', '.join(_KEYS)}")
-    unknown = set(rope) - set(_KEYS[kind])
-    if unknown:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise ValueError(
-            f"config.json: RoPE keys {sorted(unknown)} mean nothing for rope_type {kind!r}; "
-            f"name the type they belong to ({', '.join(_KEYS)}) or remove them"
+            f"config.json: RoPE type {kind!r} is not supported: {', '.join(_KEYS)}; {_remedy(kind)}"
         )
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearRopeScaling(factor=positive_number(rope, "factor"))
-    outside = hf.get(_ORIGINAL)
-    if outside not in (None, rope.get(_ORIGINAL)):
+    layers = [key for key, value in rope.items() if isinstance(value, Mapping)]
+    if layers:
         raise ValueError(
-            f"config.json: {_ORIGINAL} is {outside!r} outside and {rope.get(_ORIGINAL)!r} inside "
-            "the RoPE parameters; give it once, inside"
+            f"config.json: RoPE of its own for {', '.join(map(repr, layers))} is not supported; "
+            "needed: one RoPE for all layers"
         )
-    return theta, _llama3(rope) if kind == "llama3" else _yarn(rope, hf, theta)
+    return kind
 
 
-def _llama3(rope: Mapping[str, Any]) -> Llama3RopeScaling:
+def _remedy(kind: object) -> str:
+    """What to do about a type that is not supported."""
+    if kind == "dynamic":  # which begins to scale beyond the original context
+        return "delete rope_scaling to run the model as it is, up to max_position_embeddings tokens"
+    if kind in ("longrope", "su"):
+        return "its frequencies depend on a text's length; use another checkpoint"
+    return "correct rope_type"
+
+
+def _unused(key: str, kind: str) -> str:
+    """A sentence on a key that the type has not, with what may have been meant."""
+    near = get_close_matches(key, _KEYS[kind], n=1, cutoff=0.7)
+    owners = [name for name, keys in _KEYS.items() if key in keys]
+    if near:
+        meant = f"the near key is {near[0]}: give that if it is meant, or delete {key}"
+    elif owners:
+        meant = f"set rope_type to {' or '.join(owners)} if that is meant, or delete it"
+    else:
+        meant = "delete it"
+    return f"{key} means nothing for rope_type {kind!r} and is ignored; {meant}"
+
+
+def _settle_original(
+    rope: dict[str, Any], hf: Mapping[str, Any], max_positions: int, warn: Warn
+) -> None:
+    """The context before scaling: that outside of the block, that inside, or the model's."""
+    inside, outside = rope.get(_ORIGINAL), hf.get(_ORIGINAL)
+    if outside is not None and inside not in (None, outside):
+        warn(
+            f"{_ORIGINAL} is {outside!r} outside and {inside!r} inside the RoPE block; the one "
+            "outside is used, so delete the other"
+        )
+    stated = inside if outside is None else outside
+    rope[_ORIGINAL] = max_positions if stated is None else stated
+
+
+def _llama3(rope: Mapping[str, Any], max_positions: int, warn: Warn) -> Llama3RopeScaling:
+    original = whole_number(rope, _ORIGINAL)
+    if original >= max_positions:
+        warn(
+            f"the RoPE block: {_ORIGINAL} {original} should be below max_position_embeddings "
+            f"{max_positions}"
+        )
+    low, high = (positive_number(rope, key) for key in ("low_freq_factor", "high_freq_factor"))
+    if low >= high:
+        warn(f"the RoPE block: low_freq_factor {low:g} should be below high_freq_factor {high:g}")
     return Llama3RopeScaling(
         factor=positive_number(rope, "factor"),
-        low_freq_factor=positive_number(rope, "low_freq_factor"),
-        high_freq_factor=positive_number(rope, "high_freq_factor"),
-        original_max_position_embeddings=whole_number(rope, _ORIGINAL),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
     )
 
 
-def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any], theta: float) -> YarnRopeScaling:
+def _yarn(rope: Mapping[str, Any], theta: float, max_positions: int, warn: Warn) -> YarnRopeScaling:
     if theta <= 1:
         raise ValueError(f"config.json: rope_theta is {theta}, yarn needs one above 1")
     factor = positive_number(rope, "factor")
+    original = whole_number(rope, _ORIGINAL)
+    if max_positions / original not in (1, factor):
+        warn(
+            f"the RoPE block: factor is {factor:g}, but max_position_embeddings {max_positions} is "
+            f"{max_positions / original:g} times {_ORIGINAL} {original}; factor is used"
+        )
 
     def default_factor(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -171,13 +256,17 @@ def _yarn(rope: Mapping[str, Any], hf: Mapping[str, Any], theta: float) -> YarnR
     if len(weights) == 2:
         mscale, all_dim = (positive_number(rope, key) for key in ("mscale", "mscale_all_dim"))
         attention = default_factor(mscale) / default_factor(all_dim)
+    fast, slow = (
+        positive_number({key: rope.get(key) or None}, key, default)
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+    )
+    if fast < slow:
+        warn(f"the RoPE block: beta_fast {fast:g} should not be below beta_slow {slow:g}")
     return YarnRopeScaling(
         factor=factor,
-        original_max_position_embeddings=whole_number(
-            rope, _ORIGINAL, whole_number(hf, "max_position_embeddings", 2048)
-        ),
+        original_max_position_embeddings=original,
         attention_factor=positive_number(rope, "attention_factor", attention),
-        beta_fast=positive_number({"beta_fast": rope.get("beta_fast") or None}, "beta_fast", 32.0),
-        beta_slow=positive_number({"beta_slow": rope.get("beta_slow") or None}, "beta_slow", 1.0),
+        beta_fast=fast,
+        beta_slow=slow,
         truncate=flag(rope, "truncate", default=True),
     )

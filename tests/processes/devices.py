@@ -8,6 +8,7 @@ from pathlib import Path
 
 from processes.spawned import spawn
 
+CONTEXT = 600  # tokens of a request; the tiny model was made for more
 START_S = 120.0  # far more than it takes: this machine may be busy
 
 
@@ -35,6 +36,7 @@ class Processes:
         target, eagle = (str(self.checkpoint / name) for name in ("target", "eagle"))
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--layers", "1+1"]
         options += ["--settle", "0.1", "--dead-after", "2", "--reserve-mb", "50"]
+        options += ["--context", str(CONTEXT)]
         self.start("head", "serve", target, "--draft", eagle, *options)
         line = self.wait_for("head", r"flowspec join 127\.0\.0\.1:(\d+) --token")
         self.port = int(line[1])

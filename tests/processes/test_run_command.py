@@ -1,6 +1,8 @@
 """`flowspec run` on the bundled models, as a user sees it."""
 
+import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +34,27 @@ def test_the_bundled_model_answers_and_the_summary_is_whole(tmp_path):
         assert re.search(f"^{re.escape(line)}", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^stages busy +1:\d+% 2:\d+%", done.stdout, re.MULTILINE)
     assert "head + 2 stages" in done.stderr
+
+
+def test_a_stretched_model_answers_and_warns_once(checkpoint, tmp_path):
+    """A key that its RoPE does not have is told by the command alone, not by each stage again.
+
+    The prompt is longer than the context before scaling.
+    """
+    shutil.copytree(checkpoint / "target", tmp_path / "target")
+    file = tmp_path / "target" / "config.json"
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = {"max_position_embeddings": 64, "rope_scaling": {**rope, "attn_factor": 0.878}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config, "author_s_note": 1}))
+    words = ("--model", "target", "--drafter", "ngram", "--stages", "2", "--max-new-tokens", "8")
+    done = flowspec_run(tmp_path, *words, "--prompt", "a fox in a box " * 16)
+    assert done.returncode == 0, done.stderr
+    assert "identical to the target alone: yes" in done.stdout
+    told = [line for line in done.stderr.splitlines() if line.startswith("config.json: ")]
+    assert len(told) == 2, done.stderr
+    assert "author_s_note" in told[0]
+    assert "attn_factor means nothing for rope_type 'yarn' and is ignored" in told[1]
+    assert "the near key is attention_factor" in told[1]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from flowspec.model.load import load_whole
 from flowspec.request import Request, SamplingParams
 from flowspec.targets.local import LocalTarget
 from flowspec.text import render_chat
-from processes.devices import Processes
+from processes.devices import CONTEXT, Processes
 
 PROMPT = "the quick brown fox"
 
@@ -102,8 +102,16 @@ def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
         assert "fetch 100%" in cluster.log(name)
     status = client.status()
     assert status.healthy, status.why
+    assert status.max_context == CONTEXT
     assert [one.state for one in status.devices].count("serving") == 2
     assert [one.state for one in status.devices].count("spare") == 1
+
+
+def test_a_prompt_beyond_the_context_is_told_how_to_raise_it(client):
+    """`--context` of `serve` is the limit of a request, not only what the plan counts on."""
+    turns = [{"role": "user", "content": "fox " * CONTEXT}]
+    *_, done = client.ask(client.new_ask(turns=turns, max_new_tokens=4))
+    assert f"the context holds {CONTEXT}; shorten the prompt, or raise --context" in done.error
 
 
 def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client, parts):
