@@ -17,6 +17,7 @@ MAX_WRAPPER_LINES = 25
 LEVELS: dict[str, int] = {
     "flowspec": 0,  # __init__: the version
     "flowspec.latencies": 0,
+    "flowspec.files": 1,
     "flowspec.request": 1,
     "flowspec.wire": 2,
     "flowspec.codec": 3,

@@ -100,10 +100,15 @@ def split_folder(config: RunConfig) -> Path:
     out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
     if not (out / MANIFEST_NAME).exists():
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
-        # by print, which does not write across a bar that is on the screen
-        print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)
-    run_split(plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name)
+        say_on_stderr(f"splitting {name} into {stages} of {cut} layers: {out}")
+    plan = plan_split(checkpoint, layers=layers, dtype=None)
+    run_split(plan, out, model_id=name, on_wait=say_on_stderr)
     return out
+
+
+def say_on_stderr(text: str) -> None:
+    """By print, which does not write across a bar that is on the screen."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:
