@@ -25,8 +25,7 @@ for ((k = 0; k < ${#serve[@]}; k++)); do
     esac
 done
 [ "$own" != 0.0.0.0 ] || own=127.0.0.1
-python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
-[ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
+python="$(bash scripts/find_python.sh)"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 read_port='import sys
 from pathlib import Path
