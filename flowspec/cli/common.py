@@ -1,12 +1,13 @@
 """What several commands share: the effective configuration and the split model it names."""
 
+import filecmp
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import flowspec
+from flowspec.bundled import DEMO, find_bundled
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
 from flowspec.eval.records import Sample, as_text, read_samples
@@ -25,7 +26,7 @@ RECORD_KEYS = (  # that --only takes
     *("code", "target", "draft", "emulation", "repeat"),
 )
 RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW..HIGH
-BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
+BUNDLED = DEMO
 
 
 def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
@@ -46,8 +47,8 @@ def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
 
 def bundled(name: str) -> str:
     """`name`, or where the package's own copy of it lies if it does not exist here."""
-    own = BUNDLED.parent.parent / name
-    return name if Path(name).exists() or not own.exists() else str(own)
+    found = find_bundled(name)
+    return name if found == Path(name) else str(found)
 
 
 def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
@@ -68,13 +69,15 @@ def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether `model` is the package's own, by name, by its folder or as a split of it."""
-    own, folder = BUNDLED / "target", Path(model)
-    if model == RunConfig().model or (folder.is_dir() and folder.resolve() == own):
-        return True
-    if not (folder / MANIFEST_NAME).exists() or not own.exists():
+    """Whether `model` is the package's own, by name, as a copy of it or as a split of it."""
+    own, folder = BUNDLED / "target", find_bundled(model)
+    if not folder.is_dir() or not own.is_dir():
         return False
-    return is_split_of(read_manifest(folder), open_checkpoint(own))
+    if (folder / MANIFEST_NAME).exists():
+        return is_split_of(read_manifest(folder), open_checkpoint(own))
+    names = ("config.json", "model.safetensors")
+    same, _, _ = filecmp.cmpfiles(folder, own, names, shallow=False)
+    return len(same) == len(names)
 
 
 def split_folder(config: RunConfig) -> Path:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from flowspec.bundled import find_bundled
 from flowspec.plain_yaml import read_yaml
 
 Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+-]+$")]
@@ -59,7 +60,8 @@ def read_hosts(path: Path) -> Hosts:
     """Raises ValueError naming file and key."""
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold head: and hosts:, as in config/hosts.example.yaml")
+        example = find_bundled("config/hosts.example.yaml")
+        raise ValueError(f"{path} must hold head: and hosts:, as in {example}")
     listed = content.get("hosts")
     if isinstance(listed, list):
         whole = [{"address": one} if isinstance(one, str) else one for one in listed]

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowspec.bundled import find_bundled
+
 MAX_PROMPT_CHARS = 1_000_000
 PROMPTS_HELP = "JSON lines (a prompt each), a text (one prompt), or a folder of them."
 
@@ -28,6 +30,7 @@ def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
 
     Raises ValueError naming file and line where something is not a prompt.
     """
+    path = find_bundled(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
         if not files:
