@@ -5,6 +5,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 [ $# -gt 0 ] || { echo "usage: run_jetson.sh HOSTS.yaml MODEL [options of flowspec serve]" >&2; exit 2; }
-python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
-[ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
+python="$(bash scripts/find_python.sh)"
 exec "$python" -m flowspec serve --hosts "$@"

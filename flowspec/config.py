@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from flowspec.bundled import find_bundled
 from flowspec.plain_yaml import read_yaml
 from flowspec.request import LONGEST_CONTEXT, SamplingParams
 
@@ -166,6 +167,7 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
 
 def read_run_config(path: Path) -> RunConfig:
     """A RunConfig from YAML. Raises ValueError naming file and key."""
+    path = find_bundled(path)
     data = read_yaml(path) or {}
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(data).__name__}")

@@ -24,8 +24,7 @@ for ((k = 0; k < ${#serve[@]}; k++)); do
         --host=*) own="${serve[k]#--host=}" ;;
     esac
 done
-python="${FLOWSPEC_PYTHON:-.venv/bin/python}"
-[ -x "$python" ] || python="$(bash scripts/setup.sh requirements.txt)"
+python="$(bash scripts/find_python.sh)"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 read_address='import sys
 from pathlib import Path

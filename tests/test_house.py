@@ -17,6 +17,8 @@ MAX_WRAPPER_LINES = 25
 LEVELS: dict[str, int] = {
     "flowspec": 0,  # __init__: the version
     "flowspec.latencies": 0,
+    "flowspec.bundled": 1,
+    "flowspec.files": 1,
     "flowspec.request": 1,
     "flowspec.wire": 2,
     "flowspec.codec": 3,
@@ -214,7 +216,7 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 def test_simulator_knows_cores_by_their_interface() -> None:
     """What schedules the cores must not know what they are; two modules put them together."""
     together = {"flowspec.simulate.cluster", "flowspec.simulate.ablated"}
-    known = ("effects", "lanes", "wire", "request", "trace", "ports", "plain_yaml")
+    known = ("bundled", "effects", "lanes", "wire", "request", "trace", "ports", "plain_yaml")
     allowed = {"flowspec", *(f"flowspec.{name}" for name in known)}
     for module in MODULES:
         if is_within(module, "flowspec.simulate") and module not in together:

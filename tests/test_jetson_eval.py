@@ -87,7 +87,8 @@ def test_a_cluster_that_does_not_come_is_not_waited_for_without_end(jetson, tmp_
     (project / "scripts").mkdir(parents=True)
     often = SCRIPT.read_text().replace("say_s=30", "say_s=1")
     (project / "scripts/often.sh").write_text(often)
-    (project / "run_jetson.sh").write_text((ROOT / "run_jetson.sh").read_text())
+    for name in ("run_jetson.sh", "scripts/find_python.sh"):
+        (project / name).write_text((ROOT / name).read_text())
     (project / "flowspec").symlink_to(ROOT / "flowspec")
     script = project / "scripts/often.sh"
     done = jetson("MODEL", script=script, LATE=late, FLOWSPEC_START_S="3")

@@ -24,7 +24,7 @@ from flowspec.cli.bench_remote import (
     other_code,
 )
 from flowspec.cli.bench_table import show
-from flowspec.cli.common import BUNDLED, CONTEXT_HELP, check_file
+from flowspec.cli.common import CONTEXT_HELP, check_file
 from flowspec.drafters import DRAFTERS
 from flowspec.eval.datasets import DATASETS
 from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
@@ -34,7 +34,7 @@ from flowspec.eval.summary import as_json, rows_of_run
 from flowspec.simulate.emulation import Emulation, load_emulation
 from flowspec.strategies import STRATEGIES, check_runs_for_real
 
-TABLES = BUNDLED.parent.parent / "config" / "eval.yaml"
+TABLES = Path("config/eval.yaml")
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
 DRAFTER = "eagle"
 FEW = 5  # questions of each of the six sets, unless more are asked for: minutes, not hours

@@ -1,12 +1,13 @@
 """What several commands share: the effective configuration and the split model it names."""
 
+import filecmp
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import flowspec
+from flowspec.bundled import DEMO, find_bundled
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
 from flowspec.eval.records import Sample, as_text, read_samples
@@ -26,7 +27,7 @@ RECORD_KEYS = (  # that --only takes
     *("code", "target", "draft", "emulation", "repeat"),
 )
 RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW..HIGH
-BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "models" / "demo"
+BUNDLED = DEMO
 
 
 def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
@@ -47,8 +48,8 @@ def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
 
 def bundled(name: str) -> str:
     """`name`, or where the package's own copy of it lies if it does not exist here."""
-    own = BUNDLED.parent.parent / name
-    return name if Path(name).exists() or not own.exists() else str(own)
+    found = find_bundled(name)
+    return name if found == Path(name) else str(found)
 
 
 def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
@@ -69,13 +70,15 @@ def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether `model` is the package's own, by name, by its folder or as a split of it."""
-    own, folder = BUNDLED / "target", Path(model)
-    if model == RunConfig().model or (folder.is_dir() and folder.resolve() == own):
-        return True
-    if not (folder / MANIFEST_NAME).exists() or not own.exists():
+    """Whether `model` is the package's own, by name, as a copy of it or as a split of it."""
+    own, folder = BUNDLED / "target", find_bundled(model)
+    if not folder.is_dir() or not own.is_dir():
         return False
-    return is_split_of(read_manifest(folder), open_checkpoint(own))
+    if (folder / MANIFEST_NAME).exists():
+        return is_split_of(read_manifest(folder), open_checkpoint(own))
+    names = ("config.json", "model.safetensors")
+    same, _, _ = filecmp.cmpfiles(folder, own, names, shallow=False)
+    return len(same) == len(names)
 
 
 def split_folder(config: RunConfig) -> Path:
@@ -101,10 +104,15 @@ def split_folder(config: RunConfig) -> Path:
     if not (out / MANIFEST_NAME).exists():
         load_tokenizer(folder)  # or say what it lacks by the model's own name, before it is split
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
-        # by print, which does not write across a bar that is on the screen
-        print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)
-    run_split(plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name)
+        say_on_stderr(f"splitting {name} into {stages} of {cut} layers: {out}")
+    plan = plan_split(checkpoint, layers=layers, dtype=None)
+    run_split(plan, out, model_id=name, on_wait=say_on_stderr)
     return out
+
+
+def say_on_stderr(text: str) -> None:
+    """By print, which does not write across a bar that is on the screen."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:

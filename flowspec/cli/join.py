@@ -9,6 +9,7 @@ import torch
 import typer
 
 import flowspec
+from flowspec.bundled import find_bundled
 from flowspec.cli.watch import Watch
 from flowspec.cluster.cache import ShardCache
 from flowspec.cluster.device import default_name, report_device
@@ -74,6 +75,7 @@ def join(
     listen_host = parse_host(host) if host else ""
     name = name or default_name()
     if model is not None:
+        model = find_bundled(model)
         _check_folder(model)
     watch = Watch(log_json=log_json, device=name)
     torch_device = pick_device(device)

@@ -15,7 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from flowspec.cli.common import bundled, is_bundled
+from flowspec.cli.common import bundled, is_bundled, say_on_stderr
 from flowspec.model.manifest import Manifest
 from flowspec.model.source import open_checkpoint, resolve_model
 from flowspec.model.split import run_split
@@ -68,7 +68,11 @@ def _run(plan: SplitPlan, out: Path, model_id: str) -> Manifest:
     ) as progress:
         task = progress.add_task("split", total=plan.total_bytes)
         return run_split(
-            plan, out, model_id=model_id, on_bytes=lambda count: progress.advance(task, count)
+            plan,
+            out,
+            model_id=model_id,
+            on_bytes=lambda count: progress.advance(task, count),
+            on_wait=say_on_stderr,
         )
 
 

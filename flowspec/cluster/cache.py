@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowspec.files import partial_path, remove_stale
 from flowspec.model.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -29,7 +30,7 @@ from flowspec.model.manifest import (
     write_manifest,
 )
 from flowspec.model.source import open_checkpoint
-from flowspec.model.split import write_file
+from flowspec.model.split import write_to
 from flowspec.model.split_plan import plan_split
 from flowspec.model.tensor_files import TensorReader
 from flowspec.request import ClusterError
@@ -245,6 +246,7 @@ class ShardCache:
             with (self._models / ".lock").open("w") as lock:
                 _await_lock(lock.fileno())
                 self._lay_out(folder, manifest, shards)
+                remove_stale(folder)
         except OSError as error:
             raise _disk_error(folder, error) from None
         return folder
@@ -299,16 +301,18 @@ class ShardCache:
         if checkpoint.config.num_layers != sum(manifest.layers):
             return
         plan = plan_split(checkpoint, layers=manifest.layers, dtype=manifest.dtype)
+        remove_stale(self._shards)
         files = [file for file in plan.files if file.name in wanted]
         self.check_room(sum(plan.file_bytes(file) for file in files))
         with TensorReader() as reader:
             for file in files:
                 record = wanted[file.name]
-                made = self._shards / f"{_hex(record.sha256)}.{os.getpid()}"
-                if write_file(plan, made, file, reader, on_bytes) == record:
-                    made.replace(self._shards / record.sha256)
-                else:
-                    made.unlink()
+                made = partial_path(self._shards / _hex(record.sha256))
+                try:
+                    if write_to(plan, made, file, reader, on_bytes) == record:
+                        made.replace(self._shards / record.sha256)
+                finally:
+                    made.unlink(missing_ok=True)
 
 
 class Partial:

@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from flowspec.bundled import find_bundled
 from flowspec.plain_yaml import read_yaml
 from flowspec.transport.address import Address, is_ipv6, parse_address, parse_host
 
@@ -97,7 +98,8 @@ def read_hosts(path: Path) -> Hosts:
     """Raises ValueError naming file and key."""
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold head: and hosts:, as in config/hosts.example.yaml")
+        example = find_bundled("config/hosts.example.yaml")
+        raise ValueError(f"{path} must hold head: and hosts:, as in {example}")
     listed = content.get("hosts")
     if isinstance(listed, list):
         whole = [{"address": one} if isinstance(one, str) else one for one in listed]

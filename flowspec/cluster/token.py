@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from flowspec.files import partial_path
 from flowspec.transport.keys import KEY_BYTES, Keys
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no i, l, o, u
@@ -97,14 +98,23 @@ def read_token(
 
 
 def write_token(path: Path, token: str) -> None:
-    """Keep a token in a file that this user alone may read."""
+    """Keep a token in a file that this user alone may read.
+
+    A file that another process has made meanwhile stays: read the token from it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
+    partial = partial_path(path)
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(str(token) + "\n")
-    partial.replace(path)
+    try:
+        os.link(partial, path)  # unlike a rename, it replaces nothing
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_private(path: Path) -> str:

@@ -25,6 +25,7 @@ from flowspec.eval.timeline import (
     sent_segments,
 )
 from flowspec.eval.totals import count, critical_path, verdicts
+from flowspec.files import replacing
 
 FORMAT = "flowspec-trace-1"
 COMPUTE, MESSAGES, VERDICTS = 0, 1, 2  # tracks of a process; Perfetto wants instants apart
@@ -36,15 +37,13 @@ Event = dict[str, Any]
 def write_trace(timeline: Timeline, path: Path) -> None:
     """Write the trace of a run; what goes wrong leaves no half file behind."""
     tracks = {rank: track(timeline, rank) for rank in sorted(timeline.processes)}
-    half = path.with_name(f"{path.name}.part")
-    with half.open("w") as out:
+    with replacing(path) as half, half.open("w") as out:
         about = json.dumps(_about(timeline, tracks))
         out.write(f'{{"displayTimeUnit":"ms","otherData":{about},"traceEvents":[\n')
         for number, event in enumerate(_events(timeline, tracks)):
             out.write(",\n" if number else "")
             out.write(json.dumps(event, separators=(",", ":")))
         out.write("\n]}\n")
-    half.replace(path)
 
 
 def _about(timeline: Timeline, tracks: Mapping[int, Sequence[Span]]) -> dict[str, Any]:

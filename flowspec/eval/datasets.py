@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flowspec.bundled import find_bundled
 from flowspec.eval.hub import HUB_SETS, load_from_hub, missing_readers
 from flowspec.eval.prompts import Prompt, load_prompts
 
@@ -99,7 +100,7 @@ def _find(name: str, data_dir: Path | None) -> Path | None:
         for path in found:
             if path.is_file() or (path.is_dir() and path.resolve() != data_dir.resolve()):
                 return path
-    path = Path(name)
+    path = find_bundled(name)
     is_path = path.suffix in SUFFIXES or len(path.parts) > 1
     return path if is_path and path.exists() else None
 

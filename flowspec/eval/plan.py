@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from flowspec.bundled import find_bundled
 from flowspec.config import RunConfig, override
 from flowspec.drafters import parse_drafter
 from flowspec.eval.prompts import Prompt
@@ -175,6 +176,7 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
 
     Raises ValueError naming an unknown table, strategy or parameter.
     """
+    path = find_bundled(path)
     data = read_yaml(path)
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold tables by name")

@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from flowspec.bundled import find_bundled
 from flowspec.text import PromptError, check_text, render_chat
 
 MAX_PROMPT_CHARS = 1_000_000
@@ -58,6 +59,7 @@ def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
 
     Raises ValueError naming file, line and what was found where something is not a prompt.
     """
+    path = find_bundled(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
         if not files:

@@ -2,7 +2,8 @@
 
 Layout: `head/` (embedding, lm_head, tokenizer), `stage_1/` .. `stage_N/`, `manifest.json`. The
 manifest is written last: a folder with one is whole. Until then a journal names the files that are
-finished, so that a rerun goes on where the last one stopped.
+finished, so that a rerun goes on where the last one stopped. `split.lock` lets one process at a
+time write.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from flowspec.files import locked, replacing, whole_name
 from flowspec.model.config import read_json
 from flowspec.model.manifest import (
     MANIFEST_NAME,
@@ -35,28 +37,58 @@ from flowspec.model.tensor_files import (
 )
 
 JOURNAL_NAME = "split.partial.json"
-_PARTIAL = ".partial"
+LOCK_NAME = "split.lock"
 OnBytes = Callable[[int], None]
 
 
 def run_split(
-    plan: SplitPlan, out: Path, *, model_id: str, on_bytes: OnBytes = lambda _: None
+    plan: SplitPlan,
+    out: Path,
+    *,
+    model_id: str,
+    on_bytes: OnBytes = lambda _: None,
+    on_wait: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
     """Write `plan` to the folder `out`, or finish what an interrupted run of the same plan left.
 
     `on_bytes` is called with the number of bytes just done. Nothing is done where the same split is
-    whole already. Raises ValueError when `out` holds anything else or the disk is too small.
+    whole already. One process splits into a folder at a time; another one waits for it, which
+    `on_wait` is told. Raises ValueError when `out` holds anything else or the disk is too small,
+    TimeoutError when the other process does nothing any more.
     """
     identity = _identity(plan)
+    _check_names(plan, out)
+    manifest = _whole_split(plan, out, identity)
+    if manifest is not None and not (out / JOURNAL_NAME).exists():
+        on_bytes(plan.total_bytes)
+        return manifest
+    if not out.exists():
+        _check_room(out, needed=plan.total_bytes)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(
+        out / LOCK_NAME,
+        doing=f"splitting a model into {out}",
+        say=on_wait,
+        progress=lambda: _sizes(out),
+    ):
+        return _split(plan, out, identity, model_id, on_bytes)
+
+
+def _split(plan: SplitPlan, out: Path, identity: str, model_id: str, on_bytes: OnBytes) -> Manifest:
+    """`run_split` by the one process that holds the folder's lock."""
+    _check_names(plan, out)
+    _remove_partials(out)
+    if (manifest := _whole_split(plan, out, identity)) is not None:
+        on_bytes(plan.total_bytes)
+        (out / JOURNAL_NAME).unlink(missing_ok=True)
+        return manifest
     done = _finished_files(plan, out, identity)
     todo = [file for file in plan.files if file.name not in done]
     on_bytes(sum(plan.file_bytes(file) for file in plan.files if file.name in done))
-    if todo or not (out / MANIFEST_NAME).exists():
-        _check_room(out, needed=sum(plan.file_bytes(file) for file in todo))
-        out.mkdir(parents=True, exist_ok=True)
-        _write_journal(out, identity, done)
-        # Without its manifest the folder is not whole; damaged files were found in it.
-        (out / MANIFEST_NAME).unlink(missing_ok=True)
+    _check_room(out, needed=sum(plan.file_bytes(file) for file in todo))
+    _write_journal(out, identity, done)
+    # Without its manifest the folder is not whole; damaged files were found in it.
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
     with TensorReader() as reader:
         for file in todo:
             done[file.name] = write_file(plan, out / file.name, file, reader, on_bytes)
@@ -73,8 +105,7 @@ def run_split(
             done, architecture=architecture, dtype=plan.dtype, layers=plan.layers
         ),
     )
-    if todo or not (out / MANIFEST_NAME).exists():
-        write_manifest(out, manifest)
+    write_manifest(out, manifest)
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     return manifest
 
@@ -108,47 +139,91 @@ def _identity(plan: SplitPlan) -> str:
     return f"{plan.checkpoint.fingerprint()}:{shape}"
 
 
-def _finished_files(plan: SplitPlan, out: Path, identity: str) -> dict[str, FileRecord]:
-    """Files of an earlier run of the same plan that are whole; clears away what it left half done.
+def _check_names(plan: SplitPlan, out: Path) -> None:
+    """Raises ValueError when `out` holds anything that this program would not have put there.
 
-    Raises ValueError when `out` holds another split or anything foreign.
+    Whatever moment a run was killed at, what it left is known: its lock comes before all else, and
+    an unfinished file is named after the one that it was to become.
     """
     if not out.exists():
-        return {}
+        return
     if not out.is_dir():
         raise ValueError(f"{out} is a file; give --out a folder")
-    present = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()}
-    whole = MANIFEST_NAME in present
-    if not whole and JOURNAL_NAME not in present:
-        if present:
-            raise ValueError(
-                f"{out} is not empty (it has {sorted(present)[0]}) and no split of this program; "
-                "give another --out, or empty it"
-            )
+    marks = {LOCK_NAME, MANIFEST_NAME, JOURNAL_NAME}
+    present = {name: whole_name(name) for name in _sizes(out)}
+    ours = bool(marks & present.keys())
+    own = marks | ({file.name for file in plan.files} if ours else set())
+    foreign = sorted(name for name in present if present[name] not in own)
+    if foreign and ours:
+        raise ValueError(f"{out / foreign[0]} is no part of this split; move it away")
+    if foreign:
+        raise ValueError(
+            f"{out} is not empty (it has {foreign[0]}) and no split of this program; "
+            "give another --out, or empty it"
+        )
+
+
+def _whole_split(plan: SplitPlan, out: Path, identity: str) -> Manifest | None:
+    """The manifest where this very split is whole. Raises ValueError where it is another's.
+
+    Files are only measured, so that asking again is quick; loading checks their hashes.
+    """
+    if not (out / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(out)
+    _check_same(manifest.source, identity, out)
+    whole = all(
+        file.name in manifest.files and _has_size(out / file.name, manifest.files[file.name])
+        for file in plan.files
+    )
+    return manifest if whole else None
+
+
+def _finished_files(plan: SplitPlan, out: Path, identity: str) -> dict[str, FileRecord]:
+    """Files of an earlier run of the same plan that are whole. Raises ValueError as above."""
+    if (out / MANIFEST_NAME).exists():  # some file was damaged later
+        records = read_manifest(out).files
+    elif (out / JOURNAL_NAME).exists():
+        source, records = _read_journal(out)
+        _check_same(source, identity, out)
+    else:
         return {}
-    found, records = _earlier_run(out, whole=whole)
-    if found != identity:
+    planned = {file.name for file in plan.files}
+    return {
+        name: record
+        for name, record in records.items()
+        if name in planned
+        and _has_size(out / name, record)
+        and file_sha256(out / name) == record.sha256
+    }
+
+
+def _check_same(source: str, identity: str, out: Path) -> None:
+    if source != identity:
         raise ValueError(
             f"{out} has a split of another checkpoint, layer plan or dtype; give another --out, "
             f"or remove it"
         )
-    planned = {file.name for file in plan.files}
-    own = {MANIFEST_NAME, JOURNAL_NAME, *planned}
-    for name in present - own:
-        if name.removesuffix(_PARTIAL) not in own:
-            raise ValueError(f"{out / name} is no part of this split; move it away")
-        (out / name).unlink()
-    return {
-        name: record
-        for name, record in records.items()
-        if name in planned and _is_whole(out / name, record, by_content=not whole)
-    }
 
 
-def _earlier_run(out: Path, *, whole: bool) -> tuple[str, dict[str, FileRecord]]:
-    if whole:
-        manifest = read_manifest(out)
-        return manifest.source, dict(manifest.files)
+def _remove_partials(out: Path) -> None:
+    """Clear away what killed runs left; the lock is ours, so that no other process writes."""
+    for name in _sizes(out):
+        if whole_name(name) != name:
+            (out / name).unlink(missing_ok=True)
+
+
+def _sizes(out: Path) -> dict[str, int]:
+    """Bytes of each file in a folder, by its path there; files may vanish meanwhile."""
+    found = {}
+    for path in out.rglob("*"):
+        with suppress(FileNotFoundError):
+            if not path.is_dir():
+                found[path.relative_to(out).as_posix()] = path.lstat().st_size
+    return found
+
+
+def _read_journal(out: Path) -> tuple[str, Mapping[str, FileRecord]]:
     journal = read_json(out / JOURNAL_NAME)
     try:
         return str(journal.get("source")), parse_files(journal.get("files"))
@@ -156,11 +231,8 @@ def _earlier_run(out: Path, *, whole: bool) -> tuple[str, dict[str, FileRecord]]
         raise ValueError(f"{out / JOURNAL_NAME}: {error}; remove {out} and split again") from error
 
 
-def _is_whole(path: Path, record: FileRecord, *, by_content: bool) -> bool:
-    # A finished split is only measured, so that asking again is quick; loading checks its hashes.
-    if not path.is_file() or path.stat().st_size != record.bytes:
-        return False
-    return not by_content or file_sha256(path) == record.sha256
+def _has_size(path: Path, record: FileRecord) -> bool:
+    return path.is_file() and path.stat().st_size == record.bytes
 
 
 def _check_room(out: Path, *, needed: int) -> None:
@@ -186,20 +258,19 @@ def write_file(
     Raises ValueError where the checkpoint changes meanwhile, or a value does not fit the dtype.
     """
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + _PARTIAL)
-    try:
-        with HashedWriter(partial) as writer:
-            for piece in _pieces(plan, file, reader):
-                writer.write(piece)
-                on_bytes(len(piece))
-            record = FileRecord(sha256=writer.sha256(), bytes=writer.num_bytes)
-        partial.replace(path)
-    except BaseException:
-        # Also on Ctrl-C. What a kill leaves is cleared by the rerun.
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    return record
+    with replacing(path) as partial:
+        return write_to(plan, partial, file, reader, on_bytes)
+
+
+def write_to(
+    plan: SplitPlan, path: Path, file: OutputFile, reader: TensorReader, on_bytes: OnBytes
+) -> FileRecord:
+    """Write one file of a plan to `path` itself, piece by piece. Raises as `write_file` does."""
+    with HashedWriter(path) as writer:
+        for piece in _pieces(plan, file, reader):
+            writer.write(piece)
+            on_bytes(len(piece))
+        return FileRecord(sha256=writer.finish(), bytes=writer.num_bytes)
 
 
 def _pieces(

@@ -8,6 +8,7 @@ once touched count as memory of this process until the mapping goes.
 import hashlib
 import json
 import math
+import os
 import pickle  # for the name of the error that a refused `.bin` raises; nothing is unpickled
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -257,8 +258,9 @@ class HashedWriter:
             view = view[self._file.write(view) :]
         self.num_bytes += len(piece)
 
-    def sha256(self) -> str:
-        """Of everything written so far, as hex."""
+    def finish(self) -> str:
+        """The sha256 of everything written, as hex, once it is on disk for good."""
+        os.fsync(self._file.fileno())
         self._wait()
         return self._digest.hexdigest()
 

@@ -1,8 +1,9 @@
 """Profiles: what an emulated device, link, model and cluster are made of, read from YAML.
 
 Each figure comes with the `source` it is taken from: `{value: 68, source: data sheet}`, or one
-`source` for the whole file. The package's own profiles lie in config/devices, links, models and
-clusters and are named without folder and ending; anything else is the path of a file.
+`source` for the whole file. A name without folder and ending, such as jetson-5, is looked for in
+config/devices, links, models or clusters of the working folder, then among the package's own;
+anything else is the path of a file.
 """
 
 import math
@@ -13,11 +14,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-import flowspec
+from flowspec.bundled import DATA, find_bundled
 from flowspec.plain_yaml import read_yaml
 
 T = TypeVar("T")
-BUNDLED = Path(flowspec.__file__).resolve().parent.parent / "config"
+BUNDLED = DATA / "config"
 HERE = Path()
 MAX_STAGES = 64
 ABOUT = ("about", "source")
@@ -196,8 +197,9 @@ def read_cluster(name: str) -> ClusterProfile:
 
 
 def profile_names(kind: str) -> list[str]:
-    """The package's own profiles of a kind: devices, links, models or clusters."""
-    return sorted(path.stem for path in (BUNDLED / kind).glob("*.yaml"))
+    """Profiles of a kind that have a name: devices, links, models or clusters."""
+    folders = (Path("config") / kind, BUNDLED / kind)
+    return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
 
 def _read(cls: type[T], kind: str, name: str, beside: Path) -> T:
@@ -207,10 +209,11 @@ def _read(cls: type[T], kind: str, name: str, beside: Path) -> T:
 
 def _mapping(cls: type, kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str, Any]]:
     """Where the profile lies and its figures, sources taken off."""
-    own = BUNDLED / kind / f"{name}.yaml"
-    path = own if "/" not in name and own.exists() else beside / name
-    if not path.exists() and (BUNDLED.parent / name).is_file():  # config/... from elsewhere
-        path = BUNDLED.parent / name
+    path = find_bundled(Path("config") / kind / f"{name}.yaml")
+    if "/" in name or not path.is_file():
+        path = beside / name
+        if not path.exists():
+            path = find_bundled(name)  # config/... from elsewhere
     if not path.is_file():
         raise ValueError(
             f"{name!r} is neither a file nor one of the {kind}: {', '.join(profile_names(kind))}"

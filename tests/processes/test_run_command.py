@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowspec.cli.main import main
+from processes.spawned import spawn
 
 SUMMARY = (
     *("finished", "speed", "first token", "tau", "alpha per depth", "stages busy", "sent"),
@@ -80,3 +81,17 @@ def test_wrong_options_are_one_clear_line(tmp_path, monkeypatch, capsys, options
     assert len(errors) == 1
     assert errors[0].startswith("error: ")
     assert message in errors[0]
+
+
+def test_first_runs_started_together_in_one_folder_all_answer(tmp_path):
+    """One splits the model, the others wait for it; no run sees another one's unfinished files."""
+    options = ("--stages", "1", "--strategy", "ar", "--max-tokens", "2", "--no-check")
+    logs = [tmp_path / f"{number}.log" for number in range(3)]
+    runs = [spawn(["run", *options], log, tmp_path, {}) for log in logs]
+    for process in runs:
+        process.join(120)
+    said = [log.read_text() for log in logs]
+    assert [process.exitcode for process in runs] == [0, 0, 0], said
+    assert sum("another process is splitting" in text for text in said) <= 2
+    assert len(list((tmp_path / "out").iterdir())) == 1
+    assert not list((tmp_path / "out").rglob("*.partial"))

@@ -1,0 +1,70 @@
+"""Names of files that come with the package: from any folder, and one's own before them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flowspec.bundled import DATA, DEMO, find_bundled
+from flowspec.cli.common import draft_folder, is_bundled
+from flowspec.config import RunConfig, read_run_config
+from flowspec.eval.plan import read_table
+from flowspec.eval.prompts import load_prompts
+from flowspec.simulate.profiles import profile_names, read_cluster, read_device
+
+CLUSTER = "source: my desk\nhead: {0}\nstages: [{0}]\nlink: 1gbe\n"
+
+
+@pytest.fixture(autouse=True)
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_bundled_names_work_in_an_empty_folder() -> None:
+    """As the README, the docs and the defaults use them."""
+    assert find_bundled("models/demo/target") == DEMO / "target"
+    assert read_run_config(Path("config/demo.yaml")).model == RunConfig().model
+    assert read_table(Path("config/eval.yaml"), "main")["streaming"]["segment_size"] == 80
+    assert len(load_prompts(Path("models/demo/prompts.jsonl"))) == 4
+    assert read_cluster("config/clusters/jetson-5.yaml") == read_cluster("jetson-5")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "config", "models/../x", "/config/x", "config/x"])
+def test_other_names_are_paths(name: str) -> None:
+    """Nothing is looked for outside the package's data, or under another name."""
+    found = find_bundled(name)
+    assert found == (DATA / "config" if name == "config" else Path(name))
+
+
+def test_a_file_in_the_working_folder_comes_first(empty: Path) -> None:
+    """By the package's name, and by a new one, which the lists show; its boards likewise."""
+    own = read_device("reference-board")
+    for kind in ("clusters", "devices"):
+        (empty / "config" / kind).mkdir(parents=True)
+    (empty / "config/clusters/jetson-5.yaml").write_text(CLUSTER.format("reference-board"))
+    (empty / "config/clusters/mine.yaml").write_text(CLUSTER.format("my-board"))
+    board = (DATA / "config/devices/reference-board.yaml").read_text()
+    (empty / "config/devices/my-board.yaml").write_text(board)
+    assert read_cluster("jetson-5").num_stages == 1
+    assert read_cluster("config/clusters/jetson-5.yaml").num_stages == 1
+    assert read_cluster("jetson-9").num_stages == 8
+    assert read_cluster("mine").devices[0].name == "my-board"
+    assert read_cluster("mine").devices[0].memory_gb == own.memory_gb
+    assert {"mine", "jetson-9"} <= set(profile_names("clusters"))
+    (empty / "config/demo.yaml").write_text("stages: 7\n")
+    assert read_run_config(Path("config/demo.yaml")).stages == 7
+
+
+def test_a_model_of_ones_own_under_the_bundled_name_needs_its_own_head(empty: Path) -> None:
+    """The bundled head was not made for it; an unchanged copy keeps its head."""
+    shutil.copytree(DEMO / "target", empty / "models/demo/target")
+    assert is_bundled("models/demo/target")
+    assert draft_folder(RunConfig()) == str(DEMO / "eagle")
+    weights = bytearray((empty / "models/demo/target/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (empty / "models/demo/target/model.safetensors").write_bytes(weights)
+    assert not is_bundled("models/demo/target")
+    with pytest.raises(ValueError, match="needs --draft"):
+        draft_folder(RunConfig())
