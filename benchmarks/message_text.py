@@ -55,6 +55,7 @@ MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
     wire.Ping: ("ping", {"rank": "rank"}),
     wire.Stop: ("stop", {}),
 }
+# of the segments that travel in a message
 SEGMENT: Mapping[str, str] = {
     "request": "request",
     "seq": "seq_no",
@@ -100,6 +101,7 @@ class MessageLog:
             kind = "segment"
             rows = " + ".join(self._segment(segment, message.epoch) for segment in segments)
         else:
+            assert type(message) in MESSAGES, f"{type(message).__name__} has no row in MESSAGES"
             kind, fields = MESSAGES[type(message)]
             rows = _fields(message, fields)
             if kind == "hidden":

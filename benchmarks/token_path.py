@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,19 +34,21 @@ Ticks = Mapping[Line, Sequence[int]]  # when it was executed
 
 def pieces(command: Sequence[str], environment: Mapping[str, str]) -> list[int]:
     """Run the command; when each piece of its output came, in ticks."""
+    came = []
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
-        came = []
-        end = time.monotonic() + TIMEOUT_S
+        limit = threading.Timer(TIMEOUT_S, process.terminate)
+        limit.start()
         while os.read(process.stdout.fileno(), 65536):
             came.append(tick())
-            if time.monotonic() > end:
-                process.terminate()
-                raise SystemExit(f"error: the run takes longer than {TIMEOUT_S:.0f} s")
+        limit.cancel()
     if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with code {process.returncode}")
+        raise SystemExit(
+            f"error: {' '.join(command)} ended with code {process.returncode}; it may take "
+            f"{TIMEOUT_S:.0f} s"
+        )
     return came
 
 

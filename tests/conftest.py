@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests/test_message_traces.py."""
     group = parser.getgroup("flowspec")
     group.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
-    group.addoption("--traces", type=Path, help="folder to write every message trace to")
+    group.addoption("--write-traces", type=Path, help="folder to write every message trace to")
 
 
 TINY = ModelConfig(
