@@ -6,6 +6,7 @@ fixtures where it does not.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ from flowspec.model.stage_model import StageModel
 settings.register_profile("flowspec", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("flowspec")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/test_message_traces.py."""
+    group = parser.getgroup("flowspec")
+    group.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
+    group.addoption("--write-traces", type=Path, help="folder to write every message trace to")
+
 
 TINY = ModelConfig(
     architecture="LlamaForCausalLM",

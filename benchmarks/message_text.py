@@ -1,0 +1,147 @@
+"""Messages between ranks as lines of text, in words that stay when the code is renamed.
+
+Two checkouts, or a checkout and a committed file, are compared by these lines. The two tables below
+say which class and which attribute is meant; after a rename they are all that changes here. Times
+and hidden states are left out: they depend on the machine.
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+from flowspec import wire
+from flowspec.lanes import Lanes
+
+# class: (its word, word of each field: attribute)
+MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
+    wire.Open: (
+        "open",
+        {
+            "request": "request",
+            "capacity": "capacity",
+            "context": "context",
+            "layers": "feature_layers",
+            "reuse": "reuse",
+            "shared": "num_shared",
+        },
+    ),
+    wire.Close: ("close", {"request": "request", "keep": "keep", "verdict": "verdict"}),
+    wire.Abandon: ("abandon", {"request": "request"}),
+    wire.Reset: ("reset", {}),
+    wire.Reroot: (
+        "verdict",
+        {"request": "request", "at": "position", "after": "parent", "token": "token"},
+    ),
+    wire.Started: ("started", {"request": "request", "seq": "seq_no"}),
+    wire.Exit: (
+        "left",
+        {"request": "request", "seq": "seq_no", "rows": "rows", "slowest_rows": "slowest_rows"},
+    ),
+    wire.Features: ("hidden", {"request": "request", "layer": "layer", "nodes": "nodes"}),
+    wire.Status: (
+        "status",
+        {
+            "stage": "stage",
+            "segments": "num_segments",
+            "rows": "num_rows_run",
+            "pruned": "num_rows_pruned",
+            "requests": "num_requests",
+            "kv_rows": "kv_rows_used",
+            "closes": "num_closes",
+        },
+    ),
+    wire.Failed: ("failed", {"stage": "stage", "request": "request", "text": "text"}),
+    wire.Ready: ("ready", {"stage": "stage", "kv_rows": "kv_rows"}),
+    wire.Ping: ("ping", {"rank": "rank"}),
+    wire.Stop: ("stop", {}),
+}
+# of the segments that travel in a message
+SEGMENT: Mapping[str, str] = {
+    "request": "request",
+    "seq": "seq_no",
+    "prompt": "prefix",
+    "ask": "verify",
+    "nodes": "nodes",
+    "parents": "parents",
+    "tokens": "tokens",
+    "slowest_rows": "slowest_rows",
+    "verdict": "verdict",
+}
+
+
+class MessageLog:
+    """The messages of one run in the order in which they were sent, a line each.
+
+    A line has sender and receiver (0 is the head), the number on its lane, the epoch, the kind and
+    its fields. The position of a row is its parent's and one more, so it follows from the lines
+    before; `at` shows it, so that a reader need not count.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.counts: dict[str, int] = {}  # of messages by kind
+        self._lanes: dict[int, Lanes] = {}
+        self._positions: dict[tuple[int, int, int], int] = {}  # by epoch, request and node
+
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "".join(f"{line}\n" for line in self.lines)
+
+    @property
+    def digest(self) -> str:
+        """Equal for the same messages in the same order."""
+        return sha256(self.text.encode()).hexdigest()
+
+    def add(self, source: int, to: int, message: Any) -> None:
+        """Note a message that rank `source` sends to rank `to`."""
+        numbered: Any = self._lanes.setdefault(source, Lanes(source)).number(to, message)
+        segments = wire.segments_of(message)
+        if segments:
+            kind = "segment"
+            rows = " + ".join(self._segment(segment, message.epoch) for segment in segments)
+        else:
+            assert type(message) in MESSAGES, f"{type(message).__name__} has no row in MESSAGES"
+            kind, fields = MESSAGES[type(message)]
+            rows = _fields(message, fields)
+            if kind == "hidden":
+                rows += f" at={_numbers(self._at(message, message.epoch))}"
+        where = f"{source}>{to}"
+        if (number := getattr(numbered, "number", None)) is not None:
+            where += f" #{number} epoch={message.epoch}"
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.lines.append(f"{where} {kind} {rows}".rstrip())
+
+    def _segment(self, segment: Any, epoch: int) -> str:
+        for node, parent in zip(segment.nodes, segment.parents, strict=True):
+            above = self._positions.get((epoch, segment.request, parent), parent)  # of a prompt
+            self._positions[epoch, segment.request, node] = above + 1
+        return f"{_fields(segment, SEGMENT)} at={_numbers(self._at(segment, epoch))}"
+
+    def _at(self, message: Any, epoch: int) -> list[int]:
+        return [self._positions[epoch, message.request, node] for node in message.nodes]
+
+
+def _fields(message: Any, fields: Mapping[str, str]) -> str:
+    return " ".join(f"{word}={_value(getattr(message, name))}" for word, name in fields.items())
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, wire.Reroot):
+        return f"{value.position}/{value.parent}/{value.token}"
+    if isinstance(value, bool):
+        return str(int(value))
+    return _numbers(value) if isinstance(value, tuple) else str(value)
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """Numbers with commas; those that rise one by one as first..last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}..{b}" for a, b in runs) or "-"

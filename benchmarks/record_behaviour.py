@@ -1,0 +1,147 @@
+"""What this checkout's emulated benchmark gives, as records that another checkout's compare with.
+
+    python benchmarks/record_behaviour.py --datasets gsm8k --data-dir QUESTIONS --out FILE.json ...
+
+`compare_behaviour.py` starts it, in each checkout that checkout's own. It runs `flowspec bench` in
+this process with every message noted, and gives the samples words of its own: FIGURES is the table
+to change when the benchmark names a figure otherwise. The form of FILE is what must stay.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from message_text import MessageLog
+
+import flowspec
+from flowspec.cli.main import main as run_command
+from flowspec.effects import CLIENT, HEAD
+from flowspec.eval import answering
+from flowspec.eval.records import FILE_NAME
+from flowspec.trace import Recorder
+from flowspec.wire import Message
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER, MODEL = "jetson-5", "vicuna-7b"
+FOLDERS = {"eagle": "eagle", "eagle3": "eagle3", "draft_model": "draft"}  # below --models
+KEYS = ("strategy", "drafter", "dataset", "question", "turn", "temperature")
+# of a record: of a sample
+FIGURES: Mapping[str, str] = {
+    "tokens": "tokens",
+    "text": "token_hash",
+    "differs_from_target": "mismatch",
+    "finish": "finish",
+    "tokens_per_s": "decode_tokens_per_s",
+    "end_to_end_tokens_per_s": "end_to_end_tokens_per_s",
+    "first_token_s": "ttft_s",
+    "inter_token_ms": "inter_token_ms",
+    "tau": "tau",
+    "accepted_runs": "runs",
+    "rows": "rows_sent",
+    "rows_pruned": "rows_pruned",
+    "rows_wasted": "rows_wasted",
+    "segments": "segments",
+    "drafter_forwards": "draft_forwards",
+    "drafter_busy": "drafter_busy",
+    "stage_busy": "stage_busy",
+    "stage_idle": "stage_idle",
+    "tree_nodes": "tree_size",
+    "link_bytes": "link_bytes",
+}
+LOGS: list[MessageLog] = []  # of the requests so far, in their order
+
+
+class NotingRecorder(Recorder):
+    """A recorder of the simulator that also notes every message in the newest of LOGS.
+
+    The benchmark gives each request a recorder per process, the head's first.
+    """
+
+    def __init__(self, rank: int, **options: Any) -> None:
+        super().__init__(rank, **options)
+        if rank == HEAD:
+            LOGS.append(MessageLog())
+
+    def sent(self, now: float, to: int, message: Message) -> None:
+        """See Trace."""
+        if to != CLIENT:
+            LOGS[-1].add(self.rank, to, message)
+        super().sent(now, to, message)
+
+
+def main() -> None:
+    """Run the benchmark and write the records."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data-dir", type=Path)
+    parser.add_argument("--datasets", required=True)
+    parser.add_argument("--strategies", required=True)
+    parser.add_argument("--drafters", required=True)
+    parser.add_argument("--limit", type=int, required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    if not Path(flowspec.__file__).is_relative_to(ROOT):
+        sys.exit(f"error: {ROOT} was to be recorded, but {flowspec.__file__} was imported")
+    answering.Recorder = NotingRecorder  # type: ignore[misc]
+    with tempfile.TemporaryDirectory(prefix="flowspec-record-") as folder:
+        run_bench(bench_arguments(options, Path(folder)))
+        lines = (Path(folder) / FILE_NAME).read_text().splitlines()
+    options.out.write_text(json.dumps(records([json.loads(line) for line in lines])))
+
+
+def bench_arguments(options: argparse.Namespace, out: Path) -> list[str]:
+    """Of `flowspec bench`."""
+    names = {drafter.partition("+")[0] for drafter in options.drafters.split(",")}
+    folders = [f"{name}={options.models / FOLDERS[name]}" for name in sorted(names & set(FOLDERS))]
+    given = {
+        "--cluster": CLUSTER,
+        "--model": MODEL,
+        "--strategies": options.strategies,
+        "--drafter": options.drafters,
+        "--datasets": options.datasets,
+        "--data-dir": options.data_dir,
+        "--limit": options.limit,
+        "--max-tokens": options.max_tokens,
+        "--temperatures": "0,1",
+        "--target": options.models / "target",
+        "--jobs": 1,  # in this process
+        "--out": out,
+    }
+    pairs = [(name, str(value)) for name, value in given.items() if value is not None]
+    pairs += [("--draft", folder) for folder in folders]
+    return ["bench", *(part for pair in pairs for part in pair)]
+
+
+def run_bench(arguments: Sequence[str]) -> None:
+    """The command; ends this process where it fails. A text that differs is in its record."""
+    sys.argv = ["flowspec", *arguments]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            run_command()
+    except SystemExit as end:
+        if end.code not in (None, 0, 1):
+            raise
+
+
+def records(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A record per sample, with its messages; both are in the order in which they were run."""
+    assert len(samples) == len(LOGS), f"{len(samples)} samples, {len(LOGS)} recorded requests"
+    return [
+        {
+            **{key: sample[key] for key in KEYS},
+            **{name: sample[of] for name, of in FIGURES.items()},
+            "messages": dict(sorted(log.counts.items())),
+            "message_order": log.digest,
+        }
+        for sample, log in zip(samples, LOGS, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    main()
