@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 STALE_S = 3600.0  # an unfinished file that nobody has written to for so long is a dead process's
-STUCK_S = 300.0  # how long the holder of a lock may do nothing that can be seen
+STUCK_S = 1800.0  # the holder may check files for long, which nobody sees
 _POLL_S = 0.2
 _PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(rf"(?P<whole>.+?)(?P<process>\.\d+-[0-9a-f]{{8}})?\{_PARTIAL}")

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 120
+VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"
+BASE = str(Path(sys.base_prefix) / "bin" / f"python{VERSION}")
 
 # A build backend that needs nothing, so that pip installs the project without a package index.
 BACKEND = """
@@ -59,10 +61,9 @@ def start(project: Path, **variables: str) -> "subprocess.Popen[str]":
     """The set-up, in a process group of its own, as a terminal would start it."""
     dropped = ("FLOWSPEC_VENV", "PYTHONPATH", "VIRTUAL_ENV")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
-    base = str(Path(sys.base_prefix) / "bin" / "python3")
     return subprocess.Popen(
         ["bash", str(project / "scripts" / "setup.sh"), "requirements.txt"],
-        env={**environment, "PYTHON": base, "PIP_NO_INDEX": "1", **variables},
+        env={**environment, "PYTHON": BASE, "PIP_NO_INDEX": "1", **variables},
         cwd="/",
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -188,8 +189,7 @@ def without_ensurepip(tmp_path: Path) -> str:
         )
     )
     python = tmp_path / "python3"
-    base = Path(sys.base_prefix) / "bin" / "python3"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={hidden} exec {base} "$@"\n')
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={hidden} exec {BASE} "$@"\n')
     python.chmod(0o755)
     return str(python)
 
@@ -206,9 +206,8 @@ def test_the_missing_system_package_is_named(
     for _ in range(2):
         code, out, err = set_up(project, PYTHON=without_ensurepip)
         assert (code, out) == (2, "")
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         assert "has no module ensurepip" in err
-        assert f"`sudo apt install python{version}-venv` (or python3-venv)" in err
+        assert f"`sudo apt install python{VERSION}-venv` (or python3-venv)" in err
         assert "Traceback" not in err
     assert half_made or not (project / ".venv").exists()
 

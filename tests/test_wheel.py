@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pip as pip_package
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,10 +178,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     venv.create(env, with_pip=False, symlinks=True)
     (packages,) = env.glob("lib/python*/site-packages")
+    # pip alone is lent to it: with all else it would see the flowspec of this environment
+    (folder / "lent").mkdir()
+    (folder / "lent" / "pip").symlink_to(Path(pip_package.__file__).parent)
+    install = [env / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
+    variables = os.environ | {"PYTHONPATH": str(folder / "lent"), "PIP_NO_COMPILE": "1"}
+    call(*install, wheel, env=variables)
     used = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (packages / "dependencies.pth").write_text("\n".join(used) + "\n")
-    python = ["--python", env / "bin" / "python"]
-    call(*pip, *python, "install", "-q", "--no-deps", "--no-index", "--no-compile", wheel)
     return Installed(wheel, sdist, env / "bin", frozenset(tracked))
 
 
