@@ -172,16 +172,26 @@ def differences(before: Record | None, after: Record | None) -> dict[str, str]:
     """By figure, what it was and what it is; a record that only one has differs as a whole."""
     if before is None or after is None:
         return {"record": "recorded after alone" if before is None else "recorded before alone"}
-    names = [*before, *(name for name in after if name not in before)]
+    old, new = _flat(before), _flat(after)
+    names = [*old, *(name for name in new if name not in old)]
     return {
-        name: f"{name} {_short(before, name)} -> {_short(after, name)}"
+        name: f"{name} {_short(old, name)} -> {_short(new, name)}"
         for name in names
-        if name not in before or name not in after or before[name] != after[name]
+        if name not in old or name not in new or old[name] != new[name]
     }
 
 
-def _short(record: Record, name: str) -> str:
-    text = json.dumps(record[name]) if name in record else "nothing"
+def _flat(record: Record) -> dict[str, Any]:
+    """Counts by kind, bytes by link and the like as figures of their own."""
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        inner = value if isinstance(value, Mapping) else {}
+        flat |= {f"{name}.{part}": one for part, one in inner.items()} or {name: value}
+    return flat
+
+
+def _short(figures: Record, name: str) -> str:
+    text = json.dumps(figures[name]) if name in figures else "nothing"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -53,7 +53,7 @@ def test_the_last_digit_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(made_up(), after) == 3
     said = capsys.readouterr().out
     assert "tokens_per_s 0.1 -> 0.10000000000000002" in said
-    assert 'messages {"segment": 2} -> {"segment": 5}; tau nothing -> 1.0' in said
+    assert "messages.segment 2 -> 5; tau nothing -> 1.0" in said
     assert "recorded before alone" in said
     assert said.endswith("3 of 3 records differ\n")
 
