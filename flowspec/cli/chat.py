@@ -89,7 +89,12 @@ def chat_loop(
         if not line or line.startswith("/"):
             continue
         turns.append({"role": "user", "content": line})
-        text, done = show_answer(client, options, turns)
+        try:
+            text, done = show_answer(client, options, turns)
+        except ValueError as error:  # this line cannot be sent; another one can
+            typer.echo(f"error: {error}", err=True)
+            turns.pop()
+            continue
         if done is not None and done.error:
             typer.echo(f"error: {done.error}", err=True)
         if done is None or done.error:

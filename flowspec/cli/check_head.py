@@ -23,7 +23,6 @@ from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES
-from flowspec.text import render_chat
 
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {
@@ -116,8 +115,7 @@ def _requests(
 ) -> list[Request]:
     """Prompts that leave room for an answer. Raises ValueError when none does."""
     rendered = [
-        render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
-        for prompt in prompts
+        parts.prompt_of([{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts
     ]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
     if not fitting:

@@ -75,8 +75,10 @@ def generate(
             )
             if done is None:
                 raise typer.Exit(130)
+            if done.refused:
+                raise ValueError(done.error)
             if done.error:
-                raise ClusterError("head", done.error)
+                raise ClusterError("head", done.error.removeprefix("head: "))
 
 
 def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:

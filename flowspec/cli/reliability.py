@@ -24,7 +24,6 @@ from flowspec.eval.reliability import Reliability, before_and_after, settled
 from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES, find_strategy
-from flowspec.text import render_chat
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,7 +123,7 @@ def _requests(config: RunConfig, parts: HeadParts, prompts: list[Prompt]) -> lis
     ids = count(1)
     requests = []
     for prompt in prompts:
-        tokens = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        tokens = parts.prompt_of([{"role": "user", "content": prompt.turns[0]}])
         if len(tokens) < parts.max_context:
             number = next(ids)
             requests.append(

@@ -60,7 +60,7 @@ class _Notes(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.note(self.format(record))
+        self._screen.note(record.getMessage())  # a person reads it: without a traceback
 
 
 class _Screen:

@@ -28,7 +28,6 @@ from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
 
 DRIVERS = ("simulated", "zmq", "gloo")  # the latter two: real processes over that transport
 _REQUEST_IDS = count(1)
@@ -232,7 +231,7 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
     """Seeds follow from the prompt's place, so that every strategy gets the same; ids are new."""
     requests = []
     for seed, prompt in enumerate(plan.prompts, start=1):
-        ids = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        ids = parts.prompt_of([{"role": "user", "content": prompt.turns[0]}])
         if len(ids) >= parts.max_context:
             continue  # said once, by _say_left_out
         requests.append(

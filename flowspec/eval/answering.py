@@ -31,7 +31,6 @@ from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
 from flowspec.simulate.emulation import Emulation
 from flowspec.stage import Stage
 from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
 from flowspec.trace import Recorder
 
 
@@ -99,7 +98,7 @@ class Workbench:
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
-            ids = render_chat(parts.tokenizer, messages)
+            ids = parts.prompt_of(messages)
             if len(ids) + self.plan.max_tokens > parts.max_context:
                 left_out = len(prompt.turns) - turn
                 yield TooLong(key, group.dataset, prompt.id, turn, left_out, len(ids))

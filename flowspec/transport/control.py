@@ -14,7 +14,7 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
 from flowspec.transport.keys import Keys
 
-MAX_PIECES = 16
+MAX_PIECES = 256
 MAX_QUEUED = 1000  # messages per peer and direction
 LINGER_MS = 500
 BURST = 256  # messages taken before whoever asked gets to act on them
