@@ -12,7 +12,6 @@ from tiny import PROMPT, T0, T1, VOCAB, expected, request, stage_models
 
 import flowspec.stage_forward
 from flowspec.answers import Answers
-from flowspec.calibration import Forecasts
 from flowspec.cluster.base import generate_all
 from flowspec.drafters.base import DraftJob
 from flowspec.drafters.draft_model import DraftModelDrafter
@@ -21,6 +20,7 @@ from flowspec.drafters.incremental import IncrementalSession
 from flowspec.failures import Failures, attempt, is_fatal
 from flowspec.model.stage_model import StageModel
 from flowspec.request import Completion, FinishReason, Request
+from flowspec.session import Session
 from flowspec.simulate.cluster import SimulatedCluster
 from flowspec.stage import Stage
 from flowspec.stage_request import StageRequest
@@ -89,7 +89,7 @@ HEAD_POINTS = {
     "drafter, expand": broken(ScriptedSession, "expand", lambda s, *rest: of_bad(s)),
     "grafts": broken(GraftedSession, "graft", lambda s, *rest: of_bad(s.base)),
     "merged grafts": broken(GraftedSession, "merged", lambda s, *rest: of_bad(s.base)),
-    "calibration": broken(Forecasts, "settle", lambda f, *rest: f.sampled_by_bad),
+    "calibration": broken(Session, "learn", lambda session, *rest: session.request.id == BAD),
 }
 
 
@@ -155,36 +155,10 @@ def check_ends(several: list[Request], completions: list[Completion], where: str
 @pytest.mark.parametrize("point", HEAD_POINTS)
 def test_what_fails_in_the_head_ends_one_request(point: str, monkeypatch: Patch) -> None:
     """Drafter, strategy, grafts, calibration: whatever is done for a request alone."""
-    monkeypatch.setattr(Forecasts, "sampled_by_bad", property(forecasts_of_bad), raising=False)
     HEAD_POINTS[point](monkeypatch)
     drafter = ScriptedDrafter(mixed, feature_layers=(1,))
     cluster = make_cluster(2, drafter=drafter, graft="graft" in point, calibrate=True)
     check_only_the_bad_one_ends(cluster, where="head: ")
-
-
-def forecasts_of_bad(forecasts: Forecasts) -> bool:
-    """A request at temperature 1 has other forecasts than one at 0; two have the former."""
-    return bool(forecasts is BAD_FORECASTS.get("own"))
-
-
-BAD_FORECASTS: dict[str, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def note_forecasts(monkeypatch: Patch) -> None:
-    """Which forecasts are the failing request's."""
-    import flowspec.active
-
-    BAD_FORECASTS.clear()
-    begin = flowspec.active.open_session
-
-    def noting(turn: Any, *args: Any, **fields: Any) -> Any:
-        session = begin(turn, *args, **fields)
-        if session.request.id == BAD:
-            BAD_FORECASTS["own"] = session.forecasts
-        return session
-
-    monkeypatch.setattr("flowspec.head.open_session", noting)
 
 
 @pytest.mark.parametrize("point", TEXT_POINTS)
@@ -201,14 +175,11 @@ def test_a_detokenizer_that_fails_ends_one_request(point: str) -> None:
     check_only_the_bad_one_ends(make_cluster(2, new_text=new_text), where="head: ")
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("point", STAGE_POINTS)
-def test_what_fails_on_a_stage_ends_one_request(
-    point: str, num_stages: int, monkeypatch: Patch
-) -> None:
+def test_what_fails_on_a_stage_ends_one_request(point: str, monkeypatch: Patch) -> None:
     """Also where its rows run together with those of others; the error names the stage."""
     STAGE_POINTS[point](monkeypatch)
-    cluster = make_cluster(num_stages, drafter=ScriptedDrafter(mixed, feature_layers=(1,)))
+    cluster = make_cluster(2, drafter=ScriptedDrafter(mixed, feature_layers=(1,)))
     check_only_the_bad_one_ends(cluster, where="stage ")
 
 

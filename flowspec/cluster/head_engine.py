@@ -370,7 +370,7 @@ class HeadEngine:
             elif isinstance(message, Finished):
                 with self._failures.of(message.request):
                     self._finished(message)
-        self._end_unserved()
+            self._end_unserved()  # before it is told of more
         for number, entry in list(self._open.items()):
             if entry.watch is not None:
                 with self._failures.of(number):

@@ -98,7 +98,11 @@ class Workbench:
         messages: list[dict[str, str]] = []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
-            ids = parts.prompt_of(messages)
+            try:
+                ids = parts.prompt_of(messages)
+            except ValueError as error:
+                where = f"{group.dataset}, question {prompt.id}, turn {turn + 1}"
+                raise ValueError(f"{where}: {error}") from error
             if len(ids) + self.plan.max_tokens > parts.max_context:
                 left_out = len(prompt.turns) - turn
                 yield TooLong(key, group.dataset, prompt.id, turn, left_out, len(ids))
