@@ -477,6 +477,8 @@ class Head:
         for request, active in list(self.active.items()):
             if message.request in (0, request):
                 sends += self._finish(active, FinishReason.ERROR, now, error)
+        if self.admission.kept.pop(message.request, None) is not None:
+            sends += self._close([message.request])  # no next turn can use it again
         return sends
 
 

@@ -12,7 +12,7 @@ from tiny import PROMPT, request
 from flowspec import wire
 from flowspec.cluster.asked import PUT_BACK_S
 from flowspec.cluster.head_engine import PROBE_EVERY_S
-from flowspec.cluster.head_events import Ended, StageLost
+from flowspec.cluster.head_events import Blamed, Ended, StageLost
 from flowspec.cluster.membership import Phase
 from flowspec.cluster.messages import Addresses, DeviceReport, Done
 from flowspec.cluster.roster import Device, GiveUp, Halt, Member, Place
@@ -362,6 +362,7 @@ def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_serve
     assert len(ends) == 1
     assert ends[0].error.startswith("stage 2 on ada: connection lost; a device was lost 2 times")
     assert not ends[0].refused
+    assert Blamed(2) in head.told
     head.begin()
     assert head.ask(None) is None
     head.turn()

@@ -304,6 +304,19 @@ def test_a_kept_request_that_fails_is_given_up_and_nobody_ends() -> None:
     assert all(1 not in stage.requests for stage in cluster.stages)
 
 
+def test_a_kept_request_that_a_stage_has_lost_is_given_up() -> None:
+    """Its next turn begins from nothing instead of failing on that stage."""
+    cluster = make_cluster(2, limits={"max_kept": 2})
+    (first,) = generate_all(cluster, [request(1)])
+    cluster.stages[1].failures.add(Broken("it broke"), 1)
+    for send in cluster.stages[1]._tell_failed():
+        cluster.simulator.deliver(send.to, send.message)
+    next_turn = request(2, prompt=(*PROMPT, *first.tokens))
+    (done,) = generate_all(cluster, [next_turn])
+    assert (done.error, list(done.tokens)) == ("", expected(next_turn))
+    assert done.stats.num_prompt_reused == 0
+
+
 # The vocabulary ---------------------------------------------------------------------------------
 
 

@@ -434,3 +434,17 @@ def test_a_halt_says_whether_a_request_can_be_its_cause():
     world.load(a, b)
     world.apply(world.members.unreachable(b, world.now))
     assert [halt.in_order for halt in world.halts()] == [True, False]
+
+
+def test_failures_that_a_request_caused_are_no_strikes():
+    """Else whoever asks three bad questions has sent a device away for good."""
+    world = World()
+    a = world.join("a")
+    for number in range(2 * MAX_STRIKES):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="CUDA error: device-side assert triggered"))
+        assert world.last(b, Refuse).retry
+        if number % 2:
+            world.members.forgive(2)

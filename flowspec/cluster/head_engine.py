@@ -15,6 +15,7 @@ from itertools import count
 from flowspec import wire
 from flowspec.cluster.asked import AskedDecoding, check_fits, check_measurable, request_of
 from flowspec.cluster.head_events import (
+    Blamed,
     CancelTicket,
     Command,
     Crossed,
@@ -37,7 +38,7 @@ from flowspec.config import RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
 from flowspec.failures import Failures, attempt, is_fatal
-from flowspec.head import Head
+from flowspec.head import MAX_LOSSES, Head
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
 from flowspec.request import ClusterError, FinishReason, Request, rank_name
@@ -203,7 +204,10 @@ class HeadEngine:
         self._drop_transport()
         for watch in self._watches():
             watch.lose()
+        num_told = len(self._driver.to_client)
         self._inject(wire.Suspend(cause=cause, blames=blames))
+        if len(self._driver.to_client) > num_told:  # a request has ended with it
+            self._tell(Blamed(MAX_LOSSES))
         if self._probe is not None:  # the next stages get one of their own
             self._inject(Cancel(request=self._probe))
             self._probe = None

@@ -47,6 +47,13 @@ class Crossed:
 
 
 @dataclass(frozen=True, slots=True)
+class Blamed:
+    """A request has ended, for devices were lost `count` times while it was served."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoreText:
     """Newly accepted tokens of a request."""
 
@@ -64,4 +71,4 @@ class Ended:
 
 
 Command: TypeAlias = Engage | Resume | Halt | GiveUp | NewRequest | CancelTicket
-Event: TypeAlias = HeadBound | StageLost | Crossed | MoreText | Ended
+Event: TypeAlias = HeadBound | StageLost | Crossed | Blamed | MoreText | Ended

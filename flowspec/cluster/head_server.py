@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import flowspec
 from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_events import (
+    Blamed,
     CancelTicket,
     Crossed,
     Ended,
@@ -169,6 +170,9 @@ class HeadServer:
         except Exception as error:
             log.exception("a client's message was not served")
             if isinstance(message, Ask):
+                for ticket, caller in list(self._callers.items()):
+                    if caller == _Caller(peer, message.id):
+                        del self._callers[ticket]
                 self._send(peer, failed(error).model_copy(update={"id": message.id}))
             else:
                 self._send(peer, Refuse(why=failed(error).error))
@@ -264,6 +268,8 @@ class HeadServer:
                 self._apply(effects)
             case Crossed():
                 self.membership.crossed(event.epoch)
+            case Blamed():
+                self.membership.forgive(event.count)
             case MoreText() | Ended():
                 self._pass_on(event)
 

@@ -161,6 +161,11 @@ class Membership:
         if epoch == self.epoch and self.phase is Phase.SERVING:
             self.uncovered_since, self.num_attempts, self.gave_up = None, 0, False
 
+    def forgive(self, count: int) -> None:
+        """The last `count` failures were a request's doing: no device is refused for them."""
+        for name, strikes in self._strikes.items():
+            self._strikes[name] = strikes[: max(0, len(strikes) - count)]
+
     def stage_lost(self, epoch: int, rank: int, cause: str, now: float) -> list[Effect]:
         """The head itself found stage `rank` dead or hanging."""
         stages = {device.rank: device for device in self._stages()}
