@@ -14,6 +14,7 @@ from flowspec.text import TextStream
 from flowspec.wire import Open, Segment
 
 MIN_ROWS_ALIVE = 256
+CLEARED_AFTER = 2  # verdicts since it began: the loss of a stage before was not its doing
 
 
 @dataclass(slots=True)
@@ -24,6 +25,14 @@ class Active:
     strategy: Strategy
     text: TextStream
     lost_at: float | None = None  # when its stages were lost, until its next token
+    num_losses: int = 0  # stages lost in a row, while it was served, with hardly a verdict between
+    num_verdicts: int = 0  # since it began, or began again
+
+    def count_verdict(self) -> None:
+        """A verdict has come: with the second, stages have also computed rows of its tree."""
+        self.num_verdicts += 1
+        if self.num_verdicts >= CLEARED_AFTER:
+            self.num_losses = 0
 
     def end_outage(self, now: float) -> None:
         """A token has come, or the request is over."""
@@ -34,7 +43,7 @@ class Active:
     def put_aside(self, now: float) -> Before:
         """Its stages are lost; what it had reached is not."""
         lost_at = now if self.lost_at is None else self.lost_at
-        return Before(self.session.stats, self.text, lost_at)
+        return Before(self.session.stats, self.text, lost_at, self.num_losses)
 
 
 def count_outage(stats: DecodeStats, elapsed: float) -> None:
@@ -54,7 +63,13 @@ def room(session: Session) -> int:
 
 
 def open_session(
-    turn: Turn, config: DecodeConfig, pipe: Pipe, drafter: Drafter, calibration: Calibration
+    turn: Turn,
+    config: DecodeConfig,
+    pipe: Pipe,
+    drafter: Drafter,
+    calibration: Calibration,
+    *,
+    vocab_size: int = 0,
 ) -> Session:
     """A request's session as it begins, or begins again: then its statistics go on."""
     request, before, num_shared = turn.waiting.request, turn.waiting.before, turn.num_shared
@@ -81,6 +96,7 @@ def open_session(
         num_feature_layers=len(drafter.feature_layers),
         num_prompt_sent=num_shared,
         context=len(request.prompt) + request.max_new_tokens,
+        vocab_size=vocab_size,
     )
     if config.calibrate:
         sampled = request.sampling.temperature > 0.0

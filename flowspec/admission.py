@@ -5,12 +5,13 @@ budget is what the tightest stage can hold, in rows of all requests together.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
 from flowspec.config import DecodeConfig
-from flowspec.request import DecodeStats, Request
+from flowspec.failures import Failures
+from flowspec.request import DecodeStats, Request, check_token_ids
 from flowspec.session import Session
 from flowspec.text import TextStream
 
@@ -28,6 +29,7 @@ class Before:
     stats: DecodeStats
     text: TextStream
     lost_at: float  # seconds of the driver's clock
+    num_losses: int = 0  # stages lost in a row while it was served, see Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Admission:
     """Books of rows: `max_rows` in all (0: no limit known), `max_active` requests at once.
 
     `max_kept` finished requests stay on the stages, for prompts that begin with the same tokens.
+    `vocab_size` is the number of rows of the target's embedding (0: not known), `text_of` gives a
+    token's text.
     """
 
     max_context: int
@@ -83,6 +87,9 @@ class Admission:
     waiting: deque[Waiting] = field(default_factory=deque)
     rows: dict[int, int] = field(default_factory=dict)  # of requests being served
     kept: dict[int, Kept] = field(default_factory=dict)  # oldest first
+    vocab_size: int = 0
+    text_of: Callable[[int], str] = lambda token: ""
+    failures: Failures = field(default_factory=Failures)  # of the head
 
     @property
     def num_rows_used(self) -> int:
@@ -100,6 +107,9 @@ class Admission:
         What does not fit the context is never asked for, and no memory is taken for it. Raises
         ValueError with both numbers where it can never begin, or where the queue is full.
         """
+        if self.vocab_size:
+            for ids, of in ((request.prompt, "the prompt"), (request.eos_token_ids, "the end")):
+                check_token_ids(ids, self.vocab_size, of=of, text_of=self.text_of)
         room = self.max_context - len(request.prompt)
         if room < 1:
             raise ValueError(
@@ -130,15 +140,22 @@ class Admission:
             self.waiting.remove(found)
         return found
 
+    def drop(self, request: int) -> None:
+        """A request whose turn had come could not begin."""
+        self.withdraw(request)
+        self.rows.pop(request, None)
+
     def begin_again(self, served: Sequence[tuple[Session, Before]]) -> None:
         """The stages are lost, and all rows with them: requests being served wait again, first."""
-        again = [
-            Waiting(continued(s), s.stats.submitted_at, self.rows[s.request.id], before)
-            for s, before in served
-        ]
+        again = [self.waiting_again(session, before) for session, before in served]
         self.waiting.extendleft(reversed(again))
         self.rows.clear()
         self.kept.clear()
+
+    def waiting_again(self, session: Session, before: Before) -> Waiting:
+        """A request being served, as it waits once its stages are lost."""
+        num_rows = self.rows[session.request.id]
+        return Waiting(continued(session), session.stats.submitted_at, num_rows, before)
 
     def take_too_large(self) -> list[Waiting]:
         """Take out of the queue what the stages that are there now could never hold."""
@@ -184,9 +201,10 @@ class Admission:
         for kept in self.kept.values():
             if kept.session.config is not config or kept.session.source != source:
                 continue
-            length = kept.num_shared(prompt)
-            if length > longest:
-                best, longest = kept, length
+            with self.failures.of(kept.session.request.id):
+                length = kept.num_shared(prompt)
+                if length > longest:
+                    best, longest = kept, length
         return best, longest
 
     def is_succeeded(self, kept: Kept, num_shared: int) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Protocol
 
+from flowspec.failures import Failures
 from flowspec.pipe import Pipe, SegmentCost
 from flowspec.session import Session, tree_segment
 from flowspec.strategies.base import Outgoing, Strategy
@@ -39,13 +40,17 @@ class _Offer:
 
 
 class Slots:
-    """Composes slots; turns who is asked first."""
+    """Composes slots; turns who is asked first. A request that fails is left out, and noted."""
 
     def __init__(
-        self, pipe: Pipe, next_prompt_piece: Callable[[Session, int], Segment | None]
+        self,
+        pipe: Pipe,
+        next_prompt_piece: Callable[[Session, int], Segment | None],
+        failures: Failures,
     ) -> None:
         self.pipe = pipe
         self.next_prompt_piece = next_prompt_piece
+        self.failures = failures
         self._turn = 0
 
     def next_slot(
@@ -71,7 +76,8 @@ class Slots:
         for offer, count in zip(offers, counts, strict=True):
             if count:
                 nodes = offer.nodes[:count]
-                segments.append(tree_segment(offer.session, nodes, offer.outgoing.verify))
+                with self.failures.of(offer.session.request.id):
+                    segments.append(tree_segment(offer.session, nodes, offer.outgoing.verify))
         if segments:
             self._turn += 1
         return segments
@@ -81,10 +87,11 @@ class Slots:
         pieces: list[Segment] = []
         left = requests[0].session.config.prefill_chunk if requests else 0
         for served in requests:
-            piece = self.next_prompt_piece(served.session, left)
-            if piece is not None:
-                pieces.append(piece)
-                left -= len(piece.nodes)
+            with self.failures.of(served.session.request.id):
+                piece = self.next_prompt_piece(served.session, left)
+                if piece is not None:
+                    pieces.append(piece)
+                    left -= len(piece.nodes)
         return pieces
 
     def _offers(self, requests: Sequence[Served], room: Callable[[Session], int]) -> list[_Offer]:
@@ -95,12 +102,13 @@ class Slots:
             served = requests[(self._turn + place) % len(requests)]
             if not pays(self.pipe.cost, whole) or (left := room(served.session)) <= 0:
                 continue
-            outgoing = served.strategy.next_segment(served.session)
-            if outgoing is None:
-                continue
-            if not outgoing.best_first:
-                whole.append(len(outgoing.nodes))
-            offers.append(_Offer(served.session, outgoing, outgoing.nodes[:left]))
+            with self.failures.of(served.session.request.id):
+                outgoing = served.strategy.next_segment(served.session)
+                if outgoing is None:
+                    continue
+                if not outgoing.best_first:
+                    whole.append(len(outgoing.nodes))
+                offers.append(_Offer(served.session, outgoing, outgoing.nodes[:left]))
         return offers
 
 

@@ -1,5 +1,7 @@
 """Composition root: builds the cores of a cluster from a split model and a configuration."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from flowspec.head import Head
 from flowspec.model.config import ModelConfig, warn_once
 from flowspec.model.load import load_head_part, load_stage
 from flowspec.model.manifest import Manifest, read_manifest
-from flowspec.request import Request
+from flowspec.request import Request, check_token_ids
 from flowspec.stage import Stage
 from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
-from flowspec.text import TextStream
+from flowspec.text import PromptError, TextStream, render_chat
 from flowspec.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -33,6 +37,27 @@ class HeadParts:
     eos_token_ids: tuple[int, ...]
     draft_hash: str = ""  # of the draft model's files, where somebody asks for it
     code_hash: str = ""  # of the package's sources, likewise
+    vocab_size: int = 0  # rows of the target's embedding; 0: not known
+
+    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """A conversation as tokens that the model has, ready for the assistant's turn.
+
+        Raises PromptError, whatever the chat template or the tokenizer raises.
+        """
+        ids = render_chat(self.tokenizer, messages)
+        if self.vocab_size:
+            try:
+                check_token_ids(ids, self.vocab_size, text_of=self.text_of)
+            except ValueError as error:
+                raise PromptError(str(error)) from error
+        return ids
+
+    def text_of(self, token: int) -> str:
+        """The text of one token, for messages; "" where the tokenizer does not know it."""
+        try:
+            return str(self.tokenizer.decode([token], skip_special_tokens=False))
+        except Exception:  # whatever a tokenizer raises for an id that it does not have
+            return ""
 
     def new_text(self, request: Request) -> TextStream:
         """A detokenizer for one request."""
@@ -92,8 +117,22 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
         tokenizer=load_tokenizer(split_folder / "head"),
         drafter=drafter,
         max_context=max_context(config.context, part.config),
-        eos_token_ids=part.config.eos_token_ids,
+        eos_token_ids=_known_ends(part.config.eos_token_ids, part.config.vocab_size),
+        vocab_size=part.config.vocab_size,
     )
+
+
+def _known_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
+    """The end tokens that the model can choose; others are told, and can be left out."""
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            log.warning(
+                "the end token with id %d is ignored: the model's vocabulary has %d tokens, so it "
+                "never comes",
+                token,
+                vocab_size,
+            )
+    return tuple(token for token in ids if 0 <= token < vocab_size)
 
 
 def build_head(config: RunConfig, parts: HeadParts) -> Head:
@@ -108,6 +147,8 @@ def build_head(config: RunConfig, parts: HeadParts) -> Head:
             max_context=parts.max_context,
             max_active=config.max_requests,
             max_kept=config.kept_prefixes,
+            vocab_size=parts.vocab_size,
+            text_of=parts.text_of,
         ),
         new_text=parts.new_text,
     )

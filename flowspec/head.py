@@ -3,6 +3,9 @@
 A sans-IO core (see effects.py). One match over messages; between them one decision at a time: begin
 a waiting request, fill the next slot (batching.py), or run one drafter forward. Prefill, stop rules
 and statistics live here, once, for every strategy.
+
+Work for a request is done inside `self.failures.of(request)`; what raises there ends that request
+at the end of the turn (failures.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ from flowspec.active import (
     open_session,
     room,
 )
-from flowspec.admission import Admission, Waiting
+from flowspec.admission import Admission, Turn, Waiting
 from flowspec.batching import Slots
 from flowspec.calibration import Calibration
 from flowspec.codec import MAX_BATCH
@@ -25,12 +28,15 @@ from flowspec.drafters.base import Drafter, NoDrafter
 from flowspec.drafters.grafted import GraftedDrafter
 from flowspec.drafting import draft_work, next_drafts
 from flowspec.effects import CLIENT, EVERY_STAGE, Send, Step
+from flowspec.failures import Failures
+from flowspec.lanes import is_gap
 from flowspec.pipe import Pipe, SegmentCost
 from flowspec.request import (
     Completion,
     DecodeStats,
     FinishReason,
     Request,
+    cause_of,
     rank_name,
 )
 from flowspec.strategies import StrategySpec
@@ -60,6 +66,7 @@ from flowspec.wire import (
 
 FIRST_STAGE = 1
 MAX_FINISHED = 256  # requests whose statistics are kept until somebody asks for them
+MAX_LOSSES = 2  # of a stage in a row while a request was served: it ends, for it may be the cause
 
 
 class Head:
@@ -83,8 +90,9 @@ class Head:
         self.drafter = drafter
         self.new_text = new_text
         self.pipe = Pipe(num_stages)
-        self.slots = Slots(self.pipe, next_prompt_piece)
         self.admission = admission
+        self.failures = admission.failures = Failures()
+        self.slots = Slots(self.pipe, next_prompt_piece, self.failures)
         self.active: dict[int, Active] = {}  # oldest first
         self.calibration = Calibration()
         self.newest_id = 0
@@ -131,6 +139,10 @@ class Head:
         self.pipe.now = now
         if epoch_of(message) not in (None, self.pipe.epoch):
             return ()  # of a pipeline that is no more
+        sends = self._take_in(message, now)
+        return [*sends, *self._end_failed(now)] if self.failures else sends
+
+    def _take_in(self, message: Message, now: float) -> Sequence[Send]:
         match message:
             case Submit() | Cancel() | Suspend() | Resume() | GiveUp():
                 return self._obey(message, now)
@@ -144,7 +156,8 @@ class Head:
             case Exit():
                 self._exit(message)
             case Features():
-                self._features(message)
+                with self.failures.of(message.request):
+                    self._features(message)
             case Reroot():
                 active = self.active.get(message.request)
                 return self._reroot(active, message, now) if active is not None else ()
@@ -160,8 +173,7 @@ class Head:
             case Cancel():
                 return self._cancel(message.request, now)
             case Suspend():
-                self._suspend(message.cause, now)
-                return ()
+                return self._suspend(message.cause, now, blames=message.blames)
             case Resume():
                 return self._resume(message, now)
             case GiveUp():
@@ -180,16 +192,25 @@ class Head:
         self.pipe.now = now
         if self.outage is not None:
             return None
-        if (begin := self.admission.next_to_begin()) is not None:
-            return Step(sends=self._open(begin))
+        step = self._next_step(now)
+        if not self.failures:
+            return step
+        step = step or Step()
+        return Step(sends=[*step.sends, *self._end_failed(now)], work=step.work)
+
+    def _next_step(self, now: float) -> Step | None:
+        on_trial = any(active.num_losses for active in self.active.values())
+        if not on_trial and (begin := self.admission.next_to_begin()) is not None:
+            return Step(sends=self._open(begin, now))
         if not self.active:
             return None
         slot = self._next_slot()
         if not slot:
             if self.pipe.draft_began_at is not None:
                 return None
-            if shares := next_drafts(self.active.values()):
-                return Step(work=draft_work(self.drafter_in_use, self.pipe, shares))
+            if shares := next_drafts(self.active.values(), self.failures):
+                drafter, after = self.drafter_in_use, self._end_failed
+                return Step(work=draft_work(drafter, self.pipe, shares, self.failures, after))
             # "nothing more to draft" may be what a strategy was waiting for
             slot = self._next_slot()
         return Step(sends=[Send(FIRST_STAGE, together(slot))]) if slot else None
@@ -220,16 +241,36 @@ class Head:
     def _refuse(self, request: int, error: str) -> Sequence[Send]:
         return [Send(CLIENT, Finished(request=request, reason=FinishReason.ERROR, error=error))]
 
-    def _open(self, begin: Waiting) -> Sequence[Send]:
+    def _open(self, begin: Waiting, now: float) -> Sequence[Send]:
         """The oldest waiting request begins, with what a kept one has in common with it."""
-        drafter, before = self.drafter_in_use, begin.before
-        turn = self.admission.begin(begin, self.config, drafter.name)
-        session = open_session(turn, self.config, self.pipe, drafter, self.calibration)
-        text = before.text if before is not None else self.new_text(begin.request)
-        lost_at = before.lost_at if before is not None else None
-        self.active[begin.request.id] = Active(session, self.spec.make(), text, lost_at)
-        opened = Send(FIRST_STAGE, open_message(turn, session, drafter.feature_layers))
-        return [*self._close(turn.gone), opened, *self._close(turn.gone_after)]
+        drafter, gone, gone_after, opened = self.drafter_in_use, [], [], []
+        with self.failures.of(begin.request.id):
+            turn = self.admission.begin(begin, self.config, drafter.name)
+            gone, gone_after = turn.gone, turn.gone_after
+            active = self._begin(turn, drafter)
+            message = open_message(turn, active.session, drafter.feature_layers)
+            self.active[begin.request.id] = active
+            opened = [Send(FIRST_STAGE, message)]
+        sends = [*self._close(gone), *opened, *self._close(gone_after)]
+        if (error := self.failures.pop(begin.request.id)) is not None:
+            self.admission.drop(begin.request.id)
+            sends.append(self._drop(begin, FinishReason.ERROR, now, own_failure(error)))
+        return sends
+
+    def _begin(self, turn: Turn, drafter: Drafter) -> Active:
+        request, before = turn.waiting.request, turn.waiting.before
+        session = open_session(
+            turn,
+            self.config,
+            self.pipe,
+            drafter,
+            self.calibration,
+            vocab_size=self.admission.vocab_size,
+        )
+        strategy = self.spec.make()
+        if before is None:
+            return Active(session, strategy, self.new_text(request))
+        return Active(session, strategy, before.text, before.lost_at, before.num_losses)
 
     def _close(self, requests: Sequence[int]) -> list[Send]:
         epoch = self.pipe.epoch
@@ -250,32 +291,46 @@ class Head:
         session.drafter.accept_features(message.layer, by_position)
 
     def _reroot(self, active: Active, verdict: Reroot, now: float) -> Sequence[Send]:
-        session, tree = active.session, active.session.tree
+        session = active.session
         if session.verdict is not None and verdict.position <= session.verdict.position:
             return ()  # an older truth, overtaken
         session.verdict = verdict
+        active.count_verdict()
+        sends: list[Send] = []
+        reason: FinishReason | None = None
+        with self.failures.of(session.request.id):
+            new, num_drafted = self._accept(active, verdict, now)
+            tokens, reason = self._take_tokens(active, new, num_drafted, now)
+            sends.append(Send(CLIENT, tokens))
+            if reason is None:
+                active.strategy.on_verdict(session)
+                session.graft()
+        return [*sends, *self._finish(active, reason, now)] if reason is not None else sends
+
+    def _accept(self, active: Active, verdict: Reroot, now: float) -> tuple[list[int], int | None]:
+        """The verdict's new tokens, and how many of them the tree held; None: the prompt's."""
+        session, tree = active.session, active.session.tree
         if not session.decoding:
             tree.plant(verdict.parent, verdict.token, verdict.position)
-            new, num_drafted = [verdict.token], None
             session.stats.num_prefills += 1
             active.end_outage(now)
-        else:
-            session.stats.num_nodes_alive += len(tree)
-            child = tree.child(verdict.parent, verdict.token)
-            session.last_was_unsent = child is not None and not child.sent
-            path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
-            session.learn(path, verdict.token)
-            new = [*(node.token for node in path[1:]), verdict.token]
-            session.commit((node.id, node.position) for node in path)
-            num_drafted = len(new) - (not session.last_was_hit)
-        return self._take_tokens(active, new, num_drafted, now)
+            return [verdict.token], None
+        session.stats.num_nodes_alive += len(tree)
+        child = tree.child(verdict.parent, verdict.token)
+        session.last_was_unsent = child is not None and not child.sent
+        path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
+        session.learn(path, verdict.token)
+        new = [*(node.token for node in path[1:]), verdict.token]
+        session.commit((node.id, node.position) for node in path)
+        return new, len(new) - (not session.last_was_hit)
 
     def _take_tokens(
         self, active: Active, new: list[int], num_drafted: int | None, now: float
-    ) -> Sequence[Send]:
+    ) -> tuple[Tokens, FinishReason | None]:
         """Apply the stop rules in order of position; nothing after the end is counted.
 
         Of the new tokens the first `num_drafted` were in the tree; None: the prompt's verdict.
+        Returns what the client is told, and why the request ends, where it does.
         """
         session, request = active.session, active.session.request
         limit = session.context - len(request.prompt)
@@ -297,13 +352,9 @@ class Head:
             reason = FinishReason.STOP
         elif len(session.tokens) >= limit:
             reason = FinishReason.LENGTH
-        if reason is None:
-            active.strategy.on_verdict(session)
-            session.graft()
-            return [Send(CLIENT, Tokens(request=request.id, tokens=tuple(new), text=text))]
-        text += active.text.flush()
-        tokens = Tokens(request=request.id, tokens=tuple(new), text=text)
-        return [Send(CLIENT, tokens), *self._finish(active, reason, now)]
+        if reason is not None:
+            text += active.text.flush()
+        return Tokens(request=request.id, tokens=tuple(new), text=text), reason
 
     def _finish(
         self, active: Active, reason: FinishReason, now: float, error: str = ""
@@ -329,6 +380,20 @@ class Head:
             Send(CLIENT, Finished(request=request, reason=reason, error=error)),
         ]
 
+    def _end_failed(self, now: float) -> list[Send]:
+        """End the requests whose own work has failed; a kept one is given up."""
+        sends: list[Send] = []
+        for request, error in self.failures.take().items():
+            if request in self.active:
+                active = self.active[request]
+                sends += self._finish(active, FinishReason.ERROR, now, own_failure(error))
+            elif request in self.admission.kept:
+                del self.admission.kept[request]
+                sends += self._close([request])
+            elif (waiting := self.admission.withdraw(request)) is not None:
+                sends.append(self._drop(waiting, FinishReason.ERROR, now, own_failure(error)))
+        return sends
+
     def _cancel(self, request: int, now: float) -> Sequence[Send]:
         if request in self.active:
             return self._finish(self.active[request], FinishReason.CANCELLED, now)
@@ -350,19 +415,36 @@ class Head:
         if len(self.finished) > MAX_FINISHED:
             del self.finished[next(iter(self.finished))]
 
-    def _suspend(self, cause: str, now: float) -> None:
-        """A stage is lost, and every request's rows with it; the accepted tokens are here."""
+    def _suspend(self, cause: str, now: float, *, blames: bool = False) -> list[Send]:
+        """A stage is lost, and every request's rows with it; the accepted tokens are here.
+
+        With `blames` a request may have been the cause. One alone cannot be told from the others
+        that were served, so all are suspects: they begin again one at a time, and one during whose
+        trial a stage is lost again ends here.
+        """
         self.outage = cause
         self.pipe.begin_epoch()
-        served = self.active.values()
-        self.admission.begin_again([(one.session, one.put_aside(now)) for one in served])
+        sends: list[Send] = []
+        again = []
+        for active in self.active.values():
+            active.num_losses += blames
+            if active.num_losses >= MAX_LOSSES:
+                error = after_losses(cause, active.num_losses)
+                active.session.over = True
+                before = active.put_aside(now)
+                waiting = self.admission.waiting_again(active.session, before)
+                sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
+            else:
+                again.append((active.session, active.put_aside(now)))
+        self.admission.begin_again(again)
         self.active.clear()
         self.statuses.clear()
+        return sends
 
     def _resume(self, message: Resume, now: float) -> Sequence[Send]:
         """The layers are covered again: requests begin anew as memory allows, prefixes first."""
         if self.outage is None:
-            self._suspend("", now)
+            self._suspend("", now)  # nobody is to blame, so nobody ends
         self.outage = None
         if message.num_stages != self.pipe.num_stages:
             self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
@@ -390,10 +472,25 @@ class Head:
         """A stage cannot serve one request, or (request 0) none."""
         error = f"{rank_name(message.stage)}: {message.text}"
         if self.resumes and not message.request:
-            self._suspend(error, now)
-            return ()
+            return self._suspend(error, now, blames=not is_gap(message))
         sends: list[Send] = []
         for request, active in list(self.active.items()):
             if message.request in (0, request):
                 sends += self._finish(active, FinishReason.ERROR, now, error)
+        if self.admission.kept.pop(message.request, None) is not None:
+            sends += self._close([message.request])  # no next turn can use it again
         return sends
+
+
+def own_failure(error: Exception) -> str:
+    """What a client is told of an exception in the work for its request."""
+    return f"{rank_name(0)}: {cause_of(error)}"
+
+
+def after_losses(cause: str, count: int) -> str:
+    """Why a request ends that may be the cause of a device's loss; a log follows in its place."""
+    first, newline, log = cause.partition("\n")
+    return (
+        f"{first}; a device was lost {count} times while it served this request, which is not "
+        f"tried again{newline}{log}"
+    )

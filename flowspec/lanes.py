@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from flowspec.request import rank_name
 from flowspec.wire import DATA, Failed, Message, OfEpoch
 
+_GAP = "the connection from "
+
 
 @dataclass(slots=True)
 class Lanes:
@@ -53,7 +55,12 @@ class Lanes:
             stage=message.source or self.rank,
             request=0,
             text=(
-                f"the connection from {rank_name(message.source)} to {rank_name(self.rank)} has "
-                f"lost {message.number - expected} message(s)"
+                f"{_GAP}{rank_name(message.source)} to {rank_name(self.rank)} has lost "
+                f"{message.number - expected} message(s)"
             ),
         )
+
+
+def is_gap(failed: Failed) -> bool:
+    """Whether a connection has lost messages, which is no request's doing."""
+    return failed.text.startswith(_GAP)

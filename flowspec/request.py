@@ -1,6 +1,6 @@
 """What a user asks for and what comes back: parameters, requests, completions, statistics."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NewType
@@ -204,8 +204,42 @@ class RefusedError(ClusterError):
 
 def cause_of(error: Exception) -> str:
     """For another process to tell: a ValueError is a sentence, others need their kind beside it."""
-    text = str(error)
-    return text if type(error) is ValueError and text else f"{type(error).__name__}: {text}"
+    text, kind = str(error), type(error).__name__
+    if not text:
+        return kind
+    return text if type(error) is ValueError else f"{kind}: {text}"
+
+
+def error_of(text: str) -> ValueError | ClusterError:
+    """The exception that a completion's error stands for: the request's own fault, or a device's.
+
+    A device's begins with its name, as `rank_name` and the cluster give it.
+    """
+    where, colon, cause = text.partition(": ")
+    if colon and (where == "head" or where.startswith("stage ")):
+        return ClusterError(where, cause)
+    return ValueError(text)
+
+
+def check_token_ids(
+    ids: Sequence[int],
+    vocab_size: int,
+    *,
+    of: str = "the prompt",
+    text_of: Callable[[int], str] = lambda token: "",
+) -> None:
+    """Raises ValueError where a token id has no row in the model's embedding.
+
+    `text_of` gives a token's text for the message, "" where it is not known.
+    """
+    if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
+        return
+    token = next(one for one in ids if not 0 <= one < vocab_size)
+    name = f"{text!r} (id {token})" if (text := text_of(token)) else f"id {token}"
+    raise ValueError(
+        f"{of} has the token {name}, the model's vocabulary has {vocab_size} tokens, ids 0 to "
+        f"{vocab_size - 1}; leave that token out, or use the tokenizer that belongs to the model"
+    )
 
 
 def rank_name(rank: int) -> str:

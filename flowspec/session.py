@@ -44,6 +44,7 @@ class Session:
     layers_come: dict[NodeId, int] = field(
         default_factory=dict
     )  # of nodes some layers of which have
+    vocab_size: int = 0  # of the target, 0: not known
     forecasts: Forecasts | None = None  # corrects the drafter's scores
     over: bool = False  # answered: what was being drafted comes too late
 
@@ -135,7 +136,8 @@ class Session:
     ) -> list[Node]:
         """Add proposed children that are among the `floor_count` best; returns those added.
 
-        `grafted`: not the drafter's word on the node, which it may still expand.
+        `grafted`: not the drafter's word on the node, which it may still expand. Tokens outside
+        the target's vocabulary are left out: it never chooses them, and has no embedding for them.
         """
         floor = float("-inf")
         if len(self.tree) > floor_count:
@@ -149,7 +151,7 @@ class Session:
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # what follows the last token is not asked for
-                grown.append((node, proposal))
+                grown.append((node, within(proposal, self.vocab_size)))
         added: list[Node] = []
         for (node, _), children in zip(grown, self._calibrated(grown), strict=True):
             added += self.tree.extend(node, children, floor=floor, expandable=node.expanded)
@@ -194,6 +196,18 @@ class Session:
             children.sort(key=_LOGPROB, reverse=True)  # stable, also in reverse
             found.append(children)
         return found
+
+
+def within(proposal: Proposal, vocab_size: int) -> Proposal:
+    """The proposal without tokens that the vocabulary does not have (size 0: not known)."""
+    tokens = [token for token, _ in proposal.children]
+    if not vocab_size or not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return proposal
+    keep = [place for place, token in enumerate(tokens) if 0 <= token < vocab_size]
+    children = tuple(proposal.children[place] for place in keep)
+    return Proposal(
+        proposal.node, children, tuple(proposal.sources[p] for p in keep if proposal.sources)
+    )
 
 
 def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segment:

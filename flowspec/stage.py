@@ -4,20 +4,23 @@ A sans-IO core (see effects.py). It knows nothing of the head's tree or strategy
 requests may come as one batch and then run in one forward. Rows of dead or unknown parents are
 dropped just before it; an emptied segment still travels on, so that the head's counts stay right.
 The last stage also holds the verifiers and makes the verdicts.
+
+What fails in the work for one request ends that request here, and the head is told (failures.py).
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowspec.effects import EVERY_STAGE, HEAD, Send, Step, Work
+from flowspec.failures import Failures
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.model.rows import STABLE_ROWS
 from flowspec.model.stage_model import StageModel
-from flowspec.request import LONGEST_CONTEXT, NodeId
+from flowspec.request import LONGEST_CONTEXT, NodeId, cause_of
 from flowspec.stage_forward import Forward, Part, Share
 from flowspec.stage_request import StageRequest
 from flowspec.verifier import Verifier
@@ -68,6 +71,7 @@ class Stage:
         self.epoch = epoch  # what is older concerns a pipeline that is no more
         self.kv_rows = 0
         self.requests: dict[int, StageRequest] = {}  # kept ones included
+        self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
         self.queue: deque[Open | Segment | Batch | Close] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
@@ -96,6 +100,10 @@ class Stage:
         """Verdicts act at once; what came down the pipe waits for its turn."""
         if not self._is_current(message):
             return ()
+        sends = self._take_in(message, now)
+        return [*sends, *self._tell_failed()] if self.failures else sends
+
+    def _take_in(self, message: Message, now: float) -> Sequence[Send]:
         match message:
             case Reroot():
                 return self._reroot(message)
@@ -122,16 +130,26 @@ class Stage:
         """The next message from the pipe."""
         if not self.queue:
             return None
-        match message := self.queue.popleft():
+        step = self._next_step(self.queue.popleft(), now)
+        if not self.failures:
+            return step
+        return replace(step, sends=[*step.sends, *self._tell_failed()])
+
+    def _next_step(self, message: Open | Segment | Batch | Close, now: float) -> Step:
+        match message:
             case Open():
                 return Step(sends=self._open(message))
             case Close():
                 return Step(sends=[*self._close(message), self._status(now)])
             case Segment() | Batch():
                 return self._forward(segments_of(message))
-        return None
 
     def _open(self, message: Open) -> Sequence[Send]:
+        with self.failures.of(message.request):
+            return self._begin(message)
+        return ()
+
+    def _begin(self, message: Open) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
         before = self.requests.get(message.reuse)  # its own Close frees it
         error = self._refusal(message, before)
@@ -228,21 +246,21 @@ class Stage:
         self.num_rows_run += sum(len(share.rows.positions) for share in forward.shares)
         sends: list[Send] = []
         for request, error in forward.errors.items():
-            self.requests.pop(request, None)
-            sends += self._fail(request, error)
+            self.failures.add(error, request)
         for share in forward.shares:
-            sends += self._keep_features(share, forward.features)
-            forward.observe(share)
-        sends += self._hand_on(forward.outgoing(elapsed * 1e3))
+            with self.failures.of(share.segment.request):
+                sends += self._keep_features(share)
+                forward.observe(share)
+        sends += self._hand_on(forward.outgoing(elapsed * 1e3, self.failures))
         if now >= self._status_due:
             sends.append(self._status(now))
-        return sends
+        return [*sends, *self._tell_failed()]
 
-    def _keep_features(self, share: Share, features: Mapping[int, Tensor]) -> list[Send]:
+    def _keep_features(self, share: Share) -> list[Send]:
         """Prompt rows are true: their features leave now; others wait for their verdict."""
         segment, sends = share.segment, []
         for layer in share.state.feature_layers:
-            own = share.of(features[layer])
+            own = share.features[layer]
             if segment.prefix:
                 sends.append(self._features(segment.request, layer, segment.nodes, own))
             else:
@@ -251,11 +269,14 @@ class Stage:
 
     def _admit(self, segment: Segment) -> Part:
         """The segment with the rows that are alive here."""
+        alive: Sequence[int] = ()
         state = self.requests.get(segment.request)
-        if state is None or not segment.prefix:
-            alive = state.admit(segment) if state is not None else []
-            self.num_rows_pruned += len(segment.nodes) - len(alive)
-            segment = segment.select(alive)
+        with self.failures.of(segment.request):
+            if state is not None:
+                alive = range(len(segment.nodes)) if segment.prefix else state.admit(segment)
+        state = self.requests.get(segment.request)  # none, if that has failed
+        self.num_rows_pruned += len(segment.nodes) - len(alive)
+        segment = segment.select(alive)
         if not segment.nodes:
             segment = replace(segment, hidden=None)
         return Part(state, segment)
@@ -267,7 +288,8 @@ class Stage:
         sends: list[Send] = []
         for part in parts:
             if part.state is not None:
-                sends += self._verdict(part.state, part.segment)
+                with self.failures.of(part.segment.request):
+                    sends += self._verdict(part.state, part.segment)
         first = parts[0].segment
         left = Exit(
             epoch=self.epoch,
@@ -302,6 +324,11 @@ class Stage:
         state = self.requests.get(verdict.request)
         if state is None or verdict.position <= state.verdict_position:
             return []
+        with self.failures.of(verdict.request):
+            return self._commit(state, verdict)
+        return []
+
+    def _commit(self, state: StageRequest, verdict: Reroot) -> list[Send]:
         features = state.features
         nodes_before, rows_before = state.nodes, state.rows
         path = state.reroot(verdict)
@@ -335,6 +362,14 @@ class Stage:
             num_closes=self.num_closes,
         )
         return Send(HEAD, status)
+
+    def _tell_failed(self) -> list[Send]:
+        """The requests that have failed here are forgotten already; the head ends them."""
+        return [
+            send
+            for request, error in self.failures.take().items()
+            for send in self._fail(request, cause_of(error))
+        ]
 
     def _fail(self, request: int, text: str) -> list[Send]:
         failed = Failed(epoch=self.epoch, stage=self.rank, request=request, text=text)

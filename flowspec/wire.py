@@ -217,10 +217,12 @@ class Cancel:
 class Suspend:
     """Its process to the head: a stage is lost; nothing more is sent until `Resume`.
 
-    A new epoch begins. Requests that had begun wait again, ahead of those that had not.
+    A new epoch begins. Requests that had begun wait again, ahead of those that had not. With
+    `blames` one of them may be the cause: it ends if this happens to it again at once.
     """
 
     cause: str = ""  # which device, and what became of it
+    blames: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -159,6 +159,7 @@ def test_what_a_chat_template_refuses_is_refused_as_such(head, parts, monkeypatc
     done = head.ask(decoding())
     assert done is not None
     assert done.refused
+    assert done.bad_prompt
     assert done.error == "the model's chat template refuses this conversation: not so"
     monkeypatch.setattr(parts.tokenizer, "chat_template", template)
     assert head.ask(decoding()) is None

@@ -12,10 +12,10 @@ from tiny import PROMPT, request
 from flowspec import wire
 from flowspec.cluster.asked import PUT_BACK_S
 from flowspec.cluster.head_engine import PROBE_EVERY_S
-from flowspec.cluster.head_events import Ended, StageLost
+from flowspec.cluster.head_events import Blamed, Ended, StageLost
 from flowspec.cluster.membership import Phase
-from flowspec.cluster.messages import DeviceReport, Done
-from flowspec.cluster.roster import Device, GiveUp, Halt
+from flowspec.cluster.messages import Addresses, DeviceReport, Done
+from flowspec.cluster.roster import Device, GiveUp, Halt, Member, Place
 from flowspec.cluster.stage_watch import StageWatch, settled
 from flowspec.cluster.status import _device
 from flowspec.engine import HeadParts
@@ -334,3 +334,42 @@ def test_what_cannot_be_is_not_shown(said, shown):
     facts: Any = SimpleNamespace(statuses={1: said})
     membership: Any = SimpleNamespace(phase=Phase.SERVING)
     assert _device(device, membership, facts, 1.0).busy_s == shown
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_served(head, in_order):
+    """Named with the device and the cause; a device that leaves in order is no request's doing."""
+    head.engine._members = [
+        Member(2, Place("ada", 1, 2), Addresses(control="c", data="d"), kv_rows=0)
+    ]
+    assert head.ask(None) is None
+    for _ in range(2):
+        head.begin()
+        head.turn()
+        assert head.engine.head.active
+        if in_order:
+            error = ClusterError("stage 2 on ada", "left: stopped")
+            head.engine._do(Halt(0, error, in_order=True))
+        else:
+            head.engine._driver.transport.receive = lost
+            for _ in range(3):  # one reads: what there is to send goes first
+                if head.engine._is_live:
+                    head.turn()
+    ends = [event.done for event in head.told if isinstance(event, Ended)]
+    if in_order:
+        assert not ends
+        return
+    assert len(ends) == 1
+    assert ends[0].error.startswith("stage 2 on ada: connection lost; a device was lost 2 times")
+    assert not ends[0].refused
+    assert Blamed(2) in head.told
+    head.begin()
+    assert head.ask(None) is None
+    head.turn()
+    assert head.engine.head.active
+
+
+def lost(timeout_s):
+    """What a transport says of a peer whose connection is gone."""
+    del timeout_s
+    raise ClusterError("stage 2", "connection lost")

@@ -57,7 +57,7 @@ def ends(words: list[str], monkeypatch: Any, capsys: Any) -> tuple[int, str, str
         (["--min-p", "nan"], "min_p must be at least 0"),
         (["--top-k", "-2"], "top_k must be 0"),
         (["--seed", "-1"], "seed must be between"),
-        (["--stop", "x" * 500], "stop.0: String should have at most 200"),
+        (["--stop", "x" * 500], "a stop string has 500 characters, at most 200 are possible"),
     ],
 )
 def test_what_cannot_be_asked_is_one_sentence(flags, names, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 import flowspec
 from flowspec.cluster.head_engine import HeadEngine, NewRequest
+from flowspec.cluster.head_events import CancelTicket, MoreText
 from flowspec.cluster.head_server import HeadServer
 from flowspec.cluster.membership import Phase
 from flowspec.cluster.messages import Ask, AskStatus, Done, Note, Refuse, Turn, pack, unpack
@@ -150,3 +151,34 @@ def test_a_client_of_another_version_is_refused_whatever_it_asks(message: Any) -
     assert isinstance(refusal, Refuse)
     assert f"runs FlowSpec {flowspec.__version__}, this client 0.0" in refusal.why
     assert not any(isinstance(one, NewRequest) for one in engine.posted)
+
+
+def test_an_answer_that_cannot_be_told_ends_alone() -> None:
+    """Text that no message can hold; the other client's answer goes on, and so does the thread."""
+    control = Control((b"a", pack(ASK)), (b"b", pack(ASK)))
+    head, engine = server(control)
+    head.start()
+    wait_for(lambda: len(engine.posted) == 2)
+    head._hear(MoreText(1, (7,), "half of a pair: \ud83d"))
+    head._hear(MoreText(2, (7,), "fine"))
+    wait_for(lambda: len(control.sent) == 2)
+    (_, end), (_, piece) = control.sent
+    assert isinstance(end, Done)
+    assert end.error.startswith("head: ")
+    assert not end.refused
+    assert (piece.text, head.failure) == ("fine", None)
+    assert CancelTicket(1) in engine.posted
+    head.close()
+
+
+def test_a_question_about_the_cluster_that_fails_is_refused_alone() -> None:
+    """The engine here has no status to tell."""
+    control = Control((b"a", pack(AskStatus(version=flowspec.__version__))))
+    head, _ = server(control)
+    head.start()
+    wait_for(lambda: control.sent)
+    assert isinstance(control.sent[0][1], Refuse)
+    assert head.failure is None
+    control.frames.append((b"a", pack(ASK)))
+    wait_for(lambda: head._callers)
+    head.close()

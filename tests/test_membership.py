@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from membership_world import CONFIG, HEAD, MODEL, NUM_LAYERS, OneLayerPerGigabyte, World
 
-from flowspec.cluster.membership import MAX_STRIKES, STRIKES_S, Phase
+from flowspec.cluster.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.messages import (
     PROTOCOL_VERSION,
     Addresses,
@@ -370,3 +370,81 @@ def test_impossible_rhythms_are_refused():
     """One late heartbeat would count as a death."""
     with pytest.raises(ValueError, match="two heartbeats"):
         replace(CONFIG, heartbeat_s=1.0, dead_after_s=1.5)
+
+
+def test_quick_returns_do_not_put_off_the_end_for_ever():
+    """A device that dies at its first forward and rejoins at once: no token ever comes through."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    rejoined = 0
+    while not any(isinstance(e, GiveUp) for e in world.effects):
+        rejoined += 1
+        assert rejoined < 50, "it goes on for ever"
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(0.5, a)
+        b = world.join("b")
+        world.load(a, b)
+    assert rejoined <= MAX_ATTEMPTS
+    (end,) = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
+    assert world.members.gave_up
+    world.pass_time(1.0, a, b)
+    assert world.members.gave_up, "layers that are held have computed nothing yet"
+    world.members.crossed(world.members.epoch)
+    assert not world.members.gave_up
+
+
+def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
+    """Covered for a moment between two losses is not served."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    for _ in range(3):
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(4.5, a)
+        b = world.join("b")
+        world.load(a, b)
+        world.pass_time(2.0, a, b)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(4.5, a)
+    (end,) = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert "not been covered for 20 s" in end.error.cause
+
+
+def test_a_cluster_that_has_served_begins_to_count_anew():
+    """Losses with tokens between them are no reason to give up."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    for _ in range(3 * MAX_ATTEMPTS):
+        world.members.crossed(world.members.epoch)
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(4.5, a)
+        b = world.join("b")
+        world.load(a, b)
+    assert not any(isinstance(e, GiveUp) for e in world.effects)
+
+
+def test_a_halt_says_whether_a_request_can_be_its_cause():
+    """Not where a device leaves in order."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.say(b, Bye(why="stopped"))
+    world.pass_time(1.0, a)
+    b = world.join("b")
+    world.pass_time(6.0, a, b)
+    world.load(a, b)
+    world.apply(world.members.unreachable(b, world.now))
+    assert [halt.in_order for halt in world.halts()] == [True, False]
+
+
+def test_failures_that_a_request_caused_are_no_strikes():
+    """Else whoever asks three bad questions has sent a device away for good."""
+    world = World()
+    a = world.join("a")
+    for number in range(2 * MAX_STRIKES):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="CUDA error: device-side assert triggered"))
+        assert world.last(b, Refuse).retry
+        if number % 2:
+            world.members.forgive(2)

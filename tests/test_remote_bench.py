@@ -328,7 +328,9 @@ def test_what_a_head_refuses_is_told_in_its_words():
         ask(Client(busy))
     long = Done(id=1, reason="error", error="51 prompt tokens and 50 more", prompt_tokens=51)
     assert ask(Client(long)) == LongPrompt(51)
-    refused = Done(id=1, reason="error", error="the template says no", refused=True)
+    refused = Done(
+        id=1, reason="error", error="the template says no", refused=True, bad_prompt=True
+    )
     assert ask(Client(refused)) == LongPrompt(0, "the template says no", refused=True)
     with pytest.raises(ClusterError, match="no figures"):
         ask(Client(Done(id=1, reason="stop")))

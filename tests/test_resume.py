@@ -243,7 +243,7 @@ def test_a_stage_forgets_at_the_first_message_of_a_newer_epoch() -> None:
     """Be it the Reset or what overtook it; then it drops what is older."""
     cluster = make_cluster(1, "ar")
     stage = cluster.stages[0]
-    opened = next(s.message for s in cluster.head._open(_waiting(cluster)))
+    opened = next(s.message for s in cluster.head._open(_waiting(cluster), 0.0))
     stage.handle(opened, 0.0)
     stage.poll(0.0)
     assert stage.requests

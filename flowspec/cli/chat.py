@@ -15,7 +15,7 @@ from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.request import SamplingParams
-from flowspec.text import PromptError, check_text
+from flowspec.text import check_text
 from flowspec.transport.address import parse_address
 
 DEFAULT_PORT = 7000
@@ -92,26 +92,22 @@ def chat_loop(
             turns = []
         elif line.startswith("/"):
             typer.echo(about, err=True)
-        if not line or line.startswith("/") or not _is_text(line):
+        if not line or line.startswith("/"):
             continue
         turns.append({"role": "user", "content": line})
-        text, done = show_answer(client, options, turns)
+        try:
+            check_text(line, "this line")
+            text, done = show_answer(client, options, turns)
+        except ValueError as error:  # this line cannot be sent; another one can
+            typer.echo(f"error: {error}", err=True)
+            turns.pop()
+            continue
         if done is not None and done.error:
             typer.echo(f"error: {done.error}", err=True)
         if done is None or done.error:
             turns.pop()
         else:
             turns.append({"role": "assistant", "content": text})
-
-
-def _is_text(line: str) -> bool:
-    """Whether a line can be asked; why not is told."""
-    try:
-        check_text(line, "this line")
-    except PromptError as error:
-        typer.echo(f"error: {error}", err=True)
-        return False
-    return True
 
 
 def show_answer(

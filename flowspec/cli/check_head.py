@@ -114,7 +114,7 @@ def _requests(
     parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int, *, first_id: int
 ) -> list[Request]:
     """Prompts that leave room for an answer. Raises ValueError when none does."""
-    rendered = [first_turn(parts.tokenizer, prompt) for prompt in prompts]
+    rendered = [first_turn(parts.prompt_of, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
     if not fitting:
         raise ValueError(

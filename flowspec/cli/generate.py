@@ -77,8 +77,11 @@ def generate(
             )
             if done is None:
                 raise typer.Exit(130)
+            if done.refused:
+                raise ValueError(done.error)
             if done.error:
-                raise ClusterError("head", f"{where}: {done.error}" if where else done.error)
+                error = done.error.removeprefix("head: ")
+                raise ClusterError("head", f"{where}: {error}" if where else error)
 
 
 def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:

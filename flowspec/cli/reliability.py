@@ -123,7 +123,7 @@ def _requests(config: RunConfig, parts: HeadParts, prompts: list[Prompt]) -> lis
     ids = count(1)
     requests = []
     for prompt in prompts:
-        tokens = first_turn(parts.tokenizer, prompt)
+        tokens = first_turn(parts.prompt_of, prompt)
         if len(tokens) < parts.max_context:
             number = next(ids)
             requests.append(

@@ -23,10 +23,9 @@ from flowspec.eval.tracing import check_trace_path, tracing
 from flowspec.eval.verify import find_divergence
 from flowspec.model.load import load_whole
 from flowspec.plain_yaml import parse_yaml
-from flowspec.request import Completion, Request
+from flowspec.request import Completion, Request, error_of
 from flowspec.strategies import STRATEGIES, check_taken
 from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
 from flowspec.transport.local import TRUSTED_ONLY
 
 DEFAULT_PROMPT = (
@@ -164,7 +163,7 @@ def _generate(
     requests = [
         Request(
             id=number,
-            prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
+            prompt=parts.prompt_of([{"role": "user", "content": prompt}]),
             sampling=config.sampling,
             max_new_tokens=config.max_new_tokens,
             stop=stop,
@@ -194,7 +193,7 @@ def _generate(
     if config.trace:
         typer.echo(f"trace written to {config.trace}", err=True)
     if failed := next((c for c in completions if c.error), None):
-        raise ValueError(failed.error)
+        raise error_of(failed.error)
     if check:
         _check(config, parts, list(zip(requests, completions, strict=True)))
 

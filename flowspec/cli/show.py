@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from flowspec import failures
 from flowspec.cluster.local import LocalCluster
 from flowspec.request import Completion, Request
 from flowspec.wire import Status, Tokens
@@ -60,7 +61,9 @@ class _Notes(logging.Handler):
         self._screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._screen.note(self.format(record))
+        if record.name == failures.__name__ and self._screen.alone:
+            return  # it is the error that the run ends with
+        self._screen.note(record.getMessage())  # a person reads it: without a traceback
 
 
 class _Screen:

@@ -236,7 +236,7 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
     """Seeds follow from the prompt's place, so that every strategy gets the same; ids are new."""
     requests = []
     for seed, prompt in enumerate(plan.prompts, start=1):
-        ids = first_turn(parts.tokenizer, prompt)
+        ids = first_turn(parts.prompt_of, prompt)
         if len(ids) >= parts.max_context:
             continue  # said once, by _say_left_out
         requests.append(

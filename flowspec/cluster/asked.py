@@ -8,8 +8,8 @@ from flowspec.engine import HeadParts, decode_config
 from flowspec.head import Head
 from flowspec.request import Request, SamplingParams
 from flowspec.strategies import StrategySpec, check_runs_for_real, find_strategy
-from flowspec.text import render_chat
 
+MIN_CHARACTERS, CHARACTERS_PER_TOKEN = 262_144, 32  # that a prompt may have, by the context
 PUT_BACK_S = 8.0  # longer than a benchmark needs between two questions, shorter than until a probe
 
 Wanted = tuple[StrategySpec, DecodeConfig]
@@ -60,10 +60,19 @@ class AskedDecoding:
 
 
 def request_of(ask: Ask, number: int, parts: HeadParts) -> Request:
-    """The conversation as tokens. Raises ValueError for what cannot be sampled so."""
+    """The conversation as tokens. Raises ValueError for what cannot be sampled so.
+
+    Far more text than the context could hold is not made into tokens: others wait meanwhile.
+    """
+    most = max(MIN_CHARACTERS, CHARACTERS_PER_TOKEN * parts.max_context)
+    if (length := sum(len(turn.content) for turn in ask.turns)) > most:
+        raise ValueError(
+            f"the conversation has {length:,} characters, at most {most:,} are taken for the "
+            f"model's context of {parts.max_context:,} tokens; shorten it"
+        )
     return Request(
         id=number,
-        prompt=render_chat(parts.tokenizer, [turn.model_dump() for turn in ask.turns]),
+        prompt=parts.prompt_of([turn.model_dump() for turn in ask.turns]),
         sampling=SamplingParams(
             temperature=ask.temperature,
             top_k=ask.top_k,

@@ -8,6 +8,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 import flowspec
+from flowspec.cluster.fields import MAX_ASK_BYTES
 from flowspec.cluster.messages import (
     Ask,
     AskStatus,
@@ -68,11 +69,12 @@ class HeadClient:
         """An Ask with an id of its own and this package's version. Raises ValueError."""
         content = {"version": flowspec.__version__, "id": next(self._ids), **fields}
         try:
-            return Ask.model_validate(content, strict=False)
+            ask = Ask.model_validate(content, strict=False)
         except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"what is asked cannot be sent: {name}: {first['msg']}") from None
+            raise ValueError(_why_invalid(error)) from None
+        if (size := len(pack(ask))) > MAX_ASK_BYTES:
+            raise ValueError(_too_long(size))
+        return ask
 
     def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
         """Follow one answer to its Done. Whoever turns away early cancels it.
@@ -142,3 +144,32 @@ class HeadClient:
             self.control.send(pack(message))
         except UnreachableError as error:
             raise ClusterError(self.where, str(error)) from None
+
+
+def _why_invalid(error: ValidationError) -> str:
+    """The first thing that is wrong with an Ask, for a person."""
+    first = error.errors(include_url=False)[0]
+    place, value, limits = first["loc"], first["input"], first.get("ctx", {})
+    kind = first["type"]
+    if place[0] == "turns" and place[-1] == "content" and kind == "string_too_long":
+        return _too_long(len(value.encode(errors="replace")))
+    if kind == "string_unicode":
+        return "the text has half of a surrogate pair, which is no character; remove it"
+    if place[0] == "turns" and kind == "too_long":
+        return (
+            f"the conversation has {len(value)} messages, at most {limits['max_length']} are sent"
+        )
+    if place[0] == "stop" and kind == "too_long":
+        return f"{len(value)} stop strings are given, at most {limits['max_length']} can be"
+    if place[0] == "stop" and kind == "string_too_long":
+        most = limits["max_length"]
+        return f"a stop string has {len(value)} characters, at most {most} are possible"
+    name = ".".join(str(part) for part in place)
+    return f"{name} cannot be {value!a}: {first['msg'].lower()}"
+
+
+def _too_long(size: int) -> str:
+    return (
+        f"the conversation takes {size:,} bytes, at most {MAX_ASK_BYTES:,} can be sent to the "
+        "head; shorten it"
+    )

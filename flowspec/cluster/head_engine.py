@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 
 from flowspec import wire
-from flowspec.admission import TooLargeError
 from flowspec.cluster.asked import AskedDecoding, check_fits, check_measurable, request_of
 from flowspec.cluster.head_events import (
+    Blamed,
     CancelTicket,
     Command,
+    Crossed,
     Ended,
     Event,
     HeadBound,
@@ -25,9 +27,9 @@ from flowspec.cluster.head_events import (
     StageLost,
 )
 from flowspec.cluster.measured import Decoding
-from flowspec.cluster.messages import Addresses, Done
+from flowspec.cluster.messages import Addresses
 from flowspec.cluster.nowhere import Nowhere
-from flowspec.cluster.open_request import Measured, OpenRequest, done_of
+from flowspec.cluster.open_request import Measured, OpenRequest, done_of, failed, refused
 from flowspec.cluster.roster import Engage, GiveUp, Halt, Member, Resume
 from flowspec.cluster.stage_job import AddressBook, listen
 from flowspec.cluster.stage_watch import StageWatch
@@ -35,11 +37,11 @@ from flowspec.codec import WireError
 from flowspec.config import RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
-from flowspec.head import Head
+from flowspec.failures import Failures, attempt, is_fatal
+from flowspec.head import MAX_LOSSES, Head
 from flowspec.model.config import read_config
 from flowspec.model.manifest import HEAD_FOLDER
-from flowspec.request import ClusterError, Request, rank_name
-from flowspec.text import PromptError
+from flowspec.request import ClusterError, FinishReason, Request, rank_name
 from flowspec.transport.address import ALL_INTERFACES
 from flowspec.transport.base import Transport
 from flowspec.transport.keys import Keys
@@ -50,6 +52,7 @@ log = logging.getLogger(__name__)
 TURN_S = 0.02  # how long a command may wait while messages are waited for
 IDLE_S = 0.5
 PROBE_EVERY_S = 10.0
+PROBE_AGAIN_S = 1.0  # after one that failed
 SETTLE_S = 2.0  # for the stages to say what they did for a request that is measured
 
 
@@ -83,6 +86,10 @@ class HeadEngine:
         self._over: list[Measured] = []
         self._decoding = AskedDecoding(config, drafter=parts.drafter.name)
         self._probe: int | None = None
+        self._probe_failed_at = 0.0
+        self._failures = Failures()
+        self._wants_statuses = False  # a measured request has had its first token
+        self._crossed_epoch = 0  # the newest that a token has crossed
         self._epoch, self._num_stages = 0, 0
         self._members: Sequence[Member] = ()
         self._book: AddressBook = {}
@@ -183,6 +190,7 @@ class HeadEngine:
         rates = [member.link_bytes_per_s for member in self._members if member.link_bytes_per_s]
         self.head.pipe.link_row_ms = self._row_bytes / min(rates) * 1e3 if rates else 0.0
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
+        self._probe_failed_at = 0.0
         self._driver.last_progress = self.epoch_at  # the silence before is not of these stages
         self._submit_probe()
 
@@ -190,14 +198,17 @@ class HeadEngine:
         log.warning("epoch %d is over: %s", command.epoch, command.error)
         for entry in self._open.values():
             entry.num_resumed += bool(entry.tokens)
-        self._suspend(str(command.error))
+        self._suspend(str(command.error), blames=not command.in_order)
 
-    def _suspend(self, cause: str) -> None:
+    def _suspend(self, cause: str, *, blames: bool = False) -> None:
         """The stages are lost; what is accepted is here, and goes on with the next ones."""
         self._drop_transport()
         for watch in self._watches():
             watch.lose()
-        self._inject(wire.Suspend(cause=cause))
+        num_told = len(self._driver.to_client)
+        self._inject(wire.Suspend(cause=cause, blames=blames))
+        if len(self._driver.to_client) > num_told:  # a request has ended with it
+            self._tell(Blamed(MAX_LOSSES))
         if self._probe is not None:  # the next stages get one of their own
             self._inject(Cancel(request=self._probe))
             self._probe = None
@@ -243,7 +254,9 @@ class HeadEngine:
             self._pass_on()  # nothing is sent any more, so nothing fails
 
     def _lost(self, rank: int, cause: str) -> None:
-        self._suspend(cause)
+        names = {member.rank: member.place.name for member in self._members}
+        where = f"{rank_name(rank)} on {names[rank]}" if rank in names else rank_name(rank)
+        self._suspend(f"{where}: {cause}", blames=True)
         self._tell(StageLost(self._epoch, rank, cause))
 
     def _check_progress(self) -> None:
@@ -276,6 +289,7 @@ class HeadEngine:
         self._driver.inject(message)
 
     def _submit(self, command: NewRequest) -> None:
+        """Build the request and have it served; whatever fails ends it, and it alone."""
         ask, num_prompt = command.ask, 0
         try:
             request = request_of(ask, next(self._ids), self.parts)
@@ -285,27 +299,26 @@ class HeadEngine:
             self._use_decoding(ask.decoding)
             if ask.decoding is not None:
                 check_fits(request, self.head)
-        except ValueError as error:
-            done = Done(
-                id=0,
-                reason="error",
-                error=str(error)[:4000],
-                prompt_tokens=num_prompt,
-                refused=isinstance(error, PromptError),
-                too_large=isinstance(error, TooLargeError),
-            )
-            self._tell(Ended(command.ticket, done))
+            entry = self._enter(command, request)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self._tell(Ended(command.ticket, refused(error, num_prompt)))
             return
+        self._inject(Submit(request=entry.request))
+
+    def _enter(self, command: NewRequest, request: Request) -> OpenRequest:
         for other in self._watches():
             other.alone = False
         for one in self._over:  # served alone, but what stages say from now on is of both
             one.watch.is_whole = False
-        entry = self._open[request.id] = OpenRequest(command.ticket, request)
+        entry = OpenRequest(command.ticket, request)
         entry.first_epoch = self._epoch if self._is_live else 0
-        if ask.decoding is not None:
-            entry.watch = StageWatch(self.head, alone=len(self._open) == 1)
+        if command.ask.decoding is not None:
+            entry.watch = StageWatch(self.head, alone=not self._open)
             entry.is_fresh = self._decoding.use(time.monotonic())
-        self._inject(Submit(request=request))
+        self._open[request.id] = entry
+        return entry
 
     def _use_decoding(self, wanted: Decoding | None) -> None:
         """Have this strategy answer from now on. Raises ValueError where that cannot be.
@@ -338,11 +351,13 @@ class HeadEngine:
         recent = self.crossed_at is not None and now - self.crossed_at < PROBE_EVERY_S
         if self._probe is not None or self._open or self._over or (recent and self.statuses):
             return  # a measured one that is over counts what the stages do until they have said it
-        self._probe = number = next(self._ids)
+        if now - self._probe_failed_at < PROBE_AGAIN_S:
+            return
+        self._probe = next(self._ids)
         # cancelled at its first token, so that it is not kept for a next turn
         eos = self.parts.eos_token_ids
         prompt = (eos[0] if eos else 0,)
-        self._inject(Submit(request=Request(id=number, prompt=prompt, max_new_tokens=2)))
+        self._inject(Submit(request=Request(id=self._probe, prompt=prompt, max_new_tokens=2)))
 
     def _pass_on(self) -> None:
         """What the core has for its clients."""
@@ -351,44 +366,78 @@ class HeadEngine:
         while queue_:
             message = queue_.popleft()
             if isinstance(message, Tokens):
-                self._tokens(message)
+                if message.tokens:
+                    self._note_crossing()
+                if message.request == self._probe:
+                    self._inject(Cancel(request=message.request))
+                with self._failures.of(message.request):
+                    self._tokens(message)
             elif isinstance(message, Finished):
-                self._finished(message)
-        for watch in self._watches():
-            watch.look()
+                with self._failures.of(message.request):
+                    self._finished(message)
+            self._end_unserved()  # before it is told of more
+        for number, entry in list(self._open.items()):
+            if entry.watch is not None:
+                with self._failures.of(number):
+                    entry.watch.look()
         self._end_settled()
+        self._end_unserved()
+        if self._wants_statuses:
+            self._wants_statuses = False
+            self._ping_stages()
+
+    def _end_unserved(self) -> None:
+        """Requests that the core serves well, but whose clients cannot be told so."""
+        ended = []
+        for number, error in self._failures.take().items():
+            entry = self._open.pop(number, None)
+            if entry is not None:
+                self._tell(Ended(entry.ticket, failed(error, len(entry.request.prompt))))
+                ended.append(number)
+        for number in ended:  # a stage may be lost on the way: the clients know already
+            self._inject(Cancel(request=number))
+
+    def _note_crossing(self) -> None:
+        self.crossed_at = time.monotonic()
+        if self._crossed_epoch != self._epoch:
+            self._crossed_epoch = self._epoch
+            self._tell(Crossed(self._epoch))
 
     def _tokens(self, message: Tokens) -> None:
-        if message.tokens:
-            self.crossed_at = time.monotonic()
-        if message.request == self._probe:
-            self._inject(Cancel(request=message.request))
         entry = self._open.get(message.request)
         if entry is not None:
             entry.tokens.extend(message.tokens)
             entry.text += message.text
             self._tell(MoreText(entry.ticket, message.tokens, message.text))
             if entry.watch is not None and message.tokens and entry.watch.first_token():
-                self._ping_stages()
+                self._wants_statuses = True
 
     def _finished(self, message: Finished) -> None:
-        entry = self._open.pop(message.request, None)
+        entry = self._open.get(message.request)
         if entry is None:
             self.head.finished.pop(message.request, None)
             if message.request == self._probe:
                 self._probe = None
+                if message.reason is FinishReason.ERROR:
+                    self._probe_failed_at = time.monotonic()
             return
         if entry.watch is not None:
             self._decoding.used_at = time.monotonic()
         completion = self.head.completion(entry.request, message, entry.tokens, entry.text)
         if entry.watch is None or completion.error:
             self._tell(Ended(entry.ticket, done_of(entry, completion)))
-            return
-        self._over.append(Measured(entry, completion, entry.watch, time.monotonic() + SETTLE_S))
+        else:
+            until = time.monotonic() + SETTLE_S
+            self._over.append(Measured(entry, completion, entry.watch, until))
+        del self._open[message.request]
 
     def _end_settled(self) -> None:
         """Measured requests of which there is no more to hear."""
         for one in list(self._over):
             if not self._is_live or one.is_settled(time.monotonic()):
                 self._over.remove(one)
-                self._tell(Ended(one.entry.ticket, one.done(self._epoch, live=self._is_live)))
+                done = attempt(partial(one.done, self._epoch, live=self._is_live))
+                if isinstance(done, Exception):
+                    log.warning("an answer's figures cannot be told", exc_info=done)
+                    done = failed(done, len(one.entry.request.prompt))
+                self._tell(Ended(one.entry.ticket, done))

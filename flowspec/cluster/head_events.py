@@ -40,6 +40,20 @@ class StageLost:
 
 
 @dataclass(frozen=True, slots=True)
+class Crossed:
+    """A token has come through every stage of this epoch; told once for each."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blamed:
+    """A request has ended, for devices were lost `count` times while it was served."""
+
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class MoreText:
     """Newly accepted tokens of a request."""
 
@@ -57,4 +71,4 @@ class Ended:
 
 
 Command: TypeAlias = Engage | Resume | Halt | GiveUp | NewRequest | CancelTicket
-Event: TypeAlias = HeadBound | StageLost | MoreText | Ended
+Event: TypeAlias = HeadBound | StageLost | Crossed | Blamed | MoreText | Ended

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import flowspec
 from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_events import (
+    Blamed,
     CancelTicket,
+    Crossed,
     Ended,
     Event,
     HeadBound,
@@ -42,6 +44,7 @@ from flowspec.cluster.messages import (
     pack,
     unpack,
 )
+from flowspec.cluster.open_request import failed
 from flowspec.cluster.roster import Effect, Engage, GiveUp, Halt, Resume, Say, Tell
 from flowspec.cluster.status import HeadFacts, cluster_status
 from flowspec.request import ClusterError
@@ -156,6 +159,25 @@ class HeadServer:
         match message:
             case Hello() | Progress() | StageReady() | Trouble() | Beat() | Bye():
                 self._from_device(peer, message, now)
+            case _:
+                self._serve_client(peer, message)
+
+    def _serve_client(self, peer: bytes, message: Control) -> None:
+        """What fails here is about this client alone, who is told."""
+        try:
+            self._take_from_client(peer, message)
+        except Exception as error:
+            log.exception("a client's message was not served")
+            if isinstance(message, Ask):
+                for ticket, caller in list(self._callers.items()):
+                    if caller == _Caller(peer, message.id):
+                        del self._callers[ticket]
+                self._send(peer, failed(error).model_copy(update={"id": message.id}))
+            else:
+                self._send(peer, Refuse(why=failed(error).error))
+
+    def _take_from_client(self, peer: bytes, message: Control) -> None:
+        match message:
             case Ask():
                 self._ask(peer, message)
             case Drop():
@@ -256,20 +278,34 @@ class HeadServer:
                 now = time.monotonic()
                 effects = self.membership.stage_lost(event.epoch, event.rank, event.cause, now)
                 self._apply(effects)
-            case MoreText():
-                if caller := self._callers.get(event.ticket):
-                    piece = Piece(id=caller.id, tokens=event.tokens, text=event.text)
-                    self._send(caller.peer, piece)
-            case Ended():
+            case Crossed():
+                self.membership.crossed(event.epoch)
+            case Blamed():
+                self.membership.forgive(event.count)
+            case MoreText() | Ended():
+                self._pass_on(event)
+
+    def _pass_on(self, event: MoreText | Ended) -> None:
+        """An answer that cannot be told ends, and no other."""
+        try:
+            if isinstance(event, Ended):
                 self._end(event.ticket, event.done)
+            elif caller := self._callers.get(event.ticket):
+                piece = Piece(id=caller.id, tokens=event.tokens, text=event.text)
+                self._send(caller.peer, piece)
+        except Exception as error:
+            log.exception("an answer could not be told")
+            self._end(event.ticket, failed(error))
+            self.engine.post(CancelTicket(event.ticket))
 
     def _end(self, ticket: int, done: Done) -> None:
-        caller = self._callers.pop(ticket, None)
+        caller = self._callers.get(ticket)
         if caller is None:
             return
+        self._send(caller.peer, done.model_copy(update={"id": caller.id}))
         self._num_done += not done.error
         self._num_failed += bool(done.error)
-        self._send(caller.peer, done.model_copy(update={"id": caller.id}))
+        self._callers.pop(ticket, None)
 
     def _send(self, peer: bytes, message: Control) -> None:
         try:

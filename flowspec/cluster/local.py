@@ -23,7 +23,14 @@ from flowspec.codec import WireError
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.driver import Driver
 from flowspec.engine import HeadParts, build_head
-from flowspec.request import ClusterError, Completion, FinishReason, Request, rank_name
+from flowspec.request import (
+    ClusterError,
+    Completion,
+    FinishReason,
+    Request,
+    error_of,
+    rank_name,
+)
 from flowspec.simulate.emulation import Emulation, read_emulation
 from flowspec.strategies import StrategySpec
 from flowspec.trace import open_trace, trace_path
@@ -150,7 +157,8 @@ class LocalCluster:
                 event = answers.take(message)
                 if event is None:
                     continue
-                if not answers.open and isinstance(event, Completion) and event.tokens:
+                is_last = not answers.open and isinstance(event, Completion)
+                if is_last and event.tokens and self.head.outage is None:
                     self._await_closed()
                 yield event
                 if not answers.open:
@@ -174,10 +182,12 @@ class LocalCluster:
         while not ready:
             if len(self.restarts) >= self.max_restarts:
                 raise error
+            self.statuses()  # the last word of those that are lost
+            driver.inject(Suspend(cause=str(error), blames=True))
+            if not self.head.admission.waiting:
+                return  # every request has ended with it; a next one finds the stage lost
             self.restarts.append(str(error))
             logger.warning("%s; restarting it, answers go on", str(error).splitlines()[0])
-            self.statuses()  # the last word of those that are lost
-            driver.inject(Suspend(cause=str(error)))
             lost = self._lost_ranks(error)
             self._totals.lose(lost)
             try:
@@ -356,9 +366,10 @@ class LocalCluster:
                 )
 
     def _raise_failure(self, event: Finished) -> None:
-        if event.reason is FinishReason.ERROR and event.error.startswith("stage "):
-            where, _, cause = event.error.partition(": ")
-            raise ClusterError(where, cause)
+        if event.reason is FinishReason.ERROR:
+            error = error_of(event.error)
+            if isinstance(error, ClusterError):
+                raise error
 
     def _trace_file(self, rank: int) -> Path | None:
         return trace_path(self.trace_folder, rank) if self.trace_folder else None

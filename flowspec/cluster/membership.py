@@ -49,6 +49,7 @@ from flowspec.request import ClusterError
 
 MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
 STRIKES_S = 600.0  # ... within this time
+MAX_ATTEMPTS = 5  # epochs in a row that were lost before a token had crossed every stage
 WORTH_MOVING = 1.1  # layers move to devices that came late where a token takes so much less
 MAX_GONE = 64  # lost devices that are remembered for the status
 
@@ -78,8 +79,11 @@ class Membership:
         self.started_at = now
         self.joined_at = now  # the newest device
         self._planned_at = now  # over all devices that were there
-        self.uncovered_since: float | None = now  # None while it serves
-        self.gave_up = False  # it has been so for too long
+        self.lost_at: float | None = now  # when the last epoch ended; None while one serves
+        # None once a token has crossed every stage: layers that are held may still compute nothing
+        self.uncovered_since: float | None = now
+        self.num_attempts = 0  # epochs since then that served and were lost
+        self.gave_up = False  # it has been so for too long, or in vain too often
         self._said = ""  # the last reason for waiting, not to repeat it
         self._strikes: dict[str, list[float]] = {}  # name -> when it failed by its own fault
 
@@ -96,7 +100,7 @@ class Membership:
                 device.beat = message
                 return [Tell(peer, Beat(sent_at=message.sent_at))]
             case Bye():
-                return self._lose(device, f"left: {message.why}", now)
+                return self._lose(device, f"left: {message.why}", now, in_order=True)
             case Progress() | StageReady() | Trouble() if message.epoch != self.epoch:
                 return []  # of an epoch that is over
             case Progress():
@@ -126,9 +130,10 @@ class Membership:
                 effects.append(Tell(device.peer, Beat()))
         if self.phase is Phase.GATHERING:
             effects += self._try_to_cover(now)
-            effects += self._check_given_up(now, idle=idle)
         elif self.phase is Phase.SERVING and idle and self._planned_at < self.joined_at:
             effects += self._try_to_improve(now)
+        if self.phase is not Phase.SERVING:
+            effects += self._check_given_up(now, idle=idle)
         return effects
 
     def unreachable(self, peer: bytes, now: float) -> list[Effect]:
@@ -144,12 +149,22 @@ class Membership:
             return []
         stages = self._stages()
         all_addresses = (addresses, *(d.ready.addresses for d in stages if d.ready is not None))
-        self.phase, self.uncovered_since, self.gave_up = Phase.SERVING, None, False
+        self.phase, self.lost_at = Phase.SERVING, None
         effects: list[Effect] = [
             Tell(device.peer, Serve(epoch=epoch, addresses=all_addresses)) for device in stages
         ]
         layers = ", ".join(f"{p.name} {p.first}-{p.last - 1}" for p in self.places)
         return [*effects, Resume(epoch, all_addresses), Say(f"serving: layers {layers}")]
+
+    def crossed(self, epoch: int) -> None:
+        """A token has come through every stage of `epoch`: the cluster really serves."""
+        if epoch == self.epoch and self.phase is Phase.SERVING:
+            self.uncovered_since, self.num_attempts, self.gave_up = None, 0, False
+
+    def forgive(self, count: int) -> None:
+        """The last `count` failures were a request's doing: no device is refused for them."""
+        for name, strikes in self._strikes.items():
+            self._strikes[name] = strikes[: max(0, len(strikes) - count)]
 
     def stage_lost(self, epoch: int, rank: int, cause: str, now: float) -> list[Effect]:
         """The head itself found stage `rank` dead or hanging."""
@@ -233,7 +248,14 @@ class Membership:
         return self._lose(device, cause, now, tell=True)
 
     def _lose(
-        self, device: Device, cause: str, now: float, *, tell: bool = False, final: bool = False
+        self,
+        device: Device,
+        cause: str,
+        now: float,
+        *,
+        tell: bool = False,
+        final: bool = False,
+        in_order: bool = False,
     ) -> list[Effect]:
         """A device is gone. With `tell` it is there but of no use: unless `final` it may return."""
         del self.devices[device.name]
@@ -245,10 +267,10 @@ class Membership:
             effects.append(Tell(device.peer, Refuse(why=cause, retry=not final)))
         if device.rank:
             error = ClusterError(f"stage {device.rank} on {device.name}", cause)
-            effects += self._halt(error, now)
+            effects += self._halt(error, now, in_order=in_order)
         return [*effects, *self._try_to_cover(now)]
 
-    def _halt(self, error: ClusterError, now: float) -> list[Effect]:
+    def _halt(self, error: ClusterError, now: float, *, in_order: bool) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return []
         effects: list[Effect] = [
@@ -256,10 +278,14 @@ class Membership:
         ]
         for device in self.devices.values():
             device.rank, device.ready, device.progress = 0, None, None
+        if self.phase is Phase.SERVING and self.uncovered_since is not None and not in_order:
+            self.num_attempts += 1
         self.phase = Phase.GATHERING
         if self.uncovered_since is None:
             self.uncovered_since = now
-        return [*effects, Halt(self.epoch, error)]
+        if self.lost_at is None:
+            self.lost_at = now
+        return [*effects, Halt(self.epoch, error, in_order)]
 
     def _stages(self) -> list[Device]:
         """Devices of the current epoch by rank."""
@@ -289,8 +315,8 @@ class Membership:
     def _waits(self, now: float) -> bool:
         """Whether more devices may come soon, so that it is too early to plan."""
         config = self.config
-        if self.places and self.uncovered_since is not None:
-            return now - self.uncovered_since < config.rejoin_wait_s
+        if self.places and self.lost_at is not None:
+            return now - self.lost_at < config.rejoin_wait_s
         if config.devices:
             enough = len(self.devices) >= config.devices + config.spares
             return not enough and now - self.started_at < config.wait_for_devices_s
@@ -315,7 +341,8 @@ class Membership:
             f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
             f"{before * 1e3:.3g} ms as it is"
         )
-        return [Say(why), *self._halt(ClusterError("head", why), now), *self._begin(placement, now)]
+        halt = self._halt(ClusterError("head", why), now, in_order=True)
+        return [Say(why), *halt, *self._begin(placement, now)]
 
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
         self._planned_at = now
@@ -355,12 +382,22 @@ class Membership:
 
     def _check_given_up(self, now: float, *, idle: bool) -> list[Effect]:
         since, limit = self.uncovered_since, self.config.give_up_s
-        if since is None or self.gave_up or now - since < limit:
+        if since is None or self.gave_up:
+            return []
+        if self.num_attempts >= MAX_ATTEMPTS:
+            cause = (
+                f"the layers have been covered {self.num_attempts} times, and each time a device "
+                "was lost before a token had crossed all of them"
+            )
+            until = "a token does"
+        elif self.phase is Phase.GATHERING and now - since >= limit:
+            cause, until = f"the layers have not been covered for {limit:.0f} s", "they are"
+        else:
             return []
         self.gave_up = True
-        cause = f"the layers have not been covered for {limit:.0f} s; {self.missing()}"
+        cause = f"{cause}; {self.missing()}"
         level = "info" if idle else "error"  # nobody has lost anything where nobody asked
-        say = Say(f"{cause}; requests are refused until they are", level=level)
+        say = Say(f"{cause}; requests are refused until {until}", level=level)
         return [GiveUp(ClusterError("head", cause)), say]
 
     def missing(self) -> str:

@@ -9,9 +9,11 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, TypeAdapter, ValidationError
 
 from flowspec.cluster.fields import (
+    MAX_ASK_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_STAGES,
     Count,
+    LongText,
     Name,
     Rate,
     Seconds,
@@ -22,7 +24,8 @@ from flowspec.cluster.fields import (
 from flowspec.cluster.measured import Decoding, Figures
 from flowspec.transport.address import as_seen_here
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
+_ASK = b'{"kind":"ask",'  # what `pack` begins it with: no other message may be as long
 
 
 class ControlError(ValueError):
@@ -235,7 +238,7 @@ class Turn(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text
+    content: LongText
 
 
 class Ask(Strict):
@@ -286,7 +289,8 @@ class Done(Strict):
     tau: Rate = 0.0  # tokens per verdict
     resumed: Count = 0  # how often the cluster was rebuilt under it
     prompt_tokens: Count = 0  # of what was asked; 0 where the head did not look at it
-    refused: bool = False  # the chat template or the tokenizer takes no such conversation
+    refused: bool = False  # because of what was asked; another question may be answered
+    bad_prompt: bool = False  # refused: the chat template or the tokenizer does not take it
     too_large: bool = False  # the devices' memory cannot hold what was asked, with `decoding`
     figures: Figures | None = None  # of an Ask with `decoding` that was answered
 
@@ -377,8 +381,9 @@ def pack(message: Control) -> bytes:
 
 def unpack(frame: bytes) -> Control:
     """The message in a frame. Raises ControlError saying what is wrong with it."""
-    if len(frame) > MAX_MESSAGE_BYTES:
-        raise ControlError(f"{len(frame)} bytes, at most {MAX_MESSAGE_BYTES}")
+    limit = MAX_ASK_BYTES if frame.startswith(_ASK) else MAX_MESSAGE_BYTES
+    if len(frame) > limit:
+        raise ControlError(f"{len(frame)} bytes, at most {limit}")
     try:
         return _ADAPTER.validate_json(frame)
     except ValidationError as error:

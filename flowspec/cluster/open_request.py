@@ -1,11 +1,17 @@
 """A client's request while the head serves it, and what the client is told at its end."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
+from flowspec.admission import TooLargeError
 from flowspec.cluster.measured import figures_of
 from flowspec.cluster.messages import Done
 from flowspec.cluster.stage_watch import StageWatch
-from flowspec.request import Completion, Request
+from flowspec.request import ClusterError, Completion, Request, cause_of, error_of, rank_name
+from flowspec.text import PromptError
+
+log = logging.getLogger(__name__)
+MAX_ERROR = 4000  # characters that a client is told
 
 
 @dataclass(slots=True)
@@ -55,7 +61,8 @@ def done_of(entry: OpenRequest, completion: Completion) -> Done:
     return Done(
         id=0,
         reason=completion.reason.value,
-        error=completion.error[:4000],
+        error=plain(completion.error),
+        refused=bool(completion.error) and not isinstance(error_of(completion.error), ClusterError),
         num_tokens=len(completion.tokens),
         tokens_per_s=stats.tokens_per_s,
         time_to_first_token_s=stats.time_to_first_token_s,
@@ -63,3 +70,30 @@ def done_of(entry: OpenRequest, completion: Completion) -> Done:
         resumed=entry.num_resumed,
         prompt_tokens=len(entry.request.prompt),
     )
+
+
+def refused(error: Exception, num_prompt: int) -> Done:
+    """The end of a request that could not begin: a ValueError says what is wrong with it."""
+    if not isinstance(error, ValueError):
+        log.warning("a request cannot begin: %s", cause_of(error), exc_info=error)
+        return failed(error, num_prompt)
+    return Done(
+        id=0,
+        reason="error",
+        error=plain(str(error)),
+        prompt_tokens=num_prompt,
+        too_large=isinstance(error, TooLargeError),
+        refused=True,
+        bad_prompt=isinstance(error, PromptError),
+    )
+
+
+def failed(error: Exception, num_prompt: int = 0) -> Done:
+    """The end of a request at which the head itself has failed."""
+    text = plain(f"{rank_name(0)}: {cause_of(error)}")
+    return Done(id=0, reason="error", error=text, prompt_tokens=num_prompt)
+
+
+def plain(text: str) -> str:
+    """As a control message may hold it."""
+    return text[:MAX_ERROR].encode(errors="replace").decode()

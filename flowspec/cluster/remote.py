@@ -92,7 +92,7 @@ class RemoteCluster:
     def _end(
         self, done: Done, tokens: Sequence[int], text: str, max_new_tokens: int
     ) -> Answer | LongPrompt:
-        if done.refused:
+        if done.bad_prompt:
             return LongPrompt(0, done.error, refused=True)
         if done.error and done.prompt_tokens + max_new_tokens > self.status.max_context:
             return LongPrompt(done.prompt_tokens)

@@ -165,10 +165,14 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """The epoch is over: give up its data plane; requests wait for the next one."""
+    """The epoch is over: give up its data plane; requests wait for the next one.
+
+    `in_order`: a device has left by itself, or layers move: no request can be the cause.
+    """
 
     epoch: int
     error: ClusterError
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,15 +78,17 @@ class StageJob:
         self._tell(message)
 
     def _run(self) -> None:
-        epoch, rank = self.assign.epoch, self.assign.rank
+        rank = self.assign.rank
         try:
             model = self._source.load(self.assign, self._report)
             book: AddressBook = {}
             transport = self._open_transport(rank, book)
             try:
                 self._serve(model, transport, book)
-            except ClusterError as error:
-                self._tell_lost(error)
+            except CancelledError:
+                raise
+            except Exception as error:
+                self._tell_why(error)
                 # closed connections look like this stage's own end: the cause must come first
                 self._stopping.wait(CAUSE_FIRST_S)
             finally:
@@ -94,14 +96,19 @@ class StageJob:
                 transport.close()
         except CancelledError:
             return
-        except ClusterError as error:
-            self._tell_lost(error)
         except Exception as error:
-            # The head must hear of it whatever it was; the traceback is for this device's log, but
-            # a ValueError is a sentence, which whoever is told shows.
-            if type(error) is not ValueError:
-                log.exception("the stage failed")
-            self._tell(Trouble(epoch=epoch, cause=cause_of(error)[:4000]))
+            self._tell_why(error)
+
+    def _tell_why(self, error: Exception) -> None:
+        """The head must hear of it whatever it was; the traceback is for this device's log, but a
+        ValueError is a sentence, which whoever is told shows.
+        """
+        if isinstance(error, ClusterError):
+            self._tell_lost(error)
+            return
+        if type(error) is not ValueError:
+            log.error("the stage failed", exc_info=error)
+        self._tell(Trouble(epoch=self.assign.epoch, cause=cause_of(error)[:4000]))
 
     def _tell_lost(self, error: ClusterError) -> None:
         """The epoch cannot go on: why, and by whose fault where another rank is named."""

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from flowspec.failures import attempt, settled
 from flowspec.request import NodeId, Request
 from flowspec.tree import DraftTree, Node
 
@@ -17,6 +19,9 @@ class Proposal:
     node: NodeId
     children: tuple[tuple[int, float], ...]
     sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
+
+
+Proposed: TypeAlias = list[Proposal] | Exception  # of one job; what ended it, where it failed
 
 
 class DraftSession(Protocol):
@@ -97,10 +102,11 @@ class Draft(Protocol):
     def run(self) -> None:
         """Compute. In a thread of its own, perhaps: it touches the draft model's tensors alone."""
 
-    def finish(self) -> list[list[Proposal]]:
+    def finish(self) -> list[Proposed]:
         """The proposals of each job: the root's, if it has absorbed that, then its nodes'.
 
-        Also for nodes that have died since.
+        Also for nodes that have died since. A job whose share of the forward failed gives the
+        exception instead, and its session is of no more use; the others are not touched by it.
         """
 
 
@@ -124,7 +130,7 @@ def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
     """The proposals of each job, from begin to finish."""
     begun = drafter.begin(jobs)
     begun.run()
-    return begun.finish()
+    return [settled(one) for one in begun.finish()]
 
 
 class Lookup:
@@ -138,19 +144,20 @@ class Lookup:
     def run(self) -> None:
         """Nothing."""
 
-    def finish(self) -> list[list[Proposal]]:
+    def finish(self) -> list[Proposed]:
         """See Draft."""
         return self._proposals
 
 
-def look_up(jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
+def look_up(jobs: Sequence[DraftJob]) -> list[Proposed]:
     """The proposals of one job after the other, each by its session alone."""
-    proposals = []
-    for job in jobs:
-        root = job.session.absorb(job.tree) if job.absorbs else None
-        below = job.session.expand(job.nodes, job.tree) if job.nodes else []
-        proposals.append([*([] if root is None else [root]), *below])
-    return proposals
+    return [attempt(partial(_look_up_one, job)) for job in jobs]
+
+
+def _look_up_one(job: DraftJob) -> list[Proposal]:
+    root = job.session.absorb(job.tree) if job.absorbs else None
+    below = job.session.expand(job.nodes, job.tree) if job.nodes else []
+    return [*([] if root is None else [root]), *below]
 
 
 class NoDrafter:

@@ -9,13 +9,22 @@ replaces the graft's.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from heapq import heapify, heappop, heappush
 from math import exp, log
 
 from torch import Tensor
 
-from flowspec.drafters.base import Drafter, DraftJob, DraftSession, Opening, Proposal
+from flowspec.drafters.base import (
+    Drafter,
+    DraftJob,
+    DraftSession,
+    Opening,
+    Proposal,
+    Proposed,
+)
 from flowspec.drafters.ngram import NgramDrafter, NgramSession
+from flowspec.failures import attempt
 from flowspec.request import NodeId
 from flowspec.tree import DraftTree, Node
 
@@ -69,12 +78,18 @@ class GraftedDraft:
         """See Draft."""
         self._base.run()
 
-    def finish(self) -> list[list[Proposal]]:
+    def finish(self) -> list[Proposed]:
         """See Draft."""
         return [
-            [session.merged(proposal, tree) for proposal in proposals]
-            for (session, tree), proposals in zip(self._parts, self._base.finish(), strict=True)
+            own if isinstance(own, Exception) else attempt(partial(_merge_all, session, tree, own))
+            for (session, tree), own in zip(self._parts, self._base.finish(), strict=True)
         ]
+
+
+def _merge_all(
+    session: "GraftedSession", tree: DraftTree, proposals: Sequence[Proposal]
+) -> list[Proposal]:
+    return [session.merged(proposal, tree) for proposal in proposals]
 
 
 class GraftedSession:

@@ -11,12 +11,15 @@ vocabulary, Vd the draft model's.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from flowspec.acceptance.coupled import draft_scores
-from flowspec.drafters.base import DraftJob, Opening, Proposal, draft
+from flowspec.drafters.base import DraftJob, Opening, Proposal, Proposed, draft
+from flowspec.failures import attempt
 from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
 from flowspec.request import NO_NODE, NodeId
 from flowspec.tree import DraftTree, Node
@@ -138,6 +141,19 @@ class IncrementalDrafter(ABC):
         return list(zip(asked, self.logits(torch.cat(asked)).split(counts), strict=True))
 
 
+Outputs: TypeAlias = tuple[Tensor, Tensor]  # states [m, H] and logits [m, Vd], see `run`
+
+
+@dataclass(slots=True)
+class _Part:
+    """One job's share of a forward, and what has become of it."""
+
+    session: "IncrementalSession"
+    job: DraftJob
+    share: Share
+    outputs: Outputs | Exception | None = None
+
+
 class Forward:
     """A draft model's forward over the rows of several sessions; see Draft."""
 
@@ -146,24 +162,42 @@ class Forward:
     @torch.inference_mode()
     def __init__(self, drafter: IncrementalDrafter, jobs: Sequence[DraftJob]) -> None:
         self._drafter = drafter
-        self._parts: list[tuple[IncrementalSession, DraftJob, Share]] = []
-        for job in jobs:
-            assert isinstance(job.session, IncrementalSession)
-            self._parts.append((job.session, job, job.session.begin(job)))
-        self._outputs: list[tuple[Tensor, Tensor]] = []
+        self._parts = [attempt(partial(_begin, job)) for job in jobs]
 
     @torch.inference_mode()
     def run(self) -> None:
-        """See Draft."""
-        self._outputs = self._drafter.run([share for _, _, share in self._parts])
+        """See Draft. Where the joint forward fails, each share runs by itself: rows may run twice,
+        for they go to the places they have in the cache.
+        """
+        parts = [part for part in self._parts if isinstance(part, _Part)]
+        together = attempt(partial(self._drafter.run, [part.share for part in parts]))
+        if isinstance(together, Exception):
+            for part in parts:
+                alone = attempt(partial(self._drafter.run, [part.share]))
+                part.outputs = alone if isinstance(alone, Exception) else alone[0]
+            return
+        for part, outputs in zip(parts, together, strict=True):
+            part.outputs = outputs
 
     @torch.inference_mode()
-    def finish(self) -> list[list[Proposal]]:
+    def finish(self) -> list[Proposed]:
         """See Draft."""
         return [
-            session.finish(job, share, *output)
-            for (session, job, share), output in zip(self._parts, self._outputs, strict=True)
+            part if isinstance(part, Exception) else attempt(partial(_finish, part))
+            for part in self._parts
         ]
+
+
+def _begin(job: DraftJob) -> _Part:
+    assert isinstance(job.session, IncrementalSession)
+    return _Part(job.session, job, job.session.begin(job))
+
+
+def _finish(part: _Part) -> list[Proposal]:
+    assert part.outputs is not None, "it has not run"
+    if isinstance(part.outputs, Exception):
+        raise part.outputs
+    return part.session.finish(part.job, part.share, *part.outputs)
 
 
 class IncrementalSession:

@@ -31,7 +31,7 @@ from flowspec.simulate.cluster import SimulatedCluster, emulated_cluster
 from flowspec.simulate.emulation import Emulation
 from flowspec.stage import Stage
 from flowspec.targets.local import LocalTarget
-from flowspec.text import PromptError, render_chat
+from flowspec.text import PromptError
 from flowspec.trace import Recorder
 
 
@@ -105,11 +105,7 @@ class Workbench:
             messages.append({"role": "user", "content": text})
             left_out = len(prompt.turns) - turn
             try:
-                ids = (
-                    render_chat(parts.tokenizer, messages)
-                    if turn
-                    else first_turn(parts.tokenizer, prompt)
-                )
+                ids = parts.prompt_of(messages) if turn else first_turn(parts.prompt_of, prompt)
             except PromptError as error:
                 if not turn:  # the question's own text is refused: that is for its author to mend
                     raise

@@ -13,7 +13,6 @@ from flowspec.request import Request, SamplingParams
 from flowspec.simulate.cluster import emulated_cluster
 from flowspec.simulate.emulation import Emulation
 from flowspec.stage import Stage
-from flowspec.text import render_chat
 
 
 def stand_in_stages(folder: Path, num_layers: int, num_stages: int) -> list[Stage]:
@@ -47,7 +46,7 @@ def predict_speeds(
         for number, prompt in enumerate(prompts, start=1):
             request = Request(
                 id=number,
-                prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
+                prompt=parts.prompt_of([{"role": "user", "content": prompt}]),
                 sampling=SamplingParams(temperature=0.0),
                 max_new_tokens=num_tokens,  # end tokens are ignored: all answers are as long
             )

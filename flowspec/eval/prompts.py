@@ -9,15 +9,16 @@ import codecs
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from flowspec.bundled import find_bundled
-from flowspec.text import PromptError, check_text, render_chat
+from flowspec.text import PromptError, check_text
 
+Render = Callable[[Sequence[Mapping[str, str]]], tuple[int, ...]]  # a conversation as token ids
 MAX_PROMPT_CHARS = 1_000_000
 PROMPTS_HELP = "JSON lines or a list (a prompt each), a text (one prompt), or a folder of them."
 _KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "question")
@@ -92,10 +93,10 @@ def make_prompt(
     return Prompt(name, source, tuple(turns), where, numbered)
 
 
-def first_turn(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
+def first_turn(render: Render, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of its first question. Raises PromptError naming file and line."""
     try:
-        return render_chat(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+        return render([{"role": "user", "content": prompt.turns[0]}])
     except PromptError as error:
         raise PromptError(f"{prompt.where}: {error}" if prompt.where else str(error)) from error
 

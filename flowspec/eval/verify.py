@@ -12,7 +12,7 @@ import torch
 from flowspec.acceptance.coupled import noise_rows
 from flowspec.acceptance.warp import warp
 from flowspec.cluster.base import Cluster, generate_all
-from flowspec.request import Completion, Request, SamplingParams
+from flowspec.request import Completion, Request, SamplingParams, error_of
 from flowspec.targets.local import LocalTarget
 
 NEAR_TIE_EPS = 4  # rounding steps of the dtype, relative to the largest logit
@@ -153,7 +153,7 @@ class Verifier:
             group = requests[start : start + row.requests]
             for request, completion in zip(group, generate_all(cluster, group), strict=True):
                 if completion.error:
-                    raise ValueError(completion.error)
+                    raise error_of(completion.error)
                 row.add(completion)
                 divergence = find_divergence(
                     self.alone, request, self.expected(request), completion.tokens

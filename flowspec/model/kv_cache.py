@@ -216,6 +216,17 @@ class TreeKVCache:
         self.num_tree_rows -= from_tree
         self.prefix_length -= num_rows - from_tree
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Committed rows and tree rows; see `cut_back`."""
+        return self.prefix_length, self.num_tree_rows
+
+    def cut_back(self, extent: tuple[int, int]) -> None:
+        """Forget the rows that were added since the cache had this `extent`; none left since."""
+        assert extent[0] <= self.prefix_length, "committed rows are gone"
+        assert extent[1] <= self.num_tree_rows, "tree rows are gone"
+        self.prefix_length, self.num_tree_rows = extent
+
     def check_room(self, num_rows: int) -> None:
         """Raise CacheFull where `num_rows` more rows do not fit."""
         needed = self.prefix_length + self.num_tree_rows + num_rows

@@ -10,7 +10,7 @@ from flowspec.acceptance.coupled import choose
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.rows import STABLE_ROWS, run_logits, run_rows
 from flowspec.model.stage_model import StageModel
-from flowspec.request import FinishReason, Request
+from flowspec.request import FinishReason, Request, check_token_ids
 from flowspec.text import TextStream
 
 
@@ -24,8 +24,12 @@ class LocalTarget:
     shape_stable: bool = False
 
     def stream(self, request: Request) -> Iterator[tuple[int, Tensor]]:
-        """Each next token with the logits [V] that chose it, without end: stop rules are above."""
+        """Each next token with the logits [V] that chose it, without end: stop rules are above.
+
+        Raises ValueError where the prompt has a token that the model has not.
+        """
         prompt = request.prompt
+        check_token_ids(prompt, self.model.config.vocab_size)
         context = min(len(prompt) + request.max_new_tokens, self.max_context)
         cache = self.model.new_cache(
             context + STABLE_ROWS, stable_context=context if self.shape_stable else None

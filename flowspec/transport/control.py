@@ -16,7 +16,7 @@ from flowspec.transport.address import Address, parse_url, resolve, unmapped, zo
 from flowspec.transport.curve import MAX_PIECE_BYTES, Guard, ListenError
 from flowspec.transport.keys import Keys
 
-MAX_PIECES = 16
+MAX_PIECES = 256
 MAX_QUEUED = 1000  # messages per peer and direction
 LINGER_MS = 500
 BURST = 256  # messages taken before whoever asked gets to act on them

@@ -10,7 +10,7 @@ import pytest
 from flowspec.cluster.local import LocalCluster
 from flowspec.engine import HeadParts
 from flowspec.model.load import load_whole
-from flowspec.request import ClusterError, Completion, Request, SamplingParams
+from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
 from flowspec.targets.local import LocalTarget
 from flowspec.wire import Status
 from processes.conftest import stage_pids
@@ -71,14 +71,36 @@ def test_a_stage_that_keeps_dying_is_given_up(config, parts, all_gone) -> None:
         pids = set(stage_pids(cluster))
         tokens: list[int] = []
 
-        def kill_at_every_word() -> None:
-            for event in cluster.serve([ask(parts, 1, T0)]):
+        def kill_at_every_fifth_word() -> None:
+            for count, event in enumerate(cluster.serve([ask(parts, 1, T0)]), start=1):
                 tokens.extend(event.tokens)
                 pids.update(stage_pids(cluster))
-                os.kill(cluster.children[2].pid, signal.SIGKILL)
+                if count % 5 == 0:
+                    os.kill(cluster.children[2].pid, signal.SIGKILL)
 
         with pytest.raises(ClusterError, match=r"stage 2 .*SIGKILL") as caught:
-            kill_at_every_word()
+            kill_at_every_fifth_word()
         assert len(cluster.restarts) == 2
         assert caught.value.tokens == {1: tuple(tokens)}
+    all_gone(pids)
+
+
+def test_a_request_that_kills_a_stage_ends_and_the_others_go_on(config, parts, all_gone) -> None:
+    """It is the only one that is served, or begins again alone: after two losses it is known."""
+    asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
+    with LocalCluster(replace(config, max_restarts=3), parts) as cluster:
+        pids = set(stage_pids(cluster))
+        done = {}
+        for event in cluster.serve(asked):
+            pids.update(stage_pids(cluster))
+            if isinstance(event, Completion):
+                done[event.request] = event
+            elif event.request == 1:  # every word of it is the end of stage 2
+                os.kill(cluster.children[2].pid, signal.SIGKILL)
+        assert len(cluster.restarts) == 2
+        pids.update(stage_pids(cluster))
+    check(parts, asked[1:], done)
+    assert done[1].reason is FinishReason.ERROR
+    assert "ended by signal SIGKILL" in done[1].error
+    assert "lost 2 times while it served this request" in done[1].error
     all_gone(pids)
