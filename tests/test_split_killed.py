@@ -196,3 +196,11 @@ def test_a_whole_split_can_be_used_where_nothing_can_be_written(checkpoint, plan
     other = plan_split(open_checkpoint(checkpoint), layers=(3, 1))
     with pytest.raises(ValueError, match="another checkpoint, layer plan or dtype"):
         run_split(other, out, model_id="hf")
+
+
+def test_a_split_into_more_stages_is_refused_as_another_plan(checkpoint, plan, tmp_path):
+    """Not by the name of the first file that this plan has not."""
+    many = plan_split(open_checkpoint(checkpoint), layers=(1, 1, 1, 1))
+    run_split(many, tmp_path / "out", model_id="hf")
+    with pytest.raises(ValueError, match="another checkpoint, layer plan or dtype"):
+        run(plan, tmp_path / "out")

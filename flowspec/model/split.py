@@ -57,7 +57,7 @@ def run_split(
     TimeoutError when the other process does nothing any more.
     """
     identity = _identity(plan)
-    _check_names(plan, out)
+    _check_names(plan, out, identity)
     manifest = _whole_split(plan, out, identity)
     if manifest is not None and not (out / JOURNAL_NAME).exists():
         on_bytes(plan.total_bytes)
@@ -76,7 +76,7 @@ def run_split(
 
 def _split(plan: SplitPlan, out: Path, identity: str, model_id: str, on_bytes: OnBytes) -> Manifest:
     """`run_split` by the one process that holds the folder's lock."""
-    _check_names(plan, out)
+    _check_names(plan, out, identity)
     _remove_partials(out)
     if (manifest := _whole_split(plan, out, identity)) is not None:
         on_bytes(plan.total_bytes)
@@ -139,7 +139,7 @@ def _identity(plan: SplitPlan) -> str:
     return f"{plan.checkpoint.fingerprint()}:{shape}"
 
 
-def _check_names(plan: SplitPlan, out: Path) -> None:
+def _check_names(plan: SplitPlan, out: Path, identity: str) -> None:
     """Raises ValueError when `out` holds anything that this program would not have put there.
 
     Whatever moment a run was killed at, what it left is known: its lock comes before all else, and
@@ -155,6 +155,7 @@ def _check_names(plan: SplitPlan, out: Path) -> None:
     own = marks | ({file.name for file in plan.files} if ours else set())
     foreign = sorted(name for name in present if present[name] not in own)
     if foreign and ours:
+        _check_same(_source(out) or identity, identity, out)  # which tells more
         raise ValueError(f"{out / foreign[0]} is no part of this split; move it away")
     if foreign:
         raise ValueError(
@@ -196,6 +197,13 @@ def _finished_files(plan: SplitPlan, out: Path, identity: str) -> dict[str, File
         and _has_size(out / name, record)
         and file_sha256(out / name) == record.sha256
     }
+
+
+def _source(out: Path) -> str:
+    """What was split into a folder; "" where nothing there tells."""
+    if (out / MANIFEST_NAME).exists():
+        return read_manifest(out).source
+    return _read_journal(out)[0] if (out / JOURNAL_NAME).exists() else ""
 
 
 def _check_same(source: str, identity: str, out: Path) -> None:
