@@ -128,7 +128,7 @@ def _enter_and_run(
         os.dup2(output, number)
     os.environ.update(environment)
     sys.argv = ["flowspec", *arguments]
-    from flowspec.cli.main import main
+    from flowspec.__main__ import main
 
     main()
 

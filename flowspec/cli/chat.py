@@ -1,6 +1,5 @@
 """`flowspec chat`: a conversation with a running head."""
 
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -9,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flowspec import signals
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
@@ -60,7 +60,6 @@ def chat(
         temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
     )
     with HeadClient(host, port, keys) as client:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer, not all of it
         chat_loop(client, options)
 
 
@@ -77,7 +76,7 @@ def chat_loop(
     while True:
         try:
             line = read("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             typer.echo("", err=True)
             return
         if line == "/quit":
@@ -89,10 +88,15 @@ def chat_loop(
         if not line or line.startswith("/"):
             continue
         turns.append({"role": "user", "content": line})
-        text, done = show_answer(client, options, turns)
-        if done is not None and done.error:
+        try:
+            with signals.cutting():
+                text, done = show_answer(client, options, turns)
+        except KeyboardInterrupt:
+            typer.echo(" ... (cut off)")
+            turns.pop()
+            continue
+        if done.error:
             typer.echo(f"error: {done.error}", err=True)
-        if done is None or done.error:
             turns.pop()
         else:
             turns.append({"role": "assistant", "content": text})
@@ -100,8 +104,8 @@ def chat_loop(
 
 def show_answer(
     client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]
-) -> tuple[str, Done | None]:
-    """Stream one answer to stdout, its figures to stderr; None where Ctrl-C cut it off.
+) -> tuple[str, Done]:
+    """Stream one answer to stdout, its figures to stderr.
 
     Why there is no answer is the caller's to tell.
     """
@@ -110,23 +114,20 @@ def show_answer(
         **{name: getattr(options, name) for name in ChatOptions.__slots__},
     )
     text = ""
-    try:
-        for event in client.ask(ask):
-            match event:
-                case Piece():
-                    text += event.text
-                    typer.echo(event.text, nl=False)
-                    sys.stdout.flush()
-                case Note():
-                    typer.echo(f"[{event.text}]", err=True)
-                case Done():
-                    if text or not event.error:
-                        typer.echo("")
-                    show_end(event)
-                    return text, event
-    except KeyboardInterrupt:
-        typer.echo(" ... (cut off)")
-    return text, None
+    for event in client.ask(ask):
+        match event:
+            case Piece():
+                text += event.text
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+            case Note():
+                typer.echo(f"[{event.text}]", err=True)
+            case Done():
+                if text or not event.error:
+                    typer.echo("")
+                show_end(event)
+                return text, event
+    raise AssertionError("an answer without an end")
 
 
 def show_end(done: Done) -> None:

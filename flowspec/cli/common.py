@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import flowspec
+from flowspec import signals
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
 from flowspec.eval.records import Sample, as_text, read_samples
@@ -102,7 +103,9 @@ def split_folder(config: RunConfig) -> Path:
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
         # by print, which does not write across a bar that is on the screen
         print(f"splitting {name} into {stages} of {cut} layers: {out}", file=sys.stderr, flush=True)
-    run_split(plan_split(checkpoint, layers=layers, dtype=None), out, model_id=name)
+    plan = plan_split(checkpoint, layers=layers, dtype=None)
+    with signals.undoing():
+        run_split(plan, out, model_id=name, on_bytes=lambda count: signals.check())
     return out
 
 
@@ -129,6 +132,12 @@ def check_file(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path} cannot be written: {path.parent} is no folder")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that a signal does not leave half written."""
+    with signals.undoing():
+        path.write_text(text)
 
 
 def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:

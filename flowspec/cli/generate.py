@@ -73,8 +73,6 @@ def generate(
                 if json_
                 else show_answer(client, options, turns)[1]
             )
-            if done is None:
-                raise typer.Exit(130)
             if done.error:
                 raise ClusterError("head", done.error)
 

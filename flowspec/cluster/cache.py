@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from flowspec.cluster.home import home_folder
 from flowspec.model.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -49,7 +50,9 @@ def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     # by the XDG specification, a relative path is to be ignored
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "flowspec"
+    if Path(base).is_absolute():
+        return Path(base) / "flowspec"
+    return home_folder(instead="XDG_CACHE_HOME") / ".cache" / "flowspec"
 
 
 def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileRecord]:
