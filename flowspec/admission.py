@@ -178,7 +178,8 @@ class Admission:
 
     def begin(self, waiting: Waiting, config: DecodeConfig, source: str) -> Turn:
         """The oldest waiting request has its turn, with what a kept one has in common with it."""
-        assert self.waiting.popleft() is waiting, "another one waits longer"
+        oldest = self.waiting.popleft()
+        assert oldest is waiting, "another one waits longer"
         kept, num_shared = self.find_shared(waiting.request.prompt, config, source)
         turn = Turn(waiting, gone=self.make_room(waiting.num_rows, kept))
         if kept is not None and (number := kept.session.request.id) not in turn.gone:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from flowspec import signals
+
 STALE_S = 3600.0  # an unfinished file that nobody has written to for so long is a dead process's
 STUCK_S = 1800.0  # the holder may check files for long, which nobody sees
 _POLL_S = 0.2
@@ -96,6 +98,7 @@ def _await(
             lock.acquire(timeout=_POLL_S)
             return
         except Timeout:
+            signals.check()
             now, last = time.monotonic(), seen
             seen = progress()
             if seen != last:

@@ -127,7 +127,7 @@ def run(
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--drafters", default=DEFAULT)
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")
     parser.add_argument("--limit", type=int, default=3, help="prompts per file")

@@ -76,7 +76,7 @@ def summary(trips: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     """Measure all ways and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trips", type=int, default=500)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=4096)

@@ -267,7 +267,7 @@ def missed(
 
 def main() -> int:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=300, help="of the answer [300]")
     parser.add_argument("--tree-size", type=int, default=320, help="[320]")
     parser.add_argument("--segment-size", type=int, default=64, help="most rows [64]")

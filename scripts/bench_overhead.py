@@ -230,7 +230,7 @@ def summary(times: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     """Run all three and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--segments", type=int, default=300)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -99,7 +99,7 @@ class Bench:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cluster", default="jetson-5")
     parser.add_argument("--model", default="vicuna-7b")
     parser.add_argument("--drafter", default="eagle")

@@ -103,7 +103,7 @@ class Bench:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", default="1,2,4,8")
     parser.add_argument("--strategies", default="streaming")
     parser.add_argument("--drafter", default="eagle")

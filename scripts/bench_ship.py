@@ -234,7 +234,7 @@ def bench(options: argparse.Namespace, host: str, pid: int | None) -> dict[str, 
 
 def main() -> int:
     """Measure as asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--link", choices=("loopback", "namespaces"), default="loopback")
     parser.add_argument("--mbit", type=int, default=1000, help="of the shaped link [1000]")
     parser.add_argument("--mb", type=int, default=512, help="MiB per worker [512]")

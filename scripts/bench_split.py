@@ -123,7 +123,7 @@ def run_child(mode: str, source: Path, out: Path, stages: int) -> dict[str, floa
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3.2)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3)

@@ -122,7 +122,7 @@ def bench_runs(pairs: int) -> list[tuple[float, float]]:
 
 def main() -> None:
     """Run both and print a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -147,7 +147,7 @@ def check_bandwidth(sets: Sets) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checks", default="closed_form,ratios,bandwidth")
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")
     parser.add_argument("--limit", type=int, default=2, help="prompts per file")

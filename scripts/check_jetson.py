@@ -148,7 +148,7 @@ def check(name: str, pins: Sequence[Requirement], *, pins_only: bool) -> bool:
 
 def main() -> int:
     """Check as asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--jetpack", choices=tuple(JETPACKS), help="[both]")
     parser.add_argument("--pins-only", action="store_true", help="not what the pins pull in")
     parser.add_argument("--file", type=Path, default=FILE, help="[requirements_jetson.txt]")

@@ -151,7 +151,7 @@ def run_simulated(first: int, count: int) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many simulated runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--real", type=int, default=0, help="how many faults in real processes")

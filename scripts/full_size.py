@@ -167,7 +167,7 @@ def run(config: RunConfig, out: Path, request: Request) -> Completion:
 
 def main() -> None:
     """Parse the command line and go through the steps."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where to work; made if need be")
     parser.add_argument("--layers-total", type=int, default=32, help="fewer for a quick try [32]")
     parser.add_argument("--stages", type=int, default=4)

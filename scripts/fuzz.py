@@ -98,7 +98,7 @@ def _fuzz_inside(name: str, options: argparse.Namespace) -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("target", nargs="?", choices=(*NAMES, "all"), default="all")
     parser.add_argument("--seconds", type=int, default=60, help="per target [60]")
     parser.add_argument("--runs", type=int, default=-1, help="inputs per target [no limit]")

@@ -127,7 +127,8 @@ class Stand:
         arguments = (self.token, str(folder / "split"), other)
         self.process = context.Process(target=victim, args=arguments, daemon=True)
         self.process.start()
-        assert self.pipe.poll(60), "the victim did not start"
+        if not self.pipe.poll(60):
+            raise RuntimeError("the victim did not start")
         self.addresses = self.pipe.recv()
         self._next_rank, self._num_attacks = 2, 0
         self.member = self.new_member()
@@ -256,7 +257,7 @@ def judge(outcome: Outcome, max_growth_mb: float, seconds: float) -> str:
 
 def main() -> int:
     """All attacks, one after the other on one victim, a line each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each attack [10]")
     parser.add_argument("--only", help="some of them, by name, joined by commas")
     parser.add_argument("--max-growth-mb", type=float, default=30.0)

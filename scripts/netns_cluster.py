@@ -129,7 +129,7 @@ def enter_and_run(
         os.dup2(output, number)
     os.environ.update(environment)
     sys.argv = ["flowspec", *arguments]
-    from flowspec.cli.main import main
+    from flowspec.__main__ import main
 
     main()
 

@@ -274,7 +274,7 @@ def _report(watch: Watch, unit: str, wrong: int, bound_mib: float) -> bool:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=0, help="short requests, one by one")
     parser.add_argument("--tokens", type=int, default=0, help="length of one long answer")
     parser.add_argument("--max-new-tokens", type=int, default=16, help="of a short request [16]")

@@ -16,6 +16,7 @@ MAX_WRAPPER_LINES = 25
 # Landmarks and families by height; a module imports lower levels and its own family only.
 LEVELS: dict[str, int] = {
     "flowspec": 0,  # __init__: the version
+    "flowspec.signals": 0,  # of the process: the standard library alone
     "flowspec.latencies": 0,
     "flowspec.bundled": 1,
     "flowspec.files": 1,
@@ -280,6 +281,41 @@ def test_nothing_executes_data(module: str) -> None:
         assert keywords.get("shell", "False") == "False", f"line {call.lineno}: shell"
         if name.endswith("torch.load"):
             assert keywords.get("weights_only") == "True", f"line {call.lineno}: torch.load"
+
+
+# What an assert may call: these compute and change nothing. `python -O` leaves asserts out.
+PURE = {"isinstance", "len", "min", "all", "set", "id", "bytes", "fields", "self.next_end"}
+PURE |= {"encode", "decode", "read_manifest", "part_shapes", "doubled", "vocabulary", "torch.equal"}
+
+
+@pytest.mark.parametrize(
+    "path", python_files("flowspec", "scripts"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_no_assert_has_an_effect(path: Path) -> None:
+    """The same happens without asserts."""
+    effects = ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Assert):
+            for part in ast.walk(node):
+                assert not isinstance(part, effects), f"line {node.lineno}: an effect in an assert"
+                if isinstance(part, ast.Call):
+                    name = ast.unparse(part.func)
+                    assert name in PURE, f"line {node.lineno}: {name} may have an effect"
+
+
+@pytest.mark.parametrize(
+    "path", python_files("flowspec", "scripts"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_docstrings_may_be_missing(path: Path) -> None:
+    """`python -OO` has none, so what a program says of itself is not taken from there blindly."""
+    guarded = {
+        id(node.values[0])
+        for node in ast.walk(syntax(path))
+        if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or)
+    }
+    for node in ast.walk(syntax(path)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("__doc__"):
+            assert id(node.value) in guarded, f"line {node.lineno}: {ast.unparse(node)}"
 
 
 def pickle_uses(module: str) -> set[str]:

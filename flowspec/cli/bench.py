@@ -24,7 +24,7 @@ from flowspec.cli.bench_remote import (
     other_code,
 )
 from flowspec.cli.bench_table import show
-from flowspec.cli.common import CONTEXT_HELP, check_file
+from flowspec.cli.common import CONTEXT_HELP, check_file, write_whole
 from flowspec.drafters import DRAFTERS
 from flowspec.eval.datasets import DATASETS
 from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
@@ -212,7 +212,7 @@ def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> 
     rows = rows_of_run(outcome.samples)
     show(rows, plan)
     if json_file:
-        json_file.write_text(json.dumps([as_json(row) for row in rows], indent=1) + "\n")
+        write_whole(json_file, json.dumps([as_json(row) for row in rows], indent=1) + "\n")
     wrong = sum(sample.mismatch for sample in outcome.samples)
     for sentence in disturbances(outcome):
         typer.echo(sentence, err=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flowspec import signals
 from flowspec.cli.common import draft_folder, split_folder
 from flowspec.cli.progress import shown
 from flowspec.cluster.cores import segments_at_once
@@ -168,16 +169,21 @@ def run_shown(
     Where it ends early, what is kept is told.
     """
     with SampleFile(out) as file:
+
+        def kept() -> str:
+            goes_on = f"{len(file)} samples are in {out}; the same command runs what is missing"
+            return goes_on if len(file) else ""
+
         try:
-            with shown(Console(stderr=True), "samples", what=what) as tell:
+            console = Console(stderr=True)
+            with signals.farewell(kept), shown(console, "samples", what=what) as tell:
 
                 def step(now: Progress) -> None:
                     tell(now.done, now.total, now.now)
 
                 jobs = jobs or len(os.sched_getaffinity(0))
                 return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
-        except (ClusterError, PromptError, SystemExit):  # the last: a signal
-            if len(file):
-                goes_on = f"{len(file)} samples are in {out}; the same command runs what is missing"
-                print(goes_on, file=sys.stderr, flush=True)
+        except (ClusterError, PromptError, signals.Ended):
+            if text := kept():
+                print(text, file=sys.stderr, flush=True)
             raise

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from flowspec import signals
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.messages import Done, Note, Piece
 from flowspec.cluster.token import derive_keys, read_token
@@ -63,7 +63,6 @@ def chat(
         temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
     )
     with HeadClient(host, port, keys) as client:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ends an answer, not all of it
         chat_loop(client, options)
 
 
@@ -83,7 +82,7 @@ def chat_loop(
     while True:
         try:
             line = read("> ").strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             typer.echo("", err=True)
             return
         if line == "/quit":
@@ -94,26 +93,33 @@ def chat_loop(
             typer.echo(about, err=True)
         if not line or line.startswith("/"):
             continue
-        turns.append({"role": "user", "content": line})
-        try:
+        _take_turn(client, options, turns, line)
+
+
+def _take_turn(
+    client: HeadClient, options: ChatOptions, turns: list[dict[str, str]], line: str
+) -> None:
+    """Ask `line`; where it is answered, both are part of the conversation from now on."""
+    asked = [*turns, {"role": "user", "content": line}]
+    try:
+        with signals.cutting():
             check_text(line, "this line")
-            text, done = show_answer(client, options, turns)
-        except ValueError as error:  # this line cannot be sent; another one can
-            typer.echo(f"error: {error}", err=True)
-            turns.pop()
-            continue
-        if done is not None and done.error:
+            text, done = show_answer(client, options, asked)
+    except ValueError as error:  # this line cannot be sent; another one can
+        typer.echo(f"error: {error}", err=True)
+    except KeyboardInterrupt:
+        typer.echo(" ... (cut off)")
+    else:
+        if done.error:
             typer.echo(f"error: {done.error}", err=True)
-        if done is None or done.error:
-            turns.pop()
         else:
-            turns.append({"role": "assistant", "content": text})
+            turns[:] = [*asked, {"role": "assistant", "content": text}]
 
 
 def show_answer(
     client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]
-) -> tuple[str, Done | None]:
-    """Stream one answer to stdout, its figures to stderr; None where Ctrl-C cut it off.
+) -> tuple[str, Done]:
+    """Stream one answer to stdout, its figures to stderr.
 
     Why there is no answer is the caller's to tell.
     """
@@ -122,23 +128,20 @@ def show_answer(
         **{name: getattr(options, name) for name in ChatOptions.__slots__},
     )
     text = ""
-    try:
-        for event in client.ask(ask):
-            match event:
-                case Piece():
-                    text += event.text
-                    typer.echo(event.text, nl=False)
-                    sys.stdout.flush()
-                case Note():
-                    typer.echo(f"[{event.text}]", err=True)
-                case Done():
-                    if text or not event.error:
-                        typer.echo("")
-                    show_end(event)
-                    return text, event
-    except KeyboardInterrupt:
-        typer.echo(" ... (cut off)")
-    return text, None
+    for event in client.ask(ask):
+        match event:
+            case Piece():
+                text += event.text
+                typer.echo(event.text, nl=False)
+                sys.stdout.flush()
+            case Note():
+                typer.echo(f"[{event.text}]", err=True)
+            case Done():
+                if text or not event.error:
+                    typer.echo("")
+                show_end(event)
+                return text, event
+    raise AssertionError("an answer without an end")
 
 
 def show_end(done: Done) -> None:

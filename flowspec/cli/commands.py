@@ -1,5 +1,6 @@
 """The commands by name. Adding one: one file here, one row in the table."""
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -39,9 +40,13 @@ class Commands(TyperGroup):
         super().__init__(**{**attrs, "commands": dict.fromkeys(COMMANDS)})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command, imported now; None where there is none of this name."""
+        """The command, imported now; None where there is none of this name.
+
+        Raises FileNotFoundError in a folder that was deleted, where torch would end the process.
+        """
         if cmd_name not in COMMANDS:
             return None
+        os.getcwd()
         name = cmd_name.replace("-", "_")
         found = getattr(import_module(f"flowspec.cli.{name}"), name)
         if not isinstance(found, typer.Typer):

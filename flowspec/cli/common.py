@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from flowspec import signals
 from flowspec.bundled import DEMO, find_bundled
 from flowspec.config import RunConfig, override, read_run_config
 from flowspec.drafters import find_drafter
@@ -106,7 +107,14 @@ def split_folder(config: RunConfig) -> Path:
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
         say_on_stderr(f"splitting {name} into {stages} of {cut} layers: {out}")
     plan = plan_split(checkpoint, layers=layers, dtype=None)
-    run_split(plan, out, model_id=name, on_wait=say_on_stderr)
+    with signals.undoing():
+        run_split(
+            plan,
+            out,
+            model_id=name,
+            on_bytes=lambda count: signals.check(),
+            on_wait=say_on_stderr,
+        )
     return out
 
 
@@ -138,6 +146,12 @@ def check_file(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ValueError(f"{option} {path} cannot be written: {path.parent} is no folder")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that a signal does not leave half written."""
+    with signals.undoing():
+        path.write_text(text)
 
 
 def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:

@@ -75,8 +75,6 @@ def generate(
                 if json_
                 else show_answer(client, options, turns)[1]
             )
-            if done is None:
-                raise typer.Exit(130)
             if done.refused:
                 raise ValueError(done.error)
             if done.error:

@@ -1,8 +1,6 @@
 """`flowspec join`: make this device part of a cluster."""
 
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import torch
@@ -32,8 +30,10 @@ from flowspec.cluster.power import find_power_meter
 from flowspec.cluster.token import derive_keys, read_token
 from flowspec.model.source import check_model
 from flowspec.transport.address import parse_address, parse_host
+from flowspec.transport.open_files import check_open_files
 
 DEFAULT_PORT = 7000
+MIN_FILES = 64
 
 
 def join(
@@ -67,6 +67,7 @@ def join(
     It reports what it has, gets its layers, and comes back by itself when head or link were away.
     """
     keys = derive_keys(token or read_token(token_file))
+    check_open_files(MIN_FILES)
     if head is None:
         found = choose_head(find_heads())
         head_host, head_port = found.host, found.port
@@ -107,13 +108,6 @@ def join(
         on_event=lambda message: _show(watch, message),
         power=find_power_meter(),
     )
-
-    def end(number: int, frame: FrameType | None) -> None:
-        del frame
-        joiner.stop(f"ended by {signal.Signals(number).name}")
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
     try:
         joiner.run()
     except JoinRefusedError as error:

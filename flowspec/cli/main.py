@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import typer
 
-from flowspec import __version__
+from flowspec import __version__, signals
 from flowspec.cli.commands import Commands
+from flowspec.cli.faults import describe
+from flowspec.cli.streams import guarded
 from flowspec.cluster.launch import find_launch
 from flowspec.request import ClusterError, RefusedError
 
@@ -35,32 +35,27 @@ def root(
         raise typer.Exit
 
 
-class _Ended(SystemExit):
-    """A signal came; told once everything is unwound, for until then others use the screen."""
-
-
 def main() -> None:
-    """Entry point: errors that name their fix in one line, exit code 2 for the user's, 3 else."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
-    with _one_voice():
-        _run()
+    """Errors name their fix in one sentence; exit code 2 for the user's, 3 for all others."""
+    with guarded() as output, signals.installed(), _one_voice():
+        try:
+            try:
+                app()
+            finally:
+                output.settle()
+        except signals.Ended as ended:  # all is undone
+            signals.end(ended.number)
+        except (ValueError, RefusedError) as error:
+            _fail(str(error), 2)
+        except ClusterError as error:
+            _fail(str(error), 3)
+        except OSError as error:
+            _fail(*describe(error))
 
 
-def _run() -> None:
-    try:
-        app()
-    except _Ended as ended:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            name = signal.Signals(int(ended.code or 0) - 128).name
-            typer.echo(f"\nerror: ended by {name}", err=True)
-        raise
-    except (ValueError, RefusedError, FileNotFoundError, PermissionError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except (ClusterError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(3)
+def _fail(text: str, code: int) -> None:
+    typer.echo(f"error: {text}", err=True)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -70,12 +65,7 @@ def _one_voice() -> Iterator[None]:
     if launch is None or launch.rank == 0:
         yield
         return
+    signals.silence()
     with Path(os.devnull).open("w") as nowhere:
         sys.stdout = sys.stderr = nowhere
         yield
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C, SIGTERM and a closed terminal unwind everything, so that no process is left."""
-    del frame
-    raise _Ended(128 + number)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flowspec import signals
 from flowspec.cli.common import check_file, read_records
 from flowspec.eval.trace_summary import read_trace
 
@@ -70,5 +71,6 @@ def plot(
             samples = read_records(files, only or [])
             draw = kinds.over(over) if over else kinds.PLOTS[kind]
             figure = draw(samples, look, baseline)
-        save(figure, out)
+        with signals.undoing():
+            save(figure, out)
     typer.echo(f"{out} written", err=True)

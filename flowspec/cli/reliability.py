@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowspec import signals
 from flowspec.calibration import Outcome, PathForecast
-from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder
+from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder, write_whole
 from flowspec.cli.progress import shown
 from flowspec.cluster.base import generate
 from flowspec.config import RunConfig
@@ -152,9 +153,11 @@ def _write(report: Mapping[str, Mapping[str, Reliability]], out: Path, title: st
             what: {when: found.as_json() for when, found in kinds.items()}
             for what, kinds in report.items()
         }
-        out.write_text(json.dumps(data, indent=1) + "\n")
+        write_whole(out, json.dumps(data, indent=1) + "\n")
         return
-    _figure(report, title).savefig(out)
+    figure = _figure(report, title)
+    with signals.undoing():
+        figure.savefig(out)
 
 
 def _figure(report: Mapping[str, Mapping[str, Reliability]], title: str) -> "Figure":

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from flowspec.cli.common import check_file, read_records
+from flowspec.cli.common import check_file, read_records, write_whole
 from flowspec.eval.report import csv_report, tables
 from flowspec.eval.tables import Table, to_latex, to_markdown
 
@@ -53,7 +53,7 @@ def report(
         found = tables(samples, baseline=baseline, per_set=per_set)
         text = {"text": _text, "markdown": to_markdown, "latex": to_latex}[format_](found)
     if out:
-        out.write_text(text)
+        write_whole(out, text)
     else:
         typer.echo(text, nl=False)
 

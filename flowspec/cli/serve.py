@@ -13,15 +13,17 @@ import torch
 import typer
 
 import flowspec
+from flowspec import signals
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, layerwise_folder
-from flowspec.cli.signals import Signals
+from flowspec.cli.prompt import read_line
 from flowspec.cli.watch import Watch
 from flowspec.cluster.client import HeadClient
 from flowspec.cluster.device import default_name
 from flowspec.cluster.discovery import announced
 from flowspec.cluster.head_engine import HeadEngine
 from flowspec.cluster.head_server import HeadServer
+from flowspec.cluster.home import home_folder
 from flowspec.cluster.hosts import read_hosts
 from flowspec.cluster.hosts import start as start_hosts
 from flowspec.cluster.hosts import stop as stop_hosts
@@ -57,6 +59,7 @@ from flowspec.transport.address import (
 )
 from flowspec.transport.control import ControlServer
 from flowspec.transport.keys import Keys
+from flowspec.transport.open_files import check_open_files
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
@@ -64,6 +67,8 @@ PLANNED_CONTEXT = 4096  # tokens of a request that the plan's caches hold, unles
 PROMPT_HELP = (
     "Ctrl-C ends an answer, /new begins another conversation, Ctrl-D or /quit ends serving."
 )
+POLL_S = 0.2
+MIN_FILES = 128  # 40 without any device
 HOSTS_END_S = 10.0  # for devices over ssh to end after the head
 
 
@@ -126,6 +131,7 @@ def serve(
     run_config = effective_config(config, flags)
     check_run(run_config)
     host = parse_host(host)
+    check_open_files(MIN_FILES)
     _check_seconds(0.0, settle=settle, rejoin_wait=rejoin_wait, give_up=give_up)
     _check_seconds(4 * MIN_HEARTBEAT_S, dead_after=dead_after)
     over_ssh = read_hosts(hosts) if hosts is not None else None
@@ -175,7 +181,7 @@ def serve(
         on_say=lambda say: watch.say(say.text, device=say.device, level=say.level),
         on_progress=watch.progress,
     )
-    with contextlib.ExitStack() as stack:
+    with signals.ending_in_order(), contextlib.ExitStack() as stack:
         stack.callback(watch.close)
         stack.callback(shards.close)
         if over_ssh is not None:
@@ -183,19 +189,25 @@ def serve(
             stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
             watch.say(f"devices are started over ssh; what they say is in {logs}")
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
-        signals = Signals()
         server.start()
         head = _print_line(watch, reached_at(host, control.host), control.port, token)
         _say_how_to_ask(watch, head, parts, token_from)
         if mdns:
             _announce(stack, watch, control, parts.manifest.model_id)
         if prompt and sys.stdin.isatty():
-            _prompt_loop(own_host(control.host, control.port), control.port, keys, signals)
+            _prompt_loop(own_host(control.host, control.port), control.port, keys)
         else:
-            while not signals.stop.wait(0.2):
+            while not signals.received():
                 server.check()
-        watch.say("shutting down: open requests are finished first")
-        server.drain("it is shutting down", DRAIN_S)
+                time.sleep(POLL_S)
+        _drain(server, watch)
+
+
+def _drain(server: HeadServer, watch: Watch) -> None:
+    """Finish what is open. Where the prompt was left, a signal is in a hurry."""
+    watch.say("shutting down: open requests are finished first")
+    before = signals.received()
+    server.drain("it is shutting down", DRAIN_S, in_a_hurry=lambda: signals.received() != before)
 
 
 def _check_seconds(least: float, **options: float) -> None:
@@ -261,15 +273,28 @@ def _token(file: Path | None) -> tuple[str, str]:
         return read_token(None, prompt=False), TOKEN_VARIABLE
     path = file or _state_folder() / "token"
     if not path.exists():
-        write_token(path, new_token())
-    home = Path.home()
-    shown = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
-    return read_token(path, prompt=False), f"--token-file {shown}"
+        try:
+            with signals.undoing():
+                write_token(path, new_token())
+        except OSError as error:
+            raise ValueError(
+                f"the token cannot be kept in {path.parent}: {error.strerror}; give --token-file "
+                f"FILE in a folder that this user may write to, or set {TOKEN_VARIABLE}"
+            ) from None
+    return read_token(path, prompt=False), f"--token-file {_short(path)}"
+
+
+def _short(path: Path) -> str:
+    """With ~ where it is in the home folder, if there is one."""
+    with contextlib.suppress(RuntimeError, ValueError):
+        return f"~/{path.relative_to(Path.home())}"
+    return str(path)
 
 
 def _state_folder() -> Path:
-    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser() / "flowspec"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base).expanduser() / "flowspec"
+    return home_folder(instead="XDG_STATE_HOME") / ".local" / "state" / "flowspec"
 
 
 def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
@@ -307,14 +332,10 @@ def _planner(
     return DevicePlanner(profile, needs, layers=counts)
 
 
-def _prompt_loop(host: str, port: int, keys: Keys, signals: Signals) -> None:
+def _prompt_loop(host: str, port: int, keys: Keys) -> None:
     try:
         with HeadClient(host, port, keys) as client:
-            chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=signals.read)
-    except KeyboardInterrupt:  # just when an answer had ended
-        return
+            chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=read_line)
     except ClusterError:
-        if not signals.stop.is_set():
+        if not signals.received():
             raise
-    finally:
-        signals.ask_to_stop()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flowspec import signals
 from flowspec.cli.bench import CLUSTER, MODEL, TABLES
 from flowspec.cli.bench_plan import assemble, check_sampling, load_sets, names_in, run_shown
 from flowspec.cli.common import BUNDLED
@@ -146,7 +147,8 @@ def _show(
 def _trace(plan: Plan, out: str) -> None:
     group = next(plan.groups())
     timeline = Workbench(plan).trace(plan.cases[-1], group)
-    write_trace(timeline, Path(out))
+    with signals.undoing():
+        write_trace(timeline, Path(out))
     typer.echo(
         f"trace of {group.dataset}, question {group.prompts[0].id}, {plan.cases[-1].strategy} "
         f"(emulated) written to {out}",

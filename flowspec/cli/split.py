@@ -15,6 +15,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from flowspec import signals
 from flowspec.cli.common import bundled, is_bundled, say_on_stderr
 from flowspec.model.manifest import Manifest
 from flowspec.model.source import open_checkpoint, resolve_model
@@ -59,21 +60,21 @@ def _run(plan: SplitPlan, out: Path, model_id: str) -> Manifest:
     columns = (TextColumn("splitting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     # On stderr, so that the report can be piped; in a log a bar is noise.
     console = Console(stderr=True)
-    with Progress(
+    bar = Progress(
         *columns,
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
-    ) as progress:
-        task = progress.add_task("split", total=plan.total_bytes)
-        return run_split(
-            plan,
-            out,
-            model_id=model_id,
-            on_bytes=lambda count: progress.advance(task, count),
-            on_wait=say_on_stderr,
-        )
+    )
+    with signals.undoing(), bar:
+        task = bar.add_task("split", total=plan.total_bytes)
+
+        def advance(count: int) -> None:
+            signals.check()
+            bar.advance(task, count)
+
+        return run_split(plan, out, model_id=model_id, on_bytes=advance, on_wait=say_on_stderr)
 
 
 def _report(manifest: Manifest, out: Path) -> None:

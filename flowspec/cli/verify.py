@@ -14,7 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.cli.bench_plan import check_sampling
-from flowspec.cli.common import BUNDLED, CONTEXT_HELP, draft_folder, split_folder
+from flowspec.cli.common import (
+    BUNDLED,
+    CONTEXT_HELP,
+    draft_folder,
+    split_folder,
+    write_whole,
+)
 from flowspec.cli.progress import shown
 from flowspec.cluster.base import Cluster
 from flowspec.cluster.local import LocalCluster
@@ -130,7 +136,7 @@ def verify(
     rows = _run(plan)
     _report(rows)
     if json_file:
-        json_file.write_text(json.dumps([row.as_json() for row in rows], indent=1) + "\n")
+        write_whole(json_file, json.dumps([row.as_json() for row in rows], indent=1) + "\n")
     if any(row.mismatches for row in rows):
         raise typer.Exit(1)
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flowspec.cluster.home import home_folder
 from flowspec.files import partial_path, remove_stale
 from flowspec.model.manifest import (
     MANIFEST_NAME,
@@ -59,12 +60,7 @@ def cache_folder() -> Path:
     # by the XDG specification, a relative path is to be ignored
     if Path(base).is_absolute():
         return Path(base) / "flowspec"
-    try:
-        return Path.home() / ".cache" / "flowspec"
-    except RuntimeError:
-        raise ValueError(
-            "this user has no home folder to keep layers in; set XDG_CACHE_HOME to a folder"
-        ) from None
+    return home_folder(instead="XDG_CACHE_HOME") / ".cache" / "flowspec"
 
 
 def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileRecord]:

@@ -8,6 +8,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 import flowspec
+from flowspec import signals
 from flowspec.cluster.fields import MAX_ASK_BYTES
 from flowspec.cluster.messages import (
     Ask,
@@ -26,10 +27,12 @@ from flowspec.request import ClusterError, RefusedError
 from flowspec.transport.address import Address
 from flowspec.transport.control import WRONG_TOKEN, ControlClient, UnreachableError
 from flowspec.transport.keys import Keys
+from flowspec.transport.open_files import check_open_files
 
 HANDSHAKE_TIMEOUT_S = 5.0
 STATUS_TIMEOUT_S = 5.0
 POLL_S = 0.2
+MIN_FILES = 32
 SILENCE_S = 10.0  # of a head that has been asked whether it is there
 FORGOTTEN_AFTER = 3  # such words, each after so long a silence, that it serves nobody
 
@@ -43,6 +46,7 @@ class HeadClient:
     """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
+        check_open_files(MIN_FILES)
         self.where = f"head at {Address(host, port)}"
         self.control = ControlClient(host, port, keys)
         self._ids = count(1)
@@ -82,11 +86,16 @@ class HeadClient:
         Raises ClusterError where the head is lost or has forgotten it, RefusedError where it
         speaks to other versions.
         """
+        with signals.undoing():  # who turns away takes the request back
+            yield from self._follow(ask)
+
+    def _follow(self, ask: Ask) -> Iterator[Piece | Note | Done]:
         self._send(ask)
         heard_at, is_done, has_asked = time.monotonic(), False, False
         num_idle = 0  # of its last words, how many said that it serves nobody
         try:
             while True:
+                signals.check()
                 for message in self._receive():
                     heard_at, has_asked = time.monotonic(), False
                     num_idle = self._count_idle(message, num_idle)

@@ -111,11 +111,15 @@ class HeadServer:
         """Whether all layers are covered now."""
         return self.membership.phase is Phase.SERVING
 
-    def drain(self, why: str, timeout_s: float) -> bool:
+    def drain(
+        self, why: str, timeout_s: float, in_a_hurry: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Take no new requests and wait for the open ones; whether all have ended."""
         self._draining = why
         end = time.monotonic() + timeout_s
         while self._callers and self._thread.is_alive() and time.monotonic() < end:
+            if in_a_hurry():
+                break
             time.sleep(DRAIN_POLL_S)
         return not self._callers
 

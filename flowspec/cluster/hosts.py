@@ -121,7 +121,11 @@ def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]
         with (logs / f"{host.name}.log").open("wb") as log:
             try:
                 process = subprocess.Popen(
-                    hosts.command(host), stdin=subprocess.PIPE, stdout=log, stderr=log
+                    hosts.command(host),
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # Ctrl-C is this process's to handle
                 )
             except FileNotFoundError:
                 raise ValueError("there is no ssh here; install openssh-client") from None

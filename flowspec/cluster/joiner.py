@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from flowspec import signals
 from flowspec.cluster.device import measure_link
 from flowspec.cluster.messages import (
     Assign,
@@ -71,7 +72,7 @@ class JoinRefusedError(RuntimeError):
 
 
 class Joiner:
-    """Runs until `stop` (from a signal handler), a final refusal, or with `once` the head's end."""
+    """Runs until `stop`, a signal, a final refusal, or with `once` the head's end."""
 
     def __init__(
         self,
@@ -99,16 +100,16 @@ class Joiner:
         self._own_host = self._zone = ""  # this device's address and interface on the way there
 
     def stop(self, why: str) -> None:
-        """Leave in order; may be called from a signal handler."""
+        """Leave in order; from any thread."""
         self._stopping = why
 
     def run(self) -> None:
         """Stay in the cluster. Raises JoinRefusedError, and ClusterError where `once` is over."""
         wait_s = BACKOFF_S[0]
-        while not self._stopping:
+        while not self._is_stopping():
             reason = self._attend()
             self._drop_job()
-            if self._stopping:
+            if self._is_stopping():
                 return
             if self._welcome is not None:
                 wait_s = BACKOFF_S[0]
@@ -120,6 +121,11 @@ class Joiner:
             self._pause(wait_s * random.uniform(0.8, 1.2))  # so that devices do not come in step
             wait_s = min(2 * wait_s, BACKOFF_S[1])
 
+    def _is_stopping(self) -> bool:
+        if name := signals.received():
+            self._stopping = self._stopping or f"ended by {name}"
+        return bool(self._stopping)
+
     def _tell_why(self, reason: str) -> None:
         """Once, and now and then while it stays so; another reason is told at once."""
         now, (told, told_at) = time.monotonic(), self._told
@@ -129,7 +135,7 @@ class Joiner:
 
     def _pause(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not self._stopping:
+        while time.monotonic() < end and not self._is_stopping():
             time.sleep(0.1)
 
     def _attend(self) -> str:
@@ -145,10 +151,11 @@ class Joiner:
             self._look_up_route(client.host)
             link = measure_link(client)
             hello = self._hello()
-            self._send(client, hello.model_copy(update={
-                "report": hello.report.model_copy(update={"link": link})
-            }))  # fmt: skip
-            return self._stay(client)
+            with signals.ending_in_order():  # the head is told
+                self._send(client, hello.model_copy(update={
+                    "report": hello.report.model_copy(update={"link": link})
+                }))  # fmt: skip
+                return self._stay(client)
         except UnreachableError as error:
             return f"the head takes nothing: {error}"
         finally:
@@ -156,7 +163,7 @@ class Joiner:
 
     def _stay(self, client: ControlClient) -> str:
         self._heard_at = started_at = time.monotonic()
-        while not self._stopping:
+        while not self._is_stopping():
             rhythm = self._welcome.heartbeat_s if self._welcome else 0.5
             for frame in client.receive(rhythm / 4):
                 self._heard_at = time.monotonic()

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from flowspec import signals
 from flowspec.answers import Answers
 from flowspec.cluster.child import Child
 from flowspec.cluster.clocks import ping_clocks
@@ -37,6 +38,7 @@ from flowspec.trace import open_trace, trace_path
 from flowspec.transport.base import LOST, LostPeer, Transport
 from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.local import local_transport, rank_device
+from flowspec.transport.open_files import check_open_files
 from flowspec.wire import (
     Cancel,
     Failed,
@@ -60,6 +62,7 @@ LOOK_EVERY_S = 0.05  # at the stage processes: each look is a system call per st
 STOP_TIMEOUT_S = 2.0
 EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
 LOG_TAIL_LINES = 8
+OWN_FILES, FILES_PER_STAGE = 32, 4  # that the head has open: 20 and 2 were seen
 
 
 class LocalCluster:
@@ -89,12 +92,15 @@ class LocalCluster:
         can_restart = config.transport == "zmq" and trace_folder is None
         self.max_restarts = config.max_restarts if can_restart else 0
         self.head.resumes = self.max_restarts > 0
+        check_open_files(OWN_FILES + FILES_PER_STAGE * self.num_stages)
+        self._hold = signals.Hold()  # until `close` has ended the processes
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
         try:
             self.transport = self._make_transport()
-        except ValueError:
+        except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
+            self._hold.release()
             raise
         trace = open_trace(self._trace_file(0), 0)
         self.driver = Driver(self.head, self.transport, self.num_stages, trace, pace=self.emulation)
@@ -122,6 +128,8 @@ class LocalCluster:
                 ping_clocks(self.driver, self.head, self.children)
         finally:
             self.close()
+        if error is None:
+            signals.check()
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """See Cluster.configure."""
@@ -150,6 +158,7 @@ class LocalCluster:
     def _events(self, answers: Answers, *, alone: bool) -> Iterator[Tokens | Completion]:
         driver, looked_at = self.driver, 0.0
         while True:
+            signals.check()
             while driver.to_client:
                 message = driver.to_client.popleft()
                 if alone and isinstance(message, Finished) and message.request in answers.open:
@@ -236,6 +245,7 @@ class LocalCluster:
             self.transport.close()
             shutil.rmtree(self.folder, ignore_errors=True)
             self.driver.trace.close()
+            self._hold.release()
 
     def _make_transport(self) -> Transport:
         device = rank_device(self.config.transport, self.config.device, 0)
@@ -278,6 +288,7 @@ class LocalCluster:
         timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
         end = time.monotonic() + timeout_s
         while not ready >= ranks:
+            signals.check()
             for message in self._receive():
                 match message:
                     case Ready() if message.model == self.parts.manifest.model_hash:

@@ -90,7 +90,10 @@ def read_token(
     if text := env.get(TOKEN_VARIABLE):
         return check_token(text)
     if prompt and sys.stdin is not None and sys.stdin.isatty():
-        return check_token(getpass.getpass("join token: "))
+        try:
+            return check_token(getpass.getpass("join token: "))
+        except EOFError:
+            raise ValueError("no join token: the input ended") from None
     raise ValueError(
         f"no join token: give --token-file FILE, set {TOKEN_VARIABLE}, or run in a terminal and "
         "type it in; `flowspec serve` prints it on the head"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from flowspec import signals
 from flowspec.cluster.child import Child
 from flowspec.cluster.launch import Launch
 from flowspec.cluster.local import EXIT_TIMEOUT_S, LocalCluster
@@ -28,6 +29,7 @@ from flowspec.transport.torch_link import Meeting
 
 PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
 START_TIMEOUT_S = 120.0
+HEAR_S = 1.0  # torch waits in C, where no signal is noticed
 _SPLIT, _TRACES = "split", "traces"
 
 
@@ -133,7 +135,7 @@ class TorchrunCluster(LocalCluster):
     ) -> None:
         # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ended = kind is not None and issubclass(kind, SystemExit)
+        ended = kind is not None and issubclass(kind, signals.Ended)
         lost = self._find_lost() if ended else None
         super().__exit__(kind, error, trace)
         if lost is not None:
@@ -162,7 +164,10 @@ class TorchrunCluster(LocalCluster):
         return TorchDistTransport(0, self.num_stages, self.meeting)
 
     def _spawn(self, rank: int) -> Child:
-        process = hear(self.meeting, str(rank), START_TIMEOUT_S)
+        process, end = None, time.monotonic() + START_TIMEOUT_S
+        while process is None and time.monotonic() < end:
+            signals.check()
+            process = hear(self.meeting, str(rank), HEAR_S)
         if process is None:
             raise ClusterError(rank_name(rank), f"not there after {START_TIMEOUT_S:.0f} s")
         transport = self.transport

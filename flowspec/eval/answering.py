@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flowspec import signals
 from flowspec.cluster.base import Cluster, generate
 from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
@@ -180,13 +181,13 @@ class Workbench:
         """
         done: list[_Run] = []
         failure: BaseException | None = None
-        with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
+        with signals.undoing(), tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
             folder = Path(name)
             try:
                 with self._local(case, folder) as cluster:
                     for number, one in enumerate(asked, start=1):
                         done.append(self._answer(cluster, number, one, group))
-            except (ClusterError, KeyboardInterrupt, SystemExit) as error:  # the last: SIGTERM
+            except (ClusterError, KeyboardInterrupt, signals.Ended) as error:
                 failure = error
             if done:
                 files = sorted(folder.glob("rank-*.jsonl"))

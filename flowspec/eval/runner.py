@@ -23,6 +23,7 @@ from queue import Empty, Queue
 from threading import Event
 from typing import Protocol
 
+from flowspec import signals
 from flowspec.eval.answering import Asked, LeftOut, Workbench
 from flowspec.eval.plan import Case, Group, Plan
 from flowspec.eval.records import Sample, SampleFile, TooLong
@@ -88,24 +89,30 @@ def run_plan(
     num_run = 0
     with _crew(plan, 1 if plan.real else jobs, bench) as crew:
         for finished in crew.work(todo):
-            if isinstance(finished, Sample):
-                if finished.key not in file:  # a warm set begins anew
-                    file.add(finished)
-                    num_run += 1
-                progress.done += 1
-                progress.now = f"{finished.dataset}, {finished.strategy}"
-            else:
-                cases, left_out = finished
-                for one in left_out:
-                    known = file.left_out.get(one.key)
-                    num_turns = one.num_turns - (known.num_turns if known else 0)
-                    progress.total -= max(0, num_turns) * len(cases)
-                    file.leave_out(one)
+            with signals.undoing():  # no half line is left
+                num_run += _keep(finished, file, progress)
             tell(progress)
     keys = [
         key for group in groups for case in plan.cases for key in _expected(plan, case, group, file)
     ]
     return Outcome(list(file.select(keys)), num_run, _left_out(plan, groups, file))
+
+
+def _keep(finished: Sample | LeftOut, file: SampleFile, progress: Progress) -> bool:
+    """Whether it is a sample that the file did not have."""
+    if isinstance(finished, Sample):
+        progress.done += 1
+        progress.now = f"{finished.dataset}, {finished.strategy}"
+        if is_new := finished.key not in file:  # a warm set begins anew
+            file.add(finished)
+        return is_new
+    cases, left_out = finished
+    for one in left_out:
+        known = file.left_out.get(one.key)
+        num_turns = one.num_turns - (known.num_turns if known else 0)
+        progress.total -= max(0, num_turns) * len(cases)
+        file.leave_out(one)
+    return False
 
 
 def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
@@ -170,9 +177,11 @@ class _Pool:
         waiting: dict[Future[Asking | None], tuple[Group, list[Case]]] = {}
         left = list(reversed(todo))
         while waiting or left:
+            signals.check()
             while left and len(waiting) < self.most_waiting:
                 group, cases = left.pop()
-                waiting[self.pool.submit(_ask, group)] = group, cases
+                with signals.blocked():  # the first one starts the workers
+                    waiting[self.pool.submit(_ask, group)] = group, cases
             finished, _ = wait(waiting, SAMPLES_POLL_S, FIRST_COMPLETED)
             yield from self._arrived()
             with _asking(FROZEN_S, self.keepers):
@@ -277,11 +286,18 @@ def _crew(plan: Plan, jobs: int, bench: Bench | None = None) -> Iterator[_Alone 
     if bench is not None or jobs == 1:
         yield _Alone(bench or Workbench(plan))
         return
+    with signals.undoing(), _pool(plan, jobs) as pool:
+        yield pool
+
+
+@contextmanager
+def _pool(plan: Plan, jobs: int) -> Iterator[_Pool]:
     context = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
     manager = SyncManager(ctx=context)
     # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
-    manager.start(_end_with, (os.getpid(),))
+    with signals.blocked():
+        manager.start(_end_with, (os.getpid(),))
     keepers = [one for one in multiprocessing.active_children() if one not in before]
     others = [*before, *keepers]
 
@@ -300,6 +316,7 @@ def _crew(plan: Plan, jobs: int, bench: Bench | None = None) -> Iterator[_Alone 
         try:
             yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
         except (BrokenProcessPool, _KeeperLost):
+            signals.check()  # it came to all of them
             raise ClusterError(
                 "bench",
                 f"a worker process ended, or was silent for {FROZEN_S:.0f} s and was killed; is "

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from flowspec import signals
 from flowspec.eval.chrome_trace import write_trace
 from flowspec.eval.timeline import make_timeline, read_records
 
@@ -30,7 +31,7 @@ def tracing(out: str) -> Iterator[Path | None]:
         yield None
         return
     target = check_trace_path(out)
-    with tempfile.TemporaryDirectory(prefix="flowspec-trace-") as folder:
+    with signals.undoing(), tempfile.TemporaryDirectory(prefix="flowspec-trace-") as folder:
         try:
             yield Path(folder)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from flowspec import signals
 from flowspec.answers import Answers
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.effects import HEAD, Core
@@ -65,6 +66,7 @@ class SimulatedCluster:
             simulator.submit(Submit(request=request))
         try:
             while simulator.step():
+                signals.check()
                 while simulator.to_client:
                     event = answers.take(simulator.to_client.popleft())
                     if event is None:

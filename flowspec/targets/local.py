@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowspec import signals
 from flowspec.acceptance.coupled import choose
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.rows import STABLE_ROWS, run_logits, run_rows
@@ -35,11 +36,13 @@ class LocalTarget:
             context + STABLE_ROWS, stable_context=context if self.shape_stable else None
         )
         for start in range(0, len(prompt), self.prefill_chunk):
+            signals.check()
             ids = torch.tensor(prompt[start : start + self.prefill_chunk])
             where = range(start, start + len(ids))
             hidden, _ = run_rows(self.model, cache, ids, where, parents=None)
         position = len(prompt)
         while True:
+            signals.check()
             logits = run_logits(self.model, hidden[-1:], shape_stable=self.shape_stable)
             token = choose(logits, [position], request.sampling)[0]
             yield token, logits[0]

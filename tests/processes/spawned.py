@@ -4,6 +4,8 @@ Importing torch takes longer than most tests; a fork takes none of it. They are 
 other: with signals, exit codes and output of their own.
 """
 
+import functools
+import importlib
 import multiprocessing
 import os
 import sys
@@ -12,11 +14,18 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
+_COMMANDS = [f"flowspec.cli.{name}" for name in ("serve", "join", "run", "bench", "verify")]
+# what transformers imports when it loads a tokenizer takes as long as torch
+_SLOW = ("transformers.models.auto.tokenization_auto", "transformers.generation.utils")
+CONTEXT.set_forkserver_preload([*_COMMANDS, *_SLOW])
 
 
 def run_command(
-    arguments: Sequence[str], log: str, folder: str, environment: Mapping[str, str]
+    arguments: Sequence[str],
+    log: str,
+    folder: str,
+    environment: Mapping[str, str],
+    interrupt: tuple[str, int] | None = None,
 ) -> None:
     """`flowspec *arguments` in this process, which was forked for it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -25,17 +34,44 @@ def run_command(
     os.chdir(folder)
     os.environ.update(environment)
     sys.argv = ["flowspec", *arguments]
-    from flowspec.cli.main import main
+    if interrupt is not None:
+        _interrupt_at(*interrupt)
+    from flowspec.__main__ import main
 
     main()
 
 
+def _interrupt_at(place: str, number: int) -> None:
+    """Send this process a signal when the function `module:name` is first called."""
+    module, _, name = place.partition(":")
+    *owners, last = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    usual, pending = getattr(owner, last), [number]
+
+    @functools.wraps(usual)
+    def changed(*words: object, **options: object) -> object:
+        if pending:
+            os.kill(os.getpid(), pending.pop())
+        return usual(*words, **options)
+
+    setattr(owner, last, changed)
+
+
 def spawn(
-    arguments: Sequence[str], log: Path, folder: Path, environment: Mapping[str, str]
+    arguments: Sequence[str],
+    log: Path,
+    folder: Path,
+    environment: Mapping[str, str],
+    *,
+    interrupt: tuple[str, int] | None = None,
+    daemon: bool = True,
 ) -> ForkServerProcess:
-    """Start `flowspec *arguments` in `folder`; its output is appended to `log`."""
-    process = CONTEXT.Process(
-        target=run_command, args=(arguments, str(log), str(folder), dict(environment)), daemon=True
-    )
+    """Start `flowspec *arguments` in `folder`; its output is appended to `log`.
+
+    `interrupt`: a function as in flowspec.cli.run:run, and a signal that comes at its first call.
+    A daemon, which multiprocessing ends with this process, can have no workers of its own.
+    """
+    words = arguments, str(log), str(folder), dict(environment), interrupt
+    process = CONTEXT.Process(target=run_command, args=words, daemon=daemon)
     process.start()
     return process

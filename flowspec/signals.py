@@ -1,0 +1,278 @@
+"""SIGINT, SIGTERM and SIGHUP, alike in every command; this module imports the standard library.
+
+No signal handler raises: an exception raised there is lost in an import, in C code or in `__del__`.
+The handlers do nothing. A thread reads the numbers of the signals that have come:
+
+- Where nothing must be undone, it ends the process at once, with one line and exit code 128 + n.
+- Within `undoing()`, where child processes, folders or half-written files have to go, it sets a
+  flag. Loops call `check()` at short intervals, which raises Ended there, in ordinary code.
+- A second signal ends the process at once in any case. Child processes notice that by themselves.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from _thread import allocate_lock, get_ident, start_new_thread
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Ended(SystemExit):
+    """A signal came while something had to be undone. The line is printed when it is undone."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+class _State:
+    """Of this process. `lock` guards `received`, `num_holds` and the end of the process."""
+
+    def __init__(self) -> None:
+        self.lock = allocate_lock()
+        self.main: int | None = None  # the main thread, once the handlers are installed
+        self.write_end = -1  # of the pipe that Python writes the numbers to
+        self.received = 0
+        self.num_holds = 0
+        self.num_orderly = 0  # parts of the main thread that end by themselves
+        self.num_cutting = 0  # where Ctrl-C ends an answer, not the process
+        self.cut = False
+        self.is_silent = False
+        self.terminal: list[Any] | None = None
+        self.farewells: list[Callable[[], str]] = []
+
+
+_state = _State()
+
+
+def install() -> None:
+    """Take the signals from now on.
+
+    A signal that is ignored when the process starts stays ignored, as `nohup` needs it.
+    """
+    if _state.main is not None:
+        return
+    try:
+        _start_thread()
+    except ValueError:  # not in the main thread: whoever runs it there handles its signals
+        return
+    _state.main = get_ident()
+    _state.terminal = _terminal_settings()
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _do_nothing)
+
+
+@contextlib.contextmanager
+def installed() -> Iterator[None]:
+    """Signals are taken; afterwards all is as it was before."""
+    if _state.main is not None:
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
+    install()
+    try:
+        yield
+    finally:
+        if _state.main is not None:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(-1)
+            os.close(_state.write_end)  # the thread ends
+            _state.__init__()  # type: ignore[misc]
+
+
+def silence() -> None:
+    """Print no line at the end: another process of this command does."""
+    _state.is_silent = True
+
+
+class Hold:
+    """From here to `release` something must be undone. Of no effect outside the main thread."""
+
+    def __init__(self) -> None:
+        self._is_held = _state.main == get_ident()
+        if self._is_held:
+            with _state.lock:
+                _state.num_holds += 1
+
+    def release(self) -> None:
+        """All is undone. Safe to call twice."""
+        if self._is_held:
+            self._is_held = False
+            with _state.lock:
+                _state.num_holds -= 1
+
+
+@contextlib.contextmanager
+def undoing() -> Iterator[None]:
+    """What is inside undoes what it did, also where `check` raises; Ended follows at the latest."""
+    hold = Hold()
+    try:
+        yield
+    finally:
+        hold.release()
+    if not _state.num_holds:
+        check()
+
+
+@contextlib.contextmanager
+def ending_in_order() -> Iterator[None]:
+    """What is inside looks at `received` and ends by itself; `check` raises nothing there."""
+    hold = Hold()
+    _state.num_orderly += hold._is_held
+    try:
+        yield
+    finally:
+        _state.num_orderly -= hold._is_held
+        hold.release()
+
+
+@contextlib.contextmanager
+def cutting() -> Iterator[None]:
+    """Within it Ctrl-C ends an answer alone: `check` raises KeyboardInterrupt."""
+    _state.num_cutting += 1
+    try:
+        yield
+    finally:
+        _state.num_cutting -= 1
+        _state.cut = False
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """A process that is started within it never gets SIGINT: Ctrl-C is this process's to handle."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def farewell(say: Callable[[], str]) -> Iterator[None]:
+    """Where a signal ends the process at once, what `say` returns is printed first."""
+    _state.farewells.append(say)
+    try:
+        yield
+    finally:
+        _state.farewells.remove(say)
+
+
+def received() -> str:
+    """The name of the signal that has come, such as SIGTERM; empty where none has."""
+    return signal.Signals(_state.received).name if _state.received else ""
+
+
+def check() -> None:
+    """Raise Ended where a signal has come. Loops within `undoing` call it."""
+    if _state.main != get_ident():
+        return
+    if _state.cut:
+        _state.cut = False
+        raise KeyboardInterrupt
+    if _state.received and not _state.num_orderly:
+        raise Ended(_state.received)
+
+
+def end(number: int) -> None:
+    """End the process now, with one line on standard error."""
+    with contextlib.suppress(BaseException):  # flushing is a favour: a reader may be gone
+        sys.stdout.flush()
+    with _state.lock:
+        _exit(number)
+
+
+def _do_nothing(number: int, frame: FrameType | None) -> None:
+    """The thread does it all: C code may keep the main thread for long."""
+
+
+def _start_thread() -> None:
+    """Raises ValueError outside the main thread."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    try:
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    except ValueError:
+        os.close(read_end)
+        os.close(write_end)
+        raise
+    _state.write_end = write_end
+    start_new_thread(_listen, (read_end,))
+
+
+def _listen(read_end: int) -> None:
+    while numbers := os.read(read_end, 64):
+        for number in numbers:
+            if number in ENDING:
+                _take(number)
+    os.close(read_end)
+
+
+def _take(number: int) -> None:
+    if number == signal.SIGINT and _state.num_cutting:
+        _state.cut = True
+        return
+    with _state.lock:
+        if _state.received or not _state.num_holds:
+            _exit(number)
+        _state.received = number
+
+
+def _exit(number: int) -> None:
+    """The caller has the lock, so that nothing that must be undone begins meanwhile."""
+    try:
+        with contextlib.suppress(BaseException):
+            _restore_terminal()
+        if not _state.is_silent:
+            _say_last(f"error: ended by {signal.Signals(number).name}\n")
+    finally:
+        os._exit(128 + number)
+
+
+def _say_last(line: str) -> None:
+    """Past Python's streams, whose locks the main thread may hold."""
+    words = "".join(f"{text}\n" for say in _state.farewells if (text := say()))
+    newline = "\n" if os.isatty(2) else ""  # after ^C, or a line that is not complete
+    os.write(2, f"{newline}{words}{line}".encode(errors="replace"))
+
+
+def _terminal_settings() -> list[Any] | None:
+    try:
+        import termios
+
+        return termios.tcgetattr(0)
+    except (ImportError, OSError, termios.error):
+        return None
+
+
+def _restore_terminal() -> None:
+    """A password prompt switches its echo off, and a bar hides its cursor."""
+    if _state.terminal is not None:
+        import termios
+
+        if termios.tcgetattr(0) != _state.terminal:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])  # also in the background
+            termios.tcsetattr(0, termios.TCSANOW, _state.terminal)
+    for number in (1, 2):
+        if os.isatty(number):
+            os.write(number, _SHOW_CURSOR)
+            break
+
+
+def _after_fork() -> None:
+    """A fork has the handlers, but neither the thread nor a pipe of its own."""
+    if _state.main is not None:
+        _state.lock = allocate_lock()
+        _state.main = get_ident()
+        _state.received, _state.cut = 0, False
+        os.close(_state.write_end)
+        _start_thread()
+
+
+os.register_at_fork(after_in_child=_after_fork)
