@@ -74,6 +74,7 @@ def chat_loop(
     typer.echo(about, err=True)
     turns: list[dict[str, str]] = []
     while True:
+        signals.check()  # one may have come just when the answer had ended
         try:
             line = read("> ").strip()
         except EOFError:
