@@ -136,12 +136,12 @@ def ending_in_order() -> Iterator[None]:
 @contextlib.contextmanager
 def cutting() -> Iterator[None]:
     """Within it Ctrl-C ends an answer alone: `check` raises KeyboardInterrupt."""
+    _state.cut = False
     _state.num_cutting += 1
     try:
         yield
     finally:
         _state.num_cutting -= 1
-        _state.cut = False
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def check() -> None:
     """Raise Ended where a signal has come. Loops within `undoing` call it."""
     if _state.main != get_ident():
         return
-    if _state.cut:
+    if _state.cut and _state.num_cutting:
         _state.cut = False
         raise KeyboardInterrupt
     if _state.received and not _state.num_orderly:

@@ -106,6 +106,22 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     assert ended(code, signal.SIGINT, signal.SIGTERM) == (143, "error: ended by SIGTERM\n")
 
 
+def test_a_destructor_does_not_eat_a_signal() -> None:
+    """An exception raised there is printed and forgotten, and the command would go on."""
+    code = f"""if True:
+        import os, time
+        from flowspec.cli import main as module
+        class Dropped:
+            def __del__(self):
+                {READY}
+                while True:
+                    time.sleep(0.01)
+        module.app = Dropped
+        module.main()
+    """
+    assert ended(code, signal.SIGTERM) == (143, "error: ended by SIGTERM\n")
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     """As `nohup` wants it for SIGHUP."""
     code = f"{READY}time.sleep(0.5)"

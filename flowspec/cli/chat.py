@@ -80,6 +80,7 @@ def chat_loop(
             sys.stdin.reconfigure(errors="surrogateescape")
     turns: list[dict[str, str]] = []
     while True:
+        signals.check()  # one may have come just when the answer had ended
         try:
             line = read("> ").strip()
         except EOFError:

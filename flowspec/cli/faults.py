@@ -12,7 +12,8 @@ _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 def describe(error: OSError) -> tuple[str, int]:
     """The sentence, and the exit code: USER where another path or folder is what helps."""
     if error.errno is None or not error.strerror:  # it is a sentence already
-        return str(error), USER if isinstance(error, FileNotFoundError) else OTHER
+        is_users = isinstance(error, FileNotFoundError | PermissionError)
+        return str(error), USER if is_users else OTHER
     what = f"{_name(error)}{error.strerror}"
     if isinstance(error, FileNotFoundError) and not _has_folder():
         return "the working folder does not exist any more; change to one that does", USER

@@ -32,6 +32,7 @@ from flowspec.request import ClusterError
 PARENT_POLL_S = 1.0
 SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
 FROZEN_S = 60.0  # without a sign of life, where one comes every second, a worker is stopped
+SIGNAL_S = 0.1  # a signal to the whole group may end a worker before this process knows of it
 STOP_S = 10.0  # for workers to end by themselves, when the run ends early
 _PR_SET_PDEATHSIG = 1
 Asking = tuple[list[Asked], list[TooLong]]
@@ -316,6 +317,7 @@ def _pool(plan: Plan, jobs: int) -> Iterator[_Pool]:
         try:
             yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
         except (BrokenProcessPool, _KeeperLost):
+            time.sleep(SIGNAL_S)
             signals.check()  # it came to all of them
             raise ClusterError(
                 "bench",
