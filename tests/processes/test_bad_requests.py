@@ -106,7 +106,7 @@ def test_a_conversation_that_the_template_refuses_ends_nothing_else(cluster, cli
     [
         ("[PAD]", "the prompt has the token '[PAD]' (id 300), the model's vocabulary has 300", 2),
         ("forbidden", "a forbidden word", 2),
-        ("a fox " * 9000, "tokens, the model's context holds 16384; shorten the prompt", 2),
+        ("a fox " * 9000, "tokens, the context holds 600; shorten the prompt", 2),
         ("a fox", "[stop, 1 tokens", 0),
     ],
 )
@@ -165,7 +165,7 @@ def test_a_prompt_that_cannot_be_served_is_one_sentence(
     assert "Traceback" not in "".join(lines)
 
 
-def test_a_benchmark_whose_second_turn_is_refused_says_which(
+def test_a_benchmark_leaves_out_a_second_turn_that_is_refused(
     refusing, tmp_path, monkeypatch, capsys
 ):
     """The first turn's answer has no text."""
@@ -174,7 +174,8 @@ def test_a_benchmark_whose_second_turn_is_refused_says_which(
     words += ["--data-dir", str(refusing / "data"), "--datasets", "mt_bench", "--jobs", "1"]
     words += ["--cluster", "agx-5", "--stages", "2", "--max-tokens", "4", "--strategies", "ar"]
     code, lines = ends(words, monkeypatch, capsys)
-    assert code == 2
-    assert "mt_bench, question 1, turn 2: " in lines[-1]
-    assert "an assistant turn has no text" in lines[-1]
+    assert code == 0
+    said = [line for line in lines if "an assistant turn has no text" in line]
+    assert len(said) == 1, lines
+    assert said[0].startswith("left out: mt_bench, question 1, turn 2: ")
     assert "Traceback" not in "".join(lines)
