@@ -4,6 +4,7 @@ Import the functions (`from conftest import ...`) where a test needs its own siz
 fixtures where it does not.
 """
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from flowspec.model.stage_model import StageModel
 settings.register_profile("flowspec", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("flowspec")
 torch.set_num_threads(1)
+# A shell starts a job in the background with SIGINT ignored, and commands leave it so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
