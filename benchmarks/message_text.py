@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
-from flowspec import wire
-from flowspec.lanes import Lanes
+from flowspec.protocol import messages as wire
+from flowspec.protocol.sequencing import Lanes
 
 # class: (its word, word of each field: attribute)
 MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {

@@ -16,15 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from message_text import MessageLog
-
 import flowspec
+from benchmarks.message_text import MessageLog
+from flowspec.bench import answering
+from flowspec.bench.records import FILE_NAME
 from flowspec.cli.main import main as run_command
-from flowspec.effects import CLIENT, HEAD
-from flowspec.eval import answering
-from flowspec.eval.records import FILE_NAME
-from flowspec.trace import Recorder
-from flowspec.wire import Message
+from flowspec.protocol.messages import CLIENT, HEAD, Message
+from flowspec.runtime.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"

@@ -1,7 +1,7 @@
 """`python -m flowspec <command>` and `flowspec <command>`.
 
 Importing takes most of a short command's time, so signals are taken before anything is imported,
-and until flowspec/signals.py takes them.
+and until flowspec/system/signals.py takes them.
 """
 
 import _signal  # built in: the module `signal` takes longer to import than all of this

@@ -3,9 +3,45 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import ceil, exp, log
 from typing import NewType
 
-from flowspec.latencies import Latencies
+ACCURACY = 0.01
+SHORTEST_S = 1e-6  # what is shorter counts as 0
+LONGEST_S = 1e6
+_RATIO = log((1 + ACCURACY) / (1 - ACCURACY))
+
+
+@dataclass(slots=True)
+class Latencies:
+    """How many times fell into each bin; at most about 1,400 bins."""
+
+    bins: dict[int, int] = field(default_factory=dict)
+    num_zero: int = 0
+    count: int = 0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        """Something took `seconds`, `count` times."""
+        self.count += count
+        if seconds < SHORTEST_S:
+            self.num_zero += count
+            return
+        index = ceil(log(min(seconds, LONGEST_S)) / _RATIO)
+        self.bins[index] = self.bins.get(index, 0) + count
+
+    def quantile(self, share: float) -> float:
+        """The time that at least `share` (0 to 1) of all do not exceed; 0 where there are none."""
+        assert 0.0 <= share <= 1.0
+        seen, wanted = self.num_zero, max(1, ceil(share * self.count - 1e-9))
+        if seen >= wanted or not self.count:
+            return 0.0
+        for index in sorted(self.bins):
+            seen += self.bins[index]
+            if seen >= wanted:
+                break
+        # of a bin's times none is further than ACCURACY from here
+        return exp(index * _RATIO) * (1 - ACCURACY)
+
 
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
@@ -16,7 +52,8 @@ LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was mad
 class SamplingParams:
     """How the next token is chosen from the logits; temperature 0 is greedy, the others then idle.
 
-    Filters apply in this order: temperature, top-k, top-p, min-p (see acceptance/warp.py).
+    Filters apply in this order: temperature, top-k, top-p, min-p (see
+    speculation/processors/filters.py).
     """
 
     temperature: float = 0.0

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flowspec.strategies import ABLATIONS, DEFAULT_STRATEGY
+from flowspec.speculation.strategies import ABLATIONS, DEFAULT_STRATEGY
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMON = ("--warm", "--max-tokens", "96")

@@ -30,7 +30,7 @@ read_address='import sys
 from pathlib import Path
 from flowspec.cluster.hosts import read_hosts
 from flowspec.cluster.network import own_host
-from flowspec.transport.address import Address, parse_host
+from flowspec.system.address import Address, parse_host
 try:
     port = read_hosts(Path(sys.argv[1])).port
     print(Address(own_host(parse_host(sys.argv[2]), port), port))

@@ -1,24 +1,16 @@
-"""Shared tiny models: random weights that matter, fp32, seconds on one core.
-
-Import the functions (`from conftest import ...`) where a test needs its own sizes; take the
-fixtures where it does not.
-"""
+"""Fixtures that every test may take: tiny models with random weights that matter, in fp32."""
 
 import signal
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-from torch import Tensor, nn
 
-from flowspec.drafters.eagle import EagleDrafter
-from flowspec.model.config import ModelConfig
-from flowspec.model.eagle_net import EagleNet
-from flowspec.model.rows import run_rows
+from flowspec.model.architecture import ModelConfig
 from flowspec.model.stage_model import StageModel
+from flowspec.speculation.drafters.eagle.drafter import EagleDrafter
+from tests.support.models import TINY, make_drafter, make_model
 
 # The same examples every time: a red build means the code changed, not the dice.
 settings.register_profile("flowspec", deadline=None, max_examples=40, derandomize=True)
@@ -30,104 +22,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of tests/test_message_traces.py."""
+    """Options of tests/simulator/test_message_traces.py."""
     group = parser.getgroup("flowspec")
     group.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
     group.addoption("--write-traces", type=Path, help="folder to write every message trace to")
-
-
-TINY = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_position_embeddings=512,
-)
-TINY_MHA = replace(TINY, num_kv_heads=4)
-TINY_MQA = replace(TINY, num_kv_heads=1)
-
-
-def randomize(net: nn.Module, seed: int, *, scale: float = 1.5) -> None:
-    """Weights at the scale where every layer and every context token changes the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in net.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if name.endswith("norm.weight"):
-                weight.copy_(1.0 + 0.1 * noise)
-            elif "embed" in name:
-                weight.copy_(noise)
-            else:
-                weight.copy_(noise * scale / weight.shape[-1] ** 0.5)
-    net.requires_grad_(False)
-
-
-def make_model(
-    config: ModelConfig = TINY, *, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> StageModel:
-    """The whole target: every layer, embedding and lm_head."""
-    model = StageModel(
-        config, first_layer=0, last_layer=config.num_layers, with_embedding=True, with_head=True
-    )
-    randomize(model, seed)
-    return model.to(dtype)
-
-
-def split_model(whole: StageModel, counts: Sequence[int]) -> list[StageModel]:
-    """The model cut into stages of `counts` layers, over the very same weights."""
-    assert sum(counts) == whole.config.num_layers
-    weights = whole.state_dict()
-    stages, first = [], 0
-    for count in counts:
-        last = first + count
-        with torch.device("meta"):
-            stage = StageModel(
-                whole.config,
-                first_layer=first,
-                last_layer=last,
-                with_embedding=first == 0,
-                with_head=last == whole.config.num_layers,
-            )
-        own = {name: weights[name] for name in stage.state_dict()}
-        stage.load_state_dict(own, assign=True)
-        stages.append(stage.requires_grad_(False))
-        first = last
-    return stages
-
-
-def make_drafter(model: StageModel, *, seed: int = 1) -> EagleDrafter:
-    """A random EAGLE head beside `model`'s lm_head: its guesses are poor and well defined."""
-    net = EagleNet(replace(model.config, num_layers=1), fc_bias=True)
-    randomize(net, seed, scale=0.6)  # it feeds on its own output, which must not grow
-    assert model.lm_head is not None
-    return EagleDrafter(net.to(model.dtype), model.lm_head.weight)
-
-
-def full_forward(
-    model: StageModel, tokens: Sequence[int], *, features: Sequence[int] = ()
-) -> tuple[Tensor, Mapping[int, Tensor]]:
-    """Hidden states [n, H] of a text run from nothing in one go, and the asked feature layers'."""
-    cache = model.new_cache(len(tokens))
-    where = range(len(tokens))
-    return run_rows(
-        model, cache, torch.tensor(tokens), where, parents=None, features=tuple(features)
-    )
-
-
-def cut(rows: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """`rows` in runs of `sizes`, over and over until all are dealt out."""
-    runs, start, turn = [], 0, 0
-    while start < len(rows):
-        size = sizes[turn % len(sizes)]
-        runs.append(list(rows[start : start + size]))
-        start, turn = start + size, turn + 1
-    return runs
 
 
 @pytest.fixture(scope="session")

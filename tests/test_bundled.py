@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.bundled import DATA, DEMO, find_bundled
+from flowspec.bench.experiment import read_table
+from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import draft_folder, is_bundled
 from flowspec.config import RunConfig, read_run_config
-from flowspec.eval.plan import read_table
-from flowspec.eval.prompts import load_prompts
-from flowspec.simulate.profiles import profile_names, read_cluster, read_device
+from flowspec.cost_model.profiles import profile_names, read_cluster, read_device
+from flowspec.system.bundled import DATA, DEMO, find_bundled
 
 CLUSTER = "source: my desk\nhead: {0}\nstages: [{0}]\nlink: 1gbe\n"
 

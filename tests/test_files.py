@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from flowspec.cluster.token import new_token, read_token, write_token
-from flowspec.files import locked, partial_path, remove_stale, replacing, whole_name, write_whole
+from flowspec.system.files import (
+    locked,
+    partial_path,
+    remove_stale,
+    replacing,
+    whole_name,
+    write_whole,
+)
+from flowspec.transport.secure.token import new_token, read_token, write_token
 
 
 def test_an_unfinished_file_is_known_by_its_name() -> None:

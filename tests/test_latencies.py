@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flowspec.latencies import ACCURACY, LONGEST_S, SHORTEST_S, Latencies
+from flowspec.request import ACCURACY, LONGEST_S, SHORTEST_S, Latencies
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])

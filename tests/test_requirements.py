@@ -9,10 +9,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+from scripts.check_jetson import JETPACKS, is_forbidden, read_pins
 
-from check_jetson import JETPACKS, is_forbidden, read_pins  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+
 
 NVIDIA_TORCH = "2.5.0a0+872d972e41.nv24.08"  # JetPack 6's first 2.5; builds before 2.5 look so
 CHECK = ROOT / "scripts" / "check_jetson.py"

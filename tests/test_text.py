@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from vocabularies import byte_level
 
-from flowspec.text import TextStream, render_chat
+from flowspec.tokenizer import TextStream, render_chat
+from tests.support.vocabularies import byte_level
 
 CORPUS = [
     "the cat sat on the mat and the dog sat on the log\n",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from tokenizer_checks import CHECKS
 
 from flowspec.cli.common import BUNDLED
 from flowspec.tokenizer import load_tokenizer
+from tests.support.tokenizer_checks import CHECKS
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.10"

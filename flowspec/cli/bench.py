@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from flowspec.bench.answering_remote import RemoteBench
+from flowspec.bench.datasets import DATASETS
+from flowspec.bench.experiment import Case, Plan, make_cases, parse_settings, read_table
+from flowspec.bench.runner import Outcome
+from flowspec.bench.summary import as_json, rows_of_run
 from flowspec.cli.bench_plan import (
     assemble,
     check_sampling,
@@ -23,16 +28,11 @@ from flowspec.cli.bench_remote import (
     disturbances,
     other_code,
 )
-from flowspec.cli.bench_table import show
 from flowspec.cli.common import CONTEXT_HELP, check_file, write_whole
-from flowspec.drafters import DRAFTERS
-from flowspec.eval.datasets import DATASETS
-from flowspec.eval.plan import Case, Plan, make_cases, parse_settings, read_table
-from flowspec.eval.remote import RemoteBench
-from flowspec.eval.runner import Outcome
-from flowspec.eval.summary import as_json, rows_of_run
-from flowspec.simulate.emulation import Emulation, load_emulation
-from flowspec.strategies import STRATEGIES, check_runs_for_real
+from flowspec.cli.ui.bench_table import show
+from flowspec.cost_model.emulation import Emulation, load_emulation
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real
 
 TABLES = Path("config/eval.yaml")
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"

@@ -8,24 +8,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from flowspec import signals
+from flowspec.bench.datasets import DATASETS, check_datasets, load_dataset, parse_range
+from flowspec.bench.experiment import Case, Plan
+from flowspec.bench.prompts import Prompt
+from flowspec.bench.provenance import code_hash, folder_hash, revision
+from flowspec.bench.records import SampleFile
+from flowspec.bench.runner import Bench, Outcome, Progress, run_plan
 from flowspec.cli.common import draft_folder, split_folder
-from flowspec.cli.progress import shown
-from flowspec.cluster.cores import segments_at_once
+from flowspec.cli.ui.progress import shown
 from flowspec.config import RunConfig
-from flowspec.engine import max_context
-from flowspec.eval.datasets import DATASETS, check_datasets, load_dataset, parse_range
-from flowspec.eval.plan import Case, Plan
-from flowspec.eval.prompts import Prompt
-from flowspec.eval.provenance import code_hash, folder_hash, revision
-from flowspec.eval.records import SampleFile
-from flowspec.eval.runner import Bench, Outcome, Progress, run_plan
-from flowspec.model.config import read_config
-from flowspec.model.manifest import HEAD_FOLDER, read_manifest
+from flowspec.cost_model.emulation import Emulation
+from flowspec.engine.build import max_context
+from flowspec.engine.cores import segments_at_once
+from flowspec.model.architecture import read_config
 from flowspec.request import ClusterError, SamplingParams
-from flowspec.simulate.emulation import Emulation
-from flowspec.strategies import find_strategy
-from flowspec.text import PromptError
+from flowspec.speculation.strategies import find_strategy
+from flowspec.system import signals
+from flowspec.tokenizer import PromptError
+from flowspec.weights.manifest import HEAD_FOLDER, read_manifest
 
 LOCAL = "local"  # the cluster's name where real processes of this machine are it
 

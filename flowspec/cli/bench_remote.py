@@ -5,20 +5,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowspec.bench.experiment import Case, Plan
+from flowspec.bench.prompts import Prompt
+from flowspec.bench.provenance import code_hash, revision
+from flowspec.bench.runner import Outcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.remote import RemoteCluster
-from flowspec.cluster.token import derive_keys, read_token
 from flowspec.config import RunConfig
-from flowspec.drafters import parse_drafter
-from flowspec.eval.plan import Case, Plan
-from flowspec.eval.prompts import Prompt
-from flowspec.eval.provenance import code_hash, revision
-from flowspec.eval.runner import Outcome
-from flowspec.model.manifest import read_manifest
-from flowspec.strategies import find_strategy
-from flowspec.transport.address import parse_address
+from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import RemoteCluster
+from flowspec.speculation.drafters import parse_drafter
+from flowspec.speculation.strategies import find_strategy
+from flowspec.system.address import parse_address
+from flowspec.transport.secure.token import derive_keys, read_token
+from flowspec.weights.manifest import read_manifest
 
 
 @contextmanager

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from flowspec import signals
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.messages import Done, Note, Piece
-from flowspec.cluster.token import derive_keys, read_token
+from flowspec.engine.client import HeadClient
+from flowspec.protocol.control import Done, Note, Piece
 from flowspec.request import SamplingParams
-from flowspec.text import check_text
-from flowspec.transport.address import parse_address
+from flowspec.system import signals
+from flowspec.system.address import parse_address
+from flowspec.tokenizer import check_text
+from flowspec.transport.secure.token import derive_keys, read_token
 
 DEFAULT_PORT = 7000
 HELP = "Ctrl-C ends an answer, Ctrl-D or /quit the conversation, /new begins another."

@@ -10,19 +10,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
 from flowspec.cli.common import BUNDLED, bundled, split_folder
-from flowspec.cluster.base import generate
 from flowspec.config import DecodeConfig, RunConfig
-from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.model.config import read_config
-from flowspec.model.draft_config import CONTRADICTION, ERROR
-from flowspec.model.draft_kind import FAMILIES
-from flowspec.model.inspect_head import HeadReport, inspect_head
-from flowspec.model.manifest import HEAD_FOLDER
+from flowspec.engine.base import generate
+from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.engine.simulated import SimulatedCluster
+from flowspec.model.architecture import read_config
 from flowspec.request import DecodeStats, Request, SamplingParams
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.strategies import STRATEGIES
+from flowspec.speculation.drafters.checkpoint.config import CONTRADICTION, ERROR
+from flowspec.speculation.drafters.checkpoint.inspect import HeadReport, inspect_head
+from flowspec.speculation.drafters.checkpoint.kind import FAMILIES
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.weights.manifest import HEAD_FOLDER
 
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {

@@ -7,18 +7,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from flowspec import signals
-from flowspec.bundled import DEMO, find_bundled
+from flowspec.bench.records import Sample, as_text, read_samples
+from flowspec.bench.settings import drafts
 from flowspec.config import RunConfig, override, read_run_config
-from flowspec.drafters import find_drafter
-from flowspec.eval.records import Sample, as_text, read_samples
-from flowspec.eval.settings import drafts
-from flowspec.model.manifest import MANIFEST_NAME, read_manifest
-from flowspec.model.source import check_model, open_checkpoint, resolve_model
-from flowspec.model.split import is_split_of, run_split
-from flowspec.model.split_plan import even_layers, parse_layers, plan_split
-from flowspec.strategies import check_taken, find_strategy
+from flowspec.speculation.drafters import find_drafter
+from flowspec.speculation.strategies import check_taken, find_strategy
+from flowspec.system import signals
+from flowspec.system.bundled import DEMO, find_bundled
 from flowspec.tokenizer import load_tokenizer
+from flowspec.weights.checkpoint import check_model, open_checkpoint, resolve_model
+from flowspec.weights.manifest import MANIFEST_NAME, read_manifest
+from flowspec.weights.split import is_split_of, run_split
+from flowspec.weights.split_plan import even_layers, parse_layers, plan_split
 
 DEFAULT_STAGES = 4
 CONTEXT_HELP = "Most tokens of a request, prompt and answer [what the model was made for]."

@@ -13,9 +13,7 @@ from rich.table import Table
 
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.join import pick_device
-from flowspec.cluster.cache import cache_folder, find_problem
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.device import is_jetson, measure_link, report_device, why_not_computed
+from flowspec.cluster.device.report import is_jetson, measure_link, report_device, why_not_computed
 from flowspec.cluster.doctor import (
     Finding,
     HeadFacts,
@@ -27,10 +25,12 @@ from flowspec.cluster.doctor import (
     find_facts,
     verdict,
 )
-from flowspec.cluster.token import TOKEN_VARIABLE, derive_keys, read_token
+from flowspec.engine.client import HeadClient
 from flowspec.request import ClusterError
-from flowspec.transport.address import local_address_towards, parse_address
-from flowspec.transport.control import why_unreachable
+from flowspec.system.address import local_address_towards, parse_address
+from flowspec.transport.control_sockets import why_unreachable
+from flowspec.transport.secure.token import TOKEN_VARIABLE, derive_keys, read_token
+from flowspec.weights.transfer.cache import cache_folder, find_problem
 
 
 def doctor(

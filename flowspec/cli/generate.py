@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
+from flowspec.bench.prompts import PROMPTS_HELP, load_prompts
 from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
-from flowspec.cli.texts import check_texts, read_input
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.messages import Done, Note, Piece
-from flowspec.cluster.token import derive_keys, read_token
-from flowspec.eval.prompts import PROMPTS_HELP, load_prompts
+from flowspec.cli.ui.texts import check_texts, read_input
+from flowspec.engine.client import HeadClient
+from flowspec.protocol.control import Done, Note, Piece
 from flowspec.request import ClusterError
-from flowspec.transport.address import parse_address
+from flowspec.system.address import parse_address
+from flowspec.transport.secure.token import derive_keys, read_token
 
 
 def generate(

@@ -7,14 +7,13 @@ import torch
 import typer
 
 import flowspec
-from flowspec.bundled import find_bundled
-from flowspec.cli.watch import Watch
-from flowspec.cluster.cache import ShardCache
-from flowspec.cluster.device import default_name, report_device
+from flowspec.cli.ui.watch import Watch
+from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.device.layers import DeviceLayers, folder_card
+from flowspec.cluster.device.power import find_power_meter
+from flowspec.cluster.device.report import default_name, report_device
 from flowspec.cluster.discovery import choose_head, find_heads
-from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
-from flowspec.cluster.layers import DeviceLayers, folder_card
-from flowspec.cluster.messages import (
+from flowspec.protocol.control import (
     Assign,
     Control,
     DeviceReport,
@@ -26,11 +25,12 @@ from flowspec.cluster.messages import (
     Trouble,
     Welcome,
 )
-from flowspec.cluster.power import find_power_meter
-from flowspec.cluster.token import derive_keys, read_token
-from flowspec.model.source import check_model
-from flowspec.transport.address import parse_address, parse_host
-from flowspec.transport.open_files import check_open_files
+from flowspec.system.address import parse_address, parse_host
+from flowspec.system.bundled import find_bundled
+from flowspec.system.open_files import check_open_files
+from flowspec.transport.secure.token import derive_keys, read_token
+from flowspec.weights.checkpoint import check_model
+from flowspec.weights.transfer.cache import ShardCache
 
 DEFAULT_PORT = 7000
 MIN_FILES = 64

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import typer
 
-from flowspec import __version__, signals
+from flowspec import __version__
 from flowspec.cli.commands import Commands
-from flowspec.cli.faults import describe
-from flowspec.cli.streams import guarded
-from flowspec.cluster.launch import find_launch
+from flowspec.cli.ui.faults import describe
+from flowspec.cli.ui.streams import guarded
+from flowspec.engine.launch import find_launch
 from flowspec.request import ClusterError, RefusedError
+from flowspec.system import signals
 
 app = typer.Typer(
     cls=Commands,

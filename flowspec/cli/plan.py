@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowspec.bench.predict import predict_speeds, stand_in_stages
+from flowspec.bench.prompts import load_prompts
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.plan import (
+from flowspec.cluster.membership.device_planner import as_candidate, model_profile, needs_of
+from flowspec.cluster.membership.placement import (
     Candidate,
     Needs,
     Weights,
@@ -21,17 +23,10 @@ from flowspec.cluster.plan import (
     needed_bytes,
     plan_layers,
 )
-from flowspec.cluster.planning import as_candidate, model_profile, needs_of
-from flowspec.cluster.roster import DoesNotFitError, Placement
-from flowspec.cluster.token import derive_keys, read_token
+from flowspec.cluster.membership.roster import DoesNotFitError, Placement
 from flowspec.config import RunConfig
-from flowspec.drafters import DRAFTERS
-from flowspec.engine import load_head_parts
-from flowspec.eval.predict import predict_speeds, stand_in_stages
-from flowspec.eval.prompts import load_prompts
-from flowspec.model.split_plan import parse_layers
-from flowspec.simulate.emulation import Emulation
-from flowspec.simulate.profiles import (
+from flowspec.cost_model.emulation import Emulation
+from flowspec.cost_model.profiles import (
     ClusterProfile,
     DeviceProfile,
     LinkProfile,
@@ -40,8 +35,13 @@ from flowspec.simulate.profiles import (
     read_cluster,
     read_model,
 )
-from flowspec.strategies import STRATEGIES
-from flowspec.transport.address import parse_address
+from flowspec.engine.build import load_head_parts
+from flowspec.engine.client import HeadClient
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.system.address import parse_address
+from flowspec.transport.secure.token import derive_keys, read_token
+from flowspec.weights.split_plan import parse_layers
 
 STRATEGIES_SHOWN = "streaming,flowspec,serial_pp,ar"
 

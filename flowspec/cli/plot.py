@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from flowspec import signals
 from flowspec.cli.common import check_file, read_records
-from flowspec.eval.trace_summary import read_trace
+from flowspec.system import signals
+from flowspec.tracing.trace_summary import read_trace
 
 KINDS = ("speedup", "bandwidth", "stages", "sweep", "lengths", "time", "timeline")
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -57,8 +57,8 @@ def plot(
     if (kind == "sweep") != (over is not None):
         raise ValueError("sweep needs --over WHAT, and nothing else takes it")
     # matplotlib takes a second to import, and only plots need it
-    from flowspec.eval.plots import kinds, pipeline
-    from flowspec.eval.plots.theme import drawing, find_theme, save
+    from flowspec.bench.plots import kinds, pipeline
+    from flowspec.bench.plots.theme import drawing, find_theme, save
 
     look = find_theme(theme)
     with drawing(look):

@@ -12,19 +12,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowspec import signals
-from flowspec.calibration import Outcome, PathForecast
+from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
+from flowspec.bench.reliability import Reliability, before_and_after, settled
 from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder, write_whole
-from flowspec.cli.progress import shown
-from flowspec.cluster.base import generate
+from flowspec.cli.ui.progress import shown
 from flowspec.config import RunConfig
-from flowspec.drafters import DRAFTERS
-from flowspec.engine import HeadParts, build_head, build_stage, check_run, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.eval.reliability import Reliability, before_and_after, settled
+from flowspec.engine.base import generate
+from flowspec.engine.build import HeadParts, build_head, build_stage, check_run, load_head_parts
+from flowspec.engine.simulated import SimulatedCluster
+from flowspec.head.calibration import Outcome, PathForecast
 from flowspec.request import Request, SamplingParams
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.strategies import STRATEGIES, find_strategy
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES, find_strategy
+from flowspec.system import signals
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,9 +8,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from flowspec.bench.report import csv_report, tables
+from flowspec.bench.tables import Table, to_latex, to_markdown
 from flowspec.cli.common import check_file, read_records, write_whole
-from flowspec.eval.report import csv_report, tables
-from flowspec.eval.tables import Table, to_latex, to_markdown
 
 FORMATS = ("text", "markdown", "latex", "csv")
 MAX_WIDTH = 1000  # folded figures could not be read; a terminal folds what is wider than it

@@ -9,24 +9,23 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from flowspec.bench.verify import find_divergence
 from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, split_folder
-from flowspec.cli.show import show_answers, show_summary
-from flowspec.cli.texts import check_texts
-from flowspec.cluster.cores import segments_at_once
-from flowspec.cluster.launch import find_launch
-from flowspec.cluster.local import LocalCluster
-from flowspec.cluster.torchrun import TorchrunCluster, fit_to_launch, serve_rank
-from flowspec.config import RunConfig, as_yaml, override
-from flowspec.drafters import DRAFTERS
-from flowspec.engine import HeadParts, check_run, decode_config, load_head_parts
-from flowspec.eval.tracing import check_trace_path, tracing
-from flowspec.eval.verify import find_divergence
-from flowspec.model.load import load_whole
-from flowspec.plain_yaml import parse_yaml
+from flowspec.cli.ui.show import show_answers, show_summary
+from flowspec.cli.ui.texts import check_texts
+from flowspec.config import RunConfig, as_yaml, override, parse_yaml
+from flowspec.engine.build import HeadParts, check_run, decode_config, load_head_parts
+from flowspec.engine.cores import segments_at_once
+from flowspec.engine.launch import find_launch
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.engine.torchrun import TorchrunCluster, fit_to_launch, serve_rank
 from flowspec.request import Completion, Request, error_of
-from flowspec.strategies import STRATEGIES, check_taken
-from flowspec.targets.local import LocalTarget
-from flowspec.transport.local import TRUSTED_ONLY
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES, check_taken
+from flowspec.tracing.chrome_trace import check_trace_path, tracing
+from flowspec.transport.by_name import TRUSTED_ONLY
+from flowspec.weights.load import load_whole
 
 DEFAULT_PROMPT = (
     "Anna has 3 boxes with 12 apples in each box. She gives 7 apples to her brother. "

@@ -13,43 +13,37 @@ import torch
 import typer
 
 import flowspec
-from flowspec import signals
+from flowspec.bench.provenance import code_hash, folder_hash
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, layerwise_folder
-from flowspec.cli.prompt import read_line
-from flowspec.cli.watch import Watch
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.device import default_name
+from flowspec.cli.ui.prompt import read_line
+from flowspec.cli.ui.watch import Watch
+from flowspec.cluster.controller.epochs import HeadEngine
+from flowspec.cluster.controller.server import HeadServer
+from flowspec.cluster.device.report import default_name
 from flowspec.cluster.discovery import announced
-from flowspec.cluster.head_engine import HeadEngine
-from flowspec.cluster.head_server import HeadServer
-from flowspec.cluster.home import home_folder
 from flowspec.cluster.hosts import read_hosts
 from flowspec.cluster.hosts import start as start_hosts
 from flowspec.cluster.hosts import stop as stop_hosts
-from flowspec.cluster.membership import Membership
-from flowspec.cluster.messages import Interface, ModelCard
-from flowspec.cluster.network import own_host, reached_at
-from flowspec.cluster.planning import DevicePlanner, model_profile, model_sizes, needs_of
-from flowspec.cluster.roster import MIN_HEARTBEAT_S, MembershipConfig
-from flowspec.cluster.ship import ShardServer
-from flowspec.cluster.token import (
-    TOKEN_VARIABLE,
-    derive_keys,
-    new_token,
-    read_token,
-    write_token,
+from flowspec.cluster.membership.device_planner import (
+    DevicePlanner,
+    model_profile,
+    model_sizes,
+    needs_of,
 )
+from flowspec.cluster.membership.membership import Membership
+from flowspec.cluster.membership.roster import MIN_HEARTBEAT_S, MembershipConfig
+from flowspec.cluster.network import own_host, reached_at
 from flowspec.config import MAX_TIMEOUT_S, RunConfig, override
-from flowspec.drafters import DRAFTERS
-from flowspec.engine import HeadParts, check_run, load_head_parts
-from flowspec.eval.provenance import code_hash, folder_hash
-from flowspec.model.config import read_config
-from flowspec.model.manifest import HEAD_FOLDER
-from flowspec.model.split_plan import parse_layers
+from flowspec.engine.build import HeadParts, check_run, load_head_parts
+from flowspec.engine.client import HeadClient
+from flowspec.model.architecture import read_config
+from flowspec.protocol.control import Interface, ModelCard
 from flowspec.request import ClusterError
-from flowspec.strategies import STRATEGIES
-from flowspec.transport.address import (
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.system import signals
+from flowspec.system.address import (
     ALL_INTERFACES,
     Address,
     is_link_local,
@@ -57,9 +51,20 @@ from flowspec.transport.address import (
     parse_host,
     parse_url,
 )
-from flowspec.transport.control import ControlServer
-from flowspec.transport.keys import Keys
-from flowspec.transport.open_files import check_open_files
+from flowspec.system.home import home_folder
+from flowspec.system.open_files import check_open_files
+from flowspec.transport.control_sockets import ControlServer
+from flowspec.transport.secure.keys import Keys
+from flowspec.transport.secure.token import (
+    TOKEN_VARIABLE,
+    derive_keys,
+    new_token,
+    read_token,
+    write_token,
+)
+from flowspec.weights.manifest import HEAD_FOLDER
+from flowspec.weights.split_plan import parse_layers
+from flowspec.weights.transfer.shards import ShardServer
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0

@@ -7,21 +7,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flowspec import signals
+from flowspec.bench.answering import Workbench
+from flowspec.bench.experiment import Plan, make_cases, parse_settings, read_table
+from flowspec.bench.records import Sample
+from flowspec.bench.sweeps import AXES
+from flowspec.bench.what_if import Values, emulate, parse_variations, settings_of, what_if_table
 from flowspec.cli.bench import CLUSTER, MODEL, TABLES
 from flowspec.cli.bench_plan import assemble, check_sampling, load_sets, names_in, run_shown
 from flowspec.cli.common import BUNDLED
 from flowspec.cli.report import MAX_WIDTH, show_table
-from flowspec.drafters import DRAFTERS
-from flowspec.eval.answering import Workbench
-from flowspec.eval.chrome_trace import write_trace
-from flowspec.eval.plan import Plan, make_cases, parse_settings, read_table
-from flowspec.eval.records import Sample
-from flowspec.eval.sweeps import AXES
-from flowspec.eval.tracing import check_trace_path
-from flowspec.eval.what_if import Values, emulate, parse_variations, settings_of
-from flowspec.eval.what_if_table import what_if_table
-from flowspec.strategies import STRATEGIES, find_strategy
+from flowspec.speculation.drafters import DRAFTERS
+from flowspec.speculation.strategies import STRATEGIES, find_strategy
+from flowspec.system import signals
+from flowspec.tracing.chrome_trace import check_trace_path, write_trace
 
 
 def simulate(

@@ -15,13 +15,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from flowspec import signals
 from flowspec.cli.common import bundled, is_bundled, say_on_stderr
-from flowspec.model.manifest import Manifest
-from flowspec.model.source import open_checkpoint, resolve_model
-from flowspec.model.split import run_split
-from flowspec.model.split_plan import SplitPlan, even_layers, parse_layers, plan_split
+from flowspec.system import signals
 from flowspec.tokenizer import load_tokenizer
+from flowspec.weights.checkpoint import open_checkpoint, resolve_model
+from flowspec.weights.manifest import Manifest
+from flowspec.weights.split import run_split
+from flowspec.weights.split_plan import SplitPlan, even_layers, parse_layers, plan_split
 
 
 def split(

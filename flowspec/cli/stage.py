@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowspec.cluster.worker import WorkerConfig, run_worker
+from flowspec.engine.stage_process import WorkerConfig, run_worker
 
 
 def stage(

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.cli.chat import DEFAULT_PORT
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.messages import ClusterStatus, DeviceStatus
-from flowspec.cluster.token import derive_keys, read_token
-from flowspec.transport.address import parse_address
+from flowspec.engine.client import HeadClient
+from flowspec.protocol.control import ClusterStatus, DeviceStatus
+from flowspec.system.address import parse_address
+from flowspec.transport.secure.token import derive_keys, read_token
 
 
 def status(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flowspec.eval.trace_summary import ProcessShare, Summary, summarize
+from flowspec.tracing.trace_summary import ProcessShare, Summary, summarize
 
 WIDTH = 100
 trace = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
+from flowspec.bench.verify import Combination, Divergence, Verifier
 from flowspec.cli.bench_plan import check_sampling
 from flowspec.cli.common import (
     BUNDLED,
@@ -21,19 +23,17 @@ from flowspec.cli.common import (
     split_folder,
     write_whole,
 )
-from flowspec.cli.progress import shown
-from flowspec.cluster.base import Cluster
-from flowspec.cluster.local import LocalCluster
+from flowspec.cli.ui.progress import shown
 from flowspec.config import RunConfig
-from flowspec.drafters import DRAFTERS, parse_drafter
-from flowspec.engine import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.eval.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.eval.verify import Combination, Divergence, Verifier
-from flowspec.model.load import load_whole
+from flowspec.engine.base import Cluster
+from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.engine.simulated import SimulatedCluster
 from flowspec.request import Request, SamplingParams
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.strategies import STRATEGIES, check_runs_for_real, find_strategy
-from flowspec.targets.local import LocalTarget
+from flowspec.speculation.drafters import DRAFTERS, parse_drafter
+from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real, find_strategy
+from flowspec.weights.load import load_whole
 
 DRIVERS = ("simulated", "zmq", "gloo")  # the latter two: real processes over that transport
 _REQUEST_IDS = count(1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import flowspec
 from flowspec.cluster.network import interfaces
-from flowspec.transport.address import Address, is_link_local, local_address_towards
+from flowspec.system.address import Address, is_link_local, local_address_towards
 
 SERVICE = "_flowspec._tcp.local."
 BROWSE_S = 3.0

@@ -12,11 +12,11 @@ from enum import Enum
 from pathlib import Path
 
 import flowspec
-from flowspec.cluster.cache import CacheProblem
-from flowspec.cluster.messages import DeviceReport, Link
-from flowspec.cluster.token import TOKEN_VARIABLE
-from flowspec.transport.address import is_link_local, is_loopback
-from flowspec.transport.control import has_curve
+from flowspec.protocol.control import DeviceReport, Link
+from flowspec.system.address import is_link_local, is_loopback
+from flowspec.transport.control_sockets import has_curve
+from flowspec.transport.secure.token import TOKEN_VARIABLE
+from flowspec.weights.transfer.cache import CacheProblem
 
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
 MIN_MEMORY_BYTES = 0.5e9  # for less than a layer and the runtime nothing is gained

@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
-from flowspec.bundled import find_bundled
-from flowspec.plain_yaml import read_yaml
-from flowspec.transport.address import Address, is_ipv6, parse_address, parse_host
+from flowspec.config import read_yaml
+from flowspec.system.address import Address, is_ipv6, parse_address, parse_host
+from flowspec.system.bundled import find_bundled
 
 # none begins with a dash: it would be an option of ssh
 Word = Annotated[

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from flowspec.cluster.messages import Interface
-from flowspec.transport.address import (
+from flowspec.protocol.control import Interface
+from flowspec.system.address import (
     WILDCARDS,
     is_ipv6,
     is_link_local,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flowspec.model.config import ModelConfig
+from flowspec.model.architecture import ModelConfig
 
 # attend(q [..., h, d], k [..., g, d], v [..., g, d]) -> [..., h, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from flowspec.model.fields import flag, positive_number, whole_number, without_empty
+from flowspec.model.config_fields import flag, positive_number, whole_number, without_empty
 
 _ORIGINAL = "original_max_position_embeddings"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowspec.model.config import ModelConfig
+from flowspec.model.architecture import ModelConfig
 from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
 from flowspec.model.llama import Block, Embedding, Linear, RMSNorm, rope_angles, rope_frequencies
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from flowspec.protocol.messages import WireMessage
 from flowspec.request import ClusterError
-from flowspec.wire import WireMessage
 
 LOST = "connection lost"
 

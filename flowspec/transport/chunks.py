@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from flowspec.transport.curve import MAX_PIECE_BYTES, Guard
-from flowspec.transport.keys import Keys
-from flowspec.transport.tally import Tally
+from flowspec.transport.secure.curve import MAX_PIECE_BYTES, Guard
+from flowspec.transport.secure.keys import Keys
+from flowspec.transport.secure.tally import Tally
 
 CHUNK_BYTES = 256 << 10
 WINDOW = 16  # chunks under way per asker

@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from flowspec.ports import Egress, Ingress, Passage
+from flowspec.protocol.messages import DATA, WireMessage
 from flowspec.request import ClusterError, rank_name
 from flowspec.transport.base import Transport
-from flowspec.wire import DATA, WireMessage
+from flowspec.transport.link_occupancy import Egress, Ingress, Passage
 
 Link = Callable[[int, int, WireMessage], Passage]  # (from, to, message)
 MAX_HELD = 1000  # messages, on each side

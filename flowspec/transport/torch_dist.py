@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flowspec.codec import WireError, decode, encode_tensors
-from flowspec.effects import HEAD
+from flowspec.protocol.codec import WireError, decode, encode_tensors
+from flowspec.protocol.messages import DATA, HEAD, WireMessage
 from flowspec.request import rank_name
-from flowspec.transport.address import local_address_towards
+from flowspec.system.address import local_address_towards
 from flowspec.transport.torch_link import AnyFrame, Link, Meeting
-from flowspec.wire import DATA, WireMessage
 
 MAX_WAITING_MESSAGES = 1000  # then the links' threads stop taking more
 LINGER_S = 1.0

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flowspec.codec import MAX_FRAME_BYTES, Frame, WireError
+from flowspec.protocol.codec import MAX_FRAME_BYTES, Frame, WireError
 from flowspec.request import ClusterError, rank_name
 from flowspec.transport.base import LOST, LostPeer
 

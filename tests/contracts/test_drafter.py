@@ -9,12 +9,10 @@ from random import Random
 
 import pytest
 import torch
-from scripted import SCRIPTS, drafter_named
-from tiny import CONFIG, T0, T1, VOCAB
-from tiny_drafters import MODEL_DRAFTERS
 from torch import Tensor
 
-from flowspec.drafters.base import (
+from flowspec.request import NO_NODE, Request, SamplingParams
+from flowspec.speculation.drafters.base import (
     Drafter,
     DraftJob,
     DraftSession,
@@ -22,8 +20,10 @@ from flowspec.drafters.base import (
     Proposal,
     draft,
 )
-from flowspec.request import NO_NODE, Request, SamplingParams
-from flowspec.tree import DraftTree, Node
+from flowspec.speculation.tree import DraftTree, Node
+from tests.support.scripted import SCRIPTS, drafter_named
+from tests.support.tiny import CONFIG, T0, T1, VOCAB
+from tests.support.tiny_drafters import MODEL_DRAFTERS
 
 TOLERANCE = 1e-4
 MAX_NEW_TOKENS = 96

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from flowspec.ports import Passage
+from flowspec.protocol.messages import Close, Ping, WireMessage
 from flowspec.request import ClusterError
 from flowspec.transport import emulated
 from flowspec.transport.emulated import EmulatedTransport
-from flowspec.wire import Close, Ping, WireMessage
+from flowspec.transport.link_occupancy import Passage
 
 RATE = 1000.0  # bytes/s
 DATA_BYTES = 100.0  # a tenth of a second

@@ -10,14 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from contracts.test_transport import receive, segment
 
-from flowspec.codec import WireError, decode, encode_tensors
+from flowspec.protocol.codec import WireError, decode, encode_tensors
+from flowspec.protocol.messages import Open, Started
 from flowspec.request import ClusterError
 from flowspec.transport import torch_dist, torch_link
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_in_folder, tell
 from flowspec.transport.torch_link import ENVELOPE_BYTES, Link, Meeting, pack
-from flowspec.wire import Open, Started
+from tests.contracts.test_transport import receive, segment
 
 SOON_S = 5.0
 MakeRank = Callable[[int], TorchDistTransport]

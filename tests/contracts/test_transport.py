@@ -12,16 +12,17 @@ import pytest
 import torch
 import zmq
 
-from flowspec.cluster.token import derive_keys, new_token
-from flowspec.codec import WireError
-from flowspec.ports import Passage
+from flowspec.protocol.codec import WireError
+from flowspec.protocol.messages import Close, Open, Reroot, Segment, Started, WireMessage
 from flowspec.request import ClusterError, NodeId
-from flowspec.transport import emulated, torch_dist, torch_link, zmq_sockets
+from flowspec.transport import emulated, torch_dist, torch_link
+from flowspec.transport import zmq as zmq_sockets
 from flowspec.transport.base import Transport
 from flowspec.transport.emulated import EmulatedTransport
+from flowspec.transport.link_occupancy import Passage
+from flowspec.transport.secure.token import derive_keys, new_token
 from flowspec.transport.torch_dist import TorchDistTransport, meet_in_folder
-from flowspec.transport.zmq_sockets import ZmqTransport, local_addresses
-from flowspec.wire import Close, Open, Reroot, Segment, Started, WireMessage
+from flowspec.transport.zmq import ZmqTransport, local_addresses
 
 MakePeer = Callable[[int], Transport]
 SOON_S = 5.0

@@ -4,17 +4,17 @@ import copy
 
 import pytest
 import torch
-from tiny import MAX_CONTEXT, T0, T1, request, stage_models, whole_model
-from tiny_drafters import eagle_drafter
 
-from flowspec.admission import Admission
-from flowspec.cluster.base import generate
-from flowspec.drafters.eagle import EagleDrafter
-from flowspec.head import Head
-from flowspec.simulate.cluster import SimulatedCluster
-from flowspec.stage import Stage
-from flowspec.strategies import STRATEGIES
-from flowspec.targets.local import LocalTarget
+from flowspec.engine.base import generate
+from flowspec.engine.reference import LocalTarget
+from flowspec.engine.simulated import SimulatedCluster
+from flowspec.head.admission import Admission
+from flowspec.head.head import Head
+from flowspec.speculation.drafters.eagle.drafter import EagleDrafter
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.stage.stage import Stage
+from tests.support.tiny import MAX_CONTEXT, T0, T1, request, stage_models, whole_model
+from tests.support.tiny_drafters import eagle_drafter
 
 pytestmark = [
     pytest.mark.gpu,

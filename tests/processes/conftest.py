@@ -9,14 +9,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from checkpoints import save_checkpoint
 
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts, load_head_parts
-from flowspec.model.source import open_checkpoint
-from flowspec.model.split import run_split
-from flowspec.model.split_plan import plan_split
+from flowspec.engine.build import HeadParts, load_head_parts
+from flowspec.engine.local import LocalCluster
+from flowspec.weights.checkpoint import open_checkpoint
+from flowspec.weights.split import run_split
+from flowspec.weights.split_plan import plan_split
+from tests.support.checkpoints import save_checkpoint
 
 GONE_WITHIN_S = 15.0  # far more than it takes: this machine may be busy
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
+from flowspec.engine.build import HeadParts
+from flowspec.engine.reference import LocalTarget
 from flowspec.request import Request
-from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
+from flowspec.tokenizer import render_chat
+from flowspec.weights.load import load_whole
+from tests.stress.netns_cluster import missing
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
 
-from netns_cluster import missing  # noqa: E402
 
 PROMPT = "the quick brown fox"
 no_namespaces = missing() or (

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.token import derive_keys, new_token
-from processes.devices import Processes
+from flowspec.engine.client import HeadClient
+from flowspec.transport.secure.token import derive_keys, new_token
+from tests.support.devices import Processes
 
 TEMPLATE = (
     "{% for m in messages %}"

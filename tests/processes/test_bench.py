@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from flowspec.bench.answering import Workbench
+from flowspec.bench.records import read_samples
 from flowspec.cli.main import app
-from flowspec.eval.answering import Workbench
-from flowspec.eval.records import read_samples
 
 
 @pytest.fixture

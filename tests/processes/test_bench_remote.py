@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-import flowspec.eval.remote
+import flowspec.bench.answering_remote
+from flowspec.bench.provenance import code_hash
+from flowspec.bench.records import read_samples
 from flowspec.cli.main import app
-from flowspec.cluster.token import new_token
-from flowspec.eval.provenance import code_hash
-from flowspec.eval.records import read_samples
 from flowspec.request import ClusterError
-from processes.devices import Processes
+from flowspec.transport.secure.token import new_token
+from tests.support.devices import Processes
 
 QUESTIONS = [
     {"id": "box", "prompt": "how many apples are in the box?"},
@@ -92,7 +92,7 @@ def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, m
     before = cluster.stages()
     cluster.join("cyd")
     cluster.wait_for("head", r"cyd.*spare: came when the layers were covered")
-    original = flowspec.eval.remote.RemoteBench._answer
+    original = flowspec.bench.answering_remote.RemoteBench._answer
 
     def answer(self, case, group, run, messages):
         if case.strategy == "streaming" and len(messages) == 3:
@@ -100,7 +100,7 @@ def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, m
         return original(self, case, group, run, messages)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flowspec.eval.remote.RemoteBench, "_answer", answer)
+        patch.setattr(flowspec.bench.answering_remote.RemoteBench, "_answer", answer)
         result = bench(cluster)
     assert isinstance(result.exception, ClusterError)
     assert re.search(
@@ -121,14 +121,14 @@ def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, m
 def test_a_head_that_goes_away_ends_it_with_what_there_is(cluster, tmp_path, monkeypatch):
     """One sentence, and nothing lost."""
     monkeypatch.chdir(tmp_path)
-    original = flowspec.eval.remote.RemoteBench._answer
+    original = flowspec.bench.answering_remote.RemoteBench._answer
 
     def answer(self, case, group, run, messages):
         if case.strategy == "streaming" and len(messages) == 3:
             cluster.running["head"].kill()
         return original(self, case, group, run, messages)
 
-    monkeypatch.setattr(flowspec.eval.remote.RemoteBench, "_answer", answer)
+    monkeypatch.setattr(flowspec.bench.answering_remote.RemoteBench, "_answer", answer)
     result = bench(cluster)
     assert isinstance(result.exception, ClusterError)
     assert str(result.exception) == f"head at 127.0.0.1:{cluster.port}: connection lost"

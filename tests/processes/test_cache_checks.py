@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.cluster.token import new_token
-from processes.spawned import CONTEXT, run_command
+from flowspec.transport.secure.token import new_token
+from tests.support.spawned import CONTEXT, run_command
 
 START_S = 120.0  # far more than it takes: this machine may be busy
 NEW_MOUNTS, CAPABILITIES_V3 = 0x00020000, 0x20080522
@@ -36,7 +36,7 @@ def _obey_permissions() -> None:
 
 def _run(arguments: list[str], log: str, folder: str, mounts: list[list[str]]) -> None:
     """`flowspec *arguments` with mounts of its own and without root's exceptions."""
-    from flowspec.cluster import device
+    from flowspec.cluster.device import report as device
 
     device._BENCH_S, device._BENCH_BYTES = 0.01, 1 << 20
     if mounts:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.cluster.base import generate
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts, build_stage
+from flowspec.cost_model.emulation import read_emulation
+from flowspec.engine.base import generate
+from flowspec.engine.build import HeadParts, build_stage
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.simulated import emulated_cluster
 from flowspec.request import Request
-from flowspec.simulate.cluster import emulated_cluster
-from flowspec.simulate.emulation import read_emulation
-from flowspec.strategies import STRATEGIES
+from flowspec.speculation.strategies import STRATEGIES
 
 DEVICE = """source: a test
 memory_gb: 4

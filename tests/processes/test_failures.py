@@ -14,17 +14,17 @@ import psutil
 import pytest
 import zmq
 
-from flowspec.cluster import silence
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
-from flowspec.model.manifest import read_manifest
+from flowspec.engine.build import HeadParts
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.protocol.messages import Tokens
 from flowspec.request import ClusterError, Request
-from flowspec.targets.local import LocalTarget
-from flowspec.transport.zmq_sockets import DATA_LANE, local_addresses
-from flowspec.wire import Tokens
-from processes.conftest import GONE_WITHIN_S, stage_pids
+from flowspec.runtime import watchdog as silence
+from flowspec.transport.zmq import DATA_LANE, local_addresses
+from flowspec.weights.load import load_whole
+from flowspec.weights.manifest import read_manifest
+from tests.processes.conftest import GONE_WITHIN_S, stage_pids
 
 
 @pytest.fixture

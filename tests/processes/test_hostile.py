@@ -4,18 +4,14 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from ipv6 import needs_ipv6
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from hostile import Stand, judge, stand  # noqa: E402
-from hostile_attacks import MEMBERS, STRANGERS, Target, record_member  # noqa: E402
-
-from flowspec.transport import door as door_module  # noqa: E402
-from flowspec.transport.door import EVERYBODY, Door  # noqa: E402
+from flowspec.transport.secure import door as door_module  # noqa: E402
+from flowspec.transport.secure.door import EVERYBODY, Door  # noqa: E402
+from tests.stress.hostile import Stand, judge, stand
+from tests.stress.hostile_attacks import MEMBERS, STRANGERS, Target, record_member
+from tests.support.ipv6 import needs_ipv6
 
 SECONDS = 0.4
 MAX_GROWTH_MB = 30.0

@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flowspec.cluster.token import new_token
-from processes.spawned import spawn
+from flowspec.transport.secure.token import new_token
+from tests.support.spawned import spawn
 
 END_S = 120.0  # far more than it takes: this machine may be busy
 GONE_S = 30.0
@@ -31,7 +31,7 @@ class Forks:
     seen = 0
     def find_spec(self, name, path=None, target=None):
         taken = _signal.getsignal(_signal.SIGINT) is not _signal.default_int_handler
-        state = getattr(sys.modules.get("flowspec.signals"), "_state", None)
+        state = getattr(sys.modules.get("flowspec.system.signals"), "_state", None)
         if taken and not (state and state.num_holds):
             Forks.seen += 1
             if Forks.seen % {EVERY} == 1:
@@ -100,22 +100,22 @@ WHAT_IF = "simulate --vary stages=2 --target TARGET --strategies ar --datasets a
 HEAD = "127.0.0.1:1"
 PHASES = [  # and the function at whose first call the signal comes
     (RUN, "flowspec.cli.run:load_head_parts"),
-    (RUN, "flowspec.model.split:HashedWriter.write"),
-    (RUN, "flowspec.cluster.local:LocalCluster._spawn"),
-    (RUN, "flowspec.cli.show:_Screen.add"),
-    (f"{RUN} --trace t.json", "flowspec.cluster.local:LocalCluster._spawn"),
-    ("split TARGET --stages 2", "flowspec.model.split:_write_journal"),
-    (VERIFY, "flowspec.targets.local:LocalTarget.generate"),
-    (f"{VERIFY} --driver zmq", "flowspec.cluster.local:LocalCluster._spawn"),
-    (EMULATED, "flowspec.eval.records:SampleFile.add"),
-    (f"{BENCH} --stages 2 --jobs 2", "flowspec.eval.runner:_Pool.work"),
-    (f"{BENCH} --stages 1 --real", "flowspec.cluster.local:LocalCluster._await_ready"),
-    (WHAT_IF, "flowspec.eval.records:SampleFile.add"),
+    (RUN, "flowspec.weights.split:HashedWriter.write"),
+    (RUN, "flowspec.engine.local:LocalCluster._spawn"),
+    (RUN, "flowspec.cli.ui.show:_Screen.add"),
+    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalCluster._spawn"),
+    ("split TARGET --stages 2", "flowspec.weights.split:_write_journal"),
+    (VERIFY, "flowspec.engine.reference:LocalTarget.generate"),
+    (f"{VERIFY} --driver zmq", "flowspec.engine.local:LocalCluster._spawn"),
+    (EMULATED, "flowspec.bench.records:SampleFile.add"),
+    (f"{BENCH} --stages 2 --jobs 2", "flowspec.bench.runner:_Pool.work"),
+    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalCluster._await_ready"),
+    (WHAT_IF, "flowspec.bench.records:SampleFile.add"),
     ("serve TARGET --strategy ar --drafter none", "flowspec.cli.serve:_planner"),
-    (f"join {HEAD} --device cpu", "flowspec.cluster.joiner:Joiner._pause"),
-    (f"chat {HEAD}", "flowspec.transport.control:ControlClient.connect"),
-    (f"generate --head {HEAD} x", "flowspec.transport.control:ControlClient.connect"),
-    (f"status {HEAD}", "flowspec.transport.control:ControlClient.connect"),
+    (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:Joiner._pause"),
+    (f"chat {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),
+    (f"generate --head {HEAD} x", "flowspec.transport.control_sockets:ControlClient.connect"),
+    (f"status {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),
     ("plan --cluster home-5", "flowspec.cli.plan:read_cluster"),
     ("doctor --device cpu", "flowspec.cli.doctor:report_device"),
     ("check-head SPLIT-1 EAGLE", "flowspec.cli.check_head:inspect_head"),

@@ -8,14 +8,14 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from flowspec.cluster.base import generate, generate_all
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
+from flowspec.engine.base import generate, generate_all
+from flowspec.engine.build import HeadParts
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
 from flowspec.request import Completion, FinishReason, Request, SamplingParams
-from flowspec.strategies import STRATEGIES
-from flowspec.targets.local import LocalTarget
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.weights.load import load_whole
 
 IDLE_S = 3.0
 NEXT_ID = iter(range(1, 1000))

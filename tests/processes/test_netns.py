@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
+from tests.stress.netns_cluster import BRIDGE, missing
 
-from netns_cluster import BRIDGE, missing  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
+
 
 INSIDE = """
 import os, socket, subprocess, sys, threading

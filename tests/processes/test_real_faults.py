@@ -1,18 +1,15 @@
 """A dozen real faults in all phases: right answers, no orphan; the hundreds are a command."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-
-from real_faults import campaign  # noqa: E402
+from tests.stress.real_faults import campaign
 
 
 @pytest.mark.timeout(600)
 def test_a_dozen_real_faults(tmp_path: Path) -> None:
-    """See scripts/real_faults.py for the phases and kinds."""
+    """See tests/stress/real_faults.py for the phases and kinds."""
     report = campaign(12, 3, tmp_path)
     assert not report.wrong
     assert report.faults.total() >= 12

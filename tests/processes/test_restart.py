@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from flowspec.cluster.local import LocalCluster
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
+from flowspec.engine.build import HeadParts
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.protocol.messages import Status
 from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
-from flowspec.targets.local import LocalTarget
-from flowspec.wire import Status
-from processes.conftest import stage_pids
+from flowspec.weights.load import load_whole
+from tests.processes.conftest import stage_pids
 
 T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
 

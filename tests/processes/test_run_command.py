@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flowspec.cli.main import main
-from processes.spawned import spawn
+from tests.support.spawned import spawn
 
 SUMMARY = (
     *("finished", "speed", "first token", "tau", "alpha per depth", "stages busy", "sent"),

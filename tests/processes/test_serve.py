@@ -5,17 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.cluster.client import HeadClient
-from flowspec.cluster.joiner import JoinConfig, Joiner, JoinRefusedError
-from flowspec.cluster.messages import Done, Note, Piece
-from flowspec.cluster.stage_job import LayerSource
-from flowspec.cluster.token import derive_keys, new_token
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
+from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.device.stage_thread import LayerSource
+from flowspec.engine.build import HeadParts
+from flowspec.engine.client import HeadClient
+from flowspec.engine.reference import LocalTarget
+from flowspec.protocol.control import Done, Note, Piece
 from flowspec.request import Request, SamplingParams
-from flowspec.targets.local import LocalTarget
-from flowspec.text import render_chat
-from processes.devices import CONTEXT, Processes
+from flowspec.tokenizer import render_chat
+from flowspec.transport.secure.token import derive_keys, new_token
+from flowspec.weights.load import load_whole
+from tests.support.devices import CONTEXT, Processes
 
 PROMPT = "the quick brown fox"
 

@@ -1,22 +1,17 @@
-"""The soak of scripts/soak.py, shortened: right answers and flat memory, and a leak is seen."""
+"""A short soak (tests/stress/soak.py): right answers, flat memory, and a leak is seen."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts
-from flowspec.head import Head
+from flowspec.engine.build import HeadParts
+from flowspec.engine.local import LocalCluster
+from flowspec.head.head import Head
 from flowspec.request import Request, SamplingParams
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from soak import (  # noqa: E402
+from tests.stress.soak import (
     MIB,
     Sample,
     answers_alone,
@@ -25,6 +20,9 @@ from soak import (  # noqa: E402
     soak_requests,
     soak_tokens,
 )  # fmt: skip
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 NUM_REQUESTS = 40
 NUM_TOKENS = 600

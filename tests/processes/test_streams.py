@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.cli import streams
-from flowspec.cli.faults import describe
 from flowspec.cli.main import main
 from flowspec.cli.serve import _token
-from flowspec.cluster.home import home_folder
-from flowspec.cluster.token import TOKEN_VARIABLE, new_token
+from flowspec.cli.ui import streams
+from flowspec.cli.ui.faults import describe
 from flowspec.config import RunConfig
-from processes.spawned import spawn
+from flowspec.system.home import home_folder
+from flowspec.transport.secure.token import TOKEN_VARIABLE, new_token
+from tests.support.spawned import spawn
 
 LIMIT_S = 60.0
 LOST = "standard output is closed: what this command prints there is lost\n"
@@ -158,7 +158,7 @@ def test_an_error_of_the_system_is_a_sentence(error: OSError, code: int, said: s
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
     """The library for messages would abort the process at the first socket too many."""
     soft = "import resource as r; print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
-    code = f"from flowspec.transport.open_files import check_open_files as c; c(100); {soft}"
+    code = f"from flowspec.system.open_files import check_open_files as c; c(100); {soft}"
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     raised = shell(f"ulimit -S -n 24; {sys.executable} -c '{code}'", tmp_path)
     assert int(raised.stdout) == (4096 if hard == resource.RLIM_INFINITY else min(4096, hard))

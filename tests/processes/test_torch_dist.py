@@ -12,19 +12,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flowspec.cluster.base import generate
-from flowspec.cluster.launch import Launch, find_launch
-from flowspec.cluster.local import LocalCluster
-from flowspec.cluster.torchrun import fit_to_launch, own_device
 from flowspec.config import RunConfig, override
-from flowspec.engine import HeadParts
-from flowspec.model.load import load_whole
+from flowspec.engine.base import generate
+from flowspec.engine.build import HeadParts
+from flowspec.engine.launch import Launch, find_launch
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.engine.torchrun import fit_to_launch, own_device
 from flowspec.request import Request, SamplingParams
-from flowspec.strategies import STRATEGIES
-from flowspec.targets.local import LocalTarget
-from processes.conftest import stage_pids
-from processes.test_failures import tokens_until_failure
-from processes.test_local_cluster import cpu_seconds
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.weights.load import load_whole
+from tests.processes.conftest import stage_pids
+from tests.processes.test_failures import tokens_until_failure
+from tests.processes.test_local_cluster import cpu_seconds
 
 IDLE_S = 2.0
 TORCHRUN_S = 60.0

@@ -6,22 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from traces import check_trace, hop_times_ms, shifted
 
 from flowspec.cli.main import main
-from flowspec.cluster.base import generate
-from flowspec.cluster.local import LocalCluster
 from flowspec.config import RunConfig
-from flowspec.engine import HeadParts
-from flowspec.eval.timeline import make_timeline, read_records
-from flowspec.eval.totals import count
-from flowspec.eval.trace_summary import summarize
-from flowspec.eval.tracing import save_trace, tracing
-from flowspec.model.load import load_whole
+from flowspec.engine.base import generate
+from flowspec.engine.build import HeadParts
+from flowspec.engine.local import LocalCluster
+from flowspec.engine.reference import LocalTarget
+from flowspec.protocol.messages import Status
 from flowspec.request import ClusterError, Request
-from flowspec.targets.local import LocalTarget
-from flowspec.trace import trace_path
-from flowspec.wire import Status
+from flowspec.runtime.recorder import trace_path
+from flowspec.tracing.chrome_trace import save_trace, tracing
+from flowspec.tracing.timeline import make_timeline, read_records
+from flowspec.tracing.totals import count
+from flowspec.tracing.trace_summary import summarize
+from flowspec.weights.load import load_whole
+from tests.support.traces import check_trace, hop_times_ms, shifted
 
 
 def ask(parts: HeadParts, number: int, count: int = 12) -> Request:

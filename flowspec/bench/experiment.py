@@ -1,0 +1,253 @@
+"""Plan of a benchmark: strategies with their parameters over questions, and a sample's key.
+
+Parameters come from a table of config/eval.yaml: `main`, where all strategies have the same head
+and published baselines draft as published, or `all`, where everything is on that a strategy can
+use. A sample's key covers whatever could change its figures, so that a resumed run never mixes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from flowspec.bench.prompts import Prompt
+from flowspec.bench.records import hash_of
+from flowspec.config import RunConfig, override, read_yaml
+from flowspec.cost_model.emulation import Emulation
+from flowspec.speculation.drafters import parse_drafter
+from flowspec.speculation.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
+from flowspec.system.bundled import find_bundled
+
+FIGURES = 2  # raise where a figure of the records changes its meaning
+HASH_CHARS = 16  # of the hashes in a sample
+EVERY = "every"  # the table's entry for all strategies
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the comparison."""
+
+    strategy: str
+    drafter: str  # as parse_drafter takes it; none for ar
+    parameters: Mapping[str, Any]  # the whole effective DecodeConfig
+
+    @property
+    def drafter_name(self) -> str:
+        """Without its switches."""
+        return parse_drafter(self.drafter)[0]
+
+    def config(self, base: RunConfig) -> RunConfig:
+        """`base` with this strategy."""
+        values = {"strategy": self.strategy, "drafter": self.drafter_name}
+        return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Questions that one cluster answers one after the other, at one temperature and seed."""
+
+    dataset: str
+    prompts: tuple[Prompt, ...]
+    temperature: float
+    seed: int
+    repeat: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A benchmark, on the emulated cluster's virtual clock unless `real`.
+
+    `real`: on processes here, or with `remote` on a cluster of devices, which that describes.
+    """
+
+    cluster: str
+    model: str
+    table: str
+    stages: int
+    cases: tuple[Case, ...]
+    datasets: Mapping[str, Sequence[Prompt]]
+    temperatures: tuple[float, ...]
+    seeds: tuple[int, ...]
+    max_tokens: int
+    context: int = 0  # most tokens of a prompt and its answer; 0: what the model was made for
+    # split folder of the model that computes; None: a remote cluster's plain decoding is the truth
+    target: Path | None
+    drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
+    emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
+    real: bool = False
+    remote: Mapping[str, Any] | None = None  # what a cluster of devices' figures depend on
+    kv_rows: int = 0  # that the tightest device of these holds; 0: not known
+    warm: bool = False
+    repeats: int = 1  # of everything; more than one tells something of real runs alone
+    sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
+
+    def groups(self) -> Iterator[Group]:
+        """All there is to ask; a seed means nothing at temperature 0, so one is enough there."""
+        for temperature in self.temperatures:
+            for seed in self.seeds if temperature > 0 else self.seeds[:1]:
+                for dataset, prompts in self.datasets.items():
+                    sets = [tuple(prompts)] if self.warm else [(prompt,) for prompt in prompts]
+                    for together, repeat in product(sets, range(self.repeats)):
+                        yield Group(dataset, together, temperature, seed, repeat)
+
+    def hashes(self, case: Case) -> dict[str, str]:
+        """What a sample says of the code, models and figures it comes from."""
+        emulation = self.emulations.get(case.drafter_name)
+        whole = {
+            "code": self.sources.get("code", ""),
+            "target": self.sources.get("target", ""),
+            "draft": self.sources.get(case.drafter_name, ""),
+            "emulation": _hash(replace(emulation, drafter="none")) if emulation else "",
+            **({"emulation": hash_of(self.remote)} if self.remote else {}),
+        }
+        return {name: value[:HASH_CHARS] for name, value in whole.items()}
+
+    def keys(self, case: Case, group: Group) -> dict[tuple[str, int], str]:
+        """Of each question's turns in the group."""
+        emulation = self.emulations.get(case.drafter_name)
+        common = {
+            "figures": FIGURES,
+            "cluster": self.cluster,
+            "model": self.model,
+            "emulation": _hash(emulation) if emulation is not None else None,
+            "drafter": case.drafter,
+            "strategy": case.strategy,
+            "parameters": case.parameters,
+            "table": self.table,
+            "stages": self.stages,
+            "dataset": group.dataset,
+            "temperature": group.temperature,
+            "seed": group.seed,
+            "max_tokens": self.max_tokens,
+            "sources": {
+                name: value
+                for name, value in self.sources.items()
+                if name in ("code", "target", case.drafter_name)
+            },
+        }
+        if self.remote is not None:
+            common["remote"] = self.remote
+        if group.repeat:  # the first has the key of a run without repeats
+            common["repeat"] = group.repeat
+        before = sha256()  # all that the cluster has been asked so far
+        found = {}
+        for prompt in group.prompts:
+            before.update(repr((prompt.id, prompt.turns)).encode())
+            asked = before.hexdigest() if self.warm else repr((prompt.id, prompt.turns))
+            for turn in range(len(prompt.turns)):
+                definition = {**common, "asked": asked, "warm": self.warm, "turn": turn}
+                found[prompt.id, turn] = hash_of(definition)
+        return found
+
+    def question_keys(self, group: Group) -> dict[str, str]:
+        """By question: of all that the target's own answers depend on, whatever the strategy.
+
+        And of what decides on whether a cluster of devices can hold it.
+        """
+        common: dict[str, Any] = {
+            "dataset": group.dataset,
+            "temperature": group.temperature,
+            "seed": group.seed,
+            "max_tokens": self.max_tokens,
+            "sources": {name: self.sources.get(name, "") for name in ("code", "target")},
+        }
+        if self.context:
+            common["context"] = self.context
+        if self.remote is not None:  # whose memory may be too small for a question
+            tree_sizes = [case.parameters["tree_size"] for case in self.cases]
+            common["memory"] = [self.kv_rows, max(tree_sizes, default=0)]
+        return {
+            prompt.id: hash_of({**common, "question": prompt.id, "turns": prompt.turns})
+            for prompt in group.prompts
+        }
+
+
+@lru_cache
+def _hash(emulation: Emulation) -> str:
+    return hash_of(asdict(emulation))
+
+
+def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
+    """Overrides by strategy from table `name` of an evaluation file, `every` merged in.
+
+    Raises ValueError naming an unknown table, strategy or parameter.
+    """
+    path = find_bundled(path)
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold tables by name")
+    if name not in data:
+        raise ValueError(f"{path} has no table {name!r}; it has: {', '.join(map(str, data))}")
+    table = data[name] or {}
+    where = f"{path}: {name}"
+    if not isinstance(table, dict) or not all(
+        isinstance(values, dict) or values is None for values in table.values()
+    ):
+        raise ValueError(f"{where} must map strategies to parameters")
+    specs = STRATEGIES | ABLATIONS
+    if unknown := sorted(str(key) for key in table if key not in (*specs, EVERY)):
+        known = ", ".join((EVERY, *STRATEGIES))
+        raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
+    every = table.get(EVERY) or {}
+    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in specs}
+    for strategy, values in found.items():
+        override(specs[strategy].defaults, values, where=f"{where}: {strategy}")
+    return found
+
+
+def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`streaming.segment_size=48`, or `segment_size=48` for all that take it, by strategy.
+
+    Raises ValueError for what has not this form, names a strategy that is not run, or changes
+    nothing.
+    """
+    found: dict[str, dict[str, str]] = {strategy: {} for strategy in strategies}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        strategy, dot, key = name.rpartition(".")
+        if not equals or not key or (dot and strategy not in found):
+            raise ValueError(
+                f"--set {setting!a}: give strategy.key=value, of {', '.join(strategies)}, or "
+                "key=value for all of them"
+            )
+        if dot or len(strategies) == 1:
+            check_taken(strategy or strategies[0], [key], where=f"--set {setting!a}")
+        takers = [one for one in strategies if key not in find_strategy(one).ignores]
+        if not takers:
+            raise ValueError(
+                f"--set {setting!a}: {key} changes nothing for {', '.join(strategies)}"
+            )
+        for one in (strategy,) if dot else takers:
+            found[one][key] = value
+    return found
+
+
+def make_cases(
+    strategies: Sequence[str],
+    drafters: Sequence[str],
+    table: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Mapping[str, Any]],
+    *,
+    options: str = "--set",
+) -> tuple[Case, ...]:
+    """Every strategy with every drafter (`eagle+graft` switches grafts on); ar needs none.
+
+    `options` gave the settings. Raises ValueError naming what is unknown; nothing has been loaded.
+    """
+    cases = []
+    for strategy in strategies:
+        for drafter in drafters if find_strategy(strategy).drafts else ("none",):
+            name, switches = parse_drafter(drafter)
+            if name == "none" and find_strategy(strategy).drafts:
+                raise ValueError(f"strategy {strategy} needs a drafter; only ar needs none")
+            on = {switch: True for switch, is_on in switches.items() if is_on}
+            values = {**table.get(strategy, {}), **on, **settings.get(strategy, {})}
+            where = f"strategy {strategy}"
+            if settings.get(strategy):
+                where = f"{options}, {where}"  # the table by itself has been checked
+            effective = override(find_strategy(strategy).defaults, values, where=where)
+            cases.append(Case(strategy, drafter, asdict(effective)))
+    return tuple(cases)

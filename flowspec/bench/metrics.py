@@ -1,0 +1,159 @@
+"""What one request of a benchmark gave, from the head's statistics and the records of its run.
+
+Decode time runs from the first token to the last; prefill is apart, and nothing after the end of
+the text counts. Times in seconds of the driver's clock.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flowspec.bench.records import Measured, hash_tokens, repeated_share
+from flowspec.protocol.messages import CLIENT, HEAD, Status
+from flowspec.request import Completion, DecodeStats, FinishReason
+from flowspec.tracing.idle_time import Span, track
+from flowspec.tracing.timeline import HOUSEKEEPING, Timeline
+
+PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True, slots=True)
+class RowCounts:
+    """Totals of all stages since their start."""
+
+    pruned: int = 0
+    run_by_last: int = 0  # prompt rows included
+
+    def since(self, before: "RowCounts") -> "RowCounts":
+        """What came since."""
+        return RowCounts(self.pruned - before.pruned, self.run_by_last - before.run_by_last)
+
+
+def count_rows(statuses: Mapping[int, Status]) -> RowCounts:
+    """Totals as the stages' newest statuses have them."""
+    if not statuses:
+        return RowCounts()
+    pruned = sum(status.num_rows_pruned for status in statuses.values())
+    return RowCounts(pruned, statuses[max(statuses)].num_rows_run)
+
+
+@dataclass(frozen=True, slots=True)
+class Doings:
+    """What the processes did in the decode time, as shares; empty or None where nobody tells."""
+
+    drafter_busy: float | None = None
+    stage_busy: tuple[float, ...] = ()
+    stage_idle: tuple[Mapping[str, float], ...] = ()
+    link_bytes: Mapping[str, float] = field(default_factory=dict)
+
+
+class Activity:
+    """What every process of a recorded run did, looked up by time."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._tracks: dict[int, list[Span]] = {}
+
+    @property
+    def stages(self) -> list[int]:
+        """Ranks, the head's left out."""
+        return sorted(rank for rank in self._timeline.processes if rank != HEAD)
+
+    def shares(self, rank: int, start: float, end: float) -> tuple[float, dict[str, float]]:
+        """Of the time from `start` to `end`: the share at work, and of the rest by cause."""
+        if rank not in self._tracks:
+            self._tracks[rank] = track(self._timeline, rank)
+        busy, idle = 0.0, defaultdict[str, float](float)
+        for span in self._tracks[rank]:
+            seconds = min(span.end, end) - max(span.start, start)
+            if seconds <= 0:
+                continue
+            if span.category == "work":
+                busy += seconds
+            else:
+                idle[span.name] += seconds
+        whole = end - start
+        return busy / whole, {cause: seconds / whole for cause, seconds in sorted(idle.items())}
+
+    def during(self, start: float, end: float) -> Doings:
+        """From an answer's first token, at `start`, to its last."""
+        stages: list[tuple[float, dict[str, float]]] = [(0.0, {}) for _ in self.stages]
+        drafter_busy = 0.0
+        if end > start:
+            stages = [self.shares(rank, start, end) for rank in self.stages]
+            drafter_busy = self.shares(HEAD, start, end)[0]
+        return Doings(
+            drafter_busy=drafter_busy,
+            stage_busy=tuple(busy for busy, _ in stages),
+            stage_idle=tuple(idle for _, idle in stages),
+            link_bytes=self.link_bytes(start, end),
+        )
+
+    def link_bytes(self, start: float, end: float) -> dict[str, float]:
+        """Bytes handed over from one rank to another, as "from-to", from `start` up to `end`."""
+        sums = defaultdict[str, float](float)
+        for process in self._timeline.processes.values():
+            for note in process.sent:
+                away = note.peer != CLIENT and note.kind not in HOUSEKEEPING
+                if away and start <= note.when < end:
+                    sums[f"{process.rank}-{note.peer}"] += note.size
+        return dict(sorted(sums.items()))
+
+
+def measure(
+    completion: Completion,
+    expected: Sequence[int],
+    *,
+    num_prompt: int,
+    doings: Doings,
+    rows: RowCounts | None,
+) -> Measured:
+    """The figures of one finished request of `num_prompt` prompt tokens.
+
+    `rows` are those of its time, None where nobody tells; `expected` is the truth.
+    """
+    assert completion.reason in (FinishReason.STOP, FinishReason.LENGTH), completion.error
+    stats = completion.stats
+    start, end = stats.first_token_at, stats.last_token_at
+    decode_s = end - start - stats.resume_s
+    not_drafted, not_in_flight = stats.mu
+    # the last token's row is never needed
+    num_needed = num_prompt - stats.num_prompt_reused + stats.num_tokens - 1
+    return Measured(
+        prompt_tokens=num_prompt,
+        tokens=stats.num_tokens,
+        token_hash=hash_tokens(completion.tokens),
+        mismatch=list(completion.tokens) != list(expected),
+        finish=completion.reason.value,
+        ttft_s=stats.time_to_first_token_s,
+        decode_s=decode_s,
+        decode_tokens_per_s=(stats.num_tokens - 1) / decode_s if decode_s > 0 else 0.0,
+        end_to_end_tokens_per_s=stats.num_tokens / max(end - stats.submitted_at, 1e-9),
+        inter_token_ms={
+            name: stats.inter_token.quantile(share) * 1e3 for name, share in PERCENTILES.items()
+        },
+        tau=stats.mean_accepted_length,
+        runs=tuple(accepted_runs(stats)),
+        alpha=tuple(stats.acceptance_by_depth()),
+        mu=not_drafted + not_in_flight,
+        mu_not_drafted=not_drafted,
+        mu_not_in_flight=not_in_flight,
+        rows_sent=stats.num_rows_sent,
+        rows_pruned=None if rows is None else rows.pruned,
+        rows_wasted=None if rows is None else rows.run_by_last - num_needed,
+        segments=stats.num_segments,
+        draft_forwards=stats.num_draft_forwards,
+        drafter_busy=doings.drafter_busy,
+        stage_busy=doings.stage_busy,
+        stage_idle=doings.stage_idle,
+        link_bytes=doings.link_bytes,
+        tree_size=stats.mean_nodes_alive,
+        repeated=repeated_share(completion.tokens),
+        resumes=stats.num_resumes,
+        outage_s=stats.resume_s,
+    )
+
+
+def accepted_runs(stats: DecodeStats) -> list[int]:
+    """Tokens found in the tree between misses; the run that the end cut off comes last."""
+    return [*stats.runs, stats.run_length] if stats.run_length else list(stats.runs)

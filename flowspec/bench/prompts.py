@@ -1,0 +1,290 @@
+"""Prompts from files of the usual forms; which form a file has is seen from its content.
+
+JSON lines or one JSON list: an entry is an object with `turns`, `prompt`, `messages`,
+`conversations` (ShareGPT), `instruction` (Alpaca) or `question`, a list of messages, or a text.
+Any other file is one prompt, lines and all.
+"""
+
+import codecs
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from flowspec.system.bundled import find_bundled
+from flowspec.tokenizer import PromptError, check_text
+
+Render = Callable[[Sequence[Mapping[str, str]]], tuple[int, ...]]  # a conversation as token ids
+MAX_PROMPT_CHARS = 1_000_000
+PROMPTS_HELP = "JSON lines or a list (a prompt each), a text (one prompt), or a folder of them."
+_KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "question")
+_NEEDED = f"needed: an object with {', '.join(_KEYS[:-1])} or {_KEYS[-1]}"
+_BETWEEN = re.compile(r"[\s,]*")
+_ASKING = ("user", "human")
+_UNASKED = ("system", "developer", "tool")  # neither a question nor an answer
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "a truth value",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question; `turns` are the user's messages in order."""
+
+    id: str
+    source: str  # name of its file or folder
+    turns: tuple[str, ...]
+    where: str = field(default="", compare=False)  # file and line, for messages
+    numbered: bool = field(default=False, compare=False)  # it has no id but its place
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A value of a file of questions."""
+
+    where: str  # file and line
+    number: int  # of its line, or its place in a list
+    value: Any
+
+
+def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
+    """The first `limit` prompts of each file at `path` (a file, or a folder searched for them).
+
+    Raises ValueError naming file, line and what was found where something is not a prompt.
+    """
+    path = find_bundled(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".txt"))
+        if not files:
+            raise ValueError(f"{path} has no .jsonl or .txt file")
+        return _tell_apart([one for file in files for one in load_prompts(file, limit=limit)])
+    text = _read(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    source = path.parent.name if path.name == "question.jsonl" else path.stem
+    if path.suffix not in (".jsonl", ".json"):
+        return [make_prompt(path.stem, source, (text.strip(),), str(path))]
+    found = (_prompt_of(entry, source) for entry in _entries(text, path))
+    prompts = list(islice((prompt for prompt in found if prompt is not None), limit))
+    if not prompts:
+        raise ValueError(f"{path} has no conversation that a user begins or joins")
+    return _tell_apart(prompts)
+
+
+def make_prompt(
+    name: str, source: str, turns: Sequence[Any], where: str, *, numbered: bool = False
+) -> Prompt:
+    """A prompt of texts of acceptable length. Raises ValueError naming `where`."""
+    for turn in turns:
+        if not isinstance(turn, str) or not turn:
+            found = "an empty text" if turn == "" else _kind(turn)
+            raise ValueError(f"{where} has {found} where a question's text is needed")
+        if len(turn) > MAX_PROMPT_CHARS:
+            raise ValueError(f"{where} is longer than {MAX_PROMPT_CHARS} characters")
+        check_text(turn, where)
+    return Prompt(name, source, tuple(turns), where, numbered)
+
+
+def first_turn(render: Render, prompt: Prompt) -> tuple[int, ...]:
+    """Token ids of its first question. Raises PromptError naming file and line."""
+    try:
+        return render([{"role": "user", "content": prompt.turns[0]}])
+    except PromptError as error:
+        raise PromptError(f"{prompt.where}: {error}" if prompt.where else str(error)) from error
+
+
+def decode_file(raw: bytes, path: Path) -> str:
+    """Text of a file's bytes, without a byte order mark, lines ended by newlines.
+
+    Raises ValueError naming file, line and byte where it is not UTF-8.
+    """
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path} is UTF-16 text; save it as UTF-8") from None
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line} is not UTF-8 text: it has the byte 0x{raw[error.start]:02x}; save the "
+            "file as UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read(path: Path) -> str:
+    try:
+        return decode_file(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise ValueError(f"prompt file {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"prompt file {path} cannot be read: {error.strerror}") from None
+
+
+def _entries(text: str, path: Path) -> Iterator[_Entry]:
+    """JSON lines where there are several lines and the first is a value by itself; else one."""
+    # not splitlines: a JSON text may hold the line ends of Unicode as they are
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    first_number, first_line = lines[0]
+    try:
+        json.loads(first_line)
+    except (ValueError, RecursionError):
+        is_lines = False
+    else:
+        is_lines = len(lines) > 1
+    if is_lines:
+        for number, line in lines:
+            yield _Entry(f"{path}:{number}", number, _parse(line, path, number))
+        return
+    if path.suffix == ".jsonl" and not _is_json(text):
+        _parse(first_line, path, first_number)  # what is wrong with its first line
+    yield from _entries_of(_parse(text, path, 1), text, path)
+
+
+def _entries_of(value: Any, text: str, path: Path) -> Iterator[_Entry]:
+    """Of a file that is one JSON value: it is one question, or a list of them."""
+    if not isinstance(value, list) or _is_conversation(value):
+        line = 1 + text.count("\n", 0, _skip(text, 0))
+        yield _Entry(f"{path}:{line}", 1, value)
+        return
+    decoder, end = json.JSONDecoder(), text.index("[") + 1
+    line = 1 + text.count("\n", 0, end)
+    for number in range(1, len(value) + 1):
+        start = _skip(text, end)
+        line += text.count("\n", end, start)
+        entry, end = decoder.raw_decode(text, start)
+        yield _Entry(f"{path}:{line}", number, entry)
+        line += text.count("\n", start, end)
+
+
+def _skip(text: str, start: int) -> int:
+    """Where the next value begins, past white space and a comma."""
+    found = _BETWEEN.match(text, start)
+    assert found is not None, "it matches nothing too"
+    return found.end()
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parse(text: str, path: Path, line: int) -> Any:
+    """The value of `text`, which begins in `line`. Raises ValueError naming file and line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise ValueError(f"{where} is not JSON: {error.msg} (column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # numbers too long to be read, endless brackets
+        raise ValueError(f"{path}:{line} is not JSON that can be read: {error}") from None
+
+
+def _prompt_of(entry: _Entry, source: str) -> Prompt | None:
+    """Raises ValueError for what is no question; None: a conversation in which none is asked."""
+    turns = _turns_of(entry.value, entry.where)
+    if not turns:
+        return None
+    given = entry.value if isinstance(entry.value, dict) else {}
+    names = (given.get(key) for key in ("question_id", "id"))
+    name = next((str(one) for one in names if one is not None and one != ""), None)
+    numbered = name is None
+    return make_prompt(name or str(entry.number), source, turns, entry.where, numbered=numbered)
+
+
+def _turns_of(value: Any, where: str) -> list[str]:
+    """What is asked. Raises ValueError naming the form that was found."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and _is_conversation(value):
+        return _asked(value, where)
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds {_kind(value)}, which is no question; {_NEEDED}")
+    if _is_message(value):
+        raise ValueError(
+            f"{where} holds one message of a conversation (role and content); put the messages of "
+            "each conversation into one list"
+        )
+    key = next((key for key in _KEYS if value.get(key) not in (None, "", [])), None)
+    if key is None and [] in (value.get("messages"), value.get("conversations")):
+        return []  # public files hold some
+    if key is None:
+        keys = ", ".join(str(key)[:40] for key in [*value][:8]) or "nothing"
+        raise ValueError(f"{where} holds an object with {keys}, which is no question; {_NEEDED}")
+    found = value[key]
+    if isinstance(found, str):
+        more = value.get("input") if key == "instruction" else None
+        return [f"{found}\n\n{more}" if more and isinstance(more, str) else found]
+    if isinstance(found, list) and all(isinstance(turn, str) for turn in found):
+        return found
+    if isinstance(found, list) and _is_conversation(found):
+        return _asked(found, where)
+    raise ValueError(
+        f'{where}: "{key}" holds {_kind(found)}, needed: a text, a list of texts, or a list of '
+        "messages (role and content, or from and value)"
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def _is_conversation(values: Sequence[Any]) -> bool:
+    return bool(values) and all(_is_message(value) for value in values)
+
+
+def _asked(messages: Sequence[Mapping[str, Any]], where: str) -> list[str]:
+    """The user's messages; only the first one where another's answers stand between them.
+
+    Instructions of the system are left out.
+    """
+    asked, is_answered = [], False
+    for message in messages:
+        role = message.get("role", message.get("from"))
+        if role in _ASKING:
+            asked.append(_content(message.get("content", message.get("value")), where))
+        else:
+            is_answered |= role not in _UNASKED
+    if not asked or not asked[0].strip():
+        return []
+    return asked[:1] if is_answered else [text for text in asked if text.strip()]
+
+
+def _content(content: Any, where: str) -> str:
+    """A message's text, whole or in parts. Raises ValueError for anything else."""
+    parts = [content] if isinstance(content, str) or content is None else content
+    if not isinstance(parts, list):
+        raise ValueError(f"{where}: a message's content is {_kind(content)}, needed: a text")
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, dict) else part or ""
+        if not isinstance(text, str):
+            kind = part.get("type", "an unknown") if isinstance(part, dict) else _kind(part)
+            raise ValueError(f"{where}: a message has a part of type {kind}; only text is asked")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tell_apart(prompts: list[Prompt]) -> list[Prompt]:
+    """Numbers that are another prompt's id too get their file's name before them."""
+    ids = Counter(prompt.id for prompt in prompts)
+    return [
+        replace(prompt, id=f"{prompt.source}:{prompt.id}")
+        if prompt.numbered and ids[prompt.id] > 1
+        else prompt
+        for prompt in prompts
+    ]
+
+
+def _kind(value: Any) -> str:
+    return _KINDS.get(type(value), "a number")

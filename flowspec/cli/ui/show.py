@@ -1,0 +1,234 @@
+"""What `flowspec run` shows: the text as it comes, a live line, a summary at the end."""
+
+import logging
+import os
+import stat
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from flowspec.engine.local import LocalCluster
+from flowspec.protocol.messages import Status, Tokens
+from flowspec.request import Completion, Request
+from flowspec.runtime import failures
+
+log = logging.getLogger("flowspec")
+PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
+
+
+def show_answers(
+    cluster: LocalCluster, requests: Sequence[Request]
+) -> tuple[list[Completion], float]:
+    """Serve all at once and show them; the completions in order, and the seconds it took.
+
+    One answer streams to stdout; of several each is printed when it is complete.
+    """
+    start = time.monotonic()
+    console = Console()
+    screen = _Screen(console, alone=len(requests) == 1)
+    done: dict[int, Completion] = {}
+    line = _LiveLine(cluster, start)
+    notes = _Notes(screen)
+    log.addHandler(notes)
+    try:
+        for event in cluster.serve(requests):
+            if isinstance(event, Completion):
+                done[event.request] = event
+                screen.finish(event)
+            else:
+                screen.add(event, line.text(len(requests) - len(done)))
+    except BaseException:
+        screen.cut_off()
+        raise
+    finally:
+        log.removeHandler(notes)
+        screen.close()
+    return [done[request.id] for request in requests], time.monotonic() - start
+
+
+class _Notes(logging.Handler):
+    """What the cluster has to tell meanwhile, such as a stage that is restarted."""
+
+    def __init__(self, screen: "_Screen") -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.name == failures.__name__ and self._screen.alone:
+            return  # it is the error that the run ends with
+        self._screen.note(record.getMessage())  # a person reads it: without a traceback
+
+
+class _Screen:
+    """A live region on a terminal; otherwise plain text on stdout, now and then a line on stderr.
+
+    Both may be the same place, a pipe to `tee` or a service's log. So while one answer streams,
+    which shows well enough how far it is, there are no such lines but in a file of their own.
+    """
+
+    def __init__(self, console: Console, *, alone: bool) -> None:
+        self.alone = alone
+        self.texts: dict[int, str] = {}  # of answers that are not complete
+        self.shown_at = time.monotonic()
+        self.mid_line = False  # of an answer that streams to stdout
+        self.says_speed = not alone or (sys.stderr.isatty() and _is_file(sys.stdout))
+        self.live: Live | None = None
+        if sys.stdout.isatty():
+            self.live = Live(console=console, refresh_per_second=8, transient=not alone)
+            self.live.start()
+
+    def add(self, event: Tokens, line: str) -> None:
+        """More text of one answer."""
+        self.texts[event.request] = self.texts.get(event.request, "") + event.text
+        if self.live:
+            text = self.texts[event.request] if self.alone else ""
+            self.live.update(Group(Text(text), Text(line, style="dim")))
+            return
+        if self.alone:
+            typer.echo(event.text, nl=False)
+            sys.stdout.flush()
+            self.mid_line = not (self.texts[event.request] or "\n").endswith("\n")
+        if self.says_speed and time.monotonic() - self.shown_at > PLAIN_INTERVAL_S:
+            self.shown_at = time.monotonic()
+            typer.echo(f"[{line}]", err=True)
+
+    def note(self, text: str) -> None:
+        """A line on stderr, also where that is in the middle of an answer's line."""
+        line_end = "\n" if self.mid_line else ""
+        sys.stderr.write(f"{line_end}{text}\n")
+        sys.stderr.flush()
+
+    def finish(self, completion: Completion) -> None:
+        """One answer is complete, or refused: then its error follows at the end."""
+        self.texts.pop(completion.request, None)
+        if not self.alone:
+            if completion.tokens:
+                self._print(f"[{completion.request}] {completion.text}\n")
+        elif self.live:
+            self.live.update(Text(completion.text))
+        elif completion.tokens:
+            typer.echo("")
+            self.mid_line = False
+
+    def cut_off(self) -> None:
+        """The run ends here: what there is of the open answers is the user's."""
+        if self.alone:  # it is on the screen already
+            if self.live:
+                self.live.update(Text("".join(self.texts.values())))  # without the live line
+            elif self.mid_line:
+                typer.echo("")
+            return
+        for request, text in self.texts.items():
+            self._print(f"[{request}] {text} ... (cut off)\n")
+
+    def _print(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(Text(text))
+        else:
+            typer.echo(text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self.live:
+            self.live.stop()
+
+
+def _is_file(stream: TextIO) -> bool:
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # it is closed, or none of the system's
+        return False
+
+
+class _LiveLine:
+    """Speed, acceptance, and what share of the time between two reports each stage computed."""
+
+    def __init__(self, cluster: LocalCluster, start: float) -> None:
+        self.cluster, self.start = cluster, start
+        self._seen: dict[int, tuple[float, float]] = {}  # (when, busy seconds) per stage
+        self._shares: dict[int, float] = {}
+
+    def text(self, num_open: int) -> str:
+        """The line as of now; `num_open` answers are not complete."""
+        now = time.monotonic()
+        served = self.cluster.head.served_stats()
+        tokens = sum(stats.num_tokens for stats in served)
+        begin = min((s.first_token_at for s in served if s.first_token_at), default=now)
+        verdicts = sum(stats.num_verdicts for stats in served)
+        tau = (tokens - len(served)) / verdicts if verdicts else 0.0
+        self._update(self.cluster.statuses(), now)
+        stages = " ".join(f"{rank}:{share:.0%}" for rank, share in sorted(self._shares.items()))
+        rate = (tokens - len(served)) / max(now - max(begin, self.start), 1e-9)
+        waiting = f"{num_open} open, " if num_open > 1 else ""
+        return (
+            f"{waiting}{max(rate, 0.0):.1f} tokens/s, {tau:.2f} tokens per verdict, "
+            f"stages busy {stages or '-'}"
+        )
+
+    def _update(self, statuses: Mapping[int, Status], now: float) -> None:
+        for rank, status in sorted(statuses.items()):
+            when, busy_s = self._seen.get(rank, (now, status.busy_s))
+            if status.busy_s != busy_s and now > when:
+                self._shares[rank] = min(1.0, (status.busy_s - busy_s) / (now - when))
+            if status.busy_s != busy_s or rank not in self._seen:
+                self._seen[rank] = (now, status.busy_s)
+
+
+def show_summary(
+    completions: Sequence[Completion], statuses: Mapping[int, Status], elapsed_s: float
+) -> None:
+    """A table: per request where there are several, then the cluster's own figures."""
+    console = Console(width=100)
+    if len(completions) > 1:
+        console.print(_requests_table(completions))
+    table = Table(show_header=False, box=None, pad_edge=False)
+    all_stats = [completion.stats for completion in completions]
+    if len(completions) == 1:
+        _add_request(table, completions[0])
+    else:
+        total = sum(stats.num_tokens for stats in all_stats)
+        table.add_row(
+            "all together", f"{total} tokens, {total / elapsed_s:.1f} tokens/s end to end"
+        )
+    busy = {r: min(1.0, s.busy_s / max(elapsed_s, 1e-9)) for r, s in sorted(statuses.items())}
+    table.add_row("stages busy", " ".join(f"{rank}:{share:.0%}" for rank, share in busy.items()))
+    rows, segments = (
+        sum(getattr(s, n) for s in all_stats) for n in ("num_rows_sent", "num_segments")
+    )
+    drafts = sum(stats.num_draft_forwards for stats in all_stats)
+    table.add_row("sent", f"{rows} rows in {segments} segments, {drafts} drafter forwards")
+    pruned = sum(status.num_rows_pruned for status in statuses.values())
+    table.add_row("pruned in flight", f"{pruned} rows")
+    peaks = {rank: status.peak_memory_bytes for rank, status in sorted(statuses.items())}
+    if all(peaks.values()):
+        table.add_row("peak memory", " ".join(f"{r}:{b / 1e6:.0f} MB" for r, b in peaks.items()))
+    console.print(table)
+
+
+def _add_request(table: Table, completion: Completion) -> None:
+    stats = completion.stats
+    alphas = " ".join(f"{alpha:.2f}" for alpha in stats.acceptance_by_depth()[:8])
+    table.add_row("finished", f"{completion.reason.value}, {stats.num_tokens} tokens")
+    table.add_row("speed", f"{stats.tokens_per_s:.1f} tokens/s after the first token")
+    table.add_row("first token", f"{stats.time_to_first_token_s * 1e3:.0f} ms")
+    table.add_row("tau", f"{stats.mean_accepted_length:.2f} tokens per verdict")
+    table.add_row("alpha per depth", alphas or "-")
+
+
+def _requests_table(completions: Sequence[Completion]) -> Table:
+    table = Table("request", "finished", "tokens", "first token", "tokens/s", "tau", box=None)
+    for completion in completions:
+        stats = completion.stats
+        table.add_row(
+            *(str(completion.request), completion.reason.value, str(stats.num_tokens)),
+            f"{stats.time_to_first_token_s * 1e3:.0f} ms",
+            *(f"{stats.tokens_per_s:.1f}", f"{stats.mean_accepted_length:.2f}"),
+        )
+    return table

@@ -1,0 +1,20 @@
+"""Text from the command line and standard input; torch is not needed for it."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flowspec.bench.prompts import decode_file
+from flowspec.tokenizer import check_text
+
+
+def check_texts(options: Mapping[str, Sequence[str] | None]) -> None:
+    """Raise ValueError naming the option whose text is not UTF-8, before anything has run."""
+    for option, texts in options.items():
+        for text in texts or ():
+            check_text(text, option)
+
+
+def read_input() -> str:
+    """All of standard input as text. Raises ValueError where it is not UTF-8."""
+    return decode_file(sys.stdin.buffer.read(), Path("standard input"))

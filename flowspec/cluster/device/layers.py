@@ -1,0 +1,133 @@
+"""Where a device's layers come from: memory, its disk, its own copy of the model, the head."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from flowspec.model.stage_model import StageModel
+from flowspec.protocol.control import Assign, FromDevice, ModelCard, Progress
+from flowspec.request import ClusterError
+from flowspec.transport.secure.keys import Keys
+from flowspec.weights.load import load_stage_range
+from flowspec.weights.manifest import MANIFEST_NAME, Manifest, read_manifest
+from flowspec.weights.transfer.cache import ShardCache
+from flowspec.weights.transfer.shards import FetchProgress, fetch_manifest, fetch_shards
+
+log = logging.getLogger(__name__)
+MANIFEST_TIMEOUT_S = 30.0
+
+
+class DeviceLayers:
+    """Keeps the newest layers in memory, so that a new epoch with the same ones loads nothing.
+
+    `folder` is a copy of the model on this device, split or not; with `may_fetch` False nothing
+    else is used but that and what the cache has already.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        keys: Keys,
+        *,
+        device: str,
+        folder: Path | None = None,
+        may_fetch: bool = True,
+    ) -> None:
+        self._cache, self._keys, self._device = cache, keys, device
+        self._folder, self._may_fetch = folder, may_fetch
+        self._loaded: tuple[tuple[str, str, int, int], StageModel] | None = None
+        self._converted = False  # to another dtype than the files', which cannot be mapped
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that the loaded layers take and would give back; mapped files take none."""
+        if self._loaded is None:
+            return 0
+        model = self._loaded[1]
+        is_mapped = self._device == "cpu" and not self._converted
+        return 0 if is_mapped else sum(p.nbytes for p in model.parameters())
+
+    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
+        """See LayerSource.load. Raises ClusterError or ValueError saying what is missing."""
+        card, first, last = assign.model, assign.first_layer, assign.last_layer
+        key = (card.model_hash, card.dtype, first, last)
+        if self._loaded is not None and self._loaded[0] == key:
+            return self._loaded[1]
+        self._loaded = None  # before the new ones come, the old ones go
+        manifest = fetch_manifest(
+            assign.shards, self._keys, assign.manifest_sha256, MANIFEST_TIMEOUT_S
+        )
+        if manifest.model_hash != card.model_hash:
+            raise ClusterError(
+                "head", f"serves {card.model_hash[:12]}, its manifest is of "
+                f"{manifest.model_hash[:12]}; restart it"
+            )  # fmt: skip
+        self._fetch(assign, manifest, report)
+        size = _num_bytes(manifest, first, last)
+        report(Progress(epoch=assign.epoch, phase="load", done_bytes=0, total_bytes=size))
+        model = load_stage_range(
+            self._cache.folder(manifest),
+            first,
+            last,
+            device=self._device,
+            dtype=card.dtype,
+            verify=False,  # all hashes have just been compared
+        )
+        report(Progress(epoch=assign.epoch, phase="load", done_bytes=size, total_bytes=size))
+        self._loaded, self._converted = (key, model), manifest.dtype != card.dtype
+        return model
+
+    def _fetch(
+        self, assign: Assign, manifest: Manifest, report: Callable[[FromDevice], None]
+    ) -> None:
+        shards = manifest.stages_of(assign.first_layer, assign.last_layer)
+        if self._folder is not None:
+            missing = self._cache.adopt(self._folder, manifest, shards)
+            log.info("%s has all but %d files of these layers", self._folder, len(missing))
+        if not self._may_fetch:
+            self._check_here(manifest, shards)
+
+        def tell(progress: FetchProgress) -> None:
+            report(
+                Progress(
+                    epoch=assign.epoch,
+                    phase="fetch",
+                    done_bytes=progress.done_bytes,
+                    total_bytes=progress.total_bytes,
+                    cached_bytes=min(progress.cached_bytes, progress.done_bytes),
+                )
+            )
+
+        fetch_shards(assign.shards, self._keys, manifest, shards, self._cache, tell)
+
+    def _check_here(self, manifest: Manifest, shards: range) -> None:
+        missing = [
+            name
+            for shard in shards
+            for name in (f"stage_{shard}/config.json", f"stage_{shard}/model.safetensors")
+            if not self._cache.has(manifest.files[name])
+        ]
+        if missing:
+            raise ValueError(
+                f"not on this device: {missing[0]} and {len(missing) - 1} more files of "
+                f"{manifest.model_id}; copy the head's split folder here and name it with --model, "
+                "or join without --no-fetch"
+            )
+
+
+def folder_card(folder: Path | None, may_fetch: bool) -> ModelCard | None:
+    """The one model that a device which fetches nothing can serve, where its folder says which."""
+    if folder is None or may_fetch or not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(folder)
+    return ModelCard(
+        model_id=manifest.model_id,
+        model_hash=manifest.model_hash,
+        dtype=manifest.dtype,
+        stored_dtype=manifest.dtype,
+    )
+
+
+def _num_bytes(manifest: Manifest, first: int, last: int) -> int:
+    shards = manifest.stages_of(first, last)
+    return sum(manifest.files[f"stage_{shard}/model.safetensors"].bytes for shard in shards)

@@ -1,0 +1,455 @@
+"""Membership: which devices make up the cluster, from hello to loss and back. The head's side.
+
+A state machine without input/output: `handle(peer, message, now)` and `tick(now)` give effects.
+Every placement of the layers is an epoch with a number of its own and data sockets of its own, so
+that what a device of an older epoch still sends reaches nobody.
+
+    gathering --layers covered--> preparing --all ready--> serving
+        ^----------------------- a device is lost -----------'
+"""
+
+from enum import Enum
+
+from flowspec.cluster.membership.kept_placement import as_held, patched
+from flowspec.cluster.membership.roster import (
+    Device,
+    DoesNotFitError,
+    Effect,
+    Engage,
+    GiveUp,
+    Halt,
+    Member,
+    MembershipConfig,
+    Place,
+    Placement,
+    Planner,
+    Resume,
+    Say,
+    Tell,
+)
+from flowspec.protocol.control import (
+    PROTOCOL_VERSION,
+    Addresses,
+    Assign,
+    Beat,
+    Bye,
+    FromDevice,
+    Hello,
+    ModelCard,
+    Progress,
+    Refuse,
+    Release,
+    Serve,
+    StageReady,
+    Standby,
+    Trouble,
+    Welcome,
+    WhoAreYou,
+)
+from flowspec.request import ClusterError
+
+
+def refuse(hello: Hello, config: MembershipConfig) -> Refuse | None:
+    """Why a device cannot be part of this cluster, with both values; None where it can."""
+    if hello.protocol != PROTOCOL_VERSION:
+        return Refuse(
+            why=f"the head speaks control protocol {PROTOCOL_VERSION}, the device "
+            f"{hello.protocol}; install the same FlowSpec on both ({config.version} is here, "
+            f"{hello.version} there)"
+        )
+    if hello.version != config.version:
+        return Refuse(
+            why=f"the head runs FlowSpec {config.version}, the device {hello.version}; "
+            "install the same version on both"
+        )
+    held = hello.model
+    if hello.pinned and (held is None or not held.is_same_weights(config.model)):
+        have = _card(held) if held is not None else "none"
+        return Refuse(
+            why=f"the head serves {_card(config.model)}, the device is offline and holds "
+            f"{have}; let it fetch, or copy the head's model there"
+        )
+    return None
+
+
+def introduce(device: Device) -> str:
+    """A device in one line."""
+    report = device.report
+    rate = report.bandwidth_bytes_per_s / 1e9
+    return (
+        f"joined: {report.kind}, {report.torch_device}, "
+        f"{report.memory_available_bytes / 1e9:.1f} of {report.memory_total_bytes / 1e9:.1f} GB "
+        f"free, {rate:.1f} GB/s"
+    )
+
+
+def _card(card: ModelCard) -> str:
+    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype}, {card.quantization})"
+
+
+MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
+STRIKES_S = 600.0  # ... within this time
+MAX_ATTEMPTS = 5  # epochs in a row that were lost before a token had crossed every stage
+WORTH_MOVING = 1.1  # layers move to devices that came late where a token takes so much less
+MAX_GONE = 64  # lost devices that are remembered for the status
+
+
+class Phase(str, Enum):
+    """Where the cluster as a whole is."""
+
+    GATHERING = "gathering"  # not enough devices, or waiting for more
+    PREPARING = "preparing"  # layers are on their way
+    SERVING = "serving"
+
+
+class Membership:
+    """The head's book of devices."""
+
+    def __init__(
+        self, config: MembershipConfig, planner: Planner, now: float, *, wall_offset_s: float = 0.0
+    ) -> None:
+        self.config = config
+        self._wall_offset_s = wall_offset_s  # from `now` to seconds since 1970
+        self.planner = planner
+        self.phase = Phase.GATHERING
+        self.epoch = 0
+        self.devices: dict[str, Device] = {}  # by name, in order of coming
+        self.gone: dict[str, str] = {}  # name -> why, of devices that were lost
+        self.places: tuple[Place, ...] = ()  # of the newest epoch
+        self.started_at = now
+        self.joined_at = now  # the newest device
+        self._planned_at = now  # over all devices that were there
+        self.lost_at: float | None = now  # when the last epoch ended; None while one serves
+        # None once a token has crossed every stage: layers that are held may still compute nothing
+        self.uncovered_since: float | None = now
+        self.num_attempts = 0  # epochs since then that served and were lost
+        self.gave_up = False  # it has been so for too long, or in vain too often
+        self._said = ""  # the last reason for waiting, not to repeat it
+        self._strikes: dict[str, list[float]] = {}  # name -> when it failed by its own fault
+
+    def handle(self, peer: bytes, message: FromDevice, now: float) -> list[Effect]:
+        """What follows from a device's message."""
+        if isinstance(message, Hello):
+            return self._hello(peer, message, now)
+        device = next((d for d in self.devices.values() if d.peer == peer), None)
+        if device is None:
+            return [Tell(peer, WhoAreYou())]
+        device.heard_at = now
+        match message:
+            case Beat():
+                device.beat = message
+                return [Tell(peer, Beat(sent_at=message.sent_at))]
+            case Bye():
+                return self._lose(device, f"left: {message.why}", now, in_order=True)
+            case Progress() | StageReady() | Trouble() if message.epoch != self.epoch:
+                return []  # of an epoch that is over
+            case Progress():
+                device.progress, device.progress_at = message, now
+            case StageReady():
+                return self._ready(device, message, now)
+            case Trouble():
+                return self._trouble(device, message, now)
+        return []
+
+    def tick(self, now: float, *, idle: bool = True) -> list[Effect]:
+        """What follows from time alone; to be called several times per heartbeat.
+
+        `idle`: no request is open, so that layers may move without anybody waiting for them.
+        """
+        effects: list[Effect] = []
+        config = self.config
+        for device in list(self.devices.values()):
+            silence = now - device.heard_at
+            if silence > config.dead_after_s:
+                effects += self._lose(device, f"no heartbeat for {silence:.1f} s", now)
+            elif self._is_stalled(device, now):
+                cause = f"no progress for {config.stall_s:.0f} s while it loads"
+                effects += self._lose(device, cause, now)
+            elif now - device.told_at >= config.heartbeat_s:
+                device.told_at = now
+                effects.append(Tell(device.peer, Beat()))
+        if self.phase is Phase.GATHERING:
+            effects += self._try_to_cover(now)
+        elif self.phase is Phase.SERVING and idle and self._planned_at < self.joined_at:
+            effects += self._try_to_improve(now)
+        if self.phase is not Phase.SERVING:
+            effects += self._check_given_up(now, idle=idle)
+        return effects
+
+    def unreachable(self, peer: bytes, now: float) -> list[Effect]:
+        """The connection to a peer is gone."""
+        for device in list(self.devices.values()):
+            if device.peer == peer:
+                return self._lose(device, "connection lost", now)
+        return []
+
+    def head_bound(self, epoch: int, addresses: Addresses) -> list[Effect]:
+        """The head listens at `addresses` for `epoch`: everybody may be told."""
+        if epoch != self.epoch or self.phase is not Phase.PREPARING:
+            return []
+        stages = self._stages()
+        all_addresses = (addresses, *(d.ready.addresses for d in stages if d.ready is not None))
+        self.phase, self.lost_at = Phase.SERVING, None
+        effects: list[Effect] = [
+            Tell(device.peer, Serve(epoch=epoch, addresses=all_addresses)) for device in stages
+        ]
+        layers = ", ".join(f"{p.name} {p.first}-{p.last - 1}" for p in self.places)
+        return [*effects, Resume(epoch, all_addresses), Say(f"serving: layers {layers}")]
+
+    def crossed(self, epoch: int) -> None:
+        """A token has come through every stage of `epoch`: the cluster really serves."""
+        if epoch == self.epoch and self.phase is Phase.SERVING:
+            self.uncovered_since, self.num_attempts, self.gave_up = None, 0, False
+
+    def forgive(self, count: int) -> None:
+        """The last `count` failures were a request's doing: no device is refused for them."""
+        for name, strikes in self._strikes.items():
+            self._strikes[name] = strikes[: max(0, len(strikes) - count)]
+
+    def stage_lost(self, epoch: int, rank: int, cause: str, now: float) -> list[Effect]:
+        """The head itself found stage `rank` dead or hanging."""
+        stages = {device.rank: device for device in self._stages()}
+        if epoch != self.epoch or rank not in stages:
+            return []
+        return self._lose(stages[rank], cause, now, tell=True)
+
+    def close(self, why: str) -> list[Effect]:
+        """The head ends: every device is told."""
+        return [Tell(device.peer, Bye(why=why)) for device in self.devices.values()]
+
+    def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Effect]:
+        if refusal := refuse(hello, self.config):
+            return [Tell(peer, refusal), Say(f"refused: {refusal.why}", hello.name, "warning")]
+        effects: list[Effect] = []
+        for old in list(self.devices.values()):
+            if old.hello.session == hello.session:  # the same process over a new connection
+                effects += self._lose(old, "its connection broke; it is back", now)
+        name, number = hello.name, 1
+        while name in self.devices:
+            number += 1
+            name = f"{hello.name}-{number}"
+        device = self.devices[name] = Device(name, peer, hello, heard_at=now)
+        self.gone.pop(name, None)
+        self.joined_at = now
+        config = self.config
+        welcome = Welcome(
+            name=name,
+            version=config.version,
+            heartbeat_s=config.heartbeat_s,
+            dead_after_s=config.dead_after_s,
+            clock=max(0.0, now + self._wall_offset_s),
+        )
+        effects += [Tell(peer, welcome), Say(introduce(device), name)]
+        skew_s = hello.clock - welcome.clock
+        if abs(skew_s) > config.clock_skew_s:
+            text = f"its clock is {skew_s:+.0f} s off the head's; log times will not compare"
+            effects.append(Say(text, name, "warning"))
+        if self.phase is not Phase.GATHERING:
+            device.about = "came when the layers were covered; takes over when a device is lost"
+            effects += [Tell(peer, Standby(why=device.about)), Say(f"spare: {device.about}", name)]
+        return [*effects, *self._try_to_cover(now)]
+
+    def _ready(self, device: Device, message: StageReady, now: float) -> list[Effect]:
+        have, needed = message.model_hash, self.config.model.model_hash
+        if have != needed:
+            cause = f"loaded model {have[:12]}, needed {needed[:12]}"
+            return self._lose(device, cause, now, tell=True)
+        device.ready = message
+        stages = self._stages()
+        if self.phase is not Phase.PREPARING or not all(d.ready for d in stages):
+            return []
+        members = [
+            Member(
+                d.rank,
+                d.place,
+                d.ready.addresses,
+                d.ready.kv_rows,
+                d.report.link.slower_bytes_per_s,
+            )
+            for d in stages
+            if d.ready is not None and d.place is not None
+        ]
+        return [Engage(self.epoch, members)]
+
+    def _trouble(self, device: Device, message: Trouble, now: float) -> list[Effect]:
+        """A stage cannot go on: by its own fault, or because it cannot reach another."""
+        if message.lost < 0:
+            recent = [at for at in self._strikes.get(device.name, ()) if now - at < STRIKES_S]
+            self._strikes[device.name] = [*recent, now]
+            final = len(recent) + 1 >= MAX_STRIKES
+            return self._lose(device, message.cause, now, tell=True, final=final)
+        if not device.rank:
+            return []  # the epoch is over: connections break as the others leave it
+        cause = f"{message.cause} (seen by {device.name})"
+        for other in self._stages():
+            if other.rank == message.lost:
+                return self._lose(other, cause, now, tell=True)
+        # It cannot reach the head's data sockets, though its control messages come.
+        return self._lose(device, cause, now, tell=True)
+
+    def _lose(
+        self,
+        device: Device,
+        cause: str,
+        now: float,
+        *,
+        tell: bool = False,
+        final: bool = False,
+        in_order: bool = False,
+    ) -> list[Effect]:
+        """A device is gone. With `tell` it is there but of no use: unless `final` it may return."""
+        del self.devices[device.name]
+        self.gone[device.name] = cause
+        while len(self.gone) > MAX_GONE:
+            del self.gone[next(iter(self.gone))]
+        effects: list[Effect] = [Say(cause, device.name, "warning")]
+        if tell:
+            effects.append(Tell(device.peer, Refuse(why=cause, retry=not final)))
+        if device.rank:
+            error = ClusterError(f"stage {device.rank} on {device.name}", cause)
+            effects += self._halt(error, now, in_order=in_order)
+        return [*effects, *self._try_to_cover(now)]
+
+    def _halt(self, error: ClusterError, now: float, *, in_order: bool) -> list[Effect]:
+        if self.phase is Phase.GATHERING:
+            return []
+        effects: list[Effect] = [
+            Tell(device.peer, Release(epoch=self.epoch)) for device in self._stages()
+        ]
+        for device in self.devices.values():
+            device.rank, device.ready, device.progress = 0, None, None
+        if self.phase is Phase.SERVING and self.uncovered_since is not None and not in_order:
+            self.num_attempts += 1
+        self.phase = Phase.GATHERING
+        if self.uncovered_since is None:
+            self.uncovered_since = now
+        if self.lost_at is None:
+            self.lost_at = now
+        return [*effects, Halt(self.epoch, error, in_order)]
+
+    def _stages(self) -> list[Device]:
+        """Devices of the current epoch by rank."""
+        return sorted((d for d in self.devices.values() if d.rank), key=lambda d: d.rank)
+
+    def _is_stalled(self, device: Device, now: float) -> bool:
+        loading = self.phase is Phase.PREPARING and device.rank and device.ready is None
+        return bool(loading) and now - device.progress_at > self.config.stall_s
+
+    def _try_to_cover(self, now: float) -> list[Effect]:
+        """Begin an epoch if the devices can hold all layers, and it is time."""
+        if self.phase is not Phase.GATHERING or not self.devices:
+            return []
+        kept = patched(self.places, self.devices, self.planner, self.config.model)
+        if kept is not None:
+            return self._begin(kept, now)
+        if self._waits(now):
+            return []
+        reports = {name: device.report for name, device in self.devices.items()}
+        try:
+            held = as_held(self.devices, self.planner, self.config.model)
+            placement = held or self.planner.place(reports, spares=self.config.spares)
+        except DoesNotFitError as error:
+            return self._say_once(f"waiting for more devices: {error}")
+        return self._begin(placement, now)
+
+    def _waits(self, now: float) -> bool:
+        """Whether more devices may come soon, so that it is too early to plan."""
+        config = self.config
+        if self.places and self.lost_at is not None:
+            return now - self.lost_at < config.rejoin_wait_s
+        if config.devices:
+            enough = len(self.devices) >= config.devices + config.spares
+            return not enough and now - self.started_at < config.wait_for_devices_s
+        return now - self.joined_at < config.settle_s
+
+    def _try_to_improve(self, now: float) -> list[Effect]:
+        """Devices have come since the layers were given out: plan anew where that pays."""
+        chooses = self.planner.accepts(())  # else somebody has chosen the counts of layers
+        if now - self.joined_at < self.config.settle_s or not chooses:
+            return []
+        self._planned_at = now
+        reports = {name: device.report for name, device in self.devices.items()}
+        try:
+            placement = self.planner.place(reports, spares=self.config.spares)
+        except DoesNotFitError:  # what a device has free now may be less than what it holds
+            return []
+        before = self.planner.seconds_per_token(reports, self.places)
+        after = self.planner.seconds_per_token(reports, placement.places)
+        if before < WORTH_MOVING * after:
+            return self._stand_by(placement)
+        why = (
+            f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
+            f"{before * 1e3:.3g} ms as it is"
+        )
+        halt = self._halt(ClusterError("head", why), now, in_order=True)
+        return [Say(why), *halt, *self._begin(placement, now)]
+
+    def _begin(self, placement: Placement, now: float) -> list[Effect]:
+        self._planned_at = now
+        self.epoch += 1
+        self.phase, self.places, self._said = Phase.PREPARING, placement.places, ""
+        effects: list[Effect] = [Say(placement.about)] if placement.about else []
+        config = self.config
+        for rank, place in enumerate(placement.places, start=1):
+            device = self.devices[place.name]
+            device.rank, device.place, device.about = rank, place, ""
+            device.ready, device.progress, device.progress_at = None, None, now
+            assign = Assign(
+                epoch=self.epoch,
+                rank=rank,
+                num_stages=len(placement.places),
+                first_layer=place.first,
+                last_layer=place.last,
+                model=config.model,
+                manifest_sha256=config.manifest_sha256,
+                shards=config.shards,
+                kv_memory_mb=config.kv_memory_mb,
+                shape_stable=config.shape_stable,
+            )
+            effects.append(Tell(device.peer, assign))
+            effects.append(Say(f"gets layers {place.first} to {place.last - 1}", place.name))
+        return [*effects, *self._stand_by(placement)]
+
+    def _stand_by(self, placement: Placement) -> list[Effect]:
+        """Tell those that have nothing to do why, once."""
+        effects: list[Effect] = []
+        for name, why in placement.left_out.items():
+            device = self.devices.get(name)
+            if device is not None and not device.rank and device.about != why:
+                device.about = why
+                effects += [Tell(device.peer, Standby(why=why)), Say(why, name)]
+        return effects
+
+    def _check_given_up(self, now: float, *, idle: bool) -> list[Effect]:
+        since, limit = self.uncovered_since, self.config.give_up_s
+        if since is None or self.gave_up:
+            return []
+        if self.num_attempts >= MAX_ATTEMPTS:
+            cause = (
+                f"the layers have been covered {self.num_attempts} times, and each time a device "
+                "was lost before a token had crossed all of them"
+            )
+            until = "a token does"
+        elif self.phase is Phase.GATHERING and now - since >= limit:
+            cause, until = f"the layers have not been covered for {limit:.0f} s", "they are"
+        else:
+            return []
+        self.gave_up = True
+        cause = f"{cause}; {self.missing()}"
+        level = "info" if idle else "error"  # nobody has lost anything where nobody asked
+        say = Say(f"{cause}; requests are refused until {until}", level=level)
+        return [GiveUp(ClusterError("head", cause)), say]
+
+    def missing(self) -> str:
+        """Why the cluster does not serve now, in one line."""
+        if self.phase is Phase.PREPARING:
+            late = [d.name for d in self._stages() if d.ready is None]
+            return f"layers are being loaded by {', '.join(late)}" if late else "starting"
+        lost = "; ".join(f"{name}: {why}" for name, why in list(self.gone.items())[-4:])
+        return self._said or (f"lost {lost}" if lost else "waiting for devices to join")
+
+    def _say_once(self, text: str) -> list[Effect]:
+        if text == self._said:
+            return []
+        self._said = text
+        return [Say(text, level="warning")]

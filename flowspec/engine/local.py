@@ -1,0 +1,482 @@
+"""LocalCluster: the head in this process, one process per stage beside it, a transport between."""
+
+import contextlib
+import logging
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from flowspec.cluster.controller.stage_statistics import settled
+from flowspec.config import DecodeConfig, RunConfig
+from flowspec.cost_model.emulation import Emulation, read_emulation
+from flowspec.engine.build import HeadParts, build_head
+from flowspec.head.answers import Answers
+from flowspec.head.head import Head
+from flowspec.protocol.codec import WireError
+from flowspec.protocol.messages import (
+    Cancel,
+    Failed,
+    Finished,
+    Ping,
+    Ready,
+    Resume,
+    Status,
+    Stop,
+    Submit,
+    Suspend,
+    Tokens,
+)
+from flowspec.request import (
+    ClusterError,
+    Completion,
+    FinishReason,
+    Request,
+    error_of,
+    rank_name,
+)
+from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.recorder import OFF, open_trace, trace_path
+from flowspec.runtime.watchdog import Silence, Step
+from flowspec.speculation.strategies import StrategySpec
+from flowspec.system import signals
+from flowspec.system.open_files import check_open_files
+from flowspec.transport.base import LOST, LostPeer, Transport
+from flowspec.transport.by_name import local_transport, rank_device
+from flowspec.transport.emulated import EmulatedTransport
+
+
+class Child(Protocol):
+    """The process of a stage, as far as its head has a say in it; see subprocess.Popen."""
+
+    @property
+    def pid(self) -> object:
+        """What names it in errors."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def kill(self) -> None:
+        """End it."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Until it has ended."""
+
+
+ROUNDS = 8  # the quickest one counts
+ANSWER_TIMEOUT_S = 0.2
+
+
+def ping_clocks(driver: Driver, head: Head, ranks: Iterable[int]) -> None:
+    """Exchange a few pings with each stage, one at a time; does nothing where no trace is made."""
+    if driver.trace is OFF:
+        return
+    for rank in ranks:
+        for _ in range(ROUNDS):
+            sent_at, ping = time.monotonic(), Ping(rank=0)
+            driver.transport.send(rank, ping)
+            driver.trace.sent(sent_at, rank, ping)
+            while head.heard_at.get(rank, 0.0) < sent_at:
+                if time.monotonic() > sent_at + ANSWER_TIMEOUT_S:
+                    return  # it hangs or computes; what is known of the clocks must do
+                driver.turn(ANSWER_TIMEOUT_S / 4)
+
+
+COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
+
+
+class StageTotals:
+    """Adds to a stage's status what the processes before its present one had counted."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, Status] = {}  # of each stage's present process
+        self._ended: dict[int, Status] = {}  # sums over those before it
+
+    def of(self, statuses: Mapping[int, Status]) -> dict[int, Status]:
+        """`statuses` with the counts of all processes; they are remembered for `lose`."""
+        self._newest.update(statuses)
+        return {rank: self._sum(rank, status) for rank, status in statuses.items()}
+
+    def lose(self, ranks: Iterable[int]) -> None:
+        """These stages' processes have ended; the next ones begin at 0."""
+        for rank in ranks:
+            if (last := self._newest.pop(rank, None)) is not None:
+                self._ended[rank] = self._sum(rank, last)
+
+    def _sum(self, rank: int, status: Status) -> Status:
+        ended = self._ended.get(rank)
+        if ended is None:
+            return status
+        sums = {name: getattr(ended, name) + getattr(status, name) for name in COUNTED}
+        return replace(status, **sums)
+
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
+SLOW_DISK_BYTES_PER_S = 50e6
+POLL_S = 0.2
+LOOK_EVERY_S = 0.05  # at the stage processes: each look is a system call per stage
+STOP_TIMEOUT_S = 2.0
+EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
+LOG_TAIL_LINES = 8
+OWN_FILES, FILES_PER_STAGE = 32, 4  # that the head has open: 20 and 2 were seen
+
+
+class LocalCluster:
+    """Start with `with`; leaving ends every process, whatever happened inside.
+
+    With `trace_folder` every process records there what it does (flowspec/runtime/recorder.py).
+    With `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
+    restarted, up to `config.max_restarts` times in all, and requests go on from their accepted
+    tokens; not in a traced run, whose records would have a hole.
+    """
+
+    def __init__(
+        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+    ) -> None:
+        self.config = config
+        self.trace_folder = trace_folder
+        self.parts = parts
+        self.num_stages = len(parts.manifest.layers)
+        self.emulation = _emulation(config, self.num_stages)
+        self.head = build_head(config, parts)
+        if self.emulation is not None:
+            self.head.pipe.link_row_ms = self.emulation.link_row_ms
+        self.children: dict[int, Child] = {}
+        self.kv_rows: dict[int, int] = {}  # what each stage can hold
+        self.restarts: list[str] = []  # why, each time
+        self._totals = StageTotals()
+        can_restart = config.transport == "zmq" and trace_folder is None
+        self.max_restarts = config.max_restarts if can_restart else 0
+        self.head.resumes = self.max_restarts > 0
+        check_open_files(OWN_FILES + FILES_PER_STAGE * self.num_stages)
+        self._hold = signals.Hold()  # until `close` has ended the processes
+        # mkdtemp makes it for this user alone: who may enter may speak to the cluster
+        self.folder = tempfile.mkdtemp(prefix="flowspec-")
+        try:
+            self.transport = self._make_transport()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._hold.release()
+            raise
+        trace = open_trace(self._trace_file(0), 0)
+        self.driver = Driver(self.head, self.transport, self.num_stages, trace, pace=self.emulation)
+        self._silence = Silence(config.timeout_s)
+
+    def __enter__(self) -> "LocalCluster":
+        try:
+            for rank in range(1, self.num_stages + 1):
+                self.children[rank] = self._spawn(rank)
+            self._await_ready(set(self.children))
+            ping_clocks(self.driver, self.head, self.children)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                ping_clocks(self.driver, self.head, self.children)
+        finally:
+            self.close()
+        if error is None:
+            signals.check()
+
+    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
+        """See Cluster.configure."""
+        self.head.configure(spec, config)
+
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+        """See Cluster.serve."""
+        answers = Answers(self.head, requests)
+        try:
+            for request in requests:
+                self.driver.inject(Submit(request=request))
+            self.driver.last_progress = time.monotonic()
+            yield from self._events(answers, alone=len(requests) == 1)
+        except WireError as error:
+            raise ClusterError("head", str(error), answers.tokens) from error
+        except ClusterError as error:
+            error = self._explain(error)
+            raise ClusterError(error.where, error.cause, answers.tokens) from error
+        except GeneratorExit:
+            if answers.open:  # the caller has turned away: do not go on without it
+                for left in answers.open:
+                    self.cancel(left)
+                self._await_closed()
+            raise
+
+    def _events(self, answers: Answers, *, alone: bool) -> Iterator[Tokens | Completion]:
+        driver, looked_at = self.driver, 0.0
+        while True:
+            signals.check()
+            while driver.to_client:
+                message = driver.to_client.popleft()
+                if alone and isinstance(message, Finished) and message.request in answers.open:
+                    self._raise_failure(message)
+                event = answers.take(message)
+                if event is None:
+                    continue
+                is_last = not answers.open and isinstance(event, Completion)
+                if is_last and event.tokens and self.head.outage is None:
+                    self._await_closed()
+                yield event
+                if not answers.open:
+                    return
+            try:
+                driver.turn(POLL_S)
+                if time.monotonic() - looked_at > LOOK_EVERY_S:
+                    self._check_children()
+                    self._check_progress()
+                    looked_at = time.monotonic()
+                if self.head.outage is not None:
+                    where, _, cause = self.head.outage.partition(": ")
+                    raise ClusterError(where, cause)
+            except ClusterError as error:
+                self._recover(self._explain(error))
+
+    def _recover(self, error: ClusterError) -> None:
+        """Restart what is lost and let the requests go on; raises `error` where that is over."""
+        driver = self.driver
+        ready = False
+        while not ready:
+            if len(self.restarts) >= self.max_restarts:
+                raise error
+            self.statuses()  # the last word of those that are lost
+            driver.inject(Suspend(cause=str(error), blames=True))
+            if not self.head.admission.waiting:
+                return  # every request has ended with it; a next one finds the stage lost
+            self.restarts.append(str(error))
+            logger.warning("%s; restarting it, answers go on", str(error).splitlines()[0])
+            lost = self._lost_ranks(error)
+            self._totals.lose(lost)
+            try:
+                for rank in lost:
+                    self.children[rank].kill()
+                    self.children[rank].wait(timeout=STOP_TIMEOUT_S)
+                    self.children[rank] = self._spawn(rank)
+                self._await_ready(lost)
+                ready = True
+            except ClusterError as again:
+                error = self._explain(again)
+        rows = min((rows for rows in self.kv_rows.values() if rows), default=0)
+        driver.inject(Resume(num_stages=self.num_stages, kv_rows=rows))
+        driver.last_progress = time.monotonic()
+
+    def _lost_ranks(self, error: ClusterError) -> set[int]:
+        """The stages that have ended, at once or soon, and those that the error names."""
+        named = {int(rank) for rank in re.findall(r"\bstage (\d+)", error.where)}
+        named &= set(self.children)
+        _await_exit([self.children[rank] for rank in named], EXIT_TIMEOUT_S)
+        return named | {rank for rank, child in self.children.items() if child.poll() is not None}
+
+    def cancel(self, request: int) -> None:
+        """See Cluster.cancel."""
+        self.driver.inject(Cancel(request=request))
+
+    def statuses(self) -> dict[int, Status]:
+        """See Cluster.statuses; what a stage did before it was restarted counts too."""
+        return self._totals.of(self.head.statuses)
+
+    def close(self) -> None:
+        """End every process: by message, then by SIGTERM, then by SIGKILL. Safe to call twice."""
+        try:
+            running = [rank for rank, child in self.children.items() if child.poll() is None]
+            for rank in running:
+                with contextlib.suppress(ClusterError):  # some may be gone: go on to the others
+                    self.transport.send(rank, Stop())
+            _await_exit(self.children.values(), STOP_TIMEOUT_S if running else 0.0)
+        finally:
+            for child in self.children.values():
+                child.terminate()
+            _await_exit(self.children.values(), 1.0)
+            for child in self.children.values():
+                child.kill()
+                child.wait(timeout=STOP_TIMEOUT_S)
+            self.transport.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.driver.trace.close()
+            self._hold.release()
+
+    def _make_transport(self) -> Transport:
+        device = rank_device(self.config.transport, self.config.device, 0)
+        kind, stages = self.config.transport, self.num_stages
+        inner = local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
+        if self.emulation is None:
+            return inner
+        return EmulatedTransport(inner, 0, self.emulation.link)
+
+    def _spawn(self, rank: int) -> Child:
+        config = self.config
+        command = [
+            *(sys.executable, "-m", "flowspec", "stage"),
+            *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
+            *("--rank", str(rank), "--num-stages", str(self.num_stages)),
+            *("--device", rank_device(config.transport, config.device, rank)),
+            *("--dtype", config.dtype, "--transport", config.transport),
+            *("--threads", str(config.threads_per_process)),
+            *("--kv-memory-mb", str(config.kv_memory_mb)),
+        ]
+        if config.emulate:
+            command += ["--emulate", config.emulate]
+            command += ["--emulate-slowdown", str(config.emulate_slowdown)]
+        if config.shape_stable:
+            command.append("--shape-stable")
+        command += ["--epoch", str(self.head.pipe.epoch)]
+        if self.trace_folder is not None:
+            command += ["--trace-file", str(self._trace_file(rank))]
+        with self._log_path(rank).open("wb") as log:
+            # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
+            # pipe on stdin tells a stage when the head is gone without a word.
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _await_ready(self, ranks: set[int]) -> None:
+        """Until each of these stages has loaded the right model."""
+        ready: set[int] = set()
+        size = sum(file.bytes for file in self.parts.manifest.files.values())
+        timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
+        end = time.monotonic() + timeout_s
+        while not ready >= ranks:
+            signals.check()
+            for message in self._receive():
+                match message:
+                    case Ready() if message.model == self.parts.manifest.model_hash:
+                        ready.add(message.stage)
+                        self.kv_rows[message.stage] = message.kv_rows
+                        self.head.admission.limit_rows(message.kv_rows)
+                    case Ready():
+                        raise ClusterError(rank_name(message.stage), "has loaded another split")
+                    case Failed() if message.epoch == self.head.pipe.epoch:
+                        raise ClusterError(rank_name(message.stage), message.text)
+            self._check_children()
+            if time.monotonic() > end:
+                late = min(ranks - ready)
+                raise ClusterError(
+                    rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
+                )
+
+    def _await_closed(self) -> None:
+        """Until the stages have freed the request and told their totals, a second at most."""
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            if settled(self.head) is not None:
+                return
+            self.driver.turn(0.05)
+
+    def _check_children(self) -> None:
+        for rank, child in self.children.items():
+            code = child.poll()
+            if code is None:
+                continue
+            self._hear_last_words()
+            how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+            raise ClusterError(
+                f"{rank_name(rank)} (process {child.pid})",
+                f"ended by {how}{self._log(rank)}",
+            )
+
+    def _receive(self) -> Iterable[object]:
+        try:
+            return self.transport.receive(POLL_S)
+        except LostPeer as error:
+            raise self._explain(error) from error
+
+    def _explain(self, error: ClusterError) -> ClusterError:
+        """How the process ended, where all that is known is that its connection broke."""
+        lost = [child for rank, child in self.children.items() if rank_name(rank) == error.where]
+        if lost and error.cause.startswith(LOST):
+            _await_exit(lost, EXIT_TIMEOUT_S)
+            try:
+                self._check_children()
+            except ClusterError as known:
+                return known
+        return error
+
+    def _hear_last_words(self) -> None:
+        """A stage that fails in order says why before it ends."""
+        with contextlib.suppress(LostPeer):  # that it is gone is known
+            for message in self.transport.receive(POLL_S):
+                if isinstance(message, Failed) and message.epoch == self.head.pipe.epoch:
+                    raise ClusterError(rank_name(message.stage), message.text)
+
+    def _check_progress(self) -> None:
+        """No answer about the request for half the timeout: ask all; who stays silent hangs."""
+        now, moved_at, limit = time.monotonic(), self.driver.last_progress, self.config.timeout_s
+        step, silent = self._silence.step(
+            now, moved_at=moved_at, ranks=self.children, heard_at=self.head.heard_at
+        )
+        where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
+        match step:
+            case Step.ASK:
+                for rank in self.children:
+                    self.transport.send(rank, Ping(rank=0))
+                    self.driver.trace.sent(now, rank, Ping(rank=0))
+            case Step.WARN:
+                end = "it is restarted" if len(self.restarts) < self.max_restarts else "giving up"
+                seconds = now - moved_at
+                logger.warning(
+                    "no answer from %s for %.0f s; %s after %.0f s", where, seconds, end, limit
+                )
+            case Step.GIVE_UP if silent:
+                raise ClusterError(where, f"no answer for {limit / 2:.1f} s: it hangs")
+            case Step.GIVE_UP:
+                seconds = now - moved_at
+                raise ClusterError(
+                    "head", f"nothing has moved for {seconds:.0f} s; all stages answer"
+                )
+
+    def _raise_failure(self, event: Finished) -> None:
+        if event.reason is FinishReason.ERROR:
+            error = error_of(event.error)
+            if isinstance(error, ClusterError):
+                raise error
+
+    def _trace_file(self, rank: int) -> Path | None:
+        return trace_path(self.trace_folder, rank) if self.trace_folder else None
+
+    def _log_path(self, rank: int) -> Path:
+        return Path(self.folder) / f"stage_{rank}.log"
+
+    def _log(self, rank: int) -> str:
+        """The end of a stage's own output, to follow an error."""
+        try:
+            lines = self._log_path(rank).read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
+
+
+def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
+    if not config.emulate:
+        return None
+    emulation = read_emulation(
+        config.emulate, drafter=config.drafter, slowdown=config.emulate_slowdown
+    )
+    emulation.check_stages(num_stages)
+    return emulation
+
+
+def _await_exit(children: Iterable[Child], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while any(child.poll() is None for child in children) and time.monotonic() < end:
+        time.sleep(0.02)

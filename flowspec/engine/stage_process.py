@@ -1,0 +1,124 @@
+"""A stage process: loads its layers, then serves until told to stop or its parent is gone."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flowspec.cluster.device.memory import kv_rows, peak_bytes
+from flowspec.cost_model.emulation import read_emulation
+from flowspec.engine.build import build_stage
+from flowspec.protocol.messages import HEAD, Failed, Ready
+from flowspec.request import ClusterError, cause_of, rank_name
+from flowspec.runtime.event_loop import Driver, Pace
+from flowspec.runtime.recorder import open_trace
+from flowspec.transport.base import Transport
+from flowspec.transport.by_name import local_transport
+from flowspec.transport.emulated import EmulatedTransport
+
+IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What a stage process is started with."""
+
+    split_folder: Path
+    socket_folder: str
+    rank: int
+    num_stages: int
+    transport: str = "zmq"
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    shape_stable: bool = False
+    kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
+    emulate: str = ""  # CLUSTER:MODEL whose pace to keep
+    emulate_slowdown: float = 1.0
+    trace_file: Path | None = None  # where to record what this process does
+    epoch: int = 0  # of the pipeline that this stage joins
+
+
+def run_worker(config: WorkerConfig) -> int:
+    """Serve as stage `rank` of a local cluster; returns the exit code."""
+    _end_with_parent()
+    transport = local_transport(
+        config.transport,
+        config.rank,
+        num_stages=config.num_stages,
+        folder=config.socket_folder,
+        device=config.device,
+    )
+    if not config.emulate:
+        return serve(config, transport)
+    emulation = read_emulation(config.emulate, drafter="none", slowdown=config.emulate_slowdown)
+    return serve(config, EmulatedTransport(transport, config.rank, emulation.link), emulation)
+
+
+def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) -> int:
+    """Load, serve until told to stop, return the exit code. The head learns of every failure."""
+    torch.set_num_threads(config.threads)
+    trace = open_trace(config.trace_file, config.rank)
+    epoch, stage = config.epoch, None
+    try:
+        stage, model_hash = build_stage(
+            config.split_folder,
+            config.rank,
+            device=config.device,
+            dtype=config.dtype,
+            shape_stable=config.shape_stable,
+        )
+        stage.epoch = epoch
+        stage.kv_rows = kv_rows(
+            stage.model, memory_mb=config.kv_memory_mb, num_sharing=config.num_stages
+        )
+        stage.peak_memory_bytes = peak_bytes
+        ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
+        transport.send(HEAD, ready)
+        driver = Driver(stage, transport, config.num_stages, trace, pace=pace)
+        while not driver.stopped:
+            driver.turn(IDLE_WAIT_S)
+    except ClusterError as error:
+        _report_lost(config, transport, error, stage.epoch if stage else epoch)
+        return 1
+    except Exception as error:
+        # The head must hear of it whatever it was; the traceback is for this process's log.
+        traceback.print_exc()
+        text, epoch = cause_of(error), stage.epoch if stage else epoch
+        transport.send(HEAD, Failed(epoch=epoch, stage=config.rank, request=0, text=text))
+        return 1
+    finally:
+        trace.close()
+        transport.close()
+    return 0
+
+
+def _report_lost(
+    config: WorkerConfig, transport: Transport, error: ClusterError, epoch: int
+) -> None:
+    """Tell the head which rank this stage has lost, as a failure of that rank."""
+    for rank in range(1, config.num_stages + 1):
+        if rank_name(rank) == error.where:
+            text = f"{error.cause} (seen by stage {config.rank})"
+            transport.send(HEAD, Failed(epoch=epoch, stage=rank, request=0, text=text))
+
+
+def _end_with_parent() -> None:
+    """Die with the process that holds the other end of stdin, also in the middle of a forward."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

@@ -1,0 +1,174 @@
+"""A cluster whose processes torchrun has started: rank 0 is the head, every other one a stage.
+
+All run the same command. The head prepares the split and tells the stages where they all meet.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from flowspec.config import RunConfig, override
+from flowspec.engine.build import HeadParts
+from flowspec.engine.launch import Launch
+from flowspec.engine.local import EXIT_TIMEOUT_S, Child, LocalCluster
+from flowspec.engine.stage_process import WorkerConfig, serve
+from flowspec.request import ClusterError, rank_name
+from flowspec.runtime.recorder import trace_path
+from flowspec.system import signals
+from flowspec.transport.base import LostPeer, Transport
+from flowspec.transport.by_name import rank_device
+from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_by_torchrun, tell
+from flowspec.transport.torch_link import Meeting
+from flowspec.weights.split_plan import parse_layers
+
+PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
+START_TIMEOUT_S = 120.0
+HEAR_S = 1.0  # torch waits in C, where no signal is noticed
+_SPLIT, _TRACES = "split", "traces"
+
+
+def own_device(config: RunConfig, launch: Launch) -> str:
+    """What this process computes on."""
+    return rank_device(config.transport, config.device, launch.local_rank)
+
+
+def _meet(config: RunConfig, launch: Launch) -> Meeting:
+    """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
+    gpu = own_device(config, launch) if config.transport == "nccl" else ""
+    return meet_by_torchrun(gpu=gpu)
+
+
+def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
+    """The run that torchrun's processes make. Raises ValueError where the two contradict."""
+    have = f"torchrun started {launch.num_stages + 1} processes"
+    if launch.num_stages < 1:
+        raise ValueError(f"{have}; a head and one stage are 2: --nproc_per_node 2 or more")
+    if config.transport == "zmq":
+        raise ValueError(f"{have}, which talk by torch.distributed: add --transport gloo or nccl")
+    asked = len(parse_layers(config.layers)) if config.layers else config.stages
+    if asked not in (None, launch.num_stages):
+        raise ValueError(
+            f"{have}: a head and {launch.num_stages} stages, not {asked}; leave the number of "
+            f"stages out or start {asked + 1} processes"
+        )
+    return override(config, {"stages": launch.num_stages}, where="torchrun")
+
+
+def serve_rank(config: RunConfig, launch: Launch) -> int:
+    """Be a stage until the head says stop or is lost; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the head ends the stages
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    meeting = _meet(config, launch)
+    tell(meeting, str(launch.rank), f"{os.getpid()} on {socket.gethostname()}")
+    folder = hear(meeting, _SPLIT, PREPARE_TIMEOUT_S)
+    traces = hear(meeting, _TRACES, PREPARE_TIMEOUT_S)
+    if folder is None or traces is None:
+        return 1
+    # on another machine than the head's there is no such folder, and nobody to collect from it
+    trace_file = trace_path(Path(traces), launch.rank) if traces and Path(traces).is_dir() else None
+    stage = WorkerConfig(
+        split_folder=Path(folder),
+        socket_folder="",
+        rank=launch.rank,
+        num_stages=launch.num_stages,
+        transport=config.transport,
+        device=own_device(config, launch),
+        dtype=config.dtype,
+        threads=config.threads_per_process,
+        shape_stable=config.shape_stable,
+        kv_memory_mb=config.kv_memory_mb,
+        trace_file=trace_file,
+    )
+    return serve(stage, TorchDistTransport(launch.rank, launch.num_stages, meeting))
+
+
+@dataclass(slots=True)
+class Elsewhere:
+    """A stage that somebody else started and ends; its connection says whether it is there."""
+
+    pid: str
+    is_lost: Callable[[], bool]
+    stopping: bool = field(default=False)
+
+    def poll(self) -> int | None:
+        """See Child; before the end, whoever uses the connection hears that it broke."""
+        return 0 if self.stopping and self.is_lost() else None
+
+    def terminate(self) -> None:
+        """See Child; not ours to do."""
+
+    kill = terminate
+
+    def wait(self, timeout: float | None = None) -> int:
+        """See Child; not ours to wait for."""
+        del timeout
+        return 0
+
+
+class TorchrunCluster(LocalCluster):
+    """The head's side."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        parts: HeadParts,
+        trace_folder: Path | None = None,
+        *,
+        launch: Launch,
+    ) -> None:
+        self.meeting = _meet(config, launch)
+        tell(self.meeting, _SPLIT, str(parts.folder))
+        tell(self.meeting, _TRACES, str(trace_folder or ""))
+        super().__init__(config, parts, trace_folder)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ended = kind is not None and issubclass(kind, signals.Ended)
+        lost = self._find_lost() if ended else None
+        super().__exit__(kind, error, trace)
+        if lost is not None:
+            raise lost
+
+    def _find_lost(self) -> LostPeer | None:
+        end = time.monotonic() + EXIT_TIMEOUT_S
+        try:
+            while time.monotonic() < end:
+                self.transport.receive(0.1)
+        except LostPeer as lost:
+            return lost
+        return None
+
+    def _explain(self, error: ClusterError) -> ClusterError:
+        return error  # how the process ended is torchrun's to know
+
+    def close(self) -> None:
+        """Tell the stages to stop and wait a little for them to go. Safe to call twice."""
+        for child in self.children.values():
+            assert isinstance(child, Elsewhere)
+            child.stopping = True
+        super().close()
+
+    def _make_transport(self) -> Transport:
+        return TorchDistTransport(0, self.num_stages, self.meeting)
+
+    def _spawn(self, rank: int) -> Child:
+        process, end = None, time.monotonic() + START_TIMEOUT_S
+        while process is None and time.monotonic() < end:
+            signals.check()
+            process = hear(self.meeting, str(rank), HEAR_S)
+        if process is None:
+            raise ClusterError(rank_name(rank), f"not there after {START_TIMEOUT_S:.0f} s")
+        transport = self.transport
+        assert isinstance(transport, TorchDistTransport)
+        return Elsewhere(process, lambda: transport.has_lost(rank))

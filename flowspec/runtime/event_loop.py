@@ -1,0 +1,208 @@
+"""Driver: runs one core over a transport and the wall clock. The other driver is the simulator."""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from flowspec.protocol.messages import CLIENT, EVERY_STAGE, HEAD, Message, Status, Stop
+from flowspec.protocol.sequencing import Lanes
+from flowspec.runtime.core import Core, Send, Work
+from flowspec.runtime.recorder import OFF, Trace
+from flowspec.transport.base import Transport
+from flowspec.transport.emulated import EmulatedTransport
+
+MOST_BEHIND_S = 0.02  # a process wakes late by less; one that is too slow for its model stays late
+
+
+class Pace(Protocol):
+    """How long things take on an emulated device, in seconds; whatever is faster waits."""
+
+    def work(self, rank: int, work: Work) -> float:
+        """A computation."""
+
+    def host(self, rank: int, message: Message) -> float:
+        """A message taken in, or a slot sent."""
+
+
+@dataclass(slots=True)
+class _Beside:
+    """Work that runs in a thread of its own."""
+
+    work: Work
+    start: float
+    end: Future[float]
+    due: float | None  # modelled end, on an emulated device
+
+
+class Driver:
+    """One core on its device, or with a `pace` on one that it emulates. Times in seconds."""
+
+    def __init__(
+        self,
+        core: Core,
+        transport: Transport,
+        num_stages: int,
+        trace: Trace = OFF,
+        *,
+        pace: Pace | None = None,
+    ) -> None:
+        self.core = core
+        self.pace = pace
+        self.trace = trace
+        self.transport = transport
+        self.lanes = Lanes(core.rank)
+        self.to_client: deque[Message] = deque()
+        self.stopped = False
+        self.last_progress = time.monotonic()  # of anything but statuses; work here counts
+        # Modelled end of what this device did last, or when the message came that it waited for;
+        # None once it rests. What the real one takes beyond the model is made up for, up to
+        # MOST_BEHIND_S, as long as there is something to do.
+        self._paced_until: float | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._beside: _Beside | None = None
+        self._waited = False  # the last turn ended with messages
+        self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
+        self._follow_pace()
+
+    def go_on(self, transport: Transport, num_stages: int) -> None:
+        """Over another network, to other stages; what runs and what the client gets goes on."""
+        self.transport = transport
+        self.lanes = Lanes(self.core.rank)
+        self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
+        self._follow_pace()
+
+    def _follow_pace(self) -> None:
+        """Emulated lines take messages when the emulated device has them ready."""
+        self._line = self.transport if isinstance(self.transport, EmulatedTransport) else None
+        if self._line is not None:
+            self._line.handed_at = lambda: self._begin(time.monotonic())
+
+    def inject(self, message: Message) -> None:
+        """A message from this process itself (the head's client)."""
+        now = time.monotonic()
+        self._paced_until = None  # nobody turned since the last request
+        self.trace.received(now, message)
+        self._send(self.core.handle(message, now))
+
+    def turn(self, timeout_s: float) -> None:
+        """Serve what has come, then do one thing; wait for messages only when there is nothing."""
+        if not self._waited:  # else that was done just now
+            self._serve(0.0)
+        self._waited = False
+        self._take_finished()
+        start = time.monotonic()
+        step = self.core.poll(start)
+        if step is None:
+            self.trace.rest()
+            self._serve(timeout_s)
+            self._waited = timeout_s > 0.0
+            return
+        if self.pace is not None and step.work is None and step.sends:
+            self._keep_pace(start, self.pace.host(self.core.rank, step.sends[0].message))
+        self._send(step.sends)
+        work = step.work
+        if work is None:
+            return
+        # an emulated device takes its time over it all the same
+        if work.beside and not (work.done and self.pace is None):
+            self._run_beside(work)
+            return
+        began = start = time.monotonic()
+        work.run()
+        if self.pace is not None:
+            began = self._keep_pace(start, self.pace.work(self.core.rank, work))
+        now = self.last_progress = time.monotonic()
+        self.trace.worked(start, now, work)
+        self._send(work.finish(now, now - began))
+
+    def _run_beside(self, work: Work) -> None:
+        if self._thread is None:
+            num_threads = (torch.get_num_threads(),)  # torch keeps it per thread
+            self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
+        start, due = time.monotonic(), None
+        if self.pace is not None:
+            due = self._begin(start) + self.pace.work(self.core.rank, work)
+
+        def run() -> float:
+            work.run()
+            if due is not None:
+                _sleep_until(due)
+            return time.monotonic()
+
+        self._beside = _Beside(work, start, self._thread.submit(run), due)
+        self._beside.end.add_done_callback(lambda _: self.transport.wake())
+
+    def _take_finished(self) -> None:
+        """What ran beside has ended: what follows from it; an exception there is one here."""
+        beside = self._beside
+        if beside is None or not beside.end.done():
+            return
+        self._beside = None
+        end = beside.end.result()
+        if beside.due is not None:  # what follows from it begins then, whoever was slow to wake
+            self._paced_until = max(self._paced_until or 0.0, beside.due)
+        self.last_progress = max(self.last_progress, end)  # it may have ended before an outage
+        self.trace.worked(beside.start, end, beside.work)
+        self._send(beside.work.finish(time.monotonic(), end - beside.start))
+
+    def _serve(self, timeout_s: float) -> None:
+        start = time.monotonic()
+        messages = self.transport.receive(timeout_s)
+        if timeout_s:
+            self._paced_until = None
+            if self._beside is None:
+                self.trace.waited(start, time.monotonic())
+        if messages and self._line is not None:  # none of them was here before it came
+            self._paced_until = max(self._paced_until or 0.0, self._line.came_at)
+        for arrived in messages:
+            now = time.monotonic()
+            self.trace.received(now, arrived)
+            if not isinstance(arrived, Status):
+                self.last_progress = now
+            message = self.lanes.take(arrived)
+            if isinstance(message, Stop):
+                self.stopped = True
+            if message is not None and message is not arrived and self.core.rank != HEAD:
+                self._send([Send(HEAD, message)])  # a gap is the head's to deal with
+            elif message is not None:
+                sends = self.core.handle(message, now)
+                if self.pace is not None:
+                    self._keep_pace(now, self.pace.host(self.core.rank, message))
+                self._send(sends)
+
+    def _keep_pace(self, start: float, seconds: float) -> float:
+        """Wait until what begins now has taken `seconds`; returns when the model began it."""
+        start = self._begin(start)
+        self._paced_until = start + seconds
+        _sleep_until(self._paced_until)
+        return start
+
+    def _begin(self, now: float) -> float:
+        """When the emulated device begins with what its process begins with now."""
+        if self._paced_until is None:
+            return now
+        return max(self._paced_until, now - MOST_BEHIND_S)
+
+    def _send(self, sends: Sequence[Send]) -> None:
+        for send in sends:  # the client's first: what is over is over, whatever a stage takes
+            if send.to == CLIENT:
+                self.trace.sent(time.monotonic(), CLIENT, send.message)
+                self.to_client.append(send.message)
+        for send in sends:
+            if send.to == CLIENT:
+                continue
+            for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
+                now = time.monotonic()
+                message = self.lanes.number(rank, send.message)
+                self.transport.send(rank, message)  # type: ignore[arg-type]
+                self.trace.sent(now, rank, send.message)
+
+
+def _sleep_until(when: float) -> None:
+    if (left := when - time.monotonic()) > 0:
+        time.sleep(left)

@@ -1,0 +1,73 @@
+"""Coupled sampling: the target's next token as a pure function of logits, seed and position.
+
+token_i = argmax(log p_i + g_i) with g_i Gumbel noise from (seed, i) alone is an exact sample of p_i
+(the Gumbel-max trick), whatever the tree, the schedule or the device (arXiv 2408.07978). Greedy is
+its limit at temperature 0. The drafter may use the same noise: it then ranks children by
+log q + g, which only changes how often it is right. Shapes: n rows, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowspec.request import SamplingParams
+from flowspec.speculation.processors.filters import warp
+
+
+@lru_cache(maxsize=256)
+def gumbel_noise(seed: int, position: int, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise [V] in fp32 for the token at absolute `position`; the same everywhere.
+
+    Philox is counter-based (Salmon et al., SC 2011): key = seed, counter = position.
+    """
+    counter = np.array([0, position, 0, 0], dtype=np.uint64)  # word 0 counts within the position
+    bits = np.random.Philox(key=seed, counter=counter)
+    # (0, 1), both ends excluded, from the upper 52 bits: one more and the last would round to 1
+    uniform = ((bits.random_raw(vocab_size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
+
+
+def noise_rows(seed: int, positions: Sequence[int], vocab_size: int) -> Tensor:
+    """Gumbel noise [n, V] of the tokens at `positions`."""
+    return torch.stack([gumbel_noise(seed, position, vocab_size) for position in positions])
+
+
+def choose(logits: Tensor, positions: Sequence[int], sampling: SamplingParams) -> list[int]:
+    """The target's tokens at `positions` [n] from logits [n, V]; row k decides positions[k]."""
+    if sampling.temperature == 0.0:
+        return logits.argmax(-1).tolist()
+    noise = noise_rows(sampling.seed, positions, logits.shape[-1]).to(logits.device)
+    return (warp(logits, sampling) + noise).argmax(-1).tolist()
+
+
+def draft_scores(
+    logits: Tensor,
+    positions: Sequence[int],
+    sampling: SamplingParams,
+    *,
+    coupled: bool,
+    target_ids: Tensor | None = None,
+) -> Tensor:
+    """The drafter's log-probabilities [n, V] that its tokens at `positions` are the target's.
+
+    Uncoupled: log q at the request's temperature, as published (at temperature 0: log softmax).
+    Coupled: log softmax(logits + T g): where the drafter's logits are right up to Gumbel-like
+    errors, the chance that the token wins the target's own argmax with the same noise. A drafter
+    with a vocabulary of its own says which tokens of the target its V columns are: `target_ids`
+    [V], on the CPU.
+    """
+    logits = logits.float()
+    temperature = sampling.temperature
+    if temperature == 0.0:
+        return logits.log_softmax(-1)
+    if not coupled:
+        return (logits / temperature).log_softmax(-1)
+    size = logits.shape[-1] if target_ids is None else int(target_ids.max()) + 1
+    noise = noise_rows(sampling.seed, positions, size)
+    if target_ids is not None:
+        noise = noise[:, target_ids]
+    kept = torch.where(warp(logits, sampling).isinf(), float("-inf"), logits)
+    return (kept + temperature * noise.to(logits.device)).log_softmax(-1)

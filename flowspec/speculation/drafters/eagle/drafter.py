@@ -1,0 +1,29 @@
+"""EAGLE-1/2 drafter (arXiv 2401.15077, 2406.16858), over the target's last feature and lm_head."""
+
+import torch
+from torch import Tensor
+
+from flowspec.model.llama import Attend, Rope
+from flowspec.model.stage_model import FINAL_NORM
+from flowspec.speculation.drafters.eagle.network import EagleNet
+from flowspec.speculation.drafters.hidden_states import FeatureDrafter
+
+
+class EagleDrafter(FeatureDrafter):
+    """An EAGLE head with the target's lm_head [V, H]."""
+
+    name = "eagle"
+    feature_layers: tuple[int, ...] = (FINAL_NORM,)
+
+    def __init__(self, net: EagleNet, lm_head: Tensor) -> None:
+        super().__init__(net.config, device=lm_head.device, dtype=lm_head.dtype)
+        self.net = net
+        self.lm_head = lm_head
+
+    def rows(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """See FeatureDrafter."""
+        return self.net(tokens, features, rope, attend)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """See IncrementalDrafter."""
+        return torch.nn.functional.linear(states, self.lm_head)

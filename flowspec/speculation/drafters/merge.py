@@ -1,0 +1,195 @@
+"""Grafts: long branches from the text so far, free, on any drafter's tree.
+
+The model drafter proposes as ever. Where it has spoken, the n-gram session's word on the same node
+is merged into its proposal; where it has not, `graft` adds branches without a forward: below a root
+whose features are still on their way, and deeper than the drafter has come. The drafter can expand
+a grafted node once it has proposed its parent's children (`Node.expandable`); its own word then
+replaces the graft's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from heapq import heapify, heappop, heappush
+from math import exp, log
+
+from torch import Tensor
+
+from flowspec.request import NodeId
+from flowspec.runtime.failures import attempt
+from flowspec.speculation.drafters.base import (
+    Drafter,
+    DraftJob,
+    DraftSession,
+    Opening,
+    Proposal,
+    Proposed,
+)
+from flowspec.speculation.drafters.ngram.drafter import NgramDrafter, NgramSession
+from flowspec.speculation.tree import DraftTree, Node
+
+# Sources of a child besides the drafter's own name: each is calibrated by itself.
+GRAFT = "graft"  # the text's, where the drafter has not spoken
+AGREED = "agreed"  # proposed by both
+OUTSIDER = "outsider"  # the text's, and none of the drafter's best
+
+WIDTH = 3  # children grafted per node: the text rarely knows more that are worth a row
+MAX_DEPTH = 16  # tokens below the root; repeated text would go on for ever
+MAX_GRAFTED = 48  # rows per graft
+LEAST_SCORE = 0.02  # path probability of a grafted node; less would crowd out the drafter's own
+LEAST_LEFT = 1e-4  # probability that a drafter leaves to tokens it has not named
+
+
+class GraftedDrafter:
+    """`base` with branches from the text."""
+
+    def __init__(self, base: Drafter) -> None:
+        self.base = base
+        self.name = base.name
+        self.feature_layers = base.feature_layers
+        self.ngram = NgramDrafter()
+
+    def open(self, opening: Opening) -> "GraftedSession":
+        """See Drafter.open."""
+        before = opening.reuse
+        if isinstance(before, GraftedSession):
+            opening = replace(opening, reuse=before.base)
+        return GraftedSession(self.base.open(opening), self.ngram.open(opening), self.name)
+
+    def begin(self, jobs: Sequence[DraftJob]) -> "GraftedDraft":
+        """See Drafter.begin."""
+        return GraftedDraft(self.base, jobs)
+
+
+class GraftedDraft:
+    """The base drafter's forward, its proposals merged with the text's word; see Draft."""
+
+    def __init__(self, base: Drafter, jobs: Sequence[DraftJob]) -> None:
+        self._parts: list[tuple[GraftedSession, DraftTree]] = []
+        inner = []
+        for job in jobs:
+            assert isinstance(job.session, GraftedSession), "a session of another drafter"
+            self._parts.append((job.session, job.tree))
+            inner.append(replace(job, session=job.session.base))
+        self._base = base.begin(inner)
+        self.looked_up = self._base.looked_up
+
+    def run(self) -> None:
+        """See Draft."""
+        self._base.run()
+
+    def finish(self) -> list[Proposed]:
+        """See Draft."""
+        return [
+            own if isinstance(own, Exception) else attempt(partial(_merge_all, session, tree, own))
+            for (session, tree), own in zip(self._parts, self._base.finish(), strict=True)
+        ]
+
+
+def _merge_all(
+    session: "GraftedSession", tree: DraftTree, proposals: Sequence[Proposal]
+) -> list[Proposal]:
+    return [session.merged(proposal, tree) for proposal in proposals]
+
+
+class GraftedSession:
+    """The base drafter's session and the n-gram session of the same request."""
+
+    def __init__(self, base: DraftSession, ngram: NgramSession, name: str) -> None:
+        self.base, self.ngram, self.name = base, ngram, name
+        self._asked: set[NodeId] = set()  # nodes that the text, as it is now, was asked about
+
+    @property
+    def num_rows_ready(self) -> int:
+        """The base drafter's: the text is taken in on the way."""
+        return self.base.num_rows_ready
+
+    @property
+    def num_reusable(self) -> int:
+        """The base drafter's."""
+        return self.base.num_reusable
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See DraftSession.accept."""
+        self.base.accept(tokens)
+        self.ngram.accept(tokens)
+        self._asked.clear()
+
+    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+        """See DraftSession.accept_features."""
+        self.base.accept_features(layer, features)
+
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """The base drafter's."""
+        return self.base.num_rows(tree, nodes)
+
+    def absorb(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.absorb."""
+        proposal = self.base.absorb(tree)
+        return None if proposal is None else self.merged(proposal, tree)
+
+    def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
+        """See DraftSession.expand."""
+        return [self.merged(proposal, tree) for proposal in self.base.expand(nodes, tree)]
+
+    def merged(self, proposal: Proposal, tree: DraftTree) -> Proposal:
+        """The drafter's proposal with the text's word on the same node.
+
+        Of a text that has ended before the tree's root (its last verdict went beyond) there is
+        none.
+        """
+        if proposal.node not in tree or self.ngram.num_tokens != tree.root.position + 1:
+            return proposal
+        return merge(proposal, self.ngram.propose(tree[proposal.node], tree), self.name)
+
+    def graft(
+        self,
+        tree: DraftTree,
+        grow: Callable[[Proposal], Sequence[Node]],
+        *,
+        most: int,
+        min_score: float,
+    ) -> None:
+        """Offer up to `most` branch nodes to `grow`, below the most probable nodes first.
+
+        None has a path probability below `min_score`. `grow` adds the children it wants to the
+        tree and returns them.
+        """
+        deepest, left = tree.root.position + MAX_DEPTH, min(most, MAX_GRAFTED)
+        least = log(max(min_score, LEAST_SCORE))
+        heap = [(-n.score, n.id) for n in tree.nodes.values() if self._open(n, least)]
+        heapify(heap)
+        while heap and left > 0:
+            node = tree[heappop(heap)[1]]
+            self._asked.add(node.id)
+            children = self.ngram.propose(node, tree).children[: min(WIDTH, left)]
+            children = tuple(c for c in children if node.score + c[1] >= least)
+            if not children or node.position >= deepest:
+                continue
+            for new in grow(Proposal(node.id, children, (GRAFT,) * len(children))):
+                left -= 1
+                if self._open(new, least):
+                    heappush(heap, (-new.score, new.id))
+
+    def _open(self, node: Node, least: float) -> bool:
+        return not node.expanded and node.score >= least and node.id not in self._asked
+
+
+def merge(own: Proposal, text: Proposal, name: str) -> Proposal:
+    """Both words on one node, best first, each child with its source.
+
+    A child that both name keeps the higher of its two probabilities. One that only the text names
+    gets its share of what the drafter has left for all it has not named.
+    """
+    probable = dict(own.children)
+    left = log(max(LEAST_LEFT, 1.0 - sum(exp(p) for p in probable.values())))
+    sources = dict.fromkeys(probable, name)
+    for token, logprob in text.children:
+        if token in probable:
+            probable[token] = max(probable[token], logprob)
+            sources[token] = AGREED
+        else:
+            probable[token] = logprob + left
+            sources[token] = OUTSIDER
+    best_first = sorted(probable.items(), key=lambda child: -child[1])
+    return Proposal(own.node, tuple(best_first), tuple(sources[t] for t, _ in best_first))

@@ -1,0 +1,158 @@
+"""Forward: one run of a stage's layers over the rows of one or several requests."""
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowspec.model.attention_metadata import RequestRows, run_batch, run_logits
+from flowspec.model.stage_model import StageModel
+from flowspec.protocol.messages import Segment
+from flowspec.request import check_token_ids
+from flowspec.runtime.failures import attempt
+from flowspec.speculation.acceptance.gumbel_coupled import choose
+from flowspec.stage.stage_request_state import StageRequest
+
+
+@dataclass(slots=True)
+class Part:
+    """One request's share of what came down the pipe; without a state the request is over."""
+
+    state: StageRequest | None
+    segment: Segment
+
+
+@dataclass(slots=True)
+class Share:
+    """A part whose rows are really run, and what comes of them."""
+
+    segment: Segment
+    state: StageRequest
+    rows: RequestRows
+    inputs: Tensor  # tokens [n] or hidden states [n, H]
+    hidden: Tensor | None = None  # [n, H] for the next stage
+    features: Mapping[int, Tensor] = field(default_factory=dict)  # [n, H] by layer
+    choices: list[int] = field(default_factory=list)  # the target's tokens after the asked rows
+
+    @property
+    def num_asked(self) -> int:
+        """Of how many of its last rows the next token is asked for."""
+        if self.segment.prefix:
+            return 1 if self.segment.verify else 0
+        return len(self.segment.nodes)
+
+
+class Forward:
+    """Rows in, hidden states out; where `choose`, also the target's token after each row.
+
+    A request whose share cannot be computed is left out, and its exception is in `errors`.
+    """
+
+    def __init__(
+        self, model: StageModel, parts: Sequence[Part], *, choose: bool, shape_stable: bool
+    ) -> None:
+        self.model = model
+        self.parts = parts
+        self.num_rows = sum(len(part.segment.nodes) for part in parts)
+        self.shares: list[Share] = []
+        self.errors: dict[int, Exception] = {}  # by request: why its rows were not run
+        self._choose = choose
+        self._shape_stable = shape_stable
+
+    def run(self) -> None:
+        """Compute; everything that changes a request's state but the verdict happens here."""
+        for part in self.parts:
+            if part.state is None or not part.segment.nodes:
+                continue
+            share = attempt(partial(self._enter, part.state, part.segment))
+            if isinstance(share, Exception):
+                self.errors[part.segment.request] = share
+            else:
+                self.shares.append(share)
+        if not self.shares:
+            return
+        before = [share.state.cache.extent for share in self.shares]
+        error = attempt(partial(self._compute, self.shares))
+        if error is not None:
+            for share, extent in zip(self.shares, before, strict=True):
+                share.state.cache.cut_back(extent)
+            self._run_apart(error)
+
+    def _run_apart(self, error: Exception) -> None:
+        """The joint forward has failed: who fails by itself too is the cause."""
+        alone = len(self.shares) == 1
+        done = []
+        for share in self.shares:
+            failed = error if alone else attempt(partial(self._compute, [share]))
+            if failed is None:
+                done.append(share)
+            else:
+                self.errors[share.segment.request] = failed
+        self.shares = done
+
+    def observe(self, share: Share) -> None:
+        """Tell the request's verifier which tokens the target chose."""
+        verifier, segment, choices = share.state.verifier, share.segment, share.choices
+        if verifier is None or not choices:
+            return
+        if segment.prefix:
+            verifier.begin(segment.nodes[-1], choices[-1])
+        else:
+            verifier.observe(segment.nodes, segment.parents, segment.tokens, choices)
+
+    def outgoing(self, elapsed_ms: float, failed: Container[int]) -> list[Part]:
+        """The parts as they leave: with their hidden states, emptied where the request `failed`."""
+        hidden = {share.segment.request: share.hidden for share in self.shares}
+        parts = []
+        for part in self.parts:
+            segment = replace(part.segment, hidden=hidden.get(part.segment.request))
+            if segment.request in failed:
+                parts.append(Part(None, segment.select([])))
+            else:
+                parts.append(Part(part.state, segment))
+        first = parts[0].segment
+        if elapsed_ms > first.slowest_ms:
+            parts[0].segment = replace(first, slowest_rows=self.num_rows, slowest_ms=elapsed_ms)
+        return parts
+
+    def _enter(self, state: StageRequest, segment: Segment) -> Share:
+        """Give every row of one request its place. Raises where there is none for it."""
+        if segment.hidden is None:
+            vocab_size = self.model.config.vocab_size
+            check_token_ids(segment.tokens, vocab_size, of="a row")
+        state.cache.check_room(len(segment.nodes))
+        tokens = torch.tensor(segment.tokens, dtype=torch.int64)
+        inputs = tokens if segment.hidden is None else segment.hidden
+        positions, parents = state.enter(segment)
+        return Share(segment, state, RequestRows(state.cache, positions, parents), inputs)
+
+    def _compute(self, shares: Sequence[Share]) -> None:
+        """One forward over the rows of `shares`."""
+        layers = {layer for share in shares for layer in share.state.feature_layers}
+        rows = [share.rows for share in shares]
+        inputs = torch.cat([share.inputs for share in shares])
+        hidden, features = run_batch(self.model, rows, inputs, features=layers)
+        sizes = [len(share.rows.positions) for share in shares]
+        own_hidden = hidden.split(sizes)
+        own_features = {layer: whole.split(sizes) for layer, whole in features.items()}
+        if self._choose:
+            self._choose_tokens(shares, own_hidden)
+        elif hidden.is_cuda:
+            torch.cuda.synchronize(hidden.device)  # here, where its time is measured
+        for place, share in enumerate(shares):
+            share.hidden = None if self._choose else own_hidden[place]
+            share.features = {layer: pieces[place] for layer, pieces in own_features.items()}
+
+    def _choose_tokens(self, shares: Sequence[Share], hidden: Sequence[Tensor]) -> None:
+        """The target's token after each row; of a prompt only the last row matters."""
+        asked = [(share, own) for share, own in zip(shares, hidden, strict=True) if share.num_asked]
+        if not asked:
+            return
+        rows = torch.cat([own[-share.num_asked :] for share, own in asked])
+        logits = run_logits(self.model, rows, shape_stable=self._shape_stable)
+        counts = [share.num_asked for share, _ in asked]
+        for (share, _), own in zip(asked, logits.split(counts), strict=True):
+            positions = [position + 1 for position in share.rows.positions[-share.num_asked :]]
+            share.choices = choose(own, positions, share.state.opened.sampling)

@@ -1,0 +1,379 @@
+"""Stage: a filter. Rows come in, rows go out; a `Reroot` says which of them are dead.
+
+A sans-IO core (see runtime/core.py). It knows nothing of the head's tree or strategy. Rows of
+several requests may come as one batch and then run in one forward. Rows of dead or unknown parents
+are dropped just before it; an emptied segment still travels on, so that the head's counts stay
+right. The last stage also holds the verifiers and makes the verdicts.
+
+What fails in the work for one request ends that request here, and the head is told
+(runtime/failures.py).
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowspec.model.attention_metadata import STABLE_ROWS
+from flowspec.model.kv_cache import TreeKVCache
+from flowspec.model.stage_model import StageModel
+from flowspec.protocol.messages import (
+    EVERY_STAGE,
+    HEAD,
+    Abandon,
+    Batch,
+    Close,
+    Exit,
+    Failed,
+    Features,
+    Message,
+    Open,
+    Ping,
+    Reroot,
+    Segment,
+    Started,
+    Status,
+    epoch_of,
+    segments_of,
+    together,
+)
+from flowspec.request import LONGEST_CONTEXT, NodeId, cause_of
+from flowspec.runtime.core import Send, Step, Work
+from flowspec.runtime.failures import Failures
+from flowspec.stage.executor import Forward, Part, Share
+from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.verifier import Verifier
+
+MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more is a broken peer
+MAX_TREE_ROWS = 4096  # of one request, beside its context
+STATUS_INTERVAL_S = 0.25
+
+
+class Stage:
+    """Rank 1..num_stages of the pipeline; `model` holds its layers.
+
+    `kv_rows`, if set, is what all requests' caches together may take, in rows; 0: no limit.
+    A stage that takes the place of a lost one begins with the head's `epoch`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        num_stages: int,
+        model: StageModel,
+        *,
+        shape_stable: bool = False,
+        epoch: int = 0,
+    ) -> None:
+        self.rank = rank
+        self.num_stages = num_stages
+        self.model = model
+        self.shape_stable = shape_stable
+        self.epoch = epoch  # what is older concerns a pipeline that is no more
+        self.kv_rows = 0
+        self.requests: dict[int, StageRequest] = {}  # kept ones included
+        self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
+        self.queue: deque[Open | Segment | Batch | Close] = deque()
+        self.busy_s = 0.0
+        self.num_segments = 0
+        self.num_rows_run = 0
+        self.num_rows_pruned = 0
+        self.num_closes = 0  # of this epoch
+        self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process; its driver knows
+        self._status_due = 0.0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether verdicts are made here."""
+        return self.rank == self.num_stages
+
+    @property
+    def next_rank(self) -> int:
+        """Where rows go from here, unless this is the last stage."""
+        return self.rank + 1
+
+    @property
+    def kv_rows_used(self) -> int:
+        """Rows of all caches held now."""
+        return sum(state.opened.capacity for state in self.requests.values())
+
+    def handle(self, message: Message, now: float) -> Sequence[Send]:
+        """Verdicts act at once; what came down the pipe waits for its turn."""
+        if not self._is_current(message):
+            return ()
+        sends = self._take_in(message, now)
+        return [*sends, *self._tell_failed()] if self.failures else sends
+
+    def _take_in(self, message: Message, now: float) -> Sequence[Send]:
+        match message:
+            case Reroot():
+                return self._reroot(message)
+            case Abandon():
+                self.requests.pop(message.request, None)
+            case Ping():
+                return [self._status(now)]
+            case Open() | Segment() | Batch() | Close():
+                if len(self.queue) >= MAX_QUEUED:
+                    return self._fail(0, f"{MAX_QUEUED} segments are waiting already")
+                self.queue.append(message)
+        return ()
+
+    def _is_current(self, message: Message) -> bool:
+        """Whether it is of this epoch; the first of a newer one ends all requests of the old."""
+        epoch = epoch_of(message)
+        if epoch is not None and epoch > self.epoch:
+            self.epoch, self.num_closes = epoch, 0
+            self.requests.clear()
+            self.queue.clear()
+        return epoch in (None, self.epoch)
+
+    def poll(self, now: float) -> Step | None:
+        """The next message from the pipe."""
+        if not self.queue:
+            return None
+        step = self._next_step(self.queue.popleft(), now)
+        if not self.failures:
+            return step
+        return replace(step, sends=[*step.sends, *self._tell_failed()])
+
+    def _next_step(self, message: Open | Segment | Batch | Close, now: float) -> Step:
+        match message:
+            case Open():
+                return Step(sends=self._open(message))
+            case Close():
+                return Step(sends=[*self._close(message), self._status(now)])
+            case Segment() | Batch():
+                return self._forward(segments_of(message))
+
+    def _open(self, message: Open) -> Sequence[Send]:
+        with self.failures.of(message.request):
+            return self._begin(message)
+        return ()
+
+    def _begin(self, message: Open) -> Sequence[Send]:
+        assert message.request not in self.requests, f"request {message.request} is already open"
+        before = self.requests.get(message.reuse)  # its own Close frees it
+        error = self._refusal(message, before)
+        if error:
+            return self._fail(message.request, error)
+        layers = self.model.owned_features(message.feature_layers)
+        state = StageRequest(
+            opened=message,
+            cache=self._new_cache(message, before),
+            feature_layers=layers,
+            features={layer: [] for layer in layers},
+            verifier=Verifier() if self.is_last else None,
+        )
+        if message.num_shared:
+            state.tip, state.tip_position = NodeId(message.num_shared - 1), message.num_shared - 1
+        self.requests[message.request] = state
+        return self._pass_on(message)
+
+    def _new_cache(self, message: Open, before: StageRequest | None) -> TreeKVCache:
+        capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
+        context = message.context if self.shape_stable else None
+        if before is None:
+            return self.model.new_cache(capacity, stable_context=context)
+        return before.cache.resized(
+            capacity, prefix_length=message.num_shared, stable_context=context
+        )
+
+    def _refusal(self, message: Open, before: StageRequest | None) -> str:
+        """Why this request cannot have the cache it asks for; checked before memory is taken."""
+        # How long a request may be, its head decides; whether there is memory is checked below.
+        asked = f"a context of {message.context} was asked for"
+        if message.context > LONGEST_CONTEXT:
+            return f"{asked}, needed: at most {LONGEST_CONTEXT}"
+        if message.capacity > message.context + MAX_TREE_ROWS:
+            return (
+                f"a cache of {message.capacity} rows was asked for, a context of "
+                f"{message.context} needs at most {message.context + MAX_TREE_ROWS}"
+            )
+        if self.kv_rows and self.kv_rows_used + message.capacity > self.kv_rows:
+            return (
+                f"a cache of {message.capacity} rows was asked for, "
+                f"{self.kv_rows - self.kv_rows_used} of {self.kv_rows} are free"
+            )
+        have = before.cache.prefix_length if before is not None else 0
+        if message.num_shared > have:
+            return (
+                f"{message.num_shared} rows of request {message.reuse} were to be used again, "
+                f"{have} are here"
+            )
+        return ""
+
+    def _close(self, message: Close) -> list[Send]:
+        """Free the request, or keep what is committed of it."""
+        self.num_closes += 1
+        sends: list[Send] = []
+        if not message.keep:
+            self.requests.pop(message.request, None)
+        elif message.verdict is not None:
+            sends += self._reroot(message.verdict)
+        return [*sends, *self._pass_on(message)]
+
+    def _pass_on(self, message: Open | Close) -> list[Send]:
+        return [] if self.is_last else [Send(self.next_rank, message)]
+
+    def _forward(self, segments: Sequence[Segment]) -> Step:
+        """Drop the dead rows, run the living ones, hand them on."""
+        sends: list[Send] = []
+        if self.rank == 1:
+            first = segments[0]
+            started = Started(epoch=self.epoch, request=first.request, seq_no=first.seq_no)
+            sends.append(Send(HEAD, started))
+        parts = []
+        for segment in segments:
+            if segment.verdict is not None:  # control may be late; rows must not pile up
+                sends += self._reroot(segment.verdict)
+            parts.append(self._admit(segment))
+        forward = Forward(self.model, parts, choose=self.is_last, shape_stable=self.shape_stable)
+        if not forward.num_rows:
+            return Step(sends=[*sends, *self._hand_on(parts)])
+        work = Work(
+            kind="verify" if self.is_last else "forward",
+            rows=forward.num_rows,
+            context=max(p.state.tip_position + 1 for p in parts if p.state and p.segment.nodes),
+            run=forward.run,
+            finish=lambda now, elapsed: self._finish(forward, now, elapsed),
+            about={"segments": [part.segment for part in parts if part.segment.nodes]},
+        )
+        return Step(sends=sends, work=work)
+
+    def _finish(self, forward: Forward, now: float, elapsed: float) -> Sequence[Send]:
+        """What follows: rows on, features of prompt rows, and on the last stage the verdicts."""
+        self.busy_s += elapsed
+        self.num_segments += 1
+        self.num_rows_run += sum(len(share.rows.positions) for share in forward.shares)
+        sends: list[Send] = []
+        for request, error in forward.errors.items():
+            self.failures.add(error, request)
+        for share in forward.shares:
+            with self.failures.of(share.segment.request):
+                sends += self._keep_features(share)
+                forward.observe(share)
+        sends += self._hand_on(forward.outgoing(elapsed * 1e3, self.failures))
+        if now >= self._status_due:
+            sends.append(self._status(now))
+        return [*sends, *self._tell_failed()]
+
+    def _keep_features(self, share: Share) -> list[Send]:
+        """Prompt rows are true: their features leave now; others wait for their verdict."""
+        segment, sends = share.segment, []
+        for layer in share.state.feature_layers:
+            own = share.features[layer]
+            if segment.prefix:
+                sends.append(self._features(segment.request, layer, segment.nodes, own))
+            else:
+                share.state.features[layer].extend(own)
+        return sends
+
+    def _admit(self, segment: Segment) -> Part:
+        """The segment with the rows that are alive here."""
+        alive: Sequence[int] = ()
+        state = self.requests.get(segment.request)
+        with self.failures.of(segment.request):
+            if state is not None:
+                alive = range(len(segment.nodes)) if segment.prefix else state.admit(segment)
+        state = self.requests.get(segment.request)  # none, if that has failed
+        self.num_rows_pruned += len(segment.nodes) - len(alive)
+        segment = segment.select(alive)
+        if not segment.nodes:
+            segment = replace(segment, hidden=None)
+        return Part(state, segment)
+
+    def _hand_on(self, parts: Sequence[Part]) -> list[Send]:
+        """After this stage: on to the next, or out of the pipe with the verdicts that are due."""
+        if not self.is_last:
+            return [Send(self.next_rank, together([part.segment for part in parts]))]
+        sends: list[Send] = []
+        for part in parts:
+            if part.state is not None:
+                with self.failures.of(part.segment.request):
+                    sends += self._verdict(part.state, part.segment)
+        first = parts[0].segment
+        left = Exit(
+            epoch=self.epoch,
+            request=first.request,
+            seq_no=first.seq_no,
+            rows=sum(len(part.segment.nodes) for part in parts),
+            slowest_rows=first.slowest_rows,
+            slowest_ms=first.slowest_ms,
+        )
+        return [*sends, Send(HEAD, left)]
+
+    def _verdict(self, state: StageRequest, segment: Segment) -> list[Send]:
+        assert state.verifier is not None
+        is_prompt_end = segment.prefix and segment.verify and segment.nodes
+        if not segment.verify or not (state.verifier.walk() or is_prompt_end):
+            return []
+        position = state.tip_position + 1
+        if not segment.prefix:
+            position = state.positions[state.rows[state.verifier.tip]] + 1
+        verdict = Reroot(
+            epoch=self.epoch,
+            request=segment.request,
+            position=position,
+            parent=state.verifier.tip,
+            token=state.verifier.next_token,
+        )
+        to_head = Send(HEAD, verdict)
+        return [to_head, *self._reroot(verdict), Send(EVERY_STAGE, verdict)]
+
+    def _reroot(self, verdict: Reroot) -> list[Send]:
+        """Apply a verdict; a late or doubled one changes nothing. Returns the features it freed."""
+        state = self.requests.get(verdict.request)
+        if state is None or verdict.position <= state.verdict_position:
+            return []
+        with self.failures.of(verdict.request):
+            return self._commit(state, verdict)
+        return []
+
+    def _commit(self, state: StageRequest, verdict: Reroot) -> list[Send]:
+        features = state.features
+        nodes_before, rows_before = state.nodes, state.rows
+        path = state.reroot(verdict)
+        path_nodes = [nodes_before[row] for row in path]
+        sends = []
+        for layer in state.feature_layers:
+            rows = features[layer]
+            if path:
+                hidden = torch.stack([rows[row] for row in path])
+                sends.append(self._features(verdict.request, layer, path_nodes, hidden))
+            features[layer] = [rows[rows_before[node]] for node in state.nodes]
+        return sends
+
+    def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
+        message = Features(
+            epoch=self.epoch, request=request, layer=layer, nodes=tuple(nodes), hidden=hidden
+        )
+        return Send(HEAD, message)
+
+    def _status(self, now: float) -> Send:
+        self._status_due = now + STATUS_INTERVAL_S
+        status = Status(
+            stage=self.rank,
+            busy_s=self.busy_s,
+            num_segments=self.num_segments,
+            num_rows_run=self.num_rows_run,
+            num_rows_pruned=self.num_rows_pruned,
+            num_requests=len(self.requests),
+            kv_rows_used=self.kv_rows_used,
+            peak_memory_bytes=self.peak_memory_bytes(),
+            num_closes=self.num_closes,
+        )
+        return Send(HEAD, status)
+
+    def _tell_failed(self) -> list[Send]:
+        """The requests that have failed here are forgotten already; the head ends them."""
+        return [
+            send
+            for request, error in self.failures.take().items()
+            for send in self._fail(request, cause_of(error))
+        ]
+
+    def _fail(self, request: int, text: str) -> list[Send]:
+        failed = Failed(epoch=self.epoch, stage=self.rank, request=request, text=text)
+        return [Send(HEAD, failed)]

@@ -1,0 +1,110 @@
+"""Files that are there whole or not at all, and a lock for processes that share a folder."""
+
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from flowspec.system import signals
+
+STALE_S = 3600.0  # an unfinished file that nobody has written to for so long is a dead process's
+STUCK_S = 1800.0  # the holder may check files for long, which nobody sees
+_POLL_S = 0.2
+_PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(rf"(?P<whole>.+?)(?P<process>\.\d+-[0-9a-f]{{8}})?\{_PARTIAL}")
+
+
+def partial_path(path: Path) -> Path:
+    """A name beside `path` for its unfinished content that no other process takes."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
+
+
+def whole_name(name: str) -> str:
+    """The name that an unfinished file would have got in the end; others are returned as given."""
+    match = _PARTIAL_NAME.fullmatch(name)
+    return match["whole"] if match else name
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file's path that becomes `path` at the end; an error removes it and leaves `path`.
+
+    What a kill leaves has a name that `whole_name` knows.
+    """
+    partial = partial_path(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:  # also on Ctrl-C
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text file so that it is there whole or not at all, even after a power cut."""
+    with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove unfinished files right in `folder` whose process was killed."""
+    for path in folder.glob(f"*{_PARTIAL}"):
+        match = _PARTIAL_NAME.fullmatch(path.name)
+        with suppress(OSError):  # another process may be at the same
+            if match and match["process"] and time.time() - path.stat().st_mtime > STALE_S:
+                path.unlink()
+
+
+@contextmanager
+def locked(
+    path: Path,
+    *,
+    doing: str,
+    say: Callable[[str], None] = lambda _: None,
+    progress: Callable[[], object] = lambda: None,
+    stuck_s: float = STUCK_S,
+) -> Iterator[None]:
+    """Hold the lock file `path`, which stays; one process at a time, a dead one lets go of it.
+
+    Where another process holds it, that is told once in the words of `doing`, and it is waited for
+    as long as `progress` changes. Raises TimeoutError where it has not for `stuck_s`.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is {doing}: waiting for it")
+        _await(lock, path, doing, progress, stuck_s)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _await(
+    lock: FileLock, path: Path, doing: str, progress: Callable[[], object], stuck_s: float
+) -> None:
+    seen, moved_at = progress(), time.monotonic()
+    while True:
+        try:
+            lock.acquire(timeout=_POLL_S)
+            return
+        except Timeout:
+            signals.check()
+            now, last = time.monotonic(), seen
+            seen = progress()
+            if seen != last:
+                moved_at = now
+            elif now - moved_at > stuck_s:
+                raise TimeoutError(
+                    f"another process holds {path} ({doing}) and has done nothing for "
+                    f"{stuck_s:.0f} s; end that process (`fuser {path}` names it), then try again"
+                ) from None

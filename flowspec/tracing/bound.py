@@ -1,0 +1,63 @@
+"""The time a recorded run could not beat: its own course without drafting, host or link latency.
+
+The same computations of the stages, the same messages and, on every process, the same order of
+both; but drafts take no time, nor does anything a program does between computations, and a message
+takes only what its bytes take on the slower of the two lines. Every process goes on as soon as what
+it did next has what it waited for: the earliest times of a max-plus system (Baccelli et al.,
+Synchronization and Linearity, 1992). None is later than in the run itself, whose own times fulfil
+the same conditions with longer delays. Times in seconds.
+"""
+
+from collections.abc import Callable
+from math import inf
+
+from flowspec.tracing.timeline import Note, Timeline, Work
+
+TransferTime = Callable[[int, int, int], float]  # of source, receiver and bytes
+DRAFT = "draft"
+_END, _RECEIVE, _SEND, _BEGIN = range(4)
+
+
+def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: TransferTime) -> float:
+    """From `start`, up to which all was as it was, to the head's last step until `end`.
+
+    `transfer_s` gives the seconds of a message's bytes on the way, without latency.
+    """
+    hops = {id(hop.received): hop for hop in timeline.hops}
+    done: dict[int, float] = {}  # of computations' begins and messages' departures, by id
+    now = dict.fromkeys(timeline.processes, start)
+    last = start
+    for when, kind, rank, what in _steps(timeline):
+        time = now[rank]
+        if isinstance(what, Work):
+            if kind == _END:
+                begun = done.get(id(what), time)  # one that takes no time ends first
+                time = max(time, begun + what.end - what.start)
+            done[id(what)] = time = time if when > start else when
+        else:
+            hop = hops.get(id(what)) if kind == _RECEIVE else None
+            if hop is not None and id(hop.sent) in done:  # else it took no time at all
+                on_the_way = transfer_s(hop.source, hop.to, hop.sent.size)
+                time = max(time, done[id(hop.sent)] + on_the_way)
+            done[id(what)] = time = time if when > start else when
+        now[rank] = time
+        if rank == 0 and start < when <= end:
+            last = time
+    return last - start
+
+
+def _steps(timeline: Timeline) -> list[tuple[float, int, int, Work | Note]]:
+    """What the processes did, in the order of time; drafts are left out.
+
+    At one time a process did what its records say in their order, and began to compute last.
+    """
+    steps: list[tuple[float, float, int, int, Work | Note]] = []
+    for rank, process in timeline.processes.items():
+        for work in process.works:
+            if work.kind != DRAFT:
+                steps.append((work.start, inf, _BEGIN, rank, work))
+                steps.append((work.end, work.order, _END, rank, work))
+        steps += [(note.when, note.order, _RECEIVE, rank, note) for note in process.received]
+        steps += [(note.when, note.order, _SEND, rank, note) for note in process.sent]
+    steps.sort(key=lambda step: step[:4])
+    return [(when, kind, rank, what) for when, _, kind, rank, what in steps]

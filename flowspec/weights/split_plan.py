@@ -1,0 +1,146 @@
+"""What a split will write: which tensors and texts go into which file of which stage's folder."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+
+from flowspec.model.architecture import DTYPES
+from flowspec.weights.checkpoint import (
+    EMBEDDING,
+    LM_HEAD,
+    TOKENIZER_FILES,
+    Checkpoint,
+    part_shapes,
+)
+from flowspec.weights.manifest import HEAD_FOLDER, WEIGHTS_NAME, stage_folder
+from flowspec.weights.tensor_files import ITEM_BYTES, StoredTensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputFile:
+    """One file to write: tensors (name there -> tensor here), or ready content."""
+
+    name: str
+    tensors: Mapping[str, StoredTensor]
+    content: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """All that a split will write; nothing has been written yet."""
+
+    checkpoint: Checkpoint
+    layers: tuple[int, ...]
+    dtype: str
+    files: tuple[OutputFile, ...]
+
+    def file_bytes(self, file: OutputFile) -> int:
+        """Size of the tensors (or content) of one file, its header left out."""
+        if not file.tensors:
+            return len(file.content)
+        return sum(
+            tensor.num_bytes // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[self.dtype]
+            for tensor in file.tensors.values()
+        )
+
+    @property
+    def total_bytes(self) -> int:
+        """What will be written, and what the progress adds up to."""
+        return sum(self.file_bytes(file) for file in self.files)
+
+
+def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage, as even as can be; the last stages, beside the lm_head, get the fewer.
+
+    Raises ValueError unless 1 <= num_stages <= num_layers.
+    """
+    if not 1 <= num_stages <= num_layers:
+        raise ValueError(
+            f"--stages {num_stages}: the model has {num_layers} layers, so 1 to {num_layers} "
+            "stages are possible"
+        )
+    each, rest = divmod(num_layers, num_stages)
+    return tuple(each + (k < rest) for k in range(num_stages))
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`8+8+8+8` as numbers; ValueError when it is anything else."""
+    parts = text.replace(" ", "").split("+")
+    good = (part.isascii() and part.isdigit() and len(part) < 7 and int(part) for part in parts)
+    if not all(good):
+        raise ValueError(
+            f"--layers {text[:80]!a}: write layer counts of 1 or more joined by +, as in 8+8+8+8"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def plan_split(
+    checkpoint: Checkpoint, *, layers: tuple[int, ...], dtype: str | None = None
+) -> SplitPlan:
+    """Decide what goes where; `dtype` None keeps the stored one.
+
+    Raises ValueError when `layers` does not add up to the model, or the dtype cannot be decided.
+    """
+    config = checkpoint.config
+    if sum(layers) != config.num_layers or any(count < 1 for count in layers):
+        raise ValueError(
+            f"--layers {'+'.join(map(str, layers))} adds up to {sum(layers)}, the model has "
+            f"{config.num_layers} layers and every stage needs at least one"
+        )
+    dtype = dtype or checkpoint.stored_dtype
+    if dtype is None:
+        found = sorted({tensor.dtype for tensor in checkpoint.tensors.values()})
+        raise ValueError(f"the checkpoint mixes {', '.join(found)}; choose one with --dtype")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype!r} is not supported: {', '.join(DTYPES)}")
+    files = (*_head_files(checkpoint, layers, dtype), *_stage_files(checkpoint, layers, dtype))
+    return SplitPlan(checkpoint=checkpoint, layers=layers, dtype=dtype, files=files)
+
+
+def _head_files(
+    checkpoint: Checkpoint, layers: tuple[int, ...], dtype: str
+) -> Iterator[OutputFile]:
+    names = [name for name in (EMBEDDING, LM_HEAD) if name in checkpoint.tensors]
+    tensors = {name: checkpoint.tensors[name] for name in names}
+    yield OutputFile(name=f"{HEAD_FOLDER}/{WEIGHTS_NAME}", tensors=tensors)
+    about = {"part": "head", "num_stages": len(layers)}
+    yield _config_file(checkpoint, HEAD_FOLDER, dtype, about)
+    for name in TOKENIZER_FILES:
+        path = checkpoint.folder / name
+        if path.exists():
+            yield OutputFile(name=f"{HEAD_FOLDER}/{name}", tensors={}, content=path.read_bytes())
+
+
+def _stage_files(
+    checkpoint: Checkpoint, layers: tuple[int, ...], dtype: str
+) -> Iterator[OutputFile]:
+    stored = checkpoint.tensors
+    for stage, end in enumerate(accumulate(layers), start=1):
+        first = end - layers[stage - 1]
+        names = part_shapes(checkpoint.config, first_layer=first, last_layer=end)
+        # A tied lm_head away from the embedding is a copy of it.
+        tensors = {name: stored.get(name) or stored[EMBEDDING] for name in names}
+        in_file_order = sorted(tensors, key=lambda n: (tensors[n].file, tensors[n].offset))
+        yield OutputFile(
+            name=f"{stage_folder(stage)}/{WEIGHTS_NAME}",
+            tensors={name: tensors[name] for name in in_file_order},
+        )
+        about = {
+            "part": "stage",
+            "stage": stage,
+            "num_stages": len(layers),
+            "first_layer": first,
+            "last_layer": end,
+        }
+        yield _config_file(checkpoint, stage_folder(stage), dtype, about)
+
+
+def _config_file(
+    checkpoint: Checkpoint, folder: str, dtype: str, about: Mapping[str, object]
+) -> OutputFile:
+    content = {**checkpoint.hf_config, "torch_dtype": dtype, "flowspec": about}
+    if "dtype" in content:
+        content["dtype"] = content.pop("torch_dtype")
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    return OutputFile(name=f"{folder}/config.json", tensors={}, content=text.encode())

@@ -1,0 +1,457 @@
+"""Membership as a state machine: joins, refusals, losses, spares, new plans; no sockets."""
+
+from dataclasses import replace
+
+import pytest
+
+from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
+from flowspec.cluster.membership.roster import GiveUp, Place, Placement, Resume, Say
+from flowspec.protocol.control import (
+    PROTOCOL_VERSION,
+    Addresses,
+    Assign,
+    Beat,
+    Bye,
+    Refuse,
+    Release,
+    Serve,
+    StageReady,
+    Standby,
+    Trouble,
+    Welcome,
+    WhoAreYou,
+)
+from flowspec.weights.split_plan import even_layers
+from tests.support.membership_world import (
+    CONFIG,
+    HEAD,
+    MODEL,
+    NUM_LAYERS,
+    OneLayerPerGigabyte,
+    World,
+)
+
+
+def test_layers_are_given_out_once_they_are_covered():
+    """One device is not enough; with the second both get layers, and each other's addresses."""
+    world = World()
+    a = world.join("a")
+    world.pass_time(3.0, a)
+    assert world.last(a, Assign) is None
+    assert "8 layers, 1 devices" in world.said()
+    b = world.join("b")
+    world.pass_time(1.5, a, b)
+    first, second = world.last(a, Assign), world.last(b, Assign)
+    assert [(x.rank, x.first_layer, x.last_layer) for x in (first, second)] == [
+        (1, 0, 4),
+        (2, 4, 8),
+    ]
+    world.load(a)
+    assert world.last(a, Serve) is None
+    world.load(b)
+    serve = world.last(a, Serve)
+    assert serve == world.last(b, Serve)
+    assert [x.control for x in serve.addresses] == [HEAD.control, "tcp://a/1:1", "tcp://b/2:1"]
+    assert isinstance(world.effects[-2], Resume)
+
+
+def test_it_waits_a_moment_for_further_devices():
+    """Devices that are started together are planned together."""
+    world = World(settle_s=2.0)
+    a = world.join("a", 8)
+    world.pass_time(1.0, a)
+    b = world.join("b", 8)
+    world.pass_time(1.0, a, b)
+    assert world.last(a, Assign) is None
+    world.pass_time(1.5, a, b)
+    assert world.last(a, Assign) is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"protocol": 99}, ("99", f"protocol {PROTOCOL_VERSION}")),
+        ({"version": "0.9"}, ("0.9", "1.0")),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"model_hash": "b" * 64})},
+            ("aaaaaaaaaaaa", "bbbbbbbbbbbb"),
+        ),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"stored_dtype": "float16"})},
+            ("float32", "float16"),
+        ),
+        (
+            {"pinned": True, "model": MODEL.model_copy(update={"quantization": "int4"})},
+            ("none", "int4"),
+        ),
+    ],
+)
+def test_who_does_not_fit_is_refused_with_both_values(fields, words):
+    """Protocol, package, model hash, dtype, quantization: what is here and what is there."""
+    world = World()
+    refusal = world.last(world.join("a", **fields), Refuse)
+    assert not refusal.retry
+    assert all(word in refusal.why for word in words)
+    assert not world.members.devices
+    assert "refused" in world.said()
+
+
+def test_an_offline_copy_serves_whatever_is_computed_in():
+    """The files are the same; the dtype of the run is the head's to choose."""
+    world = World()
+    stored = MODEL.model_copy(update={"dtype": "bfloat16"})
+    peer = world.join("a", pinned=True, model=stored)
+    assert world.last(peer, Welcome) is not None
+
+
+def test_two_devices_of_one_name_are_told_apart():
+    """Boards of one image have one host name."""
+    world = World()
+    peers = [world.join("orin") for _ in range(3)]
+    assert [world.last(peer, Welcome).name for peer in peers] == ["orin", "orin-2", "orin-3"]
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [("silence", "no heartbeat"), ("broken", "connection lost"), ("bye", "left: power off")],
+)
+def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
+    """However it goes, one ClusterError, and the others are released."""
+    world = World()
+    a, b = world.serving(4, 4)
+    if how == "silence":
+        world.pass_time(2.5, a)
+        assert not world.halts()
+        world.pass_time(1.0, a)
+    elif how == "broken":
+        world.apply(world.members.unreachable(b, world.now))
+    else:
+        world.say(b, Bye(why="power off"))
+    (halt,) = world.halts()
+    assert halt.error.where == "stage 2 on b"
+    assert cause in halt.error.cause
+    assert world.last(a, Release).epoch == halt.epoch
+    assert world.members.phase is Phase.GATHERING
+    assert cause in world.members.missing()
+
+
+def test_a_spare_takes_over_at_once_and_the_others_keep_their_layers():
+    """Nothing has to be planned or moved but what was lost."""
+    world = World()
+    a, b, c = world.serving(4, 4, 4)
+    assert world.last(c, Assign) is None
+    assert "spare" in world.last(c, Standby).why
+    before = world.last(a, Assign)
+    world.apply(world.members.unreachable(b, world.now))
+    after, taken = world.last(a, Assign), world.last(c, Assign)
+    assert (after.first_layer, after.last_layer) == (before.first_layer, before.last_layer)
+    assert (taken.rank, taken.first_layer, taken.last_layer) == (2, 4, 8)
+    assert after.epoch == before.epoch + 1
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+def test_a_late_device_is_a_spare_and_is_told_so():
+    """It must not disturb what runs."""
+    world = World()
+    world.serving(4, 4)
+    late = world.join("late")
+    assert "covered" in world.last(late, Standby).why
+    assert world.members.phase is Phase.SERVING
+
+
+class AsManyAsThereAre(OneLayerPerGigabyte):
+    """Spreads the layers over all devices."""
+
+    def place(self, reports, *, spares):
+        """Even layers over all of them, in order of their names."""
+        layers = even_layers(NUM_LAYERS, len(reports))
+        starts = [sum(layers[:k]) for k in range(len(layers))]
+        return Placement(
+            tuple(
+                Place(name, start, start + count)
+                for name, start, count in zip(sorted(reports), starts, layers, strict=True)
+            )
+        )
+
+    def accepts(self, places):
+        """Nobody has chosen."""
+        return True
+
+
+def test_devices_that_come_late_share_the_layers_once_nobody_waits_for_an_answer():
+    """One line per device, pasted one after the other: the first must not keep it all."""
+    world = World()
+    world.members.planner = AsManyAsThereAre()
+    a = world.join("a", 8)
+    world.pass_time(1.5, a)
+    world.load(a)
+    assert [place.last for place in world.members.places] == [8]
+    b = world.join("b", 8)
+    assert "takes over when a device is lost" in world.last(b, Standby).why
+    world.pass_time(3.0, a, b, idle=False)
+    assert world.members.epoch == 1, "an answer is under way"
+    world.pass_time(0.5, a, b)
+    assert [place.last for place in world.members.places] == [4, 8]
+    world.load(a, b)
+    assert world.members.phase is Phase.SERVING
+    world.pass_time(5.0, a, b)
+    assert world.members.epoch == 2, "planned once"
+
+
+def test_layers_do_not_move_for_little():
+    """Loading takes longer than a few percent will ever bring back."""
+    world = World()
+    world.members.planner = AsManyAsThereAre()
+    world.members.planner.seconds_per_token = lambda reports, places: 10.0 - 0.5 * len(places)
+    a = world.join("a", 8)
+    world.pass_time(1.5, a)
+    world.load(a)
+    b = world.join("b", 8)
+    world.pass_time(5.0, a, b)
+    assert world.members.epoch == 1
+
+
+def test_a_returning_device_takes_its_own_layers_back():
+    """Within the wait nobody else is asked; the other one's layers stay where they are."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(2.0, a)
+    again = world.join("b", model=MODEL, layers=(4, 8))
+    taken = world.last(again, Assign)
+    assert (taken.rank, taken.first_layer) == (2, 4)
+
+
+def test_without_a_return_the_rest_is_planned_anew():
+    """Once the wait is over; a device that was of no use before may be now."""
+    world = World()
+    a, b, c = world.serving(3, 3, 3)
+    world.apply(world.members.unreachable(a, world.now))
+    late = world.join("late", 2)  # too small for the hole, enough with the others' spare memory
+    world.pass_time(4.0, b, c, late)
+    assert world.members.phase is Phase.GATHERING
+    world.pass_time(2.0, b, c, late)
+    assert world.members.phase is Phase.PREPARING
+    assert [world.last(p, Assign).last_layer for p in (b, c, late)] == [3, 6, 8]
+
+
+def test_too_small_devices_are_told_in_numbers():
+    """They stay, for the memory may become free."""
+    world = World()
+    peers = world.serving(4, 4, 0)
+    assert "1 GB needed, 0 there" in world.last(peers[2], Standby).why
+
+
+def test_open_requests_end_when_nobody_comes():
+    """Once, with the reason; a later device still starts the cluster again."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(40.0, a)
+    ends = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert len(ends) == 1
+    assert "20 s" in ends[0].error.cause
+    c = world.join("c")
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+@pytest.mark.parametrize(("idle", "level"), [(True, "info"), (False, "error")])
+def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, level):
+    """Nothing is wrong with a head that nobody has joined yet."""
+    world = World(give_up_s=20.0)
+    world.pass_time(25.0, idle=idle)
+    (said,) = [e for e in world.effects if isinstance(e, Say) and "not been covered" in e.text]
+    assert said.level == level
+    assert "requests are refused until they are" in said.text
+
+
+def test_a_stage_that_names_another_loses_that_one():
+    """The one that cannot be reached is at fault, and the errors say who saw it."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.say(a, Trouble(epoch=1, cause="took no Segment for 10 s", lost=2))
+    (halt,) = world.halts()
+    assert halt.error.where == "stage 2 on b"
+    assert "seen by a" in halt.error.cause
+    assert world.last(b, Refuse).retry
+
+
+def test_who_fails_again_and_again_need_not_come_back():
+    """A device without memory for its layers must not keep the cluster busy for ever."""
+    world = World()
+    a = world.join("a")
+    for _ in range(MAX_STRIKES):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+    assert world.last(b, Refuse) == Refuse(why="out of memory", retry=False)
+
+
+def test_faults_that_lie_far_apart_are_forgiven():
+    """A device that runs out of memory once a day is worth having."""
+    world = World()
+    a = world.join("a")
+    for _ in range(MAX_STRIKES + 1):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+        assert world.last(b, Refuse).retry
+        world.pass_time(STRIKES_S, a)
+
+
+def test_connections_that_break_as_an_epoch_ends_cost_nobody_its_place():
+    """The others leave the data plane when one is lost, and whoever is slow sees them go."""
+    world = World(rejoin_wait_s=5.0)
+    a, b, c = world.serving(3, 3, 3)
+    world.apply(world.members.unreachable(b, world.now))
+    assert world.members.phase is Phase.GATHERING
+    world.say(a, Trouble(epoch=1, cause="connection lost", lost=3))
+    assert set(world.members.devices) == {"a", "c"}
+
+
+def test_another_model_is_refused_by_both_hashes():
+    """What was loaded decides, not what was said."""
+    world = World()
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(1.5, a, b)
+    here = Addresses(control="tcp://x:1", data="tcp://x:2")
+    world.say(a, StageReady(epoch=1, model_hash="c" * 64, addresses=here))
+    assert "cccccccccccc, needed aaaaaaaaaaaa" in world.last(a, Refuse).why
+
+
+def test_words_of_an_old_epoch_change_nothing():
+    """A device that was slow to hear of the new plan."""
+    world = World()
+    a, b, c = world.serving(4, 4, 4)
+    world.apply(world.members.unreachable(b, world.now))
+    world.say(a, Trouble(epoch=1, cause="lost my neighbour", lost=2))
+    assert set(world.members.devices) == {"a", "c"}
+    world.load(a, c)
+    assert world.members.phase is Phase.SERVING
+
+
+def test_after_a_restart_of_the_head_devices_keep_what_they_hold():
+    """Whatever order they come back in, nobody has to load anything."""
+    world = World()
+    b = world.join("b", 8, model=MODEL, layers=(5, 8))
+    c = world.join("c", 8)
+    a = world.join("a", 8, model=MODEL, layers=(0, 5))
+    world.pass_time(1.5, a, b, c)
+    first, second = world.last(a, Assign), world.last(b, Assign)
+    assert [(x.rank, x.first_layer, x.last_layer) for x in (first, second)] == [
+        (1, 0, 5),
+        (2, 5, 8),
+    ]
+    assert world.last(c, Assign) is None
+
+
+def test_a_stranger_is_asked_for_its_name():
+    """After a restart of the head, heartbeats come from devices it does not know."""
+    world = World()
+    world.say(b"who", Beat())
+    assert world.told[b"who"] == [WhoAreYou()]
+
+
+def test_the_device_count_is_waited_for_and_then_not():
+    """Fewer than configured: after the wait it starts with those that came."""
+    world = World(devices=3, wait_for_devices_s=10.0)
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(5.0, a, b)
+    assert world.last(a, Assign) is None
+    world.pass_time(6.0, a, b)
+    assert world.last(a, Assign) is not None
+
+
+def test_a_wrong_clock_is_told():
+    """It harms nothing but the comparison of logs."""
+    world = World()
+    world.join("a", clock=5000.0)
+    assert "clock is +4900 s off" in world.said()
+
+
+def test_impossible_rhythms_are_refused():
+    """One late heartbeat would count as a death."""
+    with pytest.raises(ValueError, match="two heartbeats"):
+        replace(CONFIG, heartbeat_s=1.0, dead_after_s=1.5)
+
+
+def test_quick_returns_do_not_put_off_the_end_for_ever():
+    """A device that dies at its first forward and rejoins at once: no token ever comes through."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    rejoined = 0
+    while not any(isinstance(e, GiveUp) for e in world.effects):
+        rejoined += 1
+        assert rejoined < 50, "it goes on for ever"
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(0.5, a)
+        b = world.join("b")
+        world.load(a, b)
+    assert rejoined <= MAX_ATTEMPTS
+    (end,) = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
+    assert world.members.gave_up
+    world.pass_time(1.0, a, b)
+    assert world.members.gave_up, "layers that are held have computed nothing yet"
+    world.members.crossed(world.members.epoch)
+    assert not world.members.gave_up
+
+
+def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
+    """Covered for a moment between two losses is not served."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    for _ in range(3):
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(4.5, a)
+        b = world.join("b")
+        world.load(a, b)
+        world.pass_time(2.0, a, b)
+    world.apply(world.members.unreachable(b, world.now))
+    world.pass_time(4.5, a)
+    (end,) = [e for e in world.effects if isinstance(e, GiveUp)]
+    assert "not been covered for 20 s" in end.error.cause
+
+
+def test_a_cluster_that_has_served_begins_to_count_anew():
+    """Losses with tokens between them are no reason to give up."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    for _ in range(3 * MAX_ATTEMPTS):
+        world.members.crossed(world.members.epoch)
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(4.5, a)
+        b = world.join("b")
+        world.load(a, b)
+    assert not any(isinstance(e, GiveUp) for e in world.effects)
+
+
+def test_a_halt_says_whether_a_request_can_be_its_cause():
+    """Not where a device leaves in order."""
+    world = World()
+    a, b = world.serving(4, 4)
+    world.say(b, Bye(why="stopped"))
+    world.pass_time(1.0, a)
+    b = world.join("b")
+    world.pass_time(6.0, a, b)
+    world.load(a, b)
+    world.apply(world.members.unreachable(b, world.now))
+    assert [halt.in_order for halt in world.halts()] == [True, False]
+
+
+def test_failures_that_a_request_caused_are_no_strikes():
+    """Else whoever asks three bad questions has sent a device away for good."""
+    world = World()
+    a = world.join("a")
+    for number in range(2 * MAX_STRIKES):
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        world.say(b, Trouble(epoch=epoch, cause="CUDA error: device-side assert triggered"))
+        assert world.last(b, Refuse).retry
+        if number % 2:
+            world.members.forgive(2)

@@ -1,0 +1,299 @@
+"""The head: prompts in chunks, stop rules, limits, cancellation, queues, late messages."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import flowspec.head.admission
+from flowspec.engine.base import generate
+from flowspec.engine.simulated import SimulatedCluster
+from flowspec.protocol.messages import (
+    CLIENT,
+    Cancel,
+    Exit,
+    Features,
+    Finished,
+    Message,
+    Reroot,
+    Started,
+    Submit,
+    Tokens,
+)
+from flowspec.request import Completion, FinishReason, Request
+from flowspec.speculation.strategies import STRATEGIES
+from flowspec.tokenizer import TextStream
+from tests.support.clusters import LetterTokenizer, check_empty, make_cluster, run_watched
+from tests.support.scripted import ScriptedDrafter, perfect
+from tests.support.tiny import PROMPT, T0, T1, expected, local_target, request, truth
+
+
+def answers(cluster: SimulatedCluster) -> dict[int, tuple[list[int], FinishReason]]:
+    """Run to the end; tokens and reason of every request."""
+    cluster.simulator.run()
+    tokens: dict[int, list[int]] = {}
+    reasons: dict[int, FinishReason] = {}
+    for event in cluster.simulator.to_client:
+        match event:
+            case Tokens():
+                assert event.request not in reasons, "tokens after the end"
+                tokens.setdefault(event.request, []).extend(event.tokens)
+            case Finished():
+                reasons[event.request] = event.reason
+    return {number: (tokens.get(number, []), reason) for number, reason in reasons.items()}
+
+
+def own_tokens(count: int, sampling: Any = T0) -> list[int]:
+    """The target's first `count` tokens after PROMPT."""
+    return list(truth(PROMPT, sampling)[len(PROMPT) :][:count])
+
+
+# Prefill ----------------------------------------------------------------------------------------
+
+
+def test_stages_work_on_different_chunks_of_the_prompt_at_once():
+    """Chunked prefill is pipelined: C chunks on N stages take C + N - 1 forwards, not C * N."""
+    cluster = make_cluster(3, "ar", prefill_chunk=5)
+    cluster.simulator.work_log = log = []
+    completion = generate(cluster, request(prompt=PROMPT * 3, max_new_tokens=1))
+    chunks = -(-3 * len(PROMPT) // 5)
+    begins = {(rank, when) for when, _, rank, _, _ in log}
+    assert len(begins) == 3 * chunks
+    busy_at_once = [
+        sum(begin <= when < begin + took for begin, took, *_ in log) for when, *_ in log
+    ]
+    assert max(busy_at_once) == 3
+    stats = completion.stats
+    assert stats.first_token_at - stats.submitted_at == pytest.approx(chunks + 2, abs=0.1)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, len(PROMPT), 64])
+def test_prefill_chunks_do_not_change_the_text(chunk):
+    """Where the prompt is cut is a matter of speed."""
+    setup = {"num_stages": 2, "strategy": "streaming", "prefill_chunk": chunk}
+    completion, _ = run_watched(setup, request(max_new_tokens=8))
+    assert list(completion.tokens) == own_tokens(8)
+
+
+def test_a_long_prompt_is_not_put_into_the_pipe_at_once():
+    """The stages' queues stay bounded however long the prompt is."""
+    setup = {"num_stages": 2, "strategy": "ar", "prefill_chunk": 1}
+    asked = request(prompt=PROMPT * 6, max_new_tokens=2)
+    _, watches = run_watched(setup, asked)
+    assert max(watch.max_queued for watch in watches) <= 2 * 2 + 1
+
+
+# Stop rules -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [T0, T1])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_nothing_follows_the_end_token(strategy, sampling):
+    """A verdict may bring tokens behind the end; they are not part of the answer."""
+    own = own_tokens(14, sampling)
+    eos = own[7]
+    cluster = make_cluster(2, strategy, drafter=ScriptedDrafter(perfect))
+    completion = generate(cluster, request(sampling=sampling, max_new_tokens=40, eos=(eos,)))
+    assert list(completion.tokens) == own[: own.index(eos) + 1]
+    assert completion.reason is FinishReason.STOP
+    assert completion.stats.num_tokens == len(completion.tokens)
+    check_empty(cluster)
+
+
+@pytest.mark.parametrize("limit", range(1, 9))
+def test_the_length_limit_is_exact(limit):
+    """Verdicts of several tokens must not carry an answer over its limit."""
+    cluster = make_cluster(2, "streaming", drafter=ScriptedDrafter(perfect))
+    completion = generate(cluster, request(max_new_tokens=limit))
+    assert list(completion.tokens) == own_tokens(limit)
+    assert completion.reason is FinishReason.LENGTH
+
+
+def new_text(asked: Request) -> TextStream:
+    """Letters with the request's stop strings."""
+    return TextStream(LetterTokenizer(), asked.stop)
+
+
+def letters(tokens: Sequence[int]) -> str:
+    """The text of tokens."""
+    return LetterTokenizer().decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("length", [1, 2, 4])
+def test_stop_strings_end_the_text_wherever_tokens_part(strategy, length):
+    """A stop string across token borders ends the text before it, as with the target alone."""
+    own = own_tokens(12, T1)
+    stop = letters(own)[5 : 5 + length]
+    asked = request(sampling=T1, max_new_tokens=12, stop=("never", stop))
+    cluster = make_cluster(
+        3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, tree_size=12
+    )
+    pieces = [event.text for event in cluster.serve([asked]) if isinstance(event, Tokens)]
+    completion = generate(make_cluster(3, strategy, new_text=new_text), asked)
+    tokens, reason, text = local_target().generate(asked, new_text)
+    assert (list(completion.tokens), completion.reason, completion.text) == (tokens, reason, text)
+    assert "".join(pieces) == text == letters(own)[: letters(own).index(stop)]
+    assert completion.reason is FinishReason.STOP
+
+
+def test_text_without_a_stop_is_whole_and_given_out_piece_by_piece():
+    """What was held back as a possible stop string appears at the latest with the end."""
+    own = letters(own_tokens(9))
+    asked = request(max_new_tokens=9, stop=(own[-2:] + "#", "#"))
+    events = list(make_cluster(2, new_text=new_text).serve([asked]))
+    completion = events[-1]
+    assert isinstance(completion, Completion)
+    assert completion.text == own
+    assert "".join(event.text for event in events[:-1] if isinstance(event, Tokens)) == own
+
+
+# Context ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [0, -3])
+def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(room):
+    """The user must learn how much too long it is; nothing is sent to the stages."""
+    cluster = make_cluster(2, max_context=len(PROMPT) + room)
+    completion = generate(cluster, request())
+    assert completion.reason is FinishReason.ERROR
+    assert f"{len(PROMPT)} tokens" in completion.error
+    assert str(len(PROMPT) + room) in completion.error
+    check_empty(cluster)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("room", [1, 6])
+def test_the_context_ends_an_answer_as_a_length_limit(strategy, room):
+    """The last position of the context is used, none behind it."""
+    cluster = make_cluster(
+        2, strategy, max_context=len(PROMPT) + room, drafter=ScriptedDrafter(perfect)
+    )
+    asked = request(max_new_tokens=20)
+    completion = generate(cluster, asked)
+    assert list(completion.tokens) == own_tokens(room) == expected(asked, len(PROMPT) + room)
+    assert completion.reason is FinishReason.LENGTH
+
+
+# Several requests -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_active", [1, 2, 3])
+def test_requests_get_their_own_answers(max_active):
+    """Each has its own prompt, parameters, tree, text and caches, in the queue or beside others."""
+    cluster = make_cluster(3, "streaming", limits={"max_active": max_active})
+    asked = [
+        request(1, sampling=T0, max_new_tokens=9),
+        request(2, prompt=PROMPT[::-1], sampling=T1, max_new_tokens=5),
+        request(3, prompt=PROMPT[:2], max_new_tokens=7),
+    ]
+    for one in asked:
+        cluster.simulator.submit(Submit(request=one))
+    found = answers(cluster)
+    assert sorted(found) == [1, 2, 3]
+    assert [found[one.id][0] for one in asked] == [expected(one) for one in asked]
+    check_empty(cluster)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_cancelling_keeps_what_there_is_and_frees_every_stage(strategy):
+    """A cancelled request leaves no cache behind, also with segments in flight."""
+    cluster = make_cluster(3, strategy)
+    tokens: list[int] = []
+    for event in cluster.serve([request(max_new_tokens=40)]):
+        if isinstance(event, Completion):
+            break
+        tokens.extend(event.tokens)
+        if len(tokens) >= 3:
+            cluster.cancel(1)
+    assert isinstance(event, Completion)
+    assert event.reason is FinishReason.CANCELLED
+    assert 3 <= len(event.tokens) < 40
+    assert list(event.tokens) == own_tokens(len(event.tokens))
+    check_empty(cluster)
+    assert list(generate(cluster, request(2, max_new_tokens=5)).tokens) == own_tokens(5)
+
+
+def test_an_abandoned_stream_does_not_leak_into_the_next_answer():
+    """Whoever stops reading without cancelling leaves tokens on the way; they are nobody's."""
+    cluster = make_cluster(2)
+    next(iter(cluster.serve([request(1, max_new_tokens=6)])))
+    asked = request(2, prompt=PROMPT[::-1], max_new_tokens=6)
+    assert list(generate(cluster, asked).tokens) == expected(asked)
+    check_empty(cluster)
+
+
+def test_cancelling_during_the_prompt_frees_every_stage():
+    """Prompt chunks are still on their way when the request is over."""
+    cluster = make_cluster(3, "streaming", prefill_chunk=1)
+    cluster.simulator.submit(Submit(request=request()))
+    while cluster.simulator.step() and cluster.simulator.now < 2.5:
+        pass
+    cluster.cancel(1)
+    assert answers(cluster) == {1: ([], FinishReason.CANCELLED)}
+    check_empty(cluster)
+
+
+def test_a_queued_request_can_be_cancelled():
+    """It never reaches the stages; the one being served does not notice."""
+    cluster = make_cluster(2)
+    cluster.simulator.submit(Submit(request=request(1, max_new_tokens=6)))
+    cluster.simulator.submit(Submit(request=request(2, max_new_tokens=6)))
+    cluster.simulator.submit(Cancel(request=2))
+    cluster.simulator.submit(Cancel(request=77))
+    found = answers(cluster)
+    assert found[2] == ([], FinishReason.CANCELLED)
+    assert found[1] == (own_tokens(6), FinishReason.LENGTH)
+    check_empty(cluster)
+
+
+def test_the_queue_of_requests_is_bounded():
+    """A flood is refused by name instead of filling the memory."""
+    head = make_cluster(1).head
+    for number in range(flowspec.head.admission.MAX_QUEUED):
+        assert head.handle(Submit(request=request(number + 1)), 0.0) == ()
+    (refusal,) = head.handle(Submit(request=request(99)), 0.0)
+    assert refusal.to == CLIENT
+    assert isinstance(refusal.message, Finished)
+    assert refusal.message.reason is FinishReason.ERROR
+    assert "waiting already" in refusal.message.error
+
+
+def late_messages(number: int) -> Iterator[Message]:
+    """All that stages may still send about a request."""
+    hidden = torch.zeros(1, 32)
+    yield Reroot(request=number, position=200, parent=3, token=1)
+    yield Started(request=number, seq_no=0)
+    yield Exit(request=number, seq_no=0, rows=3, slowest_rows=3, slowest_ms=9e9)
+    yield Features(request=number, layer=-1, nodes=(3,), hidden=hidden)
+
+
+@pytest.mark.parametrize("active", [False, True])
+def test_late_messages_of_a_finished_request_are_ignored(active):
+    """They arrive when nobody or somebody else is served; neither may notice."""
+    cluster = make_cluster(2, "streaming")
+    generate(cluster, request(1, max_new_tokens=3))
+    if active:
+        cluster.simulator.submit(Submit(request=request(2, max_new_tokens=6)))
+        while not cluster.head.active or not cluster.head.active[2].session.tokens:
+            assert cluster.simulator.step()
+    cost = cluster.head.pipe.cost.milliseconds(3)
+    for message in late_messages(1):
+        assert cluster.head.handle(message, 1.0) == ()
+    assert cluster.head.pipe.cost.milliseconds(3) == cost
+    if active:
+        assert answers(cluster)[2] == (own_tokens(6), FinishReason.LENGTH)
+
+
+def test_the_strategy_changes_between_requests_alone():
+    """`configure` in the middle of a request would mix two strategies' state."""
+    cluster = make_cluster(2, "ar")
+    assert list(generate(cluster, request(1, max_new_tokens=4)).tokens) == own_tokens(4)
+    spec = STRATEGIES["streaming"]
+    cluster.configure(spec, spec.defaults)
+    assert list(generate(cluster, request(2, max_new_tokens=4)).tokens) == own_tokens(4)
+    cluster.simulator.submit(Submit(request=request(3)))
+    cluster.simulator.step()
+    with pytest.raises(AssertionError, match="being served"):
+        cluster.configure(spec, spec.defaults)

@@ -1,0 +1,145 @@
+"""Requests to a cluster in network namespaces, and whether their answers are the target's own."""
+
+import threading
+import time
+from dataclasses import dataclass, field
+
+from flowspec.config import RunConfig
+from flowspec.engine.build import HeadParts, load_head_parts
+from flowspec.engine.reference import LocalTarget
+from flowspec.protocol.control import Done, Note, Piece
+from flowspec.request import ClusterError, Request, SamplingParams
+from flowspec.tokenizer import render_chat
+from flowspec.weights.load import load_whole
+from tests.stress.netns_cluster import NetnsCluster, count_others, wait_until
+
+SENTENCE = "Give three tips for staying healthy, and say why each of them helps. "
+SEED = 7
+MAX_ANSWER_S = 90.0  # far beyond what a fault and a slow machine cost
+
+
+class Answer(threading.Thread):
+    """One request to the head, followed in a thread of its own."""
+
+    def __init__(self, cluster: NetnsCluster, words: int, count: int, temperature: float) -> None:
+        super().__init__(daemon=True)
+        self.prompt = SENTENCE * words
+        self.count, self.temperature = count, temperature
+        self.tokens: list[int] = []
+        self.pieces: list[float] = []  # when they came
+        self.notes: list[tuple[float, str]] = []
+        self.error: str | None = None  # None until the end
+        self._client = cluster.client()
+        self.start()
+
+    def run(self) -> None:
+        """Collect what comes."""
+        ask = self._client.new_ask(
+            turns=[{"role": "user", "content": self.prompt}],
+            max_new_tokens=self.count,
+            temperature=self.temperature,
+            seed=SEED,
+        )
+        try:
+            with self._client:
+                for event in self._client.ask(ask):
+                    now = time.monotonic()
+                    match event:
+                        case Piece():
+                            self.tokens += event.tokens
+                            self.pieces.append(now)
+                        case Note():
+                            self.notes.append((now, event.text))
+                        case Done():
+                            self.error = event.error
+        except ClusterError as error:
+            self.error = str(error)
+
+    def wait_for(self, count: int) -> bool:
+        """Until there are so many tokens; whether that came before the end."""
+        wait_until(
+            lambda: len(self.tokens) >= count or self.error is not None, MAX_ANSWER_S, poll_s=0.002
+        )
+        return self.error is None
+
+    def end(self) -> bool:
+        """Whether it has ended in time."""
+        self.join(MAX_ANSWER_S)
+        return not self.is_alive()
+
+
+class Alone:
+    """What the target says in this process."""
+
+    def __init__(self, cluster: NetnsCluster) -> None:
+        config = RunConfig(model=str(cluster.split), draft=str(cluster.draft))
+        self._parts: HeadParts = load_head_parts(config, cluster.split)
+        whole = load_whole(cluster.split, dtype=config.dtype)  # as the stages compute
+        self._target = LocalTarget(whole, self._parts.max_context)
+        self._known: dict[tuple[str, int, float], list[int]] = {}
+
+    def tokens(self, answer: Answer) -> list[int]:
+        """For the same request."""
+        key = (answer.prompt, answer.count, answer.temperature)
+        if key not in self._known:
+            turns = [{"role": "user", "content": answer.prompt}]
+            request = Request(
+                id=1,
+                prompt=render_chat(self._parts.tokenizer, turns),
+                sampling=SamplingParams(temperature=answer.temperature, seed=SEED),
+                max_new_tokens=answer.count,
+                eos_token_ids=self._parts.eos_token_ids,
+            )
+            self._known[key] = self._target.generate(request)[0]
+        return self._known[key]
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """What must not happen, with where it did."""
+
+    wrong_tokens: list[str] = field(default_factory=list)
+    lost_requests: list[str] = field(default_factory=list)
+    hangs: list[str] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+    answers: int = 0
+
+    def check(self, answer: Answer, alone: Alone, where: str) -> None:
+        """An answer must end, without error, with the target's tokens."""
+        self.answers += 1
+        if not answer.end():
+            self.hangs.append(f"{where}: no end of an answer; notes {answer.notes}")
+        elif answer.error:
+            self.lost_requests.append(f"{where}: {answer.error}")
+        elif answer.tokens != alone.tokens(answer):
+            self.wrong_tokens.append(where)
+
+    def check_cut(self, answer: Answer, alone: Alone, where: str) -> None:
+        """The head itself was struck: an answer may end in an error that says so, not in lies."""
+        self.answers += 1
+        if not answer.end():
+            self.hangs.append(f"{where}: no end of an answer; notes {answer.notes}")
+        elif answer.error and not answer.error.startswith("head"):
+            self.lost_requests.append(f"{where}: {answer.error}")
+        elif answer.tokens != alone.tokens(answer)[: len(answer.tokens)]:
+            self.wrong_tokens.append(where)
+        elif not answer.error and len(answer.tokens) != answer.count:
+            self.lost_requests.append(f"{where}: {len(answer.tokens)} of {answer.count} tokens")
+
+    def check_end(self, cluster: NetnsCluster) -> None:
+        """All processes end when they are told to."""
+        self.orphans += [f"{name} did not end by SIGTERM" for name in cluster.stop()]
+        if not wait_until(lambda: count_others() == 0, 10.0):
+            self.orphans.append(f"{count_others()} processes are left")
+
+    @property
+    def bad(self) -> list[str]:
+        """All of them."""
+        return [*self.wrong_tokens, *self.lost_requests, *self.hangs, *self.orphans]
+
+    def line(self) -> str:
+        """The counts."""
+        return (
+            f"{self.answers} answers checked: {len(self.wrong_tokens)} with wrong tokens, "
+            f"{len(self.lost_requests)} lost, {len(self.hangs)} hangs, {len(self.orphans)} orphans"
+        )

@@ -1,0 +1,247 @@
+"""Tiny simulated clusters, and the invariants that must hold in them at every moment."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowspec.config import DecodeConfig
+from flowspec.engine.base import generate_all
+from flowspec.engine.simulated import SimulatedCluster
+from flowspec.head.admission import Admission
+from flowspec.head.head import Head
+from flowspec.model.architecture import ModelConfig
+from flowspec.model.attention_metadata import run_rows
+from flowspec.protocol.messages import Batch, Close, Message, Segment
+from flowspec.request import Completion, Request
+from flowspec.runtime.core import Core, Send, Step
+from flowspec.simulator.ablated import DecidingHead, UnprunedStage
+from flowspec.simulator.simulator import ChargeLink, ChargeWork, instant_link, unit_work
+from flowspec.speculation.drafters.base import Drafter
+from flowspec.speculation.strategies import find_strategy
+from flowspec.stage.stage import Stage
+from flowspec.stage.stage_request_state import StageRequest
+from flowspec.tokenizer import TextStream
+from tests.support.scripted import ScriptedDrafter, ScriptedSession, mixed
+from tests.support.tiny import CONFIG, MAX_CONTEXT, stage_models, truth, whole_model
+
+MAX_EVENTS = 100_000
+
+
+@dataclass(slots=True)
+class Watch:
+    """A core whose invariants are checked before and after everything it does."""
+
+    core: Any
+    max_queued: int = 0
+    truths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # by request
+    seen: list[Message] = field(default_factory=list)
+    sent: list[Send] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """See Core."""
+        return int(self.core.rank)
+
+    def handle(self, message: Message, now: float) -> Sequence[Send]:
+        """See Core."""
+        self.seen.append(message)
+        sends = self.core.handle(message, now)
+        self.sent.extend(sends)
+        self._check()
+        return sends
+
+    def poll(self, now: float) -> Step | None:
+        """See Core."""
+        self._check()
+        step: Step | None = self.core.poll(now)
+        self._check()
+        if step is None:
+            return None
+        self.sent.extend(step.sends)
+        if step.work is None:
+            return step
+        finish = step.work.finish
+
+        def watched(now: float, elapsed: float) -> Sequence[Send]:
+            sends = finish(now, elapsed)
+            self.sent.extend(sends)
+            self._check()
+            return sends
+
+        return replace(step, work=replace(step.work, finish=watched))
+
+    def _check(self) -> None:
+        stage = self.core.end if isinstance(self.core, DecidingHead) else self.core
+        if not isinstance(stage, Stage):
+            return
+        segments = sum(isinstance(message, Segment | Batch) for message in stage.queue)
+        self.max_queued = max(self.max_queued, segments)
+        for number, state in stage.requests.items():
+            check_request(state, pruned=not isinstance(stage, UnprunedStage))
+            closing = stage.queue and stage.queue[0]
+            if isinstance(closing, Close) and closing.request == number and number in self.truths:
+                check_keys(stage, state, self.truths[number])
+
+
+def check_request(state: StageRequest, *, pruned: bool = True) -> None:
+    """What must hold of a request on a stage whenever nothing of it is being computed."""
+    count = len(state.nodes)
+    lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
+    assert all(len(column) == count for column in lists), "the row lists are not parallel"
+    assert state.cache.num_tree_rows == count, "cache and row lists disagree"
+    assert state.cache.prefix_length == state.tip_position + 1, "the path was not committed"
+    for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
+        assert state.rows[node] == row
+        if not pruned:
+            continue  # a dead row may stand until the next verdict
+        if parent == state.tip:
+            assert state.positions[row] == state.tip_position + 1
+            living = state.next_token in (None, state.tokens[row])
+            assert living, f"row of node {node} is dead: its token is not the verdict's"
+        else:
+            assert state.rows.get(parent, row) < row, f"row of node {node} has no living parent"
+            assert state.positions[row] == state.positions[state.rows[parent]] + 1
+
+
+def check_keys(stage: Stage, state: StageRequest, true: tuple[int, ...]) -> None:
+    """The committed rows are those that the target alone would have."""
+    count = state.cache.prefix_length
+    keys, values, _ = whole_run(true, ())
+    layers = slice(stage.model.first_layer, stage.model.last_layer)
+    for have, want in ((state.cache.keys, keys), (state.cache.values, values)):
+        close = torch.allclose(have[:, :, :count], want[layers, :, :count], atol=1e-3)
+        assert close, f"stage {stage.rank}: committed keys or values are not the target's"
+
+
+def check_features(session: ScriptedSession) -> None:
+    """What the drafter was given are the target's own hidden states of accepted positions."""
+    _, _, own = whole_run(session.truth, tuple(session.features))
+    for layer, features in session.features.items():
+        assert all(position < len(session.tokens) - 1 for position in features), "not accepted"
+        for position, hidden in features.items():
+            close = torch.allclose(hidden, own[layer][position], atol=1e-3)
+            assert close, f"layer {layer}, position {position}: not the target's own"
+
+
+@lru_cache(maxsize=64)
+def whole_run(
+    tokens: tuple[int, ...], layers: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Mapping[int, Tensor]]:
+    """Keys and values [L, g, n, d] of the target alone over tokens [n]; features [n, H] each."""
+    model = whole_model()
+    cache = model.new_cache(len(tokens))
+    rows = torch.tensor(tokens)
+    _, own = run_rows(model, cache, rows, range(len(tokens)), parents=None, features=layers)
+    return cache.keys, cache.values, own
+
+
+def make_cluster(
+    num_stages: int,
+    strategy: str = "streaming",
+    *,
+    drafter: Drafter | None = None,
+    charges: tuple[ChargeWork, ChargeLink] = (unit_work, instant_link),
+    wrap: Callable[[Core], Core] = lambda core: core,
+    max_context: int = MAX_CONTEXT,
+    new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
+    bf16: bool = False,
+    limits: Mapping[str, int] = {},
+    model: ModelConfig = CONFIG,
+    **decode: Any,
+) -> SimulatedCluster:
+    """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
+
+    With `bf16` the stages run in bfloat16 and shape-stable.
+    """
+    spec = find_strategy(strategy)
+    head = Head(
+        num_stages,
+        spec,
+        small(spec.defaults, **decode),
+        drafter or ScriptedDrafter(mixed),
+        admission=Admission(max_context=max_context, **limits),
+        new_text=new_text,
+    )
+    stages = [
+        Stage(rank, num_stages, part, shape_stable=bf16)
+        for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
+    ]
+    work_time, link_time = charges
+    cluster = SimulatedCluster(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)
+    cluster.simulator._max_events = MAX_EVENTS
+    return cluster
+
+
+def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
+    """A strategy's defaults at the size of these tests."""
+    sizes = {
+        "segment_size": min(defaults.segment_size, 8),
+        "tree_size": min(defaults.tree_size, 24),
+        "tree_depth": min(defaults.tree_depth, 4),
+        "topk": min(defaults.topk, 4),
+        "prefill_chunk": 5,
+    }
+    return replace(defaults, **{**sizes, **decode})
+
+
+def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Completion, list[Watch]]:
+    """One request with every invariant checked on the way and nothing left behind."""
+    (completion,), watches = run_all_watched(cluster_args, [asked])
+    return completion, watches
+
+
+def run_all_watched(
+    cluster_args: Mapping[str, Any], asked: Sequence[Request]
+) -> tuple[list[Completion], list[Watch]]:
+    """The same for several at once."""
+    watches: list[Watch] = []
+    truths = {one.id: truth(one.prompt, one.sampling) for one in asked}
+
+    def wrap(core: Core) -> Core:
+        watches.append(Watch(core, truths=truths))
+        return watches[-1]
+
+    cluster = make_cluster(**cluster_args, wrap=wrap)
+    completions = generate_all(cluster, asked)
+    check_empty(cluster)
+    return completions, watches
+
+
+def check_empty(cluster: SimulatedCluster) -> None:
+    """No trace of a request after its end."""
+    assert not cluster.head.active
+    assert not cluster.head.pipe.trips
+    assert not cluster.head.admission.rows
+    assert not cluster.head.admission.waiting
+    for stage in cluster.stages:
+        assert not stage.requests, f"stage {stage.rank} still holds {list(stage.requests)}"
+        assert not stage.queue, f"stage {stage.rank} still has {len(stage.queue)} messages waiting"
+
+
+# Text -------------------------------------------------------------------------------------------
+
+
+class LetterTokenizer:
+    """Token i is a letter, a few are longer pieces, so that stop strings cross borders."""
+
+    PIECES = ("ab", "bc", "ca", "abc")
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """See Tokenizer."""
+        del skip_special_tokens
+        return "".join(self.piece(token) for token in token_ids)
+
+    def piece(self, token: int) -> str:
+        """The text of one token."""
+        return self.PIECES[token] if token < len(self.PIECES) else chr(ord("a") + token % 26)
+
+
+def grid(*columns: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
+    """Every value of the longest column at least once, the shorter ones turning beside it."""
+    longest = max(len(column) for column in columns)
+    for index in range(longest):
+        yield tuple(column[index % len(column)] for column in columns)

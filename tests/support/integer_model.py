@@ -1,0 +1,159 @@
+"""A target and a drafter of whole numbers: the same on every machine, to the last bit.
+
+The next token is a function of a token and its position. A hidden state is that pair, and logits
+are one at the next token and zero elsewhere, so no sum is ever rounded. The drafter knows the
+function, and a rule says where it is wrong. Scores are eighths: their sums are exact.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flowspec.model.kv_cache import TreeKVCache
+from flowspec.speculation.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
+from flowspec.speculation.tree import DraftTree, Node
+from flowspec.weights.split_plan import even_layers
+from tests.support.tiny import CONFIG, VOCAB
+
+HIDDEN_LAYERS = (1, 5, -1)  # that the drafter asks for; -1: after the last norm
+MISS_EVERY = 9  # the drafter does not know the token at every ninth position
+
+
+def next_token(token: int, position: int) -> int:
+    """What the target says after `token` at `position`."""
+    return (7 * token + 3 * position + 5) % VOCAB
+
+
+class IntegerStage:
+    """A StageModel's interface over (token, position) pairs."""
+
+    config = CONFIG
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, first_layer: int, last_layer: int) -> None:
+        self.first_layer, self.last_layer = first_layer, last_layer
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the model ends here."""
+        return self.last_layer == CONFIG.num_layers
+
+    def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
+        """A cache of one number per row, in which nothing is written."""
+        del stable_context
+        return TreeKVCache(num_layers=1, num_kv_heads=1, head_dim=1, capacity=capacity)
+
+    def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
+        """See StageModel."""
+        ends = (self.first_layer, self.last_layer)
+        return tuple(n for n in layers if ends[0] <= n < ends[1] or (n == -1 and self.is_last))
+
+    def __call__(
+        self, x: Tensor, positions: Tensor, window: object, *, features: Collection[int] = ()
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Tokens [n] or pairs [n, 2] in, pairs out; every layer's hidden state is the pair."""
+        del window
+        if x.dtype == torch.int64:
+            x = torch.stack([x, positions], dim=1).float()
+        assert torch.equal(x[:, 1], positions.float()), "a row is not where its parent says"
+        return x, dict.fromkeys(self.owned_features(features), x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """One at the next token: [n, 2] -> [n, V]."""
+        found = torch.zeros(len(hidden), VOCAB)
+        for row, (token, position) in enumerate(hidden.tolist()):
+            found[row, next_token(int(token), int(position))] = 1.0
+        return found
+
+
+def integer_stages(count: int) -> list[IntegerStage]:
+    """The model in so many pieces."""
+    stages, first = [], 0
+    for layers in even_layers(CONFIG.num_layers, count):
+        stages.append(IntegerStage(first, first + layers))
+        first += layers
+    return stages
+
+
+def children(token: int, position: int, topk: int) -> list[tuple[int, float]]:
+    """What the drafter proposes after `token` at `position`, best first.
+
+    The true token is first, second or (every MISS_EVERY positions) not among them.
+    """
+    true = next_token(token, position)
+    decoys = [(true + 1 + step) % VOCAB for step in range(topk)]
+    place = (token + position) % 3 % 2
+    if (position + 1) % MISS_EVERY:
+        decoys.insert(place, true)
+    first = 1 + (token + 2 * position) % 4
+    return [(one, -(first + 6 * rank) / 8.0) for rank, one in enumerate(decoys[:topk])]
+
+
+class IntegerDrafter:
+    """Proposes `children`; checks every hidden state that it is given."""
+
+    name = "integer"
+    feature_layers = HIDDEN_LAYERS
+
+    def open(self, opening: Opening) -> "IntegerSession":
+        """See Drafter.open."""
+        session = IntegerSession(opening.topk)
+        if opening.num_shared:
+            assert isinstance(opening.reuse, IntegerSession)
+            shared = range(opening.num_shared)
+            session.hidden = {layer: set(shared) for layer in HIDDEN_LAYERS}
+            assert opening.num_shared <= opening.reuse.num_reusable
+        return session
+
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        return Lookup(jobs)
+
+
+class IntegerSession:
+    """One request of the drafter."""
+
+    def __init__(self, topk: int) -> None:
+        self.topk = topk
+        self.tokens: list[int] = []
+        self.num_rows_ready = 0
+        self.hidden: dict[int, set[int]] = {layer: set() for layer in HIDDEN_LAYERS}
+
+    @property
+    def num_reusable(self) -> int:
+        """Leading positions of which every layer's hidden state has come."""
+        complete = set.intersection(*self.hidden.values())
+        return next(p for p in range(len(self.tokens) + 1) if p not in complete)
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See DraftSession.accept."""
+        self.tokens.extend(tokens)
+        self.num_rows_ready += len(tokens)
+
+    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+        """See DraftSession.accept_features."""
+        for position, hidden in features.items():
+            assert position not in self.hidden[layer], f"layer {layer}: {position} came twice"
+            self.hidden[layer].add(position)
+            assert int(hidden[1]) == position, "a hidden state of another position"
+
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession."""
+        del tree
+        return self.num_rows_ready if nodes is None else len(nodes)
+
+    def absorb(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.absorb."""
+        assert self.num_rows_ready > 0, "nothing was ready to absorb"
+        self.num_rows_ready = 0
+        return self._propose(tree.root) if len(tree) else None
+
+    def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
+        """See DraftSession.expand."""
+        del tree
+        return [self._propose(node) for node in nodes]
+
+    def _propose(self, node: Node) -> Proposal:
+        return Proposal(node.id, tuple(children(node.token, node.position, self.topk)))

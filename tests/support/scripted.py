@@ -1,0 +1,145 @@
+"""Drafters that are always right, always wrong or in between, by script."""
+
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
+from typing import TypeAlias
+
+from torch import Tensor
+
+from flowspec.request import Request
+from flowspec.speculation.drafters.base import Draft, Drafter, DraftJob, Lookup, Opening, Proposal
+from flowspec.speculation.drafters.ngram.drafter import NgramDrafter
+from flowspec.speculation.tree import DraftTree, Node
+from tests.support.tiny import VOCAB, truth
+from tests.support.tiny_drafters import MODEL_DRAFTERS, model_drafter
+
+# (random source, the true next token or None off the true path, topk) -> children, best first
+Script: TypeAlias = Callable[[Random, int | None, int], list[tuple[int, float]]]
+
+
+def perfect(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+    """The true token first, and a decoy or two."""
+    decoys = [(random.randrange(VOCAB), -3.0 - i) for i in range(min(2, topk - 1))]
+    first = random.randrange(VOCAB) if true is None else true
+    return [(first, -0.05), *(decoy for decoy in decoys if decoy[0] != first)]
+
+
+def hostile(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+    """Always wrong, sure of it, in deep chains, with doubled and nearly impossible children."""
+    wrong = [token for token in random.sample(range(VOCAB), 4) if token != true][:3]
+    children = [(wrong[0], 0.0), (wrong[0], -0.1), (wrong[1], -1e9), (wrong[2], -0.7)]
+    return children[: max(1, min(topk, random.randint(0, 4)))]
+
+
+def mixed(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+    """Right about two times in three, at any rank; sometimes nothing at all."""
+    tokens = random.sample(range(VOCAB), min(topk, random.randint(0, 4)))
+    if true is not None and random.random() < 0.66:
+        tokens = [*(token for token in tokens if token != true), true][-topk:]
+    random.shuffle(tokens)
+    scores = sorted((-random.expovariate(1.0) for _ in tokens), reverse=True)
+    return list(zip(tokens, scores, strict=True))
+
+
+SCRIPTS: Mapping[str, Script] = {"perfect": perfect, "hostile": hostile, "mixed": mixed}
+
+
+class ScriptedDrafter:
+    """Proposes what its script says; records the features it is given."""
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        feature_layers: tuple[int, ...] = (),
+        seed: int = 0,
+        true: tuple[int, ...] = (),
+    ) -> None:
+        self.name = "scripted"
+        self.script = script
+        self.feature_layers = feature_layers
+        self.seed = seed
+        self.true = true  # the text to be right about, where it is not the tiny model's
+        self.sessions: dict[int, ScriptedSession] = {}
+
+    def open(self, opening: Opening) -> "ScriptedSession":
+        """See Drafter.open."""
+        request, reuse, num_shared = opening.request, opening.reuse, opening.num_shared
+        session = ScriptedSession(self, request, opening.topk)
+        if num_shared:
+            assert isinstance(reuse, ScriptedSession)
+            assert num_shared <= reuse.num_reusable
+            assert tuple(reuse.tokens[:num_shared]) == request.prompt[:num_shared]
+            for layer, features in reuse.features.items():
+                session.features[layer] = {p: features[p] for p in range(num_shared)}
+        self.sessions[request.id] = session
+        return session
+
+    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
+        """See Drafter.begin."""
+        return Lookup(jobs)
+
+
+class ScriptedSession:
+    """One request; `features[layer][position]` is what came in, each position once."""
+
+    def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
+        self.script, self.topk = drafter.script, topk
+        self.random = Random(drafter.seed)
+        self.truth = drafter.true or truth(request.prompt, request.sampling)
+        self.tokens: list[int] = []
+        self.num_rows_ready = 0
+        self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
+
+    @property
+    def num_reusable(self) -> int:
+        """See DraftSession: as far as the features of every layer have come."""
+        most = len(self.tokens)
+        for features in self.features.values():
+            most = next((p for p in range(most) if p not in features), most)
+        return most
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """See DraftSession.accept."""
+        self.tokens.extend(tokens)
+        self.num_rows_ready += len(tokens)
+
+    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+        """See DraftSession.accept_features."""
+        doubled = self.features[layer].keys() & features.keys()
+        assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
+        self.features[layer].update(features)
+
+    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
+        """See DraftSession."""
+        del tree
+        return self.num_rows_ready if nodes is None else len(nodes)
+
+    def absorb(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.absorb."""
+        assert self.num_rows_ready > 0, "nothing was ready to absorb"
+        self.num_rows_ready = 0
+        return self._propose(tree.root, tree) if len(tree) else None
+
+    def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
+        """See DraftSession.expand."""
+        assert nodes, "an expansion of nothing"
+        return [self._propose(node, tree) for node in nodes]
+
+    def _propose(self, node: Node, tree: DraftTree) -> Proposal:
+        path = tree.path(node.id)
+        true = all(self._at(above.position) == above.token for above in path)
+        token = self._at(node.position + 1) if true else None
+        return Proposal(node.id, tuple(self.script(self.random, token, self.topk)))
+
+    def _at(self, position: int) -> int | None:
+        return self.truth[position] if position < len(self.truth) else None
+
+
+def drafter_named(name: str, *, seed: int = 0) -> Drafter:
+    """`ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
+    if name == "ngram":
+        return NgramDrafter()
+    if name in MODEL_DRAFTERS:
+        return model_drafter(name)
+    return ScriptedDrafter(SCRIPTS[name], seed=seed)

@@ -1,0 +1,35 @@
+"""Download: the thread that writes what has come."""
+
+import threading
+
+import pytest
+
+from flowspec.request import ClusterError
+from flowspec.transport.chunks import Part
+from flowspec.weights.transfer import download
+
+
+class HangingFile:
+    """Takes nothing until it is released, and then fails."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def write(self, pieces: object) -> None:
+        """See Partial."""
+        self.released.wait(5.0)
+        raise OSError("released")
+
+
+def test_a_disk_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    """Not a wait without end, neither for what is unwritten nor for the thread."""
+    monkeypatch.setattr(download, "STALL_LIMIT_S", 0.1)
+    file = HangingFile()
+    part = Part(digest=b"", offset=0, total=1, pieces=[memoryview(b"x")])
+    try:
+        with download.Writer() as writer:
+            writer.put(file, part)
+            with pytest.raises(ClusterError, match="written nothing"):
+                writer.flush(lambda: None)
+    finally:
+        file.released.set()
