@@ -277,7 +277,7 @@ def main() -> int:
     if why := missing():
         print(f"error: {why}", file=sys.stderr)
         return 2
-    return run_inside(sys.argv)
+    return run_inside(sys.orig_argv[1:])
 
 
 if __name__ == "__main__":

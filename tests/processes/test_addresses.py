@@ -29,9 +29,8 @@ pytestmark = pytest.mark.skipif(bool(no_namespaces), reason=no_namespaces or "th
 @pytest.fixture(scope="module")
 def told(checkpoint: Path) -> dict[str, Any]:
     """What the commands said."""
-    script = Path(__file__).with_name("netns_addresses.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(ROOT), str(checkpoint)],
+        [sys.executable, "-m", "tests.support.netns_addresses", str(ROOT), str(checkpoint)],
         capture_output=True,
         text=True,
         timeout=300,

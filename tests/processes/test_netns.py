@@ -11,13 +11,11 @@ from tests.stress.netns_cluster import BRIDGE, missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
 INSIDE = """
 import os, socket, subprocess, sys, threading
-sys.path.insert(0, sys.argv[1])
-from netns_cluster import INSIDE, Network, run_inside
+from tests.stress.netns_cluster import INSIDE, Network, run_inside
 if INSIDE not in os.environ:
-    sys.exit(run_inside(["-c", sys.orig_argv[2], sys.argv[1]]))
+    sys.exit(run_inside(sys.orig_argv[1:]))
 
 network = Network(1000)
 network.add("a", "10.213.0.9")
@@ -53,7 +51,7 @@ def test_a_cut_link_is_silent_and_comes_back():
     """Half-open leaves the carrier, a cable does not; the listener that is left ends with all."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", INSIDE, str(ROOT / "scripts")],
+        [sys.executable, "-c", INSIDE],
         capture_output=True,
         text=True,
         timeout=120,

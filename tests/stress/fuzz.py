@@ -41,13 +41,8 @@ def fuzz(options: argparse.Namespace) -> int:
 
 def _fuzz_one(name: str, options: argparse.Namespace) -> int:
     command = [
-        sys.executable,
-        "-m",
-        "tests.stress.fuzz",
-        name,
-        "--inside",
-        "--out",
-        str(options.out),
+        *(sys.executable, "-m", "tests.stress.fuzz", name),
+        *("--inside", "--out", str(options.out)),
     ]
     command += ["--seconds", str(options.seconds), "--runs", str(options.runs)]
     command += ["--seed", str(options.seed)]
@@ -81,7 +76,7 @@ def _fuzz_inside(name: str, options: argparse.Namespace) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["flowspec", "yaml"]):
-        target = importlib.import_module("fuzz_targets").TARGETS[name]
+        target = importlib.import_module("tests.stress.fuzz_targets").TARGETS[name]
     with tempfile.TemporaryDirectory(prefix="flowspec-corpus-") as corpus:
         seeds = target.seeds()
         for number, seed in enumerate(seeds):
@@ -121,7 +116,7 @@ def main() -> int:
     """Fuzz as asked; 0 when no contract was broken."""
     options = _options()
     if options.replay:
-        importlib.import_module("fuzz_targets").TARGETS[options.target].run(
+        importlib.import_module("tests.stress.fuzz_targets").TARGETS[options.target].run(
             options.replay.read_bytes()
         )
         print(f"{options.replay}: the contract holds")

@@ -126,9 +126,13 @@ def test_a_broken_reader_is_found_out(name, reader, replacement, error, monkeypa
 @pytest.mark.parametrize("name", ["wire", "tensors"])
 def test_the_guided_fuzzer_runs(name: str, tmp_path: Path) -> None:
     """A short run of the command; longer ones are tests/stress/fuzz.py's to do."""
-    command = [sys.executable, str(ROOT / "scripts" / "fuzz.py"), name, "--runs", "3000"]
+    command = [sys.executable, "-m", "tests.stress.fuzz", name, "--runs", "3000"]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)], capture_output=True, text=True, timeout=250
+        [*command, "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{name}: 3" in done.stdout
@@ -141,8 +145,9 @@ def test_without_atheris_the_command_says_what_to_do(tmp_path: Path) -> None:
         "u.find_spec = lambda name, *a: None if name == 'atheris' else find(name, *a)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "fuzz.py"), "wire"],
+        [sys.executable, "-m", "tests.stress.fuzz", "wire"],
         capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: fuzzing needs atheris")

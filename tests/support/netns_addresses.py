@@ -25,8 +25,6 @@ from tests.stress.netns_cluster import (
 )
 
 ROOT, CHECKPOINT = Path(sys.argv[1]), Path(sys.argv[2])
-
-
 START_S = 120.0  # far more than it takes: this machine may be busy
 HEAD, NAME, PORT = "fd00:f1::1", "head.test", 7000
 PROMPT = "the quick brown fox"
@@ -166,7 +164,7 @@ def behind_docker(folder: Path) -> dict[str, object]:
 
 if __name__ == "__main__":
     if INSIDE not in os.environ:
-        sys.exit(run_inside(sys.argv))
+        sys.exit(run_inside(sys.orig_argv[1:]))
     TOKEN = str(new_token())
     MODEL = [str(CHECKPOINT / "target"), "--draft", str(CHECKPOINT / "eagle"), "--layers", "1+1"]
     MODEL += ["--settle", "0.1", "--reserve-mb", "50"]

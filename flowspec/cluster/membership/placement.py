@@ -5,9 +5,9 @@ Minimised is the predicted time per token of pipelined speculation,
     miss x (time through all stages) + (1 - miss) x ticks x (time of the slowest stage),
 
 within each device's memory: a token that no branch in flight has pays a whole trip, any other one
-its share of the slowest stage's ticks. Stage and line times are the emulator's (simulate/).
-The search is exact: for every possible time of the slowest stage, a dynamic program over devices
-finds the least total. Sizes in bytes, times in seconds.
+its share of the slowest stage's ticks. Stage and line times are the emulator's
+(cost_model/emulation.py). The search is exact: for every possible time of the slowest stage, a
+dynamic program over devices finds the least total. Sizes in bytes, times in seconds.
 """
 
 import math
