@@ -10,8 +10,9 @@ so both records must come from one machine. In each checkout its own benchmarks/
 runs; of that this file knows the form of its records alone. `compare` and `run` end with exit code
 1 where a figure differs.
 
-On two idle cores a full record takes about 12 minutes, a quick one (one question of a set, 32
-tokens) 2.
+A quick record (one question of a set, 32 tokens) took 6.5 minutes of processor time on a busy
+machine of two cores. A full one (four questions of a set, 64 tokens)
+takes about five times as much.
 """
 
 import argparse
@@ -54,8 +55,8 @@ class Ask:
 
 OTHER_DRAFTERS = "eagle3,draft_model,ngram,eagle+graft"
 FULL = (
-    Ask("all", "eagle", limit=4, max_tokens=128),
-    Ask("serial_pp,flowspec,streaming", OTHER_DRAFTERS, limit=1, max_tokens=128),
+    Ask("all", "eagle", limit=4, max_tokens=64),
+    Ask("serial_pp,flowspec,streaming", OTHER_DRAFTERS, limit=1, max_tokens=64),
 )
 QUICK = (
     Ask("all", "eagle", limit=1, max_tokens=32),
