@@ -5,16 +5,20 @@ tokenizer by that class and lose spaces. transformers and its like are imported 
 late, since that takes seconds.
 """
 
+import codecs
 import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+from unicodedata import normalize
 
 MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
 MAX_REASON_CHARS = 500  # of what a template says
@@ -54,19 +58,28 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[
     """Token ids of a conversation, ready for the assistant's turn.
 
     Uses the tokenizer's chat template; without one, the messages' contents line by line. Raises
-    PromptError where the template refuses the conversation or the text cannot be encoded.
+    PromptError where the template refuses the conversation or makes no tokens of it, or the text
+    cannot be encoded.
     """
     for message in messages:
         check_text(message["content"], f"the {message['role']}'s message")
-    if getattr(tokenizer, "chat_template", None):
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if has_template:
         text = _apply_template(tokenizer, messages)
         options = {"add_special_tokens": False}  # the template has written them
     else:
         text, options = "\n".join(message["content"] for message in messages), {}
     try:
-        return tuple(tokenizer.encode(text, **options))
+        ids = tuple(tokenizer.encode(text, **options))
     except Exception as error:  # the libraries raise of any kind
         raise PromptError(f"the tokenizer cannot encode the prompt: {_reason(error)}") from error
+    if has_template and not ids:
+        raise PromptError(
+            f"the model's chat template makes {text[:MAX_REASON_CHARS]!r} of this conversation, "
+            "which has no tokens; correct the template (chat_template in tokenizer_config.json, or "
+            "chat_template.jinja)"
+        )
+    return ids
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
@@ -170,14 +183,19 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 _FORMS = (JSON_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)  # the first that is there is read
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_TEXT_FILES = (
+    *(JSON_FILE, VOCABULARY_FILE, MERGES_FILE, *_SMALL_FILES),
+    *("config.json", "chat_template.json", "chat_template.jinja"),
+)
 _NO_LIMIT = 2**62  # of a text's length: the context's limit is checked elsewhere
 _SENTENCEPIECE_BPE = 2  # model_type in its trainer's settings
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _LFS_POINTER = b"version https://git-lfs"
 _BYTE_LEVEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
-# Spaces in a row, before punctuation and at line ends; digits, accents, other scripts, an emoji.
+# Spaces in a row, before punctuation and at line ends; digits, accents, other scripts, an emoji,
+# and a ligature, which NFKC takes apart.
 SAMPLE = (
-    "Anna has 3 boxes , 12 apples; she did n't count.\n\n\tnaïve café,  Ünïcode 你好 мир 😀 0.5 end"
+    "Anna has 3 boxes , 12 apples; she did n't count.\n\n\tnaïve café,  Ünïcode 你好 мир 😀 0.5 ﬁn"
 )
 _log = logging.getLogger(__name__)
 
@@ -205,15 +223,17 @@ def load_tokenizer(folder: str | Path) -> Any:
         SENTENCEPIECE_FILE: _read_sentencepiece,
         VOCABULARY_FILE: _read_vocabulary,
     }[form]
-    try:
-        tokenizer, reference = read(folder)
-    except _FormError as error:
-        raise ValueError(str(error)) from None
-    except Exception as error:  # for damaged files the libraries raise bare Exceptions too
-        raise ValueError(
-            f"the tokenizer in {folder} cannot be loaded: {form}: {_one_line(error)}; fetch its "
-            "files again"
-        ) from error
+    with _without_marks(folder) as readable:
+        try:
+            tokenizer, reference = read(folder, readable)
+        except _FormError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:  # for damaged files the libraries raise bare Exceptions too
+            reason = _one_line(error).replace(str(readable), str(folder))
+            raise ValueError(
+                f"the tokenizer in {folder} cannot be loaded: {form}: {reason}; fetch its files "
+                "again"
+            ) from error
     tokenizer.model_max_length = _NO_LIMIT
     tokenizer.clean_up_tokenization_spaces = False  # it would remove spaces before punctuation
     if reference is not None:
@@ -253,6 +273,33 @@ def _check_files(folder: Path, form: str) -> None:
             raise ValueError(f"{path} must hold a JSON object; fetch it again")
 
 
+@contextmanager
+def _without_marks(folder: Path) -> Iterator[Path]:
+    """`folder`, or a temporary one without the byte order marks of its files.
+
+    The libraries do not read a file that begins with such a mark.
+    """
+    marked = [path for name in _TEXT_FILES if _has_mark(path := folder / name)]
+    if not marked:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="flowspec-tokenizer-") as name:
+        for path in folder.resolve().iterdir():
+            (Path(name) / path.name).symlink_to(path)
+        for path in marked:
+            copy = Path(name) / path.name
+            copy.unlink()
+            copy.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield Path(name)
+
+
+def _has_mark(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
 def _settings(folder: Path, name: str) -> dict[str, Any]:
     """What a JSON file in `folder` holds; nothing where there is none."""
     path = folder / name
@@ -261,19 +308,20 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
 
 def _read_small(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
 
 
-def _read_json_form(folder: Path) -> tuple[Any, _Reference]:
+def _read_json_form(folder: Path, readable: Path) -> tuple[Any, _Reference]:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    own = Tokenizer.from_file(str(folder / JSON_FILE))
+    del folder
+    own = Tokenizer.from_file(str(readable / JSON_FILE))
     own.no_truncation()
     own.no_padding()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(readable), local_files_only=True)
     reference = _Reference(
         f"tokenizers {version('tokenizers')}",
         lambda text: list(own.encode(text, add_special_tokens=False).ids),
@@ -282,7 +330,7 @@ def _read_json_form(folder: Path) -> tuple[Any, _Reference]:
     return tokenizer, reference
 
 
-def _read_sentencepiece(folder: Path) -> tuple[Any, _Reference]:
+def _read_sentencepiece(folder: Path, readable: Path) -> tuple[Any, _Reference]:
     path = folder / SENTENCEPIECE_FILE
     with path.open("rb") as file:
         if _TIKTOKEN_LINE.match(file.read(200)):
@@ -310,7 +358,7 @@ def _read_sentencepiece(folder: Path) -> tuple[Any, _Reference]:
     own = SentencePieceProcessor(model_file=str(path))
     begins = _settings(folder, "tokenizer_config.json").get("add_bos_token", True)
     tokenizer = LlamaTokenizer.from_pretrained(
-        str(folder), local_files_only=True, add_bos_token=begins
+        str(readable), local_files_only=True, add_bos_token=begins
     )
     library = f"sentencepiece {version('sentencepiece')}"
     return tokenizer, _Reference(library, own.encode, own.decode)
@@ -323,7 +371,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _read_vocabulary(folder: Path) -> tuple[Any, None]:
+def _read_vocabulary(folder: Path, readable: Path) -> tuple[Any, None]:
     """Byte-level BPE. The two files do not tell how words are cut, so the class's name must."""
     import transformers
 
@@ -339,7 +387,7 @@ def _read_vocabulary(folder: Path) -> tuple[Any, None]:
             f"tokenizer_class {known}; tokenizer_config.json names {named}; give a folder with "
             f"{JSON_FILE}"
         )
-    return getattr(transformers, name).from_pretrained(str(folder), local_files_only=True), None
+    return getattr(transformers, name).from_pretrained(str(readable), local_files_only=True), None
 
 
 def _compare(tokenizer: Any, reference: _Reference, path: Path) -> None:
@@ -356,10 +404,13 @@ def _compare(tokenizer: Any, reference: _Reference, path: Path) -> None:
         if _loses_spaces(texts[1]):
             _log.warning("%s loses the spaces of a text: it makes %r of %r", path, texts[1], SAMPLE)
         return
+    if path.name == SENTENCEPIECE_FILE:  # its settings may be others than the class computes
+        remedy = f"give a folder of the same model that has {JSON_FILE}"
+    else:
+        remedy = "install the versions of requirements.txt, or fetch the tokenizer's files again"
     raise ValueError(
         f"{path} is not read as it was written: transformers {version('transformers')} makes "
-        f"{own!r} of a sample, {reference.library} {file!r}; install the versions of "
-        "requirements.txt, or fetch the tokenizer's files again"
+        f"{own!r} of a sample, {reference.library} {file!r}; {remedy}"
     )
 
 
@@ -376,7 +427,8 @@ def _check_round_trip(tokenizer: Any, path: Path) -> None:
 
 def _loses_spaces(text: str) -> bool:
     """Whether `text`, made of the sample, has its characters but not its spaces."""
-    is_whole = "".join(text.split()).lower() == "".join(SAMPLE.split()).lower()
+    found, whole = (normalize("NFKC", "".join(one.split()).lower()) for one in (text, SAMPLE))
+    is_whole = found == whole
     return is_whole and len(text.split()) < len(SAMPLE.split())
 
 

@@ -41,7 +41,8 @@ def test_with_the_pins_of_python_3_10(pytestconfig: pytest.Config) -> None:
     python = find_python(OLDEST) or sys.executable
     inside = environment_of(python, [*pins, "jinja2"], pytestconfig)
     done = subprocess.run(
-        [str(inside), str(ROOT / "tests" / "tokenizer_checks.py")],
+        [str(inside), "-m", "tests.support.tokenizer_checks"],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -83,9 +84,9 @@ def pins_of(python: str) -> list[str]:
     """`NEEDED` as requirements.txt pins them for this Python, in the order of NEEDED."""
     found: dict[str, str] = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
-        if not line or line.startswith("#"):
+        if not (requirement := line.partition("#")[0].strip()):
             continue
-        pin = Requirement(line)
+        pin = Requirement(requirement)
         if pin.marker is None or pin.marker.evaluate({"python_version": python}):
             found[pin.name] = f"{pin.name}{pin.specifier}"
     return [found[name] for name in NEEDED]

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flowspec.bench.prompts import Prompt, decode_file, make_prompt
+from flowspec.bench.prompts import Prompt, decode_file, make_prompt, question_id
 
 Row = Mapping[str, Any]
 PARQUET_READER = "pyarrow>=15"  # the extra `hub`: large, and only these sets need it
@@ -95,9 +95,9 @@ def load_from_hub(name: str, *, limit: int) -> list[Prompt]:
             turns = source.turns(row)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{where}: row {place} has no {error}; has the set changed?") from None
-        own = row.get(source.name) if source.name else None
-        question = str(place) if own is None else str(own)
-        prompts.append(make_prompt(question, name, turns, f"{where}: row {place}"))
+        at = f"{where}: row {place}"
+        own = question_id(row, (source.name,) if source.name else (), at)
+        prompts.append(make_prompt(own or str(place), name, turns, at))
     return prompts
 
 

@@ -23,7 +23,7 @@ MAX_PROMPT_CHARS = 1_000_000
 PROMPTS_HELP = "JSON lines or a list (a prompt each), a text (one prompt), or a folder of them."
 _KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "question")
 _NEEDED = f"needed: an object with {', '.join(_KEYS[:-1])} or {_KEYS[-1]}"
-_BETWEEN = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 _ASKING = ("user", "human")
 _UNASKED = ("system", "developer", "tool")  # neither a question nor an answer
 _KINDS = {
@@ -90,6 +90,7 @@ def make_prompt(
         if len(turn) > MAX_PROMPT_CHARS:
             raise ValueError(f"{where} is longer than {MAX_PROMPT_CHARS} characters")
         check_text(turn, where)
+    check_text(name, f"{where}: the question's id")
     return Prompt(name, source, tuple(turns), where, numbered)
 
 
@@ -101,20 +102,34 @@ def first_turn(render: Render, prompt: Prompt) -> tuple[int, ...]:
         raise PromptError(f"{prompt.where}: {error}" if prompt.where else str(error)) from error
 
 
-def decode_file(raw: bytes, path: Path) -> str:
+def question_id(given: Mapping[str, Any], keys: Sequence[str], where: str) -> str | None:
+    """The first of these keys that is given, as text; None where none is.
+
+    Raises ValueError naming `where` for an id that is neither a text nor a number.
+    """
+    for key in keys:
+        found = given.get(key)
+        if found is None or found == "":
+            continue
+        if isinstance(found, bool) or not isinstance(found, str | int | float):
+            raise ValueError(f'{where}: "{key}" holds {_kind(found)}, needed: a text or a number')
+        return str(found)
+    return None
+
+
+def decode_file(raw: bytes, name: Path | str, *, remedy: str = "save it as UTF-8") -> str:
     """Text of a file's bytes, without a byte order mark, lines ended by newlines.
 
-    Raises ValueError naming file, line and byte where it is not UTF-8.
+    Raises ValueError naming file, line, byte and the remedy where it is not UTF-8.
     """
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{path} is UTF-16 text; save it as UTF-8") from None
+            raise ValueError(f"{name} is UTF-16 text; {remedy}") from None
         line = raw.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"{path}:{line} is not UTF-8 text: it has the byte 0x{raw[error.start]:02x}; save the "
-            "file as UTF-8"
+            f"{name}:{line} is not UTF-8 text: it has the byte 0x{raw[error.start]:02x}; {remedy}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -133,40 +148,61 @@ def _entries(text: str, path: Path) -> Iterator[_Entry]:
     # not splitlines: a JSON text may hold the line ends of Unicode as they are
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first_number, first_line = lines[0]
-    try:
-        json.loads(first_line)
-    except (ValueError, RecursionError):
-        is_lines = False
-    else:
-        is_lines = len(lines) > 1
-    if is_lines:
+    if len(lines) > 1 and _is_json(first_line):
         for number, line in lines:
             yield _Entry(f"{path}:{number}", number, _parse(line, path, number))
         return
-    if path.suffix == ".jsonl" and not _is_json(text):
-        _parse(first_line, path, first_number)  # what is wrong with its first line
-    yield from _entries_of(_parse(text, path, 1), text, path)
+    try:
+        entries = _entries_of(text, path)
+    except (ValueError, RecursionError):
+        if path.suffix == ".jsonl":
+            _parse(first_line, path, first_number)  # what is wrong with its first line
+        _parse(text, path, 1)
+        raise
+    yield from entries
 
 
-def _entries_of(value: Any, text: str, path: Path) -> Iterator[_Entry]:
-    """Of a file that is one JSON value: it is one question, or a list of them."""
-    if not isinstance(value, list) or _is_conversation(value):
-        line = 1 + text.count("\n", 0, _skip(text, 0))
-        yield _Entry(f"{path}:{line}", 1, value)
-        return
-    decoder, end = json.JSONDecoder(), text.index("[") + 1
-    line = 1 + text.count("\n", 0, end)
-    for number in range(1, len(value) + 1):
-        start = _skip(text, end)
-        line += text.count("\n", end, start)
-        entry, end = decoder.raw_decode(text, start)
-        yield _Entry(f"{path}:{line}", number, entry)
-        line += text.count("\n", start, end)
+def _entries_of(text: str, path: Path) -> list[_Entry]:
+    """Of a text that is one JSON value: it is one question, or a list of them.
+
+    Raises ValueError or RecursionError where it is no JSON.
+    """
+    start = _skip(text, 0)
+    line = 1 + text.count("\n", 0, start)
+    if text[start] != "[":
+        return [_Entry(f"{path}:{line}", 1, json.loads(text))]
+    entries, before, first_line = [], start, line
+    for number, (place, value) in enumerate(_elements(text, start), 1):
+        line += text.count("\n", before, place)
+        before = place
+        entries.append(_Entry(f"{path}:{line}", number, value))
+    values = [entry.value for entry in entries]
+    return [_Entry(f"{path}:{first_line}", 1, values)] if _is_conversation(values) else entries
+
+
+def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
+    """Where each value of the JSON list at `start` begins, and the value.
+
+    Raises ValueError where there is no JSON list, or more follows it.
+    """
+    decoder, place = json.JSONDecoder(), _skip(text, start + 1)
+    while not text.startswith("]", place):
+        value, end = decoder.raw_decode(text, place)
+        yield place, value
+        place = _skip(text, end)
+        if text.startswith(",", place):
+            place = _skip(text, place + 1)
+            if text.startswith("]", place):
+                raise ValueError("a comma without a value after it")
+        elif not text.startswith("]", place):
+            raise ValueError("no comma between two values")
+    if _skip(text, place + 1) != len(text):
+        raise ValueError("text after the list")
 
 
 def _skip(text: str, start: int) -> int:
-    """Where the next value begins, past white space and a comma."""
-    found = _BETWEEN.match(text, start)
+    """Where what is no white space begins."""
+    found = _SPACE.match(text, start)
     assert found is not None, "it matches nothing too"
     return found.end()
 
@@ -196,8 +232,7 @@ def _prompt_of(entry: _Entry, source: str) -> Prompt | None:
     if not turns:
         return None
     given = entry.value if isinstance(entry.value, dict) else {}
-    names = (given.get(key) for key in ("question_id", "id"))
-    name = next((str(one) for one in names if one is not None and one != ""), None)
+    name = question_id(given, ("question_id", "id"), entry.where)
     numbered = name is None
     return make_prompt(name or str(entry.number), source, turns, entry.where, numbered=numbered)
 
@@ -209,7 +244,7 @@ def _turns_of(value: Any, where: str) -> list[str]:
     if isinstance(value, list) and _is_conversation(value):
         return _asked(value, where)
     if not isinstance(value, dict):
-        raise ValueError(f"{where} holds {_kind(value)}, which is no question; {_NEEDED}")
+        raise ValueError(f"{where} holds {_form(value)}, which is no question; {_NEEDED}")
     if _is_message(value):
         raise ValueError(
             f"{where} holds one message of a conversation (role and content); put the messages of "
@@ -230,7 +265,7 @@ def _turns_of(value: Any, where: str) -> list[str]:
     if isinstance(found, list) and _is_conversation(found):
         return _asked(found, where)
     raise ValueError(
-        f'{where}: "{key}" holds {_kind(found)}, needed: a text, a list of texts, or a list of '
+        f'{where}: "{key}" holds {_form(found)}, needed: a text, a list of texts, or a list of '
         "messages (role and content, or from and value)"
     )
 
@@ -284,6 +319,20 @@ def _tell_apart(prompts: list[Prompt]) -> list[Prompt]:
         else prompt
         for prompt in prompts
     ]
+
+
+def _form(value: Any) -> str:
+    """The kind of a value that is neither texts nor messages; of a list, what is wrong in it."""
+    if not isinstance(value, list) or not value:
+        return _kind(value)
+    fits = _is_message if _is_message(value[0]) else _is_text
+    odd = ((place, one) for place, one in enumerate(value, 1) if not fits(one))
+    place, one = next(odd, (0, None))
+    return f"a list whose element {place} is {_kind(one)}" if place else "a list of texts"
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _kind(value: Any) -> str:

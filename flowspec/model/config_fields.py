@@ -39,12 +39,18 @@ def whole_number(
     return value
 
 
-def positive_number(hf: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """The number under `key`, `default` where it is missing or null; ValueError names the key."""
+def positive_number(
+    hf: Mapping[str, Any], key: str, default: float | None = None, *, block: str = ""
+) -> float:
+    """The number under `key`, `default` where it is missing or null.
+
+    ValueError names the key, and `block`, the key of the object that holds it.
+    """
     value = hf.get(key)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ValueError(f"config.json: {key} is {value!r}, needed: a number above 0")
+        name = f"{block}.{key}" if block else key
+        raise ValueError(f"config.json: {name} is {value!r}, needed: a number above 0")
     return float(value)
 
 

@@ -111,6 +111,11 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "finetuned",  # says how the model came about
     ),
 }
+_NEEDED = {  # what has no default, and what to write
+    "factor": "a number from 1: the stretched context over the one before, such as 4.0",
+    "low_freq_factor": "a number above 0, such as 1.0 of Llama 3.1",
+    "high_freq_factor": "a number above low_freq_factor, such as 4.0 of Llama 3.1",
+}
 
 
 def read_rope(
@@ -122,7 +127,7 @@ def read_rope(
     warning, so does this, with what transformers computes; `warn` is told. Raises ValueError naming
     the type or key that is unknown, missing or out of range.
     """
-    rope = _parameters(hf, warn)
+    block, rope = _parameters(hf, warn)
     theta = positive_number({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", 10000.0)
     rope.pop("rope_theta", None)
     kind = _type(rope, warn)
@@ -138,17 +143,23 @@ def read_rope(
             rope["factor"] = ratio
             warn(f"the RoPE block has no factor; {ratio:g}, max_position_embeddings over "
                  f"{_ORIGINAL}, is taken")  # fmt: skip
-    if (factor := positive_number(rope, "factor")) < 1:
+    for key in _KEYS[kind]:
+        if key in _NEEDED and key not in rope:
+            raise ValueError(
+                f"config.json: {block}.{key} is missing, which rope_type {kind!r} needs; write "
+                f"{_NEEDED[key]}"
+            )
+    if (factor := positive_number(rope, "factor", block=block)) < 1:
         warn(f"the RoPE block: factor {factor:g} is below 1; it shortens the model's context")
     if kind == "linear":
         return theta, LinearRopeScaling(factor=factor)
     if kind == "llama3":
-        return theta, _llama3(rope, max_positions, warn)
-    return theta, _yarn(rope, theta, max_positions, warn)
+        return theta, _llama3(rope, block, max_positions, warn)
+    return theta, _yarn(rope, block, theta, max_positions, warn)
 
 
-def _parameters(hf: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
-    """The block that counts, without its empty values."""
+def _parameters(hf: Mapping[str, Any], warn: Warn) -> tuple[str, dict[str, Any]]:
+    """The block that counts: its key, and what it holds without empty values."""
     found: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
         part = hf.get(key) or {}
@@ -158,7 +169,7 @@ def _parameters(hf: Mapping[str, Any], warn: Warn) -> dict[str, Any]:
     old, new = found.values()
     if old and new and old != new:
         warn("rope_scaling and rope_parameters differ; rope_scaling is used, so delete the other")
-    return old or new
+    return ("rope_scaling", old) if old else ("rope_parameters", new)
 
 
 def _type(rope: dict[str, Any], warn: Warn) -> str:
@@ -218,28 +229,34 @@ def _settle_original(
     rope[_ORIGINAL] = max_positions if stated is None else stated
 
 
-def _llama3(rope: Mapping[str, Any], max_positions: int, warn: Warn) -> Llama3RopeScaling:
+def _llama3(
+    rope: Mapping[str, Any], block: str, max_positions: int, warn: Warn
+) -> Llama3RopeScaling:
     original = whole_number(rope, _ORIGINAL)
     if original >= max_positions:
         warn(
             f"the RoPE block: {_ORIGINAL} {original} should be below max_position_embeddings "
             f"{max_positions}"
         )
-    low, high = (positive_number(rope, key) for key in ("low_freq_factor", "high_freq_factor"))
+    low, high = (
+        positive_number(rope, key, block=block) for key in ("low_freq_factor", "high_freq_factor")
+    )
     if low >= high:
         warn(f"the RoPE block: low_freq_factor {low:g} should be below high_freq_factor {high:g}")
     return Llama3RopeScaling(
-        factor=positive_number(rope, "factor"),
+        factor=positive_number(rope, "factor", block=block),
         low_freq_factor=low,
         high_freq_factor=high,
         original_max_position_embeddings=original,
     )
 
 
-def _yarn(rope: Mapping[str, Any], theta: float, max_positions: int, warn: Warn) -> YarnRopeScaling:
+def _yarn(
+    rope: Mapping[str, Any], block: str, theta: float, max_positions: int, warn: Warn
+) -> YarnRopeScaling:
     if theta <= 1:
         raise ValueError(f"config.json: rope_theta is {theta}, yarn needs one above 1")
-    factor = positive_number(rope, "factor")
+    factor = positive_number(rope, "factor", block=block)
     original = whole_number(rope, _ORIGINAL)
     if max_positions / original not in (1, factor):
         warn(
@@ -254,10 +271,12 @@ def _yarn(rope: Mapping[str, Any], theta: float, max_positions: int, warn: Warn)
     weights = [rope[key] for key in ("mscale", "mscale_all_dim") if rope.get(key)]
     attention = default_factor(1.0)
     if len(weights) == 2:
-        mscale, all_dim = (positive_number(rope, key) for key in ("mscale", "mscale_all_dim"))
+        mscale, all_dim = (
+            positive_number(rope, key, block=block) for key in ("mscale", "mscale_all_dim")
+        )
         attention = default_factor(mscale) / default_factor(all_dim)
     fast, slow = (
-        positive_number({key: rope.get(key) or None}, key, default)
+        positive_number({key: rope.get(key) or None}, key, default, block=block)
         for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
     )
     if fast < slow:
@@ -265,7 +284,7 @@ def _yarn(rope: Mapping[str, Any], theta: float, max_positions: int, warn: Warn)
     return YarnRopeScaling(
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=positive_number(rope, "attention_factor", attention),
+        attention_factor=positive_number(rope, "attention_factor", attention, block=block),
         beta_fast=fast,
         beta_slow=slow,
         truncate=flag(rope, "truncate", default=True),

@@ -204,7 +204,33 @@ def test_questions_without_an_id_are_numbered(tmp_path):
         ("a.json", "{}", ["a.json:1 holds an object with nothing", "needed: an object with turns"]),
         ("a.json", "[\n{}]", ["a.json:2 holds an object"]),
         ("a.json", '[{"prompt": "x"},\n {"prompt": 5}]', ['a.json:2: "prompt" holds a number']),
-        ("a.json", '[{"conversations": [1]}]', ['a.json:1: "conversations" holds a list']),
+        (
+            "a.json",
+            '[{"conversations": [1]}]',
+            ['"conversations" holds a list whose element 1 is a'],
+        ),
+        ("a.json", '[{"prompt": "x"} {"prompt": "y"}]', ["a.json:1 is not JSON", "column 18"]),
+        ("a.json", '[{"prompt": "x"},\n]', ["a.json:", "is not JSON"]),
+        ("a.json", '[{"prompt": "x"}\n]\n]', ["a.json:3 is not JSON", "Extra data"]),
+        ("a.jsonl", '{"turns": [null]}', ['"turns" holds a list whose element 1 is null, needed']),
+        ("a.jsonl", '{"turns": ["x", 5]}', ['"turns" holds a list whose element 2 is a number']),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n[{"role": "user", "content": "x"}, "y"]',
+            ["a.jsonl:2 holds a list whose element 2 is a text, which is no question"],
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "x"}\n{"prompt": "y", "question_id": {"a": 1}}',
+            ['a.jsonl:2: "question_id" holds an object, needed: a text or a number'],
+        ),
+        ("a.jsonl", '{"prompt": "y", "id": [1]}', ['a.jsonl:1: "id" holds a list']),
+        ("a.jsonl", '{"prompt": "y", "id": false}', ['a.jsonl:1: "id" holds a truth value']),
+        (
+            "a.jsonl",
+            '{"prompt": "y", "id": "\\ud83d"}',
+            ["a.jsonl:1: the question's id is not val"],
+        ),
         ("a.json", "[", ["a.json:1 is not JSON"]),
         ("a.json", '[\n\n{"prompt": }]', ["a.json:3 is not JSON", "column 12"]),
         ("a.json", "7", ["a.json:1 holds a number"]),
@@ -216,7 +242,7 @@ def test_questions_without_an_id_are_numbered(tmp_path):
         ),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt": "y"', ["a.jsonl:2 is not JSON"]),
         ("a.jsonl", '{"prompt": "x"\n{"prompt": "y"}', ["a.jsonl:1 is not JSON"]),
-        ("a.jsonl", '{"prompt": "x"}\n[1]', ["a.jsonl:2 holds a list"]),
+        ("a.jsonl", '{"prompt": "x"}\n[1]', ["a.jsonl:2 holds a list whose element 1 is a number"]),
         ("a.jsonl", '{"prompt": "x"}\nnull', ["a.jsonl:2 holds null"]),
         ("a.jsonl", '{"turns": ["x", ""]}', ["a.jsonl:1 has an empty text"]),
         (
@@ -244,6 +270,28 @@ def test_what_is_no_question_is_told_by_form_file_and_line(tmp_path, name, text,
     with pytest.raises(ValueError, match=r"a\.json") as error:
         load(str(tmp_path / name))
     assert [word for word in words if word not in str(error.value)] == []
+
+
+def test_a_list_is_decoded_once(tmp_path, monkeypatch):
+    """A file of questions may be large; lines are counted along the way."""
+    rows = [{"prompt": f"{n} [,] ]"} for n in range(30)]
+    decoded, decode = [], json.JSONDecoder.raw_decode
+
+    def counted(self: json.JSONDecoder, text: str, idx: int = 0) -> tuple[Any, int]:
+        value, end = decode(self, text, idx)
+        decoded.append(end - idx)
+        return value, end
+
+    monkeypatch.setattr("json.JSONDecoder.raw_decode", counted)
+    for name, indent in [("ask.json", 1), ("ask.json", None), ("ask.jsonl", 1)]:
+        decoded.clear()
+        text = json.dumps(rows, indent=indent)
+        (tmp_path / name).write_text(text)
+        found = load_prompts(tmp_path / name)
+        assert [one.turns for one in found] == [(row["prompt"],) for row in rows]
+        lines = [int(one.where.rpartition(":")[2]) for one in found]
+        assert lines == ([2 + 3 * n for n in range(30)] if indent else [1] * 30)
+        assert 0.5 * len(text) < sum(decoded) <= len(text), name
 
 
 @pytest.mark.parametrize("name", ["ask.txt", "ask.jsonl"])
@@ -346,6 +394,13 @@ def test_each_set_of_the_hub_is_asked_in_its_own_words(name, monkeypatch, tmp_pa
     assert found.source == name
     source = HUB_SETS[name]
     assert hub.asked == [(source.repo, source.file, "dataset")]
+
+
+def test_an_id_of_the_hub_is_a_text_or_a_number(monkeypatch, tmp_path):
+    """As in a file of one's own."""
+    use_hub(monkeypatch, tmp_path, [{"question_id": {"a": 1}, "turns": ["x"]}])
+    with pytest.raises(ValueError, match='row 0: "question_id" holds an object, needed: a text'):
+        load("mt_bench")
 
 
 def test_a_row_of_the_hub_may_hold_the_line_ends_of_unicode(monkeypatch, tmp_path):

@@ -132,8 +132,12 @@ REFUSED = {
         "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}
     },
     "RoPE type 'longrope'": {"rope_scaling": {"type": "longrope", "factor": 2.0}},
-    "factor is None": {"rope_scaling": {"rope_type": "yarn"}},
-    "factor is 0": {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+    "rope_scaling.factor is missing, .*'yarn'.*; write a number from 1": {
+        "rope_scaling": {"rope_type": "yarn"}
+    },
+    "rope_parameters.factor is missing": {"rope_parameters": {"rope_type": "linear"}},
+    "rope_scaling.low_freq_factor is missing": {"rope_scaling": {"type": "llama3", "factor": 8.0}},
+    "rope_scaling.factor is 0": {"rope_scaling": {"rope_type": "linear", "factor": 0}},
     "yarn needs one above 1": {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 2}},
     "'full_attention'": {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
     "rope_scaling is": {"rope_scaling": "llama3"},

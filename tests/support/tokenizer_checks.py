@@ -124,6 +124,44 @@ def check_a_sentencepiece_model_of_another_kind_is_refused(folder: Path) -> None
         load_tokenizer(folder / "normal")
 
 
+def check_settings_of_a_sentencepiece_model_that_are_not_read(folder: Path) -> None:
+    """Neither the installed versions nor the file is at fault, so another form is advised."""
+    write_sentencepiece(folder / "prefix", add_dummy_prefix=False)
+    write_sentencepiece(folder / "nfkc", normalization_rule_name="nfkc")
+    write_sentencepiece(folder / "nmt_nfkc", normalization_rule_name="nmt_nfkc")
+    for name in ("prefix", "nfkc", "nmt_nfkc"):
+        with refused(
+            "not read as it was", "; give a folder of the same model that has tokenizer.json"
+        ):
+            load_tokenizer(folder / name)
+
+
+def check_byte_order_marks_are_left_out(folder: Path) -> None:
+    """Some editors write them; the libraries do not read them, in any file."""
+    forms = {
+        "tokenizer.json": write_json_form,
+        "tokenizer.model": write_sentencepiece,
+        "vocab.json": write_vocabulary,
+    }
+    for form, write in forms.items():
+        model = write(folder / form)
+        write_config(model, tokenizer_class="GPT2Tokenizer" if form == "vocab.json" else None)
+        for name in ("special_tokens_map.json", "config.json"):
+            (model / name).write_text("{}")
+        (model / "chat_template.jinja").write_text(TEMPLATE)
+        (model / "added_tokens.json").write_text(json.dumps({"[PAD]": len(load_tokenizer(model))}))
+        expected = load_tokenizer(model).encode(SAMPLE)
+        for path in model.iterdir():
+            if path.name != "tokenizer.model":
+                path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        tokenizer = load_tokenizer(model)
+        assert tokenizer.encode(SAMPLE) == expected, form
+        assert tokenizer.chat_template == TEMPLATE, form
+    (folder / "tokenizer.json" / "tokenizer.json").write_bytes(b"\xef\xbb\xbf{")
+    with refused(f"the tokenizer in {folder / 'tokenizer.json'} cannot be loaded: tokenizer.json"):
+        load_tokenizer(folder / "tokenizer.json")
+
+
 def check_a_missing_package_is_named(folder: Path) -> None:
     """By our own words, with the command; not by what a library guesses."""
     write_sentencepiece(folder)
@@ -178,6 +216,7 @@ def check_chat_templates(folder: Path) -> None:
         ("{{ messages[9].content }}", "x", "fails with UndefinedError"),
         ("{{ 1 / 0 }}", "x", "fails with ZeroDivisionError: division by zero"),
         ("{% if %}", "x", "fails with TemplateSyntaxError"),
+        ("{# nothing #}", "x", "chat template makes '' of this conversation, which has no tokens"),
     ]:
         tokenizer.chat_template = template
         with refused(words):

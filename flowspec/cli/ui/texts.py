@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from flowspec.bench.prompts import decode_file
 from flowspec.tokenizer import check_text
@@ -17,4 +16,5 @@ def check_texts(options: Mapping[str, Sequence[str] | None]) -> None:
 
 def read_input() -> str:
     """All of standard input as text. Raises ValueError where it is not UTF-8."""
-    return decode_file(sys.stdin.buffer.read(), Path("standard input"))
+    remedy = "convert it before, such as with `iconv -f LATIN1 -t UTF-8`"
+    return decode_file(sys.stdin.buffer.read(), "standard input", remedy=remedy)
