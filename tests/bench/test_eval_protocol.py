@@ -65,7 +65,7 @@ def here(monkeypatch):
         # only main() makes an exit code of an error of the user's
         return 2 if isinstance(done.exception, ValueError) else done.exit_code
 
-    monkeypatch.setattr("eval_protocol.flowspec", flowspec)
+    monkeypatch.setattr("scripts.eval_protocol.flowspec", flowspec)
 
 
 @pytest.fixture

@@ -53,8 +53,9 @@ def ends(head: Asking) -> dict[int, Done]:
 
 
 BUILDING = {
-    "chat template": lambda parts, patch: patch.setattr(
-        "flowspec.engine.build.render_chat", breaks
+    "chat template": lambda parts, patch: (
+        patch.setattr(parts.tokenizer, "chat_template", "{{ messages }}"),
+        patch.setattr(parts.tokenizer, "apply_chat_template", breaks),
     ),
     "tokenizer": lambda parts, patch: patch.setattr(type(parts.tokenizer), "encode", breaks),
     "limits": lambda parts, patch: patch.setattr(engine_module, "check_measurable", breaks),
@@ -154,7 +155,7 @@ def test_a_prompt_may_be_as_long_as_a_long_context(parts: HeadParts) -> None:
     assert unpack(pack(ask)) == ask
     done = Asking(parts).ask(None, turns=(Turn(role="user", content="a fox " * 70_000),))
     assert done is not None
-    assert f"the model's context holds {parts.max_context}" in done.error
+    assert f"the context holds {parts.max_context}" in done.error
     assert done.refused
 
 
