@@ -48,7 +48,7 @@ def wait_for(is_so: Callable[[], object]) -> None:
 
 def ended(code: str, *numbers: int, options: tuple[str, ...] = ()) -> tuple[int, str]:
     """Exit code and standard error of a process that says `ready` and then gets the signals."""
-    program = f"import sys, time\nfrom flowspec import signals\nsignals.install()\n{code}"
+    program = f"import sys, time\nfrom flowspec.system import signals\nsignals.install()\n{code}"
     child = subprocess.Popen(
         [*options, sys.executable, "-c", program],
         stdout=subprocess.PIPE,
@@ -131,7 +131,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 def test_a_terminal_is_left_as_it_was() -> None:
     """A password prompt had switched its echo off."""
     code = f"""if True:
-        from flowspec import signals
+        from flowspec.system import signals
         import termios, time
         signals.install()
         now = termios.tcgetattr(0)
