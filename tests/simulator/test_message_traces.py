@@ -23,7 +23,7 @@ from benchmarks.message_text import MESSAGES, SEGMENT
 from flowspec.protocol.messages import Batch, Segment, WireMessage
 from tests.support.message_traces import CASES, Pipeline, run_case
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 HASHES = GOLDEN / "message_traces.json"
 IN_FULL = ("streaming-together-4", "streaming-lost-1")
 MAX_SHOWN = 40  # lines of a difference
