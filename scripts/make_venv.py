@@ -8,6 +8,7 @@ tested for what is needed: a python that runs, pip, scripts that start this very
 is added, and an environment that cannot be mended is made anew, if it was made by this script.
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -42,7 +43,7 @@ class Environment:
         self.shown, self.root, self.files = shown, root, files
         self.folder = shown.resolve()
         self.python = self.folder / "bin" / "python"
-        content = b"".join((root / name).read_bytes() for name in (*files, "pyproject.toml"))
+        content = b"".join(read_file(root / name, name) for name in (*files, "pyproject.toml"))
         self.stamp = self.folder / f"flowspec-{sha256(content).hexdigest()[:16]}.ok"
 
     def is_done(self) -> bool:
@@ -79,7 +80,7 @@ class Environment:
 
     def make(self) -> None:
         """Leave an environment whose python and pip work and whose scripts start that python."""
-        self._check_is_one()
+        self.check_is_one()
         version = self.version()
         made_for = self._made_for()
         if version and made_for in ("", version):
@@ -128,10 +129,19 @@ class Environment:
         maker = self.python if self.version() else Path(sys.executable)
         run([maker, "-m", "venv", *options, self.folder], "the virtual environment cannot be made")
 
-    def _check_is_one(self) -> None:
-        """Raises SetupError for a folder that is something else: nothing of it is touched."""
-        is_one = (self.folder / "pyvenv.cfg").exists() or (self.folder / UNFINISHED).exists()
-        if self.folder.exists() and not is_one and not self._is_empty():
+    def check_is_one(self) -> None:
+        """Raises SetupError for what is something else: nothing of it is touched.
+
+        Another set-up may be making or replacing it at the same time. It marks the folder first.
+        """
+        try:
+            is_empty = self._is_empty()
+            names = os.listdir(self.folder)  # after the look into it: the mark may come meanwhile
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            is_empty, names = False, [self.folder.name]
+        if names and not is_empty and not {"pyvenv.cfg", UNFINISHED} & set(names):
             raise SetupError(
                 f"{self.shown} is no virtual environment; move it away, or set FLOWSPEC_VENV to "
                 "another folder"
@@ -185,6 +195,17 @@ class Environment:
         run([*pip, *own], "pip could not install flowspec itself")
 
 
+def read_file(path: Path, shown: str) -> bytes:
+    """What a file of the project holds. Raises SetupError, which calls it `shown`."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SetupError(
+            f"{shown}: {error.strerror}; the set-up needs it: name a file that can be read, "
+            f"from {path.parent} on"
+        ) from None
+
+
 def check_can_make() -> None:
     """Raises SetupError where this Python comes without what makes virtual environments."""
     try:
@@ -234,8 +255,11 @@ def run(command: Sequence[object], failed: str) -> None:
 def locked(path: Path, shown: Path) -> Iterator[None]:
     """One set-up at a time. Raises SetupError where another one goes on for too long."""
     global _lock_handle
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise SetupError(describe(error)) from None
     try:
         end, told = time.monotonic() + LOCK_LIMIT_S, False
         while True:
@@ -259,6 +283,14 @@ def locked(path: Path, shown: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def describe(error: OSError) -> str:
+    """What the system refused, of which file, and what to do."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}; free some of the disk, or set FLOWSPEC_VENV to a folder on another one"
+    return f"{what}; set FLOWSPEC_VENV to a folder that you may write to"
+
+
 _began = time.monotonic()
 
 
@@ -279,6 +311,7 @@ def main(files: Sequence[str]) -> None:
     environment = Environment(shown, Path.cwd(), files)
     if not environment.is_done():
         folder = environment.folder
+        environment.check_is_one()  # beside something else, no lock is left behind
         with locked(folder.with_name(f"{folder.name}.lock"), shown):
             if not environment.is_done():  # another set-up may have done it meanwhile
                 step(1, f"virtual environment {shown}")
@@ -299,7 +332,8 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (SetupError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = describe(error) if isinstance(error, OSError) else error
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as ended:
         if isinstance(ended.code, int) and ended.code > 128:

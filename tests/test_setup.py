@@ -121,6 +121,26 @@ def copy_of(made: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("venv", ["/proc/x", "FILE", ""])
+def test_what_is_in_the_way_is_named_and_nothing_is_left(tmp_path: Path, venv: str) -> None:
+    """A folder that cannot be made, a file in its place, a requirements file that is not there."""
+    project, file = new_project(tmp_path / "p"), tmp_path / "file"
+    file.touch()
+    said = {
+        "/proc/x": "error: /proc/x.lock: No such file or directory; set FLOWSPEC_VENV to a folder "
+        "that you may write to\n",
+        "FILE": f"error: {file} is no virtual environment; move it away, or set FLOWSPEC_VENV to "
+        "another folder\n",
+        "": "error: requirements.txt: No such file or directory; the set-up needs it: name a file "
+        f"that can be read, from {project.resolve()} on\n",
+    }[venv]
+    if not venv:
+        (project / "requirements.txt").unlink()
+    variables = {"FLOWSPEC_VENV": venv.replace("FILE", str(file))} if venv else {}
+    assert set_up(project, **variables) == (2, "", said)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 def test_a_finished_set_up_is_not_repeated(made: Path) -> None:
     """Nothing is said, and nothing is written."""
     before = (made / ".venv" / "bin" / "flowspec").stat().st_mtime_ns

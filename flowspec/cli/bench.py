@@ -30,6 +30,7 @@ from flowspec.cli.bench_remote import (
 )
 from flowspec.cli.common import CONTEXT_HELP, check_file, write_whole
 from flowspec.cli.ui.bench_table import show
+from flowspec.cli.ui.texts import check_texts
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real
@@ -119,6 +120,7 @@ def bench(
     with the target's alone; exit code 1 if one differs. What is in --out is not run again. With
     --real --head HOST:PORT a running cluster answers, under one strategy after the other.
     """
+    check_texts({"--set": settings})
     if repeats > 1 and not real:
         raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
     emulated = {"--cluster": cluster, "--model": model}

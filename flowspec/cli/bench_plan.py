@@ -14,12 +14,13 @@ from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, folder_hash, revision
 from flowspec.bench.records import SampleFile
 from flowspec.bench.runner import Bench, Outcome, Progress, run_plan
-from flowspec.cli.common import draft_folder, split_folder
+from flowspec.cli.common import count_stages, draft_folder, split_folder
 from flowspec.cli.ui.progress import shown
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import max_context
 from flowspec.engine.cores import segments_at_once
+from flowspec.engine.local import check_files_for
 from flowspec.model.architecture import read_config
 from flowspec.request import ClusterError, SamplingParams
 from flowspec.speculation.strategies import find_strategy
@@ -50,6 +51,8 @@ def assemble(
     """
     config = RunConfig(model=target or RunConfig().model, stages=stages, context=context)
     drafts = _draft_folders(config, cases, draft)
+    if not emulations:
+        check_files_for(count_stages(config))
     folder = split_folder(config)
     manifest = read_manifest(folder)
     max_context(context, read_config(folder / HEAD_FOLDER))  # warns here, for the jobs are silent

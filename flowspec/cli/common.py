@@ -82,6 +82,19 @@ def is_bundled(model: str) -> bool:
     return len(same) == len(names)
 
 
+def count_stages(config: RunConfig) -> int:
+    """How many stages `split_folder` will find or make; nothing is loaded or split for it.
+
+    A model that has yet to be downloaded is taken for one that is not split.
+    """
+    if config.layers:
+        return len(parse_layers(config.layers))
+    folder = Path(bundled(config.model))
+    if (folder / MANIFEST_NAME).exists():
+        return len(read_manifest(folder).layers)
+    return config.stages or DEFAULT_STAGES
+
+
 def split_folder(config: RunConfig) -> Path:
     """The split model that `config` names, made now where it is not there yet, which is told."""
     folder = resolve_model(bundled(config.model))

@@ -10,14 +10,20 @@ import torch
 import typer
 
 from flowspec.bench.verify import find_divergence
-from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, split_folder
+from flowspec.cli.common import (
+    CONTEXT_HELP,
+    count_stages,
+    draft_folder,
+    effective_config,
+    split_folder,
+)
 from flowspec.cli.ui.show import show_answers, show_summary
 from flowspec.cli.ui.texts import check_texts
 from flowspec.config import RunConfig, as_yaml, override, parse_yaml
 from flowspec.engine.build import HeadParts, check_run, decode_config, load_head_parts
 from flowspec.engine.cores import segments_at_once
 from flowspec.engine.launch import find_launch
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalCluster, check_files_for
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.torchrun import TorchrunCluster, fit_to_launch, serve_rank
 from flowspec.request import Completion, Request, error_of
@@ -102,7 +108,7 @@ def run(
 ) -> None:
     """Split the model if need be, start head and stages here, stream the answer."""
     flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
-    check_texts({"--prompt": prompt, "--stop": stop})
+    check_texts({"--prompt": prompt, "--stop": stop, "--set": set_})
     effective = effective_config(config, flags)
     if set_:
         spec, _ = decode_config(effective)  # what is wrong now is the file's
@@ -152,9 +158,7 @@ def _generate(
         if launch.rank > 0:
             raise typer.Exit(serve_rank(config, launch))
         config = fit_to_launch(config, launch)
-    check_run(config)
-    if config.trace:
-        check_trace_path(config.trace)
+    _check_before_loading(config, is_local=launch is None)
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
@@ -195,6 +199,15 @@ def _generate(
         raise error_of(failed.error)
     if check:
         _check(config, parts, list(zip(requests, completions, strict=True)))
+
+
+def _check_before_loading(config: RunConfig, *, is_local: bool) -> None:
+    """Raises ValueError or OSError. `is_local`: the stages are processes of this command."""
+    check_run(config)
+    if config.trace:
+        check_trace_path(config.trace)
+    if is_local:
+        check_files_for(count_stages(config))
 
 
 def _check(

@@ -16,6 +16,7 @@ from flowspec.cli.bench import CLUSTER, MODEL, TABLES
 from flowspec.cli.bench_plan import assemble, check_sampling, load_sets, names_in, run_shown
 from flowspec.cli.common import BUNDLED
 from flowspec.cli.report import MAX_WIDTH, show_table
+from flowspec.cli.ui.texts import check_texts
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES, find_strategy
 from flowspec.system import signals
@@ -74,6 +75,7 @@ def simulate(
     """
     if not vary and not trace:
         raise ValueError(f"--vary NAME=VALUE,VALUE is needed, of {', '.join(AXES)}")
+    check_texts({"--set": settings})
     check_sampling((temperature,), (seed,))
     combinations = parse_variations(vary or [])
     chosen = names_in(strategies, "--strategies")

@@ -27,7 +27,7 @@ from flowspec.cli.ui.progress import shown
 from flowspec.config import RunConfig
 from flowspec.engine.base import Cluster
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalCluster, check_files_for
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.simulated import SimulatedCluster
 from flowspec.request import Request, SamplingParams
@@ -176,6 +176,8 @@ def _run(plan: _Plan) -> list[Combination]:
     rows: list[Combination] = []
     verifier: Verifier | None = None
     console = Console(stderr=True)
+    if plan.driver != "simulated":
+        check_files_for(max(plan.stages))
     total = sum(len(plan.rows(drafter, n)) for n, drafter in plan.clusters) * len(plan.prompts)
     done = count(1)
     with shown(console, "runs", what="verifying") as tell:

@@ -134,6 +134,11 @@ LOG_TAIL_LINES = 8
 OWN_FILES, FILES_PER_STAGE = 32, 4  # that the head has open: 20 and 2 were seen
 
 
+def check_files_for(num_stages: int) -> None:
+    """Raises OSError where the head of so many stages could not open what it needs."""
+    check_open_files(OWN_FILES + FILES_PER_STAGE * num_stages)
+
+
 class LocalCluster:
     """Start with `with`; leaving ends every process, whatever happened inside.
 
@@ -161,7 +166,7 @@ class LocalCluster:
         can_restart = config.transport == "zmq" and trace_folder is None
         self.max_restarts = config.max_restarts if can_restart else 0
         self.head.resumes = self.max_restarts > 0
-        check_open_files(OWN_FILES + FILES_PER_STAGE * self.num_stages)
+        check_files_for(self.num_stages)
         self._hold = signals.Hold()  # until `close` has ended the processes
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")

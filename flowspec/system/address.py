@@ -182,7 +182,12 @@ def _is_port(text: str) -> bool:
 
 
 def _with_zone(host: str) -> str:
-    """The host itself. Raises ValueError for a link-local address that no interface is given to."""
+    """The host itself. Raises ValueError where a link-local address has no zone, or another one."""
+    if zone_of(host) and not is_link_local(host):
+        raise ValueError(
+            f"{host!r} has a zone, which belongs to link-local addresses (fe80::/10) alone: leave "
+            f"out %{zone_of(host)}"
+        )
     if is_link_local(host) and not zone_of(host):
         raise ValueError(
             f"{host} is a link-local address, which every interface has of its own: say by which "

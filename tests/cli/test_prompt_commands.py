@@ -91,6 +91,9 @@ def test_bytes_of_the_command_line_that_are_no_text() -> None:
     ("words", "option"),
     [
         (("run", "--prompt", "x", "--stop", BAD_BYTE), "--stop"),
+        (("run", "--set", f"drafter={BAD_BYTE}"), "--set"),
+        (("bench", "--set", f"max_depth={BAD_BYTE}"), "--set"),
+        (("simulate", "--vary", "stages=2", "--set", f"max_depth={BAD_BYTE}"), "--set"),
         (("generate", "--head", "127.0.0.1:1", BAD_BYTE), "the prompt"),
         (("generate", "--head", "127.0.0.1:1", "x", "--stop", BAD_BYTE), "--stop"),
     ],

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
 from flowspec.engine.client import HeadClient
-from flowspec.transport.secure.token import derive_keys, new_token
-from tests.support.devices import Processes
+from flowspec.transport.secure.token import derive_keys
+from tests.support.devices import Processes, two_devices
 
 TEMPLATE = (
     "{% for m in messages %}"
@@ -62,15 +62,8 @@ def refusing(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def cluster(refusing: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """A head and the two devices that it needs."""
-    processes = Processes(tmp_path_factory.mktemp("bad"), refusing, str(new_token()))
-    try:
-        processes.serve()
-        for name in ("ada", "bob"):
-            processes.join(name)
-        processes.wait_for("head", r"serving: layers")
+    with two_devices(tmp_path_factory.mktemp("bad"), refusing) as processes:
         yield processes
-    finally:
-        processes.close()
 
 
 @pytest.fixture

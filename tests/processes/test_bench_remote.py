@@ -13,8 +13,7 @@ from flowspec.bench.provenance import code_hash
 from flowspec.bench.records import read_samples
 from flowspec.cli.main import app
 from flowspec.request import ClusterError
-from flowspec.transport.secure.token import new_token
-from tests.support.devices import Processes
+from tests.support.devices import Processes, two_devices
 
 QUESTIONS = [
     {"id": "box", "prompt": "how many apples are in the box?"},
@@ -25,15 +24,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """Two devices."""
-    processes = Processes(tmp_path_factory.mktemp("bench"), checkpoint, str(new_token()))
-    try:
-        processes.serve()
-        for name in ("ada", "bob"):
-            processes.join(name)
-        processes.wait_for("head", r"serving: layers")
+    with two_devices(tmp_path_factory.mktemp("bench"), checkpoint) as processes:
         yield processes
-    finally:
-        processes.close()
 
 
 def bench(cluster: Processes, *flags: str) -> Result:

@@ -92,6 +92,19 @@ def _foreign(cache: Path) -> None:
     os.chown(cache, SOMEBODY_ELSE, SOMEBODY_ELSE)
 
 
+def _foreign_lock(cache: Path) -> None:
+    """As `sudo flowspec join` leaves it."""
+    lock = cache / "models" / ".lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch(0o644)
+    os.chown(lock, SOMEBODY_ELSE, SOMEBODY_ELSE)
+
+
+def _foreign_models(cache: Path) -> None:
+    (cache / "models").mkdir(parents=True)
+    os.chown(cache / "models", SOMEBODY_ELSE, SOMEBODY_ELSE)
+
+
 def _made(cache: Path) -> None:
     cache.mkdir(parents=True)
 
@@ -106,6 +119,8 @@ FULL, READ_ONLY = ["-t", "tmpfs", "-o", "size=1m", "none"], ["-t", "tmpfs", "-o"
         (_below_a_file, None, "making folders fails: FOLDER/some is a file"),
         (_read_only, None, "making folders fails: Permission denied, FOLDER/some/cache belongs"),
         pytest.param(_foreign, None, "belongs to user 12345", marks=as_root),
+        pytest.param(_foreign_lock, None, "FOLDER/some/cache/models/.lock belongs", marks=as_root),
+        pytest.param(_foreign_models, None, "FOLDER/some/cache/models belongs", marks=as_root),
         pytest.param(_hidden, None, "FOLDER/some belongs to user 12345", marks=as_root),
         pytest.param(_made, READ_ONLY, "Read-only file system", marks=as_root),
         pytest.param(_made, FULL, "is full: free 1 MB, needed 67 MB and", marks=as_root),

@@ -166,21 +166,34 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
     assert "this process may have 24 files open, needed: 100; raise the limit" in few.stderr
 
 
-@pytest.mark.parametrize("command", ["status 127.0.0.1:1", "join 127.0.0.1:1", "serve", "run"])
+@pytest.mark.parametrize(
+    ("command", "splits_in"),
+    [
+        ("status 127.0.0.1:1", ""),
+        ("join 127.0.0.1:1", ""),
+        ("serve", ""),
+        ("run --model MODEL --draft DRAFT", "run"),
+        ("verify MODEL --draft DRAFT --driver zmq", "verify"),
+        ("bench --real --target MODEL --draft DRAFT --datasets ask.jsonl", "bench_plan"),
+    ],
+)
 def test_too_few_files_are_told_before_anything_starts(
     command: str,
+    splits_in: str,
     config: RunConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With exit code 3, as for all that the machine lacks."""
+    """With exit code 3, as for all that the machine lacks; no model has been split or loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(TOKEN_VARIABLE, new_token())
     monkeypatch.setattr(resource, "getrlimit", lambda what: (24, 24))
-    words = command.split()
-    if command == "run":
-        words += ["--model", config.model, "--draft", config.draft]
+    Path("ask.jsonl").write_text('{"prompt": "a fox"}\n')
+    words = command.replace("MODEL", config.model).replace("DRAFT", config.draft).split()
+    if splits_in:
+        late = f"flowspec.cli.{splits_in}.split_folder"
+        monkeypatch.setattr(late, lambda _: pytest.fail("too late"))
     assert run_main(words, monkeypatch) == 3
     *_, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: this process may have 24 files open, needed: ")

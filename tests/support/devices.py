@@ -2,10 +2,13 @@
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from flowspec.transport.secure.token import new_token
 from tests.support.spawned import spawn
 
 CONTEXT = 600  # tokens of a request; the tiny model was made for more
@@ -72,3 +75,17 @@ class Processes:
         for process in self.running.values():
             process.kill()
             process.join(timeout=10)
+
+
+@contextmanager
+def two_devices(folder: Path, checkpoint: Path) -> Iterator[Processes]:
+    """A head and the two devices that it needs, ready to answer."""
+    processes = Processes(folder, checkpoint, str(new_token()))
+    try:
+        processes.serve()
+        for name in ("ada", "bob"):
+            processes.join(name)
+        processes.wait_for("head", r"serving: layers")
+        yield processes
+    finally:
+        processes.close()

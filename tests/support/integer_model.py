@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from flowspec.model.kv_cache import TreeKVCache
-from flowspec.speculation.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
+from flowspec.speculation.drafters.base import Opening, Proposal
 from flowspec.speculation.tree import DraftTree, Node
 from flowspec.weights.split_plan import even_layers
+from tests.support.lookups import CountingSession, LookupDrafter
 from tests.support.tiny import CONFIG, VOCAB
 
 HIDDEN_LAYERS = (1, 5, -1)  # that the drafter asks for; -1: after the last norm
@@ -91,7 +92,7 @@ def children(token: int, position: int, topk: int) -> list[tuple[int, float]]:
     return [(one, -(first + 6 * rank) / 8.0) for rank, one in enumerate(decoys[:topk])]
 
 
-class IntegerDrafter:
+class IntegerDrafter(LookupDrafter):
     """Proposes `children`; checks every hidden state that it is given."""
 
     name = "integer"
@@ -107,18 +108,13 @@ class IntegerDrafter:
             assert opening.num_shared <= opening.reuse.num_reusable
         return session
 
-    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
-        return Lookup(jobs)
 
-
-class IntegerSession:
+class IntegerSession(CountingSession):
     """One request of the drafter."""
 
     def __init__(self, topk: int) -> None:
+        super().__init__()
         self.topk = topk
-        self.tokens: list[int] = []
-        self.num_rows_ready = 0
         self.hidden: dict[int, set[int]] = {layer: set() for layer in HIDDEN_LAYERS}
 
     @property
@@ -127,11 +123,6 @@ class IntegerSession:
         complete = set.intersection(*self.hidden.values())
         return next(p for p in range(len(self.tokens) + 1) if p not in complete)
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
-        self.tokens.extend(tokens)
-        self.num_rows_ready += len(tokens)
-
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """See DraftSession.accept_features."""
         for position, hidden in features.items():
@@ -139,15 +130,9 @@ class IntegerSession:
             self.hidden[layer].add(position)
             assert int(hidden[1]) == position, "a hidden state of another position"
 
-    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """See DraftSession."""
-        del tree
-        return self.num_rows_ready if nodes is None else len(nodes)
-
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
-        assert self.num_rows_ready > 0, "nothing was ready to absorb"
-        self.num_rows_ready = 0
+        self.take_ready()
         return self._propose(tree.root) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:

@@ -7,9 +7,10 @@ from typing import TypeAlias
 from torch import Tensor
 
 from flowspec.request import Request
-from flowspec.speculation.drafters.base import Draft, Drafter, DraftJob, Lookup, Opening, Proposal
+from flowspec.speculation.drafters.base import Drafter, Opening, Proposal
 from flowspec.speculation.drafters.ngram.drafter import NgramDrafter
 from flowspec.speculation.tree import DraftTree, Node
+from tests.support.lookups import CountingSession, LookupDrafter
 from tests.support.tiny import VOCAB, truth
 from tests.support.tiny_drafters import MODEL_DRAFTERS, model_drafter
 
@@ -44,7 +45,7 @@ def mixed(random: Random, true: int | None, topk: int) -> list[tuple[int, float]
 SCRIPTS: Mapping[str, Script] = {"perfect": perfect, "hostile": hostile, "mixed": mixed}
 
 
-class ScriptedDrafter:
+class ScriptedDrafter(LookupDrafter):
     """Proposes what its script says; records the features it is given."""
 
     def __init__(
@@ -75,20 +76,15 @@ class ScriptedDrafter:
         self.sessions[request.id] = session
         return session
 
-    def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
-        return Lookup(jobs)
 
-
-class ScriptedSession:
+class ScriptedSession(CountingSession):
     """One request; `features[layer][position]` is what came in, each position once."""
 
     def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
+        super().__init__()
         self.script, self.topk = drafter.script, topk
         self.random = Random(drafter.seed)
         self.truth = drafter.true or truth(request.prompt, request.sampling)
-        self.tokens: list[int] = []
-        self.num_rows_ready = 0
         self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
 
     @property
@@ -99,26 +95,15 @@ class ScriptedSession:
             most = next((p for p in range(most) if p not in features), most)
         return most
 
-    def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
-        self.tokens.extend(tokens)
-        self.num_rows_ready += len(tokens)
-
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """See DraftSession.accept_features."""
         doubled = self.features[layer].keys() & features.keys()
         assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
         self.features[layer].update(features)
 
-    def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """See DraftSession."""
-        del tree
-        return self.num_rows_ready if nodes is None else len(nodes)
-
     def absorb(self, tree: DraftTree) -> Proposal | None:
         """See DraftSession.absorb."""
-        assert self.num_rows_ready > 0, "nothing was ready to absorb"
-        self.num_rows_ready = 0
+        self.take_ready()
         return self._propose(tree.root, tree) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:

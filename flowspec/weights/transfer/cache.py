@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from flowspec.request import ClusterError
 from flowspec.system.files import partial_path, remove_stale
@@ -38,6 +39,7 @@ from flowspec.weights.tensor_files import TensorReader
 
 HERE = "this device"
 RESERVE_BYTES = 64 << 20  # left free for everybody else
+LOCK_NAME = ".lock"  # in `models`: held while links are made
 LOCK_LIMIT_S = 10.0
 _READ_BYTES = 1 << 20
 _HEX = frozenset("0123456789abcdef")
@@ -87,14 +89,15 @@ class CacheProblem:
 def find_problem(root: Path) -> CacheProblem | None:
     """Try in `root` what getting layers does there: make folders, write, lock, rename, link.
 
+    The folders and the lock of `models` stay; other processes may use them by then.
+
     None where all of it works. A disk that is full is fatal only where no layers are there yet.
     """
     shards, models = root / "shards", root / "models"
     elsewhere = "set XDG_CACHE_HOME (or join --cache) to a folder of yours on a disk with room"
     failed = _try_out(shards, models)
-    if failed is not None and failed[1].errno not in _FULL:
-        doing, error = failed
-        found = f"the cache {root} cannot be used: {doing} fails: {_why(root, error)}"
+    if failed is not None and failed.error.errno not in _FULL:
+        found = f"the cache {root} cannot be used: {failed.doing} fails: {_why(root, failed)}"
         return CacheProblem(found=found, fix=elsewhere)
     free = shutil.disk_usage(shards).free if failed is None else 0
     if free >= RESERVE_BYTES:
@@ -107,13 +110,23 @@ def find_problem(root: Path) -> CacheProblem | None:
     )
 
 
-def _try_out(shards: Path, models: Path) -> tuple[str, OSError] | None:
-    """What failed, and how; what was made for it is removed again."""
+class _Failed(NamedTuple):
+    """What was being done to which path, and the system's answer."""
+
+    doing: str
+    path: Path
+    error: OSError
+
+
+def _try_out(shards: Path, models: Path) -> _Failed | None:
+    """What failed, and how; the files that were made for it are removed again."""
     made: list[Path] = []
-    handle, doing = -1, "making folders"
+    handle, doing, path = -1, "making folders", shards
     try:
-        _make_folders(shards, models)
-        doing = "writing"
+        _make_folders(shards)
+        path = models
+        _make_folders(models)
+        doing, path = "writing", shards
         handle, name = tempfile.mkstemp(prefix=".check-", dir=shards)
         made = [Path(name), Path(f"{name}.renamed"), models / f"{Path(name).name}.link"]
         os.write(handle, bytes(4096))
@@ -122,29 +135,33 @@ def _try_out(shards: Path, models: Path) -> tuple[str, OSError] | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         doing = "renaming a file"
         made[0].replace(made[1])
-        doing = "making a link"
+        doing, path = "making a link", models
         made[2].symlink_to(Path("../shards") / made[1].name)
         made[2].stat()
+        doing, path = f"opening {models / LOCK_NAME}", models / LOCK_NAME
+        with path.open("w") as lock, contextlib.suppress(BlockingIOError):  # held: it can be locked
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return doing, error
+        return _Failed(doing, path, error)
     finally:
         if handle >= 0:
             os.close(handle)
-        for path in made:
+        for file in made:
             with contextlib.suppress(OSError):
-                path.unlink()
+                file.unlink()
     return None
 
 
-def _why(root: Path, error: OSError) -> str:
-    """The system's reason, and whose folder it is or what is no folder."""
+def _why(root: Path, failed: _Failed) -> str:
+    """The system's reason, and whose file or folder it is or what is no folder."""
+    error = failed.error
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         paths = (root / "shards", root / "models", root, *root.parents)
         file = next((path for path in paths if path.is_file()), root)
         return f"{file} is a file"
     if error.errno not in (errno.EACCES, errno.EPERM):
         return str(error.strerror)
-    for path in (root / "shards", root, *root.absolute().parents):
+    for path in (failed.path, *failed.path.absolute().parents):
         with contextlib.suppress(OSError):  # it is not there, or hidden from this user
             return f"{error.strerror}, {path} belongs to {_user_name(path.stat().st_uid)}"
     return str(error.strerror)
@@ -239,7 +256,7 @@ class ShardCache:
         """Lay out whole files as a split folder, with its manifest; that folder."""
         folder = self.folder(manifest)
         try:
-            with (self._models / ".lock").open("w") as lock:
+            with (self._models / LOCK_NAME).open("w") as lock:
                 _await_lock(lock.fileno())
                 self._lay_out(folder, manifest, shards)
                 remove_stale(folder)
