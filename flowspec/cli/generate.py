@@ -13,7 +13,7 @@ from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
 from flowspec.cli.ui.texts import check_texts, read_input
 from flowspec.engine.client import HeadClient
 from flowspec.protocol.control import Done, Note, Piece
-from flowspec.request import ClusterError
+from flowspec.request import ClusterError, error_of
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
 
@@ -78,8 +78,16 @@ def generate(
             if done.refused:
                 raise ValueError(done.error)
             if done.error:
-                error = done.error.removeprefix("head: ")
-                raise ClusterError("head", f"{where}: {error}" if where else error)
+                raise _failure(done.error, where)
+
+
+def _failure(text: str, where: str) -> ClusterError:
+    """What the head says of an answer: the device that failed, or the head; and what was asked."""
+    error = error_of(text)
+    failed, cause = (
+        (error.where, error.cause) if isinstance(error, ClusterError) else ("head", text)
+    )
+    return ClusterError(failed, f"{where}: {cause}" if where else cause)
 
 
 def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:

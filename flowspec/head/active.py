@@ -1,9 +1,9 @@
 """Active: a request being served, from its opening on the stages to its end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flowspec.config import DecodeConfig
-from flowspec.head.admission import Before, Turn
+from flowspec.head.admission import Before, Losses, Turn
 from flowspec.head.calibration import Calibration, Forecasts
 from flowspec.head.pipeline import Pipe
 from flowspec.head.session import Session, new_segment
@@ -15,6 +15,7 @@ from flowspec.tokenizer import TextStream
 
 MIN_ROWS_ALIVE = 256
 CLEARED_AFTER = 2  # verdicts since it began: the loss of a stage before was not its doing
+FORGOTTEN_AFTER_S = 60.0  # of service without a loss: nor were those before
 
 
 @dataclass(slots=True)
@@ -25,14 +26,23 @@ class Active:
     strategy: Strategy
     text: TextStream
     lost_at: float | None = None  # when its stages were lost, until its next token
-    num_losses: int = 0  # stages lost in a row, while it was served, with hardly a verdict between
+    losses: Losses = field(default_factory=Losses)  # of stages, while it was served
     num_verdicts: int = 0  # since it began, or began again
+    served_since: float = 0.0  # when the first of them came
 
-    def count_verdict(self) -> None:
+    def count_verdict(self, now: float) -> None:
         """A verdict has come: with the second, stages have also computed rows of its tree."""
         self.num_verdicts += 1
+        if self.num_verdicts == 1:
+            self.served_since = now
         if self.num_verdicts >= CLEARED_AFTER:
-            self.num_losses = 0
+            self.losses.clear()
+        if now - self.served_since >= FORGOTTEN_AFTER_S:
+            self.losses.forget()
+
+    def count_loss(self, *, alone: bool) -> None:
+        """A stage is lost, and may be by its doing."""
+        self.losses.add(alone=alone, early=self.num_verdicts < CLEARED_AFTER)
 
     def end_outage(self, now: float) -> None:
         """A token has come, or the request is over."""
@@ -43,7 +53,7 @@ class Active:
     def put_aside(self, now: float) -> Before:
         """Its stages are lost; what it had reached is not."""
         lost_at = now if self.lost_at is None else self.lost_at
-        return Before(self.session.stats, self.text, lost_at, self.num_losses)
+        return Before(self.session.stats, self.text, lost_at, self.losses)
 
 
 def count_outage(stats: DecodeStats, elapsed: float) -> None:

@@ -22,6 +22,58 @@ class TooLargeError(ValueError):
     """A request that the stages' memory can never hold."""
 
 
+MAX_IN_A_ROW = 2  # losses with hardly a verdict between
+MAX_RECENT, MIN_ALONE = 4, 2  # losses of which none lies long before the next
+
+
+@dataclass(slots=True)
+class Losses:
+    """Stages that were lost while a request was served, and may have been by its doing."""
+
+    in_a_row: int = 0  # with hardly a verdict between
+    early: int = 0  # of these, that came with hardly a verdict since it began
+    recent: int = 0  # without a minute of service between
+    alone: int = 0  # of these, while no other request was served
+    last_was_alone: bool = False
+
+    def add(self, *, alone: bool, early: bool) -> None:
+        """One more."""
+        self.in_a_row += 1
+        self.early += early
+        self.recent += 1
+        self.alone += alone
+        self.last_was_alone = alone
+
+    def clear(self) -> None:
+        """Some verdicts have come: it did not kill the stages at once."""
+        self.in_a_row = self.early = 0
+
+    def forget(self) -> None:
+        """It has been served for long, or another request was the cause."""
+        self.recent, self.alone = min(self.in_a_row, 1), 0
+
+    @property
+    def needs_trial(self) -> bool:
+        """Whether it must be served alone, so that the next loss tells more."""
+        return self.in_a_row > 0 or self.recent >= MAX_IN_A_ROW
+
+    @property
+    def condemns(self) -> int:
+        """By how many losses the request is taken for their cause; 0: by none.
+
+        A request may kill its device at once, or a little later each time. The latter looks like
+        an unlucky one, so more losses are wanted, and some of them with no other suspect. Who has
+        been served well before, and then is lost twice, may have had such a one beside it.
+        """
+        if self.early >= MAX_IN_A_ROW:
+            return self.in_a_row
+        if not self.last_was_alone:
+            return 0
+        if self.in_a_row >= MAX_IN_A_ROW:
+            return self.in_a_row
+        return self.recent if self.recent >= MAX_RECENT and self.alone >= MIN_ALONE else 0
+
+
 @dataclass(slots=True)
 class Before:
     """What a request had reached when its stages were lost."""
@@ -29,7 +81,7 @@ class Before:
     stats: DecodeStats
     text: TextStream
     lost_at: float  # seconds of the driver's clock
-    num_losses: int = 0  # stages lost in a row while it was served, see Head
+    losses: Losses = field(default_factory=Losses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +203,12 @@ class Admission:
         self.waiting.extendleft(reversed(again))
         self.rows.clear()
         self.kept.clear()
+
+    def forget_losses(self) -> None:
+        """Of the requests that wait again; each still has to get over its beginning by itself."""
+        for waiting in self.waiting:
+            if waiting.before is not None:
+                waiting.before.losses.forget()
 
     def waiting_again(self, session: Session, before: Before) -> Waiting:
         """A request being served, as it waits once its stages are lost."""

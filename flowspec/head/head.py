@@ -68,7 +68,6 @@ from flowspec.tokenizer import TextStream
 
 FIRST_STAGE = 1
 MAX_FINISHED = 256  # requests whose statistics are kept until somebody asks for them
-MAX_LOSSES = 2  # of a stage in a row while a request was served: it ends, for it may be the cause
 
 
 class Head:
@@ -103,6 +102,8 @@ class Head:
         self.heard_at: dict[int, float] = {}  # when each stage's status came
         self.outage: str | None = None  # why nothing is sent: a stage is lost
         self.resumes = False  # whether somebody replaces a stage that fails; else requests end
+        # Requests that were served as the newest stage was lost, and by how many losses they ended
+        self.blamed: dict[int, int] = {}
 
     def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
         """Use another strategy for the requests to come."""
@@ -201,7 +202,7 @@ class Head:
         return Step(sends=[*step.sends, *self._end_failed(now)], work=step.work)
 
     def _next_step(self, now: float) -> Step | None:
-        on_trial = any(active.num_losses for active in self.active.values())
+        on_trial = any(active.losses.needs_trial for active in self.active.values())
         if not on_trial and (begin := self.admission.next_to_begin()) is not None:
             return Step(sends=self._open(begin, now))
         if not self.active:
@@ -272,7 +273,7 @@ class Head:
         strategy = self.spec.make()
         if before is None:
             return Active(session, strategy, self.new_text(request))
-        return Active(session, strategy, before.text, before.lost_at, before.num_losses)
+        return Active(session, strategy, before.text, before.lost_at, before.losses)
 
     def _close(self, requests: Sequence[int]) -> list[Send]:
         epoch = self.pipe.epoch
@@ -297,7 +298,7 @@ class Head:
         if session.verdict is not None and verdict.position <= session.verdict.position:
             return ()  # an older truth, overtaken
         session.verdict = verdict
-        active.count_verdict()
+        active.count_verdict(now)
         sends: list[Send] = []
         reason: FinishReason | None = None
         with self.failures.of(session.request.id):
@@ -421,24 +422,28 @@ class Head:
         """A stage is lost, and every request's rows with it; the accepted tokens are here.
 
         With `blames` a request may have been the cause. One alone cannot be told from the others
-        that were served, so all are suspects: they begin again one at a time, and one during whose
-        trial a stage is lost again ends here.
+        that were served, so all are suspects: they begin again one at a time, those with most
+        losses first, and one that the losses condemn (see Losses) ends here.
         """
         self.outage = cause
         self.pipe.begin_epoch()
         sends: list[Send] = []
         again = []
-        for active in self.active.values():
-            active.num_losses += blames
-            if active.num_losses >= MAX_LOSSES:
-                error = after_losses(cause, active.num_losses)
+        for number, active in self.active.items():
+            if blames:
+                active.count_loss(alone=len(self.active) == 1)
+                self.blamed[number] = active.losses.condemns
+            if count := active.losses.condemns:
                 active.session.over = True
-                before = active.put_aside(now)
-                waiting = self.admission.waiting_again(active.session, before)
+                waiting = self.admission.waiting_again(active.session, active.put_aside(now))
+                error = after_losses(cause, count)
                 sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
             else:
                 again.append((active.session, active.put_aside(now)))
+        again.sort(key=lambda one: -one[1].losses.recent)
         self.admission.begin_again(again)
+        if sends:  # the cause is found: it was no other's doing
+            self.admission.forget_losses()
         self.active.clear()
         self.statuses.clear()
         return sends
@@ -448,6 +453,7 @@ class Head:
         if self.outage is None:
             self._suspend("", now)  # nobody is to blame, so nobody ends
         self.outage = None
+        self.blamed.clear()
         if message.num_stages != self.pipe.num_stages:
             self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
         self.admission.max_rows = message.kv_rows

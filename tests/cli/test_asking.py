@@ -79,6 +79,36 @@ def test_an_error_of_the_head_is_told_once(flags, monkeypatch, capsys):
     assert not out or flags
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("stage 1 on ada: IndexError: boom", "stage 1 on ada: {}IndexError: boom"),
+        ("head: Broken: it broke", "head: {}Broken: it broke"),
+        ("not ready: waiting for devices", "head: {}not ready: waiting for devices"),
+    ],
+)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_failure_has_one_place_and_the_question_s_line(
+    said, told, from_file, monkeypatch, capsys, tmp_path
+):
+    """The device's where a device has failed, else the head's."""
+    end = Done(id=1, reason="error", error=said)
+    monkeypatch.setattr(generate_module, "HeadClient", type("Failing", (Head,), {"events": (end,)}))
+    file = tmp_path / "questions.txt"
+    file.write_text("hi\n")
+    words = ["--prompts", str(file)] if from_file else ["hi"]
+    code, _, err = ends(words, monkeypatch, capsys)
+    assert code == 3
+    (line,) = err.splitlines()
+    if not from_file:
+        assert line == f"error: {told.format('')}"
+        return
+    place, _, cause = told.partition("{}")
+    assert line.startswith(f"error: {place}")
+    assert line.endswith(f": {cause}")
+    assert "questions.txt" in line
+
+
 def test_a_conversation_goes_on_after_an_error(capsys):
     """There it is told by the loop, once."""
     lines = iter(["hi", "/quit"])

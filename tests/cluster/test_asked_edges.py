@@ -1,5 +1,6 @@
 """A client's strategy where things go wrong: no token yet, a stage lost, totals that cannot be."""
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -361,7 +362,7 @@ def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_serve
     assert len(ends) == 1
     assert ends[0].error.startswith("stage 2 on ada: connection lost; a device was lost 2 times")
     assert not ends[0].refused
-    assert Blamed(2) in head.told
+    assert Blamed((0, 0)) in head.told
     head.begin()
     assert head.ask(None) is None
     head.turn()
@@ -372,3 +373,36 @@ def lost(timeout_s):
     """What a transport says of a peer whose connection is gone."""
     del timeout_s
     raise ClusterError("stage 2", "connection lost")
+
+
+def test_a_stage_s_failure_for_one_request_names_the_device(head):
+    """Whoever reads it looks for a device, not for a rank."""
+    head.engine._members = [
+        Member(1, Place("ada", 0, 1), Addresses(control="c", data="d"), kv_rows=0)
+    ]
+    assert head.ask(None) is None
+    head.turn()
+    epoch = head.engine.head.pipe.epoch
+    head.say(Failed(epoch=epoch, stage=1, request=head.number, text="IndexError: boom"))
+    assert head.end(1).error == "stage 1 on ada: IndexError: boom"
+    assert not head.end(1).refused
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_device_s_own_word_counts_before_its_broken_connection(head, in_order):
+    """It may come a moment later; a device that has left in order blames nobody."""
+    assert head.ask(None) is None
+    head.turn()
+    cause = "left: stopped" if in_order else "IndexError: boom"
+    head.engine._driver.transport.receive = lost
+    halt = Halt(0, ClusterError("stage 2 on ada", cause), in_order)
+    timer = threading.Timer(0.05, head.engine.post, [halt])
+    timer.start()
+    for _ in range(3):  # one reads
+        if head.engine._is_live:
+            head.turn()
+    timer.join()
+    assert head.engine.head.outage == f"stage 2 on ada: {cause}"
+    (waiting,) = head.engine.head.admission.waiting
+    assert waiting.before.losses.recent == (not in_order)
+    assert not any(isinstance(event, StageLost) for event in head.told)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
-from flowspec.cluster.membership.roster import GiveUp, Place, Placement, Resume, Say
+from flowspec.cluster.membership.roster import GiveUp, Halt, Place, Placement, Resume, Say, Tell
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Addresses,
@@ -454,4 +454,50 @@ def test_failures_that_a_request_caused_are_no_strikes():
         world.say(b, Trouble(epoch=epoch, cause="CUDA error: device-side assert triggered"))
         assert world.last(b, Refuse).retry
         if number % 2:
-            world.members.forgive(2)
+            world.members.forgive((epoch - 1, epoch), world.now)
+
+
+def test_what_a_request_caused_is_forgiven_to_the_device_it_hit_alone():
+    """Another one's own faults still count, and who has waited begins to wait anew."""
+    world = World(give_up_s=20.0)
+    a = world.join("a")
+    for _ in range(MAX_STRIKES):  # of its own
+        b = world.join("b")
+        world.pass_time(6.0, a, b)
+        epoch = world.last(b, Assign).epoch
+        if epoch == MAX_STRIKES:
+            world.members.forgive((epoch + 1,), world.now)
+        world.say(b, Trouble(epoch=epoch, cause="out of memory"))
+    assert not world.last(b, Refuse).retry
+
+
+def test_the_end_of_a_cause_is_progress():
+    """As a token is: neither the attempts nor the time in vain go on to count."""
+    world = World(give_up_s=20.0)
+    a, b = world.serving(4, 4)
+    for _ in range(3 * MAX_ATTEMPTS):
+        epoch = world.members.epoch
+        world.apply(world.members.unreachable(b, world.now))
+        world.pass_time(4.5, a)
+        b = world.join("b")
+        world.load(a, b)
+        world.members.forgive((epoch,), world.now)
+    assert not any(isinstance(e, GiveUp) for e in world.effects)
+    assert world.members.uncovered_since == world.now
+
+
+def test_the_head_hears_of_a_loss_before_stages_leave():
+    """Their connections break as they leave, which must not look like the cause."""
+    world = World()
+    a, _ = world.serving(4, 4)
+    count = len(world.effects)
+    world.say(a, Trouble(epoch=1, cause="IndexError: boom"))
+    new = world.effects[count:]
+    halt = next(k for k, effect in enumerate(new) if isinstance(effect, Halt))
+    tells = [
+        k
+        for k, effect in enumerate(new)
+        if isinstance(effect, Tell) and isinstance(effect.message, Release | Refuse)
+    ]
+    assert len(tells) == 2
+    assert halt < min(tells)

@@ -10,12 +10,14 @@ import torch
 import flowspec.stage.executor
 from flowspec.engine.base import generate_all
 from flowspec.engine.simulated import SimulatedCluster
+from flowspec.head.admission import MAX_RECENT, MIN_ALONE
 from flowspec.head.answers import Answers
 from flowspec.head.session import Session
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import Resume, Submit, Suspend
 from flowspec.request import Completion, FinishReason, Request
 from flowspec.runtime.failures import Failures, attempt, is_fatal
+from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import DraftJob
 from flowspec.speculation.drafters.cached import IncrementalSession
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter
@@ -418,25 +420,63 @@ def test_losses_that_no_request_can_have_caused_end_none() -> None:
     assert list(done[1].tokens) == expected(asked()[0])
 
 
-def test_a_long_answer_survives_many_losses_far_apart() -> None:
-    """Two verdicts after it began again the loss before is forgiven."""
-    cluster = make_cluster(2, "ar")
-    long = request(max_new_tokens=40)
-    answers = Answers(cluster.head, [long])
-    cluster.simulator.submit(Submit(request=long))
-    count, losses, end = 0, 0, None
+def serve_with_late_losses(
+    several: Sequence[Request], poison: int, *, seconds_per_work: float, every: int = 3
+) -> tuple[dict[int, Completion], int]:
+    """Stage 2 dies with each `every`-th token of `poison`; the ends, and how often it died."""
+    cluster = make_cluster(2, "ar", charges=(lambda rank, work: seconds_per_work, instant_link))
+    answers, done = Answers(cluster.head, several), dict[int, Completion]()
+    for one in several:
+        cluster.simulator.submit(Submit(request=one))
+    count, losses = 0, 0
     while cluster.simulator.step():
         while cluster.simulator.to_client:
             event = answers.take(cluster.simulator.to_client.popleft())
-            count += 1
             if isinstance(event, Completion):
-                end = event
-            elif count % 3 == 0:
-                losses += 1
-                lose_stage(cluster)
+                done[event.request] = event
+            elif event is not None and event.request == poison:
+                count += 1
+                if count % every == 0:
+                    losses += 1
+                    lose_stage(cluster)
+    check_empty(cluster)
+    return done, losses
+
+
+def test_a_long_answer_survives_many_losses_far_apart() -> None:
+    """After a minute of service the losses before are forgotten, whatever came of them."""
+    long = request(max_new_tokens=40)
+    done, losses = serve_with_late_losses([long], long.id, seconds_per_work=20.0)
     assert losses > 10
-    assert end is not None
-    assert list(end.tokens) == expected(long)
+    assert (done[1].error, list(done[1].tokens)) == ("", expected(long))
+
+
+def test_a_request_that_kills_a_stage_some_tokens_later_ends() -> None:
+    """Verdicts between the losses do not clear it; its tokens until then are the client's."""
+    long = request(max_new_tokens=40)
+    done, losses = serve_with_late_losses([long], long.id, seconds_per_work=0.01)
+    assert losses == MAX_RECENT
+    assert done[1].reason is FinishReason.ERROR
+    assert f"a device was lost {MAX_RECENT} times" in done[1].error
+    assert list(done[1].tokens) == expected(long)[: len(done[1].tokens)]
+    assert len(done[1].tokens) >= 3 * MAX_RECENT
+
+
+@pytest.mark.parametrize("poison", [1, 2, 3])
+def test_who_kills_a_stage_later_each_time_is_found_among_others(poison: int) -> None:
+    """Those that are served beside it lose nothing, wherever it stands among them."""
+    several = [
+        request(1, max_new_tokens=40),
+        request(2, prompt=PROMPT[2:], sampling=T1, max_new_tokens=40),
+        request(3, prompt=PROMPT[4:], max_new_tokens=40),
+    ]
+    done, losses = serve_with_late_losses(several, poison, seconds_per_work=0.01)
+    assert losses <= MAX_RECENT + MIN_ALONE
+    for one in several:
+        if one.id == poison:
+            assert done[one.id].reason is FinishReason.ERROR
+        else:
+            assert (done[one.id].error, list(done[one.id].tokens)) == ("", expected(one))
 
 
 # What is no request's fault ---------------------------------------------------------------------

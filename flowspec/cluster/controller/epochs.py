@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from flowspec.cluster.membership.roster import Engage, GiveUp, Halt, Member, Res
 from flowspec.config import RunConfig
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.head.admission import TooLargeError
-from flowspec.head.head import MAX_LOSSES, Head
+from flowspec.head.head import Head
 from flowspec.model.architecture import read_config
 from flowspec.protocol import messages as wire
 from flowspec.protocol.codec import WireError
@@ -101,9 +102,9 @@ class Crossed:
 
 @dataclass(frozen=True, slots=True)
 class Blamed:
-    """A request has ended, for devices were lost `count` times while it was served."""
+    """A request has ended, for in each of these epochs a device was lost by its doing."""
 
-    count: int
+    epochs: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class OpenRequest:
     text: str = ""
     num_resumed: int = 0
     first_epoch: int = 0  # in which it came; 0: between two
+    lost_epochs: list[int] = field(default_factory=list)  # in which it was served as they were lost
     watch: StageWatch | None = None  # of one that is measured
     is_fresh: bool = False  # the first one under a strategy just put in force
 
@@ -238,6 +240,7 @@ TURN_S = 0.02  # how long a command may wait while messages are waited for
 IDLE_S = 0.5
 PROBE_EVERY_S = 10.0
 PROBE_AGAIN_S = 1.0  # after one that failed
+CAUSE_S = 0.3  # for a lost device's own word, which may come after its connection has broken
 SETTLE_S = 2.0  # for the stages to say what they did for a request that is measured
 
 
@@ -264,6 +267,7 @@ class HeadEngine:
         self._host, self._port = host, port
         self._tell = tell
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._taken: deque[Command | None] = deque()  # commands that are looked at, not yet obeyed
         hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
         self._row_bytes = hidden_size * (4 if config.dtype == "float32" else 2)
         self._ids = count(1)
@@ -324,12 +328,18 @@ class HeadEngine:
         """Do what was asked for; waits for it only while there is nothing else to do."""
         wait_s = 0.0 if self._is_live else IDLE_S
         try:
-            while (command := self._commands.get(wait_s > 0, wait_s or None)) is not None:
+            while (command := self._next_command(wait_s)) is not None:
                 self._do(command)
                 wait_s = 0.0
         except queue.Empty:
             return True
         return False
+
+    def _next_command(self, wait_s: float) -> Command | None:
+        """None: end. Raises queue.Empty where there is none in time."""
+        if self._taken:
+            return self._taken.popleft()
+        return self._commands.get(wait_s > 0, wait_s or None)
 
     def _do(self, command: Command) -> None:
         with self._noticing_losses():
@@ -390,13 +400,20 @@ class HeadEngine:
         self._drop_transport()
         for watch in self._watches():
             watch.lose()
-        num_told = len(self._driver.to_client)
         self._inject(wire.Suspend(cause=cause, blames=blames))
-        if len(self._driver.to_client) > num_told:  # a request has ended with it
-            self._tell(Blamed(MAX_LOSSES))
+        self._tell_blamed()
         if self._probe is not None:  # the next stages get one of their own
             self._inject(Cancel(request=self._probe))
             self._probe = None
+
+    def _tell_blamed(self) -> None:
+        """Note who was served as the stages were lost; tell of those that have ended with it."""
+        blamed, self.head.blamed = self.head.blamed, {}
+        for number, num_losses in blamed.items():
+            if (entry := self._open.get(number)) is not None:
+                entry.lost_epochs.append(self._epoch)
+                if num_losses:
+                    self._tell(Blamed(tuple(entry.lost_epochs[-num_losses:])))
 
     def _drop_transport(self) -> None:
         self._is_live = False
@@ -432,17 +449,50 @@ class HeadEngine:
         except WireError as error:
             log.warning("dropped: %s", error)
         except ClusterError as error:
-            rank = next(
-                (r for r in range(1, self._num_stages + 1) if rank_name(r) == error.where), 0
-            )
-            self._lost(rank or 1, error.cause)
+            if (halt := self._waiting_halt()) is not None:
+                self._halt(halt)
+            else:
+                rank = self._rank_of(error.where)
+                self._lost(rank or 1, error.cause)
             self._pass_on()  # nothing is sent any more, so nothing fails
 
-    def _lost(self, rank: int, cause: str) -> None:
+    def _waiting_halt(self) -> Halt | None:
+        """What the control connections say of a loss that is noticed here, if soon enough.
+
+        A device tells there what has happened to it; here its connections only break.
+        """
+        until = time.monotonic() + CAUSE_S
+        while True:
+            for command in self._taken:
+                if isinstance(command, Halt) and command.epoch == self._epoch:
+                    self._taken.remove(command)
+                    return command
+            left = until - time.monotonic()
+            if None in self._taken or left <= 0:
+                return None
+            try:
+                self._taken.append(self._commands.get(timeout=left))
+            except queue.Empty:
+                return None
+
+    def _rank_of(self, where: str) -> int:
+        """The stage that an error's place is; 0: none."""
+        return next((r for r in range(1, self._num_stages + 1) if rank_name(r) == where), 0)
+
+    def _place_of(self, rank: int) -> str:
+        """A stage, and on which device it is."""
         names = {member.rank: member.place.name for member in self._members}
-        where = f"{rank_name(rank)} on {names[rank]}" if rank in names else rank_name(rank)
-        self._suspend(f"{where}: {cause}", blames=True)
+        return f"{rank_name(rank)} on {names[rank]}" if rank in names else rank_name(rank)
+
+    def _named(self, error: str) -> str:
+        """A request's error, with the device's name where a stage's begins it."""
+        where, colon, cause = error.partition(": ")
+        rank = self._rank_of(where)
+        return f"{self._place_of(rank)}{colon}{cause}" if rank else error
+
+    def _lost(self, rank: int, cause: str) -> None:
         self._tell(StageLost(self._epoch, rank, cause))
+        self._suspend(f"{self._place_of(rank)}: {cause}", blames=True)
 
     def _check_progress(self) -> None:
         """Nothing has moved for half the timeout: ask all stages; who stays silent hangs."""
@@ -608,7 +658,12 @@ class HeadEngine:
             return
         if entry.watch is not None:
             self._decoding.used_at = time.monotonic()
-        completion = self.head.completion(entry.request, message, entry.tokens, entry.text)
+        completion = self.head.completion(
+            entry.request,
+            replace(message, error=self._named(message.error)),
+            entry.tokens,
+            entry.text,
+        )
         if entry.watch is None or completion.error:
             self._tell(Ended(entry.ticket, done_of(entry, completion)))
         else:

@@ -285,7 +285,7 @@ class HeadServer:
             case Crossed():
                 self.membership.crossed(event.epoch)
             case Blamed():
-                self.membership.forgive(event.count)
+                self.membership.forgive(event.epochs, time.monotonic())
             case MoreText() | Ended():
                 self._pass_on(event)
 

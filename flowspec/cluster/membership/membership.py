@@ -8,6 +8,7 @@ that what a device of an older epoch still sends reaches nobody.
         ^----------------------- a device is lost -----------'
 """
 
+from collections.abc import Collection
 from enum import Enum
 
 from flowspec.cluster.membership.kept_placement import as_held, patched
@@ -125,7 +126,8 @@ class Membership:
         self.num_attempts = 0  # epochs since then that served and were lost
         self.gave_up = False  # it has been so for too long, or in vain too often
         self._said = ""  # the last reason for waiting, not to repeat it
-        self._strikes: dict[str, list[float]] = {}  # name -> when it failed by its own fault
+        # name -> when, and in which epoch, it failed by its own fault
+        self._strikes: dict[str, list[tuple[float, int]]] = {}
 
     def handle(self, peer: bytes, message: FromDevice, now: float) -> list[Effect]:
         """What follows from a device's message."""
@@ -201,10 +203,17 @@ class Membership:
         if epoch == self.epoch and self.phase is Phase.SERVING:
             self.uncovered_since, self.num_attempts, self.gave_up = None, 0, False
 
-    def forgive(self, count: int) -> None:
-        """The last `count` failures were a request's doing: no device is refused for them."""
-        for name, strikes in self._strikes.items():
-            self._strikes[name] = strikes[: max(0, len(strikes) - count)]
+    def forgive(self, epochs: Collection[int], now: float) -> None:
+        """The losses in these epochs were the doing of a request, which is over.
+
+        No device is refused for them, and whoever waits does not wait in vain: one cause less is
+        progress, as a token is.
+        """
+        for name, strikes in list(self._strikes.items()):
+            self._strikes[name] = [strike for strike in strikes if strike[1] not in epochs]
+        self.num_attempts = 0
+        if self.uncovered_since is not None:
+            self.uncovered_since = now
 
     def stage_lost(self, epoch: int, rank: int, cause: str, now: float) -> list[Effect]:
         """The head itself found stage `rank` dead or hanging."""
@@ -274,8 +283,9 @@ class Membership:
     def _trouble(self, device: Device, message: Trouble, now: float) -> list[Effect]:
         """A stage cannot go on: by its own fault, or because it cannot reach another."""
         if message.lost < 0:
-            recent = [at for at in self._strikes.get(device.name, ()) if now - at < STRIKES_S]
-            self._strikes[device.name] = [*recent, now]
+            strikes = self._strikes.get(device.name, ())
+            recent = [strike for strike in strikes if now - strike[0] < STRIKES_S]
+            self._strikes[device.name] = [*recent, (now, message.epoch)]
             final = len(recent) + 1 >= MAX_STRIKES
             return self._lose(device, message.cause, now, tell=True, final=final)
         if not device.rank:
@@ -303,18 +313,20 @@ class Membership:
         while len(self.gone) > MAX_GONE:
             del self.gone[next(iter(self.gone))]
         effects: list[Effect] = [Say(cause, device.name, "warning")]
-        if tell:
-            effects.append(Tell(device.peer, Refuse(why=cause, retry=not final)))
         if device.rank:
             error = ClusterError(f"stage {device.rank} on {device.name}", cause)
             effects += self._halt(error, now, in_order=in_order)
+        if tell:
+            effects.append(Tell(device.peer, Refuse(why=cause, retry=not final)))
         return [*effects, *self._try_to_cover(now)]
 
     def _halt(self, error: ClusterError, now: float, *, in_order: bool) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return []
+        # the head first: connections break as the stages leave, which must not look like the cause
         effects: list[Effect] = [
-            Tell(device.peer, Release(epoch=self.epoch)) for device in self._stages()
+            Halt(self.epoch, error, in_order),
+            *(Tell(device.peer, Release(epoch=self.epoch)) for device in self._stages()),
         ]
         for device in self.devices.values():
             device.rank, device.ready, device.progress = 0, None, None
@@ -325,7 +337,7 @@ class Membership:
             self.uncovered_since = now
         if self.lost_at is None:
             self.lost_at = now
-        return [*effects, Halt(self.epoch, error, in_order)]
+        return effects
 
     def _stages(self) -> list[Device]:
         """Devices of the current epoch by rank."""
