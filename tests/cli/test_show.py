@@ -87,11 +87,12 @@ def test_ctrl_c_at_a_terminal_leaves_one_answer_and_one_error() -> None:
     """The error is told when the live region is closed, not written across it."""
     code = f"""if True:
         import sys, time
-        sys.path[:0] = [{str(Path(__file__).parent)!r}]
-        from test_show import Breaking
-        from tiny import request
-        from flowspec import signals
-        from flowspec.cli import main as module, show
+        sys.path[:0] = [{str(Path(__file__).parents[2])!r}]
+        from tests.cli.test_show import Breaking
+        from tests.support.tiny import request
+        from flowspec.system import signals
+        from flowspec.cli import main as module
+        from flowspec.cli.ui import show
         from flowspec.protocol.messages import Tokens
         class Endless(Breaking):
             def serve(self, requests):
