@@ -6,15 +6,18 @@ and until flowspec/system/signals.py takes them.
 
 import _signal  # built in: the module `signal` takes longer to import than all of this
 import os
+import select
 from types import FrameType
 
+_WRITABLE_S = 0.2  # a stopped terminal, or a pipe that nobody reads, takes no line
 _NAMES = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}
 
 
 def _end(number: int, frame: FrameType | None) -> None:
     """Nothing is to be undone yet."""
     try:
-        os.write(2, f"error: ended by {_NAMES[number]}\n".encode())
+        if select.select([], [2], [], _WRITABLE_S)[1]:
+            os.write(2, f"error: ended by {_NAMES[number]}\n".encode())
     finally:
         os._exit(128 + number)
 

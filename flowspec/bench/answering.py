@@ -5,7 +5,6 @@ what it learns of costs and scores is the group's alone and no figure depends on
 """
 
 import platform
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -30,6 +29,7 @@ from flowspec.request import ClusterError, Completion, FinishReason, Request, Sa
 from flowspec.runtime.recorder import Recorder
 from flowspec.stage.stage import Stage
 from flowspec.system import signals
+from flowspec.system.files import temporary_folder
 from flowspec.tokenizer import PromptError
 from flowspec.tracing.bound import least_seconds
 from flowspec.tracing.timeline import Timeline, make_timeline, read_records
@@ -181,8 +181,7 @@ class Workbench:
         """
         done: list[_Run] = []
         failure: BaseException | None = None
-        with signals.undoing(), tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
-            folder = Path(name)
+        with temporary_folder("flowspec-bench-") as folder:
             try:
                 with self._local(case, folder) as cluster:
                     for number, one in enumerate(asked, start=1):

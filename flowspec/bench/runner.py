@@ -4,12 +4,9 @@ A job is one group of questions under one strategy. Which process runs it change
 job has a cluster of its own, and the clock is virtual. What runs on real processes runs alone.
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
@@ -19,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from queue import Empty, Queue
 from threading import Event
 from typing import Protocol
@@ -28,13 +26,14 @@ from flowspec.bench.experiment import Case, Group, Plan
 from flowspec.bench.records import Sample, SampleFile, TooLong
 from flowspec.request import ClusterError
 from flowspec.system import signals
+from flowspec.system.files import temporary_folder
+from flowspec.system.parent import die_with_parent
 
 PARENT_POLL_S = 1.0
 SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
 FROZEN_S = 60.0  # without a sign of life, where one comes every second, a worker is stopped
 SIGNAL_S = 0.1  # a signal to the whole group may end a worker before this process knows of it
 STOP_S = 10.0  # for workers to end by themselves, when the run ends early
-_PR_SET_PDEATHSIG = 1
 Asking = tuple[list[Asked], list[TooLong]]
 
 
@@ -178,6 +177,8 @@ class _Pool:
         waiting: dict[Future[Asking | None], tuple[Group, list[Case]]] = {}
         left = list(reversed(todo))
         while waiting or left:
+            if signals.received():
+                yield from self._arrived()  # what is finished is kept
             signals.check()
             while left and len(waiting) < self.most_waiting:
                 group, cases = left.pop()
@@ -287,15 +288,27 @@ def _crew(plan: Plan, jobs: int, bench: Bench | None = None) -> Iterator[_Alone 
     if bench is not None or jobs == 1:
         yield _Alone(bench or Workbench(plan))
         return
-    with signals.undoing(), _pool(plan, jobs) as pool:
+    before = multiprocessing.active_children()
+
+    def kill() -> None:
+        for process in multiprocessing.active_children():
+            if process not in before:
+                process.kill()
+
+    with (
+        temporary_folder("flowspec-bench-") as folder,
+        signals.undoing(kill),
+        _pool(plan, jobs, folder) as pool,
+    ):
         yield pool
 
 
 @contextmanager
-def _pool(plan: Plan, jobs: int) -> Iterator[_Pool]:
+def _pool(plan: Plan, jobs: int, folder: Path) -> Iterator[_Pool]:
+    """`folder`: for the socket of the queue's process."""
     context = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
-    manager = SyncManager(ctx=context)
+    manager = SyncManager(str(folder / "queue"), ctx=context)
     # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
     with signals.blocked():
         manager.start(_end_with, (os.getpid(),))
@@ -316,6 +329,10 @@ def _pool(plan: Plan, jobs: int) -> Iterator[_Pool]:
         )
         try:
             yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
+        except signals.Ended:
+            for worker in workers():  # they would go on to the end of their sample
+                worker.kill()
+            raise
         except (BrokenProcessPool, _KeeperLost):
             time.sleep(SIGNAL_S)
             signals.check()  # it came to all of them
@@ -363,9 +380,7 @@ def _begin(
 
 def _end_with(parent: int, counts: MutableMapping[int, int] | None = None) -> None:
     """In a process of its own: not before its parent, and not after it. Signs of life: `counts`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
 
     def watch() -> None:
         count = 0

@@ -42,10 +42,10 @@ def main() -> None:
         try:
             try:
                 app()
+            except signals.Ended as ended:  # all is undone
+                signals.end(ended.number)
             finally:
                 output.settle()
-        except signals.Ended as ended:  # all is undone
-            signals.end(ended.number)
         except (ValueError, RefusedError) as error:
             _fail(str(error), 2)
         except ClusterError as error:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flowspec.engine.stage_process import WorkerConfig, run_worker
+from flowspec.system.parent import end_with_stdin
 
 
 def stage(
@@ -25,6 +25,10 @@ def stage(
     epoch: Annotated[int, typer.Option(help="Of the pipeline that it joins.")] = 0,
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
+    end_with_stdin()
+    # torch takes seconds to import, and the head may be gone before
+    from flowspec.engine.stage_process import WorkerConfig, run_worker
+
     config = WorkerConfig(
         split_folder=split,
         socket_folder=sockets,

@@ -167,7 +167,8 @@ class LocalCluster:
         self.max_restarts = config.max_restarts if can_restart else 0
         self.head.resumes = self.max_restarts > 0
         check_files_for(self.num_stages)
-        self._hold = signals.Hold()  # until `close` has ended the processes
+        self.folder = ""
+        self._hold = signals.Hold(self._kill)  # until `close` has ended the processes
         # mkdtemp makes it for this user alone: who may enter may speak to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
         try:
@@ -320,6 +321,12 @@ class LocalCluster:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.driver.trace.close()
             self._hold.release()
+
+    def _kill(self) -> None:
+        """Where a second signal ends this process: leave nothing behind."""
+        for child in list(self.children.values()):
+            child.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_transport(self) -> Transport:
         device = rank_device(self.config.transport, self.config.device, 0)

@@ -1,10 +1,5 @@
 """A stage process: loads its layers, then serves until told to stop or its parent is gone."""
 
-import ctypes
-import os
-import signal
-import sys
-import threading
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +18,6 @@ from flowspec.transport.by_name import local_transport
 from flowspec.transport.emulated import EmulatedTransport
 
 IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +42,6 @@ class WorkerConfig:
 
 def run_worker(config: WorkerConfig) -> int:
     """Serve as stage `rank` of a local cluster; returns the exit code."""
-    _end_with_parent()
     transport = local_transport(
         config.transport,
         config.rank,
@@ -108,17 +101,3 @@ def _report_lost(
         if rank_name(rank) == error.where:
             text = f"{error.cause} (seen by stage {config.rank})"
             transport.send(HEAD, Failed(epoch=epoch, stage=rank, request=0, text=text))
-
-
-def _end_with_parent() -> None:
-    """Die with the process that holds the other end of stdin, also in the middle of a forward."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        while os.read(sys.stdin.fileno(), 1024):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

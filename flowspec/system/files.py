@@ -3,6 +3,8 @@
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +30,23 @@ def whole_name(name: str) -> str:
     """The name that an unfinished file would have got in the end; others are returned as given."""
     match = _PARTIAL_NAME.fullmatch(name)
     return match["whole"] if match else name
+
+
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[Path]:
+    """A folder for this user alone that is gone afterwards, also after a second signal."""
+    made: list[str] = []
+
+    def remove() -> None:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    with signals.undoing(remove):
+        try:
+            made.append(tempfile.mkdtemp(prefix=prefix))
+            yield Path(made[0])
+        finally:
+            remove()
 
 
 @contextmanager

@@ -6,7 +6,11 @@ The handlers do nothing. A thread reads the numbers of the signals that have com
 - Where nothing must be undone, it ends the process at once, with one line and exit code 128 + n.
 - Within `undoing()`, where child processes, folders or half-written files have to go, it sets a
   flag. Loops call `check()` at short intervals, which raises Ended there, in ordinary code.
-- A second signal ends the process at once in any case. Child processes notice that by themselves.
+- A second signal ends the process at once in any case, after what `at_once` of each Hold does: it
+  kills child processes and removes folders.
+
+The end of the process waits for nothing for long: a terminal that was stopped by Ctrl-S, or a pipe
+that nobody reads, blocks whoever writes to it.
 """
 
 import contextlib
@@ -20,6 +24,7 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = b"\x1b[?25h"
+_LAST_S = 1.0  # for each of the things that are done at the end of the process, and may block
 
 
 class Ended(SystemExit):
@@ -45,6 +50,7 @@ class _State:
         self.is_silent = False
         self.terminal: list[Any] | None = None
         self.farewells: list[Callable[[], str]] = []
+        self.at_once: list[Callable[[], object]] = []
 
 
 _state = _State()
@@ -93,9 +99,16 @@ def silence() -> None:
 
 
 class Hold:
-    """From here to `release` something must be undone. Of no effect outside the main thread."""
+    """From here to `release` something must be undone. Signals are held in the main thread alone.
 
-    def __init__(self) -> None:
+    Where a second signal ends the process meanwhile, another thread calls `at_once`. It undoes what
+    must not be left behind, within a second, whatever the main thread is about.
+    """
+
+    def __init__(self, at_once: Callable[[], object] | None = None) -> None:
+        self._at_once = at_once
+        if at_once is not None:
+            _state.at_once.append(at_once)
         self._is_held = _state.main == get_ident()
         if self._is_held:
             with _state.lock:
@@ -107,12 +120,18 @@ class Hold:
             self._is_held = False
             with _state.lock:
                 _state.num_holds -= 1
+        if self._at_once in _state.at_once:  # a fork has forgotten it
+            _state.at_once.remove(self._at_once)
+        self._at_once = None
 
 
 @contextlib.contextmanager
-def undoing() -> Iterator[None]:
-    """What is inside undoes what it did, also where `check` raises; Ended follows at the latest."""
-    hold = Hold()
+def undoing(at_once: Callable[[], object] | None = None) -> Iterator[None]:
+    """What is inside undoes what it did, also where `check` raises; Ended follows at the latest.
+
+    `at_once`: see Hold.
+    """
+    hold = Hold(at_once)
     try:
         yield
     finally:
@@ -182,8 +201,7 @@ def check() -> None:
 
 def end(number: int) -> None:
     """End the process now, with one line on standard error."""
-    with contextlib.suppress(BaseException):  # flushing is a favour: a reader may be gone
-        sys.stdout.flush()
+    _attempt(lambda: sys.stdout.flush())  # a favour: a reader may be gone, or read nothing
     with _state.lock:
         _exit(number)
 
@@ -227,12 +245,28 @@ def _take(number: int) -> None:
 def _exit(number: int) -> None:
     """The caller has the lock, so that nothing that must be undone begins meanwhile."""
     try:
-        with contextlib.suppress(BaseException):
-            _restore_terminal()
+        for undo in reversed(_state.at_once):
+            _attempt(undo)
+        _attempt(_restore_terminal)
         if not _state.is_silent:
-            _say_last(f"error: ended by {signal.Signals(number).name}\n")
+            _attempt(lambda: _say_last(f"error: ended by {signal.Signals(number).name}\n"))
     finally:
         os._exit(128 + number)
+
+
+def _attempt(work: Callable[[], object]) -> None:
+    """Do it, but wait a second at most: in a thread of its own, which ends with the process."""
+    done = allocate_lock()
+    done.acquire()
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):
+            work()
+        done.release()
+
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        start_new_thread(run, ())
+        done.acquire(timeout=_LAST_S)
 
 
 def _say_last(line: str) -> None:
@@ -267,6 +301,7 @@ def _restore_terminal() -> None:
 
 def _after_fork() -> None:
     """A fork has the handlers, but neither the thread nor a pipe of its own."""
+    _state.at_once = []  # they are the parent's to undo
     if _state.main is not None:
         _state.lock = allocate_lock()
         _state.main = get_ident()

@@ -7,7 +7,6 @@ came.
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any
 
 from flowspec import __version__
 from flowspec.protocol.messages import CLIENT, HEAD
-from flowspec.system import signals
-from flowspec.system.files import replacing
+from flowspec.system.files import replacing, temporary_folder
 from flowspec.tracing.idle_time import Span, track
 from flowspec.tracing.timeline import (
     HOUSEKEEPING,
@@ -54,14 +52,14 @@ def tracing(out: str) -> Iterator[Path | None]:
         yield None
         return
     target = check_trace_path(out)
-    with signals.undoing(), tempfile.TemporaryDirectory(prefix="flowspec-trace-") as folder:
+    with temporary_folder("flowspec-trace-") as folder:
         try:
-            yield Path(folder)
+            yield folder
         except BaseException:
             with contextlib.suppress(ValueError, OSError):  # the failure matters more
-                save_trace(Path(folder), target)
+                save_trace(folder, target)
             raise
-        save_trace(Path(folder), target)
+        save_trace(folder, target)
 
 
 def save_trace(folder: Path, out: Path) -> None:

@@ -16,6 +16,7 @@ from flowspec.bench.experiment import Group, make_cases
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.runner import Signs, _ask, _crew, _Pool
 from flowspec.request import ClusterError
+from flowspec.system import signals
 from tests.cli.test_plan import make_plan
 from tests.support.samples import sample
 
@@ -91,6 +92,46 @@ def test_a_queue_that_freezes_at_the_end_holds_nobody(monkeypatch):
     before = multiprocessing.active_children()
     freeze_the_queue(at_the_end=True)
     assert multiprocessing.active_children() == before
+
+
+def work_until(number: int) -> None:
+    """A signal comes while both workers are in the middle of a sample."""
+    with signals.installed(), _crew(make_plan(), 2) as crew:
+        for _ in range(2):
+            crew.pool.submit(time.sleep, 100)
+        os.kill(os.getpid(), number)
+        while True:
+            signals.check()
+            time.sleep(0.01)
+
+
+def test_a_signal_does_not_wait_for_samples(monkeypatch):
+    """The workers are killed, since they look at nothing before their sample is done."""
+    monkeypatch.setattr(runner, "STOP_S", 40.0)
+    before = multiprocessing.active_children()
+    start = time.monotonic()
+    with pytest.raises(signals.Ended):
+        work_until(signal.SIGTERM)
+    assert time.monotonic() - start < 20
+    assert multiprocessing.active_children() == before
+
+
+def test_what_is_finished_when_a_signal_comes_is_kept():
+    """It is in the queue by then."""
+    samples: Queue = Queue()
+    cases = list(make_cases(("streaming",), ("eagle",), {}, {}))
+    group = Group("qa", (Prompt("1", "qa", ("who?",)),), 0.0, 1)
+    with signals.installed(), signals.undoing():
+        work = _Pool(Workers(samples), 1, samples, Signs({}, list)).work([(group, cases)])
+        assert next(work) == (cases, [])
+        samples.put(sample(question="2"))
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not signals.received():
+            time.sleep(0.01)
+        assert {next(work).question, next(work).question} == {"1", "2"}
+        with pytest.raises(signals.Ended):
+            next(work)
+        signals._state.received = 0
 
 
 @pytest.fixture

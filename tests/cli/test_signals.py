@@ -10,7 +10,9 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from flowspec.cli.chat import ChatOptions, chat_loop
@@ -104,6 +106,109 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     """Whatever is still to be undone."""
     code = f"with signals.undoing():\n  {READY}  time.sleep(30)"
     assert ended(code, signal.SIGINT, signal.SIGTERM) == (143, "error: ended by SIGTERM\n")
+
+
+def full_pipe() -> tuple[int, int]:
+    """Both ends of a pipe that takes nothing more and that nobody reads."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x")
+    os.set_blocking(write_end, True)
+    return read_end, write_end
+
+
+AT_ONCE = (signal.SIGTERM,)
+BLOCKED = {  # code, and the signals after which it ends
+    "nothing held": (f"{READY}time.sleep(60)", AT_ONCE),
+    "writing": (f"{READY}print('x', file=sys.stderr)", AT_ONCE),
+    "held": (f"with signals.undoing():\n  {READY}  time.sleep(60)", 2 * AT_ONCE),
+    "held, writing": (
+        f"with signals.undoing():\n  {READY}  print(1, file=sys.stderr)",
+        2 * AT_ONCE,
+    ),
+    "farewell": (f"with signals.farewell(lambda: 'kept'):\n  {READY}  time.sleep(60)", AT_ONCE),
+    "importing": (
+        "from flowspec import __main__ as start\n"
+        f"signals.signal.signal(15, start._end)\n{READY}time.sleep(60)",
+        AT_ONCE,
+    ),
+    "undone": (  # what was printed waits for standard output, which is full as well
+        "from flowspec.cli import main as module\n"
+        "def app():\n"
+        "  with signals.undoing():\n"
+        f"    {READY}    print('x' * 10)\n    os.dup2(2, 1)\n"
+        "    while True:\n      signals.check()\n"
+        "module.app = app\nmodule.main()",
+        AT_ONCE,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BLOCKED)
+def test_a_signal_ends_a_process_that_cannot_write(case: str) -> None:
+    """Standard error is a full pipe: its last line is lost, and holds nobody."""
+    code, numbers = BLOCKED[case]
+    program = (
+        f"import os, sys, time\nfrom flowspec.system import signals\nsignals.install()\n{code}"
+    )
+    read_end, write_end = full_pipe()
+    command = [sys.executable, "-c", program]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=write_end, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        for number in numbers:
+            time.sleep(0.2)  # or two become one
+            child.send_signal(number)
+        assert child.wait(SOON_S) == 143
+    finally:
+        child.kill()
+        child.communicate()
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_a_signal_ends_a_process_whose_terminal_is_stopped() -> None:
+    """By Ctrl-S: nothing is shown until Ctrl-Q."""
+    program = f"import time\nfrom flowspec.system import signals\nsignals.install()\n{READY}"
+    code = f"{program}time.sleep(60)"
+    keyboard, screen = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=screen, stdout=screen, stderr=screen
+    )
+    try:
+        assert os.read(keyboard, 100).startswith(b"ready")
+        termios.tcflow(screen, termios.TCOOFF)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(SOON_S) == 143
+    finally:
+        child.kill()
+        termios.tcflow(screen, termios.TCOON)
+        os.close(keyboard)
+        os.close(screen)
+
+
+def test_a_second_signal_undoes_what_must_not_be_left(tmp_path: Path) -> None:
+    """The folder goes, and the child process, while the main thread is busy with something else."""
+    code = f"""if True:
+        import subprocess
+        from flowspec.system.files import temporary_folder
+        child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)
+        with temporary_folder("one-") as folder, signals.undoing(child.kill):
+            (folder / "file").touch()
+            print(child.pid, file=sys.stderr, flush=True)
+            {READY}
+            time.sleep(60)
+    """
+    options = ("env", f"TMPDIR={tmp_path}")
+    exit_code, errors = ended(code, signal.SIGINT, signal.SIGINT, options=options)
+    assert exit_code == 130
+    assert errors.endswith("error: ended by SIGINT\n")
+    assert not list(tmp_path.iterdir())
+    pid = int(errors.split()[0])
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_destructor_does_not_eat_a_signal() -> None:

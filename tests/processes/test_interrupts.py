@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from flowspec.transport.secure.token import new_token
-from tests.support.spawned import spawn
+from tests.support.spawned import SIGNAL_AT, spawn
 
 END_S = 120.0  # far more than it takes: this machine may be busy
 GONE_S = 30.0
+SOON_S = 20.0  # from the signal to the end: less than any wait for a process that does not answer
 EVERY = 60  # imports: of about three thousand
 AT_IMPORTS = f"""
 import _signal, os, signal, sys, time
@@ -124,6 +125,29 @@ PHASES = [  # and the function at whose first call the signal comes
 ]
 
 
+TWICE = [  # phases in which processes and folders are there
+    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalCluster._await_ready"),
+    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalCluster._await_ready"),
+    (f"{BENCH} --stages 2 --jobs 2", "flowspec.bench.runner:_Pool._arrived"),
+]
+IN_STAGE = """
+import ctypes, os, sys
+
+class Look:
+    # Which signal is to come when the parent is gone, told when torch is about to be imported.
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            number = ctypes.c_int()
+            ctypes.CDLL(None).prctl(2, ctypes.byref(number))
+            os._exit(number.value)
+
+sys.meta_path.insert(0, Look())
+sys.argv = "flowspec stage --split x --sockets x --rank 1 --num-stages 1".split()
+from flowspec.__main__ import main
+main()
+"""
+
+
 def left_by(mark: str) -> list[psutil.Process]:
     """Processes that run with this variable in their environment."""
     found = []
@@ -153,6 +177,7 @@ def test_a_signal_in_any_phase_ends_the_command(
     process = spawn(words.split(), log, work, environment, interrupt=interrupt, daemon=False)
     try:
         process.join(END_S)
+        ended_at = time.monotonic()
         assert process.exitcode == 128 + number, log.read_text()
         end = time.monotonic() + GONE_S
         while left := left_by(str(tmp_path)):
@@ -163,6 +188,8 @@ def test_a_signal_in_any_phase_ends_the_command(
         for one in left_by(str(tmp_path)):
             one.kill()
     lines = log.read_text().splitlines()
+    (sent_at,) = [float(line.split()[-1]) for line in lines if line.startswith(SIGNAL_AT)]
+    assert ended_at - sent_at < SOON_S
     assert lines[-1] == f"error: ended by {number.name}"
     assert not [line for line in lines if "Traceback" in line or "Exception ignored" in line]
     assert len([line for line in lines if line.startswith("error:")]) == 1
@@ -170,3 +197,53 @@ def test_a_signal_in_any_phase_ends_the_command(
     assert not list(work.rglob("*.partial"))
     if "SampleFile" in place:  # the first sample was written as a whole, and the user knows
         assert lines[-2].startswith("1 samples are in out/")
+
+
+@pytest.mark.parametrize("turn", range(len(TWICE)), ids=lambda n: TWICE[n][0])
+def test_a_second_signal_leaves_no_process_and_no_folder(
+    turn: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    """It waits for nothing, and whatever the first had not undone yet goes."""
+    words, place = TWICE[turn]
+    for name in ("target", "eagle"):
+        words = words.replace(name.upper(), str(checkpoint / name))
+    work, temporary, log = tmp_path / "work", tmp_path / "temporary", tmp_path / "log"
+    work.mkdir()
+    temporary.mkdir()
+    (work / "asked.jsonl").write_text(QUESTIONS)
+    environment = {"TMPDIR": str(temporary), "FLOWSPEC_TEST_MARK": str(tmp_path)}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    interrupt = (place, int(signal.SIGINT))
+    process = spawn(
+        words.split(), log, work, environment, interrupt=interrupt, daemon=False, times=2
+    )
+    try:
+        process.join(END_S)
+        ended_at = time.monotonic()
+        assert process.exitcode == 130, log.read_text()
+        assert {path.name for path in temporary.iterdir()} <= {f"torchinductor_{getpass.getuser()}"}
+        end = time.monotonic() + GONE_S
+        while left := left_by(str(tmp_path)):
+            assert time.monotonic() < end, [one.cmdline() for one in left]
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        for one in left_by(str(tmp_path)):
+            one.kill()
+    lines = log.read_text().splitlines()
+    (sent_at,) = [float(line.split()[-1]) for line in lines if line.startswith(SIGNAL_AT)]
+    assert ended_at - sent_at < SOON_S
+    assert lines[-1] == "error: ended by SIGINT", lines
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+)
+def test_a_stage_ends_with_its_head_before_it_imports_torch() -> None:
+    """Which takes seconds, in which it would go on."""
+    child = subprocess.Popen([sys.executable, "-c", IN_STAGE], stdin=subprocess.PIPE)
+    try:
+        assert child.wait(END_S) == signal.SIGKILL
+    finally:
+        child.kill()
+        child.communicate()

@@ -9,10 +9,12 @@ import importlib
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+SIGNAL_AT = "signal sent at"  # by the clock that all processes of a machine have
 CONTEXT = multiprocessing.get_context("forkserver")
 _COMMANDS = [f"flowspec.cli.{name}" for name in ("serve", "join", "run", "bench", "verify")]
 # what transformers imports when it loads a tokenizer takes as long as torch
@@ -26,6 +28,7 @@ def run_command(
     folder: str,
     environment: Mapping[str, str],
     interrupt: tuple[str, int] | None = None,
+    times: int = 1,
 ) -> None:
     """`flowspec *arguments` in this process, which was forked for it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -35,23 +38,28 @@ def run_command(
     os.environ.update(environment)
     sys.argv = ["flowspec", *arguments]
     if interrupt is not None:
-        _interrupt_at(*interrupt)
+        _interrupt_at(*interrupt, times)
     from flowspec.__main__ import main
 
     main()
 
 
-def _interrupt_at(place: str, number: int) -> None:
-    """Send this process a signal when the function `module:name` is first called."""
+def _interrupt_at(place: str, number: int, times: int) -> None:
+    """Send this process a signal, or several, when the function `module:name` is first called."""
     module, _, name = place.partition(":")
     *owners, last = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
-    usual, pending = getattr(owner, last), [number]
+    usual, pending = getattr(owner, last), [place]
 
     @functools.wraps(usual)
     def changed(*words: object, **options: object) -> object:
         if pending:
-            os.kill(os.getpid(), pending.pop())
+            os.write(1, f"{SIGNAL_AT} {time.monotonic()}\n".encode())
+            pending.clear()
+            for turn in range(times):
+                time.sleep(0.3 if turn else 0.0)  # or two become one
+                os.kill(os.getpid(), number)
+            time.sleep(60.0 if times > 1 else 0.0)  # it goes on with nothing, as in a long wait
         return usual(*words, **options)
 
     setattr(owner, last, changed)
@@ -65,13 +73,15 @@ def spawn(
     *,
     interrupt: tuple[str, int] | None = None,
     daemon: bool = True,
+    times: int = 1,
 ) -> ForkServerProcess:
     """Start `flowspec *arguments` in `folder`; its output is appended to `log`.
 
-    `interrupt`: a function as in flowspec.cli.run:run, and a signal that comes at its first call.
+    `interrupt`: a function as in flowspec.cli.run:run, and a signal that comes at its first call,
+    `times` times; a line of the log tells when.
     A daemon, which multiprocessing ends with this process, can have no workers of its own.
     """
-    words = arguments, str(log), str(folder), dict(environment), interrupt
+    words = arguments, str(log), str(folder), dict(environment), interrupt, times
     process = CONTEXT.Process(target=run_command, args=words, daemon=daemon)
     process.start()
     return process
