@@ -130,7 +130,7 @@ def test_rank_names(rank: int, name: str) -> None:
             ValueError("stage_1/model.safetensors is corrupt"),
             "stage_1/model.safetensors is corrupt",
         ),
-        (ValueError(), "ValueError: "),
+        (ValueError(), "ValueError"),
         (KeyError("x"), "KeyError: 'x'"),
         (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), "UnicodeDecodeError: 'utf-8' codec"),
     ],

@@ -240,8 +240,8 @@ def run_all(
     """Run commands one after the other in one process: arguments, exit code, seconds, output."""
     asked, told = folder.parent / "asked.json", folder.parent / "told.json"
     asked.write_text(json.dumps([list(words) for words in commands]))
-    (folder.parent / "runtime/event_loop.py").write_text(DRIVER)
-    script = [installed.bin / "python", folder.parent / "runtime/event_loop.py", asked, told]
+    (folder.parent / "driver.py").write_text(DRIVER)
+    script = [installed.bin / "python", folder.parent / "driver.py", asked, told]
     call(*script, cwd=folder, env=environment)
     return [tuple(one) for one in json.loads(told.read_text())]
 

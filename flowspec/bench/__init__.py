@@ -1,0 +1,1 @@
+"""Benchmarks: questions, experiments, records, and what is made of them."""

@@ -1,0 +1,1 @@
+"""A cluster of devices that join: its head, its membership, its devices."""

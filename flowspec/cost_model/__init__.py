@@ -1,0 +1,1 @@
+"""What work and messages cost on devices and links that are described by profiles."""

@@ -1,0 +1,1 @@
+"""Engines: a head with its stages, wherever these run, behind one interface."""

@@ -1,0 +1,1 @@
+"""Messages between head and stages, and between head, devices and clients."""

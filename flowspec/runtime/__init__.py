@@ -1,0 +1,1 @@
+"""What a sans-IO core is, and what runs one."""

@@ -1,0 +1,1 @@
+"""Every core of a cluster in one process, on a virtual clock."""

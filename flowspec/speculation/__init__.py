@@ -1,0 +1,1 @@
+"""Draft tree, strategies, drafters, acceptance rules and logits processors."""

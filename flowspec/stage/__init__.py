@@ -1,0 +1,1 @@
+"""A stage: it runs its layers over rows that come in and hands them on."""

@@ -1,0 +1,1 @@
+"""What the operating system has: signals, files, folders, addresses."""

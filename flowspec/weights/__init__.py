@@ -1,0 +1,1 @@
+"""Checkpoints, splits and their way to devices."""

@@ -1,0 +1,1 @@
+"""A device of a cluster: its report, its layers, its stage."""

@@ -1,0 +1,1 @@
+"""Who is in the cluster and who holds which layers. No input or output."""

@@ -1,0 +1,1 @@
+"""Logits processors: the distribution that is sampled."""

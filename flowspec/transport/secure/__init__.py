@@ -1,0 +1,1 @@
+"""Encryption, authentication, and who is let in."""

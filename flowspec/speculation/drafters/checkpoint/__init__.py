@@ -1,0 +1,1 @@
+"""What a draft checkpoint is, decided by its tensors and its config."""

@@ -1,0 +1,1 @@
+"""Drafting from the text so far."""

@@ -1,0 +1,1 @@
+"""Training draft heads and the bundled models."""
