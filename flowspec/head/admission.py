@@ -65,7 +65,11 @@ class Losses:
         an unlucky one, so more losses are wanted, and some of them with no other suspect. Who has
         been served well before, and then is lost twice, may have had such a one beside it.
         """
-        if self.early >= MAX_IN_A_ROW or (self.last_was_alone and self.in_a_row >= MAX_IN_A_ROW):
+        if self.early >= MAX_IN_A_ROW:
+            return self.in_a_row
+        if not self.last_was_alone:
+            return 0
+        if self.in_a_row >= MAX_IN_A_ROW:
             return self.in_a_row
         return self.recent if self.recent >= MAX_RECENT and self.alone >= MIN_ALONE else 0
 
