@@ -130,7 +130,7 @@ BLOCKED = {  # code, and the signals after which it ends
     ),
     "farewell": (f"with signals.farewell(lambda: 'kept'):\n  {READY}  time.sleep(60)", AT_ONCE),
     "importing": (
-        "from flowspec import __main__ as start\n"
+        "from flowspec import __main__ as start\nsignals.signal.set_wakeup_fd(-1)\n"
         f"signals.signal.signal(15, start._end)\n{READY}time.sleep(60)",
         AT_ONCE,
     ),
@@ -154,8 +154,13 @@ def test_a_signal_ends_a_process_that_cannot_write(case: str) -> None:
         f"import os, sys, time\nfrom flowspec.system import signals\nsignals.install()\n{code}"
     )
     read_end, write_end = full_pipe()
-    command = [sys.executable, "-c", program]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=write_end, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=write_end,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+    )
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"

@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
@@ -36,6 +37,7 @@ def run_command(
         os.dup2(output, number)
     os.chdir(folder)
     os.environ.update(environment)
+    tempfile.tempdir = None  # an import may have looked it up before TMPDIR was given
     sys.argv = ["flowspec", *arguments]
     if interrupt is not None:
         _interrupt_at(*interrupt, times)
