@@ -61,7 +61,9 @@ def _interrupt_at(place: str, number: int, times: int) -> None:
             for turn in range(times):
                 time.sleep(0.3 if turn else 0.0)  # or two become one
                 os.kill(os.getpid(), number)
-            time.sleep(60.0 if times > 1 else 0.0)  # it goes on with nothing, as in a long wait
+            # With more than one it goes on with nothing, as in a long wait. After one it goes on
+            # when another thread has taken the signal: some commands have ended by themselves then.
+            time.sleep(60.0 if times > 1 else 0.2)
         return usual(*words, **options)
 
     setattr(owner, last, changed)
