@@ -89,7 +89,9 @@ class ScriptedDrafter:
     """Right about `truth` as often as the constants say; counts what its own calls cost."""
 
     name = "scripted"
-    feature_layers = (-1,)  # what an EAGLE head asks for: the verdicts' features travel too
+    aux_hidden_state_layers = (
+        -1,
+    )  # what an EAGLE head asks for: the verdicts' features travel too
 
     def __init__(self, truth: Sequence[int], vocab_size: int, *, draft_s: float) -> None:
         self.truth = truth

@@ -14,19 +14,19 @@ from flowspec.protocol.sequencing import Lanes
 
 # class: (its word, word of each field: attribute)
 MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
-    wire.Open: (
+    wire.AddRequest: (
         "open",
         {
             "request": "request",
             "capacity": "capacity",
             "context": "context",
-            "layers": "feature_layers",
+            "layers": "aux_hidden_state_layers",
             "reuse": "reuse",
-            "shared": "num_shared",
+            "shared": "num_cached_tokens",
         },
     ),
-    wire.Close: ("close", {"request": "request", "keep": "keep", "verdict": "verdict"}),
-    wire.Abandon: ("abandon", {"request": "request"}),
+    wire.FinishRequest: ("close", {"request": "request", "keep": "keep", "verdict": "verdict"}),
+    wire.FreeRequest: ("abandon", {"request": "request"}),
     wire.Reset: ("reset", {}),
     wire.Reroot: (
         "verdict",

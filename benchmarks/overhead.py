@@ -26,9 +26,9 @@ import torch
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.codec import decode, encode
-from flowspec.protocol.messages import Exit, Message, Open, Reroot, Segment, Stop
+from flowspec.protocol.messages import AddRequest, Exit, Message, Reroot, Segment, Stop
 from flowspec.request import NodeId
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.stage.stage import Stage
 from flowspec.transport.by_name import local_transport
 
@@ -53,7 +53,7 @@ def make_stage() -> Stage:
     torch.manual_seed(0)
     model = StageModel(CONFIG, first_layer=0, last_layer=2, with_embedding=True, with_head=True)
     stage = Stage(1, 1, model.requires_grad_(False))
-    feed(stage, Open(request=1, capacity=1024, context=512, feature_layers=(-1,)))
+    feed(stage, AddRequest(request=1, capacity=1024, context=512, aux_hidden_state_layers=(-1,)))
     ids = tuple(NodeId(i) for i in range(256))
     parents = tuple(NodeId(i - 1) for i in range(256))
     prompt = Segment(
@@ -123,7 +123,7 @@ class Served:
             local_transport(transport, rank, num_stages=1, folder=folder, device="cpu")
             for rank in range(2)
         )
-        driver = Driver(self.stage, there, 1)
+        driver = EventLoop(self.stage, there, 1)
 
         def serve() -> None:
             while not driver.stopped:

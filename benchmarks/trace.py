@@ -26,7 +26,7 @@ from flowspec.engine.local import LocalCluster
 from flowspec.protocol.messages import Message, Segment
 from flowspec.request import NodeId, Request
 from flowspec.runtime.core import Send, Step, Work
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, Recorder, Trace
 from flowspec.tokenizer import render_chat
 
@@ -89,7 +89,7 @@ def turn_us(trace: Trace, count: int = 2000, repeats: int = 30) -> float:
         tokens=tuple(range(ROWS)),
         hidden=torch.zeros(ROWS, 256),
     )
-    driver = Driver(Echo(), Loop(segment), 2, trace)  # type: ignore[arg-type]
+    driver = EventLoop(Echo(), Loop(segment), 2, trace)  # type: ignore[arg-type]
     least = float("inf")
     for _ in range(repeats):
         start = time.process_time()

@@ -23,7 +23,7 @@ from flowspec.head.answers import Answers
 from flowspec.head.head import Head
 from flowspec.protocol.codec import WireError
 from flowspec.protocol.messages import (
-    Cancel,
+    AbortRequest,
     Failed,
     Finished,
     Ping,
@@ -43,9 +43,9 @@ from flowspec.request import (
     error_of,
     rank_name,
 )
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, open_trace, trace_path
-from flowspec.runtime.watchdog import Silence, Step
+from flowspec.runtime.watchdog import Step, Watchdog
 from flowspec.speculation.strategies import StrategySpec
 from flowspec.system import signals
 from flowspec.system.open_files import check_open_files
@@ -78,7 +78,7 @@ ROUNDS = 8  # the quickest one counts
 ANSWER_TIMEOUT_S = 0.2
 
 
-def ping_clocks(driver: Driver, head: Head, ranks: Iterable[int]) -> None:
+def ping_clocks(driver: EventLoop, head: Head, ranks: Iterable[int]) -> None:
     """Exchange a few pings with each stage, one at a time; does nothing where no trace is made."""
     if driver.trace is OFF:
         return
@@ -178,8 +178,10 @@ class LocalCluster:
             self._hold.release()
             raise
         trace = open_trace(self._trace_file(0), 0)
-        self.driver = Driver(self.head, self.transport, self.num_stages, trace, pace=self.emulation)
-        self._silence = Silence(config.timeout_s)
+        self.driver = EventLoop(
+            self.head, self.transport, self.num_stages, trace, pace=self.emulation
+        )
+        self._silence = Watchdog(config.timeout_s)
 
     def __enter__(self) -> "LocalCluster":
         try:
@@ -296,7 +298,7 @@ class LocalCluster:
 
     def cancel(self, request: int) -> None:
         """See Cluster.cancel."""
-        self.driver.inject(Cancel(request=request))
+        self.driver.inject(AbortRequest(request=request))
 
     def statuses(self) -> dict[int, Status]:
         """See Cluster.statuses; what a stage did before it was restarted counts too."""

@@ -7,7 +7,7 @@ from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.head.answers import Answers
 from flowspec.head.head import Head
-from flowspec.protocol.messages import HEAD, Cancel, Status, Submit, Tokens
+from flowspec.protocol.messages import HEAD, AbortRequest, Status, Submit, Tokens
 from flowspec.request import ClusterError, Completion, Request
 from flowspec.runtime.core import Core
 from flowspec.simulator.ablated import arrange
@@ -87,7 +87,7 @@ class SimulatedCluster:
 
     def cancel(self, request: int) -> None:
         """See Cluster.cancel."""
-        self.simulator.submit(Cancel(request=request))
+        self.simulator.submit(AbortRequest(request=request))
 
     def statuses(self) -> dict[int, Status]:
         """See Cluster.statuses."""

@@ -11,7 +11,7 @@ from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import build_stage
 from flowspec.protocol.messages import HEAD, Failed, Ready
 from flowspec.request import ClusterError, cause_of, rank_name
-from flowspec.runtime.event_loop import Driver, Pace
+from flowspec.runtime.event_loop import EventLoop, Pace
 from flowspec.runtime.recorder import open_trace
 from flowspec.transport.base import Transport
 from flowspec.transport.by_name import local_transport
@@ -75,7 +75,7 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
         stage.peak_memory_bytes = peak_bytes
         ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
         transport.send(HEAD, ready)
-        driver = Driver(stage, transport, config.num_stages, trace, pace=pace)
+        driver = EventLoop(stage, transport, config.num_stages, trace, pace=pace)
         while not driver.stopped:
             driver.turn(IDLE_WAIT_S)
     except ClusterError as error:

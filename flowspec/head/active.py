@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from flowspec.config import DecodeConfig
 from flowspec.head.admission import Before, Losses, Turn
 from flowspec.head.calibration import Calibration, Forecasts
-from flowspec.head.pipeline import Pipe
+from flowspec.head.pipeline import Pipeline
 from flowspec.head.session import Session, new_segment
-from flowspec.protocol.messages import Open, Segment
+from flowspec.protocol.messages import AddRequest, Segment
 from flowspec.request import DecodeStats, NodeId
 from flowspec.speculation.drafters.base import Drafter, Opening
 from flowspec.speculation.strategies.base import Strategy
@@ -75,19 +75,25 @@ def room(session: Session) -> int:
 def open_session(
     turn: Turn,
     config: DecodeConfig,
-    pipe: Pipe,
+    pipe: Pipeline,
     drafter: Drafter,
     calibration: Calibration,
     *,
     vocab_size: int = 0,
 ) -> Session:
     """A request's session as it begins, or begins again: then its statistics go on."""
-    request, before, num_shared = turn.waiting.request, turn.waiting.before, turn.num_shared
+    request, before, num_cached_tokens = (
+        turn.waiting.request,
+        turn.waiting.before,
+        turn.num_cached_tokens,
+    )
     if before is not None:
         stats = before.stats
         stats.num_resumes += 1
     else:
-        stats = DecodeStats(submitted_at=turn.waiting.submitted_at, num_prompt_reused=num_shared)
+        stats = DecodeStats(
+            submitted_at=turn.waiting.submitted_at, num_prompt_reused=num_cached_tokens
+        )
     session = Session(
         request=request,
         config=config,
@@ -99,33 +105,35 @@ def open_session(
                 topk=config.topk,
                 coupled=config.coupled_drafting,
                 reuse=turn.kept.session.drafter if turn.kept is not None else None,
-                num_shared=num_shared,
+                num_cached_tokens=num_cached_tokens,
             )
         ),
         source=drafter.name,
-        num_feature_layers=len(drafter.feature_layers),
-        num_prompt_sent=num_shared,
+        num_aux_hidden_state_layers=len(drafter.aux_hidden_state_layers),
+        num_prompt_sent=num_cached_tokens,
         context=len(request.prompt) + request.max_new_tokens,
         vocab_size=vocab_size,
     )
     if config.calibrate:
         sampled = request.sampling.temperature > 0.0
         session.forecasts = Forecasts(calibration, drafter.name, sampled=sampled)
-    session.begin(num_shared)
+    session.begin(num_cached_tokens)
     return session
 
 
-def open_message(turn: Turn, session: Session, feature_layers: tuple[int, ...]) -> Open:
+def open_message(
+    turn: Turn, session: Session, aux_hidden_state_layers: tuple[int, ...]
+) -> AddRequest:
     """What makes room for the request on the stages."""
-    return Open(
+    return AddRequest(
         epoch=session.pipe.epoch,
         request=session.request.id,
         capacity=turn.waiting.num_rows,
         context=session.context,
         sampling=session.request.sampling,
-        feature_layers=feature_layers,
+        aux_hidden_state_layers=aux_hidden_state_layers,
         reuse=turn.kept.session.request.id if turn.kept is not None else 0,
-        num_shared=turn.num_shared,
+        num_cached_tokens=turn.num_cached_tokens,
     )
 
 

@@ -101,7 +101,7 @@ class Kept:
     session: Session
     num_rows: int
 
-    def num_shared(self, prompt: Sequence[int]) -> int:
+    def num_cached_tokens(self, prompt: Sequence[int]) -> int:
         """Leading positions of `prompt` that need not be computed again.
 
         One less than the tokens in common, as an Opening wants it, and at most what the stages
@@ -117,8 +117,8 @@ class Turn:
     """A waiting request that begins."""
 
     waiting: Waiting
-    kept: Kept | None = None  # its first num_shared rows are taken over
-    num_shared: int = 0
+    kept: Kept | None = None  # its first num_cached_tokens rows are taken over
+    num_cached_tokens: int = 0
     gone: list[int] = field(default_factory=list)  # kept requests given up before it
     gone_after: list[int] = field(default_factory=list)  # and once it has begun
 
@@ -238,17 +238,17 @@ class Admission:
         """The oldest waiting request has its turn, with what a kept one has in common with it."""
         oldest = self.waiting.popleft()
         assert oldest is waiting, "another one waits longer"
-        kept, num_shared = self.find_shared(waiting.request.prompt, config, source)
+        kept, num_cached_tokens = self.find_cached_prefix(waiting.request.prompt, config, source)
         turn = Turn(waiting, gone=self.make_room(waiting.num_rows, kept))
         if kept is not None and (number := kept.session.request.id) not in turn.gone:
-            turn.kept, turn.num_shared = kept, num_shared
-            if self.is_succeeded(kept, num_shared):
+            turn.kept, turn.num_cached_tokens = kept, num_cached_tokens
+            if self.is_succeeded(kept, num_cached_tokens):
                 turn.gone_after.append(number)
                 del self.kept[number]
         self.rows[waiting.request.id] = waiting.num_rows
         return turn
 
-    def find_shared(
+    def find_cached_prefix(
         self, prompt: Sequence[int], config: DecodeConfig, source: str
     ) -> tuple[Kept | None, int]:
         """The kept request with the longest beginning in common with `prompt`, and its length.
@@ -261,17 +261,17 @@ class Admission:
             if kept.session.config is not config or kept.session.source != source:
                 continue
             with self.failures.of(kept.session.request.id):
-                length = kept.num_shared(prompt)
+                length = kept.num_cached_tokens(prompt)
                 if length > longest:
                     best, longest = kept, length
         return best, longest
 
-    def is_succeeded(self, kept: Kept, num_shared: int) -> bool:
-        """Whether a request that reuses `num_shared` of `kept` is its next turn.
+    def is_succeeded(self, kept: Kept, num_cached_tokens: int) -> bool:
+        """Whether a request that reuses `num_cached_tokens` of `kept` is its next turn.
 
         Else they only begin alike, as all prompts of one chat template do, and it stays.
         """
-        return 2 * num_shared >= kept.session.num_committed
+        return 2 * num_cached_tokens >= kept.session.num_committed
 
     def make_room(self, num_rows: int, spare: Kept | None) -> list[int]:
         """Give up kept requests, the oldest first and `spare` last, until `num_rows` fit.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import exp
 from typing import Protocol
 
-from flowspec.head.pipeline import Pipe, SegmentCost
+from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.head.session import Session, tree_segment
 from flowspec.protocol.messages import Segment
 from flowspec.runtime.failures import Failures
@@ -44,7 +44,7 @@ class Slots:
 
     def __init__(
         self,
-        pipe: Pipe,
+        pipe: Pipeline,
         next_prompt_piece: Callable[[Session, int], Segment | None],
         failures: Failures,
     ) -> None:

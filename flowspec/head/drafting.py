@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from flowspec.head.batching import Served
-from flowspec.head.pipeline import Pipe
+from flowspec.head.pipeline import Pipeline
 from flowspec.head.session import Session
 from flowspec.runtime.core import Send, Work
 from flowspec.runtime.failures import Failures, attempt
@@ -29,7 +29,7 @@ def next_drafts(requests: Iterable[Served], failures: Failures) -> list[Share]:
 
 def draft_work(
     drafter: Drafter,
-    pipe: Pipe,
+    pipe: Pipeline,
     shares: Sequence[Share],
     failures: Failures,
     after: Callable[[float], Sequence[Send]],

@@ -24,18 +24,18 @@ from flowspec.head.admission import Admission, Turn, Waiting
 from flowspec.head.batching import Slots
 from flowspec.head.calibration import Calibration
 from flowspec.head.drafting import draft_work, next_drafts
-from flowspec.head.pipeline import Pipe, SegmentCost
+from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.protocol.codec import MAX_BATCH
 from flowspec.protocol.messages import (
     CLIENT,
     EVERY_STAGE,
-    Abandon,
-    Cancel,
-    Close,
+    AbortRequest,
     Exit,
     Failed,
     Features,
     Finished,
+    FinishRequest,
+    FreeRequest,
     GiveUp,
     Message,
     Reroot,
@@ -62,7 +62,7 @@ from flowspec.request import (
 from flowspec.runtime.core import Send, Step
 from flowspec.runtime.failures import Failures
 from flowspec.speculation.drafters.base import Drafter, NoDrafter
-from flowspec.speculation.drafters.merge import GraftedDrafter
+from flowspec.speculation.drafters.merge import MergedDrafter
 from flowspec.speculation.strategies import StrategySpec
 from flowspec.tokenizer import TextStream
 
@@ -90,7 +90,7 @@ class Head:
         self.config = config
         self.drafter = drafter
         self.new_text = new_text
-        self.pipe = Pipe(num_stages)
+        self.pipe = Pipeline(num_stages)
         self.admission = admission
         self.failures = admission.failures = Failures()
         self.slots = Slots(self.pipe, next_prompt_piece, self.failures)
@@ -118,7 +118,7 @@ class Head:
         """The drafter as the strategy wants it: none, or with the text's own branches."""
         if not self.spec.drafts:
             return NoDrafter()
-        return GraftedDrafter(self.drafter) if self.config.graft else self.drafter
+        return MergedDrafter(self.drafter) if self.config.graft else self.drafter
 
     def served_stats(self) -> list[DecodeStats]:
         """Of the requests being served now."""
@@ -147,7 +147,7 @@ class Head:
 
     def _take_in(self, message: Message, now: float) -> Sequence[Send]:
         match message:
-            case Submit() | Cancel() | Suspend() | Resume() | GiveUp():
+            case Submit() | AbortRequest() | Suspend() | Resume() | GiveUp():
                 return self._obey(message, now)
             case Status():
                 self.statuses[message.stage] = message
@@ -167,13 +167,13 @@ class Head:
         return ()
 
     def _obey(
-        self, message: Submit | Cancel | Suspend | Resume | GiveUp, now: float
+        self, message: Submit | AbortRequest | Suspend | Resume | GiveUp, now: float
     ) -> Sequence[Send]:
         """What this side of the pipeline wants."""
         match message:
             case Submit():
                 return self._submit(message.request, now)
-            case Cancel():
+            case AbortRequest():
                 return self._cancel(message.request, now)
             case Suspend():
                 return self._suspend(message.cause, now, blames=message.blames)
@@ -251,7 +251,7 @@ class Head:
             turn = self.admission.begin(begin, self.config, drafter.name)
             gone, gone_after = turn.gone, turn.gone_after
             active = self._begin(turn, drafter)
-            message = open_message(turn, active.session, drafter.feature_layers)
+            message = open_message(turn, active.session, drafter.aux_hidden_state_layers)
             self.active[begin.request.id] = active
             opened = [Send(FIRST_STAGE, message)]
         sends = [*self._close(gone), *opened, *self._close(gone_after)]
@@ -278,7 +278,7 @@ class Head:
     def _close(self, requests: Sequence[int]) -> list[Send]:
         epoch = self.pipe.epoch
         self.pipe.num_closes += len(requests)
-        return [Send(FIRST_STAGE, Close(epoch=epoch, request=old)) for old in requests]
+        return [Send(FIRST_STAGE, FinishRequest(epoch=epoch, request=old)) for old in requests]
 
     def _features(self, message: Features) -> None:
         """True features; those of a kept request complete what its next turn can use again."""
@@ -370,14 +370,14 @@ class Head:
         self._close_books(request, session.stats, now)
         self.statuses.clear()  # those to come tell whether the caches are free
         keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and self.admission.max_kept > 0
-        close = Close(epoch=epoch, request=request, keep=keep, verdict=session.verdict)
+        close = FinishRequest(epoch=epoch, request=request, keep=keep, verdict=session.verdict)
         sends = [Send(FIRST_STAGE, close)]
         self.pipe.num_closes += 1
         if keep:
             sends += self._close(self.admission.keep(session))
         else:
             del self.admission.rows[request]
-            sends.append(Send(EVERY_STAGE, Abandon(epoch=epoch, request=request)))
+            sends.append(Send(EVERY_STAGE, FreeRequest(epoch=epoch, request=request)))
         return [
             *sends,
             Send(CLIENT, Finished(request=request, reason=reason, error=error)),

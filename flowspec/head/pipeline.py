@@ -61,7 +61,7 @@ class Trip:
 
 
 @dataclass(slots=True)
-class Pipe:
+class Pipeline:
     """Trips under way, in the order they were sent, and what they cost."""
 
     num_stages: int
@@ -71,7 +71,7 @@ class Pipe:
     draft_s: float = 0.0  # what a drafter forward takes, a running mean
     draft_began_at: float | None = None  # of the one that runs now
     epoch: int = 0  # of the stages that are there now
-    num_closes: int = 0  # `Close`s sent, of this epoch
+    num_closes: int = 0  # `FinishRequest`s sent, of this epoch
     link_row_ms: float = 0.0  # what each row adds on the slowest line between stages, if known
 
     def begin_epoch(self) -> None:

@@ -9,11 +9,11 @@ from operator import itemgetter
 
 from flowspec.config import DecodeConfig
 from flowspec.head.calibration import Forecasts, Word
-from flowspec.head.pipeline import Pipe
+from flowspec.head.pipeline import Pipeline
 from flowspec.protocol.messages import Reroot, Segment
 from flowspec.request import DecodeStats, NodeId, Request
 from flowspec.speculation.drafters.base import DraftSession, Proposal
-from flowspec.speculation.drafters.merge import GraftedSession
+from flowspec.speculation.drafters.merge import MergedSession
 from flowspec.speculation.tree import DraftTree, Node
 
 _LOGPROB = itemgetter(1)
@@ -25,7 +25,7 @@ class Session:
 
     request: Request
     config: DecodeConfig
-    pipe: Pipe
+    pipe: Pipeline
     drafter: DraftSession
     source: str = ""  # the drafter's name
     tree: DraftTree = field(default_factory=DraftTree)
@@ -39,7 +39,7 @@ class Session:
     last_was_hit: bool = False  # the newest verdict's token was in the tree
     last_was_unsent: bool = False  # and not in flight
     root_proposal: Proposal | None = None  # the drafter's newest word on a root's children
-    num_feature_layers: int = 0  # of which true features come
+    num_aux_hidden_state_layers: int = 0  # of which true features come
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
     layers_come: dict[NodeId, int] = field(
         default_factory=dict
@@ -86,7 +86,7 @@ class Session:
     def commit(self, nodes: Iterable[tuple[NodeId, int]]) -> None:
         """Nodes (with their positions) are accepted: their features come, or have come before."""
         for node, position in nodes:
-            if self.layers_come.get(node, 0) < self.num_feature_layers:
+            if self.layers_come.get(node, 0) < self.num_aux_hidden_state_layers:
                 self.positions[node] = position
             else:
                 self.layers_come.pop(node, None)
@@ -101,15 +101,15 @@ class Session:
         assert alive or node in self.positions, f"features of node {node}, which was never accepted"
         position = self.tree[node].position if alive else self.positions[node]
         self.layers_come[node] = self.layers_come.get(node, 0) + 1
-        if not alive and self.layers_come[node] == self.num_feature_layers:
+        if not alive and self.layers_come[node] == self.num_aux_hidden_state_layers:
             del self.positions[node], self.layers_come[node]
         return position
 
-    def begin(self, num_shared: int) -> None:
+    def begin(self, num_cached_tokens: int) -> None:
         """Number the prompt's nodes (token i is node i) and tell the drafter its tokens."""
         prompt = self.request.prompt
         ids = [(self.tree.new_id(), index) for index in range(len(prompt))]
-        self.commit(ids[num_shared:])
+        self.commit(ids[num_cached_tokens:])
         self.drafter.accept(prompt)
 
     def take_proposals(self, proposals: list[Proposal], *, expanded: Container[NodeId]) -> None:
@@ -160,7 +160,7 @@ class Session:
     def graft(self) -> None:
         """Add the branches that the drafter has at hand, without a forward, for the tree now."""
         room = self.config.tree_size + 1 - len(self.tree)
-        if not isinstance(self.drafter, GraftedSession) or not self.decoding or room <= 0:
+        if not isinstance(self.drafter, MergedSession) or not self.decoding or room <= 0:
             return
 
         def grow(proposal: Proposal) -> list[Node]:

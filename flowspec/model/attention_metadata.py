@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
+from flowspec.model.kv_cache import COMMITTED, JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.stage_model import StageModel
 
 STABLE_ROWS = 32
@@ -49,7 +49,7 @@ def run_batch(
         ]
         taps = {layer: torch.cat([owned[layer] for _, owned in parts]) for layer in parts[0][1]}
         return torch.cat([hidden for hidden, _ in parts]), taps
-    window = JointWindow(
+    window = JointAttentionMetadata(
         [_window(rows.cache, len(rows.positions), rows.parents) for rows in requests]
     )
     where = torch.tensor([p for rows in requests for p in rows.positions], device=model.device)

@@ -51,7 +51,7 @@ class Window:
         return run
 
 
-class JointWindow:
+class JointAttentionMetadata:
     """Windows of several requests whose rows run in one forward, one behind the other."""
 
     def __init__(self, windows: Sequence[Window]) -> None:

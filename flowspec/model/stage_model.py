@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowspec.model.architecture import ModelConfig
-from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
+from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.llama import Block, Embedding, Linear, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
@@ -91,7 +91,7 @@ class StageModel(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        window: Window | JointWindow,
+        window: Window | JointAttentionMetadata,
         *,
         features: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from flowspec.protocol.messages import (
-    Abandon,
+    AddRequest,
     Batch,
-    Close,
     Exit,
     Failed,
     Features,
-    Open,
+    FinishRequest,
+    FreeRequest,
     Ping,
     Ready,
     Reroot,
@@ -160,7 +160,7 @@ def _tensor(frame: memoryview | Tensor, rows: int, hidden_size: int, dtype: torc
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
-def _encode_open(head: bytes, m: Open) -> list[Frame]:
+def _encode_open(head: bytes, m: AddRequest) -> list[Frame]:
     s = m.sampling
     fixed = _OPEN.pack(
         m.capacity,
@@ -171,33 +171,46 @@ def _encode_open(head: bytes, m: Open) -> list[Frame]:
         s.top_p,
         s.min_p,
         m.reuse,
-        m.num_shared,
-        len(m.feature_layers),
+        m.num_cached_tokens,
+        len(m.aux_hidden_state_layers),
     )
-    return [head + fixed + struct.pack(f"<{len(m.feature_layers)}i", *m.feature_layers)]
+    return [
+        head
+        + fixed
+        + struct.pack(f"<{len(m.aux_hidden_state_layers)}i", *m.aux_hidden_state_layers)
+    ]
 
 
-def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> Open:
-    fields = _unpack("Open", _OPEN, body, rest=True)
-    capacity, context, temperature, top_k, seed, top_p, min_p, reuse, num_shared, num_layers = (
-        fields
-    )
+def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> AddRequest:
+    fields = _unpack("AddRequest", _OPEN, body, rest=True)
+    (
+        capacity,
+        context,
+        temperature,
+        top_k,
+        seed,
+        top_p,
+        min_p,
+        reuse,
+        num_cached_tokens,
+        num_layers,
+    ) = fields
     layers = body[_OPEN.size :]
-    _expect("Open", layers, 4 * num_layers)
+    _expect("AddRequest", layers, 4 * num_layers)
     try:
         sampling = SamplingParams(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
         )
     except ValueError as error:
-        raise WireError(f"Open: {error}") from None
-    return Open(
+        raise WireError(f"AddRequest: {error}") from None
+    return AddRequest(
         request=request,
         capacity=capacity,
         context=context,
         sampling=sampling,
-        feature_layers=struct.unpack(f"<{num_layers}i", layers),
+        aux_hidden_state_layers=struct.unpack(f"<{num_layers}i", layers),
         reuse=reuse,
-        num_shared=num_shared,
+        num_cached_tokens=num_cached_tokens,
     )
 
 
@@ -275,19 +288,19 @@ def _decode_batch(_: int, body: memoryview, frames: list[memoryview]) -> Batch:
     return Batch(epoch=segments[0].epoch, segments=segments)
 
 
-def _encode_close(head: bytes, m: Close) -> list[Frame]:
+def _encode_close(head: bytes, m: FinishRequest) -> list[Frame]:
     known = (0, 0, 0) if m.verdict is None else _verdict_fields(m.verdict)
     verdict = _VERDICT.pack(m.verdict is not None, *known)
     return [head + _CLOSE.pack(m.keep) + verdict]
 
 
-def _decode_close(request: int, body: memoryview, _: list[memoryview]) -> Close:
-    (keep,) = _unpack("Close", _CLOSE, body, rest=True)
-    known, position, parent, token = _unpack("Close", _VERDICT, body[_CLOSE.size :])
+def _decode_close(request: int, body: memoryview, _: list[memoryview]) -> FinishRequest:
+    (keep,) = _unpack("FinishRequest", _CLOSE, body, rest=True)
+    known, position, parent, token = _unpack("FinishRequest", _VERDICT, body[_CLOSE.size :])
     if keep > 1 or known > 1:
-        raise WireError(f"Close: flags {keep}, {known}, each 0 or 1")
+        raise WireError(f"FinishRequest: flags {keep}, {known}, each 0 or 1")
     verdict = Reroot(request=request, position=position, parent=parent, token=token)
-    return Close(request=request, keep=bool(keep), verdict=verdict if known else None)
+    return FinishRequest(request=request, keep=bool(keep), verdict=verdict if known else None)
 
 
 def _encode_features(head: bytes, m: Features) -> list[Frame | Tensor]:
@@ -365,9 +378,9 @@ def _plain(cls: type, number: int, layout: struct.Struct, *fields: str) -> _Kind
 
 
 _KINDS: dict[type, _Kind] = {
-    Open: _Kind("Open", 1, 1, _encode_open, _decode_open),
+    AddRequest: _Kind("AddRequest", 1, 1, _encode_open, _decode_open),
     Segment: _Kind("Segment", 2, 3, _encode_segment, _decode_segment),
-    Close: _Kind("Close", 3, 1, _encode_close, _decode_close),
+    FinishRequest: _Kind("FinishRequest", 3, 1, _encode_close, _decode_close),
     Reroot: _plain(Reroot, 4, _REROOT, "position", "parent", "token"),
     Started: _plain(Started, 5, _STARTED, "seq_no"),
     Exit: _plain(Exit, 6, _EXIT, "seq_no", "rows", "slowest_rows", "slowest_ms"),
@@ -393,7 +406,7 @@ _KINDS: dict[type, _Kind] = {
     Ping: _plain(Ping, 11, _RANK, "rank"),
     Stop: _plain(Stop, 12, struct.Struct("<")),
     Batch: _Kind("Batch", 13, 0, _encode_batch, _decode_batch),
-    Abandon: _plain(Abandon, 14, struct.Struct("<")),
+    FreeRequest: _plain(FreeRequest, 14, struct.Struct("<")),
     Reset: _plain(Reset, 15, struct.Struct("<")),
 }
 _BY_NUMBER = {kind.number: kind for kind in _KINDS.values()}

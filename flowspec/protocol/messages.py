@@ -33,7 +33,7 @@ class OfEpoch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Open(OfEpoch):
+class AddRequest(OfEpoch):
     """Head to stages, along the pipe: make room for a request."""
 
     request: int
@@ -41,9 +41,9 @@ class Open(OfEpoch):
     context: int  # longest path: prompt and every token that may be generated
     sampling: SamplingParams = SamplingParams()
     # output-of-layer ids the drafter wants, -1: after the norm
-    feature_layers: tuple[int, ...] = ()
-    reuse: int = 0  # a kept request: its first num_shared rows are copied; it stays
-    num_shared: int = 0
+    aux_hidden_state_layers: tuple[int, ...] = ()
+    reuse: int = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +93,11 @@ class Batch(OfEpoch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Close(OfEpoch):
+class FinishRequest(OfEpoch):
     """Head to stages, along the pipe: a request is over.
 
-    Its memory is free, unless `keep`: then what is committed by `verdict` stays for an `Open` that
-    reuses it, or until a second `Close`.
+    Its memory is free, unless `keep`: then what is committed by `verdict` stays for an `AddRequest`
+    that reuses it, or until a second `FinishRequest`.
     """
 
     request: int
@@ -106,8 +106,8 @@ class Close(OfEpoch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Abandon(OfEpoch):
-    """Head to stages: free a request at once; its rows on the way are dead. `Close` follows."""
+class FreeRequest(OfEpoch):
+    """Head to stages: free a request at once, also its rows on the way. FinishRequest follows."""
 
     request: int
 
@@ -171,7 +171,7 @@ class Status:
     num_requests: int  # caches held now, kept ones included
     kv_rows_used: int = 0  # that those caches take
     peak_memory_bytes: int = 0  # of the process, 0: not known
-    num_closes: int = 0  # `Close`s taken in, of this epoch
+    num_closes: int = 0  # `FinishRequest`s taken in, of this epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,7 +213,7 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cancel:
+class AbortRequest:
     """Client to head: end this request now, keep what it has."""
 
     request: int
@@ -269,11 +269,11 @@ class Finished:
 
 
 WireMessage: TypeAlias = (
-    Open
+    AddRequest
     | Segment
     | Batch
-    | Close
-    | Abandon
+    | FinishRequest
+    | FreeRequest
     | Reset
     | Reroot
     | Started
@@ -285,9 +285,11 @@ WireMessage: TypeAlias = (
     | Ping
     | Stop
 )
-Message: TypeAlias = WireMessage | Submit | Cancel | Suspend | Resume | GiveUp | Tokens | Finished
+Message: TypeAlias = (
+    WireMessage | Submit | AbortRequest | Suspend | Resume | GiveUp | Tokens | Finished
+)
 # these keep their order from head to last stage; the rest may overtake
-DATA = (Open, Segment, Batch, Close)
+DATA = (AddRequest, Segment, Batch, FinishRequest)
 
 
 def segments_of(message: Message) -> tuple[Segment, ...]:
@@ -306,7 +308,7 @@ def stamped(message: WireMessage, *, epoch: int, source: int, number: int) -> Wi
     """The message, and a verdict that it carries, as of `epoch`, where it can be of one."""
     if not isinstance(message, OfEpoch):
         return message
-    if isinstance(message, Segment | Close) and message.verdict is not None:
+    if isinstance(message, Segment | FinishRequest) and message.verdict is not None:
         message = replace(message, verdict=replace(message.verdict, epoch=epoch))
     return replace(message, epoch=epoch, source=source, number=number)
 

@@ -39,7 +39,7 @@ class _Beside:
     due: float | None  # modelled end, on an emulated device
 
 
-class Driver:
+class EventLoop:
     """One core on its device, or with a `pace` on one that it emulates. Times in seconds."""
 
     def __init__(

@@ -16,7 +16,7 @@ class Step(Enum):
     GIVE_UP = "give up"  # because these have not; none: all answer, and still nothing moves
 
 
-class Silence:
+class Watchdog:
     """The time since anything moved, held against `limit_s`. All times in seconds."""
 
     def __init__(self, limit_s: float) -> None:

@@ -13,12 +13,12 @@ import torch
 from flowspec.head.head import Head
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.model.stage_model import StageModel
-from flowspec.protocol.messages import DATA, EVERY_STAGE, HEAD, Message, Open, Segment
+from flowspec.protocol.messages import DATA, EVERY_STAGE, HEAD, AddRequest, Message, Segment
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.speculation.strategies import Without
 from flowspec.stage.executor import Part
 from flowspec.stage.stage import MAX_TREE_ROWS, Stage
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 
 
 def arrange(head: Head, stages: Sequence[Stage]) -> tuple[Core, list[Stage]]:
@@ -46,7 +46,7 @@ class UnprunedStage(Stage):
         state = self.requests.get(segment.request)
         return Part(state, segment) if state is not None else super()._admit(segment)
 
-    def _new_cache(self, message: Open, before: StageRequest | None) -> TreeKVCache:
+    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
         """With room for the dead, whom the head does not count."""
         return super()._new_cache(
             replace(message, capacity=message.capacity + MAX_TREE_ROWS), before

@@ -13,14 +13,14 @@ from flowspec.protocol.messages import Segment
 from flowspec.request import check_token_ids
 from flowspec.runtime.failures import attempt
 from flowspec.speculation.acceptance.gumbel_coupled import choose
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 
 
 @dataclass(slots=True)
 class Part:
     """One request's share of what came down the pipe; without a state the request is over."""
 
-    state: StageRequest | None
+    state: StageRequestState | None
     segment: Segment
 
 
@@ -29,7 +29,7 @@ class Share:
     """A part whose rows are really run, and what comes of them."""
 
     segment: Segment
-    state: StageRequest
+    state: StageRequestState
     rows: RequestRows
     inputs: Tensor  # tokens [n] or hidden states [n, H]
     hidden: Tensor | None = None  # [n, H] for the next stage
@@ -117,7 +117,7 @@ class Forward:
             parts[0].segment = replace(first, slowest_rows=self.num_rows, slowest_ms=elapsed_ms)
         return parts
 
-    def _enter(self, state: StageRequest, segment: Segment) -> Share:
+    def _enter(self, state: StageRequestState, segment: Segment) -> Share:
         """Give every row of one request its place. Raises where there is none for it."""
         if segment.hidden is None:
             vocab_size = self.model.config.vocab_size
@@ -130,7 +130,7 @@ class Forward:
 
     def _compute(self, shares: Sequence[Share]) -> None:
         """One forward over the rows of `shares`."""
-        layers = {layer for share in shares for layer in share.state.feature_layers}
+        layers = {layer for share in shares for layer in share.state.aux_hidden_state_layers}
         rows = [share.rows for share in shares]
         inputs = torch.cat([share.inputs for share in shares])
         hidden, features = run_batch(self.model, rows, inputs, features=layers)

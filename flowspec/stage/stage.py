@@ -22,14 +22,14 @@ from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import (
     EVERY_STAGE,
     HEAD,
-    Abandon,
+    AddRequest,
     Batch,
-    Close,
     Exit,
     Failed,
     Features,
+    FinishRequest,
+    FreeRequest,
     Message,
-    Open,
     Ping,
     Reroot,
     Segment,
@@ -43,7 +43,7 @@ from flowspec.request import LONGEST_CONTEXT, NodeId, cause_of
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.runtime.failures import Failures
 from flowspec.stage.executor import Forward, Part, Share
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
 
 MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more is a broken peer
@@ -73,9 +73,9 @@ class Stage:
         self.shape_stable = shape_stable
         self.epoch = epoch  # what is older concerns a pipeline that is no more
         self.kv_rows = 0
-        self.requests: dict[int, StageRequest] = {}  # kept ones included
+        self.requests: dict[int, StageRequestState] = {}  # kept ones included
         self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
-        self.queue: deque[Open | Segment | Batch | Close] = deque()
+        self.queue: deque[AddRequest | Segment | Batch | FinishRequest] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
         self.num_rows_run = 0
@@ -110,11 +110,11 @@ class Stage:
         match message:
             case Reroot():
                 return self._reroot(message)
-            case Abandon():
+            case FreeRequest():
                 self.requests.pop(message.request, None)
             case Ping():
                 return [self._status(now)]
-            case Open() | Segment() | Batch() | Close():
+            case AddRequest() | Segment() | Batch() | FinishRequest():
                 if len(self.queue) >= MAX_QUEUED:
                     return self._fail(0, f"{MAX_QUEUED} segments are waiting already")
                 self.queue.append(message)
@@ -138,49 +138,52 @@ class Stage:
             return step
         return replace(step, sends=[*step.sends, *self._tell_failed()])
 
-    def _next_step(self, message: Open | Segment | Batch | Close, now: float) -> Step:
+    def _next_step(self, message: AddRequest | Segment | Batch | FinishRequest, now: float) -> Step:
         match message:
-            case Open():
+            case AddRequest():
                 return Step(sends=self._open(message))
-            case Close():
+            case FinishRequest():
                 return Step(sends=[*self._close(message), self._status(now)])
             case Segment() | Batch():
                 return self._forward(segments_of(message))
 
-    def _open(self, message: Open) -> Sequence[Send]:
+    def _open(self, message: AddRequest) -> Sequence[Send]:
         with self.failures.of(message.request):
             return self._begin(message)
         return ()
 
-    def _begin(self, message: Open) -> Sequence[Send]:
+    def _begin(self, message: AddRequest) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
         before = self.requests.get(message.reuse)  # its own Close frees it
         error = self._refusal(message, before)
         if error:
             return self._fail(message.request, error)
-        layers = self.model.owned_features(message.feature_layers)
-        state = StageRequest(
+        layers = self.model.owned_features(message.aux_hidden_state_layers)
+        state = StageRequestState(
             opened=message,
             cache=self._new_cache(message, before),
-            feature_layers=layers,
+            aux_hidden_state_layers=layers,
             features={layer: [] for layer in layers},
             verifier=Verifier() if self.is_last else None,
         )
-        if message.num_shared:
-            state.tip, state.tip_position = NodeId(message.num_shared - 1), message.num_shared - 1
+        if message.num_cached_tokens:
+            state.tip, state.tip_position = (
+                NodeId(message.num_cached_tokens - 1),
+                message.num_cached_tokens - 1,
+            )
         self.requests[message.request] = state
         return self._pass_on(message)
 
-    def _new_cache(self, message: Open, before: StageRequest | None) -> TreeKVCache:
+    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
         capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
         context = message.context if self.shape_stable else None
         if before is None:
             return self.model.new_cache(capacity, stable_context=context)
         return before.cache.resized(
-            capacity, prefix_length=message.num_shared, stable_context=context
+            capacity, prefix_length=message.num_cached_tokens, stable_context=context
         )
 
-    def _refusal(self, message: Open, before: StageRequest | None) -> str:
+    def _refusal(self, message: AddRequest, before: StageRequestState | None) -> str:
         """Why this request cannot have the cache it asks for; checked before memory is taken."""
         # How long a request may be, its head decides; whether there is memory is checked below.
         asked = f"a context of {message.context} was asked for"
@@ -197,14 +200,14 @@ class Stage:
                 f"{self.kv_rows - self.kv_rows_used} of {self.kv_rows} are free"
             )
         have = before.cache.prefix_length if before is not None else 0
-        if message.num_shared > have:
+        if message.num_cached_tokens > have:
             return (
-                f"{message.num_shared} rows of request {message.reuse} were to be used again, "
-                f"{have} are here"
+                f"{message.num_cached_tokens} rows of request {message.reuse} were to be used "
+                f"again, {have} are here"
             )
         return ""
 
-    def _close(self, message: Close) -> list[Send]:
+    def _close(self, message: FinishRequest) -> list[Send]:
         """Free the request, or keep what is committed of it."""
         self.num_closes += 1
         sends: list[Send] = []
@@ -214,7 +217,7 @@ class Stage:
             sends += self._reroot(message.verdict)
         return [*sends, *self._pass_on(message)]
 
-    def _pass_on(self, message: Open | Close) -> list[Send]:
+    def _pass_on(self, message: AddRequest | FinishRequest) -> list[Send]:
         return [] if self.is_last else [Send(self.next_rank, message)]
 
     def _forward(self, segments: Sequence[Segment]) -> Step:
@@ -262,7 +265,7 @@ class Stage:
     def _keep_features(self, share: Share) -> list[Send]:
         """Prompt rows are true: their features leave now; others wait for their verdict."""
         segment, sends = share.segment, []
-        for layer in share.state.feature_layers:
+        for layer in share.state.aux_hidden_state_layers:
             own = share.features[layer]
             if segment.prefix:
                 sends.append(self._features(segment.request, layer, segment.nodes, own))
@@ -304,7 +307,7 @@ class Stage:
         )
         return [*sends, Send(HEAD, left)]
 
-    def _verdict(self, state: StageRequest, segment: Segment) -> list[Send]:
+    def _verdict(self, state: StageRequestState, segment: Segment) -> list[Send]:
         assert state.verifier is not None
         is_prompt_end = segment.prefix and segment.verify and segment.nodes
         if not segment.verify or not (state.verifier.walk() or is_prompt_end):
@@ -331,13 +334,13 @@ class Stage:
             return self._commit(state, verdict)
         return []
 
-    def _commit(self, state: StageRequest, verdict: Reroot) -> list[Send]:
+    def _commit(self, state: StageRequestState, verdict: Reroot) -> list[Send]:
         features = state.features
         nodes_before, rows_before = state.nodes, state.rows
         path = state.reroot(verdict)
         path_nodes = [nodes_before[row] for row in path]
         sends = []
-        for layer in state.feature_layers:
+        for layer in state.aux_hidden_state_layers:
             rows = features[layer]
             if path:
                 hidden = torch.stack([rows[row] for row in path])

@@ -5,18 +5,18 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from flowspec.model.kv_cache import COMMITTED, TreeKVCache
-from flowspec.protocol.messages import Open, Reroot, Segment
+from flowspec.protocol.messages import AddRequest, Reroot, Segment
 from flowspec.request import NO_NODE, NodeId
 from flowspec.stage.verifier import Verifier
 
 
 @dataclass(slots=True)
-class StageRequest:
+class StageRequestState:
     """One request on one stage. Lists run parallel to the cache's tree rows."""
 
-    opened: Open
+    opened: AddRequest
     cache: TreeKVCache
-    feature_layers: tuple[int, ...]
+    aux_hidden_state_layers: tuple[int, ...]
     verifier: Verifier | None
     tip: NodeId = NO_NODE  # newest committed node
     tip_position: int = -1

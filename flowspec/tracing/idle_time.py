@@ -177,7 +177,7 @@ class _HeadCauses:
     def __init__(self, timeline: Timeline) -> None:
         head = timeline.head
         self.wait_ends = [end for _, end in head.waits]
-        sends = [n for n in head.sent if n.kind in ("Segment", "Open", "Close")]
+        sends = [n for n in head.sent if n.kind in ("Segment", "AddRequest", "FinishRequest")]
         self.actions = sorted([*(w.start for w in head.works), *(n.when for n in sends)])
         self.received = head.received
         self.receipts = [note.when for note in head.received]
@@ -198,7 +198,7 @@ class _HeadCauses:
         yield start, end, self._awaited(kinds, end, until)
 
     def _awaited(self, kinds: set[str], end: float, until: float) -> str:
-        if not kinds or kinds & {"Reroot", "Features", "Cancel"}:
+        if not kinds or kinds & {"Reroot", "Features", "AbortRequest"}:
             return VERDICT
         in_flight = bisect_right(self.sent_at, end) - bisect_right(self.exited_at, until)
         return PIPE_FULL if in_flight > 0 else DRAINING

@@ -167,7 +167,11 @@ def _cause(process: Process, arrivals: Sequence[Hop], start: float, until: float
     acts += [note.when for note in process.sent[sent : sent + 1]]
     first = bisect_left(arrivals, start, key=lambda hop: hop.received.when)
     last = bisect_right(arrivals, min(acts), key=lambda hop: hop.received.when)
-    weighty = ("Reroot", "Features") if process.rank == HEAD else ("Segment", "Open", "Close")
+    weighty = (
+        ("Reroot", "Features")
+        if process.rank == HEAD
+        else ("Segment", "AddRequest", "FinishRequest")
+    )
     return max(
         arrivals[first:last],
         key=lambda hop: (hop.sent.kind in weighty, hop.sent.when),

@@ -91,7 +91,7 @@ class Pair:
 
     def feed(self, session: Any, hidden: Tensor, taps: Mapping[int, Tensor], where: Any) -> None:
         """Give the drafter the features of rows at these positions, with rows of `hidden`."""
-        for layer in self.drafter.feature_layers:
+        for layer in self.drafter.aux_hidden_state_layers:
             rows = hidden if layer == FINAL_NORM else taps[layer]
             session.accept_features(layer, {p: rows[row] for p, row in where.items()})
 
@@ -121,7 +121,7 @@ def verify(
     parents = [COMMITTED, *(row[node.parent] for node in nodes[1:])]
     tokens = torch.tensor([node.token for node in nodes])
     where = [node.position for node in nodes]
-    layers = pair.drafter.feature_layers
+    layers = pair.drafter.aux_hidden_state_layers
     hidden, taps = run_rows(model, cache, tokens, where, parents=parents, features=layers)
     truth = choose(model.logits(hidden), [p + 1 for p in where], sampling)
     path, following = [tree.root], [truth[0]]
@@ -148,7 +148,7 @@ def decode(
     session = pair.drafter.open(Opening(request=request, topk=shape.topk, coupled=coupled))
     cache = pair.target.new_cache(len(prompt) + max_new + 128)
     ids = torch.tensor(list(prompt))
-    layers = pair.drafter.feature_layers
+    layers = pair.drafter.aux_hidden_state_layers
     where = range(len(prompt))
     hidden, taps = run_rows(pair.target, cache, ids, where, parents=None, features=layers)
     text = choose(pair.target.logits(hidden[-1:]), [len(prompt)], sampling)

@@ -16,7 +16,7 @@ from flowspec.cluster.membership.roster import Device, GiveUp, Halt, Member, Pla
 from flowspec.engine.build import HeadParts
 from flowspec.protocol import messages as wire
 from flowspec.protocol.control import Addresses, DeviceReport, Done
-from flowspec.protocol.messages import Cancel, Close, Failed, Submit
+from flowspec.protocol.messages import AbortRequest, Failed, FinishRequest, Submit
 from flowspec.request import ClusterError
 from tests.support.asked import Asking, decoding, hear, status, tiny_parts, watched
 from tests.support.clusters import make_cluster
@@ -108,7 +108,7 @@ def test_what_is_over_is_told_though_a_stage_takes_nothing(head):
     """The client hears of its end, the strategy may change again."""
     head.ask(decoding())
     head.turn()
-    head.broken = Close
+    head.broken = FinishRequest
     head.cancel()
     assert head.end(1).reason == "cancelled"
     assert any(isinstance(e, StageLost) and e.rank == 2 for e in head.told)
@@ -121,7 +121,7 @@ def test_who_asks_as_a_stage_is_lost_waits_for_the_next_ones(head):
     head.engine._submit_probe()
     head.turn()
     assert len(head.engine.head.active) == 1
-    head.broken = Close
+    head.broken = FinishRequest
     assert head.ask(decoding()) is None
     assert any(isinstance(e, StageLost) for e in head.told)
     assert (head.engine.num_open, head.engine._probe) == (1, None)
@@ -303,7 +303,7 @@ def test_after_the_last_word_a_stage_does_nothing_more(max_kept):
         while simulator.step():
             steps += 1
             if steps == 40 and turn in (1, 3):
-                simulator.deliver(0, Cancel(request=first))
+                simulator.deliver(0, AbortRequest(request=first))
             told = settled(head)
             if head.active or head.admission.waiting or told is None:
                 continue

@@ -48,19 +48,19 @@ class Play:
         sampling: SamplingParams = T0,
         topk: int = VOCAB,
         reuse: DraftSession | None = None,
-        num_shared: int = 0,
+        num_cached_tokens: int = 0,
     ) -> None:
         asked = Request(
             id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=MAX_NEW_TOKENS
         )
         self.drafter, self.asked, self.topk = drafter, asked, topk
         opening = Opening(
-            request=asked, topk=topk, coupled=True, reuse=reuse, num_shared=num_shared
+            request=asked, topk=topk, coupled=True, reuse=reuse, num_cached_tokens=num_cached_tokens
         )
         self.session = drafter.open(opening)
         self.tree = DraftTree()
         self.tokens = list(prompt)
-        self.num_known = num_shared  # positions whose features have come
+        self.num_known = num_cached_tokens  # positions whose features have come
         self.session.accept(prompt)
 
     def plant(self, token: int) -> None:
@@ -82,7 +82,11 @@ class Play:
         """Features of the next `count` positions (None: all), in any order."""
         end = len(self.tokens) - 1
         end = end if count is None else min(end, self.num_known + count)
-        due = [(n, at) for n in self.drafter.feature_layers for at in range(self.num_known, end)]
+        due = [
+            (n, at)
+            for n in self.drafter.aux_hidden_state_layers
+            for at in range(self.num_known, end)
+        ]
         if random is not None:
             random.shuffle(due)
         for layer, at in due:
@@ -339,7 +343,7 @@ def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 @pytest.mark.parametrize("late", [0, 3])
 def test_the_next_turn_goes_on_where_the_last_ended(name: str, late: int) -> None:
-    """Features from `num_shared` on are enough, wherever the texts part."""
+    """Features from `num_cached_tokens` on are enough, wherever the texts part."""
     first = Play(drafter_named(name), PROMPT)
     first.plant(8)
     first.give()
@@ -355,14 +359,14 @@ def test_the_next_turn_goes_on_where_the_last_ended(name: str, late: int) -> Non
     most = first.session.num_reusable
     assert most >= len(PROMPT) + 1, "all that was absorbed counts"
     assert most < len(first.tokens)
-    for num_shared in (most, most - 1, len(PROMPT), 2, 1, 0):
-        prompt = [*first.tokens[: num_shared + 1], 40, 41, 42]
-        play = Play(first.drafter, prompt, reuse=first.session, num_shared=num_shared)
+    for num_cached_tokens in (most, most - 1, len(PROMPT), 2, 1, 0):
+        prompt = [*first.tokens[: num_cached_tokens + 1], 40, 41, 42]
+        play = Play(first.drafter, prompt, reuse=first.session, num_cached_tokens=num_cached_tokens)
         play.plant(7)
         check_fresh(play)
-    num_shared = play.session.num_reusable
-    prompt = [*play.tokens[: num_shared + 1], 43]
-    third = Play(first.drafter, prompt, reuse=play.session, num_shared=num_shared)
+    num_cached_tokens = play.session.num_reusable
+    prompt = [*play.tokens[: num_cached_tokens + 1], 43]
+    third = Play(first.drafter, prompt, reuse=play.session, num_cached_tokens=num_cached_tokens)
     third.plant(9)
     check_fresh(third)
 
@@ -375,6 +379,6 @@ def test_reusing_what_is_not_shared_is_noticed(name: str) -> None:
     first.give()
     first.absorb()
     with pytest.raises(AssertionError, match="first 6 tokens"):
-        Play(first.drafter, [*PROMPT[:5], 1, 2], reuse=first.session, num_shared=5)
+        Play(first.drafter, [*PROMPT[:5], 1, 2], reuse=first.session, num_cached_tokens=5)
     with pytest.raises(AssertionError, match="reusable"):
-        Play(first.drafter, [*PROMPT, 8, 1, 2], reuse=first.session, num_shared=9)
+        Play(first.drafter, [*PROMPT, 8, 1, 2], reuse=first.session, num_cached_tokens=9)

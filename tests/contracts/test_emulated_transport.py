@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from flowspec.protocol.messages import Close, Ping, WireMessage
+from flowspec.protocol.messages import FinishRequest, Ping, WireMessage
 from flowspec.request import ClusterError
 from flowspec.transport import emulated
 from flowspec.transport.emulated import EmulatedTransport
@@ -45,7 +45,7 @@ class Wire:
 def line(source: int, to: int, message: WireMessage) -> Passage:
     """Data occupies the line for a tenth of a second, control for hardly anything."""
     del source, to
-    size = DATA_BYTES if isinstance(message, Close) else 1.0
+    size = DATA_BYTES if isinstance(message, FinishRequest) else 1.0
     return Passage(latency_s=0.05, num_bytes=size, rate_out=RATE, rate_in=RATE)
 
 
@@ -73,7 +73,7 @@ def test_messages_take_the_lines_time_and_a_latency(wire, transport):
     """Three that occupy a tenth of a second each: the last leaves after three tenths."""
     start = time.monotonic()
     for number in range(1, 4):
-        transport.send(2, Close(request=number))
+        transport.send(2, FinishRequest(request=number))
     until(lambda: len(wire.sent) == 3)
     times = [when - start for when, _, _ in wire.sent]
     assert all(time >= 0.1 * n + 0.05 - 1e-3 for n, time in enumerate(times, start=1)), times
@@ -84,7 +84,7 @@ def test_messages_take_the_lines_time_and_a_latency(wire, transport):
 def test_control_shares_the_line_with_data(wire, transport):
     """A verdict does not wait for the segments that were handed over before it."""
     for number in range(1, 4):
-        transport.send(2, Close(request=number))
+        transport.send(2, FinishRequest(request=number))
     transport.send(2, Ping(rank=0))
     until(lambda: len(wire.sent) == 4)
     assert isinstance(wire.sent[0][2], Ping)
@@ -93,7 +93,7 @@ def test_control_shares_the_line_with_data(wire, transport):
 
 def test_a_receivers_line_takes_one_message_after_another(wire, transport):
     """Two senders at once, each at the line's full rate: the second waits for the first."""
-    wire.waiting = [Close(request=1), Close(request=2)]
+    wire.waiting = [FinishRequest(request=1), FinishRequest(request=2)]
     start = time.monotonic()
     got: list[WireMessage] = []
     while len(got) < 2:
@@ -125,9 +125,9 @@ def test_no_more_is_held_than_a_bound(wire, transport, monkeypatch):
     monkeypatch.setattr(emulated, "MAX_HELD", 3)
     monkeypatch.setattr(emulated, "SEND_TIMEOUT_S", 0.0)
     for number in range(1, 4):
-        transport.send(2, Close(request=number))
+        transport.send(2, FinishRequest(request=number))
     with pytest.raises(ClusterError, match="stage 2: 3 messages wait for an emulated line"):
-        transport.send(2, Close(request=4))
+        transport.send(2, FinishRequest(request=4))
     transport.close()
 
 

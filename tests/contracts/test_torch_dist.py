@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from flowspec.protocol.codec import WireError, decode, encode_tensors
-from flowspec.protocol.messages import Open, Started
+from flowspec.protocol.messages import AddRequest, Started
 from flowspec.request import ClusterError
 from flowspec.transport import torch_dist, torch_link
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_in_folder, tell
@@ -243,7 +243,7 @@ def test_nccl_keeps_hidden_states_on_the_gpu(meeting):
     ]
     try:
         hidden = torch.arange(64.0, device="cuda:0").view(8, 8)
-        ranks[0].send(1, Open(request=1, capacity=2, context=3))
+        ranks[0].send(1, AddRequest(request=1, capacity=2, context=3))
         ranks[0].send(1, segment(1, hidden))
         _, message = receive(ranks[1], 2)
         assert message.hidden.device == torch.device("cuda:1")

@@ -13,7 +13,14 @@ import torch
 import zmq
 
 from flowspec.protocol.codec import WireError
-from flowspec.protocol.messages import Close, Open, Reroot, Segment, Started, WireMessage
+from flowspec.protocol.messages import (
+    AddRequest,
+    FinishRequest,
+    Reroot,
+    Segment,
+    Started,
+    WireMessage,
+)
 from flowspec.request import ClusterError, NodeId
 from flowspec.transport import emulated, torch_dist, torch_link
 from flowspec.transport import zmq as zmq_sockets
@@ -114,9 +121,9 @@ def settle(transport: Transport, send: Callable[[], None]) -> Sequence[WireMessa
 def test_data_keeps_its_order(peer: MakePeer) -> None:
     """Open, segments and close of a request must not overtake one another."""
     head, stage = peer(0), peer(1)
-    sent: list[WireMessage] = [Open(request=1, capacity=2, context=3)]
+    sent: list[WireMessage] = [AddRequest(request=1, capacity=2, context=3)]
     sent += [segment(seq_no) for seq_no in range(300)]
-    sent.append(Close(request=1))
+    sent.append(FinishRequest(request=1))
     for message in sent:
         head.send(1, message)
     assert receive(stage, len(sent)) == sent

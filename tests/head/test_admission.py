@@ -2,7 +2,16 @@
 
 from flowspec.engine.base import generate_all
 from flowspec.head.admission import Admission
-from flowspec.protocol.messages import Abandon, Cancel, Close, Failed, Open, Segment, Submit, Tokens
+from flowspec.protocol.messages import (
+    AbortRequest,
+    AddRequest,
+    Failed,
+    FinishRequest,
+    FreeRequest,
+    Segment,
+    Submit,
+    Tokens,
+)
 from flowspec.request import LONGEST_CONTEXT, Completion, FinishReason
 from flowspec.stage.stage import Stage
 from tests.head.test_requests import check_answers, several
@@ -65,15 +74,15 @@ def test_a_stage_defends_its_memory():
     """A head that asks for more than there is gets a clear refusal, and the stage serves on."""
     cluster = limited(300)
     stage = cluster.stages[0]
-    stage.handle(Open(request=1, capacity=200, context=100), 0.0)
-    stage.handle(Open(request=2, capacity=200, context=100), 0.0)
+    stage.handle(AddRequest(request=1, capacity=200, context=100), 0.0)
+    stage.handle(AddRequest(request=2, capacity=200, context=100), 0.0)
     stage.poll(0.0)
     (refusal,) = stage.poll(0.0).sends
     assert isinstance(refusal.message, Failed)
     assert (refusal.message.request, refusal.message.stage) == (2, 1)
     assert "200 rows was asked for, 100 of 300 are free" in refusal.message.text
     assert list(stage.requests) == [1]
-    stage.handle(Open(request=3, capacity=2, context=LONGEST_CONTEXT + 1), 0.0)
+    stage.handle(AddRequest(request=3, capacity=2, context=LONGEST_CONTEXT + 1), 0.0)
     (refusal,) = stage.poll(0.0).sends
     assert f"needed: at most {LONGEST_CONTEXT}" in refusal.message.text
 
@@ -86,7 +95,7 @@ def test_a_cancelled_request_is_freed_at_once():
     while len(cluster.head.active) < 2 or not cluster.head.active[2].session.tokens:
         assert cluster.simulator.step()
     now = cluster.simulator.now
-    cluster.simulator.submit(Cancel(request=1))
+    cluster.simulator.submit(AbortRequest(request=1))
     while any(1 in stage.requests for stage in cluster.stages):
         assert cluster.simulator.step()
     # a forward that runs is finished first, and takes a second here
@@ -98,11 +107,11 @@ def test_a_cancelled_request_is_freed_at_once():
 def test_a_late_open_does_not_bring_a_cancelled_request_back():
     """Abandon may overtake Open; Close follows in order and frees what came late."""
     stage: Stage = make_cluster(1).stages[0]
-    stage.handle(Abandon(request=1), 0.0)
+    stage.handle(FreeRequest(request=1), 0.0)
     for message in (
-        Open(request=1, capacity=64, context=64),
+        AddRequest(request=1, capacity=64, context=64),
         Segment(request=1, seq_no=0, nodes=(0,), parents=(-1,), tokens=(3,), prefix=True),
-        Close(request=1),
+        FinishRequest(request=1),
     ):
         stage.handle(message, 0.0)
     while (step := stage.poll(0.0)) is not None:

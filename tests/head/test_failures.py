@@ -21,10 +21,10 @@ from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import DraftJob
 from flowspec.speculation.drafters.cached import IncrementalSession
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter
-from flowspec.speculation.drafters.merge import GraftedSession
+from flowspec.speculation.drafters.merge import MergedSession
 from flowspec.speculation.strategies.streaming import Streaming
 from flowspec.stage.stage import Stage
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.tokenizer import TextStream
 from tests.support.clusters import LetterTokenizer, check_empty, make_cluster
 from tests.support.scripted import ScriptedDrafter, ScriptedSession, drafter_named, mixed
@@ -89,22 +89,22 @@ HEAD_POINTS = {
     "drafter, rows": broken(ScriptedSession, "num_rows", lambda s, *rest: of_bad(s)),
     "drafter, absorb": broken(ScriptedSession, "absorb", lambda s, tree: of_bad(s)),
     "drafter, expand": broken(ScriptedSession, "expand", lambda s, *rest: of_bad(s)),
-    "grafts": broken(GraftedSession, "graft", lambda s, *rest: of_bad(s.base)),
-    "merged grafts": broken(GraftedSession, "merged", lambda s, *rest: of_bad(s.base)),
+    "grafts": broken(MergedSession, "graft", lambda s, *rest: of_bad(s.base)),
+    "merged grafts": broken(MergedSession, "merged", lambda s, *rest: of_bad(s.base)),
     "calibration": broken(Session, "learn", lambda session, *rest: session.request.id == BAD),
 }
 
 
-def stage_of(state: StageRequest) -> bool:
+def stage_of(state: StageRequestState) -> bool:
     """Whether a stage's request is the failing one."""
     return bool(state.opened.request == BAD)
 
 
 STAGE_POINTS = {
     "cache": broken(Stage, "_new_cache", lambda stage, message, _: message.request == BAD),
-    "admit": broken(StageRequest, "admit", lambda state, segment: stage_of(state)),
-    "enter": broken(StageRequest, "enter", lambda state, segment: stage_of(state)),
-    "reroot": broken(StageRequest, "reroot", lambda state, verdict: stage_of(state)),
+    "admit": broken(StageRequestState, "admit", lambda state, segment: stage_of(state)),
+    "enter": broken(StageRequestState, "enter", lambda state, segment: stage_of(state)),
+    "reroot": broken(StageRequestState, "reroot", lambda state, verdict: stage_of(state)),
     "features": broken(Stage, "_keep_features", lambda stage, share: stage_of(share.state)),
     "sampling": broken(
         flowspec.stage.executor, "choose", lambda logits, positions, sampling: sampling.seed == SEED
@@ -158,7 +158,7 @@ def check_ends(several: list[Request], completions: list[Completion], where: str
 def test_what_fails_in_the_head_ends_one_request(point: str, monkeypatch: Patch) -> None:
     """Drafter, strategy, grafts, calibration: whatever is done for a request alone."""
     HEAD_POINTS[point](monkeypatch)
-    drafter = ScriptedDrafter(mixed, feature_layers=(1,))
+    drafter = ScriptedDrafter(mixed, aux_hidden_state_layers=(1,))
     cluster = make_cluster(2, drafter=drafter, graft="graft" in point, calibrate=True)
     check_only_the_bad_one_ends(cluster, where="head: ")
 
@@ -181,7 +181,7 @@ def test_a_detokenizer_that_fails_ends_one_request(point: str) -> None:
 def test_what_fails_on_a_stage_ends_one_request(point: str, monkeypatch: Patch) -> None:
     """Also where its rows run together with those of others; the error names the stage."""
     STAGE_POINTS[point](monkeypatch)
-    cluster = make_cluster(2, drafter=ScriptedDrafter(mixed, feature_layers=(1,)))
+    cluster = make_cluster(2, drafter=ScriptedDrafter(mixed, aux_hidden_state_layers=(1,)))
     check_only_the_bad_one_ends(cluster, where="stage ")
 
 

@@ -11,7 +11,7 @@ from flowspec.engine.base import generate
 from flowspec.engine.simulated import SimulatedCluster
 from flowspec.protocol.messages import (
     CLIENT,
-    Cancel,
+    AbortRequest,
     Exit,
     Features,
     Finished,
@@ -240,8 +240,8 @@ def test_a_queued_request_can_be_cancelled():
     cluster = make_cluster(2)
     cluster.simulator.submit(Submit(request=request(1, max_new_tokens=6)))
     cluster.simulator.submit(Submit(request=request(2, max_new_tokens=6)))
-    cluster.simulator.submit(Cancel(request=2))
-    cluster.simulator.submit(Cancel(request=77))
+    cluster.simulator.submit(AbortRequest(request=2))
+    cluster.simulator.submit(AbortRequest(request=77))
     found = answers(cluster)
     assert found[2] == ([], FinishReason.CANCELLED)
     assert found[1] == (own_tokens(6), FinishReason.LENGTH)

@@ -8,12 +8,12 @@ import pytest
 import flowspec.head.active
 from flowspec.engine.base import generate
 from flowspec.protocol.messages import (
-    Abandon,
-    Close,
     Exit,
     Failed,
     Features,
     Finished,
+    FinishRequest,
+    FreeRequest,
     Message,
     Segment,
     Status,
@@ -46,7 +46,7 @@ def test_streaming_keeps_at_most_one_segment_before_the_first_stage(drafter):
 def test_features_are_the_targets_own_of_accepted_nodes_from_the_owning_stage():
     """EAGLE-3 needs layers of different stages; a wrong or doubled feature spoils every draft."""
     layers = (1, 5, -1)
-    drafter = ScriptedDrafter(perfect, feature_layers=layers)
+    drafter = ScriptedDrafter(perfect, aux_hidden_state_layers=layers)
     asked = request(max_new_tokens=10)
     _, watches = run_watched({"num_stages": 4, "drafter": drafter}, asked)
     session = drafter.sessions[1]
@@ -113,8 +113,8 @@ def test_failures_of_other_requests_do_not_end_this_one():
     head.poll(0.0)
     assert not head.handle(Failed(stage=1, request=4, text="late"), 0.0)
     close, free, end = head.handle(Failed(stage=1, request=0, text="broken"), 0.0)
-    assert close.message == Close(request=5)
-    assert free.message == Abandon(request=5)
+    assert close.message == FinishRequest(request=5)
+    assert free.message == FreeRequest(request=5)
     assert isinstance(end.message, Finished)
     assert end.message.error == "stage 1: broken"
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flowspec.engine.base import generate, generate_all
 from flowspec.engine.simulated import SimulatedCluster
-from flowspec.protocol.messages import Close, Open, Reroot, Segment
+from flowspec.protocol.messages import AddRequest, FinishRequest, Reroot, Segment
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.strategies import STRATEGIES
 from tests.support.clusters import Watch, check_features, make_cluster, truth
@@ -42,7 +42,7 @@ def kept(num_stages: int, strategy: str, **setup) -> SimulatedCluster:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_conversation_computes_each_token_once(strategy, sampling):
     """What stages and drafter have of the earlier turns is not sent again; the text is the same."""
-    drafter = ScriptedDrafter(perfect, feature_layers=LAYERS)
+    drafter = ScriptedDrafter(perfect, aux_hidden_state_layers=LAYERS)
     watches = []
 
     def wrap(core):
@@ -86,7 +86,7 @@ def test_model_drafters_go_on_where_the_last_turn_ended(name):
 @settings(max_examples=25, deadline=None)
 def test_no_timing_spoils_what_is_kept(seed, strategy, script, stages):
     """Late verdicts, late features: a stage keeps exactly what the head believes it has."""
-    drafter = ScriptedDrafter(SCRIPTS[script], seed=seed, feature_layers=LAYERS)
+    drafter = ScriptedDrafter(SCRIPTS[script], seed=seed, aux_hidden_state_layers=LAYERS)
     cluster = kept(stages, strategy, drafter=drafter, charges=adversarial(seed))
     conversation(cluster, 3, sampling=T1, new=5)
 
@@ -188,13 +188,13 @@ def test_close_keeps_by_the_verdict_it_brings():
     stage = make_cluster(2).stages[0]
     rows = Segment(request=1, seq_no=0, nodes=(0, 1), parents=(-1, 0), tokens=(3, 4), prefix=True)
     for message in (
-        Open(request=1, capacity=64, context=64),
+        AddRequest(request=1, capacity=64, context=64),
         rows,
         replace(rows, seq_no=1, nodes=(2, 3), parents=(1, 1), tokens=(8, 9), prefix=False),
     ):
         stage.handle(message, 0.0)
     verdict = make_verdict()
-    stage.handle(Close(request=1, keep=True, verdict=verdict), 0.0)
+    stage.handle(FinishRequest(request=1, keep=True, verdict=verdict), 0.0)
     while (step := stage.poll(0.0)) is not None:
         if step.work is not None:
             step.work.run()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flowspec.engine.base import generate, generate_all
 from flowspec.engine.reference import LocalTarget
 from flowspec.head.batching import best_counts, pays
-from flowspec.head.pipeline import Pipe, SegmentCost
+from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.protocol.messages import HEAD, Batch, Submit, Tokens
 from flowspec.request import Completion, Request
 from flowspec.simulator.simulator import adversarial
@@ -75,7 +75,7 @@ def test_a_drafter_forward_is_one_that_ran(name, monkeypatch):
 
     monkeypatch.setattr(drafter, "forward", forward)
     counted = []
-    monkeypatch.setattr(Pipe, "count_draft", lambda pipe, elapsed: counted.append(elapsed))
+    monkeypatch.setattr(Pipeline, "count_draft", lambda pipe, elapsed: counted.append(elapsed))
     cluster = make_cluster(2, "streaming", drafter=drafter)
     recorder = record(cluster)[HEAD]
     completion = generate(cluster, request())

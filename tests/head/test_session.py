@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
-from flowspec.head.pipeline import Pipe, SegmentCost
+from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.head.session import Session
 from flowspec.request import NodeId, Request
 from flowspec.speculation.drafters.base import NoDraftSession, Proposal
@@ -21,7 +21,7 @@ def make_session(context: int = 1000, **config: int) -> Session:
     session = Session(
         request=Request(id=1, prompt=(1, 2, 3, 4, 5)),
         config=DecodeConfig(**config),  # type: ignore[arg-type]
-        pipe=Pipe(3),
+        pipe=Pipeline(3),
         drafter=NoDraftSession(),
         context=context,
     )
@@ -166,7 +166,7 @@ def test_round_is_over_when_the_pipe_is_empty_and_the_root_is_new() -> None:
 
 def test_pipe_state() -> None:
     """Waiting before the first stage, running in it, or gone; a batch is one trip."""
-    pipe = Pipe(3)
+    pipe = Pipeline(3)
     pipe.cost.record(4, 100.0)
     pipe.depart(4, ((1, 0), (2, 0)))
     pipe.depart(1, ((1, 1),))
@@ -187,7 +187,7 @@ def test_pipe_state() -> None:
 def test_positions_are_known_until_all_features_have_come() -> None:
     """Features may overtake a node's verdict or trail it; either way nothing is kept for long."""
     session = make_session()
-    session.num_feature_layers = 2
+    session.num_aux_hidden_state_layers = 2
     root = session.tree.root.id
     assert session.locate(root) == 5, "alive: the verdict is late"
     session.tree.reroot(root, 3)
@@ -207,7 +207,7 @@ def test_positions_are_known_until_all_features_have_come() -> None:
 
 def test_draft_time_is_a_running_mean() -> None:
     """The first measurement counts in full."""
-    pipe = Pipe(1)
+    pipe = Pipeline(1)
     pipe.count_draft(0.5)
     assert pipe.draft_s == 0.5
     pipe.count_draft(1.5)

@@ -12,11 +12,11 @@ import flowspec.stage.executor
 from flowspec.engine.base import generate
 from flowspec.head.head import Head
 from flowspec.model.kv_cache import TreeKVCache
-from flowspec.protocol.messages import Abandon, Close
+from flowspec.protocol.messages import FinishRequest, FreeRequest
 from flowspec.request import ClusterError, NodeId
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.stage.stage import Stage
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
 from tests.support.clusters import check_empty, check_features, make_cluster, run_watched, whole_run
 from tests.support.scripted import SCRIPTS, ScriptedDrafter
@@ -50,7 +50,7 @@ def references() -> None:
 def fault_of(seed: int | None, strategy: str, name: str, *, watched: bool) -> str:
     """What one run of the harness complains about; empty when it finds nothing."""
     asked = request(sampling=T0 if seed is None else T1, max_new_tokens=NUM_TOKENS)
-    drafter = ScriptedDrafter(SCRIPTS[name], seed=seed or 0, feature_layers=FEATURE_LAYERS)
+    drafter = ScriptedDrafter(SCRIPTS[name], seed=seed or 0, aux_hidden_state_layers=FEATURE_LAYERS)
     setup = {
         "num_stages": 3,
         "strategy": strategy,
@@ -87,7 +87,7 @@ def forget_to_commit(patch: Patch) -> None:
 
 def keep_only_children(patch: Patch) -> None:
     """A re-rooted stage keeps the root and its children and forgets the rest of the subtree."""
-    reroot = StageRequest.reroot
+    reroot = StageRequestState.reroot
 
     def shallow(self, verdict):
         path = reroot(self, verdict)
@@ -99,7 +99,7 @@ def keep_only_children(patch: Patch) -> None:
         self.rows = {node: row for row, node in enumerate(self.nodes)}
         return path
 
-    patch.setattr(StageRequest, "reroot", shallow)
+    patch.setattr(StageRequestState, "reroot", shallow)
 
 
 def see_siblings(patch: Patch) -> None:
@@ -118,13 +118,13 @@ def see_siblings(patch: Patch) -> None:
 
 def position_off_by_one(patch: Patch) -> None:
     """Tree rows are rotated to one position too far."""
-    enter = StageRequest.enter
+    enter = StageRequestState.enter
 
     def late(self, segment):
         positions, parents = enter(self, segment)
         return (positions if parents is None else [p + 1 for p in positions]), parents
 
-    patch.setattr(StageRequest, "enter", late)
+    patch.setattr(StageRequestState, "enter", late)
 
 
 def walk_past_a_mismatch(patch: Patch) -> None:
@@ -225,7 +225,7 @@ def forget_deferred_verdicts(patch: Patch) -> None:
 def admit_everything(patch: Patch) -> None:
     """No in-flight filter: rows of dead and unknown parents are run like the others."""
     admit = lambda self, segment: list(range(len(segment.nodes)))  # noqa: E731
-    patch.setattr(StageRequest, "admit", admit)
+    patch.setattr(StageRequestState, "admit", admit)
 
 
 def keep_dead_siblings(patch: Patch) -> None:
@@ -235,7 +235,7 @@ def keep_dead_siblings(patch: Patch) -> None:
         del token
         return parent == self.tip or parent in self.rows
 
-    patch.setattr(StageRequest, "is_alive", is_alive)
+    patch.setattr(StageRequestState, "is_alive", is_alive)
 
 
 def never_close(patch: Patch) -> None:
@@ -244,7 +244,7 @@ def never_close(patch: Patch) -> None:
 
     def silent(self, session, reason, now, error=""):
         sends: Sequence = finish(self, session, reason, now, error)
-        return [send for send in sends if not isinstance(send.message, Close | Abandon)]
+        return [send for send in sends if not isinstance(send.message, FinishRequest | FreeRequest)]
 
     patch.setattr(Head, "_finish", silent)
 

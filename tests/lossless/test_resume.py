@@ -7,7 +7,7 @@ import pytest
 from flowspec.engine.simulated import SimulatedCluster
 from flowspec.head.answers import Answers
 from flowspec.protocol.messages import (
-    Cancel,
+    AbortRequest,
     Exit,
     Failed,
     GiveUp,
@@ -182,7 +182,7 @@ def test_what_no_longer_fits_ends_with_both_numbers() -> None:
 
     def fault() -> None:
         lose(cluster, 3)
-        cluster.simulator.deliver(0, Cancel(request=3))
+        cluster.simulator.deliver(0, AbortRequest(request=3))
         cover(cluster, 2, 1, 2, kv_rows=fits)
 
     done = serve(cluster, [large, small, request(3, max_new_tokens=40)], {150: fault})

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowspec.model.attention_metadata import run_rows
-from flowspec.model.kv_cache import COMMITTED, CacheFull, JointWindow, TreeKVCache
+from flowspec.model.kv_cache import COMMITTED, CacheFull, JointAttentionMetadata, TreeKVCache
 from flowspec.model.stage_model import StageModel
 from tests.support.models import TINY, TINY_MHA, TINY_MQA, cut, full_forward, make_model
 
@@ -270,7 +270,7 @@ def test_requests_in_one_forward_see_their_own_keys_alone() -> None:
     ]
     where = torch.tensor([3, 4, 3, 1, 2, 3])
     ids = torch.tensor([token for own in tokens for token in own])
-    hidden, _ = MODELS["gqa"](ids, where, JointWindow(windows))
+    hidden, _ = MODELS["gqa"](ids, where, JointAttentionMetadata(windows))
     texts = [[1, 2, 3, 4], [1, 2, 3, 4, 5], [1, 2, 3, 6], [7, 8], [4, 5, 6], [4, 5, 6, 7]]
     for row, text in zip(hidden, texts, strict=True):
         assert_close(row, full_forward(MODELS["gqa"], text)[0][-1])

@@ -17,13 +17,13 @@ from torch import Tensor
 from flowspec.protocol import codec
 from flowspec.protocol.codec import WireError, decode, encode
 from flowspec.protocol.messages import (
-    Abandon,
+    AddRequest,
     Batch,
-    Close,
     Exit,
     Failed,
     Features,
-    Open,
+    FinishRequest,
+    FreeRequest,
     Ping,
     Ready,
     Reroot,
@@ -77,29 +77,29 @@ SAMPLING = st.builds(
 )
 REROOT = st.builds(Reroot, epoch=U32, request=U64, position=U32, parent=I64, token=I32)
 OPEN = st.builds(
-    Open,
+    AddRequest,
     epoch=U32,
     request=U64,
     capacity=U32,
     context=U32,
     sampling=SAMPLING,
-    feature_layers=st.lists(I32, max_size=5).map(tuple),
+    aux_hidden_state_layers=st.lists(I32, max_size=5).map(tuple),
     reuse=U64,
-    num_shared=U32,
+    num_cached_tokens=U32,
 )
 
 
 @st.composite
-def closes(draw: st.DrawFn) -> Close:
+def closes(draw: st.DrawFn) -> FinishRequest:
     """With and without a verdict, of the same request."""
     epoch, request, verdict = draw(U32), draw(U64), draw(st.none() | REROOT)
     known = None if verdict is None else replace(verdict, epoch=epoch, request=request)
-    return Close(epoch=epoch, request=request, keep=draw(st.booleans()), verdict=known)
+    return FinishRequest(epoch=epoch, request=request, keep=draw(st.booleans()), verdict=known)
 
 
 FIXED = st.one_of(
     closes(),
-    st.builds(Abandon, epoch=U32, source=U16, number=U32, request=U64),
+    st.builds(FreeRequest, epoch=U32, source=U16, number=U32, request=U64),
     st.builds(Reset, epoch=U32),
     REROOT,
     st.builds(Started, epoch=U32, request=U64, seq_no=U64),
@@ -217,7 +217,20 @@ def test_round_trip(message: WireMessage) -> None:
 
 def test_every_kind_is_covered() -> None:
     """A new message kind must get a strategy above."""
-    made = {Close, Abandon, Reset, Reroot, Started, Exit, Status, Ping, Stop, Failed, Ready, Open}
+    made = {
+        FinishRequest,
+        FreeRequest,
+        Reset,
+        Reroot,
+        Started,
+        Exit,
+        Status,
+        Ping,
+        Stop,
+        Failed,
+        Ready,
+        AddRequest,
+    }
     assert set(codec._KINDS) == made | {Segment, Features, Batch}
 
 
@@ -326,8 +339,8 @@ def test_claimed_sizes_allocate_nothing(kind: int, count: int, size: int, messag
 @pytest.mark.parametrize("count", [200, 255])
 def test_open_with_missing_layers(count: int) -> None:
     """The list of feature layers must be there in full."""
-    (frame,) = as_bytes(Open(request=1, capacity=2, context=3))
-    with pytest.raises(WireError, match="Open"):
+    (frame,) = as_bytes(AddRequest(request=1, capacity=2, context=3))
+    with pytest.raises(WireError, match="AddRequest"):
         decode([frame[:-1] + bytes([count])])
 
 
@@ -336,9 +349,9 @@ def test_open_with_missing_layers(count: int) -> None:
 )
 def test_open_checks_its_sampling(offset: int, value: float) -> None:
     """Temperature, top-p and min-p from the network are checked as those of a user."""
-    (frame,) = as_bytes(Open(request=1, capacity=2, context=3))
+    (frame,) = as_bytes(AddRequest(request=1, capacity=2, context=3))
     at = HEADER_BYTES + offset
-    with pytest.raises(WireError, match="Open"):
+    with pytest.raises(WireError, match="AddRequest"):
         decode([frame[:at] + struct.pack("<d", value) + frame[at + 8 :]])
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from flowspec.protocol.messages import Close, Message, Ping, WireMessage
+from flowspec.protocol.messages import FinishRequest, Message, Ping, WireMessage
 from flowspec.runtime.core import Send, Step, Work
-from flowspec.runtime.event_loop import MOST_BEHIND_S, Driver
+from flowspec.runtime.event_loop import MOST_BEHIND_S, EventLoop
 from flowspec.transport.emulated import EmulatedTransport
 from flowspec.transport.link_occupancy import Passage
 
@@ -65,7 +65,7 @@ class Core:
     def handle(self, message: Message, now: float) -> Sequence[Send]:
         """See Core."""
         self.num_waiting += 1
-        return [Send(2, Close(request=1))] if isinstance(message, Close) else []
+        return [Send(2, FinishRequest(request=1))] if isinstance(message, FinishRequest) else []
 
     def poll(self, now: float) -> Step | None:
         """See Core."""
@@ -75,7 +75,7 @@ class Core:
 
         def finish(now: float, elapsed: float) -> Sequence[Send]:
             self.finished.append(now)
-            return [Send(2, Close(request=1))]
+            return [Send(2, FinishRequest(request=1))]
 
         return Step(work=Work("forward", 1, 1, lambda: time.sleep(self.slow_s), finish))
 
@@ -90,10 +90,10 @@ def make():
     """A driver of a core on an emulated device with emulated lines."""
     made: list[EmulatedTransport] = []
 
-    def build(core: Core) -> tuple[Driver, Wire]:
+    def build(core: Core) -> tuple[EventLoop, Wire]:
         wire = Wire()
         made.append(EmulatedTransport(wire, 1, passage))
-        return Driver(core, made[-1], 2, pace=Device()), wire
+        return EventLoop(core, made[-1], 2, pace=Device()), wire
 
     yield build
     for transport in made:
@@ -116,7 +116,7 @@ def test_a_pause_is_no_time_to_spare(make):
     until_sent(wire, 1)
     time.sleep(0.5)
     start = time.monotonic()
-    driver.inject(Close(request=1))
+    driver.inject(FinishRequest(request=1))
     until_sent(wire, 2)
     assert wire.sent[1] - start >= LATENCY_S
 

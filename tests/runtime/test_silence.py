@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowspec.runtime.watchdog import ASK_S, WARN_S, Silence, Step
+from flowspec.runtime.watchdog import ASK_S, WARN_S, Step, Watchdog
 
 TICK_S = 0.25
 
@@ -14,7 +14,7 @@ def story(
 
     A rank of `answers` answers what it is asked until then; something moves at each of `moves`.
     """
-    silence, heard_at = Silence(limit_s), dict.fromkeys(answers, 0.0)
+    silence, heard_at = Watchdog(limit_s), dict.fromkeys(answers, 0.0)
     told = []
     for tick in range(1, int(3 * limit_s / TICK_S)):
         now = tick * TICK_S

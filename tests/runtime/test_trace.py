@@ -10,10 +10,10 @@ from flowspec.engine.base import generate
 from flowspec.protocol.codec import decode, encode
 from flowspec.protocol.messages import (
     CLIENT,
+    AddRequest,
     Exit,
     Features,
     Finished,
-    Open,
     Ping,
     Reroot,
     Segment,
@@ -22,7 +22,7 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import FinishReason
 from flowspec.runtime.core import Send, Step, Work
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, Recorder, message_key, open_trace, trace_path
 from flowspec.tracing.timeline import make_timeline, read_records
 from tests.support.clusters import make_cluster
@@ -34,7 +34,7 @@ SEGMENT = Segment(
 )
 MESSAGES = (
     SEGMENT,
-    Open(request=7, capacity=9, context=8),
+    AddRequest(request=7, capacity=9, context=8),
     Reroot(request=7, position=12, parent=5, token=1),
     Started(request=7, seq_no=3),
     Exit(request=7, seq_no=3, rows=2, slowest_rows=2, slowest_ms=1.0),
@@ -157,7 +157,7 @@ def test_the_driver_records_all_that_passes_through_it():
     outgoing = []
     for trace in (OFF, Recorder(1)):
         wire = Wire()
-        driver = Driver(Core(), wire, 2, trace)
+        driver = EventLoop(Core(), wire, 2, trace)
         driver.turn(0.1)
         driver.turn(0.1)
         outgoing.append(wire.outgoing)

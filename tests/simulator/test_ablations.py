@@ -11,10 +11,10 @@ from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.base import generate
 from flowspec.engine.build import check_run
 from flowspec.engine.simulated import SimulatedCluster
-from flowspec.head.pipeline import Pipe
+from flowspec.head.pipeline import Pipeline
 from flowspec.head.session import Session
 from flowspec.model.stage_model import FINAL_NORM
-from flowspec.protocol.messages import HEAD, Batch, Features, Message, Open, Reroot, Segment
+from flowspec.protocol.messages import HEAD, AddRequest, Batch, Features, Message, Reroot, Segment
 from flowspec.request import Completion
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
@@ -56,7 +56,7 @@ def answered(
     strategy: str, *, num_stages: int = 4, wrap: Callable[[Core], Core] = lambda core: core
 ) -> tuple[SimulatedCluster, Completion]:
     """One answer with a drafter that is right two times in three."""
-    drafter = ScriptedDrafter(mixed, feature_layers=(2, FINAL_NORM))
+    drafter = ScriptedDrafter(mixed, aux_hidden_state_layers=(2, FINAL_NORM))
     cluster = make_cluster(num_stages, strategy, drafter=drafter, wrap=wrap)
     cluster.simulator.work_log = []
     completion = generate(cluster, request(max_new_tokens=24))
@@ -90,7 +90,7 @@ def test_dead_rows_go_on_and_find_room():
     prompt = Segment(
         request=1, seq_no=0, nodes=(0, 1), parents=(-1, 0), tokens=(3, 14), prefix=True
     )
-    run(stage, Open(request=1, capacity=8, context=8), prompt)
+    run(stage, AddRequest(request=1, capacity=8, context=8), prompt)
     run(stage, Reroot(request=1, position=2, parent=1, token=5))
     dead = Segment(
         request=1,
@@ -235,7 +235,7 @@ def test_no_real_cluster_runs_them(strategy):
 def test_chosen_ahead_segments_are_whole():
     """While the first stage computes `streaming` waits; this one sends all that there is."""
     config = DecodeConfig()
-    session = Session(request(), config, Pipe(4), NoDraftSession())
+    session = Session(request(), config, Pipeline(4), NoDraftSession())
     root = session.tree.plant(session.tree.new_id(), token=1, position=5)
     for token in range(4):
         session.tree.add(root.id, token, -1.0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from flowspec.engine.base import generate
-from flowspec.protocol.messages import EVERY_STAGE, Close, Message, Ping, Reroot, Started
+from flowspec.protocol.messages import EVERY_STAGE, FinishRequest, Message, Ping, Reroot, Started
 from flowspec.request import ClusterError
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.simulator.simulator import Simulator, adversarial, instant_link
@@ -100,7 +100,7 @@ class Sender:
 
 def test_data_keeps_its_order_and_control_overtakes_it():
     """As two ZeroMQ sockets do: a slow segment delays those behind it, not a verdict."""
-    data = [Close(request=number) for number in range(4)]
+    data = [FinishRequest(request=number) for number in range(4)]
     verdict = Reroot(request=9, position=1, parent=0, token=0)
     head = Sender(0, [*(Send(1, message) for message in data), Send(1, verdict)])
     stage = Sender(1)

@@ -17,7 +17,7 @@ from tests.support.tiny import CONFIG, PROMPT, T0, T1, VOCAB
 from tests.support.tiny_drafters import DRAFT_TO_TARGET, causal_attend, eagle3_drafter
 
 DRAFTER = eagle3_drafter()
-LAYERS = DRAFTER.net.feature_layers
+LAYERS = DRAFTER.net.aux_hidden_state_layers
 FEATURES = torch.randn(
     3, len(PROMPT), CONFIG.hidden_size, generator=torch.Generator().manual_seed(0)
 )  # low, middle, high

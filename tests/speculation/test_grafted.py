@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
 from flowspec.engine.base import generate
-from flowspec.head.pipeline import Pipe
+from flowspec.head.pipeline import Pipeline
 from flowspec.head.session import Session
 from flowspec.request import NO_NODE, NodeId, Request
 from flowspec.runtime.core import Work
@@ -22,8 +22,8 @@ from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal, draf
 from flowspec.speculation.drafters.merge import (
     AGREED,
     OUTSIDER,
-    GraftedDrafter,
-    GraftedSession,
+    MergedDrafter,
+    MergedSession,
     merge,
 )
 from flowspec.speculation.strategies import STRATEGIES
@@ -67,16 +67,16 @@ class StrictSession(ScriptedSession):
 
 def session_of(
     text: Sequence[int], script: str = "mixed", **decode
-) -> tuple[Session, GraftedSession]:
+) -> tuple[Session, MergedSession]:
     """A request whose text so far is `text`, its last token the root; nothing drafted yet."""
-    drafter = GraftedDrafter(StrictDrafter(SCRIPTS[script]))
+    drafter = MergedDrafter(StrictDrafter(SCRIPTS[script]))
     config = DecodeConfig(graft=True, **decode)
     asked = request(max_new_tokens=40)
     inner = drafter.open(Opening(request=asked, topk=4, coupled=False))
     session = Session(
         request=asked,
         config=config,
-        pipe=Pipe(2),
+        pipe=Pipeline(2),
         drafter=inner,
         context=len(text) + 40,
     )
@@ -183,7 +183,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
     calls = []
     begin = base.begin
     base.begin = lambda jobs: calls.append(len(jobs)) or begin(jobs)  # type: ignore[method-assign]
-    drafter = GraftedDrafter(base)
+    drafter = MergedDrafter(base)
     jobs = []
     for number, text in enumerate(([1, 2, 3, 1, 2], [4, 5, 6, 4, 5]), start=1):
         session = drafter.open(Opening(request=request(number), topk=4, coupled=False))

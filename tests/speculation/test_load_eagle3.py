@@ -36,7 +36,7 @@ def test_every_origin_loads_as_what_it_is(tmp_path, origin, layers) -> None:
     """Names, nested configs, maps of the vocabulary, and layer ids counted either way."""
     stored = save_eagle3(tmp_path, CONFIG, origin, layers=layers)
     net = load(tmp_path)
-    assert net.feature_layers == (layers or OFFICIAL)
+    assert net.aux_hidden_state_layers == (layers or OFFICIAL)
     assert net.draft_to_target.tolist() == list(IDS)
     assert net.layout == stored.layout
     for name, tensor in stored.state_dict().items():
@@ -111,7 +111,7 @@ def test_no_feature_layers_are_the_usual_ones(tmp_path, origin, empty) -> None:
     names = {"eagle_aux_hidden_state_layer_ids": empty, "draft_vocab_size": None, "head_dim": None}
     hf = {"eagle_config": names} if origin == "specforge" else names
     save_eagle3(tmp_path, CONFIG, origin, hf=hf)
-    assert load(tmp_path).feature_layers == OFFICIAL
+    assert load(tmp_path).aux_hidden_state_layers == OFFICIAL
 
 
 def test_the_layers_own_config_counts_most(tmp_path) -> None:
@@ -140,7 +140,7 @@ def test_what_training_left_in_the_file_is_not_used(tmp_path) -> None:
     """The target's norm and lm_head, which some versions of speculators store too."""
     left = {"verifier_norm.weight": torch.ones(HIDDEN), "verifier_lm_head.weight": torch.ones(1, 1)}
     save_eagle3(tmp_path, CONFIG, "speculators", add=left)
-    assert load(tmp_path).feature_layers == OFFICIAL
+    assert load(tmp_path).aux_hidden_state_layers == OFFICIAL
 
 
 SWAPPED = torch.tensor(IDS) - torch.arange(len(IDS))

@@ -9,12 +9,12 @@ import flowspec.stage.stage
 from flowspec.protocol.messages import (
     EVERY_STAGE,
     HEAD,
-    Close,
+    AddRequest,
     Exit,
     Failed,
     Features,
+    FinishRequest,
     Message,
-    Open,
     Reroot,
     Segment,
     Started,
@@ -54,14 +54,14 @@ def give(stage: Stage, *messages: Message) -> list[Send]:
 
 def opened(
     *, capacity: int = 64, sampling: SamplingParams = T0, layers: tuple[int, ...] = ()
-) -> Open:
+) -> AddRequest:
     """Room for request 1."""
-    return Open(
+    return AddRequest(
         request=1,
         capacity=capacity,
         context=64,
         sampling=sampling,
-        feature_layers=layers,
+        aux_hidden_state_layers=layers,
     )
 
 
@@ -294,10 +294,10 @@ def test_the_queue_is_bounded():
 
 def test_close_frees_and_is_passed_on(first):
     """In order with the data, so that nothing of the request comes behind it."""
-    sends = give(first, Close(request=1))
-    assert sends == [Send(2, Close(request=1))]
+    sends = give(first, FinishRequest(request=1))
+    assert sends == [Send(2, FinishRequest(request=1))]
     assert not first.requests
-    assert give(first, Close(request=1)) == [Send(2, Close(request=1))]
+    assert give(first, FinishRequest(request=1)) == [Send(2, FinishRequest(request=1))]
 
 
 def test_opening_twice_ends_the_request(first):

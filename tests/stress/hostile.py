@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from benchmarks.transfer import make_split
-from flowspec.protocol.messages import Close, Started, WireMessage
+from flowspec.protocol.messages import FinishRequest, Started, WireMessage
 from flowspec.transport.base import LostPeer
 from flowspec.transport.secure.token import derive_keys, new_token
 from flowspec.transport.zmq import ZmqTransport
@@ -76,7 +76,7 @@ def victim(token: str, split: str, pipe: Any) -> None:
             with contextlib.suppress(LostPeer):  # a member has left
                 messages = transport.receive(0.1)
             for message in messages:
-                if isinstance(message, Started | Close) and message.request in book:
+                if isinstance(message, Started | FinishRequest) and message.request in book:
                     transport.send(message.request, message)
 
     thread = threading.Thread(target=answer, daemon=True)
@@ -123,7 +123,7 @@ class Stand:
         self.keys = derive_keys(self.token)
         make_split(folder / "split", 1 << 20)
         context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
+        self.pipe, other = context.Pipeline()
         arguments = (self.token, str(folder / "split"), other)
         self.process = context.Process(target=victim, args=arguments, daemon=True)
         self.process.start()
@@ -149,7 +149,7 @@ class Stand:
         rank, transport = member
         start = time.monotonic()
         transport.send(1, Started(request=rank, seq_no=1))
-        transport.send(1, Close(request=rank))
+        transport.send(1, FinishRequest(request=rank))
         left = 2
         while time.monotonic() < start + 30.0:
             left -= len(transport.receive(0.5))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import zmq
 
 from flowspec.protocol.codec import encode
-from flowspec.protocol.messages import Open, Reroot, Segment, Started
+from flowspec.protocol.messages import AddRequest, Reroot, Segment, Started
 from flowspec.request import NodeId
 from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.pieces import cut
@@ -240,7 +240,7 @@ def fuzzed_frames(target: Target, end: float) -> int:
     good = [
         [bytes(frame) for frame in cut(encode(message), 1024)]
         for message in (
-            Open(request=1, capacity=10, context=10),
+            AddRequest(request=1, capacity=10, context=10),
             Reroot(request=1, position=1, parent=NodeId(1), token=1),
             Segment(request=1, seq_no=1, nodes=nodes, parents=nodes, tokens=(1,) * 8),
         )

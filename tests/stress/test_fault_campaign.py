@@ -2,7 +2,7 @@
 
 import pytest
 
-from flowspec.protocol.messages import Abandon, Failed, Message, Ping, Reroot  # noqa: E402
+from flowspec.protocol.messages import Failed, FreeRequest, Message, Ping, Reroot  # noqa: E402
 from flowspec.protocol.sequencing import Lanes  # noqa: E402
 from tests.stress.fault_campaign import PLANS, run_seed
 
@@ -29,7 +29,7 @@ def test_a_lane_takes_each_message_once_and_in_order() -> None:
     ours, theirs = Lanes(2), Lanes(1)
 
     def sent(request: int, epoch: int = 0) -> Message:
-        return ours.number(1, Abandon(epoch=epoch, request=request))
+        return ours.number(1, FreeRequest(epoch=epoch, request=request))
 
     first, second, third, fourth = (sent(number) for number in range(1, 5))
     assert theirs.take(first) is first

@@ -15,7 +15,7 @@ from flowspec.head.admission import Admission
 from flowspec.head.head import Head
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.attention_metadata import run_rows
-from flowspec.protocol.messages import Batch, Close, Message, Segment
+from flowspec.protocol.messages import Batch, FinishRequest, Message, Segment
 from flowspec.request import Completion, Request
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
@@ -23,7 +23,7 @@ from flowspec.simulator.simulator import ChargeLink, ChargeWork, instant_link, u
 from flowspec.speculation.drafters.base import Drafter
 from flowspec.speculation.strategies import find_strategy
 from flowspec.stage.stage import Stage
-from flowspec.stage.stage_request_state import StageRequest
+from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.tokenizer import TextStream
 from tests.support.scripted import ScriptedDrafter, ScriptedSession, mixed
 from tests.support.tiny import CONFIG, MAX_CONTEXT, stage_models, truth, whole_model
@@ -83,11 +83,15 @@ class Watch:
         for number, state in stage.requests.items():
             check_request(state, pruned=not isinstance(stage, UnprunedStage))
             closing = stage.queue and stage.queue[0]
-            if isinstance(closing, Close) and closing.request == number and number in self.truths:
+            if (
+                isinstance(closing, FinishRequest)
+                and closing.request == number
+                and number in self.truths
+            ):
                 check_keys(stage, state, self.truths[number])
 
 
-def check_request(state: StageRequest, *, pruned: bool = True) -> None:
+def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     """What must hold of a request on a stage whenever nothing of it is being computed."""
     count = len(state.nodes)
     lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
@@ -107,7 +111,7 @@ def check_request(state: StageRequest, *, pruned: bool = True) -> None:
             assert state.positions[row] == state.positions[state.rows[parent]] + 1
 
 
-def check_keys(stage: Stage, state: StageRequest, true: tuple[int, ...]) -> None:
+def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) -> None:
     """The committed rows are those that the target alone would have."""
     count = state.cache.prefix_length
     keys, values, _ = whole_run(true, ())

@@ -38,7 +38,7 @@ def save_eagle3(
     speculators, newest = origin.startswith("speculators"), origin == "eagle3.1"
     norms = origin == "speculators"  # its first version knew none of these
     layout = Eagle3Layout(
-        feature_layers=wanted,
+        aux_hidden_state_layers=wanted,
         target_hidden_size=target.hidden_size,
         norm_before_residual=speculators,
         norm_before_fc=norms,

@@ -96,16 +96,16 @@ class IntegerDrafter(LookupDrafter):
     """Proposes `children`; checks every hidden state that it is given."""
 
     name = "integer"
-    feature_layers = HIDDEN_LAYERS
+    aux_hidden_state_layers = HIDDEN_LAYERS
 
     def open(self, opening: Opening) -> "IntegerSession":
         """See Drafter.open."""
         session = IntegerSession(opening.topk)
-        if opening.num_shared:
+        if opening.num_cached_tokens:
             assert isinstance(opening.reuse, IntegerSession)
-            shared = range(opening.num_shared)
+            shared = range(opening.num_cached_tokens)
             session.hidden = {layer: set(shared) for layer in HIDDEN_LAYERS}
-            assert opening.num_shared <= opening.reuse.num_reusable
+            assert opening.num_cached_tokens <= opening.reuse.num_reusable
         return session
 
 

@@ -13,7 +13,7 @@ from flowspec.engine.simulated import SimulatedCluster
 from flowspec.head.admission import Admission
 from flowspec.head.answers import Answers
 from flowspec.head.head import Head
-from flowspec.protocol.messages import DATA, Cancel, Message, Resume, Submit, Suspend, Tokens
+from flowspec.protocol.messages import DATA, AbortRequest, Message, Resume, Submit, Suspend, Tokens
 from flowspec.request import Completion, Request
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.speculation.strategies import find_strategy
@@ -95,7 +95,7 @@ class Pipeline:
 
     def cancel(self, number: int) -> None:
         """The client does not want it any more."""
-        self.simulator.submit(Cancel(request=number))
+        self.simulator.submit(AbortRequest(request=number))
 
     def lose(self, rank: int) -> None:
         """A stage is gone, and the head learns of it at once."""

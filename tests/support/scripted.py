@@ -52,27 +52,31 @@ class ScriptedDrafter(LookupDrafter):
         self,
         script: Script,
         *,
-        feature_layers: tuple[int, ...] = (),
+        aux_hidden_state_layers: tuple[int, ...] = (),
         seed: int = 0,
         true: tuple[int, ...] = (),
     ) -> None:
         self.name = "scripted"
         self.script = script
-        self.feature_layers = feature_layers
+        self.aux_hidden_state_layers = aux_hidden_state_layers
         self.seed = seed
         self.true = true  # the text to be right about, where it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(self, opening: Opening) -> "ScriptedSession":
         """See Drafter.open."""
-        request, reuse, num_shared = opening.request, opening.reuse, opening.num_shared
+        request, reuse, num_cached_tokens = (
+            opening.request,
+            opening.reuse,
+            opening.num_cached_tokens,
+        )
         session = ScriptedSession(self, request, opening.topk)
-        if num_shared:
+        if num_cached_tokens:
             assert isinstance(reuse, ScriptedSession)
-            assert num_shared <= reuse.num_reusable
-            assert tuple(reuse.tokens[:num_shared]) == request.prompt[:num_shared]
+            assert num_cached_tokens <= reuse.num_reusable
+            assert tuple(reuse.tokens[:num_cached_tokens]) == request.prompt[:num_cached_tokens]
             for layer, features in reuse.features.items():
-                session.features[layer] = {p: features[p] for p in range(num_shared)}
+                session.features[layer] = {p: features[p] for p in range(num_cached_tokens)}
         self.sessions[request.id] = session
         return session
 
@@ -85,7 +89,9 @@ class ScriptedSession(CountingSession):
         self.script, self.topk = drafter.script, topk
         self.random = Random(drafter.seed)
         self.truth = drafter.true or truth(request.prompt, request.sampling)
-        self.features: dict[int, dict[int, Tensor]] = {n: {} for n in drafter.feature_layers}
+        self.features: dict[int, dict[int, Tensor]] = {
+            n: {} for n in drafter.aux_hidden_state_layers
+        }
 
     @property
     def num_reusable(self) -> int:

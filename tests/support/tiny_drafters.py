@@ -33,7 +33,7 @@ def eagle_drafter() -> EagleDrafter:
 def eagle3_drafter() -> Eagle3Drafter:
     """An untrained EAGLE-3 head, narrower than the target, with a vocabulary of its own."""
     config = replace(CONFIG, num_layers=1, hidden_size=24, num_heads=3, num_kv_heads=1)
-    layout = Eagle3Layout(feature_layers=(1, 4, 6), target_hidden_size=CONFIG.hidden_size)
+    layout = Eagle3Layout(aux_hidden_state_layers=(1, 4, 6), target_hidden_size=CONFIG.hidden_size)
     net = Eagle3Net(config, layout, draft_to_target=torch.tensor(DRAFT_TO_TARGET))
     randomize(net, seed=4)
     return Eagle3Drafter(net)

@@ -101,7 +101,7 @@ def test_unrolled_training_is_what_the_served_head_computes(target, tmp_path):
     net = load_eagle3(
         tmp_path, target_config=config, embedding=target.embed.detach(), dtype="float32"
     )
-    assert net.feature_layers == LAYERS
+    assert net.aux_hidden_state_layers == LAYERS
     assert net.draft_to_target.tolist() == ids.tolist()
 
     tokens, start = torch.randint(6, 64, (1, 13)), 6
@@ -210,7 +210,9 @@ def test_the_shipped_head_is_official_and_complete():
     )
     config = json.loads((shipped / "eagle3" / "config.json").read_text())
     named = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-    assert net.feature_layers == tuple(named)
+    assert net.aux_hidden_state_layers == tuple(named)
     assert config["draft_vocab_size"] == len(net.draft_to_target) < whole.config.vocab_size
     size = whole.config.hidden_size
-    assert net.layout == Eagle3Layout(feature_layers=net.feature_layers, target_hidden_size=size)
+    assert net.layout == Eagle3Layout(
+        aux_hidden_state_layers=net.aux_hidden_state_layers, target_hidden_size=size
+    )

@@ -33,7 +33,7 @@ from flowspec.protocol import messages as wire
 from flowspec.protocol.codec import WireError
 from flowspec.protocol.control import Addresses, Ask, Decoding, Done, figures_of
 from flowspec.protocol.messages import (
-    Cancel,
+    AbortRequest,
     Finished,
     Message,
     Ping,
@@ -51,7 +51,7 @@ from flowspec.request import (
     error_of,
     rank_name,
 )
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.failures import Failures, attempt, is_fatal
 from flowspec.system.address import ALL_INTERFACES
 from flowspec.tokenizer import PromptError
@@ -283,7 +283,7 @@ class HeadEngine:
         self._members: Sequence[Member] = ()
         self._book: AddressBook = {}
         self._transport: ZmqTransport | None = None
-        self._driver = Driver(self.head, Nowhere(), 0)
+        self._driver = EventLoop(self.head, Nowhere(), 0)
         self._is_live = False
         self._pinged_at = 0.0
         self._thread = threading.Thread(target=self._run, name="head", daemon=True)
@@ -360,7 +360,7 @@ class HeadEngine:
             case CancelTicket():
                 for number, entry in list(self._open.items()):
                     if entry.ticket == command.ticket:
-                        self._inject(Cancel(request=number))
+                        self._inject(AbortRequest(request=number))
 
     def _engage(self, command: Engage) -> None:
         """Listen for an epoch that is about to begin."""
@@ -403,7 +403,7 @@ class HeadEngine:
         self._inject(wire.Suspend(cause=cause, blames=blames))
         self._tell_blamed()
         if self._probe is not None:  # the next stages get one of their own
-            self._inject(Cancel(request=self._probe))
+            self._inject(AbortRequest(request=self._probe))
             self._probe = None
 
     def _tell_blamed(self) -> None:
@@ -571,7 +571,7 @@ class HeadEngine:
             )
         if self._probe is not None and not self._open:  # else it would be measured too
             with self._noticing_losses():  # who asks waits for the next stages then
-                self._inject(Cancel(request=self._probe))
+                self._inject(AbortRequest(request=self._probe))
         if changes:
             self._decoding.put_in_force(wanted, self.head)
 
@@ -604,7 +604,7 @@ class HeadEngine:
                 if message.tokens:
                     self._note_crossing()
                 if message.request == self._probe:
-                    self._inject(Cancel(request=message.request))
+                    self._inject(AbortRequest(request=message.request))
                 with self._failures.of(message.request):
                     self._tokens(message)
             elif isinstance(message, Finished):
@@ -630,7 +630,7 @@ class HeadEngine:
                 self._tell(Ended(entry.ticket, failed(error, len(entry.request.prompt))))
                 ended.append(number)
         for number in ended:  # a stage may be lost on the way: the clients know already
-            self._inject(Cancel(request=number))
+            self._inject(AbortRequest(request=number))
 
     def _note_crossing(self) -> None:
         self.crossed_at = time.monotonic()

@@ -13,7 +13,8 @@ from flowspec.protocol.messages import Status
 def settled(head: Head) -> Mapping[int, Status] | None:
     """The stages' totals where all have done with whatever is over; None where one has yet to say.
 
-    `Close` comes behind a request's rows: who has taken in all that were sent has no such rows.
+    `FinishRequest` comes behind a request's rows: who has taken in all that were sent has no such
+    rows.
     """
     statuses, pipe = head.statuses, head.pipe
     if not statuses or set(statuses) != set(range(1, pipe.num_stages + 1)):

@@ -9,7 +9,7 @@ from flowspec.cluster.device.memory import kv_rows, peak_bytes
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.control import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.request import ClusterError, cause_of, rank_name
-from flowspec.runtime.event_loop import Driver
+from flowspec.runtime.event_loop import EventLoop
 from flowspec.stage.stage import Stage
 from flowspec.system.address import Address, parse_url
 from flowspec.transport.secure.keys import Keys
@@ -137,7 +137,7 @@ class StageJob:
         for rank, there in enumerate(self._addresses):
             book[rank] = {"control": there.control, "data": there.data}
         self.stage = stage
-        driver = Driver(stage, transport, assign.num_stages)
+        driver = EventLoop(stage, transport, assign.num_stages)
         while not self._stopping.is_set() and not driver.stopped:
             driver.turn(TURN_S)
 

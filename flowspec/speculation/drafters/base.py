@@ -80,18 +80,18 @@ class DraftJob:
 class Opening:
     """What a session begins with; `topk` children per node, ranked by the shared noise if coupled.
 
-    `reuse`, a session of the same drafter that is over, gives its work on the first `num_shared`
-    positions (at most its `num_reusable`). The new prompt must have the same first
-    `num_shared + 1` tokens: a head's row at position i holds feature i beside token i + 1. Then
-    features of positions from `num_shared` on are all that is still needed; `accept` brings every
-    token anyway.
+    `reuse`, a session of the same drafter that is over, gives its work on the first
+    `num_cached_tokens` positions (at most its `num_reusable`). The new prompt must have the same
+    first `num_cached_tokens + 1` tokens: a head's row at position i holds feature i beside token i
+    + 1. Then features of positions from `num_cached_tokens` on are all that is still needed;
+    `accept` brings every token anyway.
     """
 
     request: Request
     topk: int
     coupled: bool
     reuse: DraftSession | None = None
-    num_shared: int = 0
+    num_cached_tokens: int = 0
 
 
 class Draft(Protocol):
@@ -114,7 +114,7 @@ class Drafter(Protocol):
     """A loaded draft model (or method)."""
 
     name: str
-    feature_layers: tuple[int, ...]  # which of the target's hidden states it needs
+    aux_hidden_state_layers: tuple[int, ...]  # which of the target's hidden states it needs
 
     def open(self, opening: Opening) -> DraftSession:
         """Begin with a request."""
@@ -164,7 +164,7 @@ class NoDrafter:
     """Drafts nothing: for `ar`."""
 
     name = "none"
-    feature_layers: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()
 
     def open(self, opening: Opening) -> "NoDraftSession":
         """A session that never has anything to say."""

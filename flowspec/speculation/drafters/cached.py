@@ -17,7 +17,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, JointWindow, TreeKVCache, Window
+from flowspec.model.kv_cache import COMMITTED, JointAttentionMetadata, TreeKVCache, Window
 from flowspec.request import NO_NODE, NodeId
 from flowspec.runtime.failures import attempt
 from flowspec.speculation.acceptance.gumbel_coupled import draft_scores
@@ -85,7 +85,7 @@ class IncrementalDrafter(ABC):
 
     name: str
     device: torch.device
-    feature_layers: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()
     first_token = 0  # the true token of row 0
     max_positions = UNLIMITED  # rows beyond are not computed, and get no children
     target_ids: Tensor | None = None  # [Vd] on the CPU, where the vocabulary is not the target's
@@ -103,7 +103,7 @@ class IncrementalDrafter(ABC):
         self,
         tokens: Tensor,
         positions: Tensor,
-        window: Window | JointWindow,
+        window: Window | JointAttentionMetadata,
         shares: Sequence[Share],
     ) -> Tensor:
         """The rows of all `shares` one behind the other, n in all: states [n, H]."""
@@ -129,7 +129,7 @@ class IncrementalDrafter(ABC):
         tokens = torch.tensor([t for share in shares for t in share.tokens], device=self.device)
         where = torch.tensor([p for share in shares for p in share.positions], device=self.device)
         windows = [share.window for share in shares if share.window is not None]
-        window = windows[0] if len(windows) == 1 else JointWindow(windows)
+        window = windows[0] if len(windows) == 1 else JointAttentionMetadata(windows)
         states = self.forward(tokens, where, window, shares).split(sizes)
         # the vocabulary is large: logits only where children are asked for
         asked = [
@@ -211,20 +211,24 @@ class IncrementalSession:
     cache: TreeKVCache
 
     def __init__(self, drafter: IncrementalDrafter, opening: Opening) -> None:
-        request, reuse, num_shared = opening.request, opening.reuse, opening.num_shared
+        request, reuse, num_cached_tokens = (
+            opening.request,
+            opening.reuse,
+            opening.num_cached_tokens,
+        )
         self.drafter = drafter
         self.sampling = request.sampling
         self.topk, self.coupled = opening.topk, opening.coupled
         rows = min(len(request.prompt) + request.max_new_tokens, drafter.max_positions)
         self.tokens: list[int] = []  # all that is known to be true, the root last
         self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions
-        if num_shared:
+        if num_cached_tokens:
             assert isinstance(reuse, IncrementalSession)
-            assert num_shared <= reuse.num_reusable, "more than is reusable"
-            count = num_shared + 1
+            assert num_cached_tokens <= reuse.num_reusable, "more than is reusable"
+            count = num_cached_tokens + 1
             same = tuple(reuse.tokens[:count]) == request.prompt[:count]
             assert same, f"the first {count} tokens must be the same"
-            self.num_absorbed = min(num_shared, reuse.cache.prefix_length)
+            self.num_absorbed = min(num_cached_tokens, reuse.cache.prefix_length)
             self.cache = reuse.cache.resized(rows + SPARE_ROWS, prefix_length=self.num_absorbed)
         else:
             self.cache = drafter.new_cache(rows + SPARE_ROWS)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from flowspec.model.architecture import ModelConfig
-from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
+from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.stage_model import StageModel
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal
@@ -43,7 +43,7 @@ class DraftModelDrafter(IncrementalDrafter):
         self,
         tokens: Tensor,
         positions: Tensor,
-        window: Window | JointWindow,
+        window: Window | JointAttentionMetadata,
         shares: Sequence[Share],
     ) -> Tensor:
         """See IncrementalDrafter."""

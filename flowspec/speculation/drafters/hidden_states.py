@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flowspec.model.architecture import ModelConfig
-from flowspec.model.kv_cache import JointWindow, TreeKVCache, Window
+from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.llama import Attend, Rope, rope_angles, rope_frequencies
 from flowspec.request import NodeId
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal
@@ -60,7 +60,7 @@ class FeatureDrafter(IncrementalDrafter):
         self,
         tokens: Tensor,
         positions: Tensor,
-        window: Window | JointWindow,
+        window: Window | JointAttentionMetadata,
         shares: Sequence[Share],
     ) -> Tensor:
         """See IncrementalDrafter."""
@@ -93,15 +93,15 @@ class FeatureSession(IncrementalSession):
         super().__init__(drafter, opening)
         # true features not absorbed yet: by position, then by layer
         self.features: dict[int, dict[int, Tensor]] = {}
-        if opening.num_shared:
+        if opening.num_cached_tokens:
             assert isinstance(opening.reuse, FeatureSession)
-            for position in range(self.num_absorbed, opening.num_shared):
+            for position in range(self.num_absorbed, opening.num_cached_tokens):
                 self.features[position] = opening.reuse.features[position]
         self._guesses: dict[NodeId, Tensor] = {}  # guessed features [H] of drafted nodes
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
         """See DraftSession.accept_features."""
-        asked = layer in self.drafter.feature_layers
+        asked = layer in self.drafter.aux_hidden_state_layers
         assert asked, f"feature layer {layer} was not asked for"
         for position, feature in features.items():
             self.features.setdefault(position, {})[layer] = feature
@@ -109,13 +109,13 @@ class FeatureSession(IncrementalSession):
 
     def _num_complete(self) -> int:
         ready, last = self.num_absorbed, len(self.tokens) - 1
-        layers = set(self.drafter.feature_layers)
+        layers = set(self.drafter.aux_hidden_state_layers)
         while ready < last and len(self.features.get(ready, ())) == len(layers):
             ready += 1
         return ready
 
     def _features_of_true(self, start: int, n: int) -> Tensor:
-        layers = self.drafter.feature_layers
+        layers = self.drafter.aux_hidden_state_layers
         rows = [self.features[position] for position in range(start, start + n)]
         return torch.stack([torch.cat([row[layer] for layer in layers]) for row in rows])
 

@@ -40,21 +40,21 @@ LEAST_SCORE = 0.02  # path probability of a grafted node; less would crowd out t
 LEAST_LEFT = 1e-4  # probability that a drafter leaves to tokens it has not named
 
 
-class GraftedDrafter:
+class MergedDrafter:
     """`base` with branches from the text."""
 
     def __init__(self, base: Drafter) -> None:
         self.base = base
         self.name = base.name
-        self.feature_layers = base.feature_layers
+        self.aux_hidden_state_layers = base.aux_hidden_state_layers
         self.ngram = NgramDrafter()
 
-    def open(self, opening: Opening) -> "GraftedSession":
+    def open(self, opening: Opening) -> "MergedSession":
         """See Drafter.open."""
         before = opening.reuse
-        if isinstance(before, GraftedSession):
+        if isinstance(before, MergedSession):
             opening = replace(opening, reuse=before.base)
-        return GraftedSession(self.base.open(opening), self.ngram.open(opening), self.name)
+        return MergedSession(self.base.open(opening), self.ngram.open(opening), self.name)
 
     def begin(self, jobs: Sequence[DraftJob]) -> "GraftedDraft":
         """See Drafter.begin."""
@@ -65,10 +65,10 @@ class GraftedDraft:
     """The base drafter's forward, its proposals merged with the text's word; see Draft."""
 
     def __init__(self, base: Drafter, jobs: Sequence[DraftJob]) -> None:
-        self._parts: list[tuple[GraftedSession, DraftTree]] = []
+        self._parts: list[tuple[MergedSession, DraftTree]] = []
         inner = []
         for job in jobs:
-            assert isinstance(job.session, GraftedSession), "a session of another drafter"
+            assert isinstance(job.session, MergedSession), "a session of another drafter"
             self._parts.append((job.session, job.tree))
             inner.append(replace(job, session=job.session.base))
         self._base = base.begin(inner)
@@ -87,12 +87,12 @@ class GraftedDraft:
 
 
 def _merge_all(
-    session: "GraftedSession", tree: DraftTree, proposals: Sequence[Proposal]
+    session: "MergedSession", tree: DraftTree, proposals: Sequence[Proposal]
 ) -> list[Proposal]:
     return [session.merged(proposal, tree) for proposal in proposals]
 
 
-class GraftedSession:
+class MergedSession:
     """The base drafter's session and the n-gram session of the same request."""
 
     def __init__(self, base: DraftSession, ngram: NgramSession, name: str) -> None:

@@ -13,7 +13,7 @@ class EagleDrafter(FeatureDrafter):
     """An EAGLE head with the target's lm_head [V, H]."""
 
     name = "eagle"
-    feature_layers: tuple[int, ...] = (FINAL_NORM,)
+    aux_hidden_state_layers: tuple[int, ...] = (FINAL_NORM,)
 
     def __init__(self, net: EagleNet, lm_head: Tensor) -> None:
         super().__init__(net.config, device=lm_head.device, dtype=lm_head.dtype)

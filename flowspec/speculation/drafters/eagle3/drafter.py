@@ -16,7 +16,7 @@ class Eagle3Drafter(FeatureDrafter):
         weight = net.fc.weight
         super().__init__(net.config, device=weight.device, dtype=weight.dtype)
         self.net = net
-        self.feature_layers = tuple(net.feature_layers)
+        self.aux_hidden_state_layers = tuple(net.aux_hidden_state_layers)
         self.target_ids = net.draft_to_target.cpu()
 
     def fuse(self, features: Tensor) -> Tensor:

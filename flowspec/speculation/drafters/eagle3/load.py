@@ -88,7 +88,7 @@ def load_eagle3(
     if len(dtypes) > 1:
         raise ValueError(f"{path} mixes {', '.join(dtypes)}; choose one dtype to load it in")
     logger.info("%s: %s EAGLE-3 head, features are the outputs of layers %s", path, plan.origin,
-                plan.net.feature_layers)  # fmt: skip
+                plan.net.aux_hidden_state_layers)  # fmt: skip
     net = fill(plan.net, weights, path)
     net.draft_to_target = net.draft_to_target.to(device)
     return net
@@ -115,7 +115,9 @@ def plan_eagle3(
     _check_kind(sizes)
     _check_target_size(sizes, target)
     layout = Eagle3Layout(
-        feature_layers=_feature_layers(sizes, target.num_layers, counts_inputs=speculators),
+        aux_hidden_state_layers=_feature_layers(
+            sizes, target.num_layers, counts_inputs=speculators
+        ),
         target_hidden_size=target.hidden_size,
         norm_before_residual=_residual_flag(sizes, required=speculators),
         norm_before_fc=_input_norm(sizes),

@@ -53,7 +53,7 @@ class Eagle3Layer(nn.Module):
 class Eagle3Layout:
     """What tells one EAGLE-3 head from another, beside its sizes."""
 
-    feature_layers: tuple[int, ...]  # output-of-layer ids of the target: low, middle, high
+    aux_hidden_state_layers: tuple[int, ...]  # output-of-layer ids of the target: low, middle, high
     target_hidden_size: int
     norm_before_residual: bool = False  # the residual stream starts at hidden_norm(feature)
     norm_before_fc: bool = False  # one norm over the concatenated features: input_norm
@@ -71,9 +71,9 @@ class Eagle3Net(nn.Module):
         self, config: ModelConfig, layout: Eagle3Layout, *, draft_to_target: Tensor
     ) -> None:
         super().__init__()
-        assert len(layout.feature_layers) == NUM_FEATURES, layout
+        assert len(layout.aux_hidden_state_layers) == NUM_FEATURES, layout
         self.config, self.layout = config, layout
-        self.feature_layers = layout.feature_layers
+        self.aux_hidden_state_layers = layout.aux_hidden_state_layers
         size, eps = config.hidden_size, config.rms_norm_eps
         wide = NUM_FEATURES * layout.target_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size)

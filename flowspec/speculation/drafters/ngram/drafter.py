@@ -30,7 +30,7 @@ class NgramDrafter:
     """Drafts from the text alone."""
 
     name = "ngram"
-    feature_layers: tuple[int, ...] = ()
+    aux_hidden_state_layers: tuple[int, ...] = ()
 
     def open(self, opening: Opening) -> "NgramSession":
         """See Drafter.open; `accept` brings every token, which is all there is to do."""
