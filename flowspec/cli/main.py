@@ -55,6 +55,7 @@ def main() -> None:
 
 
 def _fail(text: str, code: int) -> None:
+    signals.let_end()
     typer.echo(f"error: {text}", err=True)
     sys.exit(code)
 

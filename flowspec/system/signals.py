@@ -85,6 +85,7 @@ def installed() -> Iterator[None]:
     try:
         yield
     finally:
+        let_end()
         if _state.main is not None:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -197,6 +198,12 @@ def check() -> None:
         raise KeyboardInterrupt
     if _state.received and not _state.num_orderly:
         raise Ended(_state.received)
+
+
+def let_end() -> None:
+    """Where a signal is ending the process now, wait for that: nothing else is said any more."""
+    with _state.lock:
+        pass
 
 
 def end(number: int) -> None:
