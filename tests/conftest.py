@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--write-traces", type=Path, help="folder to write every message trace to")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real processes come first: some measure this process, which is small and idle then."""
+    items.sort(key=lambda item: "processes" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
     """4 layers, grouped-query attention."""

@@ -17,9 +17,9 @@ import venv
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
-import pip as pip_package
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,9 +178,10 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     venv.create(env, with_pip=False, symlinks=True)
     (packages,) = env.glob("lib/python*/site-packages")
-    # pip alone is lent to it: with all else it would see the flowspec of this environment
+    # pip alone is lent to it: with all else it would see the flowspec of this environment. It is not
+    # imported here: where pip is, setuptools leaves distutils alone, and torch's compiler needs both.
     (folder / "lent").mkdir()
-    (folder / "lent" / "pip").symlink_to(Path(pip_package.__file__).parent)
+    (folder / "lent" / "pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))
     install = [env / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
     variables = os.environ | {"PYTHONPATH": str(folder / "lent"), "PIP_NO_COMPILE": "1"}
     call(*install, wheel, env=variables)

@@ -123,7 +123,7 @@ class Stand:
         self.keys = derive_keys(self.token)
         make_split(folder / "split", 1 << 20)
         context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipeline()
+        self.pipe, other = context.Pipe()
         arguments = (self.token, str(folder / "split"), other)
         self.process = context.Process(target=victim, args=arguments, daemon=True)
         self.process.start()
