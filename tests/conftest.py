@@ -29,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real processes come first: some measure this process, which is small and idle then."""
+    """Tests of real processes come first: some measure this process while it is small."""
     items.sort(key=lambda item: "processes" not in item.path.parts)
 
 

@@ -178,8 +178,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     (wheel,), (sdist,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
     venv.create(env, with_pip=False, symlinks=True)
     (packages,) = env.glob("lib/python*/site-packages")
-    # pip alone is lent to it: with all else it would see the flowspec of this environment. It is not
-    # imported here: where pip is, setuptools leaves distutils alone, and torch's compiler needs both.
+    # pip alone is lent to it: with all else it would see the flowspec of this environment. It is
+    # not imported here: where pip is, setuptools leaves distutils alone, and torch's compiler
+    # needs both.
     (folder / "lent").mkdir()
     (folder / "lent" / "pip").symlink_to(Path(str(distribution("pip").locate_file("pip"))))
     install = [env / "bin" / "python", "-m", "pip", "install", "-q", "--no-deps", "--no-index"]
