@@ -24,9 +24,9 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster, emulated_cluster
+from flowspec.engine.simulated import SimulatedEngine, emulated_cluster
 from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.speculation.drafters import parse_drafter
 from flowspec.tokenizer import render_chat
@@ -86,13 +86,13 @@ def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) 
     return found
 
 
-def cluster_of(config: RunConfig, parts: HeadParts, emulation: Emulation) -> SimulatedCluster:
+def cluster_of(config: RunConfig, parts: HeadParts, emulation: Emulation) -> SimulatedEngine:
     """A fresh emulated cluster: what it learns of costs and scores is its own."""
     stages = [
         build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
         for rank in range(1, emulation.cluster.num_stages + 1)
     ]
-    return emulated_cluster(config, parts, stages, emulation)
+    return emulated_engine(config, parts, stages, emulation)
 
 
 def run(

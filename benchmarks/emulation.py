@@ -28,10 +28,10 @@ from flowspec.cli.bench import TABLES
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
 from flowspec.engine.simulated import emulated_cluster
-from flowspec.request import Completion, Request, SamplingParams
+from flowspec.request import RequestOutput, Request, SamplingParams
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import render_chat
 
@@ -64,16 +64,16 @@ def loaded(num_stages: int) -> tuple[RunConfig, HeadParts, tuple[Stage, ...]]:
     return config, parts, tuple(stages)
 
 
-def answers(emulation: Emulation, strategy: str, requests: Sequence[Request]) -> list[Completion]:
+def answers(emulation: Emulation, strategy: str, requests: Sequence[Request]) -> list[RequestOutput]:
     """One after the other on a fresh cluster."""
     config, parts, stages = loaded(emulation.cluster.num_stages)
     tuned = read_table(TABLES, "main").get(strategy, {})
     config = replace(config, strategy=strategy, decode=tuned)
-    cluster = emulated_cluster(config, parts, stages, emulation)
+    cluster = emulated_engine(config, parts, stages, emulation)
     return [generate(cluster, request) for request in requests]
 
 
-def speed(completions: Sequence[Completion]) -> float:
+def speed(completions: Sequence[RequestOutput]) -> float:
     """Tokens/s, prefill included."""
     tokens = sum(c.stats.num_tokens for c in completions)
     return tokens / sum(c.stats.finished_at - c.stats.submitted_at for c in completions)

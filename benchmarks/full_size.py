@@ -25,12 +25,12 @@ from random import Random
 import torch
 
 from flowspec.config import RunConfig
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
 from flowspec.model.architecture import ModelConfig
-from flowspec.request import Completion, Request
+from flowspec.request import RequestOutput, Request
 from flowspec.weights.checkpoint import TOKENIZER_FILES, part_shapes
 from flowspec.weights.load import load_whole
 from flowspec.weights.tensor_files import header_bytes
@@ -146,7 +146,7 @@ def split(source: Path, out: Path, stages: int) -> dict[str, int]:
     return seen
 
 
-def run(config: RunConfig, out: Path, request: Request) -> Completion:
+def run(config: RunConfig, out: Path, request: Request) -> RequestOutput:
     """Start the processes, answer `request`, report."""
     Path("/proc/self/clear_refs").write_text("5")  # the head's peak, not this script's so far
     start = time.perf_counter()

@@ -52,8 +52,8 @@ from flowspec.engine.reference import LocalTarget
 from flowspec.head.pipeline import SegmentCost
 from flowspec.model.architecture import read_config
 from flowspec.model.stage_model import StageModel
-from flowspec.protocol.messages import Segment, Tokens, WireMessage, segments_of
-from flowspec.request import Completion, Request
+from flowspec.protocol.messages import Segment, TokensOut, WireMessage, segments_of
+from flowspec.request import RequestOutput, Request
 from flowspec.speculation.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
 from flowspec.speculation.tree import DraftTree, Node
 from flowspec.tokenizer import load_tokenizer
@@ -225,13 +225,13 @@ def measure(
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
-    events: Iterator[Tokens | Completion] = cluster.serve([request])
+    events: Iterator[Tokens | RequestOutput] = cluster.serve([request])
     next(events)
     start, head, stages = time.monotonic(), meter.head_s(), meter.stages_s()
     drafter_s = meter.drafter.cpu_s
     if profile:
         profile.enable()
-    answer = next(event for event in events if isinstance(event, Completion))
+    answer = next(event for event in events if isinstance(event, RequestOutput))
     if profile:
         profile.disable()
     wall, head, stats = time.monotonic() - start, meter.head_s() - head, answer.stats
@@ -299,7 +299,7 @@ def main() -> int:
         config = RunConfig(
             model=str(split),
             decode={
-                "tree_size": options.tree_size,
+                "num_draft_tokens": options.num_draft_tokens,
                 "segment_size": options.segment_size,
                 "topk": options.topk,
             },

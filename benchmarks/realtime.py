@@ -25,7 +25,7 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import read_emulation
-from flowspec.engine.base import Cluster, generate
+from flowspec.engine.engine import Cluster, generate
 from flowspec.engine.build import HeadParts, build_stage, decode_config, load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.simulated import emulated_cluster
@@ -87,7 +87,7 @@ class Bench:
             for rank in range(1, self.emulation.cluster.num_stages + 1)
         ]
         config = replace(self.config, kept_prefixes=0)
-        cluster = emulated_cluster(config, self.parts, [s[0] for s in stages], self.emulation)
+        cluster = emulated_engine(config, self.parts, [s[0] for s in stages], self.emulation)
         return self.tokens_per_s(cluster, strategy)
 
     def real(self, strategy: str, repeats: int) -> list[float]:

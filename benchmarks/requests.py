@@ -24,10 +24,10 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig, override
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.base import generate_all
+from flowspec.engine.engine import generate_all
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster, emulated_cluster
-from flowspec.request import Completion, Request, SamplingParams
+from flowspec.engine.simulated import SimulatedEngine, emulated_cluster
+from flowspec.request import RequestOutput, Request, SamplingParams
 from flowspec.tokenizer import render_chat
 
 
@@ -43,12 +43,12 @@ class Bench:
             build_stage(folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
             for rank in ranks
         ]
-        self.alone: dict[tuple[str, float, int], Completion] = {}
+        self.alone: dict[tuple[str, float, int], RequestOutput] = {}
 
-    def cluster(self, strategy: str) -> SimulatedCluster:
+    def cluster(self, strategy: str) -> SimulatedEngine:
         """Fresh cores over the loaded models."""
         config = override(self.config, {"strategy": strategy}, where="bench")
-        return emulated_cluster(config, self.parts, self.stages, self.emulation)
+        return emulated_engine(config, self.parts, self.stages, self.emulation)
 
     def requests(self, prompts: Sequence[str], temperature: float, tokens: int) -> list[Request]:
         """The same length for all; the seed is the prompt's place."""
@@ -62,7 +62,7 @@ class Bench:
             for number, text in enumerate(prompts, start=1)
         ]
 
-    def completion_alone(self, strategy: str, request: Request) -> Completion:
+    def completion_alone(self, strategy: str, request: Request) -> RequestOutput:
         """The request with the cluster to itself."""
         key = (strategy, request.sampling.temperature, request.id)
         if key not in self.alone:

@@ -20,7 +20,7 @@ import torch
 
 from flowspec.cli.common import draft_folder, split_folder
 from flowspec.config import RunConfig, override
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.protocol.messages import Message, Segment

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from flowspec.request import LONGEST_CONTEXT, SamplingParams
 from flowspec.system.bundled import find_bundled
@@ -87,46 +87,7 @@ _NEEDED = {  # by the beginning of pydantic's kind of error
     "string": "a text",
 }
 MAX_TIMEOUT_S = 86400.0
-MAX_ROWS = 1024  # of a segment, a tree, a drafter forward
-_COUNTS = ("segment_size", "tree_size", "tree_depth", "topk", "draft_width", "prefill_chunk")
 MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig:
-    """How one request is drafted and streamed; each strategy has its own defaults."""
-
-    segment_size: int = 32  # tree rows in a segment: most (streaming, pipedec), least (flowspec)
-    tree_size: int = 60  # nodes below the root, kept or drafted per round
-    tree_depth: int = 6  # levels below the root that one draft grows
-    topk: int = 10  # children proposed per node; nodes of a round's beam
-    draft_width: int = 20  # streaming: nodes expanded per drafter forward
-    coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
-    refresh: bool = True  # re-score the root's children when its true feature arrives
-    min_score: float = 0.002  # streaming: least probability of being true that is worth a row
-    # streaming: segments in the pipe at once; 0: one per stage (at least two), or, where head and
-    # stages share a machine (`run`, `bench --real`), as many as its cores compute at the same time
-    max_in_flight: int = 0
-    prefill_chunk: int = 64  # prompt tokens per segment
-    graft: bool = False  # add branches from the text so far to any drafter's tree
-    calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone
-
-    def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
-            if getattr(self, name) > MAX_ROWS:
-                raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {MAX_ROWS}")
-        if self.topk * self.tree_depth > 1024:
-            raise ValueError(
-                f"decode.topk x decode.tree_depth is {self.topk * self.tree_depth}, at most 1024"
-            )
-        if self.max_in_flight < 0:
-            raise ValueError(f"decode.max_in_flight must not be negative: {self.max_in_flight}")
-        if self.max_in_flight > 1024:
-            raise ValueError("decode.max_in_flight is above 1024")
-        if not 0.0 <= self.min_score < 1.0:
-            raise ValueError(f"decode.min_score must be in [0, 1), not {self.min_score}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +108,7 @@ class RunConfig:
     max_new_tokens: int = 200
     context: int = 0  # most tokens of a request, prompt and answer; 0: what the model was made for
     max_requests: int = 8  # served at once; further ones wait
+    chunked_prefill_size: int = 64  # prompt tokens per batch
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
@@ -211,7 +173,8 @@ def _shown(value: Any) -> str:
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it."""
-    known = [f.name for f in fields(config)]  # type: ignore[arg-type]
+    is_model = isinstance(config, BaseModel)
+    known = list(type(config).model_fields) if is_model else [f.name for f in fields(config)]  # type: ignore
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         named = ", ".join(key if key.isascii() else ascii(key) for key in unknown)
@@ -228,6 +191,8 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ValueError(": ".join(filter(None, (where, name, _what_is_wrong(first))))) from None
+    if is_model:
+        return checked
     changes: dict[str, Any] = {name: getattr(checked, name) for name in known}
     return replace(config, **changes)  # type: ignore[type-var]
 

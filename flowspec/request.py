@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil, exp, log
-from typing import NewType
+from typing import NewType, TypeAlias
 
 ACCURACY = 0.01
 SHORTEST_S = 1e-6  # what is shorter counts as 0
@@ -77,16 +77,43 @@ class SamplingParams:
             raise ValueError(f"seed must be between 0 and 2**63 - 1, not {self.seed}")
 
 
+Parameter: TypeAlias = bool | int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How a request is decoded. It changes the speed and never the text.
+
+    `parameters` are those of the strategy, by name; the others have its defaults. `drafter` names
+    a drafter that the engine has loaded; "" is the first one. `calibrate` and `merge` of the
+    parameters belong to the drafter's tree.
+    """
+
+    strategy: str = "streaming"
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    drafter: str = ""
+
+
+ChatMessage: TypeAlias = Mapping[str, str]  # of a conversation: role and content
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One generation. `prompt` is token ids; `stop` strings end the text and are left out."""
+    """What is asked: one generation.
 
-    id: int
-    prompt: tuple[int, ...]
+    `prompt` is token ids, a text, or the messages of a conversation; an engine makes tokens of the
+    latter two. The engine sets `id`. `stop` strings end the text and are left out of it. None of
+    `decoding` and `eos_token_ids` means the engine's own. An `exclusive` request runs alone.
+    """
+
+    prompt: tuple[int, ...] | str | Sequence[ChatMessage]
+    id: int = 0
     sampling: SamplingParams = SamplingParams()
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] | None = None
+    decoding: Decoding | None = None
+    exclusive: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -95,6 +122,12 @@ class Request:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
+
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The prompt's token ids, once an engine has made them."""
+        assert isinstance(self.prompt, tuple), "the prompt is not tokens yet"
+        return self.prompt  # type: ignore[return-value]
 
 
 class FinishReason(str, Enum):
@@ -210,29 +243,94 @@ class DecodeStats:
         return alphas
 
 
+class FailureKind(str, Enum):
+    """What kind of thing went wrong, for whoever has to react to it."""
+
+    REFUSED = "refused"  # by what was asked; another request may be served
+    BAD_PROMPT = "bad_prompt"  # the chat template or the tokenizer does not take the prompt
+    TOO_LARGE = "too_large"  # the stages' memory can never hold it
+    FAILED = "failed"  # the head or a device failed
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """What a generation gave. `text` ends before a stop string; `tokens` excludes nothing."""
+class Failure:
+    """Why a request ended with an error, and where: `rank` 0 is the head, k is stage k.
+
+    `device` is the name of the device that holds the stage, where it has one.
+    """
+
+    cause: str
+    kind: FailureKind = FailureKind.FAILED
+    rank: int | None = None  # None: no process failed, the request itself is at fault
+    device: str = ""
+
+    @property
+    def place(self) -> str:
+        """How a person calls the process that failed; empty where none did."""
+        if self.rank is None:
+            return ""
+        name = rank_name(self.rank)
+        return f"{name} on {self.device}" if self.device else name
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.cause}" if self.rank is not None else self.cause
+
+    def exception(self) -> "ValueError | ClusterError":
+        """The exception that it stands for: the request's own fault, or a process's."""
+        if self.rank is None:
+            return ValueError(self.cause)
+        return ClusterError(self.place, self.cause, rank=self.rank)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokensOut:
+    """Newly accepted tokens of a request, and the text that is now certain."""
 
     request: int
     tokens: tuple[int, ...]
     text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What a generation gave. `text` ends before a stop string; `tokens` excludes nothing."""
+
+    request: int
+    tokens: tuple[int, ...] = ()
+    text: str = ""
     reason: FinishReason
-    stats: DecodeStats
-    error: str = ""
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    error: Failure | None = None
+    num_prompt_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCounts:
+    """What one stage did for one request that is over; times in seconds."""
+
+    num_rows_run: int = 0  # prompt rows included
+    num_rows_pruned: int = 0  # dropped before this stage ran them
+    busy_s: float = 0.0  # forwards in which rows of the draft tree took part, by their share
 
 
 class ClusterError(RuntimeError):
     """A device or link failed: names the process and the cause.
 
-    `tokens` keeps what was generated, by request.
+    `rank` is the stage (0: the head; None: no process of the pipeline). `tokens` keeps what was
+    generated, by request.
     """
 
     def __init__(
-        self, where: str, cause: str, tokens: Mapping[int, tuple[int, ...]] | None = None
+        self,
+        where: str,
+        cause: str,
+        tokens: Mapping[int, tuple[int, ...]] | None = None,
+        *,
+        rank: int | None = None,
     ) -> None:
         super().__init__(f"{where}: {cause}")
         self.where, self.cause, self.tokens = where, cause, dict(tokens or {})
+        self.rank = rank
 
 
 class RefusedError(ClusterError):
@@ -245,17 +343,6 @@ def cause_of(error: Exception) -> str:
     if not text:
         return kind
     return text if type(error) is ValueError else f"{kind}: {text}"
-
-
-def error_of(text: str) -> ValueError | ClusterError:
-    """The exception that a completion's error stands for: the request's own fault, or a device's.
-
-    A device's begins with its name, as `rank_name` and the cluster give it.
-    """
-    where, colon, cause = text.partition(": ")
-    if colon and (where == "head" or where.startswith("stage ")):
-        return ClusterError(where, cause)
-    return ValueError(text)
 
 
 def check_token_ids(

@@ -2,20 +2,22 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
 
-from flowspec.config import DecodeConfig, RunConfig, override
-from flowspec.head.admission import Admission
+from flowspec.config import RunConfig
 from flowspec.head.head import Head
+from flowspec.head.pipeline import Pipeline
+from flowspec.head.scheduler import Scheduler
 from flowspec.model.architecture import ModelConfig, warn_once
-from flowspec.request import Request, check_token_ids
+from flowspec.request import ChatMessage, Decoding, Request, check_token_ids
 from flowspec.speculation.drafters import DraftSource, find_drafter
-from flowspec.speculation.drafters.base import Drafter, NoDrafter
-from flowspec.speculation.strategies import StrategySpec, check_runs_for_real, find_strategy
+from flowspec.speculation.drafters.base import Drafter
+from flowspec.speculation.strategies import check_runs_for_real, find_strategy, strategy_config
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import PromptError, TextStream, load_tokenizer, render_chat
 from flowspec.weights.load import load_head_part, load_stage
@@ -31,19 +33,37 @@ class HeadParts:
     folder: Path
     manifest: Manifest
     tokenizer: Any
-    drafter: Drafter
+    drafters: Mapping[str, Drafter]  # by name; the first one is that of requests that name none
     max_context: int
     eos_token_ids: tuple[int, ...]
     draft_hash: str = ""  # of the draft model's files, where somebody asks for it
     code_hash: str = ""  # of the package's sources, likewise
     vocab_size: int = 0  # rows of the target's embedding; 0: not known
+    # Rendering has a lock of its own: fast tokenizers fail where two threads encode at once.
+    _renders: Lock = field(default_factory=Lock)
 
-    def prompt_of(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def render(self, request: Request) -> Request:
+        """The request with its prompt as tokens and the model's end tokens, unless it has its own.
+
+        Raises PromptError where the prompt cannot be made into tokens.
+        """
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            prompt = self.prompt_of([{"role": "user", "content": prompt}])
+        elif not isinstance(prompt, tuple) or not isinstance(prompt[0], int):
+            prompt = self.prompt_of(prompt)  # type: ignore[arg-type]
+        ends = request.eos_token_ids
+        return replace(
+            request, prompt=prompt, eos_token_ids=self.eos_token_ids if ends is None else ends
+        )
+
+    def prompt_of(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
         """A conversation as tokens that the model has, ready for the assistant's turn.
 
         Raises PromptError, whatever the chat template or the tokenizer raises.
         """
-        ids = render_chat(self.tokenizer, messages)
+        with self._renders:
+            ids = render_chat(self.tokenizer, messages)
         if self.vocab_size:
             try:
                 check_token_ids(ids, self.vocab_size, text_of=self.text_of)
@@ -63,18 +83,20 @@ class HeadParts:
         return TextStream(self.tokenizer, request.stop)
 
 
-def decode_config(config: RunConfig) -> tuple[StrategySpec, DecodeConfig]:
-    """The strategy and its defaults with the run's overrides."""
-    spec = find_strategy(config.strategy)
-    return spec, override(spec.defaults, config.decode, where="decode")
+def decoding_of(config: RunConfig) -> Decoding:
+    """How requests that name no decoding are decoded. Raises ValueError for what cannot be."""
+    strategy_config(config.strategy, config.decode, where="decode")
+    drafter = config.drafter if find_strategy(config.strategy).drafts else ""
+    return Decoding(strategy=config.strategy, parameters=config.decode, drafter=drafter)
 
 
 def check_run(config: RunConfig) -> None:
     """Raise ValueError for what can be said before anything is loaded."""
-    spec, _ = decode_config(config)
+    drafts = find_strategy(config.strategy).drafts
+    decoding_of(config)
     check_runs_for_real(config.strategy)
     find_drafter(config.drafter)
-    if spec.drafts and config.drafter == "none":
+    if drafts and config.drafter == "none":
         raise ValueError(f"strategy {config.strategy} needs a drafter; --strategy ar needs none")
     try:
         device = torch.device(config.device)
@@ -99,7 +121,7 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
     """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
     check_run(config)
     part = load_head_part(split_folder, device=config.device, dtype=config.dtype)
-    drafter: Drafter = NoDrafter()
+    drafters: dict[str, Drafter] = {}
     if find_strategy(config.strategy).drafts:
         spec = find_drafter(config.drafter)
         source = DraftSource(
@@ -109,12 +131,12 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
             device=config.device,
             dtype=config.dtype,
         )
-        drafter = spec.load(source)
+        drafters[config.drafter] = spec.load(source)
     return HeadParts(
         folder=split_folder,
         manifest=read_manifest(split_folder),
         tokenizer=load_tokenizer(split_folder / "head"),
-        drafter=drafter,
+        drafters=drafters,
         max_context=max_context(config.context, part.config),
         eos_token_ids=_known_ends(part.config.eos_token_ids, part.config.vocab_size),
         vocab_size=part.config.vocab_size,
@@ -136,21 +158,16 @@ def _known_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 def build_head(config: RunConfig, parts: HeadParts) -> Head:
     """The head's core."""
-    spec, decode = decode_config(config)
-    return Head(
-        len(parts.manifest.layers),
-        spec,
-        decode,
-        parts.drafter,
-        admission=Admission(
-            max_context=parts.max_context,
-            max_active=config.max_requests,
-            max_kept=config.kept_prefixes,
-            vocab_size=parts.vocab_size,
-            text_of=parts.text_of,
-        ),
-        new_text=parts.new_text,
+    scheduler = Scheduler(
+        pipe=Pipeline(len(parts.manifest.layers)),
+        max_context=parts.max_context,
+        max_num_seqs=config.max_requests,
+        max_cached=config.kept_prefixes,
+        chunked_prefill_size=config.chunked_prefill_size,
+        vocab_size=parts.vocab_size,
+        text_of=parts.text_of,
     )
+    return Head(scheduler, decoding_of(config), parts.drafters, new_text=parts.new_text)
 
 
 def build_stage(

@@ -1,14 +1,18 @@
-"""A cluster in one process on the simulator's virtual clock, with the interface of a real one."""
+"""SimulatedEngine: head and stages in one process, under the simulator's virtual clock."""
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
-from flowspec.head.answers import Answers
+from flowspec.engine.engine import EngineStatus, StageStatus
+from flowspec.engine.status import stage_status
+from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
-from flowspec.protocol.messages import HEAD, AbortRequest, Status, Submit, Tokens
-from flowspec.request import ClusterError, Completion, Request
+from flowspec.protocol.messages import HEAD, AbortRequest, ForgetCosts, Submit
+from flowspec.request import ClusterError, Failure, FinishReason, Request, RequestOutput, TokensOut
 from flowspec.runtime.core import Core
 from flowspec.simulator.ablated import arrange
 from flowspec.simulator.simulator import (
@@ -20,15 +24,14 @@ from flowspec.simulator.simulator import (
     instant_link,
     unit_work,
 )
-from flowspec.speculation.strategies import StrategySpec
 from flowspec.stage.stage import Stage
-from flowspec.system import signals
 
 
-class SimulatedCluster:
-    """Head and stages under one Simulator. Times in its statistics are virtual seconds.
+class SimulatedEngine:
+    """Head and stages under one Simulator; reading a stream advances the clock.
 
-    What the head's strategy takes away from the pipeline itself is taken away here (ablated.py).
+    Times in its statistics are virtual seconds. What an ablation of the head's own strategy takes
+    away from the pipeline itself is taken away here (simulator/ablated.py).
     """
 
     def __init__(
@@ -36,70 +39,149 @@ class SimulatedCluster:
         head: Head,
         stages: Sequence[Stage],
         *,
+        render: Callable[[Request], Request] = lambda request: request,
         work_time: ChargeWork = unit_work,
         link_time: ChargeLink = instant_link,
         host_time: ChargeHost = free_host,
         wrap: Callable[[Core], Core] = lambda core: core,
     ) -> None:
         self.head = head
+        self._render = render
         at_head, self.stages = arrange(head, stages)
         cores: dict[int, Core] = {HEAD: wrap(at_head)}
         cores.update({stage.rank: wrap(stage) for stage in self.stages})
         self.simulator = Simulator(
             cores, work_time=work_time, link_time=link_time, host_time=host_time
         )
+        self._lock = threading.RLock()
+        self._newest_id = 0
+        self._streams: dict[int, Stream] = {}
+        self._counts_due: dict[int, Stream] = {}
+        self._num_finished = self._num_failed = 0
+        self._closed = ""
 
-    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
-        """See Cluster.configure. Raises ValueError where `spec` needs another pipeline."""
-        if spec.without is not self.head.spec.without:
-            raise ValueError(
-                "an ablation of the pipeline needs a cluster that was made for it; run it with "
-                "`flowspec bench`"
+    def submit(self, request: Request, *, at: float | None = None) -> Stream:
+        """Begin with a request now, or `at` a later virtual time in seconds.
+
+        A request that brings an id keeps it; it must be above those before.
+        """
+        with self._lock:
+            if self._closed:
+                raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
+            request = self._render(request)
+            number = request.id or max(self._newest_id, self.head.newest_id) + 1
+            self._newest_id = max(self._newest_id, number)
+            stream = Stream(number, abort=self.abort, advance=self.step)
+            if number in self._streams:
+                raise ValueError(f"request {number} is open already; give each its own id")
+            self._streams[number] = stream
+            self.simulator.submit(Submit(request=replace(request, id=number)), at=at)
+        return stream
+
+    def abort(self, request: int) -> None:
+        """End a request; what is on its way still arrives."""
+        with self._lock:
+            self.simulator.submit(AbortRequest(request=request))
+            while request in self._streams and self.step():
+                pass
+
+    def step(self) -> bool:
+        """One event; False when nothing is left to happen.
+
+        Open requests then end with an error: the pipeline has stopped without a reason.
+        """
+        with self._lock:
+            try:
+                went_on = self.simulator.step()
+            except ClusterError as error:  # it is busy without end
+                self._end_all(Failure(cause=error.cause, rank=0))
+                return False
+            while self.simulator.to_client:
+                self._deliver(self.simulator.to_client.popleft())
+            self._deliver_counts()
+            if not went_on and self._streams:
+                self._end_all(Failure(cause="nothing is left to do", rank=0))
+            return went_on
+
+    def _deliver(self, event: object) -> None:
+        assert isinstance(event, TokensOut | RequestOutput), "the head speaks to clients so"
+        stream = self._streams.get(event.request)
+        if stream is None:
+            return
+        if isinstance(event, RequestOutput):
+            del self._streams[event.request]
+            self._num_finished += event.error is None
+            self._num_failed += event.error is not None
+            self._counts_due[event.request] = stream
+        stream.put(event)
+        if not self._streams:
+            self.simulator.run()  # what is on its way still arrives
+
+    def _deliver_counts(self) -> None:
+        for request, stream in list(self._counts_due.items()):
+            state = self.head.finished.get(request)
+            if state is None:
+                del self._counts_due[request]
+            elif len(state.stage_counts) == len(self.stages):
+                del self._counts_due[request]
+                stream.put_counts(dict(state.stage_counts))
+
+    def _end_all(self, failure: Failure) -> None:
+        for request, stream in list(self._streams.items()):
+            del self._streams[request]
+            self._num_failed += 1
+            stream.put(
+                RequestOutput(request=request, reason=FinishReason.ERROR, error=failure)
             )
-        self.head.configure(spec, config)
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
-        """See Cluster.serve."""
-        simulator = self.simulator
-        answers = Answers(self.head, requests)
-        for request in requests:
-            simulator.submit(Submit(request=request))
-        try:
-            while simulator.step():
-                signals.check()
-                while simulator.to_client:
-                    event = answers.take(simulator.to_client.popleft())
-                    if event is None:
-                        continue
-                    if not answers.open:
-                        simulator.run()  # what is on its way still arrives
-                    yield event
-                    if not answers.open:
-                        return
-        except GeneratorExit:  # the caller has turned away: do not go on without it
-            for left in answers.open:
-                self.cancel(left)
-            simulator.run()
-            raise
-        raise ClusterError(
-            "simulator", "nothing is left to do and a request is not over", answers.tokens
+    def stages_status(self) -> dict[int, StageStatus]:
+        """The newest totals of each stage, by rank."""
+        return {rank: stage_status(one) for rank, one in self.head.statuses.items()}
+
+    def status(self) -> EngineStatus:
+        """The engine now, in virtual time."""
+        scheduler = self.head.scheduler
+        return EngineStatus(
+            healthy=not self._closed,
+            why=self._closed,
+            num_stages=len(self.stages),
+            max_context=scheduler.max_context,
+            strategy=self.head.decoding.strategy,
+            drafters=tuple(name for name in self.head.drafters if name != "none"),
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_finished=self._num_finished,
+            num_failed=self._num_failed,
+            stages=self.stages_status(),
         )
 
-    def cancel(self, request: int) -> None:
-        """See Cluster.cancel."""
-        self.simulator.submit(AbortRequest(request=request))
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests and run the open ones to their ends."""
+        del timeout_s  # virtual time passes at once
+        with self._lock:
+            self._closed = self._closed or "it is draining"
+            while self._streams and self.step():
+                pass
+            return not self._streams
 
-    def statuses(self) -> dict[int, Status]:
-        """See Cluster.statuses."""
-        return dict(self.head.statuses)
+    def forget(self) -> None:
+        """Forget learnt costs. Raises ValueError where requests are open."""
+        with self._lock:
+            if self._streams:
+                raise ValueError(f"{len(self._streams)} requests are open; costs are in use")
+            self.simulator.submit(ForgetCosts())
+            self.simulator.run()
 
     def close(self) -> None:
-        """Nothing to end."""
+        """End open requests."""
+        with self._lock:
+            self._closed = "it was closed"
+            self._end_all(Failure(cause="the engine was closed", rank=0))
 
 
-def emulated_cluster(
+def emulated_engine(
     config: RunConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
-) -> SimulatedCluster:
+) -> SimulatedEngine:
     """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
 
     Raises ValueError where the split has another number of stages.
@@ -111,9 +193,10 @@ def emulated_cluster(
     ]
     head = build_head(config, parts)
     head.pipe.link_row_ms = emulation.link_row_ms
-    return SimulatedCluster(
+    return SimulatedEngine(
         head,
         fresh,
+        render=parts.render,
         work_time=emulation.work,
         link_time=emulation.link,
         host_time=emulation.host,

@@ -28,7 +28,7 @@ _OCTAVES = np.array([0, 0, 1, 2, 2, 3, 3, 3, 3, 4])  # 1, 2, 3 to 4, 5 to 8, mor
 _NUM_OCTAVES = 5
 
 
-class Child(NamedTuple):
+class Forecast(NamedTuple):
     """What a drafter says of a child: who says it, and where. `depth` 1 is the root's child."""
 
     source: str
@@ -37,7 +37,7 @@ class Child(NamedTuple):
     logprob: float
 
 
-class Word(NamedTuple):
+class NodeForecast(NamedTuple):
     """What is said of a node's children at once; `depth` is theirs."""
 
     node: NodeId
@@ -114,7 +114,7 @@ class Calibration:
         """Of both stages."""
         return len(self._coarse.shifts) + len(self._fine.shifts)
 
-    def apply(self, children: Sequence[Child]) -> list[float]:
+    def apply(self, children: Sequence[Forecast]) -> list[float]:
         """Calibrated log-probabilities, all below 0."""
         found: list[float] = self.apply_to(self._columns(children)).tolist()
         return found
@@ -126,7 +126,7 @@ class Calibration:
         logits += self._fine.shifts[fine]
         return -np.logaddexp(0.0, -np.minimum(logits, MAX_LOGIT))
 
-    def record(self, outcomes: Sequence[tuple[Child, bool]]) -> None:
+    def record(self, outcomes: Sequence[tuple[Forecast, bool]]) -> None:
         """Forecasts, their parents true, were right or wrong."""
         columns = self._columns([child for child, _ in outcomes])
         self.record_from(columns, {place: right for place, (_, right) in enumerate(outcomes)})
@@ -147,7 +147,7 @@ class Calibration:
             self._fine.grow(len(self._sources) * NUM_BINS * _NUM_OCTAVES**2)
         return self._sources[source]
 
-    def _columns(self, children: Sequence[Child]) -> "Columns":
+    def _columns(self, children: Sequence[Forecast]) -> "Columns":
         return Columns(
             np.array([self.number(child.source) for child in children], dtype=np.int64),
             np.array([child.depth for child in children], dtype=np.int64),
@@ -157,7 +157,7 @@ class Calibration:
 
 
 class Columns(NamedTuple):
-    """Many children, see Child: arrays that broadcast to the shape of `logprobs`, [n] or [n, m]."""
+    """Many children, see Forecast: arrays that broadcast to the shape of `logprobs`, [n] or [n, m]."""
 
     sources: NDArray[np.int64]  # by number
     depths: NDArray[np.int64]
@@ -186,9 +186,9 @@ class Forecasts:
         self.calibration = calibration
         self._source = source  # whose word a proposal is that does not say
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
-        self._open: dict[NodeId, list[tuple[Word, Sequence[float]]]] = {}  # and as calibrated
+        self._open: dict[NodeId, list[tuple[NodeForecast, Sequence[float]]]] = {}  # and as calibrated
 
-    def enter(self, words: Sequence[Word]) -> list[Sequence[float]]:
+    def enter(self, words: Sequence[NodeForecast]) -> list[Sequence[float]]:
         """Remember forecasts until they are settled; their calibrated log-probabilities."""
         if not words:
             return []
@@ -208,7 +208,7 @@ class Forecasts:
                 self._settle_node(self._open.pop(node), true)
         self._open = {node: found for node, found in self._open.items() if node in alive}
 
-    def _settle_node(self, said: Sequence[tuple[Word, Sequence[float]]], true: int) -> None:
+    def _settle_node(self, said: Sequence[tuple[NodeForecast, Sequence[float]]], true: int) -> None:
         columns = self._columns([word for word, _ in said])
         width = columns.logprobs.shape[1]
         happened: dict[int, bool] = {}
@@ -228,7 +228,7 @@ class Forecasts:
                 log_to.append(Outcome(names[place], raw, scores[place % width], right))
         self.calibration.record_from(columns, happened)
 
-    def _columns(self, words: Sequence[Word]) -> Columns:
+    def _columns(self, words: Sequence[NodeForecast]) -> Columns:
         """Row i: the children of words[i], padded where others have more."""
         width = max(len(word.children) for word in words)
         number, own = self.calibration.number, self._source + self._suffix
@@ -274,7 +274,7 @@ class Forecasts:
                     return logprob
         raise AssertionError(f"nothing was said of token {token} behind node {parent}")
 
-    def _tokens(self, word: Word) -> tuple[Sequence[int], Sequence[str]]:
+    def _tokens(self, word: NodeForecast) -> tuple[Sequence[int], Sequence[str]]:
         """The children's tokens, and whose word each is."""
         sources = [s + self._suffix for s in word.sources or (self._source,) * len(word.children)]
         return [token for token, _ in word.children], sources

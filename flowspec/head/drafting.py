@@ -1,79 +1,107 @@
-"""Drafting for every request being served: what the next drafter forward works on."""
+"""Drafting: one drafter forward for all running requests of a drafter."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from flowspec.head.batching import Served
 from flowspec.head.pipeline import Pipeline
-from flowspec.head.session import Session
+from flowspec.head.request_state import RequestState
 from flowspec.runtime.core import Send, Work
 from flowspec.runtime.failures import Failures, attempt
 from flowspec.speculation.drafters.base import Draft, Drafter, DraftJob, Proposed
+from flowspec.speculation.strategy import ResolvedDecoding
 
-Share = tuple[Session, DraftJob, int]  # and how many rows it will compute
+
+@dataclass(frozen=True, slots=True)
+class DraftShare:
+    """One request's share of a drafter forward, and how many rows it will compute."""
+
+    request: RequestState
+    job: DraftJob
+    num_rows: int
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the request still runs as it did when the forward began."""
+        return self.request.is_running and self.request.drafter is self.job.session
 
 
-def next_drafts(requests: Iterable[Served], failures: Failures) -> list[Share]:
-    """Each request's share of the next forward: true rows, and what its strategy wants."""
-    jobs = []
-    for served in requests:
-        session = served.session
-        with failures.of(session.request.id):
-            absorbs = session.drafter.num_rows_ready > 0
-            nodes = served.strategy.next_draft(session) if session.decoding else ()
+def next_shares(requests: Iterable[RequestState], failures: Failures) -> list[DraftShare]:
+    """Each request's share of its drafter's next forward: true rows, and guesses to expand."""
+    shares = []
+    for request in requests:
+        with failures.of(request.id):
+            assert request.strategy is not None, "a running request has a strategy"
+            absorbs = request.drafter.num_rows_ready > 0
+            nodes = request.strategy.next_draft(request) if request.is_decoding else ()
             if absorbs or nodes:
-                job = DraftJob(session.drafter, session.tree, nodes, absorbs)
-                jobs.append((session, job, job.num_rows))
-    return jobs
+                job = DraftJob(request.drafter, request.tree, nodes, absorbs)
+                shares.append(DraftShare(request, job, job.num_rows))
+    return shares
+
+
+def of_one_drafter(shares: Sequence[DraftShare], last: str) -> list[DraftShare]:
+    """The shares that one forward can compute: those of a drafter other than `last`, if any.
+
+    So drafters take turns where several have something to draft.
+    """
+
+    def key(decoding: ResolvedDecoding) -> tuple[str, bool]:
+        return decoding.drafter, decoding.merges
+
+    others = [share for share in shares if share.request.decoding.drafter != last]
+    first = (others or list(shares))[0].request.decoding
+    return [share for share in shares if key(share.request.decoding) == key(first)]
 
 
 def draft_work(
     drafter: Drafter,
     pipe: Pipeline,
-    shares: Sequence[Share],
+    shares: Sequence[DraftShare],
     failures: Failures,
     after: Callable[[float], Sequence[Send]],
 ) -> Work | None:
-    """One drafter forward for all of `shares`; messages are served while it runs.
+    """One forward of `drafter` for all of `shares`; messages are served while it runs.
 
-    A drafter says which job an exception belongs to (see Draft.finish); one that raises fails all
-    of them. `after` gives what follows once failures are noted. None where it could not begin.
+    A drafter says which job an exception belongs to (`Draft.finish`); one that raises fails all of
+    them. `after` gives what follows once failures are noted. None where it could not begin.
     """
-    everybody = [session.request.id for session, _, _ in shares]
-    begun = attempt(partial(drafter.begin, [job for _, job, _ in shares]))
+    ids = [share.request.id for share in shares]
+    begun = attempt(partial(drafter.begin, [share.job for share in shares]))
     if isinstance(begun, Exception):
-        failures.add(begun, *everybody)
+        failures.add(begun, *ids)
         return None
     draft = begun
-    num_rows = sum(rows for _, _, rows in shares)
-    decoding = [session for session, _, _ in shares if session.decoding]
-    pipe.draft_began_at = pipe.now
+    num_rows = sum(share.num_rows for share in shares)
+    decoding = [share.request for share in shares if share.request.is_decoding]
+    pipe.begin_draft(shares[0].request.decoding.drafter)
     ran: list[Exception | None] = []
 
     def finish(now: float, elapsed: float) -> Sequence[Send]:
-        pipe.draft_began_at = None
-        if num_rows:  # else all was known, and nothing ran
+        pipe.end_draft()
+        if num_rows:  # otherwise everything was known, and nothing ran
             pipe.count_draft(elapsed)
-            for session in decoding:
-                session.stats.draft_s += elapsed
+            for request in decoding:
+                request.stats.draft_s += elapsed
         proposed = _proposed(draft, ran, len(shares))
-        for (session, job, rows), own in zip(shares, proposed, strict=True):
-            session.stats.num_draft_forwards += rows > 0
+        for share, own in zip(shares, proposed, strict=True):
+            request = share.request
+            request.stats.num_draft_forwards += share.num_rows > 0
             if isinstance(own, Exception):
-                failures.add(own, session.request.id)
-            elif not session.over:
-                with failures.of(session.request.id):
-                    session.take_proposals(own, expanded={node.id for node in job.nodes})
+                failures.add(own, request.id)
+            elif share.is_current:
+                with failures.of(request.id):
+                    expanded = {node.id for node in share.job.nodes}
+                    request.take_proposals(own, expanded=expanded)
         return after(now)
 
-    context = max(len(s.request.prompt) + len(s.tokens) for s, _, _ in shares)
-    about: dict[str, object] = {"requests": everybody}
+    about: dict[str, object] = {"requests": ids}
     if len(shares) == 1:  # ids of nodes mean something within one request alone
-        about["nodes"] = [node.id for node in shares[0][1].nodes]
+        about["nodes"] = [node.id for node in shares[0].job.nodes]
     return Work(
         kind="draft",
         rows=num_rows,
-        context=context,
+        context=max(len(share.request.all_tokens) for share in shares),
         run=lambda: ran.append(attempt(draft.run)),
         finish=finish,
         about=about,
@@ -83,8 +111,9 @@ def draft_work(
 
 
 def _proposed(draft: Draft, ran: Sequence[Exception | None], count: int) -> Sequence[Proposed]:
-    """What each of `count` jobs has come to; the same exception for all where nobody knows whose
-    it was.
+    """What each of `count` jobs has come to.
+
+    All have the same exception where nobody knows whose it was.
     """
     failed = next((error for error in ran if error is not None), None)
     proposed = attempt(draft.finish) if failed is None else failed

@@ -1,157 +1,142 @@
 """Head (rank 0): prompts in, segments out, verdicts in, tokens out.
 
-A sans-IO core (see runtime/core.py). One match over messages; between them one decision at a time:
-begin a waiting request, fill the next slot (head/batching.py), or run one drafter forward. Prefill,
-stop rules and statistics live here, once, for every strategy.
+A sans-IO core (runtime/core.py). It takes messages in; between them it takes one decision at a
+time: start a waiting request, send the next batch (head/scheduler.py), or run one drafter forward
+(head/drafting.py). Prefill, stop rules and statistics live here, once, for every strategy.
 
-Work for a request is done inside `self.failures.of(request)`; what raises there ends that request
+Work for a request is done inside `self.failures.of(request)`; an exception there ends that request
 at the end of the turn (runtime/failures.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-from flowspec.config import DecodeConfig
-from flowspec.head.active import (
-    Active,
-    count_outage,
-    max_rows_alive,
-    next_prompt_piece,
-    open_message,
-    open_session,
-    room,
-)
-from flowspec.head.admission import Admission, Turn, Waiting
-from flowspec.head.batching import Slots
 from flowspec.head.calibration import Calibration
-from flowspec.head.drafting import draft_work, next_drafts
+from flowspec.head.drafting import draft_work, next_shares, of_one_drafter
 from flowspec.head.pipeline import Pipeline, SegmentCost
+from flowspec.head.request_state import RequestState
+from flowspec.head.scheduler import Scheduler, TooLargeError
 from flowspec.protocol.codec import MAX_BATCH
 from flowspec.protocol.messages import (
     CLIENT,
     EVERY_STAGE,
+    AbandonRequests,
     AbortRequest,
     Exit,
     Failed,
     Features,
-    Finished,
     FinishRequest,
+    ForgetCosts,
     FreeRequest,
-    GiveUp,
     Message,
     Reroot,
     Reset,
     Resume,
-    Segment,
     Started,
     Status,
     Submit,
     Suspend,
-    Tokens,
     epoch_of,
     together,
 )
-from flowspec.protocol.sequencing import is_gap
 from flowspec.request import (
-    Completion,
     DecodeStats,
+    Decoding,
+    Failure,
+    FailureKind,
     FinishReason,
     Request,
+    RequestOutput,
+    StageCounts,
+    TokensOut,
     cause_of,
-    rank_name,
 )
 from flowspec.runtime.core import Send, Step
-from flowspec.runtime.failures import Failures
+from flowspec.runtime.failures import Failures, attempt
 from flowspec.speculation.drafters.base import Drafter, NoDrafter
 from flowspec.speculation.drafters.merge import MergedDrafter
-from flowspec.speculation.strategies import StrategySpec
+from flowspec.speculation.strategies import find_strategy, resolve_decoding
+from flowspec.speculation.strategy import ResolvedDecoding
 from flowspec.tokenizer import TextStream
 
 FIRST_STAGE = 1
-MAX_FINISHED = 256  # requests whose statistics are kept until somebody asks for them
+MAX_FINISHED = 256  # finished requests whose stage counts are kept
 
 
 class Head:
-    """Serves as many requests at once as `admission` lets begin; others wait in its queue."""
+    """Serves as many requests at once as its scheduler lets run; others wait in its queue.
+
+    `decoding` is that of requests that name none. `drafters` are loaded, by name; the first one is
+    that of requests that name none.
+    """
 
     rank = 0
 
     def __init__(
         self,
-        num_stages: int,
-        spec: StrategySpec,
-        config: DecodeConfig,
-        drafter: Drafter,
+        scheduler: Scheduler,
+        decoding: Decoding,
+        drafters: Mapping[str, Drafter],
         *,
-        admission: Admission,
         new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
     ) -> None:
-        assert 1 <= admission.max_active <= MAX_BATCH, "more requests than a batch holds"
-        self.spec = spec
-        self.config = config
-        self.drafter = drafter
+        assert 1 <= scheduler.max_num_seqs <= MAX_BATCH, "more requests than a batch holds"
+        self.scheduler = scheduler
+        self.pipe: Pipeline = scheduler.pipe
+        self.failures: Failures = scheduler.failures
+        self.decoding = decoding
+        self.drafters = {"none": NoDrafter(), **drafters}
+        self.merged = {name: MergedDrafter(drafter) for name, drafter in drafters.items()}
         self.new_text = new_text
-        self.pipe = Pipeline(num_stages)
-        self.admission = admission
-        self.failures = admission.failures = Failures()
-        self.slots = Slots(self.pipe, next_prompt_piece, self.failures)
-        self.active: dict[int, Active] = {}  # oldest first
-        self.calibration = Calibration()
+        self.calibrations: dict[ResolvedDecoding, Calibration] = {}
         self.newest_id = 0
-        self.finished: dict[int, DecodeStats] = {}
+        self.finished: dict[int, RequestState] = {}  # the newest ones
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}  # when each stage's status came
-        self.outage: str | None = None  # why nothing is sent: a stage is lost
+        self.outage: Failure | None = None  # why nothing is sent: a stage is lost
         self.resumes = False  # whether somebody replaces a stage that fails; else requests end
-        # Requests that were served as the newest stage was lost, and by how many losses they ended
+        # Requests that ran as the newest stage was lost, and by how many losses they ended
         self.blamed: dict[int, int] = {}
 
-    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
-        """Use another strategy for the requests to come."""
-        assert not self.active, "a request is being served"
-        assert not self.admission.waiting, "a request waits that was sized for another strategy"
-        self.spec, self.config = spec, config
-        self.pipe.cost, self.pipe.draft_s = SegmentCost(), 0.0
-        self.calibration = Calibration()
+    def resolve(self, decoding: Decoding | None) -> ResolvedDecoding:
+        """What a request's decoding means here. Raises ValueError for what cannot be had."""
+        return resolve_decoding(decoding or self.decoding, self.drafters)
 
-    @property
-    def drafter_in_use(self) -> Drafter:
-        """The drafter as the strategy wants it: none, or with the text's own branches."""
-        if not self.spec.drafts:
-            return NoDrafter()
-        return MergedDrafter(self.drafter) if self.config.graft else self.drafter
+    def drafter_of(self, decoding: ResolvedDecoding) -> Drafter:
+        """The drafter as the decoding wants it, with or without n-gram branches."""
+        drafters = self.merged if decoding.merges else self.drafters
+        return drafters[decoding.drafter]
 
-    def served_stats(self) -> list[DecodeStats]:
-        """Of the requests being served now."""
-        return [active.session.stats for active in self.active.values()]
-
-    def completion(
-        self, request: Request, end: Finished, tokens: Sequence[int], text: str
-    ) -> Completion:
-        """The answer to a request that has just ended, for the client's side of the head."""
-        return Completion(
-            request=request.id,
-            tokens=tuple(tokens),
-            text=text,
-            reason=end.reason,
-            stats=self.finished.pop(request.id, DecodeStats()),
-            error=end.error,
-        )
+    def calibration_of(self, decoding: ResolvedDecoding) -> Calibration | None:
+        """What requests of this decoding have learnt together; None where nothing is learnt."""
+        if decoding.drafter == "none" or not decoding.drafting.calibrate:
+            return None
+        return self.calibrations.setdefault(decoding, Calibration())
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """Take one message in."""
+        """Take one message in. Messages of another epoch are ignored."""
         self.pipe.now = now
         if epoch_of(message) not in (None, self.pipe.epoch):
-            return ()  # of a pipeline that is no more
+            return ()
         sends = self._take_in(message, now)
         return [*sends, *self._end_failed(now)] if self.failures else sends
 
     def _take_in(self, message: Message, now: float) -> Sequence[Send]:
         match message:
-            case Submit() | AbortRequest() | Suspend() | Resume() | GiveUp():
-                return self._obey(message, now)
+            case Submit():
+                return self._submit(message.request, now)
+            case AbortRequest():
+                return self._abort(message.request, now)
+            case ForgetCosts():
+                self._forget_costs()
+            case Suspend():
+                return self._suspend(message.failure, now, blames=message.blames)
+            case Resume():
+                return self._resume(message, now)
+            case AbandonRequests():
+                return self._abandon(message.failure, now)
             case Status():
-                self.statuses[message.stage] = message
-                self.heard_at[message.stage] = now
+                self._status(message, now)
             case Failed():
                 return self._failed(message, now)
             case Started():
@@ -162,36 +147,12 @@ class Head:
                 with self.failures.of(message.request):
                     self._features(message)
             case Reroot():
-                active = self.active.get(message.request)
-                return self._reroot(active, message, now) if active is not None else ()
+                request = self.scheduler.running.get(message.request)
+                return self._reroot(request, message, now) if request is not None else ()
         return ()
 
-    def _obey(
-        self, message: Submit | AbortRequest | Suspend | Resume | GiveUp, now: float
-    ) -> Sequence[Send]:
-        """What this side of the pipeline wants."""
-        match message:
-            case Submit():
-                return self._submit(message.request, now)
-            case AbortRequest():
-                return self._cancel(message.request, now)
-            case Suspend():
-                return self._suspend(message.cause, now, blames=message.blames)
-            case Resume():
-                return self._resume(message, now)
-            case GiveUp():
-                return self._give_up(message.error, now)
-
-    def _exit(self, message: Exit) -> None:
-        segments = self.pipe.arrive((message.request, message.seq_no))
-        for request, seq_no in segments:
-            if request in self.active:
-                self.active[request].session.flights.discard(seq_no)
-        if segments and message.rows:
-            self.pipe.cost.record(message.slowest_rows, message.slowest_ms)
-
     def poll(self, now: float) -> Step | None:
-        """The next decision: a slot first, so that the pipe never waits for the drafter."""
+        """The next decision: a batch first, so that the pipe never waits for the drafter."""
         self.pipe.now = now
         if self.outage is not None:
             return None
@@ -202,303 +163,341 @@ class Head:
         return Step(sends=[*step.sends, *self._end_failed(now)], work=step.work)
 
     def _next_step(self, now: float) -> Step | None:
-        on_trial = any(active.losses.needs_trial for active in self.active.values())
-        if not on_trial and (begin := self.admission.next_to_begin()) is not None:
-            return Step(sends=self._open(begin, now))
-        if not self.active:
+        if (waiting := self.scheduler.next_to_start()) is not None:
+            return Step(sends=self._start(waiting, now))
+        running = self.scheduler.running
+        if not running:
             return None
-        slot = self._next_slot()
-        if not slot:
+        batch = self.scheduler.next_batch()
+        if not batch:
             if self.pipe.draft_began_at is not None:
                 return None
-            if shares := next_drafts(self.active.values(), self.failures):
-                drafter, after = self.drafter_in_use, self._end_failed
-                return Step(work=draft_work(drafter, self.pipe, shares, self.failures, after))
+            if shares := next_shares(running.values(), self.failures):
+                own = of_one_drafter(shares, self.pipe.drafting)
+                drafter = self.drafter_of(own[0].request.decoding)
+                work = draft_work(drafter, self.pipe, own, self.failures, self._end_failed)
+                return Step(work=work)
             # "nothing more to draft" may be what a strategy was waiting for
-            slot = self._next_slot()
-        return Step(sends=[Send(FIRST_STAGE, together(slot))]) if slot else None
+            batch = self.scheduler.next_batch()
+        return Step(sends=[Send(FIRST_STAGE, together(batch))]) if batch else None
 
-    def _next_slot(self) -> list[Segment]:
-        slot = self.slots.next_slot(list(self.active.values()), room)
-        if slot:
-            num_rows = sum(len(segment.nodes) for segment in slot)
-            self.pipe.depart(
-                num_rows,
-                tuple((s.request, s.seq_no) for s in slot),
-                prompt=all(s.prefix for s in slot),
-            )
-        return slot
+    # Beginnings ----------------------------------------------------------------------------------
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
+        """Queue a request; whatever is wrong with it ends it here."""
         if not self.newest_id < request.id < 2**63:
-            return self._refuse(
-                request.id, f"request id {request.id} must be above the last, {self.newest_id}"
-            )
+            cause = f"request id {request.id} must be above the last, {self.newest_id}"
+            return [_refusal(request, Failure(cause=cause, kind=FailureKind.REFUSED))]
         self.newest_id = request.id
-        try:
-            self.admission.submit(request, now, num_tree_rows=max_rows_alive(self.config))
-        except ValueError as error:
-            return self._refuse(request.id, str(error))
+        state = attempt(lambda: self._new_state(request, now))
+        if isinstance(state, Exception):
+            return [_refusal(request, failure_of(state))]
+        self.scheduler.add(state)
         return ()
 
-    def _refuse(self, request: int, error: str) -> Sequence[Send]:
-        return [Send(CLIENT, Finished(request=request, reason=FinishReason.ERROR, error=error))]
+    def _new_state(self, request: Request, now: float) -> RequestState:
+        """Raises ValueError where the request can never run."""
+        decoding = self.resolve(request.decoding)
+        return RequestState(
+            request=request,
+            decoding=decoding,
+            text=self.new_text(request),
+            pipe=self.pipe,
+            max_new_tokens=self.scheduler.check(request, decoding.config),
+            vocab_size=self.scheduler.vocab_size,
+            stats=DecodeStats(submitted_at=now),
+        )
 
-    def _open(self, begin: Waiting, now: float) -> Sequence[Send]:
-        """The oldest waiting request begins, with what a kept one has in common with it."""
-        drafter, gone, gone_after, opened = self.drafter_in_use, [], [], []
-        with self.failures.of(begin.request.id):
-            turn = self.admission.begin(begin, self.config, drafter.name)
-            gone, gone_after = turn.gone, turn.gone_after
-            active = self._begin(turn, drafter)
-            message = open_message(turn, active.session, drafter.aux_hidden_state_layers)
-            self.active[begin.request.id] = active
-            opened = [Send(FIRST_STAGE, message)]
-        sends = [*self._close(gone), *opened, *self._close(gone_after)]
-        if (error := self.failures.pop(begin.request.id)) is not None:
-            self.admission.drop(begin.request.id)
-            sends.append(self._drop(begin, FinishReason.ERROR, now, own_failure(error)))
+    def _start(self, request: RequestState, now: float) -> Sequence[Send]:
+        """The oldest waiting request runs, with what a kept one has in common with it."""
+        evicted, succeeded, started = [], [], []
+        with self.failures.of(request.id):
+            start = self.scheduler.start(request)
+            evicted, succeeded = start.evicted, start.succeeded
+            message = request.run(
+                find_strategy(request.decoding.strategy).make(request.decoding.config),
+                self.drafter_of(request.decoding),
+                self.calibration_of(request.decoding),
+                reuse=start.reuse,
+                num_cached_tokens=start.num_cached_tokens,
+            )
+            started = [Send(FIRST_STAGE, message)]
+        sends = [*self._close(evicted), *started, *self._close(succeeded)]
+        if (error := self.failures.pop(request.id)) is not None:
+            self.scheduler.withdraw(request.id)
+            self.scheduler.running.pop(request.id, None)
+            sends.append(self._end(request, FinishReason.ERROR, now, own_failure(error)))
         return sends
 
-    def _begin(self, turn: Turn, drafter: Drafter) -> Active:
-        request, before = turn.waiting.request, turn.waiting.before
-        session = open_session(
-            turn,
-            self.config,
-            self.pipe,
-            drafter,
-            self.calibration,
-            vocab_size=self.admission.vocab_size,
-        )
-        strategy = self.spec.make()
-        if before is None:
-            return Active(session, strategy, self.new_text(request))
-        return Active(session, strategy, before.text, before.lost_at, before.losses)
-
     def _close(self, requests: Sequence[int]) -> list[Send]:
+        """Free kept requests on the stages."""
         epoch = self.pipe.epoch
         self.pipe.num_closes += len(requests)
         return [Send(FIRST_STAGE, FinishRequest(epoch=epoch, request=old)) for old in requests]
 
+    # What stages say -----------------------------------------------------------------------------
+
+    def _status(self, message: Status, now: float) -> None:
+        self.statuses[message.stage] = message
+        self.heard_at[message.stage] = now
+        if (request := self.finished.get(message.finished_request)) is not None:
+            request.stage_counts[message.stage] = StageCounts(
+                num_rows_run=message.finished_rows_run,
+                num_rows_pruned=message.finished_rows_pruned,
+                busy_s=message.finished_busy_s,
+            )
+
+    def _exit(self, message: Exit) -> None:
+        segments = self.pipe.arrive((message.request, message.seq_no))
+        for request, seq_no in segments:
+            if request in self.scheduler.running:
+                self.scheduler.running[request].flights.discard(seq_no)
+        if segments and message.rows:
+            self.pipe.cost.record(message.slowest_rows, message.slowest_ms)
+
     def _features(self, message: Features) -> None:
-        """True features; those of a kept request complete what its next turn can use again."""
-        if message.request in self.active:
-            session = self.active[message.request].session
-        elif message.request in self.admission.kept:
-            session = self.admission.kept[message.request].session
-        else:
+        """True hidden states; those of a kept request complete what its next turn can reuse."""
+        request = self.scheduler.running.get(message.request)
+        request = request or self.scheduler.cache.requests.get(message.request)
+        if request is None:
             return
         by_position = {}
         for node, hidden in zip(message.nodes, message.hidden, strict=True):
-            by_position[session.locate(node)] = hidden
-        session.drafter.accept_features(message.layer, by_position)
+            by_position[request.locate(node)] = hidden
+        request.drafter.accept_features(message.layer, by_position)
 
-    def _reroot(self, active: Active, verdict: Reroot, now: float) -> Sequence[Send]:
-        session = active.session
-        if session.verdict is not None and verdict.position <= session.verdict.position:
-            return ()  # an older truth, overtaken
-        session.verdict = verdict
-        active.count_verdict(now)
+    def _reroot(self, request: RequestState, verdict: Reroot, now: float) -> Sequence[Send]:
+        if request.verdict is not None and verdict.position <= request.verdict.position:
+            return ()  # a stale verdict
+        request.verdict = verdict
+        request.count_verdict(now)
         sends: list[Send] = []
         reason: FinishReason | None = None
-        with self.failures.of(session.request.id):
-            new, num_drafted = self._accept(active, verdict, now)
-            tokens, reason = self._take_tokens(active, new, num_drafted, now)
+        with self.failures.of(request.id):
+            new, num_drafted = self._accept(request, verdict, now)
+            tokens, reason = self._take_tokens(request, new, num_drafted, now)
             sends.append(Send(CLIENT, tokens))
             if reason is None:
-                active.strategy.on_verdict(session)
-                session.graft()
-        return [*sends, *self._finish(active, reason, now)] if reason is not None else sends
+                assert request.strategy is not None, "a running request has a strategy"
+                request.strategy.on_verdict(request)
+                request.merge_branches()
+        return [*sends, *self._finish(request, reason, now)] if reason is not None else sends
 
-    def _accept(self, active: Active, verdict: Reroot, now: float) -> tuple[list[int], int | None]:
+    def _accept(
+        self, request: RequestState, verdict: Reroot, now: float
+    ) -> tuple[list[int], int | None]:
         """The verdict's new tokens, and how many of them the tree held; None: the prompt's."""
-        session, tree = active.session, active.session.tree
-        if not session.decoding:
+        tree = request.tree
+        if not request.is_decoding:
             tree.plant(verdict.parent, verdict.token, verdict.position)
-            session.stats.num_prefills += 1
-            active.end_outage(now)
+            request.stats.num_prefills += 1
+            request.end_outage(now)
             return [verdict.token], None
-        session.stats.num_nodes_alive += len(tree)
+        request.stats.num_nodes_alive += len(tree)
         child = tree.child(verdict.parent, verdict.token)
-        session.last_was_unsent = child is not None and not child.sent
-        path, session.last_was_hit = tree.reroot(verdict.parent, verdict.token)
-        session.learn(path, verdict.token)
+        request.last_was_unsent = child is not None and not child.sent
+        path, request.last_was_hit = tree.reroot(verdict.parent, verdict.token)
+        request.learn(path, verdict.token)
         new = [*(node.token for node in path[1:]), verdict.token]
-        session.commit((node.id, node.position) for node in path)
-        return new, len(new) - (not session.last_was_hit)
+        request.commit((node.id, node.position) for node in path)
+        return new, len(new) - (not request.last_was_hit)
 
     def _take_tokens(
-        self, active: Active, new: list[int], num_drafted: int | None, now: float
-    ) -> tuple[Tokens, FinishReason | None]:
+        self, request: RequestState, new: list[int], num_drafted: int | None, now: float
+    ) -> tuple[TokensOut, FinishReason | None]:
         """Apply the stop rules in order of position; nothing after the end is counted.
 
         Of the new tokens the first `num_drafted` were in the tree; None: the prompt's verdict.
         Returns what the client is told, and why the request ends, where it does.
         """
-        session, request = active.session, active.session.request
-        limit = session.context - len(request.prompt)
-        new = new[: limit - len(session.tokens)]
-        ends = [index for index, token in enumerate(new) if token in request.eos_token_ids]
+        end_ids = request.request.eos_token_ids or ()
+        new = new[: request.max_new_tokens - len(request.tokens)]
+        ends = [index for index, token in enumerate(new) if token in end_ids]
         if ends:
             new = new[: ends[0] + 1]
-        text, used = active.text.push(new)
+        text, used = request.text.push(new)
         new = new[:used]
-        session.tokens.extend(new)
-        session.stats.count_tokens(len(new), now)
-        session.drafter.accept(new)
+        request.tokens.extend(new)
+        request.stats.count_tokens(len(new), now)
+        request.drafter.accept(new)
         if num_drafted is not None:
             found = min(num_drafted, len(new))
-            unsent = session.last_was_unsent and found == num_drafted
-            session.stats.count_verdict(found, missed=len(new) > found, unsent=unsent)
+            unsent = request.last_was_unsent and found == num_drafted
+            request.stats.count_verdict(found, missed=len(new) > found, unsent=unsent)
         reason = None
-        if active.text.stopped or (new and new[-1] in request.eos_token_ids):
+        if request.text.stopped or (new and new[-1] in end_ids):
             reason = FinishReason.STOP
-        elif len(session.tokens) >= limit:
+        elif len(request.tokens) >= request.max_new_tokens:
             reason = FinishReason.LENGTH
         if reason is not None:
-            text += active.text.flush()
-        return Tokens(request=request.id, tokens=tuple(new), text=text), reason
+            text += request.text.flush()
+        return TokensOut(request=request.id, tokens=tuple(new), text=text), reason
+
+    # Ends ----------------------------------------------------------------------------------------
 
     def _finish(
-        self, active: Active, reason: FinishReason, now: float, error: str = ""
-    ) -> Sequence[Send]:
-        """The request is over: its memory is free at once, or kept for a next turn."""
-        session, epoch = active.session, self.pipe.epoch
-        active.end_outage(now)
-        request, session.over = session.request.id, True
-        del self.active[request]
-        self._close_books(request, session.stats, now)
+        self,
+        request: RequestState,
+        reason: FinishReason,
+        now: float,
+        error: Failure | None = None,
+    ) -> list[Send]:
+        """A running request is over: its memory is free at once, or kept for a next turn."""
+        epoch, cache = self.pipe.epoch, self.scheduler.cache
+        del self.scheduler.running[request.id]
+        end = self._end(request, reason, now, error)
         self.statuses.clear()  # those to come tell whether the caches are free
-        keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and self.admission.max_kept > 0
-        close = FinishRequest(epoch=epoch, request=request, keep=keep, verdict=session.verdict)
+        keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and cache.max_size > 0
+        close = FinishRequest(epoch=epoch, request=request.id, keep=keep, verdict=request.verdict)
         sends = [Send(FIRST_STAGE, close)]
         self.pipe.num_closes += 1
         if keep:
-            sends += self._close(self.admission.keep(session))
+            sends += self._close(cache.add(request))
         else:
-            del self.admission.rows[request]
-            sends.append(Send(EVERY_STAGE, FreeRequest(epoch=epoch, request=request)))
-        return [
-            *sends,
-            Send(CLIENT, Finished(request=request, reason=reason, error=error)),
-        ]
+            sends.append(Send(EVERY_STAGE, FreeRequest(epoch=epoch, request=request.id)))
+        return [*sends, end]
+
+    def _end(
+        self,
+        request: RequestState,
+        reason: FinishReason,
+        now: float,
+        error: Failure | None = None,
+    ) -> Send:
+        """The request's output; it is on no stage any more, or has just been freed there."""
+        output = request.finish(reason, now, error)
+        self.finished[request.id] = request
+        if len(self.finished) > MAX_FINISHED:
+            del self.finished[next(iter(self.finished))]
+        return Send(CLIENT, output)
 
     def _end_failed(self, now: float) -> list[Send]:
         """End the requests whose own work has failed; a kept one is given up."""
         sends: list[Send] = []
-        for request, error in self.failures.take().items():
-            if request in self.active:
-                active = self.active[request]
-                sends += self._finish(active, FinishReason.ERROR, now, own_failure(error))
-            elif request in self.admission.kept:
-                del self.admission.kept[request]
-                sends += self._close([request])
-            elif (waiting := self.admission.withdraw(request)) is not None:
-                sends.append(self._drop(waiting, FinishReason.ERROR, now, own_failure(error)))
+        for number, error in self.failures.take().items():
+            failure = own_failure(error)
+            if (running := self.scheduler.running.get(number)) is not None:
+                sends += self._finish(running, FinishReason.ERROR, now, failure)
+            elif self.scheduler.cache.remove(number) is not None:
+                sends += self._close([number])
+            elif (waiting := self.scheduler.withdraw(number)) is not None:
+                sends.append(self._end(waiting, FinishReason.ERROR, now, failure))
         return sends
 
-    def _cancel(self, request: int, now: float) -> Sequence[Send]:
-        if request in self.active:
-            return self._finish(self.active[request], FinishReason.CANCELLED, now)
-        if (waiting := self.admission.withdraw(request)) is not None:
-            return [self._drop(waiting, FinishReason.CANCELLED, now)]
+    def _abort(self, number: int, now: float) -> Sequence[Send]:
+        if (running := self.scheduler.running.get(number)) is not None:
+            return self._finish(running, FinishReason.CANCELLED, now)
+        if (waiting := self.scheduler.withdraw(number)) is not None:
+            return [self._end(waiting, FinishReason.CANCELLED, now)]
         return ()
 
-    def _drop(self, waiting: Waiting, reason: FinishReason, now: float, error: str = "") -> Send:
-        """A request ends that is not on the stages."""
-        request, before = waiting.request.id, waiting.before
-        if before is not None:
-            count_outage(before.stats, now - before.lost_at)
-            self._close_books(request, before.stats, now)
-        return Send(CLIENT, Finished(request=request, reason=reason, error=error))
+    def _forget_costs(self) -> None:
+        """Learn costs and calibration anew; only where no request is open."""
+        if not self.scheduler.running and not self.scheduler.waiting:
+            self.pipe.forget()
+            self.calibrations.clear()
 
-    def _close_books(self, request: int, stats: DecodeStats, now: float) -> None:
-        stats.finished_at = now
-        self.finished[request] = stats
-        if len(self.finished) > MAX_FINISHED:
-            del self.finished[next(iter(self.finished))]
-
-    def _suspend(self, cause: str, now: float, *, blames: bool = False) -> list[Send]:
+    def _suspend(self, failure: Failure, now: float, *, blames: bool = False) -> list[Send]:
         """A stage is lost, and every request's rows with it; the accepted tokens are here.
 
         With `blames` a request may have been the cause. One alone cannot be told from the others
-        that were served, so all are suspects: they begin again one at a time, those with most
-        losses first, and one that the losses condemn (see Losses) ends here.
+        that ran, so all are suspects: they start again one at a time, those with most losses
+        first, and one that the losses condemn (head/losses.py) ends here.
         """
-        self.outage = cause
+        self.outage = failure
         self.pipe.begin_epoch()
-        sends: list[Send] = []
-        again = []
-        for number, active in self.active.items():
+        running = list(self.scheduler.running.values())
+        condemned = []
+        for request in running:
             if blames:
-                active.count_loss(alone=len(self.active) == 1)
-                self.blamed[number] = active.losses.condemns
-            if count := active.losses.condemns:
-                active.session.over = True
-                waiting = self.admission.waiting_again(active.session, active.put_aside(now))
-                error = after_losses(cause, count)
-                sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
-            else:
-                again.append((active.session, active.put_aside(now)))
-        again.sort(key=lambda one: -one[1].losses.recent)
-        self.admission.begin_again(again)
-        if sends:  # the cause is found: it was no other's doing
-            self.admission.forget_losses()
-        self.active.clear()
+                request.count_loss(alone=len(running) == 1)
+                self.blamed[request.id] = request.losses.condemns
+            if request.losses.condemns:
+                condemned.append(request)
+        self.scheduler.preempt_all(now, condemned)
+        sends = []
+        for request in condemned:
+            request.lost_at = now if request.lost_at is None else request.lost_at
+            error = after_losses(failure, request.losses.condemns)
+            sends.append(self._end(request, FinishReason.ERROR, now, error))
+        if condemned:
+            self.scheduler.forgive()
         self.statuses.clear()
         return sends
 
     def _resume(self, message: Resume, now: float) -> Sequence[Send]:
-        """The layers are covered again: requests begin anew as memory allows, prefixes first."""
+        """The layers are covered again: requests start anew as memory allows, prefixes first."""
         if self.outage is None:
-            self._suspend("", now)  # nobody is to blame, so nobody ends
+            self._suspend(Failure(cause=""), now)  # nobody is to blame, so nobody ends
         self.outage = None
         self.blamed.clear()
         if message.num_stages != self.pipe.num_stages:
             self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
-        self.admission.max_rows = message.kv_rows
+        self.scheduler.max_kv_tokens = message.kv_rows
         sends = [Send(EVERY_STAGE, Reset(epoch=self.pipe.epoch))]
-        for waiting in self.admission.take_too_large():
-            error = (
-                f"the request needs {waiting.num_rows} rows of KV cache on every stage, the "
+        for request in self.scheduler.take_too_large():
+            cause = (
+                f"the request needs {request.num_kv_tokens} tokens of KV cache on every stage, the "
                 f"tightest of those that are left holds {message.kv_rows}"
             )
-            sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
+            error = Failure(cause=cause, kind=FailureKind.TOO_LARGE)
+            sends.append(self._end(request, FinishReason.ERROR, now, error))
         return sends
 
-    def _give_up(self, error: str, now: float) -> Sequence[Send]:
+    def _abandon(self, failure: Failure, now: float) -> Sequence[Send]:
         """Every request ends here; the client has what was generated."""
         sends: list[Send] = []
-        for active in list(self.active.values()):
-            sends += self._finish(active, FinishReason.ERROR, now, error)
-        while self.admission.waiting:
-            waiting = self.admission.waiting.popleft()
-            sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
+        for request in list(self.scheduler.running.values()):
+            sends += self._finish(request, FinishReason.ERROR, now, failure)
+        while self.scheduler.waiting:
+            request = self.scheduler.waiting.popleft()
+            sends.append(self._end(request, FinishReason.ERROR, now, failure))
         return sends
 
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
         """A stage cannot serve one request, or (request 0) none."""
-        error = f"{rank_name(message.stage)}: {message.text}"
+        failure = Failure(cause=message.text, rank=message.stage)
         if self.resumes and not message.request:
-            return self._suspend(error, now, blames=not is_gap(message))
+            return self._suspend(failure, now, blames=not message.num_lost)
         sends: list[Send] = []
-        for request, active in list(self.active.items()):
-            if message.request in (0, request):
-                sends += self._finish(active, FinishReason.ERROR, now, error)
-        if self.admission.kept.pop(message.request, None) is not None:
+        for number, request in list(self.scheduler.running.items()):
+            if message.request in (0, number):
+                sends += self._finish(request, FinishReason.ERROR, now, failure)
+        if self.scheduler.cache.remove(message.request) is not None:
             sends += self._close([message.request])  # no next turn can use it again
         return sends
 
 
-def own_failure(error: Exception) -> str:
-    """What a client is told of an exception in the work for its request."""
-    return f"{rank_name(0)}: {cause_of(error)}"
+def failure_of(error: Exception) -> Failure:
+    """What an exception says of a request: a ValueError is the request's own fault."""
+    if isinstance(error, TooLargeError):
+        return Failure(cause=str(error), kind=FailureKind.TOO_LARGE)
+    if isinstance(error, ValueError):
+        return Failure(cause=str(error), kind=FailureKind.REFUSED)
+    return own_failure(error)
 
 
-def after_losses(cause: str, count: int) -> str:
+def own_failure(error: Exception) -> Failure:
+    """What a client is told of an exception in the head's work for its request."""
+    return Failure(cause=cause_of(error), rank=0)
+
+
+def after_losses(failure: Failure, count: int) -> Failure:
     """Why a request ends that may be the cause of a device's loss; a log follows in its place."""
-    first, newline, log = cause.partition("\n")
-    return (
+    first, newline, log = failure.cause.partition("\n")
+    cause = (
         f"{first}; a device was lost {count} times while it served this request, which is not "
         f"tried again{newline}{log}"
     )
+    return replace(failure, cause=cause)
+
+
+def _refusal(request: Request, failure: Failure) -> Send:
+    """The end of a request that was never queued."""
+    output = RequestOutput(
+        request=request.id,
+        reason=FinishReason.ERROR,
+        error=failure,
+        num_prompt_tokens=len(request.prompt_tokens),
+    )
+    return Send(CLIENT, output)

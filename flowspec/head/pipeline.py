@@ -1,4 +1,4 @@
-"""Pipe: what the head knows of the pipeline as a whole, whoever's rows are in it.
+"""Pipeline: what the head knows of the pipeline as a whole: batches in flight, costs.
 
 Times in seconds of the driver's clock unless the name says milliseconds.
 """
@@ -51,61 +51,68 @@ class SegmentCost:
 
 
 @dataclass(slots=True)
-class Trip:
+class InFlightBatch:
     """What was sent as one message: a segment, or a batch of several requests' segments."""
 
     num_rows: int
-    segments: tuple[tuple[int, int], ...]  # (request, seq_no) of each; the first names the trip
+    segments: tuple[tuple[int, int], ...]  # (request, seq_no) of each; the first names the batch
     prompt: bool = False  # nothing but pieces of prompts
     started_at: float | None = None  # when the first stage took it, as the head learnt
 
 
 @dataclass(slots=True)
 class Pipeline:
-    """Trips under way, in the order they were sent, and what they cost."""
+    """Batches in flight, in the order they were sent, and what they cost."""
 
     num_stages: int
     cost: SegmentCost = field(default_factory=SegmentCost)
-    trips: dict[tuple[int, int], Trip] = field(default_factory=dict)
+    batches: dict[tuple[int, int], InFlightBatch] = field(default_factory=dict)
     now: float = 0.0  # at the last event
-    draft_s: float = 0.0  # what a drafter forward takes, a running mean
+    draft_s: dict[str, float] = field(default_factory=dict)  # mean drafter forward, by drafter
     draft_began_at: float | None = None  # of the one that runs now
+    drafting: str = ""  # whose forward runs now
     epoch: int = 0  # of the stages that are there now
     num_closes: int = 0  # `FinishRequest`s sent, of this epoch
     link_row_ms: float = 0.0  # what each row adds on the slowest line between stages, if known
+    max_in_flight: int = 0  # segments that the machine computes at once; 0: one per stage
 
     def begin_epoch(self) -> None:
-        """The stages are lost, or are others now: what was under way never comes back."""
+        """The stages are lost or replaced; what was in flight never comes back."""
         self.epoch += 1
         self.num_closes = 0
-        self.trips.clear()
+        self.batches.clear()
+
+    def forget(self) -> None:
+        """Forget what was learnt of costs."""
+        self.cost = SegmentCost()
+        self.draft_s.clear()
 
     @property
     def num_in_flight(self) -> int:
-        """Trips sent and not back."""
-        return len(self.trips)
+        """Batches sent and not back."""
+        return len(self.batches)
 
     def num_in_flight_for(self, request: int) -> int:
-        """Trips in flight, but for those of nothing but other requests' prompts."""
+        """Batches in flight, but for those of nothing but other requests' prompts."""
         return sum(
-            not trip.prompt or any(of == request for of, _ in trip.segments)
-            for trip in self.trips.values()
+            not batch.prompt or any(of == request for of, _ in batch.segments)
+            for batch in self.batches.values()
         )
 
     @property
     def num_waiting(self) -> int:
-        """Trips that the first stage has not taken yet."""
-        return sum(trip.started_at is None for trip in self.trips.values())
+        """Batches that the first stage has not taken yet."""
+        return sum(batch.started_at is None for batch in self.batches.values())
 
     @property
     def is_full(self) -> bool:
-        """As much is under way as the stages' bounded queues should ever hold."""
+        """Whether as much is in flight as the stages' bounded queues should ever hold."""
         return self.num_in_flight > 2 * self.num_stages
 
     @property
     def first_stage_busy_s(self) -> float:
         """How much longer the first stage is expected to compute."""
-        running = [trip for trip in self.trips.values() if trip.started_at is not None]
+        running = [batch for batch in self.batches.values() if batch.started_at is not None]
         if not running:
             return 0.0
         newest = running[-1]
@@ -117,25 +124,34 @@ class Pipeline:
         self, num_rows: int, segments: tuple[tuple[int, int], ...], *, prompt: bool = False
     ) -> None:
         """Segments leave together; `prompt`: all are pieces of prompts."""
-        self.trips[segments[0]] = Trip(num_rows, segments, prompt)
+        self.batches[segments[0]] = InFlightBatch(num_rows, segments, prompt)
 
-    def start(self, trip: tuple[int, int]) -> None:
-        """The first stage has taken the trip."""
-        if trip in self.trips:
-            self.trips[trip].started_at = self.now
+    def start(self, name: tuple[int, int]) -> None:
+        """The first stage has taken the batch of this (request, seq_no)."""
+        if name in self.batches:
+            self.batches[name].started_at = self.now
 
-    def arrive(self, trip: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-        """The trip has left the pipe; returns its segments."""
-        done = self.trips.pop(trip, None)
+    def arrive(self, name: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """The batch has left the pipe; returns its segments."""
+        done = self.batches.pop(name, None)
         return done.segments if done is not None else ()
 
-    @property
-    def draft_left_s(self) -> float:
-        """How much longer the running drafter forward is expected to take, or one begun now."""
+    def begin_draft(self, drafter: str) -> None:
+        """A forward of `drafter` begins."""
+        self.draft_began_at, self.drafting = self.now, drafter
+
+    def end_draft(self) -> None:
+        """The forward that ran is over."""
+        self.draft_began_at = None
+
+    def draft_left_s(self, drafter: str) -> float:
+        """How much longer the running forward is expected to take, or one of `drafter` begun now."""
         if self.draft_began_at is None:
-            return self.draft_s
-        return max(0.0, self.draft_began_at + self.draft_s - self.now)
+            return self.draft_s.get(drafter, 0.0)
+        mean = self.draft_s.get(self.drafting, 0.0)
+        return max(0.0, self.draft_began_at + mean - self.now)
 
     def count_draft(self, elapsed: float) -> None:
-        """A drafter forward took `elapsed` seconds."""
-        self.draft_s += (elapsed - self.draft_s) * (0.1 if self.draft_s else 1.0)
+        """The forward that ran took `elapsed` seconds."""
+        mean = self.draft_s.get(self.drafting, 0.0)
+        self.draft_s[self.drafting] = mean + (elapsed - mean) * (0.1 if mean else 1.0)

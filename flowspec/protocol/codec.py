@@ -64,7 +64,8 @@ _REROOT = struct.Struct("<Iqi")
 _STARTED = struct.Struct("<Q")
 _EXIT = struct.Struct("<QIIf")
 _FEATURES = struct.Struct("<iIBI")
-_STATUS = struct.Struct("<IdQQQIQQQ")
+_STATUS = struct.Struct("<IdQQQIQQQQQQd")
+_LOST = struct.Struct("<I")
 _READY = struct.Struct("<Q")
 _RANK = struct.Struct("<i")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -340,8 +341,9 @@ def _decode_text(name: str, body: memoryview) -> tuple[int, str]:
 
 
 def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Failed:
-    stage, text = _decode_text("Failed", body)
-    return Failed(stage=stage, request=request, text=text)
+    (num_lost,) = _unpack("Failed", _LOST, body, rest=True)
+    stage, text = _decode_text("Failed", body[_LOST.size :])
+    return Failed(stage=stage, request=request, text=text, num_lost=num_lost)
 
 
 def _encode_ready(head: bytes, m: Ready) -> list[Frame]:
@@ -398,9 +400,17 @@ _KINDS: dict[type, _Kind] = {
         "kv_rows_used",
         "peak_memory_bytes",
         "num_closes",
+        "finished_request",
+        "finished_rows_run",
+        "finished_rows_pruned",
+        "finished_busy_s",
     ),
     Failed: _Kind(
-        "Failed", 9, 1, lambda head, m: [head + _encode_text(m.stage, m.text)], _decode_failed
+        "Failed",
+        9,
+        1,
+        lambda head, m: [head + _LOST.pack(m.num_lost) + _encode_text(m.stage, m.text)],
+        _decode_failed,
     ),
     Ready: _Kind("Ready", 10, 1, _encode_ready, _decode_ready),
     Ping: _plain(Ping, 11, _RANK, "rank"),

@@ -8,7 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from flowspec.request import FinishReason, NodeId, Request, SamplingParams
+from flowspec.request import (
+    Failure,
+    NodeId,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokensOut,
+)
 
 CLIENT = -1  # rank of whoever submitted a request, seen from the head
 HEAD = 0
@@ -172,6 +179,10 @@ class Status:
     kv_rows_used: int = 0  # that those caches take
     peak_memory_bytes: int = 0  # of the process, 0: not known
     num_closes: int = 0  # `FinishRequest`s taken in, of this epoch
+    finished_request: int = 0  # whose FinishRequest this status answers; 0: none's
+    finished_rows_run: int = 0  # rows of that request that this stage ran
+    finished_rows_pruned: int = 0  # and dropped
+    finished_busy_s: float = 0.0  # its share of forwards with rows of the draft tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +192,7 @@ class Failed(OfEpoch):
     stage: int
     request: int
     text: str
+    num_lost: int = 0  # messages that a connection has lost, which is no request's doing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,14 +232,19 @@ class AbortRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetCosts:
+    """Client to head: learn costs and calibration anew. A head that serves requests ignores it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Suspend:
     """Its process to the head: a stage is lost; nothing more is sent until `Resume`.
 
-    A new epoch begins. Requests that had begun wait again, ahead of those that had not. With
+    A new epoch begins. Requests that ran wait again, ahead of those that had not begun. With
     `blames` one of them may be the cause: it ends if this happens to it again at once.
     """
 
-    cause: str = ""  # which device, and what became of it
+    failure: Failure  # which device, and what became of it
     blames: bool = False
 
 
@@ -244,28 +261,10 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GiveUp:
-    """Its process to the head: end every request with this error; what was generated stays."""
+class AbandonRequests:
+    """Its process to the head: end every request with this failure; what was generated stays."""
 
-    error: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tokens:
-    """Head to client: newly accepted tokens and the text that is now certain."""
-
-    request: int
-    tokens: tuple[int, ...]
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """Head to client: the request is over. `error` says why where the reason is ERROR."""
-
-    request: int
-    reason: FinishReason
-    error: str = ""
+    failure: Failure
 
 
 WireMessage: TypeAlias = (
@@ -286,7 +285,15 @@ WireMessage: TypeAlias = (
     | Stop
 )
 Message: TypeAlias = (
-    WireMessage | Submit | AbortRequest | Suspend | Resume | GiveUp | Tokens | Finished
+    WireMessage
+    | Submit
+    | AbortRequest
+    | ForgetCosts
+    | Suspend
+    | Resume
+    | AbandonRequests
+    | TokensOut
+    | RequestOutput
 )
 # these keep their order from head to last stage; the rest may overtake
 DATA = (AddRequest, Segment, Batch, FinishRequest)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from flowspec.protocol.messages import DATA, Failed, Message, OfEpoch
 from flowspec.request import rank_name
 
-_GAP = "the connection from "
-
 
 @dataclass(slots=True)
 class Lanes:
@@ -55,12 +53,9 @@ class Lanes:
             stage=message.source or self.rank,
             request=0,
             text=(
-                f"{_GAP}{rank_name(message.source)} to {rank_name(self.rank)} has lost "
+                f"the connection from {rank_name(message.source)} to {rank_name(self.rank)} has lost "
                 f"{message.number - expected} message(s)"
             ),
+            num_lost=message.number - expected,
         )
 
-
-def is_gap(failed: Failed) -> bool:
-    """Whether a connection has lost messages, which is no request's doing."""
-    return failed.text.startswith(_GAP)

@@ -103,9 +103,10 @@ class Simulator:
         self._last_data: dict[tuple[int, int], float] = {}
         self._max_events = max_events
 
-    def submit(self, message: Message) -> None:
-        """A message from the client to the head, now."""
-        self._at(self.now, lambda: self.deliver(HEAD, message))
+    def submit(self, message: Message, *, at: float | None = None) -> None:
+        """A message from the client to the head, now or `at` a later time."""
+        when = self.now if at is None else max(at, self.now)
+        self._at(when, lambda: self.deliver(HEAD, message))
 
     def replace(self, core: Core) -> None:
         """A device starts anew, or comes: what it computed and what had reached it is gone."""

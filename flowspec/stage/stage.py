@@ -11,7 +11,7 @@ What fails in the work for one request ends that request here, and the head is t
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,21 @@ MAX_TREE_ROWS = 4096  # of one request, beside its context
 STATUS_INTERVAL_S = 0.25
 
 
+@dataclass(slots=True)
+class RequestCounts:
+    """What this stage has done for one request; `busy_s` counts its rows of the draft tree."""
+
+    num_rows_run: int = 0
+    num_rows_pruned: int = 0
+    busy_s: float = 0.0
+
+    def add(self, share: Share, elapsed: float) -> None:
+        """Rows of the request were run; `elapsed` is their share of the forward."""
+        self.num_rows_run += len(share.rows.positions)
+        if not share.segment.prefix:
+            self.busy_s += elapsed
+
+
 class Stage:
     """Rank 1..num_stages of the pipeline; `model` holds its layers.
 
@@ -81,6 +96,7 @@ class Stage:
         self.num_rows_run = 0
         self.num_rows_pruned = 0
         self.num_closes = 0  # of this epoch
+        self.counts: dict[int, RequestCounts] = {}  # of requests whose end has yet to come
         self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process; its driver knows
         self._status_due = 0.0
 
@@ -126,6 +142,7 @@ class Stage:
         if epoch is not None and epoch > self.epoch:
             self.epoch, self.num_closes = epoch, 0
             self.requests.clear()
+            self.counts.clear()
             self.queue.clear()
         return epoch in (None, self.epoch)
 
@@ -143,7 +160,8 @@ class Stage:
             case AddRequest():
                 return Step(sends=self._open(message))
             case FinishRequest():
-                return Step(sends=[*self._close(message), self._status(now)])
+                sends = self._close(message)
+                return Step(sends=[*sends, self._status(now, finished=message.request)])
             case Segment() | Batch():
                 return self._forward(segments_of(message))
 
@@ -172,6 +190,7 @@ class Stage:
                 message.num_cached_tokens - 1,
             )
         self.requests[message.request] = state
+        self.counts[message.request] = RequestCounts()
         return self._pass_on(message)
 
     def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
@@ -250,6 +269,9 @@ class Stage:
         self.busy_s += elapsed
         self.num_segments += 1
         self.num_rows_run += sum(len(share.rows.positions) for share in forward.shares)
+        for share in forward.shares:
+            if (counts := self.counts.get(share.segment.request)) is not None:
+                counts.add(share, elapsed * len(share.rows.positions) / forward.num_rows)
         sends: list[Send] = []
         for request, error in forward.errors.items():
             self.failures.add(error, request)
@@ -281,7 +303,10 @@ class Stage:
             if state is not None:
                 alive = range(len(segment.nodes)) if segment.prefix else state.admit(segment)
         state = self.requests.get(segment.request)  # none, if that has failed
-        self.num_rows_pruned += len(segment.nodes) - len(alive)
+        num_pruned = len(segment.nodes) - len(alive)
+        self.num_rows_pruned += num_pruned
+        if (counts := self.counts.get(segment.request)) is not None:
+            counts.num_rows_pruned += num_pruned
         segment = segment.select(alive)
         if not segment.nodes:
             segment = replace(segment, hidden=None)
@@ -354,8 +379,10 @@ class Stage:
         )
         return Send(HEAD, message)
 
-    def _status(self, now: float) -> Send:
+    def _status(self, now: float, *, finished: int = 0) -> Send:
+        """Totals, and the counts of a request that is over on this stage, once."""
         self._status_due = now + STATUS_INTERVAL_S
+        counts = self.counts.pop(finished, None)
         status = Status(
             stage=self.rank,
             busy_s=self.busy_s,
@@ -366,6 +393,10 @@ class Stage:
             kv_rows_used=self.kv_rows_used,
             peak_memory_bytes=self.peak_memory_bytes(),
             num_closes=self.num_closes,
+            finished_request=finished if counts is not None else 0,
+            finished_rows_run=counts.num_rows_run if counts is not None else 0,
+            finished_rows_pruned=counts.num_rows_pruned if counts is not None else 0,
+            finished_busy_s=counts.busy_s if counts is not None else 0.0,
         )
         return Send(HEAD, status)
 

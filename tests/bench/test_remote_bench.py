@@ -36,7 +36,7 @@ from flowspec.protocol.control import (
 )
 from flowspec.request import (
     ClusterError,
-    Completion,
+    RequestOutput,
     DecodeStats,
     FinishReason,
     SamplingParams,
@@ -96,7 +96,7 @@ class Cluster:
         if (decoding.strategy, words[-1]) in self.too_large:
             return LongPrompt(9, "it needs 90 rows")
         tokens = (1, 2, 3, 4, 6 if decoding.strategy == self.wrong else 5)
-        completion = Completion(
+        completion = RequestOutput(
             request=1,
             tokens=tokens,
             text=f"answer to {words[-1]}",

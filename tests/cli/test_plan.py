@@ -165,11 +165,11 @@ def test_the_bundled_tables_are_sound(table):
 def test_options_beat_the_table_which_beats_the_defaults():
     """And a drafter's switches lie between."""
     table = {"streaming": {"segment_size": 48, "graft": False}}
-    settings = parse_settings(["streaming.topk=5", "tree_size=99"], ("ar", "streaming"))
+    settings = parse_settings(["streaming.topk=5", "num_draft_tokens=99"], ("ar", "streaming"))
     ar, plain, grafted = make_cases(("ar", "streaming"), ("eagle", "ngram+graft"), table, settings)
     default = asdict(STRATEGIES["streaming"].defaults)
     assert (ar.drafter, ar.parameters) == ("none", asdict(STRATEGIES["ar"].defaults))  # no tree
-    assert plain.parameters == {**default, "segment_size": 48, "topk": 5, "tree_size": 99}
+    assert plain.parameters == {**default, "segment_size": 48, "topk": 5, "num_draft_tokens": 99}
     assert (grafted.drafter, grafted.drafter_name) == ("ngram+graft", "ngram")
     assert grafted.parameters["graft"] is True
     config = grafted.config(RunConfig())

@@ -14,7 +14,7 @@ import pytest
 
 from flowspec.cli.ui.show import show_answers
 from flowspec.protocol.messages import Tokens
-from flowspec.request import ClusterError, Completion, DecodeStats, FinishReason, Request
+from flowspec.request import ClusterError, RequestOutput, DecodeStats, FinishReason, Request
 from tests.support.tiny import request
 
 
@@ -27,19 +27,19 @@ class Breaking:
         """None have come."""
         return {}
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | RequestOutput]:
         """See Cluster.serve."""
-        yield Tokens(request=1, tokens=(1,), text="whole ")
-        yield Tokens(request=2, tokens=(2,), text="half an ans")
+        yield TokensOut(request=1, tokens=(1,), text="whole ")
+        yield TokensOut(request=2, tokens=(2,), text="half an ans")
         yield completion(3, (), "", error="too long")
         yield completion(1, (1, 2), "whole answer")
         raise ClusterError("stage 2", "gone")
 
 
-def completion(number: int, tokens: tuple[int, ...], text: str, error: str = "") -> Completion:
+def completion(number: int, tokens: tuple[int, ...], text: str, error: str = "") -> RequestOutput:
     """One that is over."""
     reason = FinishReason.ERROR if error else FinishReason.STOP
-    return Completion(
+    return RequestOutput(
         request=number, tokens=tokens, text=text, reason=reason, stats=DecodeStats(), error=error
     )
 
@@ -55,12 +55,12 @@ def test_what_there_is_of_open_answers_is_printed(capsys: pytest.CaptureFixture[
 class Slow(Breaking):
     """One answer, with a stage that is lost in the middle of its second line."""
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
+    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | RequestOutput]:
         """See Cluster.serve."""
         logging.getLogger("flowspec.engine.local").warning("stage 1 was slow to start")
-        yield Tokens(request=1, tokens=(1,), text="first line\nsecond ")
+        yield TokensOut(request=1, tokens=(1,), text="first line\nsecond ")
         logging.getLogger("flowspec.engine.local").warning("stage 2 is lost; restarting it")
-        yield Tokens(request=1, tokens=(2,), text="line")
+        yield TokensOut(request=1, tokens=(2,), text="line")
         yield completion(1, (1, 2), "first line\nsecond line")
 
 
@@ -97,7 +97,7 @@ def test_ctrl_c_at_a_terminal_leaves_one_answer_and_one_error() -> None:
         class Endless(Breaking):
             def serve(self, requests):
                 with signals.undoing():
-                    yield Tokens(request=1, tokens=(1,), text="the answer")
+                    yield TokensOut(request=1, tokens=(1,), text="the answer")
                     time.sleep(0.5)
                     print(end="\\a", flush=True, file=sys.__stdout__)
                     while True:

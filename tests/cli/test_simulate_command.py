@@ -63,13 +63,13 @@ def test_a_sweep_prints_a_line_per_value_and_writes_its_records(tiny, tmp_path, 
 def test_parameters_vary_for_what_has_a_tree_alone(tiny, tmp_path, monkeypatch):
     """`ar` runs once, and is every depth's baseline."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--vary", "tree_depth=1,3", "--vary", "stages=2", "--strategies", "ar,serial_pp"]
+    flags = ["--vary", "num_draft_steps=1,3", "--vary", "stages=2", "--strategies", "ar,serial_pp"]
     assert simulate(tiny, *flags).exit_code == 0
     samples = read_samples(Path("out/simulate"))
-    assert sorted((one.strategy, one.parameters["tree_depth"]) for one in samples) == [
+    assert sorted((one.strategy, one.parameters["num_draft_steps"]) for one in samples) == [
         *(("ar", 6), ("serial_pp", 1), ("serial_pp", 3))
     ]
-    found = sweep(samples, find_axis("tree_depth"))
+    found = sweep(samples, find_axis("num_draft_steps"))
     assert found.has_baseline
     assert set(found.lines["serial_pp"]) == {1.0, 3.0}
 
@@ -123,10 +123,10 @@ def test_variations_are_all_combinations_and_names_say_them():
     ("flags", "names"),
     [
         ([], ["--vary", "link_mbps"]),
-        (["--vary", "moon=1"], ["moon", "tree_depth"]),
+        (["--vary", "moon=1"], ["moon", "num_draft_steps"]),
         (["--vary", "stages"], ["name=value"]),
         (["--vary", "stages=two"], ["stages=two", "numbers"]),
-        (["--vary", "t\u043epk=2"], [r"t\u043epk", "tree_depth"]),
+        (["--vary", "t\u043epk=2"], [r"t\u043epk", "num_draft_steps"]),
         (["--vary", "stages=0"], ["from 1 to"]),
         (["--vary", "link_mbps=nan,1"], ["link_mbps", "nan"]),
         (["--vary", "weight_bits=4"], ["4.5", "scales", "16"]),

@@ -107,7 +107,7 @@ def test_the_head_s_own_probe_is_no_other_request(head):
         (Decoding(strategy="warp", parameters={}, run="1"), ["warp", "known: ar"]),
         (decoding(speed=9), ["parameters of streaming", "speed", "topk"]),
         (decoding(topk=0), ["topk must be at least 1"]),
-        (decoding("ar", tree_size=2000), ["tree_size is 2000", "at most 1024"]),
+        (decoding("ar", num_draft_tokens=2000), ["num_draft_tokens is 2000", "at most 1024"]),
         (
             Decoding(strategy="streaming-unpruned", parameters={}, run="1"),
             ["streaming-unpruned", "emulated cluster alone"],
@@ -147,10 +147,10 @@ def test_what_would_be_cut_short_is_not_measured(head, parts):
 
 def test_what_no_stage_can_hold_is_refused_as_such(head):
     """Prompt, answer and tree, against what the tightest stage holds."""
-    head.engine.head.admission.max_rows = 300
-    assert head.ask(decoding(tree_size=40)) is None
+    head.engine.head.scheduler.max_kv_tokens = 300
+    assert head.ask(decoding(num_draft_tokens=40)) is None
     head.cancel()
-    done = head.ask(decoding(tree_size=400))
+    done = head.ask(decoding(num_draft_tokens=400))
     assert done is not None
     assert done.too_large
     assert "rows of KV cache on every stage, the tightest stage holds 300" in done.error
@@ -239,7 +239,7 @@ def test_a_stage_that_takes_nothing_is_lost_and_no_more(head):
     engine._num_stages, engine._epoch = 2, 4
     engine._driver.transport = SimpleNamespace(send=send, wake=lambda: None)
     number = next(iter(engine._open))
-    engine._driver.to_client.append(Tokens(request=number, tokens=(5,), text="a"))
+    engine._driver.to_client.append(TokensOut(request=number, tokens=(5,), text="a"))
     engine._do(CancelTicket(99))
     assert StageLost(4, 2, "took no Ping for 5 s") in head.told
     assert MoreText(1, (5,), "a") in head.told

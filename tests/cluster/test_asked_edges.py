@@ -89,7 +89,7 @@ def test_a_request_may_end_before_its_first_token(head, how, measured):
     """It has no speed; the head goes on."""
     assert head.ask(decoding() if measured else None) is None
     head.turn()
-    assert len(head.engine.head.active) == 1
+    assert len(head.engine.head.scheduler.running) == 1
     if how == "drop":
         head.cancel()
     elif how == "failed":
@@ -120,7 +120,7 @@ def test_who_asks_as_a_stage_is_lost_waits_for_the_next_ones(head):
     """Also where the probe that gives way finds the loss; another probe is sent later."""
     head.engine._submit_probe()
     head.turn()
-    assert len(head.engine.head.active) == 1
+    assert len(head.engine.head.scheduler.running) == 1
     head.broken = FinishRequest
     assert head.ask(decoding()) is None
     assert any(isinstance(e, StageLost) for e in head.told)
@@ -129,7 +129,7 @@ def test_who_asks_as_a_stage_is_lost_waits_for_the_next_ones(head):
     head.broken = None
     head.begin()
     head.turn()
-    assert list(head.engine.head.active) == [head.number]
+    assert list(head.engine.head.scheduler.running) == [head.number]
     head.cancel()
     head.engine._submit_probe()
     assert head.engine._probe is not None
@@ -142,7 +142,7 @@ def test_a_probe_goes_with_its_stages(head):
     head.turn()
     head.engine._do(Halt(0, ClusterError("stage 1", "killed")))
     assert head.engine._probe is None
-    assert not head.engine.head.admission.waiting
+    assert not head.engine.head.scheduler.waiting
     assert not head.engine.head.finished
     head.begin()
     head.turn()
@@ -203,7 +203,7 @@ def test_the_probe_is_not_measured(head):
     last_words(head)
     head.engine._submit_probe()
     head.turn()
-    assert len(head.engine.head.active) == 1
+    assert len(head.engine.head.scheduler.running) == 1
     assert head.ask(decoding()) is None
     assert head.engine._probe is None
     head.turn()
@@ -264,7 +264,7 @@ def test_serve_s_strategy_is_back_some_seconds_after_the_last_measured_answer(he
     engine._submit_probe()
     assert later() == "flowspec"
     assert engine._probe is None
-    assert not engine.head.admission.waiting
+    assert not engine.head.scheduler.waiting
 
 
 @pytest.mark.parametrize("when", ["never", "before it came", "as it waited", "as it was served"])
@@ -288,10 +288,10 @@ def test_an_outage_before_the_first_token_is_counted(head, when):
     assert (figures.num_resumes, figures.resume_s) == (int(when != "never"), 0.0)
 
 
-@pytest.mark.parametrize("max_kept", [0, 2])
+@pytest.mark.parametrize("max_cached", [0, 2])
 def test_after_the_last_word_a_stage_does_nothing_more(max_kept):
     """While the kept ones grow in number, when they are full, and where a client turns away."""
-    cluster = make_cluster(3, limits={"max_kept": max_kept, "max_active": 2})
+    cluster = make_cluster(3, limits={"max_cached": max_kept, "max_num_seqs": 2})
     head, simulator = cluster.head, cluster.simulator
     num_settled = 0
     for turn in range(4):
@@ -305,7 +305,7 @@ def test_after_the_last_word_a_stage_does_nothing_more(max_kept):
             if steps == 40 and turn in (1, 3):
                 simulator.deliver(0, AbortRequest(request=first))
             told = settled(head)
-            if head.active or head.admission.waiting or told is None:
+            if head.scheduler.running or head.scheduler.waiting or told is None:
                 continue
             num_settled += 1
             for rank, one in told.items():
@@ -346,7 +346,7 @@ def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_serve
     for _ in range(2):
         head.begin()
         head.turn()
-        assert head.engine.head.active
+        assert head.engine.head.scheduler.running
         if in_order:
             error = ClusterError("stage 2 on ada", "left: stopped")
             head.engine._do(Halt(0, error, in_order=True))
@@ -366,7 +366,7 @@ def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_serve
     head.begin()
     assert head.ask(None) is None
     head.turn()
-    assert head.engine.head.active
+    assert head.engine.head.scheduler.running
 
 
 def lost(timeout_s):
@@ -403,6 +403,6 @@ def test_a_device_s_own_word_counts_before_its_broken_connection(head, in_order)
             head.turn()
     timer.join()
     assert head.engine.head.outage == f"stage 2 on ada: {cause}"
-    (waiting,) = head.engine.head.admission.waiting
+    (waiting,) = head.engine.head.scheduler.waiting
     assert waiting.before.losses.recent == (not in_order)
     assert not any(isinstance(event, StageLost) for event in head.told)

@@ -85,8 +85,8 @@ def answer(head: Asking) -> None:
     """The core gives the newest request a token and its end."""
     (number,) = (n for n, entry in head.engine._open.items() if entry.ticket == head.tickets)
     said = head.engine._driver.to_client
-    said.append(wire.Tokens(request=number, tokens=(5,), text="a"))
-    head.engine.head.admission.withdraw(number)
+    said.append(wire.TokensOut(request=number, tokens=(5,), text="a"))
+    head.engine.head.scheduler.withdraw(number)
     said.append(wire.Finished(request=number, reason=FinishReason.LENGTH))
     with head.engine._noticing_losses():
         pass

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.base import generate
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import Exit, Features, Segment
-from flowspec.request import Completion, NodeId
+from flowspec.request import RequestOutput, NodeId
 from flowspec.runtime.core import Work
 from flowspec.simulator.simulator import Simulator, instant_link, unit_work
 from tests.support.clusters import make_cluster
@@ -48,7 +48,7 @@ def segment(
 
 def emulated(
     emulation: Emulation, strategy: str, *, tokens: int = 17, script: Script = mixed, **decode: int
-) -> tuple[SimulatedCluster, Completion]:
+) -> tuple[SimulatedEngine, RequestOutput]:
     """One short answer of the tiny model on the emulation's clock."""
     num_stages = emulation.cluster.num_stages
     cluster = make_cluster(num_stages, strategy, drafter=ScriptedDrafter(script), **decode)
@@ -116,7 +116,7 @@ def useless(random: Random, true: int | None, topk: int) -> list[tuple[int, floa
 @pytest.mark.parametrize("cluster", ["jetson-5", "jetson-5-125mbit", "wifi-5"])
 def test_streaming_backs_off_where_guessing_does_not_pay(cluster):
     """A useless drafter makes no cluster slower than plain decoding, not on a slow line either."""
-    sizes = {"tree_size": 400, "segment_size": 80, "topk": 16}
+    sizes = {"num_draft_tokens": 400, "segment_size": 80, "topk": 16}
     took = {}
     for strategy in ("ar", "streaming"):
         _, done = emulated(reference(cluster=cluster), strategy, tokens=60, script=useless, **sizes)

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.reference import LocalTarget
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.head.admission import Admission
+from flowspec.engine.simulated import SimulatedEngine
+from flowspec.head.scheduler import Scheduler
 from flowspec.head.head import Head
 from flowspec.speculation.drafters.eagle.drafter import EagleDrafter
 from flowspec.speculation.strategies import STRATEGIES
@@ -31,9 +31,9 @@ def test_cuda_equals_the_target_alone_on_cuda(strategy, sampling):
     assert whole.lm_head is not None
     spec = STRATEGIES[strategy]
     drafter = EagleDrafter(net, whole.lm_head.weight)
-    head = Head(3, spec, spec.defaults, drafter, admission=Admission(max_context=MAX_CONTEXT))
+    head = Head(3, spec, spec.defaults, drafter, admission=Scheduler(max_context=MAX_CONTEXT))
     models = [copy.deepcopy(model).to("cuda") for model in stage_models(3)]
     stages = [Stage(rank, 3, model) for rank, model in enumerate(models, start=1)]
     asked = request(sampling=sampling)
-    completion = generate(SimulatedCluster(head, stages), asked)
+    completion = generate(SimulatedEngine(head, stages), asked)
     assert list(completion.tokens) == LocalTarget(whole, MAX_CONTEXT).generate(asked)[0]

@@ -1,7 +1,7 @@
-"""Admission by memory: budgets known before, refusals with both numbers, memory freed at once."""
+"""Scheduler by memory: budgets known before, refusals with both numbers, memory freed at once."""
 
-from flowspec.engine.base import generate_all
-from flowspec.head.admission import Admission
+from flowspec.engine.engine import generate_all
+from flowspec.head.scheduler import Scheduler
 from flowspec.protocol.messages import (
     AbortRequest,
     AddRequest,
@@ -10,9 +10,9 @@ from flowspec.protocol.messages import (
     FreeRequest,
     Segment,
     Submit,
-    Tokens,
+    TokensOut,
 )
-from flowspec.request import LONGEST_CONTEXT, Completion, FinishReason
+from flowspec.request import LONGEST_CONTEXT, RequestOutput, FinishReason
 from flowspec.stage.stage import Stage
 from tests.head.test_requests import check_answers, several
 from tests.support.clusters import check_empty, make_cluster
@@ -22,7 +22,7 @@ from tests.support.tiny import MAX_CONTEXT, PROMPT, expected, request
 def limited(max_rows: int, **limits: int):
     """A cluster whose stages hold `max_rows`."""
     cluster = make_cluster(2, "streaming", limits=limits)
-    cluster.head.admission.limit_rows(max_rows)
+    cluster.head.scheduler.limit_kv_tokens(max_rows)
     for stage in cluster.stages:
         stage.kv_rows = max_rows
     return cluster
@@ -49,8 +49,8 @@ def test_what_does_not_fit_now_waits():
     for event in cluster.serve(asked):
         for stage in cluster.stages:
             assert stage.kv_rows_used <= 600
-        most = max(most, len(cluster.head.active))
-        done += [event] if isinstance(event, Completion) else []
+        most = max(most, len(cluster.head.scheduler.running))
+        done += [event] if isinstance(event, RequestOutput) else []
     assert most == 2
     check_answers(asked, sorted(done, key=lambda completion: completion.request))
     check_empty(cluster)
@@ -58,7 +58,7 @@ def test_what_does_not_fit_now_waits():
 
 def test_a_large_request_is_not_overtaken_for_ever():
     """Small ones behind it wait, although they would fit."""
-    books = Admission(max_context=1000, max_rows=100)
+    books = Scheduler(max_context=1000, max_rows=100)
     for number, new in ((1, 50), (2, 70), (3, 5)):
         books.submit(request(number, prompt=(1,), max_new_tokens=new), 0.0, num_tree_rows=9)
     first = books.next_to_begin()
@@ -92,7 +92,7 @@ def test_a_cancelled_request_is_freed_at_once():
     cluster = make_cluster(3, "streaming")
     for one in (request(1, max_new_tokens=40), request(2, prompt=PROMPT[:5], max_new_tokens=20)):
         cluster.simulator.submit(Submit(request=one))
-    while len(cluster.head.active) < 2 or not cluster.head.active[2].session.tokens:
+    while len(cluster.head.scheduler.running) < 2 or not cluster.head.scheduler.running[2].tokens:
         assert cluster.simulator.step()
     now = cluster.simulator.now
     cluster.simulator.submit(AbortRequest(request=1))
@@ -127,14 +127,14 @@ def test_one_full_cache_fails_one_request(monkeypatch):
     asked = several(3, new=12)
     for one in asked:
         cluster.simulator.submit(Submit(request=one))
-    while len(cluster.head.active) < 3 or not cluster.head.active[3].session.tokens:
+    while len(cluster.head.scheduler.running) < 3 or not cluster.head.scheduler.running[3].tokens:
         assert cluster.simulator.step()
     cache = cluster.stages[1].requests[2].cache
     cache.capacity = cache.prefix_length + cache.num_tree_rows
     cluster.simulator.run()
     tokens = {1: [], 2: [], 3: []}
     for event in cluster.simulator.to_client:
-        if isinstance(event, Tokens):
+        if isinstance(event, TokensOut):
             tokens[event.request].extend(event.tokens)
     assert tokens[1] == expected(asked[0])
     assert tokens[3] == expected(asked[2])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.bench.reliability import before_and_after, reliability
-from flowspec.head.calibration import Calibration, Child, Forecasts, Outcome, Word
+from flowspec.head.calibration import Calibration, Forecast, Forecasts, Outcome, NodeForecast
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.tree import DraftTree
 
@@ -16,19 +16,19 @@ LOGPROBS = st.one_of(st.floats(-40.0, 0.0), st.sampled_from([0.0, -1e-12, -1e9])
 HISTORY = st.lists(st.tuples(LOGPROBS, st.integers(0, 9), st.booleans()), max_size=60)
 
 
-def child(logprob: float, *, rank: int = 0, depth: int = 1, source: str = "eagle") -> Child:
+def child(logprob: float, *, rank: int = 0, depth: int = 1, source: str = "eagle") -> Forecast:
     """What a drafter says."""
-    return Child(source, depth, rank, logprob)
+    return Forecast(source, depth, rank, logprob)
 
 
 def enter(
     forecasts: Forecasts, parent: NodeId, token: int, logprob: float, *, depth: int = 1
 ) -> float:
     """A drafter says this of one child; its calibrated log-probability."""
-    return forecasts.enter([Word(parent, depth, ((token, logprob),))])[0][0]
+    return forecasts.enter([NodeForecast(parent, depth, ((token, logprob),))])[0][0]
 
 
-def applied(calibration: Calibration, forecast: Child) -> float:
+def applied(calibration: Calibration, forecast: Forecast) -> float:
     """The calibrated log-probability of one forecast."""
     return calibration.apply([forecast])[0]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import flowspec.stage.executor
-from flowspec.engine.base import generate_all
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.head.admission import MAX_RECENT, MIN_ALONE
+from flowspec.engine.engine import generate_all
+from flowspec.engine.simulated import SimulatedEngine
+from flowspec.head.scheduler import MAX_RECENT, MIN_ALONE
 from flowspec.head.answers import Answers
-from flowspec.head.session import Session
+from flowspec.head.request_state import RequestState
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import Resume, Submit, Suspend
-from flowspec.request import Completion, FinishReason, Request
+from flowspec.request import RequestOutput, FinishReason, Request
 from flowspec.runtime.failures import Failures, attempt, is_fatal
 from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import DraftJob
@@ -132,7 +132,7 @@ class Text(TextStream):
         return super().flush()
 
 
-def check_only_the_bad_one_ends(cluster: SimulatedCluster, *, where: str) -> None:
+def check_only_the_bad_one_ends(cluster: SimulatedEngine, *, where: str) -> None:
     """The others' text is the target's own, nothing is left behind, and the next one is served."""
     several = asked()
     completions = generate_all(cluster, several)
@@ -142,7 +142,7 @@ def check_only_the_bad_one_ends(cluster: SimulatedCluster, *, where: str) -> Non
     assert list(after.tokens) == expected(request(9))
 
 
-def check_ends(several: list[Request], completions: list[Completion], where: str) -> None:
+def check_ends(several: list[Request], completions: list[RequestOutput], where: str) -> None:
     """The bad one's end has its reason."""
     for one, completion in zip(several, completions, strict=True):
         if one.id != BAD:
@@ -207,7 +207,7 @@ def test_a_forward_that_fails_finds_who_is_the_cause(num_stages: int, monkeypatc
 
     monkeypatch.setattr(StageModel, "forward", raising)
     monkeypatch.setattr(Stage, "_new_cache", marked)
-    cluster = make_cluster(num_stages, prefill_chunk=64)
+    cluster = make_cluster(num_stages, chunked_prefill_size=64)
     several = asked()
     done = {c.request: c for c in generate_all(cluster, several)}
     assert max(joint) > 1, "it ran with no other"
@@ -296,19 +296,19 @@ def test_a_kept_request_that_fails_is_given_up_and_nobody_ends() -> None:
             """See Drafter.open."""
             return Forgetful(self, opening.request, opening.topk)
 
-    cluster = make_cluster(2, drafter=Keeping(mixed), limits={"max_kept": 2})
+    cluster = make_cluster(2, drafter=Keeping(mixed), limits={"max_cached": 2})
     (first,) = generate_all(cluster, [request(1)])
     next_prompt = (*PROMPT, *first.tokens)
     (second_turn,) = generate_all(cluster, [request(2, prompt=next_prompt)])
     assert second_turn.error == ""
     assert list(second_turn.tokens) == expected(request(2, prompt=next_prompt))
-    assert 1 not in cluster.head.admission.kept
+    assert 1 not in cluster.head.scheduler.kept
     assert all(1 not in stage.requests for stage in cluster.stages)
 
 
 def test_a_kept_request_that_a_stage_has_lost_is_given_up() -> None:
     """Its next turn begins from nothing instead of failing on that stage."""
-    cluster = make_cluster(2, limits={"max_kept": 2})
+    cluster = make_cluster(2, limits={"max_cached": 2})
     (first,) = generate_all(cluster, [request(1)])
     cluster.stages[1].failures.add(Broken("it broke"), 1)
     for send in cluster.stages[1]._tell_failed():
@@ -368,7 +368,7 @@ def test_a_stage_fails_a_row_without_an_embedding_before_it_runs() -> None:
 # A request that kills stages --------------------------------------------------------------------
 
 
-def lose_stage(cluster: SimulatedCluster, *, blames: bool = True) -> None:
+def lose_stage(cluster: SimulatedEngine, *, blames: bool = True) -> None:
     """Stage 2 dies; a fresh one takes its place."""
     simulator = cluster.simulator
     simulator.deliver(0, Suspend(cause="stage 2 on ada: connection lost", blames=blames))
@@ -379,10 +379,10 @@ def lose_stage(cluster: SimulatedCluster, *, blames: bool = True) -> None:
 
 
 def serve_with_poison(
-    cluster: SimulatedCluster, several: Sequence[Request], poison: int, *, blames: bool = True
-) -> tuple[dict[int, Completion], int]:
+    cluster: SimulatedEngine, several: Sequence[Request], poison: int, *, blames: bool = True
+) -> tuple[dict[int, RequestOutput], int]:
     """Each time rows of `poison` reach stage 2, that dies; the ends, and how often it died."""
-    answers, done, deaths = Answers(cluster.head, several), dict[int, Completion](), 0
+    answers, done, deaths = Answers(cluster.head, several), dict[int, RequestOutput](), 0
     for one in several:
         cluster.simulator.submit(Submit(request=one))
     while cluster.simulator.step():
@@ -392,7 +392,7 @@ def serve_with_poison(
             lose_stage(cluster, blames=blames)
         while cluster.simulator.to_client:
             event = answers.take(cluster.simulator.to_client.popleft())
-            if isinstance(event, Completion):
+            if isinstance(event, RequestOutput):
                 done[event.request] = event
     return done, deaths
 
@@ -422,17 +422,17 @@ def test_losses_that_no_request_can_have_caused_end_none() -> None:
 
 def serve_with_late_losses(
     several: Sequence[Request], poison: int, *, seconds_per_work: float, every: int = 3
-) -> tuple[dict[int, Completion], int]:
+) -> tuple[dict[int, RequestOutput], int]:
     """Stage 2 dies with each `every`-th token of `poison`; the ends, and how often it died."""
     cluster = make_cluster(2, "ar", charges=(lambda rank, work: seconds_per_work, instant_link))
-    answers, done = Answers(cluster.head, several), dict[int, Completion]()
+    answers, done = Answers(cluster.head, several), dict[int, RequestOutput]()
     for one in several:
         cluster.simulator.submit(Submit(request=one))
     count, losses = 0, 0
     while cluster.simulator.step():
         while cluster.simulator.to_client:
             event = answers.take(cluster.simulator.to_client.popleft())
-            if isinstance(event, Completion):
+            if isinstance(event, RequestOutput):
                 done[event.request] = event
             elif event is not None and event.request == poison:
                 count += 1

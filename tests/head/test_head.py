@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-import flowspec.head.admission
-from flowspec.engine.base import generate
-from flowspec.engine.simulated import SimulatedCluster
+import flowspec.head.scheduler
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import (
     CLIENT,
     AbortRequest,
@@ -19,9 +19,9 @@ from flowspec.protocol.messages import (
     Reroot,
     Started,
     Submit,
-    Tokens,
+    TokensOut,
 )
-from flowspec.request import Completion, FinishReason, Request
+from flowspec.request import RequestOutput, FinishReason, Request
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import TextStream
 from tests.support.clusters import LetterTokenizer, check_empty, make_cluster, run_watched
@@ -29,14 +29,14 @@ from tests.support.scripted import ScriptedDrafter, perfect
 from tests.support.tiny import PROMPT, T0, T1, expected, local_target, request, truth
 
 
-def answers(cluster: SimulatedCluster) -> dict[int, tuple[list[int], FinishReason]]:
+def answers(cluster: SimulatedEngine) -> dict[int, tuple[list[int], FinishReason]]:
     """Run to the end; tokens and reason of every request."""
     cluster.simulator.run()
     tokens: dict[int, list[int]] = {}
     reasons: dict[int, FinishReason] = {}
     for event in cluster.simulator.to_client:
         match event:
-            case Tokens():
+            case TokensOut():
                 assert event.request not in reasons, "tokens after the end"
                 tokens.setdefault(event.request, []).extend(event.tokens)
             case Finished():
@@ -54,7 +54,7 @@ def own_tokens(count: int, sampling: Any = T0) -> list[int]:
 
 def test_stages_work_on_different_chunks_of_the_prompt_at_once():
     """Chunked prefill is pipelined: C chunks on N stages take C + N - 1 forwards, not C * N."""
-    cluster = make_cluster(3, "ar", prefill_chunk=5)
+    cluster = make_cluster(3, "ar", chunked_prefill_size=5)
     cluster.simulator.work_log = log = []
     completion = generate(cluster, request(prompt=PROMPT * 3, max_new_tokens=1))
     chunks = -(-3 * len(PROMPT) // 5)
@@ -71,14 +71,14 @@ def test_stages_work_on_different_chunks_of_the_prompt_at_once():
 @pytest.mark.parametrize("chunk", [1, 4, len(PROMPT), 64])
 def test_prefill_chunks_do_not_change_the_text(chunk):
     """Where the prompt is cut is a matter of speed."""
-    setup = {"num_stages": 2, "strategy": "streaming", "prefill_chunk": chunk}
+    setup = {"num_stages": 2, "strategy": "streaming", "chunked_prefill_size": chunk}
     completion, _ = run_watched(setup, request(max_new_tokens=8))
     assert list(completion.tokens) == own_tokens(8)
 
 
 def test_a_long_prompt_is_not_put_into_the_pipe_at_once():
     """The stages' queues stay bounded however long the prompt is."""
-    setup = {"num_stages": 2, "strategy": "ar", "prefill_chunk": 1}
+    setup = {"num_stages": 2, "strategy": "ar", "chunked_prefill_size": 1}
     asked = request(prompt=PROMPT * 6, max_new_tokens=2)
     _, watches = run_watched(setup, asked)
     assert max(watch.max_queued for watch in watches) <= 2 * 2 + 1
@@ -128,9 +128,9 @@ def test_stop_strings_end_the_text_wherever_tokens_part(strategy, length):
     stop = letters(own)[5 : 5 + length]
     asked = request(sampling=T1, max_new_tokens=12, stop=("never", stop))
     cluster = make_cluster(
-        3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, tree_size=12
+        3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, num_draft_tokens=12
     )
-    pieces = [event.text for event in cluster.serve([asked]) if isinstance(event, Tokens)]
+    pieces = [event.text for event in cluster.serve([asked]) if isinstance(event, TokensOut)]
     completion = generate(make_cluster(3, strategy, new_text=new_text), asked)
     tokens, reason, text = local_target().generate(asked, new_text)
     assert (list(completion.tokens), completion.reason, completion.text) == (tokens, reason, text)
@@ -144,9 +144,9 @@ def test_text_without_a_stop_is_whole_and_given_out_piece_by_piece():
     asked = request(max_new_tokens=9, stop=(own[-2:] + "#", "#"))
     events = list(make_cluster(2, new_text=new_text).serve([asked]))
     completion = events[-1]
-    assert isinstance(completion, Completion)
+    assert isinstance(completion, RequestOutput)
     assert completion.text == own
-    assert "".join(event.text for event in events[:-1] if isinstance(event, Tokens)) == own
+    assert "".join(event.text for event in events[:-1] if isinstance(event, TokensOut)) == own
 
 
 # Context ----------------------------------------------------------------------------------------
@@ -179,10 +179,10 @@ def test_the_context_ends_an_answer_as_a_length_limit(strategy, room):
 # Several requests -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("max_active", [1, 2, 3])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
 def test_requests_get_their_own_answers(max_active):
     """Each has its own prompt, parameters, tree, text and caches, in the queue or beside others."""
-    cluster = make_cluster(3, "streaming", limits={"max_active": max_active})
+    cluster = make_cluster(3, "streaming", limits={"max_num_seqs": max_active})
     asked = [
         request(1, sampling=T0, max_new_tokens=9),
         request(2, prompt=PROMPT[::-1], sampling=T1, max_new_tokens=5),
@@ -202,12 +202,12 @@ def test_cancelling_keeps_what_there_is_and_frees_every_stage(strategy):
     cluster = make_cluster(3, strategy)
     tokens: list[int] = []
     for event in cluster.serve([request(max_new_tokens=40)]):
-        if isinstance(event, Completion):
+        if isinstance(event, RequestOutput):
             break
         tokens.extend(event.tokens)
         if len(tokens) >= 3:
             cluster.cancel(1)
-    assert isinstance(event, Completion)
+    assert isinstance(event, RequestOutput)
     assert event.reason is FinishReason.CANCELLED
     assert 3 <= len(event.tokens) < 40
     assert list(event.tokens) == own_tokens(len(event.tokens))
@@ -226,7 +226,7 @@ def test_an_abandoned_stream_does_not_leak_into_the_next_answer():
 
 def test_cancelling_during_the_prompt_frees_every_stage():
     """Prompt chunks are still on their way when the request is over."""
-    cluster = make_cluster(3, "streaming", prefill_chunk=1)
+    cluster = make_cluster(3, "streaming", chunked_prefill_size=1)
     cluster.simulator.submit(Submit(request=request()))
     while cluster.simulator.step() and cluster.simulator.now < 2.5:
         pass
@@ -251,7 +251,7 @@ def test_a_queued_request_can_be_cancelled():
 def test_the_queue_of_requests_is_bounded():
     """A flood is refused by name instead of filling the memory."""
     head = make_cluster(1).head
-    for number in range(flowspec.head.admission.MAX_QUEUED):
+    for number in range(flowspec.head.scheduler.MAX_QUEUED):
         assert head.handle(Submit(request=request(number + 1)), 0.0) == ()
     (refusal,) = head.handle(Submit(request=request(99)), 0.0)
     assert refusal.to == CLIENT
@@ -276,7 +276,7 @@ def test_late_messages_of_a_finished_request_are_ignored(active):
     generate(cluster, request(1, max_new_tokens=3))
     if active:
         cluster.simulator.submit(Submit(request=request(2, max_new_tokens=6)))
-        while not cluster.head.active or not cluster.head.active[2].session.tokens:
+        while not cluster.head.scheduler.running or not cluster.head.scheduler.running[2].tokens:
             assert cluster.simulator.step()
     cost = cluster.head.pipe.cost.milliseconds(3)
     for message in late_messages(1):

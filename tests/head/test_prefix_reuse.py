@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowspec.engine.base import generate, generate_all
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate, generate_all
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import AddRequest, FinishRequest, Reroot, Segment
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.strategies import STRATEGIES
@@ -19,7 +19,7 @@ from tests.support.tiny_drafters import MODEL_DRAFTERS, model_drafter
 LAYERS = (1, 5, -1)
 
 
-def conversation(cluster: SimulatedCluster, turns: int, *, sampling=T0, new: int = 9) -> list[int]:
+def conversation(cluster: SimulatedEngine, turns: int, *, sampling=T0, new: int = 9) -> list[int]:
     """Each turn's prompt is all that was said and something new; the reused tokens per turn."""
     said: tuple[int, ...] = PROMPT
     reused = []
@@ -33,9 +33,9 @@ def conversation(cluster: SimulatedCluster, turns: int, *, sampling=T0, new: int
     return reused
 
 
-def kept(num_stages: int, strategy: str, **setup) -> SimulatedCluster:
+def kept(num_stages: int, strategy: str, **setup) -> SimulatedEngine:
     """A cluster that keeps two requests."""
-    return make_cluster(num_stages, strategy, limits={"max_kept": 2}, **setup)
+    return make_cluster(num_stages, strategy, limits={"max_cached": 2}, **setup)
 
 
 @pytest.mark.parametrize("sampling", [T0, T1])
@@ -146,7 +146,7 @@ def test_the_oldest_is_given_up_first():
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
     for number in range(1, 5):
         generate(cluster, request(number, prompt=(number, *PROMPT), max_new_tokens=4))
-    assert list(cluster.head.admission.kept) == [3, 4]
+    assert list(cluster.head.scheduler.kept) == [3, 4]
     assert [sorted(stage.requests) for stage in cluster.stages] == [[3, 4], [3, 4]]
 
 
@@ -154,13 +154,13 @@ def test_memory_for_a_new_request_goes_before_memory_kept():
     """What is kept is given up where it stands in the way, and only then."""
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
     rows = len(PROMPT) + 14 + 256
-    cluster.head.admission.limit_rows(2 * rows)
+    cluster.head.scheduler.limit_kv_tokens(2 * rows)
     for stage in cluster.stages:
         stage.kv_rows = 2 * rows
     for number, prompt in enumerate([PROMPT, PROMPT[::-1], PROMPT[1:]], start=1):
         asked = request(number, prompt=prompt)
         assert list(generate(cluster, asked).tokens) == expected(asked)
-    assert list(cluster.head.admission.kept) == [2, 3]
+    assert list(cluster.head.scheduler.kept) == [2, 3]
 
 
 def test_another_strategy_does_not_use_what_was_kept():
@@ -168,7 +168,7 @@ def test_another_strategy_does_not_use_what_was_kept():
     cluster = kept(2, "ar")
     generate(cluster, request(1))
     spec = STRATEGIES["streaming"]
-    cluster.configure(spec, replace(spec.defaults, tree_size=20))
+    cluster.configure(spec, replace(spec.defaults, num_draft_tokens=20))
     completion = generate(cluster, request(2))
     assert completion.stats.num_prompt_reused == 0
     assert list(completion.tokens) == expected(request(2))

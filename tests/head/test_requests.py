@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowspec.engine.base import generate, generate_all
+from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.reference import LocalTarget
-from flowspec.head.batching import best_counts, pays
+from flowspec.head.scheduler import best_counts, pays
 from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.protocol.messages import HEAD, Batch, Submit, Tokens
-from flowspec.request import Completion, Request
+from flowspec.request import RequestOutput, Request
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter
 from flowspec.speculation.strategies import STRATEGIES
@@ -36,7 +36,7 @@ def several(count: int, *, new: int = 10, first: int = 1) -> list[Request]:
     ]
 
 
-def check_answers(asked: list[Request], completions: list[Completion]) -> None:
+def check_answers(asked: list[Request], completions: list[RequestOutput]) -> None:
     """Each is what the target alone says."""
     assert [list(c.tokens) for c in completions] == [expected(one) for one in asked]
 
@@ -91,7 +91,7 @@ def test_a_drafter_forward_is_one_that_ran(name, monkeypatch):
 def test_each_turn_is_as_alone_whatever_drafts(strategy, name, graft, sampling):
     """Three conversations at once, calibrated, their caches going on, with and without grafts."""
     setup = {"drafter": drafter_named(name), "graft": graft, "calibrate": True}
-    cluster = make_cluster(2, strategy, limits={"max_kept": 3}, **setup)
+    cluster = make_cluster(2, strategy, limits={"max_cached": 3}, **setup)
     said = [(PROMPT * 2)[i : i + 4 + 3 * i] for i in range(3)]
     reused = 0
     for turn in range(2):
@@ -114,7 +114,7 @@ def test_sliding_windows_hold_in_batches_and_in_kept_caches(name):
     drafter = drafter_named(name)
     if isinstance(drafter, DraftModelDrafter):
         drafter = DraftModelDrafter(whole_model(config), vocab_size=CONFIG.vocab_size)
-    limits = {"max_kept": 3}
+    limits = {"max_cached": 3}
     cluster = make_cluster(3, "streaming", drafter=drafter, model=config, limits=limits)
     prompts = [(PROMPT * 2)[i : i + 6 + 3 * i] for i in range(3)]
     for turn in range(2):
@@ -145,7 +145,7 @@ def test_no_timing_mixes_them_up(seed, strategy, script, stages, count, active):
         "strategy": strategy,
         "drafter": ScriptedDrafter(SCRIPTS[script], seed=seed),
         "charges": adversarial(seed),
-        "limits": {"max_active": active},
+        "limits": {"max_num_seqs": active},
     }
     completions, _ = run_all_watched(setup, asked)
     check_answers(asked, completions)
@@ -164,22 +164,22 @@ def test_a_request_that_comes_later_joins_the_others():
     cluster = make_cluster(2, "streaming")
     first, second = request(1, max_new_tokens=40), request(2, prompt=PROMPT[:4], max_new_tokens=4)
     cluster.simulator.submit(Submit(request=first))
-    while not cluster.head.active or len(cluster.head.active[1].session.tokens) < 5:
+    while not cluster.head.scheduler.running or len(cluster.head.scheduler.running[1].tokens) < 5:
         assert cluster.simulator.step()
     cluster.simulator.submit(Submit(request=second))
     while 2 not in cluster.head.finished:
         assert cluster.simulator.step()
-    assert 1 in cluster.head.active, "the first one was done before the second"
+    assert 1 in cluster.head.scheduler.running, "the first one was done before the second"
     cluster.simulator.run()
     own = [
-        e.tokens for e in cluster.simulator.to_client if isinstance(e, Tokens) and e.request == 2
+        e.tokens for e in cluster.simulator.to_client if isinstance(e, TokensOut) and e.request == 2
     ]
     assert [token for tokens in own for token in tokens] == expected(second)
 
 
 def test_prompts_do_not_wait_for_one_another():
     """Short ones share a slot; the next one begins while the first is still in the pipe."""
-    cluster = make_cluster(4, "streaming", prefill_chunk=8)
+    cluster = make_cluster(4, "streaming", chunked_prefill_size=8)
     asked = [request(i, prompt=PROMPT[: 3 + i], max_new_tokens=2) for i in range(1, 5)]
     waits = [c.stats.time_to_first_token_s for c in generate_all(cluster, asked)]
     # a forward takes a second: 4 stages, then a slot per 8 rows of prompt
@@ -193,16 +193,16 @@ def test_prompts_do_not_wait_for_one_another():
 @pytest.mark.parametrize("strategy", ["ar", "flowspec", "streaming"])
 def test_a_long_prompt_does_not_stop_who_decodes(strategy):
     """Another's prompt fills the pipe in pieces; each verdict is still asked for at once."""
-    cluster = make_cluster(4, strategy, drafter=ScriptedDrafter(mixed), prefill_chunk=4)
+    cluster = make_cluster(4, strategy, drafter=ScriptedDrafter(mixed), chunked_prefill_size=4)
     simulator = cluster.simulator
     simulator.submit(Submit(request=request(1, max_new_tokens=40)))
     long = request(2, prompt=(PROMPT * 8)[:96], max_new_tokens=2)
     times: dict[int, list[float]] = {1: [], 2: []}
     while simulator.step():
         while simulator.to_client:
-            if isinstance(event := simulator.to_client.popleft(), Tokens):
+            if isinstance(event := simulator.to_client.popleft(), TokensOut):
                 times[event.request].append(simulator.now)
-        if len(times[1]) == 3 and 2 not in cluster.head.active and not times[2]:
+        if len(times[1]) == 3 and 2 not in cluster.head.scheduler.running and not times[2]:
             simulator.submit(Submit(request=long))
             times[2] = [simulator.now]
     begin, end, *_ = times[2]
@@ -229,7 +229,7 @@ def test_nobody_starves_beside_good_guessers(strategy):
     times = [
         (cluster.simulator.now, len(event.tokens))
         for event in cluster.serve(asked)
-        if isinstance(event, Tokens) and event.request == 1
+        if isinstance(event, TokensOut) and event.request == 1
     ]
     waits = [after - before for (before, _), (after, _) in pairwise(times)]
     alone = make_cluster(3, strategy, drafter=ScriptedDrafter(hostile))

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
 from flowspec.head.pipeline import Pipeline, SegmentCost
-from flowspec.head.session import Session
+from flowspec.head.request_state import RequestState
 from flowspec.request import NodeId, Request
 from flowspec.speculation.drafters.base import NoDraftSession, Proposal
 

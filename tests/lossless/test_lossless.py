@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.reference import LocalTarget
 from flowspec.model.rope import LinearRopeScaling, YarnRopeScaling
 from flowspec.protocol.messages import Segment

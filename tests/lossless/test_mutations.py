@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 import flowspec.stage.executor
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.head.head import Head
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.protocol.messages import FinishRequest, FreeRequest

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.answers import Answers
 from flowspec.protocol.messages import (
     AbortRequest,
@@ -17,7 +17,7 @@ from flowspec.protocol.messages import (
     Submit,
     Suspend,
 )
-from flowspec.request import Completion, DecodeStats, FinishReason, NodeId, Request, SamplingParams
+from flowspec.request import RequestOutput, DecodeStats, FinishReason, NodeId, Request, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import TextStream
@@ -28,13 +28,13 @@ from tests.support.tiny import PROMPT, SAMPLINGS, T0, T1, expected, request, sta
 Fault = Callable[[], None]
 
 
-def lose(cluster: SimulatedCluster, *ranks: int) -> None:
+def lose(cluster: SimulatedEngine, *ranks: int) -> None:
     """The head learns that these stages are lost."""
     cause = ", ".join(f"stage {rank}" for rank in ranks)
     cluster.simulator.deliver(0, Suspend(cause=f"{cause}: killed"))
 
 
-def cover(cluster: SimulatedCluster, num_stages: int, *ranks: int, kv_rows: int = 0) -> None:
+def cover(cluster: SimulatedEngine, num_stages: int, *ranks: int, kv_rows: int = 0) -> None:
     """Empty stages take these ranks; the layers are covered again, by `num_stages`."""
     simulator = cluster.simulator
     for rank in ranks:
@@ -47,20 +47,20 @@ def cover(cluster: SimulatedCluster, num_stages: int, *ranks: int, kv_rows: int 
 
 
 def serve(
-    cluster: SimulatedCluster, asked: Sequence[Request], faults: Mapping[int, Fault]
-) -> dict[int, Completion]:
+    cluster: SimulatedEngine, asked: Sequence[Request], faults: Mapping[int, Fault]
+) -> dict[int, RequestOutput]:
     """The answers as the client sees them; each fault strikes after so many events."""
     simulator, answers = cluster.simulator, Answers(cluster.head, asked)
     for one in asked:
         simulator.submit(Submit(request=one))
-    done: dict[int, Completion] = {}
+    done: dict[int, RequestOutput] = {}
     count = 0
     while simulator.step():
         count += 1
         faults.get(count, lambda: None)()
         while simulator.to_client:
             event = answers.take(simulator.to_client.popleft())
-            if isinstance(event, Completion):
+            if isinstance(event, RequestOutput):
                 done[event.request] = event
     assert count > max(faults), f"over after {count} events, before the fault"
     return done
@@ -146,7 +146,7 @@ def test_text_and_stop_strings_go_on() -> None:
     for at in (30, 40, 50):
         cluster = make_cluster(2, "ar", new_text=lambda r: TextStream(tokenizer, r.stop))
 
-        def fault(cluster: SimulatedCluster = cluster) -> None:
+        def fault(cluster: SimulatedEngine = cluster) -> None:
             lose(cluster, 1)
             cover(cluster, 2, 1)
 
@@ -198,7 +198,7 @@ def test_what_no_longer_fits_ends_with_both_numbers() -> None:
 
 def test_giving_up_ends_every_request_with_one_error() -> None:
     """Those that had begun, with what they had, and those that had not."""
-    cluster = make_cluster(2, "ar", limits={"max_active": 1})
+    cluster = make_cluster(2, "ar", limits={"max_num_seqs": 1})
 
     def fault() -> None:
         lose(cluster, 1)
@@ -209,17 +209,17 @@ def test_giving_up_ends_every_request_with_one_error() -> None:
     assert list(done[1].tokens) == expected(request())[: len(done[1].tokens)]
     assert done[1].tokens
     assert not done[2].tokens
-    assert not cluster.head.admission.waiting
+    assert not cluster.head.scheduler.waiting
 
 
 def test_kept_prefixes_are_gone_with_the_stages() -> None:
     """The next turn of a conversation computes everything again, and says the same."""
-    cluster = make_cluster(2, "streaming", limits={"max_kept": 2})
+    cluster = make_cluster(2, "streaming", limits={"max_cached": 2})
     first = serve(cluster, [request()], {1: lambda: None})[1]
     lose(cluster, 1)
     cover(cluster, 2, 1)
     cluster.simulator.run()
-    assert not cluster.head.admission.kept
+    assert not cluster.head.scheduler.kept
     assert not any(stage.requests for stage in cluster.stages)
     turn = request(2, prompt=(*PROMPT, *first.tokens, 5))
     done = serve(cluster, [turn], {1: lambda: None})
@@ -237,16 +237,16 @@ def test_the_head_drops_what_is_of_a_lost_pipeline() -> None:
     head.handle(Resume(num_stages=1), 0.0)
     for _ in range(4):
         assert head.poll(0.0) is not None
-    trips, session = dict(head.pipe.trips), head.active[1].session
+    trips, session = dict(head.pipe.batches), head.scheduler.running[1]
     for late in (
         Reroot(request=1, position=11, parent=NodeId(10), token=3),
         Exit(request=1, seq_no=0, rows=5, slowest_rows=5, slowest_ms=1.0),
         Failed(stage=1, request=0, text="out of memory"),
     ):
         assert not head.handle(late, 1.0)
-    assert head.pipe.trips == trips
+    assert head.pipe.batches == trips
     assert not session.tokens
-    assert 1 in head.active
+    assert 1 in head.scheduler.running
 
 
 def test_a_stage_forgets_at_the_first_message_of_a_newer_epoch() -> None:
@@ -263,6 +263,6 @@ def test_a_stage_forgets_at_the_first_message_of_a_newer_epoch() -> None:
     assert stage.poll(0.0) is None, "a late Open was taken for a new one"
 
 
-def _waiting(cluster: SimulatedCluster):  # type: ignore[no-untyped-def]
+def _waiting(cluster: SimulatedEngine):  # type: ignore[no-untyped-def]
     cluster.head.handle(Submit(request=request()), 0.0)
-    return cluster.head.admission.next_to_begin()
+    return cluster.head.scheduler.next_to_begin()

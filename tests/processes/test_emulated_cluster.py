@@ -7,7 +7,7 @@ import pytest
 
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import read_emulation
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.simulated import emulated_cluster
@@ -63,7 +63,7 @@ def test_processes_are_no_faster_than_the_cluster_they_emulate(
         build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
         for rank in (1, 2)
     ]
-    simulated = emulated_cluster(config, parts, stages, emulation)
+    simulated = emulated_engine(config, parts, stages, emulation)
     with LocalCluster(config, parts) as cluster:
         for number, spec in enumerate((STRATEGIES["ar"], STRATEGIES["streaming"]), start=1):
             simulated.configure(spec, spec.defaults)

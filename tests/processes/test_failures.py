@@ -48,7 +48,7 @@ def tokens_until_failure(
     acted_at = 0.0
     try:
         for event in cluster.serve([request]):
-            assert isinstance(event, Tokens), "the request ended without an error"
+            assert isinstance(event, TokensOut), "the request ended without an error"
             seen.extend(event.tokens)
             if len(seen) >= after and not acted_at:
                 act()

@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from flowspec.config import RunConfig
-from flowspec.engine.base import generate, generate_all
+from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import Completion, FinishReason, Request, SamplingParams
+from flowspec.request import RequestOutput, FinishReason, Request, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 
@@ -80,7 +80,7 @@ def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, p
     request = ask(parts, count=10_000)
     tokens: list[int] = []
     for event in cluster.serve([request]):
-        if isinstance(event, Completion):
+        if isinstance(event, RequestOutput):
             break
         tokens.extend(event.tokens)
         if len(tokens) >= 5:

@@ -11,7 +11,7 @@ from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.messages import Status
-from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
+from flowspec.request import ClusterError, RequestOutput, FinishReason, Request, SamplingParams
 from flowspec.weights.load import load_whole
 from tests.processes.conftest import stage_pids
 
@@ -26,17 +26,17 @@ def ask(parts: HeadParts, number: int, sampling: SamplingParams) -> Request:
 
 def answers_with_faults(
     cluster: LocalCluster, asked: list[Request], faults: dict[int, Callable[[], None]]
-) -> dict[int, Completion]:
+) -> dict[int, RequestOutput]:
     """The answers; each fault strikes after so many events."""
     done = {}
     for count, event in enumerate(cluster.serve(asked)):
         faults.get(count, lambda: None)()
-        if isinstance(event, Completion):
+        if isinstance(event, RequestOutput):
             done[event.request] = event
     return done
 
 
-def check(parts: HeadParts, asked: list[Request], done: dict[int, Completion]) -> None:
+def check(parts: HeadParts, asked: list[Request], done: dict[int, RequestOutput]) -> None:
     """Every answer is the target's own."""
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
     for one in asked:
@@ -93,7 +93,7 @@ def test_a_request_that_kills_a_stage_ends_and_the_others_go_on(config, parts, a
         done = {}
         for event in cluster.serve(asked):
             pids.update(stage_pids(cluster))
-            if isinstance(event, Completion):
+            if isinstance(event, RequestOutput):
                 done[event.request] = event
             elif event.request == 1:  # every word of it is the end of stage 2
                 os.kill(cluster.children[2].pid, signal.SIGKILL)

@@ -62,7 +62,7 @@ def ask(
     temperature: float = 0.0,
     on_piece: Callable[[int], None] = lambda count: None,
 ) -> tuple[list[int], Done, list[str]]:
-    """Tokens, end and notes of an answer; `on_piece` hears how many tokens there are."""
+    """TokensOut, end and notes of an answer; `on_piece` hears how many tokens there are."""
     turns = [{"role": "user", "content": PROMPT}]
     tokens: list[int] = []
     notes = []

@@ -9,7 +9,7 @@ import pytest
 
 from flowspec.cli.main import main
 from flowspec.config import RunConfig
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget

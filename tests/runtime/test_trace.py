@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.protocol.codec import decode, encode
 from flowspec.protocol.messages import (
     CLIENT,

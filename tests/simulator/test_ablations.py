@@ -8,14 +8,14 @@ import pytest
 
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.engine.build import check_run
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.pipeline import Pipeline
-from flowspec.head.session import Session
+from flowspec.head.request_state import RequestState
 from flowspec.model.stage_model import FINAL_NORM
 from flowspec.protocol.messages import HEAD, AddRequest, Batch, Features, Message, Reroot, Segment
-from flowspec.request import Completion
+from flowspec.request import RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
 from flowspec.speculation.drafters.base import NoDraftSession
@@ -54,7 +54,7 @@ def test_texts_are_the_targets_own_and_nothing_is_left(strategy, drafter):
 
 def answered(
     strategy: str, *, num_stages: int = 4, wrap: Callable[[Core], Core] = lambda core: core
-) -> tuple[SimulatedCluster, Completion]:
+) -> tuple[SimulatedEngine, RequestOutput]:
     """One answer with a drafter that is right two times in three."""
     drafter = ScriptedDrafter(mixed, aux_hidden_state_layers=(2, FINAL_NORM))
     cluster = make_cluster(num_stages, strategy, drafter=drafter, wrap=wrap)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.config import DecodeConfig
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.head.pipeline import Pipeline
-from flowspec.head.session import Session
+from flowspec.head.request_state import RequestState
 from flowspec.request import NO_NODE, NodeId, Request
 from flowspec.runtime.core import Work
 from flowspec.simulator.simulator import adversarial, instant_link
@@ -130,7 +130,7 @@ def test_the_drafters_own_word_makes_a_grafted_child_expandable():
 @pytest.mark.parametrize("room", [0, 1, 3, 48])
 def test_grafts_never_fill_the_tree_beyond_its_size(room):
     """Rows per graft are bounded by what the tree has room for, and by their own limit."""
-    session, _ = session_of([5] * 60, tree_size=room or 1)
+    session, _ = session_of([5] * 60, num_draft_tokens=room or 1)
     for _ in range(room == 0):
         session.tree.add(session.tree.root.id, 9, -0.1)
     session.graft()
@@ -245,7 +245,7 @@ def test_an_eagle_head_lives_with_grafts():
     for sampling in (T0, T1):
         asked = request(prompt=LOOPING, sampling=sampling, max_new_tokens=12)
         setup = {"num_stages": 2, "drafter": drafter_named("eagle"), "graft": True, "topk": 12}
-        completion, _ = run_watched({**setup, "tree_size": 40}, asked)
+        completion, _ = run_watched({**setup, "num_draft_tokens": 40}, asked)
         assert list(completion.tokens) == expected(asked)
 
 

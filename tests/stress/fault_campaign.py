@@ -21,7 +21,7 @@ from random import Random
 
 from flowspec.head.answers import Answers
 from flowspec.protocol.messages import Submit
-from flowspec.request import ClusterError, Completion, Request
+from flowspec.request import ClusterError, RequestOutput, Request
 from flowspec.simulator.faults import FaultPlan, FaultySimulator
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.speculation.strategies import STRATEGIES
@@ -73,7 +73,7 @@ def run_seed(seed: int) -> Outcome:
         num_stages,
         random.choice(sorted(STRATEGIES)),
         drafter=drafter_named(random.choice(DRAFTERS), seed=seed),
-        limits={"max_active": random.randint(1, 3), "max_kept": random.randint(0, 1)},
+        limits={"max_num_seqs": random.randint(1, 3), "max_cached": random.randint(0, 1)},
     )
     head = cluster.head
     head.resumes = True
@@ -107,12 +107,12 @@ def _request(random: Random, number: int) -> Request:
 def _serve(simulator: FaultySimulator, answers: Answers, asked: list[Request]) -> str:
     for one in asked:
         simulator.submit(Submit(request=one))
-    done: dict[int, Completion] = {}
+    done: dict[int, RequestOutput] = {}
     try:
         while answers.open and simulator.now < MAX_VIRTUAL_S and simulator.step():
             while simulator.to_client:
                 event = answers.take(simulator.to_client.popleft())
-                if isinstance(event, Completion):
+                if isinstance(event, RequestOutput):
                     done[event.request] = event
     except (ClusterError, AssertionError, LookupError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"

@@ -26,11 +26,11 @@ from random import Random
 import psutil
 
 from flowspec.config import RunConfig
-from flowspec.engine.base import Cluster
+from flowspec.engine.engine import Cluster
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import ClusterError, Completion, Request, SamplingParams
+from flowspec.request import ClusterError, RequestOutput, Request, SamplingParams
 from flowspec.weights.checkpoint import open_checkpoint
 from flowspec.weights.load import load_whole
 from flowspec.weights.split import run_split
@@ -163,12 +163,12 @@ def run_round(subject: Subject, striker: Striker, first: int, kind: str, phase: 
     if phase == "prefill":
         striker._later(random.uniform(0.0, 0.05), lambda: striker.strike(kind, phase))
     began = time.monotonic()
-    done: dict[int, Completion] = {}
+    done: dict[int, RequestOutput] = {}
     try:
         for count, event in enumerate(subject.cluster.serve(asked)):
             if count == at and phase in ("decode", "load"):
                 striker.strike(kind, phase)
-            if isinstance(event, Completion):
+            if isinstance(event, RequestOutput):
                 done[event.request] = event
             if time.monotonic() - began > MAX_ANSWER_S:
                 report.wrong.append(f"{phase}, {kind}: no end after {MAX_ANSWER_S:.0f} s")
@@ -182,7 +182,7 @@ def run_round(subject: Subject, striker: Striker, first: int, kind: str, phase: 
 def check_answers(
     subject: Subject,
     asked: Sequence[Request],
-    done: Mapping[int, Completion],
+    done: Mapping[int, RequestOutput],
     report: Report,
     where: str,
 ) -> None:

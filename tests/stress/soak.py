@@ -35,7 +35,7 @@ from flowspec.config import RunConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import Completion, Request, SamplingParams
+from flowspec.request import RequestOutput, Request, SamplingParams
 from flowspec.speculation.strategies import find_strategy
 from flowspec.tokenizer import render_chat
 from flowspec.weights.checkpoint import open_checkpoint
@@ -156,18 +156,18 @@ def soak_tokens(
     watch, done = Watch(cluster, request.max_new_tokens), 0
     request = replace(request, id=cluster.head.newest_id + 1)
     for event in cluster.serve([request]):
-        if isinstance(event, Completion):
+        if isinstance(event, RequestOutput):
             return watch, int(list(event.tokens) != list(answer))
         done += len(event.tokens)
         watch.see(done)
-    raise AssertionError("a stream ends with its Completion")
+    raise AssertionError("a stream ends with its RequestOutput")
 
 
-def _answer(cluster: LocalCluster, request: Request) -> Completion:
+def _answer(cluster: LocalCluster, request: Request) -> RequestOutput:
     for event in cluster.serve([request]):
-        if isinstance(event, Completion):
+        if isinstance(event, RequestOutput):
             return event
-    raise AssertionError("a stream ends with its Completion")
+    raise AssertionError("a stream ends with its RequestOutput")
 
 
 @dataclass(frozen=True, slots=True)

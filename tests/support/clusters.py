@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowspec.config import DecodeConfig
-from flowspec.engine.base import generate_all
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.head.admission import Admission
+from flowspec.engine.engine import generate_all
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.head import Head
+from flowspec.head.pipeline import Pipeline
+from flowspec.head.scheduler import Scheduler
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.attention_metadata import run_rows
 from flowspec.protocol.messages import Batch, FinishRequest, Message, Segment
-from flowspec.request import Completion, Request
+from flowspec.request import Decoding, Request, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
 from flowspec.simulator.simulator import ChargeLink, ChargeWork, instant_link, unit_work
 from flowspec.speculation.drafters.base import Drafter
-from flowspec.speculation.strategies import find_strategy
+from flowspec.speculation.strategies import STRATEGIES, find_strategy
 from flowspec.stage.stage import Stage
 from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.tokenizer import TextStream
@@ -156,18 +156,21 @@ def make_cluster(
     limits: Mapping[str, int] = {},
     model: ModelConfig = CONFIG,
     **decode: Any,
-) -> SimulatedCluster:
+) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
     With `bf16` the stages run in bfloat16 and shape-stable.
     """
-    spec = find_strategy(strategy)
+    chunk = decode.pop("chunked_prefill_size", 5)
     head = Head(
-        num_stages,
-        spec,
-        small(spec.defaults, **decode),
-        drafter or ScriptedDrafter(mixed),
-        admission=Admission(max_context=max_context, **limits),
+        Scheduler(
+            pipe=Pipeline(num_stages),
+            max_context=max_context,
+            chunked_prefill_size=chunk,
+            **limits,
+        ),
+        Decoding(strategy=strategy, parameters=small(strategy, **decode)),
+        {"scripted": drafter or ScriptedDrafter(mixed)},
         new_text=new_text,
     )
     stages = [
@@ -175,24 +178,29 @@ def make_cluster(
         for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
-    cluster = SimulatedCluster(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)
+    cluster = SimulatedEngine(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)
     cluster.simulator._max_events = MAX_EVENTS
     return cluster
 
 
-def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
-    """A strategy's defaults at the size of these tests."""
-    sizes = {
-        "segment_size": min(defaults.segment_size, 8),
-        "tree_size": min(defaults.tree_size, 24),
-        "tree_depth": min(defaults.tree_depth, 4),
-        "topk": min(defaults.topk, 4),
-        "prefill_chunk": 5,
+def small(strategy: str, **decode: Any) -> dict[str, Any]:
+    """A strategy's parameters at the size of these tests; those that it does not take are left out.
+
+    Parameters in `decode` that no strategy takes are kept, for whoever must refuse them.
+    """
+    spec = find_strategy(strategy)
+    sizes = {"segment_size": 8, "num_draft_tokens": 24, "num_draft_steps": 4, "draft_topk": 4}
+    known = {name for one in STRATEGIES.values() for name in one.parameters}
+    found = {
+        name: min(getattr(spec.defaults, name), most)
+        for name, most in sizes.items()
+        if name in spec.parameters
     }
-    return replace(defaults, **{**sizes, **decode})
+    taken = {k: v for k, v in decode.items() if k in spec.parameters or k not in known}
+    return {**found, **taken}
 
 
-def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Completion, list[Watch]]:
+def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[RequestOutput, list[Watch]]:
     """One request with every invariant checked on the way and nothing left behind."""
     (completion,), watches = run_all_watched(cluster_args, [asked])
     return completion, watches
@@ -200,10 +208,10 @@ def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Comple
 
 def run_all_watched(
     cluster_args: Mapping[str, Any], asked: Sequence[Request]
-) -> tuple[list[Completion], list[Watch]]:
+) -> tuple[list[RequestOutput], list[Watch]]:
     """The same for several at once."""
     watches: list[Watch] = []
-    truths = {one.id: truth(one.prompt, one.sampling) for one in asked}
+    truths = {one.id: truth(one.prompt_tokens, one.sampling) for one in asked}
 
     def wrap(core: Core) -> Core:
         watches.append(Watch(core, truths=truths))
@@ -215,12 +223,11 @@ def run_all_watched(
     return completions, watches
 
 
-def check_empty(cluster: SimulatedCluster) -> None:
+def check_empty(cluster: SimulatedEngine) -> None:
     """No trace of a request after its end."""
-    assert not cluster.head.active
-    assert not cluster.head.pipe.trips
-    assert not cluster.head.admission.rows
-    assert not cluster.head.admission.waiting
+    assert not cluster.head.pipe.batches
+    assert not cluster.head.scheduler.running
+    assert not cluster.head.scheduler.waiting
     for stage in cluster.stages:
         assert not stage.requests, f"stage {stage.rank} still holds {list(stage.requests)}"
         assert not stage.queue, f"stage {stage.rank} still has {len(stage.queue)} messages waiting"

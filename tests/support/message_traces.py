@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.message_text import MessageLog
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.head.admission import Admission
+from flowspec.engine.simulated import SimulatedEngine
+from flowspec.head.scheduler import Scheduler
 from flowspec.head.answers import Answers
 from flowspec.head.head import Head
 from flowspec.protocol.messages import DATA, AbortRequest, Message, Resume, Submit, Suspend, Tokens
-from flowspec.request import Completion, Request
+from flowspec.request import RequestOutput, Request
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.speculation.strategies import find_strategy
 from flowspec.stage.stage import Stage
@@ -63,17 +63,17 @@ class Pipeline:
         spec = find_strategy(strategy)
         config = small(
             spec.defaults,
-            prefill_chunk=64,
+            chunked_prefill_size=64,
             segment_size=min(spec.defaults.segment_size, 24),  # more than pays: the gain decides
             calibrate=False,  # it takes logarithms, whose last bits differ between machines
         )
         config = replace(config, **decode)
-        admission = Admission(max_context=MAX_CONTEXT, **limits)
+        admission = Scheduler(max_context=MAX_CONTEXT, **limits)
         head = Head(num_stages, spec, config, IntegerDrafter(), admission=admission)
         self.num_stages = num_stages
         self.log = MessageLog()
         self.models: Any = integer_stages(num_stages)
-        self.cluster = SimulatedCluster(
+        self.cluster = SimulatedEngine(
             head,
             [self._stage(rank) for rank in range(1, num_stages + 1)],
             work_time=work_time,
@@ -82,7 +82,7 @@ class Pipeline:
         self.simulator = self.cluster.simulator
         self.asked: list[Request] = []
         self.pieces: dict[int, list[tuple[int, ...]]] = {}
-        self.done: dict[int, Completion] = {}
+        self.done: dict[int, RequestOutput] = {}
         self._answers: dict[int, Answers] = {}
 
     def submit(self, *requests: Request) -> None:
@@ -113,7 +113,7 @@ class Pipeline:
         while self.simulator.to_client:
             event: Any = self.simulator.to_client.popleft()
             found = self._answers[event.request].take(event)
-            if isinstance(found, Tokens):
+            if isinstance(found, TokensOut):
                 self.pieces[event.request].append(found.tokens)
             elif found is not None:
                 self.done[event.request] = found
@@ -236,10 +236,10 @@ class Situation:
 SITUATIONS: Mapping[str, Situation] = {
     "alone": Situation(_alone),
     "together": Situation(_together),
-    "lost": Situation(_lost, limits={"max_active": 2}),
-    "cancelled": Situation(_cancelled, limits={"max_active": 2}),
-    "chunked": Situation(_chunked, decode={"prefill_chunk": 5}),
-    "kept": Situation(_kept, limits={"max_kept": 2}),
+    "lost": Situation(_lost, limits={"max_num_seqs": 2}),
+    "cancelled": Situation(_cancelled, limits={"max_num_seqs": 2}),
+    "chunked": Situation(_chunked, decode={"chunked_prefill_size": 5}),
+    "kept": Situation(_kept, limits={"max_cached": 2}),
 }
 CASES = tuple(
     f"{strategy}-{situation}-{count}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.runtime.recorder import Record, Recorder
 from flowspec.tracing.idle_time import track
 from flowspec.tracing.timeline import Timeline, make_timeline
@@ -25,7 +25,7 @@ REQUIRED = {
 }
 
 
-def record(cluster: SimulatedCluster) -> dict[int, Recorder]:
+def record(cluster: SimulatedEngine) -> dict[int, Recorder]:
     """Record everything from now on."""
     recorders = {rank: Recorder(rank, clock="virtual") for rank in cluster.simulator.traces}
     cluster.simulator.traces.update(recorders)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from flowspec.cost_model.emulation import Emulation
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.runtime.recorder import Recorder
 from flowspec.simulator.simulator import Simulator
 from flowspec.speculation.strategies import ABLATIONS, STRATEGIES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flowspec.cli.main import main
-from flowspec.engine.base import generate
+from flowspec.engine.engine import generate
 from flowspec.runtime.recorder import Recorder
 from flowspec.tracing.chrome_trace import FORMAT, write_trace
 from flowspec.tracing.timeline import make_timeline
@@ -26,7 +26,7 @@ def trace(tmp_path: Path) -> Path:
         lambda rank, work: 2.0 * rank - 1.0,
         lambda source, to, message: Passage(latency_s=0.5),
     )
-    cluster = make_cluster(2, "ar", charges=charges, prefill_chunk=64)
+    cluster = make_cluster(2, "ar", charges=charges, chunked_prefill_size=64)
     recorders = record(cluster)
     generate(cluster, request(max_new_tokens=3))
     write_trace(timeline_of(recorders), tmp_path / "out.json")

@@ -80,6 +80,9 @@ class DraftJob:
 class Opening:
     """What a session begins with; `topk` children per node, ranked by the shared noise if coupled.
 
+    `prefix` is the tokens known when it begins: the prompt, and what was generated before a stage
+    was lost.
+
     `reuse`, a session of the same drafter that is over, gives its work on the first
     `num_cached_tokens` positions (at most its `num_reusable`). The new prompt must have the same
     first `num_cached_tokens + 1` tokens: a head's row at position i holds feature i beside token i
@@ -88,6 +91,7 @@ class Opening:
     """
 
     request: Request
+    prefix: tuple[int, ...]
     topk: int
     coupled: bool
     reuse: DraftSession | None = None

@@ -219,14 +219,14 @@ class IncrementalSession:
         self.drafter = drafter
         self.sampling = request.sampling
         self.topk, self.coupled = opening.topk, opening.coupled
-        rows = min(len(request.prompt) + request.max_new_tokens, drafter.max_positions)
+        rows = min(len(request.prompt_tokens) + request.max_new_tokens, drafter.max_positions)
         self.tokens: list[int] = []  # all that is known to be true, the root last
         self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions
         if num_cached_tokens:
             assert isinstance(reuse, IncrementalSession)
             assert num_cached_tokens <= reuse.num_reusable, "more than is reusable"
             count = num_cached_tokens + 1
-            same = tuple(reuse.tokens[:count]) == request.prompt[:count]
+            same = tuple(reuse.tokens[:count]) == opening.prefix[:count]
             assert same, f"the first {count} tokens must be the same"
             self.num_absorbed = min(num_cached_tokens, reuse.cache.prefix_length)
             self.cache = reuse.cache.resized(rows + SPARE_ROWS, prefix_length=self.num_absorbed)

@@ -1,10 +1,12 @@
-"""The decoding strategies by name. Adding one: one file here, one row in the table."""
+"""The decoding strategies by name. Adding one takes one file here and one row in the table."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from flowspec.config import DecodeConfig
+from flowspec.config import override
+from flowspec.head.request_state import RequestState
+from flowspec.request import Decoding
 from flowspec.speculation.strategies.ablations import (
     Apart,
     Draining,
@@ -15,83 +17,59 @@ from flowspec.speculation.strategies.ablations import (
     Without,
 )
 from flowspec.speculation.strategies.ar import Ar
-from flowspec.speculation.strategies.base import Strategy
-from flowspec.speculation.strategies.flowspec import FlowSpec
-from flowspec.speculation.strategies.naive_pp import NaivePp
-from flowspec.speculation.strategies.pipedec import PipeDec
-from flowspec.speculation.strategies.pruned_pp import PrunedPp
+from flowspec.speculation.strategies.flowspec import FlowSpec, FlowSpecConfig
+from flowspec.speculation.strategies.naive_pp import NaivePp, NaivePpConfig
+from flowspec.speculation.strategies.pipedec import PipeDec, PipeDecConfig
+from flowspec.speculation.strategies.pruned_pp import PrunedPp, PrunedPpConfig
 from flowspec.speculation.strategies.serial_pp import SerialPp
-from flowspec.speculation.strategies.streaming import Streaming
+from flowspec.speculation.strategies.streaming import Streaming, StreamingConfig
+from flowspec.speculation.strategy import (
+    DraftingConfig,
+    ResolvedDecoding,
+    RoundConfig,
+    Strategy,
+    StrategyConfig,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class StrategySpec:
-    """A strategy, its defaults, whether it needs a drafter, and what it takes from the pipeline.
+    """A row of the table: how a strategy is made, and its default parameters.
 
-    `ignores`: the parameters of a DecodeConfig that change nothing for it.
+    `without` names what an ablation takes away from the pipeline itself.
     """
 
-    make: Callable[[], Strategy]
-    defaults: DecodeConfig
+    make: Callable[[Any], Strategy[RequestState]]  # takes a config of the defaults' type
+    defaults: StrategyConfig
     about: str
-    drafts: bool = True
     without: Without | None = None
-    ignores: frozenset[str] = frozenset()
 
+    @property
+    def drafts(self) -> bool:
+        """Whether the strategy has a draft tree, and so needs a drafter."""
+        return isinstance(self.defaults, DraftingConfig)
 
-_ALL = tuple(field.name for field in fields(DecodeConfig))
-_STREAMED = frozenset({"draft_width", "max_in_flight"})  # streaming alone has a use for these
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that it takes."""
+        return tuple(type(self.defaults).model_fields)
+
 
 STRATEGIES: dict[str, StrategySpec] = {
-    "ar": StrategySpec(
-        Ar,
-        DecodeConfig(),
-        "plain pipeline, one token per trip",
-        drafts=False,
-        ignores=frozenset(_ALL) - {"prefill_chunk"},
-    ),
+    "ar": StrategySpec(Ar, StrategyConfig(), "plain pipeline, one token per trip"),
     "serial_pp": StrategySpec(
-        SerialPp,
-        DecodeConfig(tree_size=60),
-        "whole tree in one segment, round by round",
-        ignores=_STREAMED | {"segment_size"},
+        SerialPp, RoundConfig(), "whole tree in one segment, round by round"
     ),
-    "naive_pp": StrategySpec(
-        NaivePp,
-        DecodeConfig(tree_size=80),
-        "tree in chunks, one verdict per round",
-        ignores=_STREAMED | {"segment_size"},
-    ),
+    "naive_pp": StrategySpec(NaivePp, NaivePpConfig(), "tree in chunks, one verdict per round"),
     "pruned_pp": StrategySpec(
-        PrunedPp,
-        DecodeConfig(tree_size=80, segment_size=16, refresh=False),
-        "segments by score, pruned with every verdict, no growth",
-        ignores=_STREAMED,
+        PrunedPp, PrunedPpConfig(), "segments by score, pruned with every verdict, no growth"
     ),
-    "pipedec": StrategySpec(
-        PipeDec,
-        DecodeConfig(tree_size=256, segment_size=16, topk=16, refresh=False),
-        "one tree level per tick (PipeDec)",
-        ignores=_STREAMED | {"tree_depth"},
-    ),
+    "pipedec": StrategySpec(PipeDec, PipeDecConfig(), "one tree level per tick (PipeDec)"),
     "flowspec": StrategySpec(
-        FlowSpec,
-        DecodeConfig(tree_size=80, segment_size=16),
-        "the published FlowSpec: prune and expand, drain on a miss",
-        ignores=_STREAMED,
+        FlowSpec, FlowSpecConfig(), "the published FlowSpec: prune and expand, drain on a miss"
     ),
     "streaming": StrategySpec(
-        Streaming,
-        DecodeConfig(
-            segment_size=80,
-            tree_size=800,
-            topk=20,
-            min_score=0.001,
-            coupled_drafting=True,
-            calibrate=True,
-        ),
-        "asynchronous best-first streaming without a drain",
-        ignores=frozenset({"tree_depth"}),
+        Streaming, StreamingConfig(), "asynchronous best-first streaming without a drain"
     ),
 }
 DEFAULT_STRATEGY = "streaming"
@@ -99,16 +77,14 @@ DEFAULT_STRATEGY = "streaming"
 
 def _streaming(
     about: str,
-    make: Callable[[], Strategy] = Streaming,
+    make: Callable[[StreamingConfig], Strategy[RequestState]] = Streaming,
     without: Without | None = None,
     **defaults: Any,
 ) -> StrategySpec:
-    spec = STRATEGIES[DEFAULT_STRATEGY]
-    defaults_then = replace(spec.defaults, **defaults)
-    return replace(spec, make=make, defaults=defaults_then, about=about, without=without)
+    return StrategySpec(make, StreamingConfig(**defaults), about, without)
 
 
-# streaming without one of its mechanisms each; found by name, in no list to choose from
+# streaming without one of its mechanisms each; these are found by name and listed nowhere
 ABLATIONS: dict[str, StrategySpec] = {
     "streaming-ticking": _streaming("with a barrier", Ticking),
     "streaming-queued": _streaming("with a segment waiting before the first stage", Queued),
@@ -120,7 +96,7 @@ ABLATIONS: dict[str, StrategySpec] = {
     "streaming-uncalibrated": _streaming("without calibrated scores", calibrate=False),
     "streaming-uncoupled": _streaming("without the shared noise", coupled_drafting=False),
     "streaming-narrow": _streaming("with four nodes a drafter forward", draft_width=4),
-    "streaming-grafted": _streaming("with n-gram branches", graft=True),
+    "streaming-merged": _streaming("with n-gram branches", merge=True),
     "streaming-unpruned": _streaming("without in-flight pruning", without=Without.PRUNING),
     "streaming-head-verdict": _streaming(
         "with the verdict on the head", without=Without.LAST_STAGE_VERDICT
@@ -137,15 +113,42 @@ def find_strategy(name: str) -> StrategySpec:
     return STRATEGIES[name]
 
 
-def check_taken(name: str, parameters: Iterable[str], *, where: str) -> None:
-    """Raise ValueError for a parameter that changes nothing for strategy `name`."""
-    ignores = find_strategy(name).ignores
-    for parameter in parameters:
-        if parameter in ignores:
-            takes = ", ".join(key for key in _ALL if key not in ignores)
-            raise ValueError(
-                f"{where}: {parameter} changes nothing for strategy {name}; it takes: {takes}"
-            )
+def strategy_config(name: str, parameters: Mapping[str, Any], *, where: str) -> StrategyConfig:
+    """The defaults of strategy `name` with `parameters` set.
+
+    Raises ValueError naming `where`, the parameter, and what the strategy takes.
+    """
+    spec = find_strategy(name)
+    unknown = sorted(set(parameters) - set(spec.parameters))
+    if unknown:
+        takes = ", ".join(spec.parameters) or "nothing"
+        raise ValueError(
+            f"{where}: {unknown[0]} is no parameter of strategy {name}; it takes: {takes}"
+        )
+    return override(spec.defaults, parameters, where=where)
+
+
+def resolve_decoding(
+    decoding: Decoding, drafters: Mapping[str, object], *, where: str = "decoding"
+) -> ResolvedDecoding:
+    """What `decoding` means where `drafters` are loaded; the first one is the default.
+
+    Raises ValueError for an unknown strategy or parameter, or a drafter that is not loaded.
+    """
+    spec = find_strategy(decoding.strategy)
+    config = strategy_config(decoding.strategy, decoding.parameters, where=where)
+    if not spec.drafts:
+        return ResolvedDecoding(decoding.strategy, config, "none")
+    loaded = [name for name in drafters if name != "none"]
+    drafter = decoding.drafter or (loaded[0] if loaded else "none")
+    if drafter == "none":
+        raise ValueError(
+            f"strategy {decoding.strategy} needs a drafter and none is loaded; load one with "
+            "--drafter, or ask for strategy ar"
+        )
+    if drafter not in loaded:
+        raise ValueError(f"drafter {drafter} is not loaded; loaded: {', '.join(loaded) or 'none'}")
+    return ResolvedDecoding(decoding.strategy, config, drafter)
 
 
 def check_runs_for_real(name: str) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import Enum
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing
-from flowspec.speculation.strategies.streaming import Streaming
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategies.streaming import Streaming, StreamingConfig
+from flowspec.speculation.strategy import Outgoing
 from flowspec.speculation.tree import Node
 
 
@@ -20,62 +20,66 @@ class Without(Enum):
 class Draining(Streaming):
     """After a miss nothing is sent before all that was in flight is back."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: StreamingConfig) -> None:
+        super().__init__(config)
         self.waits = False
 
-    def next_segment(self, s: Session) -> Outgoing | None:
-        """See Streaming."""
-        self.waits = self.waits and not s.drained
-        return None if self.waits else super().next_segment(s)
+    def next_segment(self, request: RequestState) -> Outgoing | None:
+        """Send nothing while the pipe drains."""
+        self.waits = self.waits and not request.drained
+        return None if self.waits else super().next_segment(request)
 
-    def on_verdict(self, s: Session) -> None:
-        """See Streaming."""
-        super().on_verdict(s)
-        self.waits = self.waits or not s.last_was_hit
+    def on_verdict(self, request: RequestState) -> None:
+        """Wait after a miss."""
+        super().on_verdict(request)
+        self.waits = self.waits or not request.last_was_hit
 
 
 class Ticking(Streaming):
-    """In lock step: a segment enters when one has left, and not while the head drafts."""
+    """Works in lock step: a segment enters when one has left, and not while the head drafts."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
-        """See Streaming."""
-        if s.pipe.num_in_flight >= s.num_stages or s.pipe.draft_began_at is not None:
+    def next_segment(self, request: RequestState) -> Outgoing | None:
+        """Wait for a free place and for the drafter."""
+        pipe = request.pipe
+        if pipe.num_in_flight >= request.num_stages or pipe.draft_began_at is not None:
             return None
-        return super().next_segment(s)
+        return super().next_segment(request)
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """One forward a tick, before its segment is sent; then the stages compute."""
-        return [] if s.pipe.num_in_flight >= s.num_stages else super().next_draft(s)
+        if request.pipe.num_in_flight >= request.num_stages:
+            return []
+        return super().next_draft(request)
 
 
 class Apart(Streaming):
     """True rows have a drafter forward of their own; guesses wait for it, segments as ever."""
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
-        """See Streaming."""
-        return [] if s.drafter.num_rows_ready else super().next_draft(s)
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
+        """Wait while true rows are due."""
+        return [] if request.drafter.num_rows_ready else super().next_draft(request)
 
 
 class Queued(Streaming):
     """One segment more than there are stages: it waits before the first stage, its rows chosen."""
 
-    def most_in_flight(self, s: Session) -> int:
-        """See Streaming."""
-        return s.num_stages + 1
+    def most_in_flight(self, request: RequestState) -> int:
+        """One segment more than there are stages."""
+        return request.num_stages + 1
 
 
 class Eager(Streaming):
     """A segment is chosen as soon as there are rows, not when the first stage can take it."""
 
-    def may_wait(self, s: Session) -> bool:
-        """See Streaming."""
+    def may_wait(self, request: RequestState) -> bool:
+        """Never wait for a better choice."""
         return False
 
 
 class FixedSize(Streaming):
     """Segments are as large as they may be, whatever their rows cost the slowest stage."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
-        """See Streaming."""
-        outgoing = super().next_segment(s)
+    def next_segment(self, request: RequestState) -> Outgoing | None:
+        """Forbid the scheduler to cut the segment."""
+        outgoing = super().next_segment(request)
         return None if outgoing is None else replace(outgoing, best_first=False)

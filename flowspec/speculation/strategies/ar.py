@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategy import Outgoing, StrategyConfig
 from flowspec.speculation.tree import Node
 
 
 class Ar:
     """Send the root; its verdict is the next root."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
-        """The root, once."""
-        return None if s.tree.root.sent else Outgoing([s.tree.root])
+    def __init__(self, config: StrategyConfig) -> None:
+        del config
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_segment(self, request: RequestState) -> Outgoing | None:
+        """The root, once."""
+        return None if request.tree.root.sent else Outgoing([request.tree.root])
+
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """Nothing is ever drafted."""
-        del s
+        del request
         return []
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """Nothing to prepare."""

@@ -1,6 +1,6 @@
 """flowspec: the published algorithm (arXiv 2507.02620, sections 3.2 and 3.3), with its defaults.
 
-A round begins with a tree of `tree_size` nodes, cut by score into segments. While every verdict
+A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every verdict
 stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root, with the
 new true features; what is new of it follows as one appended segment. A token outside the tree ends
 the round: the pipe drains and the next tree is drafted before anything is sent. Scores decide ties
@@ -10,60 +10,68 @@ code errs in both).
 
 from collections.abc import Sequence
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing, ScoredRound
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategies.base import ScoredRound
+from flowspec.speculation.strategy import Outgoing, Rows, SegmentedRoundConfig
 from flowspec.speculation.tree import Node, by_score
 
 EXPAND_SIZE = 64  # nodes of a re-draft
 
 
+class FlowSpecConfig(SegmentedRoundConfig):
+    """The published defaults."""
+
+    num_draft_tokens: Rows = 80
+
+
 class FlowSpec:
     """Continuous segments of one living tree, in rounds."""
 
-    def __init__(self) -> None:
-        self.round = ScoredRound()
+    def __init__(self, config: FlowSpecConfig) -> None:
+        self.config = config
+        self.round = ScoredRound(config)
         self.level = 0  # absolute position the re-draft has reached; 0: none is running
         self.deepest = 0
         self.redraft_again = False
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def next_segment(self, request: RequestState) -> Outgoing | None:
         """The first tree's segments, then whatever a finished re-draft has added."""
-        if (first := self.round.next_segment(s)) is not None:
+        if (first := self.round.next_segment(request)) is not None:
             return first
         if self.level or not self.round.grown:
             return None
-        appended = s.tree.best_unsent(EXPAND_SIZE)
+        appended = request.tree.best_unsent(EXPAND_SIZE)
         return Outgoing(appended) if appended else None
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """Serial at a round's begin; afterwards the levels of the re-draft."""
         if not self.round.grown:
-            return self.round.next_draft(s) if s.round_over else []
-        if s.drafter.num_rows_ready:
+            return self.round.next_draft(request) if request.round_over else []
+        if request.drafter.num_rows_ready:
             return []
         if self.redraft_again and not self.level:
             self.redraft_again = False
-            self.level = s.tree.root.position
-            self.deepest = self.level + s.config.tree_depth
-        if not self.level or not s.tree.root.expanded:
+            self.level = request.tree.root.position
+            self.deepest = self.level + self.config.num_draft_steps
+        if not self.level or not request.tree.root.expanded:
             return []
-        self.level = max(self.level, s.tree.root.position) + 1
-        beam = s.tree.level(self.level, s.config.topk) if self.level <= self.deepest else []
+        self.level = max(self.level, request.tree.root.position) + 1
+        beam = request.tree.level(self.level, self.config.draft_topk) if self.level <= self.deepest else []
         if not beam:
-            self._trim(s)
+            self._trim(request)
             self.level = 0
         return beam
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """In the tree: draft on from the new root. Off the tree: the round is over."""
-        if s.last_was_hit:
+        if request.last_was_hit:
             self.redraft_again = True
             return
         self.level, self.redraft_again = 0, False
-        self.round.restart(s)
+        self.round.restart(request)
 
-    def _trim(self, s: Session) -> None:
+    def _trim(self, request: RequestState) -> None:
         """Of what was drafted but not sent, keep the best EXPAND_SIZE."""
-        for node in sorted(s.tree.unsent(), key=by_score, reverse=True)[EXPAND_SIZE:]:
-            if node.id in s.tree:
-                s.tree.remove(node)
+        for node in sorted(request.tree.unsent(), key=by_score, reverse=True)[EXPAND_SIZE:]:
+            if node.id in request.tree:
+                request.tree.remove(node)

@@ -6,32 +6,39 @@ drafting waits for the verdict (arXiv 2507.02620, baselines).
 
 from collections.abc import Sequence
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing, TreeRound, pieces
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategies.base import TreeRound, pieces
+from flowspec.speculation.strategy import Outgoing, RoundConfig, Rows
 from flowspec.speculation.tree import Node
+
+
+class NaivePpConfig(RoundConfig):
+    """The defaults of the published baseline."""
+
+    num_draft_tokens: Rows = 80
 
 
 class NaivePp:
     """Draft, send in chunks, wait for the last, begin again."""
 
-    def __init__(self) -> None:
-        self.round = TreeRound()
+    def __init__(self, config: NaivePpConfig) -> None:
+        self.round = TreeRound(config)
         self.chunks: list[list[Node]] = []
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def next_segment(self, request: RequestState) -> Outgoing | None:
         """The next chunk; only the last one asks for the verdict."""
-        if self.round.grown and s.round_over:
-            in_levels = sorted(s.tree.nodes.values(), key=lambda node: (node.position, node.id))
-            self.chunks = pieces(in_levels, s.num_stages + 1, 1)
+        if self.round.grown and request.round_over:
+            in_levels = sorted(request.tree.nodes.values(), key=lambda node: (node.position, node.id))
+            self.chunks = pieces(in_levels, request.num_stages + 1, 1)
         if not self.chunks:
             return None
         chunk = self.chunks.pop(0)
         return Outgoing(chunk, verify=not self.chunks)
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """Grow the round's tree."""
-        return self.round.next_draft(s) if s.round_over else []
+        return self.round.next_draft(request) if request.round_over else []
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """The round is decided: draft anew from the new root."""
-        self.round.restart(s)
+        self.round.restart(request)

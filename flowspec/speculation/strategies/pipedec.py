@@ -6,30 +6,42 @@ it. Each returning level moves the root by one; a miss begins again with the kno
 
 from collections.abc import Sequence
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategy import DraftingConfig, Outgoing, Rows
 from flowspec.speculation.tree import Node
+
+
+class PipeDecConfig(DraftingConfig):
+    """A level's size is the segment's."""
+
+    num_draft_tokens: Rows = 256
+    segment_size: Rows = 16  # most nodes of a level
+    draft_topk: Rows = 16
+    refresh: bool = False
 
 
 class PipeDec:
     """Keep one level per stage in the pipe."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def __init__(self, config: PipeDecConfig) -> None:
+        self.config = config
+
+    def next_segment(self, request: RequestState) -> Outgoing | None:
         """The newest level's best nodes, when the first stage is free."""
-        if s.pipe.num_waiting or s.num_in_flight > s.num_stages:
+        if request.pipe.num_waiting or request.num_in_flight > request.num_stages:
             return None
-        level = s.tree.best_unsent(s.config.segment_size)
+        level = request.tree.best_unsent(self.config.segment_size)
         return Outgoing(level) if level else None
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """The level just sent, all at once."""
-        if s.drafter.num_rows_ready or any(True for _ in s.tree.unsent()):
+        if request.drafter.num_rows_ready or any(True for _ in request.tree.unsent()):
             return []
-        deepest = max(node.position for node in s.tree.nodes.values() if node.expandable)
-        if deepest == s.tree.root.position:
+        deepest = max(node.position for node in request.tree.nodes.values() if node.expandable)
+        if deepest == request.tree.root.position:
             return []  # the root's own children come with its true feature
-        level = s.tree.level(deepest, s.config.segment_size)
+        level = request.tree.level(deepest, self.config.segment_size)
         return [] if any(node.expanded for node in level) else level
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """The tree is pruned already; the pipe is never drained."""

@@ -5,27 +5,28 @@ What vLLM and SGLang do across pipeline ranks: one drafted tree, one trip, one v
 
 from collections.abc import Sequence
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing, TreeRound
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategies.base import TreeRound
+from flowspec.speculation.strategy import Outgoing, RoundConfig
 from flowspec.speculation.tree import Node
 
 
 class SerialPp:
     """Draft, send all, wait, begin again."""
 
-    def __init__(self) -> None:
-        self.round = TreeRound()
+    def __init__(self, config: RoundConfig) -> None:
+        self.round = TreeRound(config)
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def next_segment(self, request: RequestState) -> Outgoing | None:
         """Root and tree together, when the tree is grown and the pipe empty."""
-        if not (self.round.grown and s.round_over):
+        if not (self.round.grown and request.round_over):
             return None
-        return Outgoing(s.tree.best_unsent(len(s.tree)))
+        return Outgoing(request.tree.best_unsent(len(request.tree)))
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """Grow the round's tree."""
-        return self.round.next_draft(s) if s.round_over else []
+        return self.round.next_draft(request) if request.round_over else []
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """The round is decided: draft anew from the new root."""
-        self.round.restart(s)
+        self.round.restart(request)

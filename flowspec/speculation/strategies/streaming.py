@@ -8,67 +8,84 @@ flight is dead and is dropped where it is met.
 
 from collections.abc import Sequence
 from math import log
+from typing import Annotated
 
-from flowspec.head.session import Session
-from flowspec.speculation.strategies.base import Outgoing
+from pydantic import Field
+
+from flowspec.head.request_state import RequestState
+from flowspec.speculation.strategy import MAX_ROWS, DraftingConfig, Outgoing, Rows
 from flowspec.speculation.tree import Node
 
 MOST_OVER = 1.5  # times its size a tree may grow before it is cut back to that
 
 
+class StreamingConfig(DraftingConfig):
+    """Large segments of a large tree: the scheduler cuts them where a row does not pay."""
+
+    num_draft_tokens: Rows = 800
+    segment_size: Rows = 80  # most tree rows in a segment
+    draft_topk: Rows = 20
+    draft_width: Rows = 20  # nodes expanded per drafter forward
+    min_score: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.001
+    coupled_drafting: bool = True
+    calibrate: bool = True
+    # Segments in the pipe at once. 0: one per stage (at least two), or, where head and stages share
+    # a machine, as many as its cores compute at the same time.
+    max_in_flight: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
+
+
 class Streaming:
     """Best nodes first, just in time."""
 
-    def next_segment(self, s: Session) -> Outgoing | None:
+    def __init__(self, config: StreamingConfig) -> None:
+        self.config = config
+        self.least = log(config.min_score) if config.min_score else float("-inf")
+
+    def next_segment(self, request: RequestState) -> Outgoing | None:
         """The best nodes; one, where there is time to draft on before the first stage is free.
 
-        How many of them pay, the head decides.
+        The scheduler decides how many of them pay.
         """
-        pipe = s.pipe
-        most_in_flight = s.config.max_in_flight or self.most_in_flight(s)
-        if pipe.num_waiting or pipe.num_in_flight_for(s.request.id) >= most_in_flight:
+        pipe = request.pipe
+        limit = self.config.max_in_flight or pipe.max_in_flight
+        most_in_flight = limit or self.most_in_flight(request)
+        if pipe.num_waiting or pipe.num_in_flight_for(request.id) >= most_in_flight:
             return None
-        drafts = pipe.draft_began_at is not None or bool(self.leaves(s))
-        early = drafts and self.may_wait(s)
-        least = _least(s)
-        most = 1 if early else s.config.segment_size
-        best = [n for n in s.tree.best_unsent(most) if n.score >= least]
+        drafts = pipe.draft_began_at is not None or bool(self.leaves(request))
+        early = drafts and self.may_wait(request)
+        most = 1 if early else self.config.segment_size
+        best = [n for n in request.tree.best_unsent(most) if n.score >= self.least]
         if not best:
             return None
-        if drafts and len(best) == 1 and s.config.max_in_flight == 1:
+        if drafts and len(best) == 1 and limit == 1:
             return None  # nothing may follow the known token: it takes its first guesses along
         return Outgoing(best, best_first=True, early=early)
 
-    def most_in_flight(self, s: Session) -> int:
-        """One segment per stage: more would wait, chosen before it had to be.
+    def most_in_flight(self, request: RequestState) -> int:
+        """One segment per stage; more would wait in a queue, chosen earlier than necessary.
 
-        Of other requests' prompts there may be more: who decodes does not wait for them all.
+        Prefill of other requests does not count against the limit.
         """
-        return max(2, s.num_stages)
+        return max(2, request.num_stages)
 
-    def may_wait(self, s: Session) -> bool:
+    def may_wait(self, request: RequestState) -> bool:
         """While the first stage computes there is time to draft on, and then to choose better."""
-        return s.pipe.first_stage_busy_s > s.pipe.draft_left_s
+        return request.pipe.first_stage_busy_s > request.draft_left_s
 
-    def next_draft(self, s: Session) -> Sequence[Node]:
+    def next_draft(self, request: RequestState) -> Sequence[Node]:
         """The most probable leaves, beside whatever true rows are due."""
-        return self.leaves(s)
+        return self.leaves(request)
 
-    def leaves(self, s: Session) -> Sequence[Node]:
-        """The most probable ones, without end: what stops being worth a row is not drafted on.
+    def leaves(self, request: RequestState) -> Sequence[Node]:
+        """The most probable unexpanded nodes that are worth a row, at any depth.
 
         A text that is easy to guess is in flight many tokens deep, and a level takes a forward.
         """
-        if len(s.tree) > MOST_OVER * s.config.tree_size:
-            s.tree.keep_best(s.config.tree_size)
-        least = _least(s)
-        return [n for n in s.tree.best_unexpanded(s.config.draft_width) if n.score >= least]
+        if len(request.tree) > MOST_OVER * self.config.num_draft_tokens:
+            request.tree.keep_best(self.config.num_draft_tokens)
+        best = request.tree.best_unexpanded(self.config.draft_width)
+        return [node for node in best if node.score >= self.least]
 
-    def on_verdict(self, s: Session) -> None:
+    def on_verdict(self, request: RequestState) -> None:
         """Make room: guesses that were not worth a row until now give way to the new root's."""
-        s.tree.keep_best(s.config.tree_size // 2)
-
-
-def _least(s: Session) -> float:
-    """The least score that is worth a row."""
-    return log(s.config.min_score) if s.config.min_score else float("-inf")
+        request.tree.keep_best(self.config.num_draft_tokens // 2)

@@ -1,0 +1,48 @@
+"""What engines say of their stages, from the stages' own messages."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from flowspec.engine.engine import StageStatus
+from flowspec.protocol.messages import Status
+
+_COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
+
+
+def stage_status(status: Status) -> StageStatus:
+    """A stage's totals, as clients see them."""
+    return StageStatus(
+        busy_s=status.busy_s,
+        num_segments=status.num_segments,
+        num_rows_run=status.num_rows_run,
+        num_rows_pruned=status.num_rows_pruned,
+        num_requests=status.num_requests,
+        kv_tokens_used=status.kv_rows_used,
+        peak_memory_bytes=status.peak_memory_bytes,
+    )
+
+
+class StageTotals:
+    """Adds to a stage's status what the processes before its present one had counted."""
+
+    def __init__(self) -> None:
+        self._newest: dict[int, Status] = {}  # of each stage's present process
+        self._ended: dict[int, Status] = {}  # sums over those before it
+
+    def of(self, statuses: Mapping[int, Status]) -> dict[int, Status]:
+        """`statuses` with the counts of all processes; they are remembered for `lose`."""
+        self._newest.update(statuses)
+        return {rank: self._sum(rank, status) for rank, status in statuses.items()}
+
+    def lose(self, ranks: Iterable[int]) -> None:
+        """These stages' processes have ended; the next ones begin at 0."""
+        for rank in ranks:
+            if (last := self._newest.pop(rank, None)) is not None:
+                self._ended[rank] = self._sum(rank, last)
+
+    def _sum(self, rank: int, status: Status) -> Status:
+        ended = self._ended.get(rank)
+        if ended is None:
+            return status
+        sums = {name: getattr(ended, name) + getattr(status, name) for name in _COUNTED}
+        return replace(status, **sums)

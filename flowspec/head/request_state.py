@@ -1,0 +1,467 @@
+"""RequestState: what became of one request, from its submission to its end.
+
+It owns the request's tokens, text, statistics, draft tree and drafter session. Strategies decide by
+what they see of it; only the head and its scheduler change it. Once it is finished the prefix cache
+may keep it.
+"""
+
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import itemgetter
+from os.path import commonprefix
+
+from flowspec.head.calibration import Calibration, Forecasts, NodeForecast
+from flowspec.head.losses import Losses
+from flowspec.head.pipeline import Pipeline
+from flowspec.protocol.messages import AddRequest, Reroot, Segment
+from flowspec.request import (
+    DecodeStats,
+    Failure,
+    FinishReason,
+    NodeId,
+    Request,
+    RequestOutput,
+    StageCounts,
+)
+from flowspec.speculation.drafters.base import (
+    Drafter,
+    DraftSession,
+    NoDraftSession,
+    Opening,
+    Proposal,
+)
+from flowspec.speculation.drafters.merge import MergedSession
+from flowspec.speculation.strategy import (
+    DraftingConfig,
+    ResolvedDecoding,
+    Strategy,
+    StrategyConfig,
+)
+from flowspec.speculation.tree import DraftTree, Node
+from flowspec.tokenizer import TextStream
+
+MIN_TREE_TOKENS = 256
+CLEARED_AFTER = 2  # verdicts since it began: an earlier loss of a stage was not its doing
+FORGOTTEN_AFTER_S = 60.0  # of service without a loss: nor were those before
+_LOGPROB = itemgetter(1)
+
+
+class RequestStatus(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"  # its stages were lost; it waits to run again from its tokens
+    FINISHED = "finished"
+
+
+def max_tree_tokens(config: StrategyConfig) -> int:
+    """Most tree tokens of one request that a stage's cache must hold at once."""
+    size = config.num_draft_tokens if isinstance(config, DraftingConfig) else 0
+    return max(MIN_TREE_TOKENS, size + 1)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class RequestState:
+    """One request in the head. Times in seconds of the driver's clock."""
+
+    request: Request
+    decoding: ResolvedDecoding
+    text: TextStream
+    pipe: Pipeline
+    max_new_tokens: int  # as asked, at most what the context has room for
+    vocab_size: int = 0  # of the target; 0: not known
+    stats: DecodeStats = field(default_factory=DecodeStats)
+    status: RequestStatus = RequestStatus.WAITING
+    tokens: list[int] = field(default_factory=list)  # generated so far
+    losses: Losses = field(default_factory=Losses)  # of stages, while it ran
+    lost_at: float | None = None  # when its stages were lost, until its next token
+    stage_counts: dict[int, StageCounts] = field(default_factory=dict)  # by stage, once it is over
+
+    # Of the present run; a request that was preempted begins these anew.
+    strategy: "Strategy[RequestState] | None" = None
+    drafter: DraftSession = field(default_factory=NoDraftSession)
+    forecasts: Forecasts | None = None  # corrects the drafter's scores
+    prefix: tuple[int, ...] = ()  # tokens known when it began to run
+    tree: DraftTree = field(default_factory=DraftTree)
+    verdict: Reroot | None = None  # the newest
+    flights: set[int] = field(default_factory=set)  # sequence numbers sent and not back
+    num_segments: int = 0  # sent, those of the prefix included
+    num_prefix_sent: int = 0
+    num_verdicts: int = 0
+    first_verdict_at: float = 0.0
+    last_was_hit: bool = False  # the newest verdict's token was in the tree
+    last_was_unsent: bool = False  # and not in flight
+    root_proposal: Proposal | None = None  # the drafter's newest proposal for a root's children
+    num_aux_hidden_state_layers: int = 0  # that the drafter wants the hidden states of
+    positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
+    num_layers_come: dict[NodeId, int] = field(default_factory=dict)  # of nodes, where not all
+
+    @property
+    def id(self) -> int:
+        """The request's number."""
+        return self.request.id
+
+    @property
+    def context(self) -> int:
+        """Positions that exist: the prompt and every token that may be generated."""
+        return len(self.request.prompt_tokens) + self.max_new_tokens
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Capacity of its cache on every stage: the context and the tree."""
+        return self.context + max_tree_tokens(self.decoding.config)
+
+    @property
+    def num_tree_tokens_free(self) -> int:
+        """How many more tree tokens the stages' caches can hold."""
+        return max_tree_tokens(self.decoding.config) - self.tree.num_sent
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is on the stages."""
+        return self.status is RequestStatus.RUNNING
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the prefix is through and the tree has a root."""
+        return len(self.tree) > 0
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        return self.pipe.num_stages
+
+    @property
+    def num_in_flight(self) -> int:
+        """This request's segments sent and not back."""
+        return len(self.flights)
+
+    @property
+    def drained(self) -> bool:
+        """Nothing is in flight."""
+        return not self.flights
+
+    @property
+    def round_over(self) -> bool:
+        """The pipe is empty and the root is a token the target has not seen: draft anew."""
+        return self.drained and not self.tree.root.sent
+
+    @property
+    def draft_left_s(self) -> float:
+        """How much longer the running drafter forward is expected to take, or one begun now."""
+        return self.pipe.draft_left_s(self.decoding.drafter)
+
+    @property
+    def all_tokens(self) -> tuple[int, ...]:
+        """Prompt and what was generated."""
+        return (*self.request.prompt_tokens, *self.tokens)
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens whose rows every stage has committed once it knows the newest verdict."""
+        return 0 if self.verdict is None else self.verdict.position
+
+    def num_reusable(self, prompt: Sequence[int]) -> int:
+        """Leading positions of another request's `prompt` that need not be computed again.
+
+        One less than the tokens in common, as an Opening wants it, and at most what the stages
+        have committed and the drafter has complete.
+        """
+        in_common = len(commonprefix([tuple(prompt), self.all_tokens]))
+        return max(0, min(in_common - 1, self.num_committed, self.drafter.num_reusable))
+
+    # Its life ------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        strategy: "Strategy[RequestState]",
+        drafter: Drafter,
+        calibration: Calibration | None,
+        *,
+        reuse: "RequestState | None" = None,
+        num_cached_tokens: int = 0,
+    ) -> AddRequest:
+        """Begin to run, or begin again; the first `num_cached_tokens` are those of `reuse`.
+
+        Returns the message that makes room for it on the stages. Sampling noise is keyed by
+        absolute position, so what follows does not depend on where a run begins.
+        """
+        if self.status is RequestStatus.PREEMPTED:
+            self.stats.num_resumes += 1
+        else:
+            self.stats.num_prompt_reused = num_cached_tokens
+        self._clear_run()
+        self.prefix = self.all_tokens
+        self.strategy = strategy
+        self.drafter = drafter.open(self._opening(reuse, num_cached_tokens))
+        self.num_aux_hidden_state_layers = len(drafter.aux_hidden_state_layers)
+        self.num_prefix_sent = num_cached_tokens
+        if calibration is not None:
+            sampled = self.request.sampling.temperature > 0.0
+            self.forecasts = Forecasts(calibration, drafter.name, sampled=sampled)
+        ids = [(self.tree.new_id(), index) for index in range(len(self.prefix))]
+        self.commit(ids[num_cached_tokens:])
+        self.drafter.accept(self.prefix)
+        self.status = RequestStatus.RUNNING
+        return AddRequest(
+            epoch=self.pipe.epoch,
+            request=self.id,
+            capacity=self.num_kv_tokens,
+            context=self.context,
+            sampling=self.request.sampling,
+            aux_hidden_state_layers=drafter.aux_hidden_state_layers,
+            reuse=reuse.id if reuse is not None else 0,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+    def _opening(self, reuse: "RequestState | None", num_cached_tokens: int) -> Opening:
+        config = self.decoding.config
+        is_drafting = isinstance(config, DraftingConfig)
+        return Opening(
+            request=self.request,
+            prefix=self.prefix,
+            topk=config.draft_topk if is_drafting else 1,
+            coupled=config.coupled_drafting if is_drafting else False,
+            reuse=reuse.drafter if reuse is not None else None,
+            num_cached_tokens=num_cached_tokens,
+        )
+
+    def _clear_run(self) -> None:
+        self.strategy, self.drafter, self.forecasts = None, NoDraftSession(), None
+        self.tree, self.verdict, self.root_proposal = DraftTree(), None, None
+        self.flights, self.positions, self.num_layers_come = set(), {}, {}
+        self.num_segments = self.num_prefix_sent = self.num_verdicts = 0
+        self.first_verdict_at = 0.0
+        self.last_was_hit = self.last_was_unsent = False
+
+    def preempt(self, now: float) -> None:
+        """Its stages are lost; its tokens, text and statistics are not."""
+        self.status = RequestStatus.PREEMPTED
+        self.lost_at = now if self.lost_at is None else self.lost_at
+        self._clear_run()
+
+    def finish(
+        self, reason: FinishReason, now: float, error: Failure | None = None
+    ) -> RequestOutput:
+        """It is over; what has come of it."""
+        self.end_outage(now)
+        self.status = RequestStatus.FINISHED
+        self.stats.finished_at = now
+        return RequestOutput(
+            request=self.id,
+            tokens=tuple(self.tokens),
+            text=self.text.text,
+            reason=reason,
+            stats=self.stats,
+            error=error,
+            num_prompt_tokens=len(self.request.prompt_tokens),
+        )
+
+    def count_verdict(self, now: float) -> None:
+        """A verdict has come: with the second, stages have also computed rows of its tree."""
+        self.num_verdicts += 1
+        if self.num_verdicts == 1:
+            self.first_verdict_at = now
+        if self.num_verdicts >= CLEARED_AFTER:
+            self.losses.clear()
+        if now - self.first_verdict_at >= FORGOTTEN_AFTER_S:
+            self.losses.forget()
+
+    def count_loss(self, *, alone: bool) -> None:
+        """A stage is lost, and may be by its doing."""
+        self.losses.add(alone=alone, early=self.num_verdicts < CLEARED_AFTER)
+
+    def end_outage(self, now: float) -> None:
+        """A token has come, or the request is over.
+
+        An outage before the first token is a part of the time to it and counted nowhere else.
+        """
+        if self.lost_at is not None and self.stats.num_tokens:
+            self.stats.resume_s += now - self.lost_at
+        self.lost_at = None
+
+    # Hidden states -------------------------------------------------------------------------------
+
+    def commit(self, nodes: Iterable[tuple[NodeId, int]]) -> None:
+        """Nodes (with their positions) are accepted: their features come, or have come before."""
+        for node, position in nodes:
+            if self.num_layers_come.get(node, 0) < self.num_aux_hidden_state_layers:
+                self.positions[node] = position
+            else:
+                self.num_layers_come.pop(node, None)
+
+    def locate(self, node: NodeId) -> int:
+        """Absolute position of a node whose features of one more layer have come.
+
+        It may be alive still, where they overtook its verdict. What has come in full is forgotten,
+        so that a long text does not fill the memory.
+        """
+        alive = node in self.tree
+        assert alive or node in self.positions, f"features of node {node}, which was never accepted"
+        position = self.tree[node].position if alive else self.positions[node]
+        self.num_layers_come[node] = self.num_layers_come.get(node, 0) + 1
+        if not alive and self.num_layers_come[node] == self.num_aux_hidden_state_layers:
+            del self.positions[node], self.num_layers_come[node]
+        return position
+
+    # The draft tree ------------------------------------------------------------------------------
+
+    def take_proposals(self, proposals: list[Proposal], *, expanded: Container[NodeId]) -> None:
+        """The drafter's forward is done: children of expanded nodes, and perhaps of the root."""
+        config = self.decoding.drafting
+        below = [proposal for proposal in proposals if proposal.node in expanded]
+        for proposal in proposals:
+            if proposal.node not in expanded:
+                self.root_proposal = proposal
+                if config.refresh or not self.tree.root.expanded:
+                    below.insert(0, proposal)
+        if below:
+            self.grow(below, floor_count=config.num_draft_tokens)
+            self.merge_branches()
+
+    def drop_tree(self) -> None:
+        """Forget all guesses but the root's children as last proposed: a new round begins."""
+        self.tree.drop_descendants()
+        proposal = self.root_proposal
+        if proposal is not None and proposal.node == self.tree.root.id:
+            self.grow([proposal], floor_count=self.decoding.drafting.num_draft_tokens)
+
+    def grow(
+        self, proposals: list[Proposal], *, floor_count: int, merged: bool = False
+    ) -> list[Node]:
+        """Add proposed children that are among the `floor_count` best; returns those added.
+
+        `merged` children are not the drafter's, which may still expand the node. Tokens outside
+        the target's vocabulary are left out: it never chooses them, and has no embedding for them.
+        """
+        floor = float("-inf")
+        if len(self.tree) > floor_count:
+            floor = self.tree.ranked()[floor_count].score
+        grown = []
+        for proposal in proposals:
+            if proposal.node not in self.tree:
+                continue
+            node = self.tree[proposal.node]
+            node.expanded = node.expanded or not merged
+            for child in node.children.values():
+                self.tree[child].expandable = node.expanded
+            if node.position + 1 < self.context - 1:  # nothing follows the last token
+                grown.append((node, within(proposal, self.vocab_size)))
+        added: list[Node] = []
+        for (node, _), children in zip(grown, self._calibrated(grown), strict=True):
+            added += self.tree.extend(node, children, floor=floor, expandable=node.expanded)
+        return added
+
+    def merge_branches(self) -> None:
+        """Add the n-gram branches that need no drafter forward to the tree as it is now."""
+        if not isinstance(self.drafter, MergedSession) or not self.is_decoding:
+            return
+        config = self.decoding.drafting
+        room = config.num_draft_tokens + 1 - len(self.tree)
+
+        def grow(proposal: Proposal) -> list[Node]:
+            return self.grow([proposal], floor_count=config.num_draft_tokens, merged=True)
+
+        if room > 0:
+            self.drafter.graft(self.tree, grow, most=room, min_score=config.min_score)
+
+    def learn(self, path: Sequence[Node], token: int) -> None:
+        """A verdict: `path`, from the old root down, is true, and `token` comes after it."""
+        if self.forecasts is not None:
+            tokens = [*(node.token for node in path[1:]), token]
+            self.forecasts.settle([node.id for node in path], tokens, self.tree.nodes)
+
+    def _calibrated(
+        self, grown: Sequence[tuple[Node, Proposal]]
+    ) -> Iterable[Sequence[tuple[int, float]]]:
+        """Each node's proposed children, with corrected scores where these are learnt."""
+        if self.forecasts is None:
+            return [proposal.children for _, proposal in grown]
+        above = self.tree.root.position - 1
+        scores = self.forecasts.enter(
+            [
+                NodeForecast(node.id, node.position - above, proposal.children, proposal.sources)
+                for node, proposal in grown
+            ]
+        )
+        found = []
+        for (node, proposal), logprobs in zip(grown, scores, strict=True):
+            tokens = [token for token, _ in proposal.children]
+            children = list(zip(tokens, logprobs, strict=True))
+            if self.forecasts.calibration.paths is not None:
+                self.forecasts.log_paths(self.tree.path(node.id), children)
+            children.sort(key=_LOGPROB, reverse=True)  # stable, also in reverse
+            found.append(children)
+        return found
+
+    # Segments ------------------------------------------------------------------------------------
+
+    def tree_segment(self, nodes: Sequence[Node], *, verify: bool) -> Segment:
+        """Nodes of the tree as the next segment; they count as sent."""
+        self.tree.send(nodes)
+        return self._segment(
+            tuple(node.id for node in nodes),
+            tuple(node.parent for node in nodes),
+            tuple(node.token for node in nodes),
+            prefix=False,
+            verify=verify,
+        )
+
+    def prefix_segment(self, most: int) -> Segment | None:
+        """Up to `most` tokens of the prefix as the next segment; None: all of it is sent.
+
+        Stages work on different pieces at the same time.
+        """
+        start = self.num_prefix_sent
+        end = min(start + most, len(self.prefix))
+        if start == end:
+            return None
+        self.num_prefix_sent = end
+        return self._segment(
+            tuple(NodeId(i) for i in range(start, end)),
+            tuple(NodeId(i - 1) for i in range(start, end)),
+            self.prefix[start:end],
+            prefix=True,
+            verify=end == len(self.prefix),
+        )
+
+    def _segment(
+        self,
+        nodes: tuple[NodeId, ...],
+        parents: tuple[NodeId, ...],
+        tokens: tuple[int, ...],
+        *,
+        prefix: bool,
+        verify: bool,
+    ) -> Segment:
+        seq_no = self.num_segments
+        self.num_segments += 1
+        if not prefix:
+            self.stats.num_segments += 1
+            self.stats.num_rows_sent += len(nodes)
+        self.flights.add(seq_no)
+        return Segment(
+            epoch=self.pipe.epoch,
+            request=self.id,
+            seq_no=seq_no,
+            nodes=nodes,
+            parents=parents,
+            tokens=tokens,
+            prefix=prefix,
+            verify=verify,
+            verdict=self.verdict,
+        )
+
+
+def within(proposal: Proposal, vocab_size: int) -> Proposal:
+    """The proposal without tokens that the vocabulary does not have (size 0: not known)."""
+    tokens = [token for token, _ in proposal.children]
+    if not vocab_size or not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return proposal
+    keep = [place for place, token in enumerate(tokens) if 0 <= token < vocab_size]
+    children = tuple(proposal.children[place] for place in keep)
+    return Proposal(
+        proposal.node, children, tuple(proposal.sources[p] for p in keep if proposal.sources)
+    )
