@@ -64,7 +64,7 @@ def count_outage(stats: DecodeStats, elapsed: float) -> None:
 
 def max_rows_alive(config: DecodeConfig) -> int:
     """Most tree rows of one request that a stage's cache must hold at once."""
-    return max(MIN_ROWS_ALIVE, config.tree_size + 1)
+    return max(MIN_ROWS_ALIVE, config.num_draft_tokens + 1)
 
 
 def room(session: Session) -> int:
@@ -102,7 +102,7 @@ def open_session(
         drafter=drafter.open(
             Opening(
                 request=request,
-                topk=config.topk,
+                draft_topk=config.draft_topk,
                 coupled=config.coupled_drafting,
                 reuse=turn.kept.session.drafter if turn.kept is not None else None,
                 num_cached_tokens=num_cached_tokens,

@@ -148,9 +148,9 @@ class Admission:
         """By requests being served and by kept ones."""
         return sum(self.rows.values()) + sum(kept.num_rows for kept in self.kept.values())
 
-    def limit_rows(self, kv_rows: int) -> None:
+    def limit_rows(self, num_kv_tokens: int) -> None:
         """A stage can hold this many rows of KV cache (0: it does not know)."""
-        known = [rows for rows in (self.max_rows, kv_rows) if rows]
+        known = [rows for rows in (self.max_rows, num_kv_tokens) if rows]
         self.max_rows = min(known, default=0)
 
     def submit(self, request: Request, now: float, *, num_tree_rows: int) -> None:

@@ -85,7 +85,7 @@ class Slots:
     def _prompt_pieces(self, requests: Sequence[Served]) -> list[Segment]:
         """A chunk of prompt for the slot, oldest request first; short prompts share it."""
         pieces: list[Segment] = []
-        left = requests[0].session.config.prefill_chunk if requests else 0
+        left = requests[0].session.config.chunked_prefill_size if requests else 0
         for served in requests:
             with self.failures.of(served.session.request.id):
                 piece = self.next_prompt_piece(served.session, left)

@@ -118,7 +118,7 @@ class Head:
         """The drafter as the strategy wants it: none, or with the text's own branches."""
         if not self.spec.drafts:
             return NoDrafter()
-        return MergedDrafter(self.drafter) if self.config.graft else self.drafter
+        return MergedDrafter(self.drafter) if self.config.merge else self.drafter
 
     def served_stats(self) -> list[DecodeStats]:
         """Of the requests being served now."""
@@ -307,7 +307,7 @@ class Head:
             sends.append(Send(CLIENT, tokens))
             if reason is None:
                 active.strategy.on_verdict(session)
-                session.graft()
+                session.merge_branches()
         return [*sends, *self._finish(active, reason, now)] if reason is not None else sends
 
     def _accept(self, active: Active, verdict: Reroot, now: float) -> tuple[list[int], int | None]:
@@ -456,12 +456,12 @@ class Head:
         self.blamed.clear()
         if message.num_stages != self.pipe.num_stages:
             self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
-        self.admission.max_rows = message.kv_rows
+        self.admission.max_rows = message.num_kv_tokens
         sends = [Send(EVERY_STAGE, Reset(epoch=self.pipe.epoch))]
         for waiting in self.admission.take_too_large():
             error = (
                 f"the request needs {waiting.num_rows} rows of KV cache on every stage, the "
-                f"tightest of those that are left holds {message.kv_rows}"
+                f"tightest of those that are left holds {message.num_kv_tokens}"
             )
             sends.append(self._drop(waiting, FinishReason.ERROR, now, error))
         return sends

@@ -121,22 +121,22 @@ class Session:
                 if self.config.refresh or not self.tree.root.expanded:
                     below.insert(0, proposal)
         if below:
-            self.grow(below, floor_count=self.config.tree_size)
-            self.graft()
+            self.grow(below, floor_count=self.config.num_draft_tokens)
+            self.merge_branches()
 
     def drop_tree(self) -> None:
         """Forget all guesses but the root's children as last proposed: a new round begins."""
         self.tree.drop_descendants()
         proposal = self.root_proposal
         if proposal is not None and proposal.node == self.tree.root.id:
-            self.grow([proposal], floor_count=self.config.tree_size)
+            self.grow([proposal], floor_count=self.config.num_draft_tokens)
 
     def grow(
-        self, proposals: list[Proposal], *, floor_count: int, grafted: bool = False
+        self, proposals: list[Proposal], *, floor_count: int, merged: bool = False
     ) -> list[Node]:
         """Add proposed children that are among the `floor_count` best; returns those added.
 
-        `grafted`: not the drafter's word on the node, which it may still expand. Tokens outside
+        `merged`: not the drafter's word on the node, which it may still expand. Tokens outside
         the target's vocabulary are left out: it never chooses them, and has no embedding for them.
         """
         floor = float("-inf")
@@ -147,7 +147,7 @@ class Session:
             if proposal.node not in self.tree:
                 continue
             node = self.tree[proposal.node]
-            node.expanded = node.expanded or not grafted
+            node.expanded = node.expanded or not merged
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # what follows the last token is not asked for
@@ -157,16 +157,16 @@ class Session:
             added += self.tree.extend(node, children, floor=floor, expandable=node.expanded)
         return added
 
-    def graft(self) -> None:
+    def merge_branches(self) -> None:
         """Add the branches that the drafter has at hand, without a forward, for the tree now."""
-        room = self.config.tree_size + 1 - len(self.tree)
+        room = self.config.num_draft_tokens + 1 - len(self.tree)
         if not isinstance(self.drafter, MergedSession) or not self.decoding or room <= 0:
             return
 
         def grow(proposal: Proposal) -> list[Node]:
-            return self.grow([proposal], floor_count=self.config.tree_size, grafted=True)
+            return self.grow([proposal], floor_count=self.config.num_draft_tokens, merged=True)
 
-        self.drafter.graft(self.tree, grow, most=room, min_score=self.config.min_score)
+        self.drafter.merge_branches(self.tree, grow, most=room, min_score=self.config.min_score)
 
     def learn(self, path: Sequence[Node], token: int) -> None:
         """The verdict: `path`, from the old root down, is true, and `token` comes after it."""

@@ -380,8 +380,8 @@ class HeadEngine:
         self._epoch, self._num_stages = command.epoch, len(self._members)
         self.statuses = {}
         self._use(self._transport)
-        rows = [member.kv_rows for member in self._members if member.kv_rows]
-        self._inject(wire.Resume(num_stages=self._num_stages, kv_rows=min(rows, default=0)))
+        rows = [member.num_kv_tokens for member in self._members if member.num_kv_tokens]
+        self._inject(wire.Resume(num_stages=self._num_stages, num_kv_tokens=min(rows, default=0)))
         rates = [member.link_bytes_per_s for member in self._members if member.link_bytes_per_s]
         self.head.pipe.link_row_ms = self._row_bytes / min(rates) * 1e3 if rates else 0.0
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
