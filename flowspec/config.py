@@ -88,7 +88,14 @@ _NEEDED = {  # by the beginning of pydantic's kind of error
 }
 MAX_TIMEOUT_S = 86400.0
 MAX_ROWS = 1024  # of a segment, a tree, a drafter forward
-_COUNTS = ("segment_size", "tree_size", "tree_depth", "topk", "draft_width", "prefill_chunk")
+_COUNTS = (
+    "segment_size",
+    "num_draft_tokens",
+    "num_draft_steps",
+    "draft_topk",
+    "draft_width",
+    "chunked_prefill_size",
+)
 MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
 
 
@@ -97,9 +104,9 @@ class DecodeConfig:
     """How one request is drafted and streamed; each strategy has its own defaults."""
 
     segment_size: int = 32  # tree rows in a segment: most (streaming, pipedec), least (flowspec)
-    tree_size: int = 60  # nodes below the root, kept or drafted per round
-    tree_depth: int = 6  # levels below the root that one draft grows
-    topk: int = 10  # children proposed per node; nodes of a round's beam
+    num_draft_tokens: int = 60  # nodes below the root, kept or drafted per round
+    num_draft_steps: int = 6  # levels below the root that one draft grows
+    draft_topk: int = 10  # children proposed per node; nodes of a round's beam
     draft_width: int = 20  # streaming: nodes expanded per drafter forward
     coupled_drafting: bool = False  # rank drafts by the shared noise; changes the speed alone
     refresh: bool = True  # re-score the root's children when its true feature arrives
@@ -107,8 +114,8 @@ class DecodeConfig:
     # streaming: segments in the pipe at once; 0: one per stage (at least two), or, where head and
     # stages share a machine (`run`, `bench --real`), as many as its cores compute at the same time
     max_in_flight: int = 0
-    prefill_chunk: int = 64  # prompt tokens per segment
-    graft: bool = False  # add branches from the text so far to any drafter's tree
+    chunked_prefill_size: int = 64  # prompt tokens per segment
+    merge: bool = False  # add branches from the text so far to any drafter's tree
     calibrate: bool = False  # correct path scores by what verdicts taught; changes the speed alone
 
     def __post_init__(self) -> None:
@@ -117,9 +124,10 @@ class DecodeConfig:
                 raise ValueError(f"decode.{name} must be at least 1, not {getattr(self, name)}")
             if getattr(self, name) > MAX_ROWS:
                 raise ValueError(f"decode.{name} is {getattr(self, name)}, at most {MAX_ROWS}")
-        if self.topk * self.tree_depth > 1024:
+        if self.draft_topk * self.num_draft_steps > 1024:
+            product = self.draft_topk * self.num_draft_steps
             raise ValueError(
-                f"decode.topk x decode.tree_depth is {self.topk * self.tree_depth}, at most 1024"
+                f"decode.draft_topk x decode.num_draft_steps is {product}, at most 1024"
             )
         if self.max_in_flight < 0:
             raise ValueError(f"decode.max_in_flight must not be negative: {self.max_in_flight}")
@@ -143,10 +151,10 @@ class RunConfig:
     device: str = "cpu"
     transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
     threads_per_process: int = 1
-    shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
+    batch_invariant: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
     context: int = 0  # most tokens of a request, prompt and answer; 0: what the model was made for
-    max_requests: int = 8  # served at once; further ones wait
+    max_num_seqs: int = 8  # served at once; further ones wait
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
     timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
@@ -168,8 +176,8 @@ class RunConfig:
                 f"{self.device!r}"
             )
         self._check_emulation()
-        if not 1 <= self.max_requests <= 16:
-            raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
+        if not 1 <= self.max_num_seqs <= 16:
+            raise ValueError(f"max_num_seqs must be from 1 to 16, not {self.max_num_seqs}")
         for name in ("context", "kept_prefixes", "kv_memory_mb", "max_restarts"):
             value, most = getattr(self, name), LONGEST_CONTEXT if name == "context" else MAX_COUNT
             if not 0 <= value <= most:

@@ -144,7 +144,7 @@ def build_head(config: RunConfig, parts: HeadParts) -> Head:
         parts.drafter,
         admission=Admission(
             max_context=parts.max_context,
-            max_active=config.max_requests,
+            max_active=config.max_num_seqs,
             max_kept=config.kept_prefixes,
             vocab_size=parts.vocab_size,
             text_of=parts.text_of,
@@ -159,9 +159,11 @@ def build_stage(
     *,
     device: str,
     dtype: str,
-    shape_stable: bool,
+    batch_invariant: bool,
 ) -> tuple[Stage, str]:
     """A stage's core and the model hash of the split it belongs to."""
     manifest = read_manifest(split_folder)
     model = load_stage(split_folder, rank, device=device, dtype=dtype)
-    return Stage(rank, len(manifest.layers), model, shape_stable=shape_stable), manifest.model_hash
+    return Stage(
+        rank, len(manifest.layers), model, batch_invariant=batch_invariant
+    ), manifest.model_hash

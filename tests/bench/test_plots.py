@@ -47,9 +47,9 @@ def sweep_samples() -> list[Sample]:
 
 def depth_samples() -> list[Sample]:
     """`ar` once; the others with trees of two depths."""
-    found = list(benchmark(("ar",), SETS, questions=2, parameters={"tree_depth": 6}))
+    found = list(benchmark(("ar",), SETS, questions=2, parameters={"num_draft_steps": 6}))
     for depth in (2, 6):
-        parameters = {"tree_depth": depth, "topk": 4}
+        parameters = {"num_draft_steps": depth, "draft_topk": 4}
         found += benchmark(("flowspec", "streaming"), SETS, questions=2, parameters=parameters)
     return found
 
@@ -98,7 +98,7 @@ def test_a_picture_of_each_kind_is_written(files, tmp_path, kind, suffix, theme)
     """In the format that the ending names, in both themes."""
     out = tmp_path / f"plot{suffix}"
     words = ["plot", kind, str(files[kind]), "--out", str(out), "--theme", theme]
-    words += ["--over", "tree_depth"] if kind == "sweep" else []
+    words += ["--over", "num_draft_steps"] if kind == "sweep" else []
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, (result.output, result.exception)
     data = out.read_bytes()
@@ -143,7 +143,7 @@ def test_a_sweep_draws_what_was_run_in_order():
 def test_what_does_not_depend_on_the_sweep_counts_everywhere():
     """`ar` has no tree: one run is the baseline of every depth."""
     with drawing(LIGHT):
-        figure = over("tree_depth")(depth_samples(), LIGHT, "ar")
+        figure = over("num_draft_steps")(depth_samples(), LIGHT, "ar")
     ar = figure.axes[0].lines[0]
     assert list(ar.get_xdata()) == [2.0, 6.0]
     assert ar.get_ydata()[0] == ar.get_ydata()[1]
@@ -292,7 +292,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
     """The same in every plot."""
     for theme in THEMES.values():
         assert set(STRATEGIES) <= set(theme.strategies)
-        names = [*STRATEGIES, *(f"streaming topk={number}" for number in range(4))]
+        names = [*STRATEGIES, *(f"streaming draft_topk={number}" for number in range(4))]
         found = colors(theme, names)
         assert len(set(found.values())) == len(names)
         assert found["streaming"] == theme.strategies["streaming"]
@@ -317,8 +317,8 @@ def test_every_strategy_has_its_color_and_variants_have_others():
         (["bandwidth", "good.jsonl", "--out", "x.png"], ["'testbed'", "clusters"]),
         (["stages", "good.jsonl", "--out", "x.png"], ["two values", "have: 4"]),
         (["sweep", "good.jsonl", "--out", "x.png"], ["--over"]),
-        (["sweep", "good.jsonl", "--over", "moon", "--out", "x.png"], ["moon", "tree_depth"]),
-        (["time", "good.jsonl", "--over", "topk", "--out", "x.png"], ["--over"]),
+        (["sweep", "good.jsonl", "--over", "moon", "--out", "x.png"], ["moon", "num_draft_steps"]),
+        (["time", "good.jsonl", "--over", "draft_topk", "--out", "x.png"], ["--over"]),
         (["timeline", "good.jsonl", "--out", "x.png"], ["good.jsonl holds", "other plots"]),
         (["timeline", "one.jsonl", "--out", "x.png"], ["one.jsonl holds", "other plots"]),
         (["timeline", "empty.jsonl", "--out", "x.png"], ["empty.jsonl is no trace"]),

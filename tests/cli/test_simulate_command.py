@@ -63,13 +63,13 @@ def test_a_sweep_prints_a_line_per_value_and_writes_its_records(tiny, tmp_path, 
 def test_parameters_vary_for_what_has_a_tree_alone(tiny, tmp_path, monkeypatch):
     """`ar` runs once, and is every depth's baseline."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--vary", "tree_depth=1,3", "--vary", "stages=2", "--strategies", "ar,serial_pp"]
+    flags = ["--vary", "num_draft_steps=1,3", "--vary", "stages=2", "--strategies", "ar,serial_pp"]
     assert simulate(tiny, *flags).exit_code == 0
     samples = read_samples(Path("out/simulate"))
-    assert sorted((one.strategy, one.parameters["tree_depth"]) for one in samples) == [
+    assert sorted((one.strategy, one.parameters["num_draft_steps"]) for one in samples) == [
         *(("ar", 6), ("serial_pp", 1), ("serial_pp", 3))
     ]
-    found = sweep(samples, find_axis("tree_depth"))
+    found = sweep(samples, find_axis("num_draft_steps"))
     assert found.has_baseline
     assert set(found.lines["serial_pp"]) == {1.0, 3.0}
 
@@ -111,11 +111,13 @@ def test_a_sweep_and_the_4_bit_profiles_emulate_the_same(model):
 
 def test_variations_are_all_combinations_and_names_say_them():
     """The last one varies fastest; what a name says is read back."""
-    found = parse_variations(["stages=2,4", "topk=3,5"])
+    found = parse_variations(["stages=2,4", "draft_topk=3,5"])
     assert found == [
-        {"stages": stages, "topk": topk} for stages in (2.0, 4.0) for topk in (3.0, 5.0)
+        {"stages": stages, "draft_topk": draft_topk}
+        for stages in (2.0, 4.0)
+        for draft_topk in (3.0, 5.0)
     ]
-    assert settings_of(found[1]) == {"topk": "5"}
+    assert settings_of(found[1]) == {"draft_topk": "5"}
     assert values_in(with_values("wifi-5", {"latency_ms": 0.25})) == {"latency_ms": 0.25}
 
 
@@ -123,15 +125,15 @@ def test_variations_are_all_combinations_and_names_say_them():
     ("flags", "names"),
     [
         ([], ["--vary", "link_mbps"]),
-        (["--vary", "moon=1"], ["moon", "tree_depth"]),
+        (["--vary", "moon=1"], ["moon", "num_draft_steps"]),
         (["--vary", "stages"], ["name=value"]),
         (["--vary", "stages=two"], ["stages=two", "numbers"]),
-        (["--vary", "t\u043epk=2"], [r"t\u043epk", "tree_depth"]),
+        (["--vary", "t\u043epk=2"], [r"t\u043epk", "num_draft_steps"]),
         (["--vary", "stages=0"], ["from 1 to"]),
         (["--vary", "link_mbps=nan,1"], ["link_mbps", "nan"]),
         (["--vary", "weight_bits=4"], ["4.5", "scales", "16"]),
-        (["--vary", "topk=2", "--vary", "topk=3"], ["topk", "twice"]),
-        (["--vary", "topk=0,2"], ["--vary", "topk"]),
+        (["--vary", "draft_topk=2", "--vary", "draft_topk=3"], ["draft_topk", "twice"]),
+        (["--vary", "draft_topk=0,2"], ["--vary", "draft_topk"]),
         (["--vary", "stages=2,3", "--cluster", "mixed-5"], ["several kinds"]),
         (["--vary", "stages=2,4", "--trace", "t.json"], ["--trace", "one value"]),
         (["--vary", "stages=2", "--trace", "nowhere/t.json"], ["nowhere"]),

@@ -45,10 +45,13 @@ def head(parts: HeadParts) -> Asking:
 def test_a_client_has_its_strategy_and_the_next_one_the_cluster_s(head):
     """Nothing of a benchmark stays, also where it was killed."""
     served = head.chosen
-    assert served == (STRATEGIES["flowspec"], replace(STRATEGIES["flowspec"].defaults, topk=7))
-    assert head.ask(decoding(topk=3)) is None
+    assert served == (
+        STRATEGIES["flowspec"],
+        replace(STRATEGIES["flowspec"].defaults, draft_topk=7),
+    )
+    assert head.ask(decoding(draft_topk=3)) is None
     assert head.chosen[0] is STRATEGIES["streaming"]
-    assert head.chosen[1] == replace(STRATEGIES["streaming"].defaults, topk=3)
+    assert head.chosen[1] == replace(STRATEGIES["streaming"].defaults, draft_topk=3)
     assert head.engine.strategy == "streaming"
     head.cancel()
     assert head.ask(None) is None
@@ -105,9 +108,9 @@ def test_the_head_s_own_probe_is_no_other_request(head):
     ("wanted", "words"),
     [
         (Decoding(strategy="warp", parameters={}, run="1"), ["warp", "known: ar"]),
-        (decoding(speed=9), ["parameters of streaming", "speed", "topk"]),
-        (decoding(topk=0), ["topk must be at least 1"]),
-        (decoding("ar", tree_size=2000), ["tree_size is 2000", "at most 1024"]),
+        (decoding(speed=9), ["parameters of streaming", "speed", "draft_topk"]),
+        (decoding(draft_topk=0), ["draft_topk must be at least 1"]),
+        (decoding("ar", num_draft_tokens=2000), ["num_draft_tokens is 2000", "at most 1024"]),
         (
             Decoding(strategy="streaming-unpruned", parameters={}, run="1"),
             ["streaming-unpruned", "emulated cluster alone"],
@@ -148,9 +151,9 @@ def test_what_would_be_cut_short_is_not_measured(head, parts):
 def test_what_no_stage_can_hold_is_refused_as_such(head):
     """Prompt, answer and tree, against what the tightest stage holds."""
     head.engine.head.admission.max_rows = 300
-    assert head.ask(decoding(tree_size=40)) is None
+    assert head.ask(decoding(num_draft_tokens=40)) is None
     head.cancel()
-    done = head.ask(decoding(tree_size=400))
+    done = head.ask(decoding(num_draft_tokens=400))
     assert done is not None
     assert done.too_large
     assert "rows of KV cache on every stage, the tightest stage holds 300" in done.error
@@ -177,7 +180,7 @@ def test_what_a_chat_template_refuses_is_refused_as_such(head, parts, monkeypatc
 def test_a_parameter_is_a_number_or_a_switch(value):
     """Nothing else travels."""
     with pytest.raises(ValidationError):
-        Decoding(strategy="ar", parameters={"topk": value}, run="1")
+        Decoding(strategy="ar", parameters={"draft_topk": value}, run="1")
 
 
 def test_statistics_come_back_as_they_were():

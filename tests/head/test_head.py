@@ -54,7 +54,7 @@ def own_tokens(count: int, sampling: Any = T0) -> list[int]:
 
 def test_stages_work_on_different_chunks_of_the_prompt_at_once():
     """Chunked prefill is pipelined: C chunks on N stages take C + N - 1 forwards, not C * N."""
-    cluster = make_cluster(3, "ar", prefill_chunk=5)
+    cluster = make_cluster(3, "ar", chunked_prefill_size=5)
     cluster.simulator.work_log = log = []
     completion = generate(cluster, request(prompt=PROMPT * 3, max_new_tokens=1))
     chunks = -(-3 * len(PROMPT) // 5)
@@ -69,16 +69,16 @@ def test_stages_work_on_different_chunks_of_the_prompt_at_once():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, len(PROMPT), 64])
-def test_prefill_chunks_do_not_change_the_text(chunk):
+def test_the_size_of_prefill_chunks_does_not_change_the_text(chunk):
     """Where the prompt is cut is a matter of speed."""
-    setup = {"num_stages": 2, "strategy": "streaming", "prefill_chunk": chunk}
+    setup = {"num_stages": 2, "strategy": "streaming", "chunked_prefill_size": chunk}
     completion, _ = run_watched(setup, request(max_new_tokens=8))
     assert list(completion.tokens) == own_tokens(8)
 
 
 def test_a_long_prompt_is_not_put_into_the_pipe_at_once():
     """The stages' queues stay bounded however long the prompt is."""
-    setup = {"num_stages": 2, "strategy": "ar", "prefill_chunk": 1}
+    setup = {"num_stages": 2, "strategy": "ar", "chunked_prefill_size": 1}
     asked = request(prompt=PROMPT * 6, max_new_tokens=2)
     _, watches = run_watched(setup, asked)
     assert max(watch.max_queued for watch in watches) <= 2 * 2 + 1
@@ -128,7 +128,7 @@ def test_stop_strings_end_the_text_wherever_tokens_part(strategy, length):
     stop = letters(own)[5 : 5 + length]
     asked = request(sampling=T1, max_new_tokens=12, stop=("never", stop))
     cluster = make_cluster(
-        3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, tree_size=12
+        3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, num_draft_tokens=12
     )
     pieces = [event.text for event in cluster.serve([asked]) if isinstance(event, Tokens)]
     completion = generate(make_cluster(3, strategy, new_text=new_text), asked)
@@ -226,7 +226,7 @@ def test_an_abandoned_stream_does_not_leak_into_the_next_answer():
 
 def test_cancelling_during_the_prompt_frees_every_stage():
     """Prompt chunks are still on their way when the request is over."""
-    cluster = make_cluster(3, "streaming", prefill_chunk=1)
+    cluster = make_cluster(3, "streaming", chunked_prefill_size=1)
     cluster.simulator.submit(Submit(request=request()))
     while cluster.simulator.step() and cluster.simulator.now < 2.5:
         pass

@@ -36,7 +36,7 @@ def own_tokens(count: int, sampling: Any = T0) -> list[int]:
 @pytest.mark.parametrize("drafter", ["perfect", "hostile"])
 def test_streaming_keeps_at_most_one_segment_before_the_first_stage(drafter):
     """What waits is chosen too early: rows are picked when the stage can take them."""
-    setup = {"num_stages": 4, "strategy": "streaming", "prefill_chunk": 64}
+    setup = {"num_stages": 4, "strategy": "streaming", "chunked_prefill_size": 64}
     asked = request(max_new_tokens=14)
     _, watches = run_watched({**setup, "drafter": ScriptedDrafter(SCRIPTS[drafter])}, asked)
     first = next(watch for watch in watches if watch.rank == 1)
@@ -100,8 +100,8 @@ def test_a_full_cache_ends_the_request_with_the_stages_name(capacity):
 def test_the_caches_never_hold_more_than_the_head_asked_room_for(strategy, monkeypatch):
     """`Open.capacity` is a promise: a tree as large as it may get must fit at any moment."""
     monkeypatch.setattr(flowspec.head.active, "MIN_ROWS_ALIVE", 8)
-    setup = {"num_stages": 3, "strategy": strategy, "tree_size": 8, "segment_size": 3}
-    completion, _ = run_watched({**setup, "tree_depth": 5, "topk": 6}, request())
+    setup = {"num_stages": 3, "strategy": strategy, "num_draft_tokens": 8, "segment_size": 3}
+    completion, _ = run_watched({**setup, "num_draft_steps": 5, "draft_topk": 6}, request())
     assert completion.reason is FinishReason.LENGTH
 
 

@@ -25,13 +25,13 @@ SETUPS = st.fixed_dictionaries(
         "num_stages": st.integers(1, 8),
         "strategy": st.sampled_from(sorted(STRATEGIES)),
         "segment_size": st.integers(1, 12),
-        "tree_size": st.integers(1, 30),
-        "tree_depth": st.integers(1, 5),
-        "topk": st.integers(1, 6),
-        "prefill_chunk": st.integers(1, 12),
+        "num_draft_tokens": st.integers(1, 30),
+        "num_draft_steps": st.integers(1, 5),
+        "draft_topk": st.integers(1, 6),
+        "chunked_prefill_size": st.integers(1, 12),
         "max_in_flight": st.sampled_from([0, 1, 3]),
         "refresh": st.booleans(),
-        "graft": st.booleans(),
+        "merge": st.booleans(),
         "calibrate": st.booleans(),
     }
 )
@@ -63,7 +63,7 @@ def test_every_order_of_events_gives_the_targets_text(
     at_eos = last in asked.eos_token_ids
     assert completion.reason is (FinishReason.STOP if at_eos else FinishReason.LENGTH)
     # A segment per stage, one waiting and one on the way; rounds send their chunks at once.
-    bound = max(2 * setup["num_stages"] + 2, setup["tree_size"] + 2)
+    bound = max(2 * setup["num_stages"] + 2, setup["num_draft_tokens"] + 2)
     for watch in watches:
         if isinstance(watch.core, Stage):
             assert watch.max_queued <= bound, f"{watch.max_queued} segments wait at {watch.rank}"

@@ -61,7 +61,7 @@ def test_a_plain_pipeline_takes_a_trip_per_token(num_stages):
 def test_each_rank_is_charged_its_own_cost():
     """The clock is the only measure of an emulated run: busy times are sums of charges."""
     charges = (lambda rank, work: 1.0 + rank, instant_link)
-    cluster = make_cluster(3, "ar", charges=charges, prefill_chunk=64)
+    cluster = make_cluster(3, "ar", charges=charges, chunked_prefill_size=64)
     generate(cluster, request(max_new_tokens=5))
     forwards = 1 + 4  # the prompt, and every token but the last
     charged = {rank: forwards * (1.0 + rank) for rank in (1, 2, 3)}

@@ -159,7 +159,7 @@ def make_cluster(
 ) -> SimulatedCluster:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and shape-stable.
+    With `bf16` the stages run in bfloat16 and batch-invariant.
     """
     spec = find_strategy(strategy)
     head = Head(
@@ -171,7 +171,7 @@ def make_cluster(
         new_text=new_text,
     )
     stages = [
-        Stage(rank, num_stages, part, shape_stable=bf16)
+        Stage(rank, num_stages, part, batch_invariant=bf16)
         for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
@@ -184,10 +184,10 @@ def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
     """A strategy's defaults at the size of these tests."""
     sizes = {
         "segment_size": min(defaults.segment_size, 8),
-        "tree_size": min(defaults.tree_size, 24),
-        "tree_depth": min(defaults.tree_depth, 4),
-        "topk": min(defaults.topk, 4),
-        "prefill_chunk": 5,
+        "num_draft_tokens": min(defaults.num_draft_tokens, 24),
+        "num_draft_steps": min(defaults.num_draft_steps, 4),
+        "draft_topk": min(defaults.draft_topk, 4),
+        "chunked_prefill_size": 5,
     }
     return replace(defaults, **{**sizes, **decode})
 

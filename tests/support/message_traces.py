@@ -63,7 +63,7 @@ class Pipeline:
         spec = find_strategy(strategy)
         config = small(
             spec.defaults,
-            prefill_chunk=64,
+            chunked_prefill_size=64,
             segment_size=min(spec.defaults.segment_size, 24),  # more than pays: the gain decides
             calibrate=False,  # it takes logarithms, whose last bits differ between machines
         )
@@ -238,7 +238,7 @@ SITUATIONS: Mapping[str, Situation] = {
     "together": Situation(_together),
     "lost": Situation(_lost, limits={"max_active": 2}),
     "cancelled": Situation(_cancelled, limits={"max_active": 2}),
-    "chunked": Situation(_chunked, decode={"prefill_chunk": 5}),
+    "chunked": Situation(_chunked, decode={"chunked_prefill_size": 5}),
     "kept": Situation(_kept, limits={"max_kept": 2}),
 }
 CASES = tuple(

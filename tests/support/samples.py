@@ -19,7 +19,7 @@ def sample(**changes: Any) -> Sample:
         "seed": 1,
         "stages": 2,
         "table": "main",
-        "parameters": {"tree_size": 60},
+        "parameters": {"num_draft_tokens": 60},
         "max_tokens": 32,
         "warm": False,
         "emulated": True,

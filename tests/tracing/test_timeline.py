@@ -64,7 +64,7 @@ def test_a_plain_pipeline_by_hand(work_s, link_s):
         lambda rank, work: work_s[rank - 1],
         lambda source, to, message: Passage(latency_s=links.get((source, to), 0.01)),
         count=3,
-        prefill_chunk=64,
+        chunked_prefill_size=64,
     )
     trip = to_first + first + to_second + second + to_head
     after = to_first + to_second  # Close, which no request waits for
@@ -109,7 +109,7 @@ def test_a_slow_drafter_by_hand():
         lambda rank, work: 5.0 if work.kind == "draft" else 1.0,
         lambda source, to, message: Passage(latency_s=0.25),
         count=2,
-        prefill_chunk=64,
+        chunked_prefill_size=64,
         drafter=ScriptedDrafter(perfect),
     )
     assert times(timeline, 0) == {"draft": 10.0, "waiting for verdict": 2.75, "no request": 0.5}

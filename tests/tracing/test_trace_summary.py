@@ -26,7 +26,7 @@ def trace(tmp_path: Path) -> Path:
         lambda rank, work: 2.0 * rank - 1.0,
         lambda source, to, message: Passage(latency_s=0.5),
     )
-    cluster = make_cluster(2, "ar", charges=charges, prefill_chunk=64)
+    cluster = make_cluster(2, "ar", charges=charges, chunked_prefill_size=64)
     recorders = record(cluster)
     generate(cluster, request(max_new_tokens=3))
     write_trace(timeline_of(recorders), tmp_path / "out.json")

@@ -78,7 +78,7 @@ class DraftJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What a session begins with; `topk` children per node, ranked by the shared noise if coupled.
+    """What a session begins with: `draft_topk` children per node, by the shared noise if coupled.
 
     `reuse`, a session of the same drafter that is over, gives its work on the first
     `num_cached_tokens` positions (at most its `num_reusable`). The new prompt must have the same
@@ -88,7 +88,7 @@ class Opening:
     """
 
     request: Request
-    topk: int
+    draft_topk: int
     coupled: bool
     reuse: DraftSession | None = None
     num_cached_tokens: int = 0

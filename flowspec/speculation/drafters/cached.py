@@ -218,7 +218,7 @@ class IncrementalSession:
         )
         self.drafter = drafter
         self.sampling = request.sampling
-        self.topk, self.coupled = opening.topk, opening.coupled
+        self.draft_topk, self.coupled = opening.draft_topk, opening.coupled
         rows = min(len(request.prompt) + request.max_new_tokens, drafter.max_positions)
         self.tokens: list[int] = []  # all that is known to be true, the root last
         self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions
@@ -372,7 +372,7 @@ class IncrementalSession:
         scores = draft_scores(
             logits, positions, self.sampling, coupled=self.coupled, target_ids=ids
         )
-        best = scores.topk(min(self.topk, scores.shape[-1]), dim=-1)
+        best = scores.topk(min(self.draft_topk, scores.shape[-1]), dim=-1)
         tokens = best.indices.cpu() if ids is None else ids[best.indices.cpu()]
         return [
             Proposal(

@@ -38,8 +38,9 @@ class Strategy(Protocol):
 class TreeRound:
     """One round's tree, grown level by level as EAGLE-2 does (arXiv 2406.16858, section 4).
 
-    Level 1 is the root's `topk` children; then the `topk` best of the newest level are expanded,
-    `tree_depth` times; the `tree_size` best of all are kept. Ancestors of a kept node are kept.
+    Level 1 is the root's `draft_topk` children; then the `draft_topk` best of the newest level are
+    expanded, `num_draft_steps` times; the `num_draft_tokens` best of all are kept. Ancestors of a
+    kept node are kept.
     """
 
     def __init__(self) -> None:
@@ -55,13 +56,13 @@ class TreeRound:
         """The next beam; empty while true rows or the root's children are due, and when grown."""
         if self.grown or not s.tree.root.expanded or s.drafter.num_rows_ready:
             return []
-        if self.depth < s.config.tree_depth:
+        if self.depth < s.config.num_draft_steps:
             self.depth += 1
-            beam = s.tree.level(s.tree.root.position + self.depth, s.config.topk)
+            beam = s.tree.level(s.tree.root.position + self.depth, s.config.draft_topk)
             if beam:
                 return beam
         self.grown = True
-        s.tree.keep_best(s.config.tree_size)
+        s.tree.keep_best(s.config.num_draft_tokens)
         return []
 
 

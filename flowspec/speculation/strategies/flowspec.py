@@ -1,11 +1,11 @@
 """flowspec: the published algorithm (arXiv 2507.02620, sections 3.2 and 3.3), with its defaults.
 
-A round begins with a tree of `tree_size` nodes, cut by score into segments. While every verdict
-stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root, with the
-new true features; what is new of it follows as one appended segment. A token outside the tree ends
-the round: the pipe drains and the next tree is drafted before anything is sent. Scores decide ties
-by age, so no node is sent without its parent, and every row is masked to its own path (the official
-code errs in both).
+A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every
+verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root,
+with the new true features; what is new of it follows as one appended segment. A token outside the
+tree ends the round: the pipe drains and the next tree is drafted before anything is sent. Scores
+decide ties by age, so no node is sent without its parent, and every row is masked to its own path
+(the official code errs in both).
 """
 
 from collections.abc import Sequence
@@ -44,11 +44,11 @@ class FlowSpec:
         if self.redraft_again and not self.level:
             self.redraft_again = False
             self.level = s.tree.root.position
-            self.deepest = self.level + s.config.tree_depth
+            self.deepest = self.level + s.config.num_draft_steps
         if not self.level or not s.tree.root.expanded:
             return []
         self.level = max(self.level, s.tree.root.position) + 1
-        beam = s.tree.level(self.level, s.config.topk) if self.level <= self.deepest else []
+        beam = s.tree.level(self.level, s.config.draft_topk) if self.level <= self.deepest else []
         if not beam:
             self._trim(s)
             self.level = 0

@@ -59,14 +59,14 @@ class Streaming:
 
         A text that is easy to guess is in flight many tokens deep, and a level takes a forward.
         """
-        if len(s.tree) > MOST_OVER * s.config.tree_size:
-            s.tree.keep_best(s.config.tree_size)
+        if len(s.tree) > MOST_OVER * s.config.num_draft_tokens:
+            s.tree.keep_best(s.config.num_draft_tokens)
         least = _least(s)
         return [n for n in s.tree.best_unexpanded(s.config.draft_width) if n.score >= least]
 
     def on_verdict(self, s: Session) -> None:
         """Make room: guesses that were not worth a row until now give way to the new root's."""
-        s.tree.keep_best(s.config.tree_size // 2)
+        s.tree.keep_best(s.config.num_draft_tokens // 2)
 
 
 def _least(s: Session) -> float:
