@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import DecodeConfig, EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.head.answers import Answers
@@ -98,7 +98,7 @@ class SimulatedCluster:
 
 
 def emulated_cluster(
-    config: RunConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
+    config: EngineConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
 ) -> SimulatedCluster:
     """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
 
