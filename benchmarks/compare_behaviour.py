@@ -53,6 +53,7 @@ class Ask:
     max_tokens: int
 
 
+# older checkouts know `+merge` by this name alone, newer ones know both
 OTHER_DRAFTERS = "eagle3,draft_model,ngram,eagle+graft"
 FULL = (
     Ask("all", "eagle", limit=4, max_tokens=64),
@@ -162,8 +163,9 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
 
 
 def by_key(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
-    """Records by what they are of."""
-    found = {tuple(one[key] for key in KEYS): one for one in records}
+    """Records by what they are of; a drafter has the name that newer checkouts give it."""
+    renamed = [{**one, "drafter": one["drafter"].replace("+graft", "+merge")} for one in records]
+    found: dict[tuple[Any, ...], Record] = {tuple(one[key] for key in KEYS): one for one in renamed}
     if not found:
         raise SystemExit("error: there are no records to compare")
     return found

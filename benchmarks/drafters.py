@@ -1,10 +1,10 @@
 """Drafters side by side: accepted length and streaming speed on an emulated cluster.
 
-    python -m benchmarks.drafters [--drafters eagle,eagle+graft,ngram] [--prompts FILE|FOLDER]
+    python -m benchmarks.drafters [--drafters eagle,eagle+merge,ngram] [--prompts FILE|FOLDER]
         [--limit 3] [--draft NAME=FOLDER ...] [--cluster NAME|FILE] [--model NAME|FILE]
         [--json FILE]
 
-A drafter is its name, with `+graft` and `+calibrate` where these are to be on. All forwards are
+A drafter is its name, with `+merge` and `+calibrate` where these are to be on. All forwards are
 really computed (bundled model); time is virtual, that of the emulated model on the emulated
 cluster, where each kind of drafter costs what it weighs there. tau: tokens per verdict of
 serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's first over
@@ -31,7 +31,7 @@ from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.speculation.drafters import parse_drafter
 from flowspec.tokenizer import render_chat
 
-DEFAULT = "eagle,eagle+graft,eagle+calibrate,eagle+graft+calibrate,ngram,ngram+calibrate"
+DEFAULT = "eagle,eagle+merge,eagle+calibrate,eagle+merge+calibrate,ngram,ngram+calibrate"
 
 
 @dataclass(slots=True)
@@ -89,7 +89,7 @@ def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) 
 def cluster_of(config: RunConfig, parts: HeadParts, emulation: Emulation) -> SimulatedEngine:
     """A fresh emulated cluster: what it learns of costs and scores is its own."""
     stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
         for rank in range(1, emulation.cluster.num_stages + 1)
     ]
     return emulated_engine(config, parts, stages, emulation)

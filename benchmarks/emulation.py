@@ -58,7 +58,7 @@ def loaded(num_stages: int) -> tuple[RunConfig, HeadParts, tuple[Stage, ...]]:
     config = replace(config, draft=draft_folder(config))
     parts = load_head_parts(config, split_folder(config))
     stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
         for rank in range(1, num_stages + 1)
     ]
     return config, parts, tuple(stages)

@@ -1,6 +1,6 @@
 """What the head and the stages cost per segment, in processor time: real processes, tiny model.
 
-    python -m benchmarks.host [--tokens 300] [--tree-size 320] [--segment-size 64]
+    python -m benchmarks.host [--tokens 300] [--num-draft-tokens 320] [--segment-size 64]
         [--cost flat|measured] [--draft-ms 1] [--profile FILE] [--json FILE]
         [--least-segments-per-s 200] [--most-core 0.5]
 
@@ -101,7 +101,7 @@ class ScriptedDrafter:
 
     def open(self, opening: Opening) -> "ScriptedSession":
         """See Drafter.open."""
-        return ScriptedSession(self, opening.topk)
+        return ScriptedSession(self, opening.draft_topk)
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
         """See Drafter.begin."""
@@ -130,8 +130,8 @@ class ScriptedSession:
 
     num_reusable = 0
 
-    def __init__(self, drafter: ScriptedDrafter, topk: int) -> None:
-        self.drafter, self.topk = drafter, topk
+    def __init__(self, drafter: ScriptedDrafter, draft_topk: int) -> None:
+        self.drafter, self.draft_topk = drafter, draft_topk
         self.num_rows_ready = 0
         self._true: set[int] = set()  # nodes on the true path
 
@@ -162,15 +162,15 @@ class ScriptedSession:
 
     def _propose(self, node: Node) -> Proposal:
         truth, random = self.drafter.truth, Random(node.position * 65536 + node.token)
-        tokens = random.sample(range(self.drafter.vocab_size), self.topk)
+        tokens = random.sample(range(self.drafter.vocab_size), self.draft_topk)
         if node.parent in self._true and node.token == truth[node.position]:
             self._true.add(node.id)
         luck = random.random()
         if node.id in self._true and node.position + 1 < len(truth) and luck < ANY_RIGHT:
-            rank = 0 if luck < FIRST_RIGHT else random.randrange(1, self.topk)
+            rank = 0 if luck < FIRST_RIGHT else random.randrange(1, self.draft_topk)
             tokens = [token for token in tokens if token != truth[node.position + 1]]
             tokens.insert(rank, truth[node.position + 1])
-        return Proposal(node.id, tuple(zip(tokens[: self.topk], LOGPROBS, strict=False)))
+        return Proposal(node.id, tuple(zip(tokens[: self.draft_topk], LOGPROBS, strict=False)))
 
 
 def make_split(folder: Path) -> Path:
@@ -271,9 +271,9 @@ def main() -> int:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=300, help="of the answer [300]")
-    parser.add_argument("--tree-size", type=int, default=320, help="[320]")
+    parser.add_argument("--num-draft-tokens", type=int, default=320, help="[320]")
     parser.add_argument("--segment-size", type=int, default=64, help="most rows [64]")
-    parser.add_argument("--topk", type=int, default=10, help="[10]")
+    parser.add_argument("--draft-topk", type=int, default=10, help="[10]")
     parser.add_argument(
         "--cost", choices=("flat", "measured"), default="flat", help="of a segment's rows [flat]"
     )
@@ -301,7 +301,7 @@ def main() -> int:
             decode={
                 "num_draft_tokens": options.num_draft_tokens,
                 "segment_size": options.segment_size,
-                "topk": options.topk,
+                "draft_topk": options.draft_topk,
             },
             kept_prefixes=0,
         )

@@ -83,7 +83,9 @@ class Bench:
         """On the simulator's clock; the same every time."""
         self.next_id = 0
         stages = [
-            build_stage(self.parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)
+            build_stage(
+                self.parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False
+            )
             for rank in range(1, self.emulation.cluster.num_stages + 1)
         ]
         config = replace(self.config, kept_prefixes=0)

@@ -40,7 +40,7 @@ class Bench:
         self.parts: HeadParts = load_head_parts(config, folder)
         ranks = range(1, len(self.parts.manifest.layers) + 1)
         self.stages = [
-            build_stage(folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+            build_stage(folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
             for rank in ranks
         ]
         self.alone: dict[tuple[str, float, int], RequestOutput] = {}
@@ -118,7 +118,7 @@ def main() -> None:
     torch.set_num_threads(1)
     emulation = load_emulation(options.cluster, options.model, drafter=options.drafter)
     stages = emulation.cluster.num_stages
-    config = RunConfig(stages=stages, drafter=options.drafter, max_requests=16)
+    config = RunConfig(stages=stages, drafter=options.drafter, max_num_seqs=16)
     bench = Bench(override(config, {"draft": draft_folder(config)}, where="bench"), emulation)
     prompts = [p.turns[0] for p in load_prompts(options.prompts, limit=options.limit)]
     rows = []

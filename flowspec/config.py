@@ -104,10 +104,10 @@ class RunConfig:
     device: str = "cpu"
     transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
     threads_per_process: int = 1
-    shape_stable: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
+    batch_invariant: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
     max_new_tokens: int = 200
     context: int = 0  # most tokens of a request, prompt and answer; 0: what the model was made for
-    max_requests: int = 8  # served at once; further ones wait
+    max_num_seqs: int = 8  # served at once; further ones wait
     chunked_prefill_size: int = 64  # prompt tokens per batch
     kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
     kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
@@ -130,8 +130,8 @@ class RunConfig:
                 f"{self.device!r}"
             )
         self._check_emulation()
-        if not 1 <= self.max_requests <= 16:
-            raise ValueError(f"max_requests must be from 1 to 16, not {self.max_requests}")
+        if not 1 <= self.max_num_seqs <= 16:
+            raise ValueError(f"max_num_seqs must be from 1 to 16, not {self.max_num_seqs}")
         for name in ("context", "kept_prefixes", "kv_memory_mb", "max_restarts"):
             value, most = getattr(self, name), LONGEST_CONTEXT if name == "context" else MAX_COUNT
             if not 0 <= value <= most:

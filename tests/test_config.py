@@ -30,7 +30,7 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("sampling: {top_k: 1.5}", "top_k"),
         ("stages: four", "stages: needed: a whole number, not 'four'"),
         ("stages: 1.5", "stages: needed: a whole number, not 1.5"),
-        ("max_requests: \uff18", r"max_requests: needed: a whole number, not '\\uff18'"),
+        ("max_num_seqs: \uff18", r"max_num_seqs: needed: a whole number, not '\\uff18'"),
         ("st\u0430ges: 2", r"unknown key 'st\\u0430ges'; known: model"),
         ("3: 4", "unknown key 3"),
         ("threads_per_process: null", "threads_per_process: needed: a whole number, not nothing"),
@@ -40,7 +40,7 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("emulate_slowdown: 0", "emulate_slowdown must be from 0.01"),
         ("timeout_s: 0", "timeout_s"),
         ("decode: 3", "decode"),
-        ("shape_stable: perhaps", "shape_stable: needed: true or false, not 'perhaps'"),
+        ("batch_invariant: perhaps", "batch_invariant: needed: true or false, not 'perhaps'"),
         ("model: 7", "model: needed: a text, not 7"),
         ("model: {a: 1}", "model: needed: a text, not a dict"),
         ("- a\n- b", "mapping"),
@@ -118,7 +118,7 @@ def test_values_are_read(tmp_path: Path) -> None:
             device="cuda:1",
             threads_per_process=3,
             transport="gloo",
-            shape_stable=True,
+            batch_invariant=True,
             max_new_tokens=5,
             timeout_s=2.5,
             sampling=SamplingParams(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1, seed=2**62),
@@ -133,8 +133,8 @@ def test_yaml_round_trip(tmp_path: Path, config: RunConfig) -> None:
 
 def test_nested_override_refuses_unknown_keys() -> None:
     """Also from code, where the value is a plain dict."""
-    with pytest.raises(ValueError, match="sampling.*topk"):
-        override(RunConfig(), {"sampling": {"topk": 4}}, where="here")
+    with pytest.raises(ValueError, match="sampling.*draft_topk"):
+        override(RunConfig(), {"sampling": {"draft_topk": 4}}, where="here")
 
 
 def test_override_keeps_the_rest() -> None:
@@ -157,14 +157,14 @@ def test_override_keeps_the_rest() -> None:
         ({"num_draft_tokens": 0}, "num_draft_tokens"),
         ({"num_draft_tokens": 2049}, "at most 1024"),
         ({"num_draft_steps": 0}, "num_draft_steps"),
-        ({"topk": 0}, "topk"),
+        ({"draft_topk": 0}, "draft_topk"),
         ({"chunked_prefill_size": 1025}, "chunked_prefill_size"),
         ({"max_in_flight": -1}, "max_in_flight"),
         ({"max_in_flight": 1025}, "max_in_flight"),
         ({"min_score": 1.0}, "min_score"),
         ({"min_score": float("nan")}, "min_score"),
         ({"refresh": "perhaps"}, "refresh"),
-        ({"topk": [1]}, "topk"),
+        ({"draft_topk": [1]}, "draft_topk"),
     ],
 )
 def test_decode_values_are_checked(values: dict[str, Any], message: str) -> None:

@@ -73,7 +73,7 @@ class Workbench:
             model=str(self._folder),
             stages=plan.stages,
             context=plan.context,
-            max_requests=1,
+            max_num_seqs=1,
             kept_prefixes=1,
         )
         self._parts: dict[str, HeadParts] = {}
@@ -237,9 +237,9 @@ class Workbench:
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
         if not self._stages:
             self._stages = [
-                build_stage(self._folder, rank, device="cpu", dtype="float32", shape_stable=False)[
-                    0
-                ]
+                build_stage(
+                    self._folder, rank, device="cpu", dtype="float32", batch_invariant=False
+                )[0]
                 for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)

@@ -79,7 +79,7 @@ class Plan:
     emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
     real: bool = False
     remote: Mapping[str, Any] | None = None  # what a cluster of devices' figures depend on
-    kv_rows: int = 0  # that the tightest device of these holds; 0: not known
+    num_kv_tokens: int = 0  # that the tightest device of these holds; 0: not known
     warm: bool = False
     repeats: int = 1  # of everything; more than one tells something of real runs alone
     sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
@@ -157,8 +157,8 @@ class Plan:
         if self.context:
             common["context"] = self.context
         if self.remote is not None:  # whose memory may be too small for a question
-            tree_sizes = [case.parameters["tree_size"] for case in self.cases]
-            common["memory"] = [self.kv_rows, max(tree_sizes, default=0)]
+            sizes = [case.parameters["num_draft_tokens"] for case in self.cases]
+            common["memory"] = [self.num_kv_tokens, max(sizes, default=0)]
         return {
             prompt.id: hash_of({**common, "question": prompt.id, "turns": prompt.turns})
             for prompt in group.prompts
@@ -233,7 +233,7 @@ def make_cases(
     *,
     options: str = "--set",
 ) -> tuple[Case, ...]:
-    """Every strategy with every drafter (`eagle+graft` switches grafts on); ar needs none.
+    """Every strategy with every drafter (`eagle+merge` switches merging on); ar needs none.
 
     `options` gave the settings. Raises ValueError naming what is unknown; nothing has been loaded.
     """

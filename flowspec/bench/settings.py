@@ -56,8 +56,8 @@ class Setting:
 def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
     """Samples apart by setting. What drafts nothing belongs to every drafter's and table's.
 
-    Where a strategy ran with several parameters, its name says which: "streaming topk=4". Raises
-    ValueError where settings differ in what no title shows.
+    Where a strategy ran with several parameters, its name says which: "streaming draft_topk=4".
+    Raises ValueError where settings differ in what no title shows.
     """
     found: dict[Setting, list[Sample]] = defaultdict(list)
     for sample in samples:

@@ -89,12 +89,12 @@ def _of_parameters(key: str) -> Callable[[Sample], Value | None]:
 
 _PARAMETERS = {
     "segment_size": "rows in a segment, at most",
-    "tree_size": "nodes of the tree, at most",
-    "tree_depth": "levels that one draft grows",
-    "topk": "children per node",
+    "num_draft_tokens": "nodes of the tree, at most",
+    "num_draft_steps": "levels that one draft grows",
+    "draft_topk": "children per node",
     "min_score": "least probability worth a row",
     "max_in_flight": "segments in the pipe, at most (0: one per stage, at least two)",
-    "prefill_chunk": "prompt tokens per segment",
+    "chunked_prefill_size": "prompt tokens per segment",
 }
 assert set(_PARAMETERS) <= {f.name for f in fields(DecodeConfig)}
 

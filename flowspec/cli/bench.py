@@ -54,7 +54,7 @@ def bench(
     drafter: Annotated[
         str | None,
         typer.Option(
-            help=f"Of {', '.join(DRAFTERS)}; +graft and +calibrate switch on [{DRAFTER}; the "
+            help=f"Of {', '.join(DRAFTERS)}; +merge and +calibrate switch on [{DRAFTER}; the "
             "cluster's of --head]."
         ),
     ] = None,

@@ -104,7 +104,7 @@ def assemble_remote(
         context=context,
         target=folder,
         real=True,
-        kv_rows=cluster.kv_rows,
+        num_kv_tokens=cluster.num_kv_tokens,
         remote={
             "devices": cluster.devices,
             "dtype": card.dtype,

@@ -27,7 +27,7 @@ from flowspec.weights.manifest import HEAD_FOLDER
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {
     "tree": STRATEGIES["serial_pp"].defaults,
-    "chain": DecodeConfig(tree_size=8, tree_depth=7, topk=1),
+    "chain": DecodeConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
 }
 
 
@@ -93,7 +93,7 @@ def _measure(
     parts = load_head_parts(config, folder)
     stages = [
         build_stage(parts.folder, rank, device=config.device, dtype=config.dtype,
-                    shape_stable=False)[0]
+                    batch_invariant=False)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]  # fmt: skip
     cluster = SimulatedCluster(build_head(config, parts), stages)
@@ -106,7 +106,7 @@ def _measure(
             if completion.error:
                 raise ValueError(completion.error)
             stats.append(completion.stats)
-        scores.append(_score(shape, stats, levels=decode.tree_depth + 1))
+        scores.append(_score(shape, stats, levels=decode.num_draft_steps + 1))
     return scores
 
 

@@ -34,7 +34,7 @@ def plot(
         ),
     ] = None,
     over: Annotated[
-        str | None, typer.Option(help="sweep: what was varied, such as tree_depth.")
+        str | None, typer.Option(help="sweep: what was varied, such as num_draft_steps.")
     ] = None,
     request: Annotated[
         int | None, typer.Option(help="timeline: which request [the first].")

@@ -52,7 +52,7 @@ def reliability(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
     draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
     drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
-    graft: Annotated[bool, typer.Option(help="With branches from the text so far.")] = False,
+    merge: Annotated[bool, typer.Option(help="With branches from the text so far.")] = False,
     strategy: Annotated[
         str, typer.Option(help=f"One of {', '.join(STRATEGIES)}, but ar.")
     ] = "streaming",
@@ -80,7 +80,7 @@ def reliability(
         strategy=strategy,
         stages=stages,
         sampling=SamplingParams(temperature=temperature),
-        decode={"graft": graft, "calibrate": True},
+        decode={"merge": merge, "calibrate": True},
         max_new_tokens=max_tokens,
     )
     check_run(config)
@@ -94,7 +94,7 @@ def reliability(
     report = found.report()
     _show(report)
     if out:
-        _write(report, out, f"{drafter}{', grafted' if graft else ''}, T = {temperature:g}")
+        _write(report, out, f"{drafter}{', merged' if merge else ''}, T = {temperature:g}")
 
 
 def _run(config: RunConfig, prompts: list[Prompt]) -> _Settled:
@@ -106,7 +106,9 @@ def _run(config: RunConfig, prompts: list[Prompt]) -> _Settled:
     paths: list[PathForecast] = []
     head.calibration.outcomes, head.calibration.paths = found.children, paths
     stages = [
-        build_stage(folder, rank, device=config.device, dtype=config.dtype, shape_stable=False)[0]
+        build_stage(folder, rank, device=config.device, dtype=config.dtype, batch_invariant=False)[
+            0
+        ]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]
     cluster = SimulatedCluster(head, stages)

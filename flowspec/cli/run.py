@@ -66,7 +66,7 @@ def run(
         typer.Option("--max-new-tokens", "--max-tokens", help="Length limit of an answer [200]."),
     ] = None,
     context: Annotated[int | None, typer.Option(help=CONTEXT_HELP, min=0)] = None,
-    max_requests: Annotated[
+    max_num_seqs: Annotated[
         int | None, typer.Option(help="Served at once, at most 16 [8].")
     ] = None,
     kv_memory_mb: Annotated[
@@ -88,7 +88,9 @@ def run(
             "machines the split model must lie at the same path on each)."
         ),
     ] = None,
-    shape_stable: Annotated[bool | None, typer.Option(help="Bit-equal in 16 bits, slow.")] = None,
+    batch_invariant: Annotated[
+        bool | None, typer.Option(help="Bit-equal in 16 bits, slow.")
+    ] = None,
     emulate: Annotated[
         str | None,
         typer.Option(
@@ -133,10 +135,10 @@ _CONFIG_FLAGS = (
         "dtype",
         "device",
         "transport",
-        "shape_stable",
+        "batch_invariant",
     ),
     *("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens"),
-    *("context", "max_requests", "kv_memory_mb", "max_restarts", "trace", "emulate"),
+    *("context", "max_num_seqs", "kv_memory_mb", "max_restarts", "trace", "emulate"),
 )
 
 
@@ -214,7 +216,7 @@ def _check(
     config: RunConfig, parts: HeadParts, answers: Sequence[tuple[Request, Completion]]
 ) -> None:
     whole = load_whole(parts.folder, device=config.device, dtype=config.dtype)
-    alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
+    alone = LocalTarget(whole, parts.max_context, batch_invariant=config.batch_invariant)
     wrong = False
     for request, completion in answers:
         tokens, _, _ = alone.generate(request, parts.new_text)

@@ -104,7 +104,7 @@ def serve(
             help=f"{CONTEXT_HELP} The plan counts on caches for so many [at most 4096].", min=0
         ),
     ] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     device: Annotated[str | None, typer.Option(help="Of the drafter: cpu or cuda[:n].")] = None,
     kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].", min=0)] = 0,
@@ -172,7 +172,7 @@ def serve(
         rejoin_wait_s=rejoin_wait,
         give_up_s=give_up,
         kv_memory_mb=kv_memory_mb,
-        shape_stable=run_config.shape_stable,
+        batch_invariant=run_config.batch_invariant,
     )
     now = time.monotonic()
     membership = Membership(settings, planner, now, wall_offset_s=time.time() - now)
@@ -265,7 +265,7 @@ def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) 
 
 _CONFIG_FLAGS = (
     *("model", "draft", "drafter", "strategy"),
-    *("context", "max_requests", "dtype", "device"),
+    *("context", "max_num_seqs", "dtype", "device"),
 )
 
 

@@ -34,7 +34,7 @@ def simulate(
         str, typer.Option(help=f"Some of {', '.join(STRATEGIES)}, with commas.")
     ] = "ar,flowspec,streaming",
     drafter: Annotated[
-        str, typer.Option(help=f"One of {', '.join(DRAFTERS)}; +graft and +calibrate switch on.")
+        str, typer.Option(help=f"One of {', '.join(DRAFTERS)}; +merge and +calibrate switch on.")
     ] = "eagle",
     datasets: Annotated[
         str | None, typer.Option(help="Sets, with commas, or files [the bundled prompts].")

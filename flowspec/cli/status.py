@@ -74,7 +74,7 @@ def _row(one: DeviceStatus, now: ClusterStatus) -> tuple[str, ...]:
         one.state,
         layers,
         "-" if lost else f"{report.memory_available_bytes / 1e9:.1f} of {total:.1f} GB",
-        f"{one.kv_rows_used} of {one.kv_rows}" if one.kv_rows else "-",
+        f"{one.num_kv_tokens_used} of {one.num_kv_tokens}" if one.num_kv_tokens else "-",
         "-" if lost else f"{one.heartbeat_age_s:.1f} s ago",
         f"{one.round_trip_s * 1e3:.1f} ms" if one.round_trip_s else "-",
         rates if link.up_bytes_per_s else "-",

@@ -79,7 +79,7 @@ def verify(
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     strategies: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
     drafters: Annotated[
-        str, typer.Option(help="all, or names with commas, as in eagle,eagle+graft,ngram.")
+        str, typer.Option(help="all, or names with commas, as in eagle,eagle+merge,ngram.")
     ] = "eagle",
     stages: Annotated[str, typer.Option(help="Stage counts, as in 1,2,4.")] = "1,2,4",
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0,1",
@@ -90,13 +90,13 @@ def verify(
     context: Annotated[int, typer.Option(help=CONTEXT_HELP, min=0)] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    shape_stable: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
+    batch_invariant: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
     """Run every combination against the target alone with the same seed; exit 1 on a mismatch.
 
     In float32 any difference is a mismatch. In 16 bits a difference where the two tokens' logits
-    lie within rounding is counted as a near-tie; --shape-stable removes those too. The JSON rows
+    lie within rounding is counted as a near-tie; --batch-invariant removes those too. The JSON rows
     hold a hash of all tokens, to compare machines.
     """
     if driver not in DRIVERS:
@@ -114,9 +114,9 @@ def verify(
         model=model or RunConfig().model,
         dtype=dtype,
         device=device,
-        shape_stable=shape_stable,
+        batch_invariant=batch_invariant,
         context=context,
-        max_requests=max(at_once),
+        max_num_seqs=max(at_once),
         kept_prefixes=0,
     )
     drafting = any(find_strategy(name).drafts for name in names)
@@ -202,7 +202,9 @@ def _run(plan: _Plan) -> list[Combination]:
             if verifier is None:
                 _say_left_out(plan, parts, console)
                 whole = load_whole(folder, device=config.device, dtype=config.dtype)
-                alone = LocalTarget(whole, parts.max_context, shape_stable=config.shape_stable)
+                alone = LocalTarget(
+                    whole, parts.max_context, batch_invariant=config.batch_invariant
+                )
                 verifier = Verifier(alone)
                 tell(0, total)
             with _cluster(plan.driver, config, parts) as cluster:
@@ -271,7 +273,7 @@ def _cluster(driver: str, config: RunConfig, parts: HeadParts) -> Iterator[Clust
             rank,
             device=config.device,
             dtype=config.dtype,
-            shape_stable=config.shape_stable,
+            batch_invariant=config.batch_invariant,
         )[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]

@@ -161,7 +161,7 @@ def build_head(config: RunConfig, parts: HeadParts) -> Head:
     scheduler = Scheduler(
         pipe=Pipeline(len(parts.manifest.layers)),
         max_context=parts.max_context,
-        max_num_seqs=config.max_requests,
+        max_num_seqs=config.max_num_seqs,
         max_cached=config.kept_prefixes,
         chunked_prefill_size=config.chunked_prefill_size,
         vocab_size=parts.vocab_size,
@@ -176,9 +176,9 @@ def build_stage(
     *,
     device: str,
     dtype: str,
-    shape_stable: bool,
+    batch_invariant: bool,
 ) -> tuple[Stage, str]:
     """A stage's core and the model hash of the split it belongs to."""
     manifest = read_manifest(split_folder)
     model = load_stage(split_folder, rank, device=device, dtype=dtype)
-    return Stage(rank, len(manifest.layers), model, shape_stable=shape_stable), manifest.model_hash
+    return Stage(rank, len(manifest.layers), model, batch_invariant=batch_invariant), manifest.model_hash

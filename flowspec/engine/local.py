@@ -160,7 +160,7 @@ class LocalCluster:
         if self.emulation is not None:
             self.head.pipe.link_row_ms = self.emulation.link_row_ms
         self.children: dict[int, Child] = {}
-        self.kv_rows: dict[int, int] = {}  # what each stage can hold
+        self.num_kv_tokens: dict[int, int] = {}  # what each stage can hold
         self.restarts: list[str] = []  # why, each time
         self._totals = StageTotals()
         can_restart = config.transport == "zmq" and trace_folder is None
@@ -285,8 +285,8 @@ class LocalCluster:
                 ready = True
             except ClusterError as again:
                 error = self._explain(again)
-        rows = min((rows for rows in self.kv_rows.values() if rows), default=0)
-        driver.inject(Resume(num_stages=self.num_stages, kv_rows=rows))
+        rows = min((rows for rows in self.num_kv_tokens.values() if rows), default=0)
+        driver.inject(Resume(num_stages=self.num_stages, num_kv_tokens=rows))
         driver.last_progress = time.monotonic()
 
     def _lost_ranks(self, error: ClusterError) -> set[int]:
@@ -352,8 +352,8 @@ class LocalCluster:
         if config.emulate:
             command += ["--emulate", config.emulate]
             command += ["--emulate-slowdown", str(config.emulate_slowdown)]
-        if config.shape_stable:
-            command.append("--shape-stable")
+        if config.batch_invariant:
+            command.append("--batch-invariant")
         command += ["--epoch", str(self.head.pipe.epoch)]
         if self.trace_folder is not None:
             command += ["--trace-file", str(self._trace_file(rank))]
@@ -376,8 +376,8 @@ class LocalCluster:
                 match message:
                     case Ready() if message.model == self.parts.manifest.model_hash:
                         ready.add(message.stage)
-                        self.kv_rows[message.stage] = message.kv_rows
-                        self.head.admission.limit_rows(message.kv_rows)
+                        self.num_kv_tokens[message.stage] = message.num_kv_tokens
+                        self.head.admission.limit_rows(message.num_kv_tokens)
                     case Ready():
                         raise ClusterError(rank_name(message.stage), "has loaded another split")
                     case Failed() if message.epoch == self.head.pipe.epoch:

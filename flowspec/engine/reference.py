@@ -31,12 +31,12 @@ from flowspec.tokenizer import TextStream
 
 @dataclass(slots=True)
 class LocalTarget:
-    """A whole model; `prefill_chunk` prompt tokens per forward, then one token per forward."""
+    """A whole model: `chunked_prefill_size` prompt tokens a forward, then one token a forward."""
 
     model: StageModel
     max_context: int
-    prefill_chunk: int = 64
-    shape_stable: bool = False
+    chunked_prefill_size: int = 64
+    batch_invariant: bool = False
 
     def stream(self, request: Request) -> Iterator[tuple[int, Tensor]]:
         """Each next token with the logits [V] that chose it, without end: stop rules are above.
@@ -47,17 +47,17 @@ class LocalTarget:
         check_token_ids(prompt, self.model.config.vocab_size)
         context = min(len(prompt) + request.max_new_tokens, self.max_context)
         cache = self.model.new_cache(
-            context + STABLE_ROWS, stable_context=context if self.shape_stable else None
+            context + STABLE_ROWS, stable_context=context if self.batch_invariant else None
         )
-        for start in range(0, len(prompt), self.prefill_chunk):
+        for start in range(0, len(prompt), self.chunked_prefill_size):
             signals.check()
-            ids = torch.tensor(prompt[start : start + self.prefill_chunk])
+            ids = torch.tensor(prompt[start : start + self.chunked_prefill_size])
             where = range(start, start + len(ids))
             hidden, _ = run_rows(self.model, cache, ids, where, parents=None)
         position = len(prompt)
         while True:
             signals.check()
-            logits = run_logits(self.model, hidden[-1:], shape_stable=self.shape_stable)
+            logits = run_logits(self.model, hidden[-1:], batch_invariant=self.batch_invariant)
             token = choose(logits, [position], request.sampling)[0]
             yield token, logits[0]
             hidden, _ = run_rows(

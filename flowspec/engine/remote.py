@@ -53,9 +53,11 @@ class RemoteCluster:
         return _devices_of(self.status)
 
     @property
-    def kv_rows(self) -> int:
+    def num_kv_tokens(self) -> int:
         """Rows of KV cache that the tightest device holds; 0: not known."""
-        return min((one.kv_rows for one in self.status.devices if one.kv_rows), default=0)
+        return min(
+            (one.num_kv_tokens for one in self.status.devices if one.num_kv_tokens), default=0
+        )
 
     def ask(
         self,

@@ -188,7 +188,7 @@ def emulated_engine(
     """
     emulation.check_stages(len(stages))
     fresh = [
-        Stage(stage.rank, stage.num_stages, stage.model, shape_stable=stage.shape_stable)
+        Stage(stage.rank, stage.num_stages, stage.model, batch_invariant=stage.batch_invariant)
         for stage in stages
     ]
     head = build_head(config, parts)

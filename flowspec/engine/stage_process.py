@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from flowspec.cluster.device.memory import kv_rows, peak_bytes
+from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import build_stage
 from flowspec.protocol.messages import HEAD, Failed, Ready
@@ -32,7 +32,7 @@ class WorkerConfig:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 1
-    shape_stable: bool = False
+    batch_invariant: bool = False
     kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
     emulate: str = ""  # CLUSTER:MODEL whose pace to keep
     emulate_slowdown: float = 1.0
@@ -66,14 +66,14 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
             config.rank,
             device=config.device,
             dtype=config.dtype,
-            shape_stable=config.shape_stable,
+            batch_invariant=config.batch_invariant,
         )
         stage.epoch = epoch
-        stage.kv_rows = kv_rows(
+        stage.num_kv_tokens = num_kv_tokens(
             stage.model, memory_mb=config.kv_memory_mb, num_sharing=config.num_stages
         )
         stage.peak_memory_bytes = peak_bytes
-        ready = Ready(stage=config.rank, model=model_hash, kv_rows=stage.kv_rows)
+        ready = Ready(stage=config.rank, model=model_hash, num_kv_tokens=stage.num_kv_tokens)
         transport.send(HEAD, ready)
         driver = EventLoop(stage, transport, config.num_stages, trace, pace=pace)
         while not driver.stopped:

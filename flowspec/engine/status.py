@@ -17,7 +17,7 @@ def stage_status(status: Status) -> StageStatus:
         num_rows_run=status.num_rows_run,
         num_rows_pruned=status.num_rows_pruned,
         num_requests=status.num_requests,
-        kv_tokens_used=status.kv_rows_used,
+        kv_tokens_used=status.num_kv_tokens_used,
         peak_memory_bytes=status.peak_memory_bytes,
     )
 

@@ -80,7 +80,7 @@ def serve_rank(config: RunConfig, launch: Launch) -> int:
         device=own_device(config, launch),
         dtype=config.dtype,
         threads=config.threads_per_process,
-        shape_stable=config.shape_stable,
+        batch_invariant=config.batch_invariant,
         kv_memory_mb=config.kv_memory_mb,
         trace_file=trace_file,
     )

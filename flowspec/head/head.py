@@ -433,12 +433,12 @@ class Head:
         self.blamed.clear()
         if message.num_stages != self.pipe.num_stages:
             self.pipe.num_stages, self.pipe.cost = message.num_stages, SegmentCost()
-        self.scheduler.max_kv_tokens = message.kv_rows
+        self.scheduler.max_kv_tokens = message.num_kv_tokens
         sends = [Send(EVERY_STAGE, Reset(epoch=self.pipe.epoch))]
         for request in self.scheduler.take_too_large():
             cause = (
                 f"the request needs {request.num_kv_tokens} tokens of KV cache on every stage, the "
-                f"tightest of those that are left holds {message.kv_rows}"
+                f"tightest of those that are left holds {message.num_kv_tokens}"
             )
             error = Failure(cause=cause, kind=FailureKind.TOO_LARGE)
             sends.append(self._end(request, FinishReason.ERROR, now, error))

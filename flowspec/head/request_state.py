@@ -222,7 +222,7 @@ class RequestState:
         return Opening(
             request=self.request,
             prefix=self.prefix,
-            topk=config.draft_topk if is_drafting else 1,
+            draft_topk=config.draft_topk if is_drafting else 1,
             coupled=config.coupled_drafting if is_drafting else False,
             reuse=reuse.drafter if reuse is not None else None,
             num_cached_tokens=num_cached_tokens,
@@ -365,7 +365,7 @@ class RequestState:
             return self.grow([proposal], floor_count=config.num_draft_tokens, merged=True)
 
         if room > 0:
-            self.drafter.graft(self.tree, grow, most=room, min_score=config.min_score)
+            self.drafter.merge_branches(self.tree, grow, most=room, min_score=config.min_score)
 
     def learn(self, path: Sequence[Node], token: int) -> None:
         """A verdict: `path`, from the old root down, is true, and `token` comes after it."""

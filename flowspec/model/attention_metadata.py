@@ -1,7 +1,7 @@
 """Running rows of requests through a stage's model: the one way in, for stages and for references.
 
-In shape-stable mode every forward has the same number of rows and every row attends to its own path
-in position order, padded to one length. Kernels then do the same sums for a row whatever
+In batch-invariant mode every forward has the same number of rows and every row attends to its own
+path in position order, padded to one length. Kernels then do the same sums for a row whatever
 the segment it came in, so that fp16 and bf16 give the same bits in every strategy. It costs time
 and is for verification.
 """
@@ -36,7 +36,7 @@ def run_batch(
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
     """Run the rows of several requests in one forward; x [n, ...] has them in the same order.
 
-    In shape-stable mode one request after the other. Returns as `run_rows`, for all n rows.
+    In batch-invariant mode one request after the other. Returns as `run_rows`, for all n rows.
     """
     if len(requests) == 1:
         (one,) = requests
@@ -94,9 +94,9 @@ def run_rows(
     return torch.cat(outputs), {layer: torch.cat(pieces) for layer, pieces in taps.items()}
 
 
-def run_logits(model: StageModel, hidden: Tensor, *, shape_stable: bool) -> Tensor:
+def run_logits(model: StageModel, hidden: Tensor, *, batch_invariant: bool) -> Tensor:
     """Logits [n, V] of hidden [n, H], in forwards of fixed size where asked."""
-    if not shape_stable:
+    if not batch_invariant:
         return model.logits(hidden)
     pieces = []
     for start in range(0, len(hidden), STABLE_ROWS):

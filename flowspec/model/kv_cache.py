@@ -31,7 +31,9 @@ class Window:
     start: int  # first slot written
     num_rows: int
     mask: Tensor | None  # [n, S] bool, None when every row sees every key
-    paths: Tensor | None = None  # shape-stable mode: slots of each row's path by position, [n, S]
+    paths: Tensor | None = (
+        None  # batch-invariant mode: slots of each row's path by position, [n, S]
+    )
     # the masks of layers whose sliding window hides something from these rows, by its size
     narrow: dict[int | None, Tensor] = field(default_factory=dict)
 
@@ -84,7 +86,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, paths: Tensor, mask: Tensor | None) -> Tensor:
     """Each row over its own path in position order, padded to one length: the same sums always.
 
-    Costs a gathered copy of the context per row; only the shape-stable mode pays it.
+    Costs a gathered copy of the context per row; only the batch-invariant mode pays it.
     """
     n, heads, d = q.shape
     groups = k.shape[0]
@@ -114,7 +116,7 @@ class TreeKVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
-        self.stable_context = stable_context  # shape-stable mode: every path is padded to this
+        self.stable_context = stable_context  # batch-invariant mode: every path is padded to this
         # of each layer, None where it sees all; the owner of a model with windows sets them
         self.windows: Sequence[int | None] = (None,) * num_layers
         self.prefix_length = 0
@@ -211,7 +213,7 @@ class TreeKVCache:
         return np.flatnonzero(marked).tolist()
 
     def drop_last(self, num_rows: int) -> None:
-        """Forget the newest rows (padding of the shape-stable mode)."""
+        """Forget the newest rows (padding of the batch-invariant mode)."""
         from_tree = min(num_rows, self.num_tree_rows)
         self.num_tree_rows -= from_tree
         self.prefix_length -= num_rows - from_tree

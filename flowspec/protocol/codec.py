@@ -347,13 +347,13 @@ def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Faile
 
 
 def _encode_ready(head: bytes, m: Ready) -> list[Frame]:
-    return [head + _READY.pack(m.kv_rows) + _encode_text(m.stage, m.model)]
+    return [head + _READY.pack(m.num_kv_tokens) + _encode_text(m.stage, m.model)]
 
 
 def _decode_ready(_: int, body: memoryview, __: list[memoryview]) -> Ready:
-    (kv_rows,) = _unpack("Ready", _READY, body, rest=True)
+    (num_kv_tokens,) = _unpack("Ready", _READY, body, rest=True)
     stage, model = _decode_text("Ready", body[_READY.size :])
-    return Ready(stage=stage, model=model, kv_rows=kv_rows)
+    return Ready(stage=stage, model=model, num_kv_tokens=num_kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,7 +397,7 @@ _KINDS: dict[type, _Kind] = {
         "num_rows_run",
         "num_rows_pruned",
         "num_requests",
-        "kv_rows_used",
+        "num_kv_tokens_used",
         "peak_memory_bytes",
         "num_closes",
         "finished_request",

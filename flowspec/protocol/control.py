@@ -247,7 +247,7 @@ class Assign(Strict):
     manifest_sha256: Name
     shards: Name  # address of the shard server
     kv_memory_mb: Count = 0
-    shape_stable: bool = False
+    batch_invariant: bool = False
 
 
 class Progress(Strict):
@@ -280,7 +280,7 @@ class StageReady(Strict):
     epoch: Count
     model_hash: Name
     addresses: Addresses
-    kv_rows: Count = 0
+    num_kv_tokens: Count = 0
 
 
 class Serve(Strict):
@@ -446,8 +446,8 @@ class DeviceStatus(Strict):
     round_trip_s: Seconds = 0.0
     power_w: Rate = 0.0
     busy_s: Seconds = 0.0  # computing, since the epoch began
-    kv_rows: Count = 0
-    kv_rows_used: Count = 0
+    num_kv_tokens: Count = 0
+    num_kv_tokens_used: Count = 0
     peak_memory_bytes: Count = 0
 
 

@@ -176,7 +176,7 @@ class Status:
     num_rows_run: int
     num_rows_pruned: int  # dropped in flight: dead before this stage ran them
     num_requests: int  # caches held now, kept ones included
-    kv_rows_used: int = 0  # that those caches take
+    num_kv_tokens_used: int = 0  # that those caches take
     peak_memory_bytes: int = 0  # of the process, 0: not known
     num_closes: int = 0  # `FinishRequest`s taken in, of this epoch
     finished_request: int = 0  # whose FinishRequest this status answers; 0: none's
@@ -201,7 +201,7 @@ class Ready:
 
     stage: int
     model: str
-    kv_rows: int = 0  # rows of all requests together that its memory holds; 0: no limit known
+    num_kv_tokens: int = 0  # rows of all requests together that its memory holds; 0: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,12 +252,12 @@ class Suspend:
 class Resume:
     """Its process to the head: the layers are covered again, by this many stages.
 
-    `kv_rows` is what the tightest one holds (0: no limit known). A head that serves already may be
-    told too: it then suspends itself first.
+    `num_kv_tokens` is what the tightest one holds (0: no limit known). A head that serves already
+    may be told too: it then suspends itself first.
     """
 
     num_stages: int
-    kv_rows: int = 0
+    num_kv_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ def arrange(head: Head, stages: Sequence[Stage]) -> tuple[Core, list[Stage]]:
         *first, last = stages
         layers, end = _apart(last.model)
         # a last stage without layers, at the head's rank
-        decider = Stage(HEAD, HEAD, end, shape_stable=last.shape_stable)
+        decider = Stage(HEAD, HEAD, end, batch_invariant=last.batch_invariant)
         return DecidingHead(head, decider), [*first, _like(last, LayersAlone, layers)]
     return head, list(stages)
 
@@ -116,7 +116,7 @@ class DecidingHead:
 
 
 def _like(stage: Stage, kind: type[Stage], model: StageModel) -> Stage:
-    return kind(stage.rank, stage.num_stages, model, shape_stable=stage.shape_stable)
+    return kind(stage.rank, stage.num_stages, model, batch_invariant=stage.batch_invariant)
 
 
 def _apart(model: StageModel) -> tuple[StageModel, StageModel]:

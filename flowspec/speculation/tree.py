@@ -25,7 +25,7 @@ class Node:
     score: float  # sum of logprobs from the root's child down to here
     sent: bool = False
     expanded: bool = False  # the drafter has proposed its children
-    expandable: bool = True  # and can: it has its parent's (a grafted branch it has not drafted)
+    expandable: bool = True  # and can: it has its parent's (a merged branch it has not drafted)
     children: dict[int, NodeId] = field(default_factory=dict)  # by token
 
 

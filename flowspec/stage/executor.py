@@ -51,7 +51,7 @@ class Forward:
     """
 
     def __init__(
-        self, model: StageModel, parts: Sequence[Part], *, choose: bool, shape_stable: bool
+        self, model: StageModel, parts: Sequence[Part], *, choose: bool, batch_invariant: bool
     ) -> None:
         self.model = model
         self.parts = parts
@@ -59,7 +59,7 @@ class Forward:
         self.shares: list[Share] = []
         self.errors: dict[int, Exception] = {}  # by request: why its rows were not run
         self._choose = choose
-        self._shape_stable = shape_stable
+        self._batch_invariant = batch_invariant
 
     def run(self) -> None:
         """Compute; everything that changes a request's state but the verdict happens here."""
@@ -151,7 +151,7 @@ class Forward:
         if not asked:
             return
         rows = torch.cat([own[-share.num_asked :] for share, own in asked])
-        logits = run_logits(self.model, rows, shape_stable=self._shape_stable)
+        logits = run_logits(self.model, rows, batch_invariant=self._batch_invariant)
         counts = [share.num_asked for share, _ in asked]
         for (share, _), own in zip(asked, logits.split(counts), strict=True):
             positions = [position + 1 for position in share.rows.positions[-share.num_asked :]]

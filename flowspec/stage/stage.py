@@ -69,7 +69,7 @@ class RequestCounts:
 class Stage:
     """Rank 1..num_stages of the pipeline; `model` holds its layers.
 
-    `kv_rows`, if set, is what all requests' caches together may take, in rows; 0: no limit.
+    `num_kv_tokens`, if set, is what all requests' caches together may take, in rows; 0: no limit.
     A stage that takes the place of a lost one begins with the head's `epoch`.
     """
 
@@ -79,15 +79,15 @@ class Stage:
         num_stages: int,
         model: StageModel,
         *,
-        shape_stable: bool = False,
+        batch_invariant: bool = False,
         epoch: int = 0,
     ) -> None:
         self.rank = rank
         self.num_stages = num_stages
         self.model = model
-        self.shape_stable = shape_stable
+        self.batch_invariant = batch_invariant
         self.epoch = epoch  # what is older concerns a pipeline that is no more
-        self.kv_rows = 0
+        self.num_kv_tokens = 0
         self.requests: dict[int, StageRequestState] = {}  # kept ones included
         self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
         self.queue: deque[AddRequest | Segment | Batch | FinishRequest] = deque()
@@ -111,7 +111,7 @@ class Stage:
         return self.rank + 1
 
     @property
-    def kv_rows_used(self) -> int:
+    def num_kv_tokens_used(self) -> int:
         """Rows of all caches held now."""
         return sum(state.opened.capacity for state in self.requests.values())
 
@@ -194,8 +194,8 @@ class Stage:
         return self._pass_on(message)
 
     def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
-        capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
-        context = message.context if self.shape_stable else None
+        capacity = message.capacity + (STABLE_ROWS if self.batch_invariant else 0)
+        context = message.context if self.batch_invariant else None
         if before is None:
             return self.model.new_cache(capacity, stable_context=context)
         return before.cache.resized(
@@ -213,10 +213,10 @@ class Stage:
                 f"a cache of {message.capacity} rows was asked for, a context of "
                 f"{message.context} needs at most {message.context + MAX_TREE_ROWS}"
             )
-        if self.kv_rows and self.kv_rows_used + message.capacity > self.kv_rows:
+        if self.num_kv_tokens and self.num_kv_tokens_used + message.capacity > self.num_kv_tokens:
             return (
                 f"a cache of {message.capacity} rows was asked for, "
-                f"{self.kv_rows - self.kv_rows_used} of {self.kv_rows} are free"
+                f"{self.num_kv_tokens - self.num_kv_tokens_used} of {self.num_kv_tokens} are free"
             )
         have = before.cache.prefix_length if before is not None else 0
         if message.num_cached_tokens > have:
@@ -251,7 +251,9 @@ class Stage:
             if segment.verdict is not None:  # control may be late; rows must not pile up
                 sends += self._reroot(segment.verdict)
             parts.append(self._admit(segment))
-        forward = Forward(self.model, parts, choose=self.is_last, shape_stable=self.shape_stable)
+        forward = Forward(
+            self.model, parts, choose=self.is_last, batch_invariant=self.batch_invariant
+        )
         if not forward.num_rows:
             return Step(sends=[*sends, *self._hand_on(parts)])
         work = Work(
@@ -390,7 +392,7 @@ class Stage:
             num_rows_run=self.num_rows_run,
             num_rows_pruned=self.num_rows_pruned,
             num_requests=len(self.requests),
-            kv_rows_used=self.kv_rows_used,
+            num_kv_tokens_used=self.num_kv_tokens_used,
             peak_memory_bytes=self.peak_memory_bytes(),
             num_closes=self.num_closes,
             finished_request=finished if counts is not None else 0,

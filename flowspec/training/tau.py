@@ -37,11 +37,11 @@ MAX_PROMPT = 1900
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A tree of `nodes` drafts, `depth` levels, `topk` children a node; a chain has topk 1."""
+    """A tree of `nodes` drafts, `depth` levels, `draft_topk` children a node; a chain has 1."""
 
     nodes: int
     depth: int
-    topk: int
+    draft_topk: int
 
 
 CHAIN, TREE, DEEP = Shape(5, 5, 1), Shape(60, 7, 10), Shape(8, 8, 1)
@@ -99,12 +99,12 @@ class Pair:
 def grow(
     session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: Shape
 ) -> None:
-    """EAGLE-2's tree: each level expands its `topk` best nodes; the `nodes` best are kept."""
+    """EAGLE-2's tree: each level expands its `draft_topk` best nodes; the `nodes` best are kept."""
     beam: list[Node] = []
     for token, logprob in first:
         beam.append(tree.add(tree.root.id, token, logprob))
     for level in range(1, shape.depth):
-        beam = tree.level(tree.root.position + level, shape.topk)
+        beam = tree.level(tree.root.position + level, shape.draft_topk)
         for proposal in session.expand(beam, tree):  # type: ignore[attr-defined]
             for token, logprob in proposal.children:
                 tree.add(proposal.node, token, logprob)
@@ -145,7 +145,9 @@ def decode(
 ) -> Sample:
     """One prompt by speculative decoding."""
     request = Request(id=0, prompt=tuple(prompt), sampling=sampling, max_new_tokens=max_new + 16)
-    session = pair.drafter.open(Opening(request=request, topk=shape.topk, coupled=coupled))
+    session = pair.drafter.open(
+        Opening(request=request, draft_topk=shape.draft_topk, coupled=coupled)
+    )
     cache = pair.target.new_cache(len(prompt) + max_new + 128)
     ids = torch.tensor(list(prompt))
     layers = pair.drafter.aux_hidden_state_layers

@@ -210,10 +210,16 @@ def test_what_drafts_nothing_is_everybodys_baseline():
 
 def test_parameters_that_differ_are_told_apart():
     """Two trees are two rows, whatever else they share; ar has no tree."""
-    sizes = [replace(sample(), parameters={"num_draft_tokens": n, "topk": 4}) for n in (60, 80)]
+    sizes = [
+        replace(sample(), parameters={"num_draft_tokens": n, "draft_topk": 4}) for n in (60, 80)
+    ]
     base = [replace(one, strategy="ar") for one in sizes]
     ((_, own),) = by_setting([*sizes, *base]).items()
-    assert strategies_of(own) == ["ar", "streaming num_draft_tokens=60", "streaming num_draft_tokens=80"]
+    assert strategies_of(own) == [
+        "ar",
+        "streaming num_draft_tokens=60",
+        "streaming num_draft_tokens=80",
+    ]
 
 
 def test_sets_and_strategies_come_in_their_usual_order():

@@ -49,7 +49,7 @@ def depth_samples() -> list[Sample]:
     """`ar` once; the others with trees of two depths."""
     found = list(benchmark(("ar",), SETS, questions=2, parameters={"num_draft_steps": 6}))
     for depth in (2, 6):
-        parameters = {"num_draft_steps": depth, "topk": 4}
+        parameters = {"num_draft_steps": depth, "draft_topk": 4}
         found += benchmark(("flowspec", "streaming"), SETS, questions=2, parameters=parameters)
     return found
 
@@ -292,7 +292,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
     """The same in every plot."""
     for theme in THEMES.values():
         assert set(STRATEGIES) <= set(theme.strategies)
-        names = [*STRATEGIES, *(f"streaming topk={number}" for number in range(4))]
+        names = [*STRATEGIES, *(f"streaming draft_topk={number}" for number in range(4))]
         found = colors(theme, names)
         assert len(set(found.values())) == len(names)
         assert found["streaming"] == theme.strategies["streaming"]
@@ -318,7 +318,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
         (["stages", "good.jsonl", "--out", "x.png"], ["two values", "have: 4"]),
         (["sweep", "good.jsonl", "--out", "x.png"], ["--over"]),
         (["sweep", "good.jsonl", "--over", "moon", "--out", "x.png"], ["moon", "num_draft_steps"]),
-        (["time", "good.jsonl", "--over", "topk", "--out", "x.png"], ["--over"]),
+        (["time", "good.jsonl", "--over", "draft_topk", "--out", "x.png"], ["--over"]),
         (["timeline", "good.jsonl", "--out", "x.png"], ["good.jsonl holds", "other plots"]),
         (["timeline", "one.jsonl", "--out", "x.png"], ["one.jsonl holds", "other plots"]),
         (["timeline", "empty.jsonl", "--out", "x.png"], ["empty.jsonl is no trace"]),

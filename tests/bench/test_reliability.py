@@ -80,7 +80,7 @@ def command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return [*words, "--stages", "2"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--graft", "--temperature", "1"]])
+@pytest.mark.parametrize("flags", [[], ["--merge", "--temperature", "1"]])
 def test_the_figures_are_printed_and_written(command, flags):
     """Children and paths, before and after, with the bins a plot is made of."""
     result = CliRunner().invoke(app, [*command, *flags, "--out", "figures.json"])

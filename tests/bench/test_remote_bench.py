@@ -312,7 +312,7 @@ def ask(client: Client, said: list[str] | None = None) -> Answer | LongPrompt:
     """One question."""
     cluster = RemoteCluster(client, (said if said is not None else []).append)  # type: ignore[arg-type]
     question = [{"role": "user", "content": "who?"}]
-    decoding = Decoding(strategy="ar", parameters={"topk": 1}, run="1")
+    decoding = Decoding(strategy="ar", parameters={"draft_topk": 1}, run="1")
     return cluster.ask(question, decoding, SamplingParams(seed=3), max_new_tokens=50)
 
 
@@ -353,14 +353,14 @@ def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
     model |= {"quantization": "none", **card}
     status = SimpleNamespace(drafter=drafter, draft_hash="d", model=SimpleNamespace(**model))
     status.max_context, status.code_hash = 100, code
-    return SimpleNamespace(status=status, devices=["ada"], num_stages=1, kv_rows=0)
+    return SimpleNamespace(status=status, devices=["ada"], num_stages=1, num_kv_tokens=0)
 
 
 def test_the_drafter_is_the_cluster_s():
     """Switches are free."""
     cluster = served_with("eagle3")
     assert cluster_drafters((), ("streaming",), cluster) == ("eagle3",)
-    assert cluster_drafters(("eagle3+graft",), ("streaming",), cluster) == ("eagle3+graft",)
+    assert cluster_drafters(("eagle3+merge",), ("streaming",), cluster) == ("eagle3+merge",)
     with pytest.raises(ValueError, match="served with eagle3; give --drafter eagle3.*serve MODEL"):
         cluster_drafters(("eagle",), ("streaming",), cluster)
     assert cluster_drafters((), ("ar",), served_with("none")) == ("none",)

@@ -24,7 +24,7 @@ from tests.support.samples import sample
 def device(name: str, rank: int, first: int, last: int) -> Any:
     """As the head tells of it."""
     layers = (first, last) if rank else None
-    return SimpleNamespace(name=name, rank=rank, layers=layers, kv_rows=0)
+    return SimpleNamespace(name=name, rank=rank, layers=layers, num_kv_tokens=0)
 
 
 ADA_BOB = (device("ada", 1, 0, 4), device("bob", 2, 4, 8))
@@ -61,7 +61,7 @@ def connect(*course: tuple[Figures, int, Any]) -> RemoteCluster:
 
 def ask(cluster: RemoteCluster) -> Answer:
     """One question."""
-    decoding = Decoding(strategy="ar", parameters={"topk": 1}, run="1")
+    decoding = Decoding(strategy="ar", parameters={"draft_topk": 1}, run="1")
     question = [{"role": "user", "content": "who?"}]
     answer = cluster.ask(question, decoding, SamplingParams(), max_new_tokens=8)
     assert isinstance(answer, Answer)

@@ -81,7 +81,7 @@ def test_what_the_devices_memory_cannot_hold_is_left_out(tmp_path, monkeypatch, 
     again = Cluster()
     assert len(run(plan, again, tmp_path).samples) == 3
     assert again.asked == []
-    more = run(replace(plan, kv_rows=500), Cluster(), tmp_path)  # other devices' memory
+    more = run(replace(plan, num_kv_tokens=500), Cluster(), tmp_path)  # other devices' memory
     assert (len(more.samples), more.too_long) == (9, [])
 
 
@@ -108,8 +108,10 @@ def test_a_head_says_that_its_devices_cannot_hold_it():
     """Of the devices that the plan is of."""
     end = Done(id=1, reason="error", error="it needs 90 rows", prompt_tokens=9, too_large=True)
     assert ask(Client(end)) == LongPrompt(9, "it needs 90 rows")
-    client = Client(end, devices=[SimpleNamespace(name="ada", rank=1, layers=(0, 8), kv_rows=80)])
-    assert RemoteCluster(client).kv_rows == 80  # type: ignore[arg-type]
+    client = Client(
+        end, devices=[SimpleNamespace(name="ada", rank=1, layers=(0, 8), num_kv_tokens=80)]
+    )
+    assert RemoteCluster(client).num_kv_tokens == 80  # type: ignore[arg-type]
     cluster, client.now["devices"] = RemoteCluster(client), []  # type: ignore[arg-type]
     decoding = Decoding(strategy="ar", parameters={}, run="1")
     with pytest.raises(ClusterError, match="other devices answer now"):

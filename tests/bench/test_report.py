@@ -89,7 +89,7 @@ def test_signs_that_mean_something_are_escaped():
     """In a name, an underscore or a pipe is a letter like any other."""
     table = Table("a_b", ["x|y", "100 %"], [["num_draft_tokens=4", r"c:\d & {e}"]])
     assert r"x\|y" in to_markdown([table])
-    assert r"tree\_size=4 & c:\textbackslash{}d \& \{e\} \\" in to_latex([table])
+    assert r"num\_draft\_tokens=4 & c:\textbackslash{}d \& \{e\} \\" in to_latex([table])
 
 
 def test_text_shows_all_and_folds_no_figure(records):

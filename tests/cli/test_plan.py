@@ -155,7 +155,7 @@ def test_the_bundled_tables_are_sound(table):
     cases = {c.strategy: c for c in make_cases(tuple(STRATEGIES), ("eagle",), found, {})}
     for name, case in cases.items():
         on = table == "all" and name != "ar"
-        assert case.parameters["graft"] is on
+        assert case.parameters["merge"] is on
         assert case.parameters["calibrate"] is (on or name == "streaming")
         if STRATEGIES[name].drafts and name != "streaming":
             assert case.parameters["coupled_drafting"] is on
@@ -164,17 +164,24 @@ def test_the_bundled_tables_are_sound(table):
 
 def test_options_beat_the_table_which_beats_the_defaults():
     """And a drafter's switches lie between."""
-    table = {"streaming": {"segment_size": 48, "graft": False}}
-    settings = parse_settings(["streaming.topk=5", "num_draft_tokens=99"], ("ar", "streaming"))
-    ar, plain, grafted = make_cases(("ar", "streaming"), ("eagle", "ngram+graft"), table, settings)
+    table = {"streaming": {"segment_size": 48, "merge": False}}
+    settings = parse_settings(
+        ["streaming.draft_topk=5", "num_draft_tokens=99"], ("ar", "streaming")
+    )
+    ar, plain, merged = make_cases(("ar", "streaming"), ("eagle", "ngram+merge"), table, settings)
     default = asdict(STRATEGIES["streaming"].defaults)
     assert (ar.drafter, ar.parameters) == ("none", asdict(STRATEGIES["ar"].defaults))  # no tree
-    assert plain.parameters == {**default, "segment_size": 48, "topk": 5, "num_draft_tokens": 99}
-    assert (grafted.drafter, grafted.drafter_name) == ("ngram+graft", "ngram")
-    assert grafted.parameters["graft"] is True
-    config = grafted.config(RunConfig())
+    assert plain.parameters == {
+        **default,
+        "segment_size": 48,
+        "draft_topk": 5,
+        "num_draft_tokens": 99,
+    }
+    assert (merged.drafter, merged.drafter_name) == ("ngram+merge", "ngram")
+    assert merged.parameters["merge"] is True
+    config = merged.config(RunConfig())
     assert (config.strategy, config.drafter) == ("streaming", "ngram")
-    assert config.decode["topk"] == 5
+    assert config.decode["draft_topk"] == 5
 
 
 @pytest.mark.parametrize(
@@ -182,7 +189,7 @@ def test_options_beat_the_table_which_beats_the_defaults():
     [
         ("segment_size", ["key=value"]),
         ("=3", ["key=value"]),
-        ("pipedec.topk=3", ["pipedec", "streaming"]),
+        ("pipedec.draft_topk=3", ["pipedec", "streaming"]),
         ("streaming.=3", ["streaming"]),
     ],
 )
@@ -193,7 +200,7 @@ def test_what_is_no_setting_is_refused(setting, names):
     assert all(name in str(error.value) for name in names)
 
 
-@pytest.mark.parametrize("setting", ["streaming.speed=3", "streaming.topk=many"])
+@pytest.mark.parametrize("setting", ["streaming.speed=3", "streaming.draft_topk=many"])
 def test_unknown_parameters_are_refused_by_strategy(setting):
     """Before anything is loaded."""
     settings = parse_settings([setting], ("streaming",))
@@ -206,7 +213,7 @@ def test_unknown_parameters_are_refused_by_strategy(setting):
     [
         ("main: {}\n", ["other", "main"]),
         ("- 1\n", ["tables"]),
-        ("other: {warp: {topk: 3}}\n", ["other", "warp", "streaming"]),
+        ("other: {warp: {draft_topk: 3}}\n", ["other", "warp", "streaming"]),
         ("other: {streaming: {speed: 3}}\n", ["other", "streaming", "speed"]),
         ("other: {streaming: 3}\n", ["other", "map"]),
         ("other: [1]\n", ["other", "map"]),

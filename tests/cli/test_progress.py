@@ -23,15 +23,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_log_gets_a_line_now_and_then(clock: list[float]) -> None:
     """What is ahead at once; then one in half a minute, however many steps there are."""
     out = io.StringIO()
-    with progress.shown(Console(file=out), "samples", what="1 of 2 topk=4") as tell:
+    with progress.shown(Console(file=out), "samples", what="1 of 2 draft_topk=4") as tell:
         tell(5, 65)
         for step in range(60):
             clock[0] += 1.0
             tell(6 + step, 65, "mt_bench, streaming [x]")
     assert out.getvalue().splitlines() == [
-        "1 of 2 topk=4: 60 samples ahead",
-        "1 of 2 topk=4: 35 of 65 samples, the last: mt_bench, streaming [x]",
-        "1 of 2 topk=4: 65 of 65 samples, the last: mt_bench, streaming [x]",
+        "1 of 2 draft_topk=4: 60 samples ahead",
+        "1 of 2 draft_topk=4: 35 of 65 samples, the last: mt_bench, streaming [x]",
+        "1 of 2 draft_topk=4: 65 of 65 samples, the last: mt_bench, streaming [x]",
     ]
 
 

@@ -111,11 +111,13 @@ def test_a_sweep_and_the_4_bit_profiles_emulate_the_same(model):
 
 def test_variations_are_all_combinations_and_names_say_them():
     """The last one varies fastest; what a name says is read back."""
-    found = parse_variations(["stages=2,4", "topk=3,5"])
+    found = parse_variations(["stages=2,4", "draft_topk=3,5"])
     assert found == [
-        {"stages": stages, "topk": topk} for stages in (2.0, 4.0) for topk in (3.0, 5.0)
+        {"stages": stages, "draft_topk": draft_topk}
+        for stages in (2.0, 4.0)
+        for draft_topk in (3.0, 5.0)
     ]
-    assert settings_of(found[1]) == {"topk": "5"}
+    assert settings_of(found[1]) == {"draft_topk": "5"}
     assert values_in(with_values("wifi-5", {"latency_ms": 0.25})) == {"latency_ms": 0.25}
 
 
@@ -130,8 +132,8 @@ def test_variations_are_all_combinations_and_names_say_them():
         (["--vary", "stages=0"], ["from 1 to"]),
         (["--vary", "link_mbps=nan,1"], ["link_mbps", "nan"]),
         (["--vary", "weight_bits=4"], ["4.5", "scales", "16"]),
-        (["--vary", "topk=2", "--vary", "topk=3"], ["topk", "twice"]),
-        (["--vary", "topk=0,2"], ["--vary", "topk"]),
+        (["--vary", "draft_topk=2", "--vary", "draft_topk=3"], ["draft_topk", "twice"]),
+        (["--vary", "draft_topk=0,2"], ["--vary", "draft_topk"]),
         (["--vary", "stages=2,3", "--cluster", "mixed-5"], ["several kinds"]),
         (["--vary", "stages=2,4", "--trace", "t.json"], ["--trace", "one value"]),
         (["--vary", "stages=2", "--trace", "nowhere/t.json"], ["nowhere"]),

@@ -161,14 +161,14 @@ def test_every_strategy_passes_and_the_rows_say_so(command):
 def test_drafters_and_company_change_nothing_but_the_speed(command, tiny):
     """One hash per temperature, whatever drafted and whoever shared the pipe."""
     words = [*command, "--strategies", "ar,streaming,naive_pp", "--stages", "2"]
-    words += ["--drafters", "eagle,eagle+graft+calibrate,ngram", "--requests", "1,2"]
+    words += ["--drafters", "eagle,eagle+merge+calibrate,ngram", "--requests", "1,2"]
     words[words.index("--draft") + 1] = f"eagle={tiny / 'eagle'}"
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     rows = json.loads(Path("rows.json").read_text())
     assert len(rows) == (2 * 3 + 1) * 2 * 2
     assert {row["requests"] for row in rows} == {1, 2}
-    assert {row["drafter"] for row in rows} == {"eagle", "eagle+graft+calibrate", "ngram", "none"}
+    assert {row["drafter"] for row in rows} == {"eagle", "eagle+merge+calibrate", "ngram", "none"}
     hashes = {row["temperature"]: row["tokens_sha256"] for row in rows}
     assert len(set(hashes.values())) == 2
     assert all(row["tokens_sha256"] == hashes[row["temperature"]] for row in rows)
@@ -196,10 +196,10 @@ def test_a_mismatch_ends_with_exit_code_1_and_is_in_the_rows(command, monkeypatc
     [
         (["--strategies", "ar,warp"], ["warp", "streaming"]),
         (["--drafters", "oracle"], ["oracle", "eagle"]),
-        (["--drafters", "eagle+wings"], ["wings", "graft"]),
+        (["--drafters", "eagle+wings"], ["wings", "merge"]),
         (["--draft", "ngram=x"], ["ngram=x", "eagle"]),
-        (["--requests", "17"], ["max_requests", "17"]),
-        (["--requests", "0"], ["max_requests", "0"]),
+        (["--requests", "17"], ["max_num_seqs", "17"]),
+        (["--requests", "0"], ["max_num_seqs", "0"]),
         (["--driver", "carrier-pigeon"], ["carrier-pigeon", "simulated"]),
         (["--stages", "two"], ["--stages", "two"]),
         (["--stages", "0"], ["stages", "0"]),

@@ -45,10 +45,13 @@ def head(parts: HeadParts) -> Asking:
 def test_a_client_has_its_strategy_and_the_next_one_the_cluster_s(head):
     """Nothing of a benchmark stays, also where it was killed."""
     served = head.chosen
-    assert served == (STRATEGIES["flowspec"], replace(STRATEGIES["flowspec"].defaults, topk=7))
-    assert head.ask(decoding(topk=3)) is None
+    assert served == (
+        STRATEGIES["flowspec"],
+        replace(STRATEGIES["flowspec"].defaults, draft_topk=7),
+    )
+    assert head.ask(decoding(draft_topk=3)) is None
     assert head.chosen[0] is STRATEGIES["streaming"]
-    assert head.chosen[1] == replace(STRATEGIES["streaming"].defaults, topk=3)
+    assert head.chosen[1] == replace(STRATEGIES["streaming"].defaults, draft_topk=3)
     assert head.engine.strategy == "streaming"
     head.cancel()
     assert head.ask(None) is None
@@ -105,8 +108,8 @@ def test_the_head_s_own_probe_is_no_other_request(head):
     ("wanted", "words"),
     [
         (Decoding(strategy="warp", parameters={}, run="1"), ["warp", "known: ar"]),
-        (decoding(speed=9), ["parameters of streaming", "speed", "topk"]),
-        (decoding(topk=0), ["topk must be at least 1"]),
+        (decoding(speed=9), ["parameters of streaming", "speed", "draft_topk"]),
+        (decoding(draft_topk=0), ["draft_topk must be at least 1"]),
         (decoding("ar", num_draft_tokens=2000), ["num_draft_tokens is 2000", "at most 1024"]),
         (
             Decoding(strategy="streaming-unpruned", parameters={}, run="1"),
@@ -177,7 +180,7 @@ def test_what_a_chat_template_refuses_is_refused_as_such(head, parts, monkeypatc
 def test_a_parameter_is_a_number_or_a_switch(value):
     """Nothing else travels."""
     with pytest.raises(ValidationError):
-        Decoding(strategy="ar", parameters={"topk": value}, run="1")
+        Decoding(strategy="ar", parameters={"draft_topk": value}, run="1")
 
 
 def test_statistics_come_back_as_they_were():

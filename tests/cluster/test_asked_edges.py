@@ -44,7 +44,7 @@ class Live(Asking):
         network = SimpleNamespace(send=self.send, wake=lambda: None, receive=lambda timeout_s: ())
         engine._num_stages = 2
         engine._driver.go_on(network, 2)
-        engine._inject(wire.Resume(num_stages=2, kv_rows=0))
+        engine._inject(wire.Resume(num_stages=2, num_kv_tokens=0))
         engine._is_live = True
         self.say(status(1, 0.0, 0, 0), status(2, 0.0, 0, 0))
 
@@ -323,7 +323,7 @@ def test_after_the_last_word_a_stage_does_nothing_more(max_kept):
         (status(1, 2.0, 1, 1), 2.0),
         (status(1, float("nan"), 1, 1), 0.0),
         (status(1, -1.0, 1, 1), 0.0),
-        (replace(status(1, 2.0, 1, 1), kv_rows_used=2**63), 0.0),
+        (replace(status(1, 2.0, 1, 1), num_kv_tokens_used=2**63), 0.0),
     ],
 )
 def test_what_cannot_be_is_not_shown(said, shown):
@@ -340,7 +340,7 @@ def test_what_cannot_be_is_not_shown(said, shown):
 def test_a_request_during_which_a_device_is_lost_twice_ends_and_others_are_served(head, in_order):
     """Named with the device and the cause; a device that leaves in order is no request's doing."""
     head.engine._members = [
-        Member(2, Place("ada", 1, 2), Addresses(control="c", data="d"), kv_rows=0)
+        Member(2, Place("ada", 1, 2), Addresses(control="c", data="d"), num_kv_tokens=0)
     ]
     assert head.ask(None) is None
     for _ in range(2):
@@ -378,7 +378,7 @@ def lost(timeout_s):
 def test_a_stage_s_failure_for_one_request_names_the_device(head):
     """Whoever reads it looks for a device, not for a rank."""
     head.engine._members = [
-        Member(1, Place("ada", 0, 1), Addresses(control="c", data="d"), kv_rows=0)
+        Member(1, Place("ada", 0, 1), Addresses(control="c", data="d"), num_kv_tokens=0)
     ]
     assert head.ask(None) is None
     head.turn()

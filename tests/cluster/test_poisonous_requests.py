@@ -99,11 +99,12 @@ class Cluster(Asking):
         engine._epoch, engine._num_stages = epoch, 2
         here = Addresses(control="c", data="d")
         engine._members = [
-            Member(rank, Place(name, 0, 1), here, kv_rows=0) for rank, name in ((1, "a"), (2, "b"))
+            Member(rank, Place(name, 0, 1), here, num_kv_tokens=0)
+            for rank, name in ((1, "a"), (2, "b"))
         ]
         network = SimpleNamespace(send=self.send, wake=lambda: None, receive=self.receive)
         engine._driver.go_on(network, 2)
-        engine._inject(wire.Resume(num_stages=2, kv_rows=0))
+        engine._inject(wire.Resume(num_stages=2, num_kv_tokens=0))
         engine._is_live = True
 
     def pass_events(self) -> None:

@@ -46,16 +46,20 @@ class Play:
         prompt: Sequence[int],
         *,
         sampling: SamplingParams = T0,
-        topk: int = VOCAB,
+        draft_topk: int = VOCAB,
         reuse: DraftSession | None = None,
         num_cached_tokens: int = 0,
     ) -> None:
         asked = Request(
             id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=MAX_NEW_TOKENS
         )
-        self.drafter, self.asked, self.topk = drafter, asked, topk
+        self.drafter, self.asked, self.draft_topk = drafter, asked, draft_topk
         opening = Opening(
-            request=asked, topk=topk, coupled=True, reuse=reuse, num_cached_tokens=num_cached_tokens
+            request=asked,
+            draft_topk=draft_topk,
+            coupled=True,
+            reuse=reuse,
+            num_cached_tokens=num_cached_tokens,
         )
         self.session = drafter.open(opening)
         self.tree = DraftTree()
@@ -113,7 +117,12 @@ class Play:
 
     def fresh(self) -> "Play":
         """The same moment, come to with nothing drafted on the way."""
-        other = Play(self.drafter, self.asked.prompt, sampling=self.asked.sampling, topk=self.topk)
+        other = Play(
+            self.drafter,
+            self.asked.prompt,
+            sampling=self.asked.sampling,
+            draft_topk=self.draft_topk,
+        )
         new = self.tokens[len(self.asked.prompt) :]
         other.take(new[:-1])
         other.plant(new[-1])
@@ -121,12 +130,12 @@ class Play:
         return other
 
 
-def check_shape(proposal: Proposal, node: Node, topk: int) -> None:
+def check_shape(proposal: Proposal, node: Node, draft_topk: int) -> None:
     """Children of the node asked for, best first, finite, each token once."""
     assert proposal.node == node.id
     tokens = [token for token, _ in proposal.children]
     values = [value for _, value in proposal.children]
-    assert len(tokens) <= topk
+    assert len(tokens) <= draft_topk
     assert len(set(tokens)) == len(tokens)
     assert all(0 <= token < VOCAB for token in tokens)
     assert all(float("-inf") < value <= 1e-6 for value in values)
@@ -164,7 +173,7 @@ PROMPT = (3, 14, 15, 9, 26, 5, 35)
 @pytest.mark.parametrize("name", ALL_DRAFTERS)
 def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingParams) -> None:
     """The root's once all is absorbed, then one per expanded node, in order."""
-    play = Play(drafter_named(name), PROMPT, sampling=sampling, topk=4)
+    play = Play(drafter_named(name), PROMPT, sampling=sampling, draft_topk=4)
     play.plant(8)
     play.give()
     assert play.session.num_rows_ready > 0
@@ -178,7 +187,7 @@ def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingPara
             [proposal, *proposals], [play.tree.root, *children[::-1]], strict=True
         ):
             assert len(own.children) == 4
-            check_shape(own, node, topk=4)
+            check_shape(own, node, draft_topk=4)
 
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
@@ -302,7 +311,7 @@ def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) 
     assert [p.node for p in proposals][len(proposals) - len(expanded) :] == expanded
     assert len(proposals) <= len(expanded) + job.absorbs
     for proposal in proposals:
-        check_shape(proposal, play.tree[proposal.node], play.topk)
+        check_shape(proposal, play.tree[proposal.node], play.draft_topk)
         play.grow(play.tree[proposal.node], random.sample(range(4), 2))
 
 

@@ -107,16 +107,16 @@ def test_a_drafter_pays_for_the_prompt_too():
     assert max(contexts) > len(request().prompt)
 
 
-def useless(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+def useless(random: Random, true: int | None, draft_topk: int) -> list[tuple[int, float]]:
     """As sure as any head, and never right."""
-    wrong = [token for token in random.sample(range(VOCAB), topk + 1) if token != true]
-    return [(token, -0.4 - 0.9 * rank) for rank, token in enumerate(wrong[:topk])]
+    wrong = [token for token in random.sample(range(VOCAB), draft_topk + 1) if token != true]
+    return [(token, -0.4 - 0.9 * rank) for rank, token in enumerate(wrong[:draft_topk])]
 
 
 @pytest.mark.parametrize("cluster", ["jetson-5", "jetson-5-125mbit", "wifi-5"])
 def test_streaming_backs_off_where_guessing_does_not_pay(cluster):
     """A useless drafter makes no cluster slower than plain decoding, not on a slow line either."""
-    sizes = {"num_draft_tokens": 400, "segment_size": 80, "topk": 16}
+    sizes = {"num_draft_tokens": 400, "segment_size": 80, "draft_topk": 16}
     took = {}
     for strategy in ("ar", "streaming"):
         _, done = emulated(reference(cluster=cluster), strategy, tokens=60, script=useless, **sizes)

@@ -24,7 +24,7 @@ def limited(max_rows: int, **limits: int):
     cluster = make_cluster(2, "streaming", limits=limits)
     cluster.head.scheduler.limit_kv_tokens(max_rows)
     for stage in cluster.stages:
-        stage.kv_rows = max_rows
+        stage.num_kv_tokens = max_rows
     return cluster
 
 
@@ -48,7 +48,7 @@ def test_what_does_not_fit_now_waits():
     done = []
     for event in cluster.serve(asked):
         for stage in cluster.stages:
-            assert stage.kv_rows_used <= 600
+            assert stage.num_kv_tokens_used <= 600
         most = max(most, len(cluster.head.scheduler.running))
         done += [event] if isinstance(event, RequestOutput) else []
     assert most == 2

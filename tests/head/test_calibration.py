@@ -111,7 +111,7 @@ def test_sources_ranks_and_depths_are_learnt_apart():
     assert exp(applied(calibration, child(log(0.5), rank=0))) > 0.9
     assert exp(applied(calibration, child(log(0.5), rank=5))) < 0.1
     assert exp(applied(calibration, child(log(0.5), depth=9))) < 0.1
-    assert exp(applied(calibration, child(log(0.5), source="graft"))) == pytest.approx(0.5)
+    assert exp(applied(calibration, child(log(0.5), source="merge"))) == pytest.approx(0.5)
 
 
 def test_its_memory_is_bounded():

@@ -89,8 +89,8 @@ HEAD_POINTS = {
     "drafter, rows": broken(ScriptedSession, "num_rows", lambda s, *rest: of_bad(s)),
     "drafter, absorb": broken(ScriptedSession, "absorb", lambda s, tree: of_bad(s)),
     "drafter, expand": broken(ScriptedSession, "expand", lambda s, *rest: of_bad(s)),
-    "grafts": broken(MergedSession, "graft", lambda s, *rest: of_bad(s.base)),
-    "merged grafts": broken(MergedSession, "merged", lambda s, *rest: of_bad(s.base)),
+    "branches": broken(MergedSession, "merge_branches", lambda s, *rest: of_bad(s.base)),
+    "merged branches": broken(MergedSession, "merged", lambda s, *rest: of_bad(s.base)),
     "calibration": broken(Session, "learn", lambda session, *rest: session.request.id == BAD),
 }
 
@@ -156,10 +156,10 @@ def check_ends(several: list[Request], completions: list[RequestOutput], where: 
 
 @pytest.mark.parametrize("point", HEAD_POINTS)
 def test_what_fails_in_the_head_ends_one_request(point: str, monkeypatch: Patch) -> None:
-    """Drafter, strategy, grafts, calibration: whatever is done for a request alone."""
+    """Drafter, strategy, merged branches, calibration: whatever is done for a request alone."""
     HEAD_POINTS[point](monkeypatch)
     drafter = ScriptedDrafter(mixed, aux_hidden_state_layers=(1,))
-    cluster = make_cluster(2, drafter=drafter, graft="graft" in point, calibrate=True)
+    cluster = make_cluster(2, drafter=drafter, merge="branches" in point, calibrate=True)
     check_only_the_bad_one_ends(cluster, where="head: ")
 
 
@@ -294,7 +294,7 @@ def test_a_kept_request_that_fails_is_given_up_and_nobody_ends() -> None:
     class Keeping(ScriptedDrafter):
         def open(self, opening: Any) -> ScriptedSession:
             """See Drafter.open."""
-            return Forgetful(self, opening.request, opening.topk)
+            return Forgetful(self, opening.request, opening.draft_topk)
 
     cluster = make_cluster(2, drafter=Keeping(mixed), limits={"max_cached": 2})
     (first,) = generate_all(cluster, [request(1)])
@@ -341,15 +341,15 @@ def test_tokens_that_the_model_has_not_are_refused_by_name(fields: dict[str, Any
     assert not cluster.stages[0].num_segments
 
 
-@pytest.mark.parametrize("graft", [False, True])
-def test_proposals_outside_the_vocabulary_never_enter_the_tree(graft: bool) -> None:
+@pytest.mark.parametrize("merge", [False, True])
+def test_proposals_outside_the_vocabulary_never_enter_the_tree(merge: bool) -> None:
     """A draft model with more tokens: the text is the target's own, with the others' help."""
 
-    def beyond(random: Any, true: int | None, topk: int) -> list[tuple[int, float]]:
-        return [(VOCAB, -0.01), (-1, -0.02), (VOCAB + 9, -0.5), *mixed(random, true, topk)]
+    def beyond(random: Any, true: int | None, draft_topk: int) -> list[tuple[int, float]]:
+        return [(VOCAB, -0.01), (-1, -0.02), (VOCAB + 9, -0.5), *mixed(random, true, draft_topk)]
 
     limits: dict[str, Any] = {"vocab_size": VOCAB}
-    cluster = make_cluster(2, drafter=ScriptedDrafter(beyond), limits=limits, graft=graft)
+    cluster = make_cluster(2, drafter=ScriptedDrafter(beyond), limits=limits, merge=merge)
     (done,) = generate_all(cluster, [request()])
     assert (done.error, list(done.tokens)) == ("", expected(request()))
     assert done.stats.mean_accepted_length > 1.0

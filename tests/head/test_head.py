@@ -69,7 +69,7 @@ def test_stages_work_on_different_chunks_of_the_prompt_at_once():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, len(PROMPT), 64])
-def test_prefill_chunks_do_not_change_the_text(chunk):
+def test_the_size_of_prefill_chunks_does_not_change_the_text(chunk):
     """Where the prompt is cut is a matter of speed."""
     setup = {"num_stages": 2, "strategy": "streaming", "chunked_prefill_size": chunk}
     completion, _ = run_watched(setup, request(max_new_tokens=8))

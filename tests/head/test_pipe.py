@@ -101,7 +101,7 @@ def test_the_caches_never_hold_more_than_the_head_asked_room_for(strategy, monke
     """`Open.capacity` is a promise: a tree as large as it may get must fit at any moment."""
     monkeypatch.setattr(flowspec.head.scheduler.running, "MIN_ROWS_ALIVE", 8)
     setup = {"num_stages": 3, "strategy": strategy, "num_draft_tokens": 8, "segment_size": 3}
-    completion, _ = run_watched({**setup, "num_draft_steps": 5, "topk": 6}, request())
+    completion, _ = run_watched({**setup, "num_draft_steps": 5, "draft_topk": 6}, request())
     assert completion.reason is FinishReason.LENGTH
 
 

@@ -70,7 +70,7 @@ def test_a_conversation_computes_each_token_once(strategy, sampling):
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_model_drafters_go_on_where_the_last_turn_ended(name):
     """Their own caches are used again, too."""
-    cluster = kept(3, "streaming", drafter=model_drafter(name), topk=12)
+    cluster = kept(3, "streaming", drafter=model_drafter(name), draft_topk=12)
     reused = conversation(cluster, 3, sampling=T1)
     assert reused[0] == 0
     assert reused[1] >= len(PROMPT) - 1, reused
@@ -135,7 +135,7 @@ def test_a_refused_turn_leaves_nothing_behind():
     """A stage in the middle refuses: those after it, which never hear of it, free too."""
     cluster = kept(3, "streaming", drafter=ScriptedDrafter(perfect))
     answer = generate(cluster, request(1))
-    cluster.stages[1].kv_rows = 1
+    cluster.stages[1].num_kv_tokens = 1
     refused = generate(cluster, request(2, prompt=(*PROMPT, *answer.tokens)))
     assert "1 are free" in refused.error or "of 1" in refused.error
     assert [list(stage.requests) for stage in cluster.stages] == [[], [], []]
@@ -156,7 +156,7 @@ def test_memory_for_a_new_request_goes_before_memory_kept():
     rows = len(PROMPT) + 14 + 256
     cluster.head.scheduler.limit_kv_tokens(2 * rows)
     for stage in cluster.stages:
-        stage.kv_rows = 2 * rows
+        stage.num_kv_tokens = 2 * rows
     for number, prompt in enumerate([PROMPT, PROMPT[::-1], PROMPT[1:]], start=1):
         asked = request(number, prompt=prompt)
         assert list(generate(cluster, asked).tokens) == expected(asked)

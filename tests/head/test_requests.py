@@ -59,7 +59,7 @@ def test_one_drafter_forward_serves_all(strategy, name):
     """Model drafters draft for several requests at once; each text is as alone."""
     asked = several(4, new=6)
     drafter = model_drafter(name)
-    setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter, "topk": 12}
+    setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter, "draft_topk": 12}
     completions, _ = run_all_watched(setup, asked)
     check_answers(asked, completions)
 
@@ -85,12 +85,12 @@ def test_a_drafter_forward_is_one_that_ran(name, monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["t0", "t1"])
-@pytest.mark.parametrize("graft", [False, True], ids=["alone", "grafted"])
+@pytest.mark.parametrize("merge", [False, True], ids=["alone", "merged"])
 @pytest.mark.parametrize("name", [*MODEL_DRAFTERS, "ngram"])
 @pytest.mark.parametrize("strategy", ["streaming", "flowspec"])
-def test_each_turn_is_as_alone_whatever_drafts(strategy, name, graft, sampling):
-    """Three conversations at once, calibrated, their caches going on, with and without grafts."""
-    setup = {"drafter": drafter_named(name), "graft": graft, "calibrate": True}
+def test_each_turn_is_as_alone_whatever_drafts(strategy, name, merge, sampling):
+    """Three conversations at once, calibrated, their caches going on, branches merged or not."""
+    setup = {"drafter": drafter_named(name), "merge": merge, "calibrate": True}
     cluster = make_cluster(2, strategy, limits={"max_cached": 3}, **setup)
     said = [(PROMPT * 2)[i : i + 4 + 3 * i] for i in range(3)]
     reused = 0
@@ -151,7 +151,7 @@ def test_no_timing_mixes_them_up(seed, strategy, script, stages, count, active):
     check_answers(asked, completions)
 
 
-def test_shape_stable_batches_are_bit_equal():
+def test_batch_invariant_batches_are_bit_equal():
     """In bfloat16 a row has the same bits beside other requests' rows as alone."""
     asked = several(3, new=8)
     together = generate_all(make_cluster(2, bf16=True), asked)

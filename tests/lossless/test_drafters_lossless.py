@@ -18,7 +18,7 @@ def check(strategy: str, drafter: IncrementalDrafter) -> int:
     for sampling in (T0, T1):
         asked = request(sampling=sampling, max_new_tokens=TOKENS)
         # untrained heads: a wide net is right now and then
-        setup = {"num_stages": 3, "strategy": strategy, "drafter": drafter, "topk": 12}
+        setup = {"num_stages": 3, "strategy": strategy, "drafter": drafter, "draft_topk": 12}
         completion, _ = run_watched(setup, asked)
         assert list(completion.tokens) == expected(asked), sampling
         found += sum(completion.stats.runs) + completion.stats.run_length

@@ -27,11 +27,11 @@ SETUPS = st.fixed_dictionaries(
         "segment_size": st.integers(1, 12),
         "num_draft_tokens": st.integers(1, 30),
         "num_draft_steps": st.integers(1, 5),
-        "topk": st.integers(1, 6),
+        "draft_topk": st.integers(1, 6),
         "chunked_prefill_size": st.integers(1, 12),
         "max_in_flight": st.sampled_from([0, 1, 3]),
         "refresh": st.booleans(),
-        "graft": st.booleans(),
+        "merge": st.booleans(),
         "calibrate": st.booleans(),
     }
 )

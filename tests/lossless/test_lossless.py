@@ -39,7 +39,7 @@ def test_text_is_the_targets_own(strategy, drafter):
         asked = request(sampling=sampling, max_new_tokens=TOKENS)
         setup = {"num_stages": num_stages, "strategy": strategy}
         if drafter == "eagle":
-            setup["topk"] = 12  # untrained: a wide net is right now and then
+            setup["draft_topk"] = 12  # untrained: a wide net is right now and then
         completion, _ = run_watched({**setup, "drafter": drafter_named(drafter)}, asked)
         where = f"{num_stages} stages, {sampling}"
         assert list(completion.tokens) == expected(asked), where
@@ -69,9 +69,9 @@ def test_shared_noise_in_the_drafter_changes_the_drafts_alone(strategy):
 
 
 @pytest.mark.parametrize("strategy", ["ar", "serial_pp", "streaming"])
-def test_shape_stable_mode_is_exact_in_bfloat16(strategy):
+def test_batch_invariant_mode_is_exact_in_bfloat16(strategy):
     """In 16 bits sums depend on kernel shapes; with fixed shapes equality holds all the same."""
-    alone = replace(local_target(), model=whole_model_bf16(), shape_stable=True)
+    alone = replace(local_target(), model=whole_model_bf16(), batch_invariant=True)
     for sampling in (T0, T1):
         asked = request(sampling=sampling, max_new_tokens=6)
         cluster = make_cluster(2, strategy, drafter=drafter_named("mixed"), bf16=True)

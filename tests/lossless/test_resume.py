@@ -34,7 +34,7 @@ def lose(cluster: SimulatedEngine, *ranks: int) -> None:
     cluster.simulator.deliver(0, Suspend(cause=f"{cause}: killed"))
 
 
-def cover(cluster: SimulatedEngine, num_stages: int, *ranks: int, kv_rows: int = 0) -> None:
+def cover(cluster: SimulatedEngine, num_stages: int, *ranks: int, num_kv_tokens: int = 0) -> None:
     """Empty stages take these ranks; the layers are covered again, by `num_stages`."""
     simulator = cluster.simulator
     for rank in ranks:
@@ -43,7 +43,7 @@ def cover(cluster: SimulatedEngine, num_stages: int, *ranks: int, kv_rows: int =
     simulator.actors = {r: a for r, a in simulator.actors.items() if r <= num_stages}
     cores = (simulator.actors[rank].core for rank in range(1, num_stages + 1))
     cluster.stages = [core for core in cores if isinstance(core, Stage)]
-    simulator.deliver(0, Resume(num_stages=num_stages, kv_rows=kv_rows))
+    simulator.deliver(0, Resume(num_stages=num_stages, num_kv_tokens=num_kv_tokens))
 
 
 def serve(
@@ -183,7 +183,7 @@ def test_what_no_longer_fits_ends_with_both_numbers() -> None:
     def fault() -> None:
         lose(cluster, 3)
         cluster.simulator.deliver(0, AbortRequest(request=3))
-        cover(cluster, 2, 1, 2, kv_rows=fits)
+        cover(cluster, 2, 1, 2, num_kv_tokens=fits)
 
     done = serve(cluster, [large, small, request(3, max_new_tokens=40)], {150: fault})
     assert done[1].reason is FinishReason.ERROR

@@ -1,4 +1,4 @@
-"""The shape-stable mode: the same text within tolerance, and the same bits in every cut."""
+"""The batch-invariant mode: the same text within tolerance, and the same bits in every cut."""
 
 from collections.abc import Sequence
 from functools import cache as memo
@@ -46,13 +46,13 @@ def run(model: StageModel, chunk: int, sizes: Sequence[int], *, stable: bool) ->
         one([TOKENS[r] for r in rows], [depth[r] for r in rows], [PARENTS[r] for r in rows])
     assert (cache.prefix_length, cache.num_tree_rows) == (len(PROMPT), len(PARENTS))
     states = torch.cat(hidden)
-    logits = [run_logits(model, piece, shape_stable=stable) for piece in hidden]
+    logits = [run_logits(model, piece, batch_invariant=stable) for piece in hidden]
     return [states, torch.cat(middle), torch.cat(last), torch.cat(logits)]
 
 
 @memo
 def reference(dtype: torch.dtype) -> list[Tensor]:
-    """The prompt and the tree each in one go: plain in fp32, shape-stable in bf16."""
+    """The prompt and the tree each in one go: plain in fp32, batch-invariant in bf16."""
     if dtype == torch.float32:
         return run(FP32, 64, [64], stable=False)
     return run(BF16, 64, [64], stable=True)
@@ -110,7 +110,7 @@ def test_padding_leaves_no_trace(count: int) -> None:
     assert hidden.shape[0] == owned[0].shape[0] == cache.prefix_length == count
     run_rows(FP32, cache, tokens, [count] * count, parents=[COMMITTED] * count)
     assert (cache.prefix_length, cache.num_tree_rows) == (count, count)
-    logits = run_logits(FP32, hidden, shape_stable=True)
+    logits = run_logits(FP32, hidden, batch_invariant=True)
     torch.testing.assert_close(logits, FP32.logits(hidden), atol=1e-4, rtol=1e-4)
 
 

@@ -60,7 +60,7 @@ def test_processes_are_no_faster_than_the_cluster_they_emulate(
     emulation = read_emulation(names, drafter=config.drafter)
     config = replace(config, emulate=names)
     stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)[0]
+        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
         for rank in (1, 2)
     ]
     simulated = emulated_engine(config, parts, stages, emulation)

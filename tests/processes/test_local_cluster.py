@@ -140,7 +140,7 @@ def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
         completion = generate(running, second)
         assert list(completion.tokens) == alone.generate(second)[0]
         assert completion.stats.num_prompt_reused >= len(first.prompt)
-        assert all(status.kv_rows_used > 0 for status in running.statuses().values())
+        assert all(status.num_kv_tokens_used > 0 for status in running.statuses().values())
         assert all(status.peak_memory_bytes > 0 for status in running.statuses().values())
 
 

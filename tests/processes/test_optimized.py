@@ -40,7 +40,7 @@ def test_a_run_without_asserts_gives_the_same_text(
     config: RunConfig, whole_split: Path, tmp_path: Path
 ) -> None:
     """Of several requests, of which some wait: each step of the head and of a stage is done."""
-    options = ["--model", str(whole_split), "--draft", config.draft, "--max-requests", "2"]
+    options = ["--model", str(whole_split), "--draft", config.draft, "--max-num-seqs", "2"]
     asked = [word for prompt in ("one", "two", "three") for word in ("--prompt", prompt)]
     done = optimized(tmp_path, "run", *options, *asked, "--max-new-tokens", "8")
     assert done.returncode == 0, done.stderr

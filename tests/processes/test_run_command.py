@@ -64,7 +64,7 @@ def test_a_stretched_model_answers_and_warns_once(checkpoint, tmp_path):
         (("--strategy", "warp"), "unknown strategy 'warp'; known: ar, serial_pp"),
         (("--drafter", "none"), "needs a drafter"),
         (("--stages", "9"), "1 to 8 stages are possible"),
-        (("--set", "topk"), "takes key=value"),
+        (("--set", "draft_topk"), "takes key=value"),
         (("--device", "abacus"), "device 'abacus'"),
         (("--model", "nowhere/at-all-", "--draft", "x"), "nowhere/at-all-"),
     ],

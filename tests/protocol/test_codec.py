@@ -112,7 +112,7 @@ FIXED = st.one_of(
         num_rows_run=U64,
         num_rows_pruned=U64,
         num_requests=U32,
-        kv_rows_used=U64,
+        num_kv_tokens_used=U64,
         peak_memory_bytes=U64,
         num_closes=U64,
     ),
@@ -121,7 +121,7 @@ FIXED = st.one_of(
 )
 TEXTS = st.one_of(
     st.builds(Failed, epoch=U32, stage=I32, request=U64, text=TEXT),
-    st.builds(Ready, stage=I32, model=TEXT, kv_rows=U64),
+    st.builds(Ready, stage=I32, model=TEXT, num_kv_tokens=U64),
 )
 
 

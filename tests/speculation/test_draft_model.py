@@ -55,7 +55,7 @@ class Play:
         self.drafter = drafter or draft_model()
         asked = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=60)
         self.session: DraftModelSession = self.drafter.open(
-            Opening(request=asked, topk=VOCAB, coupled=True)
+            Opening(request=asked, draft_topk=VOCAB, coupled=True)
         )
         self.sampling = sampling
         self.tree = DraftTree()
@@ -211,7 +211,7 @@ def test_padding_of_either_vocabulary_is_no_token(vocab_size: int) -> None:
     """More embeddings than the target has tokens, or fewer: only shared ones are proposed."""
     drafter = draft_model(vocab_size=vocab_size)
     asked = Request(id=1, prompt=(*PROMPT, VOCAB - 1), sampling=T1, max_new_tokens=4)
-    session = drafter.open(Opening(request=asked, topk=1000, coupled=True))
+    session = drafter.open(Opening(request=asked, draft_topk=1000, coupled=True))
     tree = DraftTree()
     tree.plant(NO_NODE, VOCAB - 1, len(asked.prompt))
     session.accept([*asked.prompt, VOCAB - 1])

@@ -60,7 +60,7 @@ class Play:
     ) -> None:
         request = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=64)
         self.session: FeatureSession = DRAFTER.open(
-            Opening(request=request, topk=VOCAB, coupled=coupled)
+            Opening(request=request, draft_topk=VOCAB, coupled=coupled)
         )
         self.sampling, self.coupled, self.exact = sampling, coupled, exact
         self.tree = DraftTree()
@@ -349,12 +349,12 @@ def test_the_noise_ranks_the_children() -> None:
     assert orders[0] != orders[1]
 
 
-def test_topk_bounds_the_children() -> None:
+def test_draft_topk_bounds_the_children() -> None:
     """And tokens that the filters forbid are no children at all."""
-    for topk, top_k, want in ((3, 0, 3), (8, 5, 5), (1000, 0, VOCAB)):
+    for draft_topk, top_k, want in ((3, 0, 3), (8, 5, 5), (1000, 0, VOCAB)):
         sampling = SamplingParams(temperature=1.0, top_k=top_k, seed=1)
         request = Request(id=1, prompt=(1, 2), sampling=sampling, max_new_tokens=4)
-        session = DRAFTER.open(Opening(request=request, topk=topk, coupled=True))
+        session = DRAFTER.open(Opening(request=request, draft_topk=draft_topk, coupled=True))
         tree = DraftTree()
         tree.plant(NodeId(-1), 5, 2)
         session.accept([1, 2, 5])

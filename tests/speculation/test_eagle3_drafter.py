@@ -49,7 +49,7 @@ def check(proposal: Proposal, path: Sequence[int], sampling: SamplingParams) -> 
 def planted(sampling: SamplingParams) -> tuple[FeatureSession, DraftTree]:
     """The prompt and its verdict are known, no feature yet."""
     asked = Request(id=1, prompt=PROMPT, sampling=sampling, max_new_tokens=20)
-    session = DRAFTER.open(Opening(request=asked, topk=VOCAB, coupled=True))
+    session = DRAFTER.open(Opening(request=asked, draft_topk=VOCAB, coupled=True))
     tree = DraftTree()
     tree.plant(NO_NODE, 8, len(PROMPT))
     session.accept([*PROMPT, 8])

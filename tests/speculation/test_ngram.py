@@ -19,9 +19,9 @@ from tests.support.tiny import PROMPT, T0, T1, expected, request, truth
 TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=30)
 
 
-def opened(text: Sequence[int], topk: int = 4) -> tuple[NgramSession, DraftTree]:
+def opened(text: Sequence[int], draft_topk: int = 4) -> tuple[NgramSession, DraftTree]:
     """A session that was told `text`, and a tree rooted at its last token."""
-    session = NgramDrafter().open(Opening(request=request(), topk=topk, coupled=False))
+    session = NgramDrafter().open(Opening(request=request(), draft_topk=draft_topk, coupled=False))
     session.accept(text)
     tree = DraftTree()
     tree.plant(NodeId(-1), text[-1], len(text) - 1)
@@ -36,7 +36,7 @@ def test_it_needs_no_files():
 
 def test_before_the_first_token_there_is_nothing_to_propose():
     """The prompt is taken in while the stages still work on it."""
-    session = NgramDrafter().open(Opening(request=request(), topk=4, coupled=False))
+    session = NgramDrafter().open(Opening(request=request(), draft_topk=4, coupled=False))
     assert session.num_rows_ready == 0
     session.accept(PROMPT)
     assert session.num_rows_ready == len(PROMPT)
@@ -110,10 +110,10 @@ def test_of_equal_continuations_the_most_recent_comes_first():
     assert [token for token, _ in proposal.children][:2] == [6, 5]
 
 
-@given(text=TOKENS, path=st.lists(st.integers(0, 5), max_size=6), topk=st.integers(1, 4))
-def test_proposals_are_probabilities_best_first(text, path, topk):
-    """At most topk different tokens of the text, together at most certain, in order."""
-    session, tree = opened(text, topk)
+@given(text=TOKENS, path=st.lists(st.integers(0, 5), max_size=6), draft_topk=st.integers(1, 4))
+def test_proposals_are_probabilities_best_first(text, path, draft_topk):
+    """At most draft_topk different tokens of the text, together at most certain, in order."""
+    session, tree = opened(text, draft_topk)
     session.absorb(tree)
     node = tree.root
     for token in path:
@@ -121,7 +121,7 @@ def test_proposals_are_probabilities_best_first(text, path, topk):
     (proposal,) = session.expand([node], tree)
     tokens = [token for token, _ in proposal.children]
     logprobs = [logprob for _, logprob in proposal.children]
-    assert len(tokens) <= topk
+    assert len(tokens) <= draft_topk
     assert len(set(tokens)) == len(tokens)
     assert set(tokens) <= set(text)
     assert logprobs == sorted(logprobs, reverse=True)

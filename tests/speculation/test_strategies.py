@@ -17,11 +17,11 @@ from tests.support.tiny import T1, request
 
 # another value of each parameter, far enough from the tests' sizes to show
 OTHERS = {
-    "segment_size": 1, "num_draft_tokens": 4, "num_draft_steps": 1, "topk": 2, "draft_width": 1,
-    "min_score": 0.3, "max_in_flight": 1, "chunked_prefill_size": 2, "coupled_drafting": True,
-    "refresh": False, "graft": True, "calibrate": True,
+    "segment_size": 1, "num_draft_tokens": 4, "num_draft_steps": 1, "draft_topk": 2,
+    "draft_width": 1, "min_score": 0.3, "max_in_flight": 1, "chunked_prefill_size": 2,
+    "coupled_drafting": True, "refresh": False, "merge": True, "calibrate": True,
 }  # fmt: skip
-ALWAYS_MAY = ("coupled_drafting", "refresh", "graft", "calibrate", "min_score")
+ALWAYS_MAY = ("coupled_drafting", "refresh", "merge", "calibrate", "min_score")
 
 
 def course(strategy: str, **decode: object) -> list[tuple[object, ...]]:
@@ -76,7 +76,9 @@ def test_streaming_alone_drafts_while_it_absorbs(strategy):
 
 def test_what_changes_nothing_is_refused():
     """By name, with what the strategy does take; for all at once only if none takes it."""
-    with pytest.raises(ValueError, match=r"num_draft_steps changes nothing for .* streaming; .*topk"):
+    with pytest.raises(
+        ValueError, match=r"num_draft_steps changes nothing for .* streaming; .*draft_topk"
+    ):
         check_taken("streaming", {"num_draft_steps": 3}, where="--set")
     with pytest.raises(ValueError, match="num_draft_steps changes nothing"):
         parse_settings(["streaming.num_draft_steps=3"], ["streaming", "flowspec"])

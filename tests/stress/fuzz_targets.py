@@ -216,7 +216,7 @@ def seeds_config() -> list[bytes]:
     """The defaults, one of each key, and what YAML is infamous for."""
     texts = [
         as_yaml(RunConfig()),
-        "stages: 2\nsampling: {temperature: 1, top_p: 0.9}\ndecode: {topk: 3, refresh: no}\n",
+        "stages: 2\nsampling: {temperature: 1, top_p: 0.9}\ndecode: {draft_topk: 3, refresh: no}\n",
         LAUGHS,
         "decode: &a {x: *a}",
         "[" * DEEP,

@@ -17,7 +17,7 @@ from flowspec.weights.split import run_split
 from flowspec.weights.split_plan import plan_split
 from tests.support.checkpoints import save_checkpoint
 
-CONFIG = RunConfig(strategy="flowspec", decode={"topk": 7})  # what `serve` was given
+CONFIG = RunConfig(strategy="flowspec", decode={"draft_topk": 7})  # what `serve` was given
 
 
 def tiny_parts(folder: Path) -> HeadParts:

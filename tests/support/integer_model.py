@@ -78,18 +78,18 @@ def integer_stages(count: int) -> list[IntegerStage]:
     return stages
 
 
-def children(token: int, position: int, topk: int) -> list[tuple[int, float]]:
+def children(token: int, position: int, draft_topk: int) -> list[tuple[int, float]]:
     """What the drafter proposes after `token` at `position`, best first.
 
     The true token is first, second or (every MISS_EVERY positions) not among them.
     """
     true = next_token(token, position)
-    decoys = [(true + 1 + step) % VOCAB for step in range(topk)]
+    decoys = [(true + 1 + step) % VOCAB for step in range(draft_topk)]
     place = (token + position) % 3 % 2
     if (position + 1) % MISS_EVERY:
         decoys.insert(place, true)
     first = 1 + (token + 2 * position) % 4
-    return [(one, -(first + 6 * rank) / 8.0) for rank, one in enumerate(decoys[:topk])]
+    return [(one, -(first + 6 * rank) / 8.0) for rank, one in enumerate(decoys[:draft_topk])]
 
 
 class IntegerDrafter(LookupDrafter):
@@ -100,7 +100,7 @@ class IntegerDrafter(LookupDrafter):
 
     def open(self, opening: Opening) -> "IntegerSession":
         """See Drafter.open."""
-        session = IntegerSession(opening.topk)
+        session = IntegerSession(opening.draft_topk)
         if opening.num_cached_tokens:
             assert isinstance(opening.reuse, IntegerSession)
             shared = range(opening.num_cached_tokens)
@@ -112,9 +112,9 @@ class IntegerDrafter(LookupDrafter):
 class IntegerSession(CountingSession):
     """One request of the drafter."""
 
-    def __init__(self, topk: int) -> None:
+    def __init__(self, draft_topk: int) -> None:
         super().__init__()
-        self.topk = topk
+        self.draft_topk = draft_topk
         self.hidden: dict[int, set[int]] = {layer: set() for layer in HIDDEN_LAYERS}
 
     @property
@@ -141,4 +141,4 @@ class IntegerSession(CountingSession):
         return [self._propose(node) for node in nodes]
 
     def _propose(self, node: Node) -> Proposal:
-        return Proposal(node.id, tuple(children(node.token, node.position, self.topk)))
+        return Proposal(node.id, tuple(children(node.token, node.position, self.draft_topk)))

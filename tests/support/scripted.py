@@ -14,29 +14,29 @@ from tests.support.lookups import CountingSession, LookupDrafter
 from tests.support.tiny import VOCAB, truth
 from tests.support.tiny_drafters import MODEL_DRAFTERS, model_drafter
 
-# (random source, the true next token or None off the true path, topk) -> children, best first
+# (random source, the true next token or None off the true path, draft_topk) -> children, best first
 Script: TypeAlias = Callable[[Random, int | None, int], list[tuple[int, float]]]
 
 
-def perfect(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+def perfect(random: Random, true: int | None, draft_topk: int) -> list[tuple[int, float]]:
     """The true token first, and a decoy or two."""
-    decoys = [(random.randrange(VOCAB), -3.0 - i) for i in range(min(2, topk - 1))]
+    decoys = [(random.randrange(VOCAB), -3.0 - i) for i in range(min(2, draft_topk - 1))]
     first = random.randrange(VOCAB) if true is None else true
     return [(first, -0.05), *(decoy for decoy in decoys if decoy[0] != first)]
 
 
-def hostile(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+def hostile(random: Random, true: int | None, draft_topk: int) -> list[tuple[int, float]]:
     """Always wrong, sure of it, in deep chains, with doubled and nearly impossible children."""
     wrong = [token for token in random.sample(range(VOCAB), 4) if token != true][:3]
     children = [(wrong[0], 0.0), (wrong[0], -0.1), (wrong[1], -1e9), (wrong[2], -0.7)]
-    return children[: max(1, min(topk, random.randint(0, 4)))]
+    return children[: max(1, min(draft_topk, random.randint(0, 4)))]
 
 
-def mixed(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
+def mixed(random: Random, true: int | None, draft_topk: int) -> list[tuple[int, float]]:
     """Right about two times in three, at any rank; sometimes nothing at all."""
-    tokens = random.sample(range(VOCAB), min(topk, random.randint(0, 4)))
+    tokens = random.sample(range(VOCAB), min(draft_topk, random.randint(0, 4)))
     if true is not None and random.random() < 0.66:
-        tokens = [*(token for token in tokens if token != true), true][-topk:]
+        tokens = [*(token for token in tokens if token != true), true][-draft_topk:]
     random.shuffle(tokens)
     scores = sorted((-random.expovariate(1.0) for _ in tokens), reverse=True)
     return list(zip(tokens, scores, strict=True))
@@ -70,7 +70,7 @@ class ScriptedDrafter(LookupDrafter):
             opening.reuse,
             opening.num_cached_tokens,
         )
-        session = ScriptedSession(self, request, opening.topk)
+        session = ScriptedSession(self, request, opening.draft_topk)
         if num_cached_tokens:
             assert isinstance(reuse, ScriptedSession)
             assert num_cached_tokens <= reuse.num_reusable
@@ -84,9 +84,9 @@ class ScriptedDrafter(LookupDrafter):
 class ScriptedSession(CountingSession):
     """One request; `features[layer][position]` is what came in, each position once."""
 
-    def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
+    def __init__(self, drafter: ScriptedDrafter, request: Request, draft_topk: int) -> None:
         super().__init__()
-        self.script, self.topk = drafter.script, topk
+        self.script, self.draft_topk = drafter.script, draft_topk
         self.random = Random(drafter.seed)
         self.truth = drafter.true or truth(request.prompt, request.sampling)
         self.features: dict[int, dict[int, Tensor]] = {
@@ -121,7 +121,7 @@ class ScriptedSession(CountingSession):
         path = tree.path(node.id)
         true = all(self._at(above.position) == above.token for above in path)
         token = self._at(node.position + 1) if true else None
-        return Proposal(node.id, tuple(self.script(self.random, token, self.topk)))
+        return Proposal(node.id, tuple(self.script(self.random, token, self.draft_topk)))
 
     def _at(self, position: int) -> int | None:
         return self.truth[position] if position < len(self.truth) else None

@@ -93,7 +93,7 @@ def find_theme(name: str) -> Theme:
 
 
 def colors(theme: Theme, strategies: Sequence[str]) -> dict[str, str]:
-    """A colour for each; variants of one ("streaming topk=4") take turns with the spare ones."""
+    """A colour for each; variants ("streaming draft_topk=4") take turns with the spare ones."""
     found: dict[str, str] = {}
     spare = iter([*theme.others, *theme.strategies.values()] * (1 + len(strategies)))
     for name in strategies:

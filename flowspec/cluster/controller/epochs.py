@@ -24,7 +24,7 @@ from flowspec.cluster.controller.requests import (
 from flowspec.cluster.controller.stage_statistics import StageWatch
 from flowspec.cluster.device.stage_thread import AddressBook, listen
 from flowspec.cluster.membership.roster import Engage, GiveUp, Halt, Member, Resume
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.head.admission import TooLargeError
 from flowspec.head.head import Head
@@ -249,7 +249,7 @@ class HeadEngine:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: EngineConfig,
         parts: HeadParts,
         keys: Keys,
         tell: Callable[[Event], None],
@@ -269,7 +269,7 @@ class HeadEngine:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._taken: deque[Command | None] = deque()  # commands that are looked at, not yet obeyed
         hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
-        self._row_bytes = hidden_size * (4 if config.dtype == "float32" else 2)
+        self._row_bytes = hidden_size * (4 if config.numerics.dtype == "float32" else 2)
         self._ids = count(1)
         self._open: dict[int, OpenRequest] = {}
         self._over: list[Measured] = []
@@ -380,8 +380,8 @@ class HeadEngine:
         self._epoch, self._num_stages = command.epoch, len(self._members)
         self.statuses = {}
         self._use(self._transport)
-        rows = [member.kv_rows for member in self._members if member.kv_rows]
-        self._inject(wire.Resume(num_stages=self._num_stages, kv_rows=min(rows, default=0)))
+        rows = [member.num_kv_tokens for member in self._members if member.num_kv_tokens]
+        self._inject(wire.Resume(num_stages=self._num_stages, num_kv_tokens=min(rows, default=0)))
         rates = [member.link_bytes_per_s for member in self._members if member.link_bytes_per_s]
         self.head.pipe.link_row_ms = self._row_bytes / min(rates) * 1e3 if rates else 0.0
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()

@@ -1,6 +1,6 @@
 """What a client asks for: a request, and the strategy that answers, if not the cluster's own."""
 
-from flowspec.config import DecodeConfig, RunConfig, override
+from flowspec.config import DecodeConfig, EngineConfig, override
 from flowspec.engine.build import HeadParts, decode_config
 from flowspec.head.active import max_rows_alive
 from flowspec.head.head import Head
@@ -17,7 +17,7 @@ Wanted = tuple[StrategySpec, DecodeConfig]
 class AskedDecoding:
     """Checks what clients ask for and knows what is in force: None is what `serve` was given."""
 
-    def __init__(self, config: RunConfig, *, drafter: str) -> None:
+    def __init__(self, config: EngineConfig, *, drafter: str) -> None:
         """`drafter`: the one that is loaded."""
         self.config, self.drafter = config, drafter
         self.in_force: Decoding | None = None

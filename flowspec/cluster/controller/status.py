@@ -98,15 +98,15 @@ def _device(device: Device, membership: Membership, facts: HeadFacts, now: float
         round_trip_s=device.beat.round_trip_s,
         power_w=device.beat.power_w,
         busy_s=status.busy_s if status else 0.0,
-        kv_rows=device.ready.kv_rows if device.ready else 0,
-        kv_rows_used=status.kv_rows_used if status else 0,
+        num_kv_tokens=device.ready.num_kv_tokens if device.ready else 0,
+        num_kv_tokens_used=status.num_kv_tokens_used if status else 0,
         peak_memory_bytes=status.peak_memory_bytes if status else 0,
     )
 
 
 def _can_be(status: Status) -> bool:
     """Whether a person can be shown it: a device says whatever it says."""
-    counts = (status.kv_rows_used, status.peak_memory_bytes)
+    counts = (status.num_kv_tokens_used, status.peak_memory_bytes)
     return 0.0 <= status.busy_s <= MAX_BUSY_S and all(0 <= count <= MAX_COUNT for count in counts)
 
 

@@ -32,7 +32,7 @@ def total_bytes(device: torch.device) -> int:
     return _kib(Path("/proc/meminfo"), "MemTotal") * 1024
 
 
-def kv_rows(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:
+def num_kv_tokens(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:
     """Rows of KV cache that fit `memory_mb`, or half of what is free shared by `num_sharing`.
 
     0: no limit known.

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from flowspec.cluster.device.memory import kv_rows, peak_bytes
+from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.control import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.request import ClusterError, cause_of, rank_name
@@ -120,15 +120,15 @@ class StageJob:
 
     def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
         assign = self.assign
-        stage = Stage(assign.rank, assign.num_stages, model, shape_stable=assign.shape_stable)
-        stage.kv_rows = kv_rows(model, memory_mb=assign.kv_memory_mb, num_sharing=1)
+        stage = Stage(assign.rank, assign.num_stages, model, batch_invariant=assign.batch_invariant)
+        stage.num_kv_tokens = num_kv_tokens(model, memory_mb=assign.kv_memory_mb, num_sharing=1)
         stage.peak_memory_bytes = peak_bytes
         own = Addresses(control=transport.bound["control"], data=transport.bound["data"])
         ready = StageReady(
             epoch=assign.epoch,
             model_hash=assign.model.model_hash,
             addresses=own,
-            kv_rows=stage.kv_rows,
+            num_kv_tokens=stage.num_kv_tokens,
         )
         self._report(ready)
         self._may_serve.wait()

@@ -272,7 +272,7 @@ class Membership:
                 d.rank,
                 d.place,
                 d.ready.addresses,
-                d.ready.kv_rows,
+                d.ready.num_kv_tokens,
                 d.report.link.slower_bytes_per_s,
             )
             for d in stages
@@ -416,7 +416,7 @@ class Membership:
                 manifest_sha256=config.manifest_sha256,
                 shards=config.shards,
                 kv_memory_mb=config.kv_memory_mb,
-                shape_stable=config.shape_stable,
+                batch_invariant=config.batch_invariant,
             )
             effects.append(Tell(device.peer, assign))
             effects.append(Say(f"gets layers {place.first} to {place.last - 1}", place.name))

@@ -42,7 +42,7 @@ class MembershipConfig:
     stall_s: float = 300.0  # a device that loads and reports nothing for longer is given up
     clock_skew_s: float = 60.0  # warn beyond
     kv_memory_mb: int = 0
-    shape_stable: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_HEARTBEAT_S <= self.heartbeat_s <= 60.0:
@@ -143,7 +143,7 @@ class Member:
     rank: int
     place: Place
     addresses: Addresses
-    kv_rows: int
+    num_kv_tokens: int
     link_bytes_per_s: float = 0.0  # the slower way between it and the head; 0: not known
 
 

@@ -65,7 +65,7 @@ def _load_draft_model(source: DraftSource) -> Drafter:
     return DraftModelDrafter(model, vocab_size=source.target.config.vocab_size)
 
 
-SWITCHES = ("graft", "calibrate")  # decode settings that any drafter's name may carry
+SWITCHES = ("merge", "calibrate")  # decode settings that any drafter's name may carry
 DRAFTERS: dict[str, DrafterSpec] = {
     "ngram": DrafterSpec(lambda source: NgramDrafter(), "", "the text so far, no model"),
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
@@ -85,7 +85,7 @@ def find_drafter(name: str) -> DrafterSpec:
 
 
 def parse_drafter(text: str) -> tuple[str, dict[str, bool]]:
-    """`eagle+graft` is drafter eagle with the decode settings {"graft": True, "calibrate": False}.
+    """`eagle+merge` is drafter eagle with the decode settings {"merge": True, "calibrate": False}.
 
     Raises ValueError listing the known names.
     """

@@ -78,7 +78,7 @@ class DraftJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What a session begins with; `topk` children per node, ranked by the shared noise if coupled.
+    """What a session begins with: `draft_topk` children per node, by the shared noise if coupled.
 
     `prefix` is the tokens known when it begins: the prompt, and what was generated before a stage
     was lost.
@@ -91,11 +91,16 @@ class Opening:
     """
 
     request: Request
-    prefix: tuple[int, ...]
-    topk: int
+    prefix: tuple[int, ...] = ()  # (): the prompt alone
+    draft_topk: int
     coupled: bool
     reuse: DraftSession | None = None
     num_cached_tokens: int = 0
+
+    @property
+    def known_tokens(self) -> tuple[int, ...]:
+        """What is known when the session begins."""
+        return self.prefix or self.request.prompt_tokens
 
 
 class Draft(Protocol):

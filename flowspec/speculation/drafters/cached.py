@@ -218,7 +218,7 @@ class IncrementalSession:
         )
         self.drafter = drafter
         self.sampling = request.sampling
-        self.topk, self.coupled = opening.topk, opening.coupled
+        self.draft_topk, self.coupled = opening.draft_topk, opening.coupled
         rows = min(len(request.prompt_tokens) + request.max_new_tokens, drafter.max_positions)
         self.tokens: list[int] = []  # all that is known to be true, the root last
         self.num_absorbed = 0  # true rows done with: in the prefix, or beyond max_positions
@@ -226,7 +226,7 @@ class IncrementalSession:
             assert isinstance(reuse, IncrementalSession)
             assert num_cached_tokens <= reuse.num_reusable, "more than is reusable"
             count = num_cached_tokens + 1
-            same = tuple(reuse.tokens[:count]) == opening.prefix[:count]
+            same = tuple(reuse.tokens[:count]) == opening.known_tokens[:count]
             assert same, f"the first {count} tokens must be the same"
             self.num_absorbed = min(num_cached_tokens, reuse.cache.prefix_length)
             self.cache = reuse.cache.resized(rows + SPARE_ROWS, prefix_length=self.num_absorbed)
@@ -372,7 +372,7 @@ class IncrementalSession:
         scores = draft_scores(
             logits, positions, self.sampling, coupled=self.coupled, target_ids=ids
         )
-        best = scores.topk(min(self.topk, scores.shape[-1]), dim=-1)
+        best = scores.topk(min(self.draft_topk, scores.shape[-1]), dim=-1)
         tokens = best.indices.cpu() if ids is None else ids[best.indices.cpu()]
         return [
             Proposal(

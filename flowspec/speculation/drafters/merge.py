@@ -1,10 +1,10 @@
-"""Grafts: long branches from the text so far, free, on any drafter's tree.
+"""Long branches from the text so far, merged into any drafter's tree without a forward.
 
 The model drafter proposes as ever. Where it has spoken, the n-gram session's word on the same node
-is merged into its proposal; where it has not, `graft` adds branches without a forward: below a root
-whose features are still on their way, and deeper than the drafter has come. The drafter can expand
-a grafted node once it has proposed its parent's children (`Node.expandable`); its own word then
-replaces the graft's.
+is merged into its proposal; where it has not, `merge_branches` adds some without a forward: below a
+root whose features are still on their way, and deeper than the drafter has come. The drafter can
+expand a merged node once it has proposed its parent's children (`Node.expandable`); its own word
+then replaces the text's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,14 @@ from flowspec.speculation.drafters.ngram.drafter import NgramDrafter, NgramSessi
 from flowspec.speculation.tree import DraftTree, Node
 
 # Sources of a child besides the drafter's own name: each is calibrated by itself.
-GRAFT = "graft"  # the text's, where the drafter has not spoken
+MERGED = "merged"  # the text's, where the drafter has not spoken
 AGREED = "agreed"  # proposed by both
 OUTSIDER = "outsider"  # the text's, and none of the drafter's best
 
-WIDTH = 3  # children grafted per node: the text rarely knows more that are worth a row
+WIDTH = 3  # children of the text per node: the text rarely knows more that are worth a row
 MAX_DEPTH = 16  # tokens below the root; repeated text would go on for ever
-MAX_GRAFTED = 48  # rows per graft
-LEAST_SCORE = 0.02  # path probability of a grafted node; less would crowd out the drafter's own
+MAX_MERGED = 48  # rows per call
+LEAST_SCORE = 0.02  # path probability of a merged node; less would crowd out the drafter's own
 LEAST_LEFT = 1e-4  # probability that a drafter leaves to tokens it has not named
 
 
@@ -56,12 +56,12 @@ class MergedDrafter:
             opening = replace(opening, reuse=before.base)
         return MergedSession(self.base.open(opening), self.ngram.open(opening), self.name)
 
-    def begin(self, jobs: Sequence[DraftJob]) -> "GraftedDraft":
+    def begin(self, jobs: Sequence[DraftJob]) -> "MergedDraft":
         """See Drafter.begin."""
-        return GraftedDraft(self.base, jobs)
+        return MergedDraft(self.base, jobs)
 
 
-class GraftedDraft:
+class MergedDraft:
     """The base drafter's forward, its proposals merged with the text's word; see Draft."""
 
     def __init__(self, base: Drafter, jobs: Sequence[DraftJob]) -> None:
@@ -142,7 +142,7 @@ class MergedSession:
             return proposal
         return merge(proposal, self.ngram.propose(tree[proposal.node], tree), self.name)
 
-    def graft(
+    def merge_branches(
         self,
         tree: DraftTree,
         grow: Callable[[Proposal], Sequence[Node]],
@@ -155,7 +155,7 @@ class MergedSession:
         None has a path probability below `min_score`. `grow` adds the children it wants to the
         tree and returns them.
         """
-        deepest, left = tree.root.position + MAX_DEPTH, min(most, MAX_GRAFTED)
+        deepest, left = tree.root.position + MAX_DEPTH, min(most, MAX_MERGED)
         least = log(max(min_score, LEAST_SCORE))
         heap = [(-n.score, n.id) for n in tree.nodes.values() if self._open(n, least)]
         heapify(heap)
@@ -166,7 +166,7 @@ class MergedSession:
             children = tuple(c for c in children if node.score + c[1] >= least)
             if not children or node.position >= deepest:
                 continue
-            for new in grow(Proposal(node.id, children, (GRAFT,) * len(children))):
+            for new in grow(Proposal(node.id, children, (MERGED,) * len(children))):
                 left -= 1
                 if self._open(new, least):
                     heappush(heap, (-new.score, new.id))

@@ -34,7 +34,7 @@ class NgramDrafter:
 
     def open(self, opening: Opening) -> "NgramSession":
         """See Drafter.open; `accept` brings every token, which is all there is to do."""
-        return NgramSession(opening.topk)
+        return NgramSession(opening.draft_topk)
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
         """See Drafter.begin."""
@@ -46,8 +46,8 @@ class NgramSession:
 
     num_reusable = 2**31  # nothing is computed from features
 
-    def __init__(self, topk: int) -> None:
-        self.topk = topk
+    def __init__(self, draft_topk: int) -> None:
+        self.draft_topk = draft_topk
         self.automaton = SuffixAutomaton()
         self._new: list[int] = []  # true tokens not taken in yet
         self._matches: dict[NodeId, Match] = {}
@@ -88,7 +88,7 @@ class NgramSession:
         self._take_in()
         assert len(self.automaton) == tree.root.position + 1, "the root is not the text's end"
         probabilities = predict(self.automaton, self._match(node, tree))
-        best = sorted(probabilities.items(), key=lambda item: -item[1])[: self.topk]
+        best = sorted(probabilities.items(), key=lambda item: -item[1])[: self.draft_topk]
         return Proposal(node.id, tuple((token, log(p)) for token, p in best))
 
     def _take_in(self) -> None:

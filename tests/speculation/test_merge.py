@@ -1,4 +1,4 @@
-"""Grafts: branches from the text on any drafter's tree; the drafter meets none it cannot expand."""
+"""Branches of the text, merged into any drafter's tree; it meets none that it cannot expand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from flowspec.head.request_state import RequestState
 from flowspec.request import NO_NODE, NodeId, Request
 from flowspec.runtime.core import Work
 from flowspec.simulator.simulator import adversarial, instant_link
-from flowspec.speculation.drafters import merge as grafted
+from flowspec.speculation.drafters import merge as merging
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal, draft
 from flowspec.speculation.drafters.merge import (
     AGREED,
@@ -41,14 +41,14 @@ class StrictDrafter(ScriptedDrafter):
 
     def open(self, opening: Opening) -> "StrictSession":
         """See Drafter.open."""
-        return StrictSession(self, opening.request, opening.topk)
+        return StrictSession(self, opening.request, opening.draft_topk)
 
 
 class StrictSession(ScriptedSession):
     """See StrictDrafter."""
 
-    def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
-        super().__init__(drafter, request, topk)
+    def __init__(self, drafter: ScriptedDrafter, request: Request, draft_topk: int) -> None:
+        super().__init__(drafter, request, draft_topk)
         self.spoken: set[NodeId] = set()
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
@@ -70,9 +70,9 @@ def session_of(
 ) -> tuple[Session, MergedSession]:
     """A request whose text so far is `text`, its last token the root; nothing drafted yet."""
     drafter = MergedDrafter(StrictDrafter(SCRIPTS[script]))
-    config = DecodeConfig(graft=True, **decode)
+    config = DecodeConfig(merge=True, **decode)
     asked = request(max_new_tokens=40)
-    inner = drafter.open(Opening(request=asked, topk=4, coupled=False))
+    inner = drafter.open(Opening(request=asked, draft_topk=4, coupled=False))
     session = Session(
         request=asked,
         config=config,
@@ -86,7 +86,7 @@ def session_of(
 
 
 def check_tree(tree: DraftTree) -> None:
-    """What must hold of any draft tree, grafted or not."""
+    """What must hold of any draft tree, merged or not."""
     for node in tree.nodes.values():
         if node.id == tree.root.id:
             continue
@@ -102,7 +102,7 @@ def test_a_branch_follows_the_text_without_a_forward():
     """Before the root's features are there, the tree has what the text suggests."""
     text = [1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3]
     session, _ = session_of(text)
-    session.graft()
+    session.merge_branches()
     path = max((session.tree.path(n) for n in session.tree.nodes), key=len)
     assert [node.token for node in path[1:5]] == [4, 5, 6, 7]
     assert not session.tree.root.expanded
@@ -110,10 +110,10 @@ def test_a_branch_follows_the_text_without_a_forward():
     check_tree(session.tree)
 
 
-def test_the_drafters_own_word_makes_a_grafted_child_expandable():
-    """First the root's children, then theirs: a graft is met level by level."""
+def test_the_drafters_own_word_makes_a_merged_child_expandable():
+    """First the root's children, then theirs: a merged branch is met level by level."""
     session, inner = session_of([1, 2, 3, 4, 5, 9, 1, 2, 3], "perfect")
-    session.graft()
+    session.merge_branches()
     proposal = inner.absorb(session.tree)
     assert proposal is not None
     session.grow([proposal], floor_count=50)
@@ -128,17 +128,17 @@ def test_the_drafters_own_word_makes_a_grafted_child_expandable():
 
 
 @pytest.mark.parametrize("room", [0, 1, 3, 48])
-def test_grafts_never_fill_the_tree_beyond_its_size(room):
-    """Rows per graft are bounded by what the tree has room for, and by their own limit."""
+def test_merged_branches_never_fill_the_tree_beyond_its_size(room):
+    """Rows per call are bounded by what the tree has room for, and by their own limit."""
     session, _ = session_of([5] * 60, num_draft_tokens=room or 1)
     for _ in range(room == 0):
         session.tree.add(session.tree.root.id, 9, -0.1)
-    session.graft()
+    session.merge_branches()
     grown = len(session.tree) - 1
     assert grown <= max(room, 1)
-    assert grown <= grafted.MAX_DEPTH * grafted.WIDTH
+    assert grown <= merging.MAX_DEPTH * merging.WIDTH
     assert all(
-        node.position - session.tree.root.position <= grafted.MAX_DEPTH
+        node.position - session.tree.root.position <= merging.MAX_DEPTH
         for node in session.tree.nodes.values()
     )
 
@@ -146,7 +146,7 @@ def test_grafts_never_fill_the_tree_beyond_its_size(room):
 def test_an_unlikely_branch_is_not_worth_a_row():
     """Nothing below the least path score."""
     session, _ = session_of([1, 2, 3, 4, 1, 9, 1, 7, 1], min_score=0.3)
-    session.graft()
+    session.merge_branches()
     assert all(exp(node.score) >= 0.3 - 1e-9 for node in session.tree.nodes.values())
 
 
@@ -186,7 +186,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
     drafter = MergedDrafter(base)
     jobs = []
     for number, text in enumerate(([1, 2, 3, 1, 2], [4, 5, 6, 4, 5]), start=1):
-        session = drafter.open(Opening(request=request(number), topk=4, coupled=False))
+        session = drafter.open(Opening(request=request(number), draft_topk=4, coupled=False))
         session.accept(text)
         tree = DraftTree()
         tree.plant(NO_NODE, text[-1], len(text) - 1)
@@ -199,19 +199,19 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
 
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("strategy", DRAFTING)
-def test_grafts_change_the_speed_and_not_the_text(strategy, sampling, monkeypatch):
+def test_merged_branches_change_the_speed_and_not_the_text(strategy, sampling, monkeypatch):
     """Under any timing; and the drafter is only asked what it can answer."""
     offered = []
-    graft = Session.graft
+    merge_branches = Session.merge_branches
 
     def watched(session: Session) -> None:
         before = set(session.tree.nodes)
-        graft(session)
+        merge_branches(session)
         offered.extend(set(session.tree.nodes) - before)
         if session.decoding:
             check_tree(session.tree)
 
-    monkeypatch.setattr(Session, "graft", watched)
+    monkeypatch.setattr(Session, "merge_branches", watched)
     asked = request(prompt=LOOPING, sampling=sampling, max_new_tokens=8)
     for seed, script in enumerate(SCRIPTS):
         setup = {
@@ -219,7 +219,7 @@ def test_grafts_change_the_speed_and_not_the_text(strategy, sampling, monkeypatc
             "strategy": strategy,
             "drafter": StrictDrafter(SCRIPTS[script], seed=seed),
             "charges": adversarial(seed),
-            "graft": True,
+            "merge": True,
             "calibrate": script != "perfect",
         }
         completion, _ = run_watched(setup, asked)
@@ -228,23 +228,28 @@ def test_grafts_change_the_speed_and_not_the_text(strategy, sampling, monkeypatc
 
 
 @pytest.mark.parametrize("strategy", ["serial_pp", "streaming"])
-def test_grafts_find_what_the_drafter_misses(strategy):
-    """A drafter that is always wrong, on a text that repeats itself: the grafts are right."""
+def test_merged_branches_find_what_the_drafter_misses(strategy):
+    """A drafter that is always wrong, on a text that repeats itself: the text is right."""
     asked = request(prompt=LOOPING, max_new_tokens=10)
     hits = []
-    for graft in (False, True):
+    for on in (False, True):
         setup = {"num_stages": 2, "strategy": strategy, "drafter": drafter_named("hostile")}
-        completion, _ = run_watched({**setup, "graft": graft}, asked)
+        completion, _ = run_watched({**setup, "merge": on}, asked)
         hits.append(completion.stats.run_length + sum(completion.stats.runs))
     assert hits[0] == 0
     assert hits[1] >= 4
 
 
-def test_an_eagle_head_lives_with_grafts():
+def test_an_eagle_head_lives_with_merged_branches():
     """Its rows and guesses are by node: none is missing, none is taken for another."""
     for sampling in (T0, T1):
         asked = request(prompt=LOOPING, sampling=sampling, max_new_tokens=12)
-        setup = {"num_stages": 2, "drafter": drafter_named("eagle"), "graft": True, "topk": 12}
+        setup = {
+            "num_stages": 2,
+            "drafter": drafter_named("eagle"),
+            "merge": True,
+            "draft_topk": 12,
+        }
         completion, _ = run_watched({**setup, "num_draft_tokens": 40}, asked)
         assert list(completion.tokens) == expected(asked)
 
@@ -264,7 +269,7 @@ def test_an_answer_may_end_while_the_drafter_runs():
             "streaming",
             drafter=ScriptedDrafter(SCRIPTS["perfect"]),
             charges=(partial(drafting_takes, draft_s), instant_link),
-            graft=True,
+            merge=True,
         )
         asked = replace(request(max_new_tokens=24), eos_token_ids=(text[count],))
         assert list(generate(cluster, asked).tokens) == text[: text.index(text[count]) + 1]
