@@ -24,9 +24,9 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedEngine, emulated_cluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine, emulated_engine
 from flowspec.request import DecodeStats, Request, SamplingParams
 from flowspec.speculation.drafters import parse_drafter
 from flowspec.tokenizer import render_chat

@@ -28,10 +28,10 @@ from flowspec.cli.bench import TABLES
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.simulated import emulated_cluster
-from flowspec.request import RequestOutput, Request, SamplingParams
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import emulated_engine
+from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import render_chat
 
@@ -64,7 +64,9 @@ def loaded(num_stages: int) -> tuple[RunConfig, HeadParts, tuple[Stage, ...]]:
     return config, parts, tuple(stages)
 
 
-def answers(emulation: Emulation, strategy: str, requests: Sequence[Request]) -> list[RequestOutput]:
+def answers(
+    emulation: Emulation, strategy: str, requests: Sequence[Request]
+) -> list[RequestOutput]:
     """One after the other on a fresh cluster."""
     config, parts, stages = loaded(emulation.cluster.num_stages)
     tuned = read_table(TABLES, "main").get(strategy, {})

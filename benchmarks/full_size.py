@@ -25,12 +25,12 @@ from random import Random
 import torch
 
 from flowspec.config import RunConfig
-from flowspec.engine.engine import generate
 from flowspec.engine.build import load_head_parts
+from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
 from flowspec.model.architecture import ModelConfig
-from flowspec.request import RequestOutput, Request
+from flowspec.request import Request, RequestOutput
 from flowspec.weights.checkpoint import TOKENIZER_FILES, part_shapes
 from flowspec.weights.load import load_whole
 from flowspec.weights.tensor_files import header_bytes

@@ -52,8 +52,8 @@ from flowspec.engine.reference import LocalTarget
 from flowspec.head.pipeline import SegmentCost
 from flowspec.model.architecture import read_config
 from flowspec.model.stage_model import StageModel
-from flowspec.protocol.messages import Segment, TokensOut, WireMessage, segments_of
-from flowspec.request import RequestOutput, Request
+from flowspec.protocol.messages import Segment, WireMessage, segments_of
+from flowspec.request import Request, RequestOutput, TokensOut
 from flowspec.speculation.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
 from flowspec.speculation.tree import DraftTree, Node
 from flowspec.tokenizer import load_tokenizer
@@ -225,7 +225,7 @@ def measure(
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
-    events: Iterator[Tokens | RequestOutput] = cluster.serve([request])
+    events: Iterator[TokensOut | RequestOutput] = cluster.serve([request])
     next(events)
     start, head, stages = time.monotonic(), meter.head_s(), meter.stages_s()
     drafter_s = meter.drafter.cpu_s

@@ -25,10 +25,10 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import read_emulation
-from flowspec.engine.engine import Cluster, generate
 from flowspec.engine.build import HeadParts, build_stage, decode_config, load_head_parts
+from flowspec.engine.engine import Cluster, generate
 from flowspec.engine.local import LocalCluster
-from flowspec.engine.simulated import emulated_cluster
+from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import render_chat

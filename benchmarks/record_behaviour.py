@@ -48,7 +48,7 @@ FIGURES: Mapping[str, str] = {
     "drafter_busy": "drafter_busy",
     "stage_busy": "stage_busy",
     "stage_idle": "stage_idle",
-    "tree_nodes": "num_draft_tokens",
+    "tree_nodes": "tree_size",
     "link_bytes": "link_bytes",
 }
 LOGS: list[MessageLog] = []  # of the requests so far, in their order

@@ -24,10 +24,10 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import RunConfig, override
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.engine import generate_all
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedEngine, emulated_cluster
-from flowspec.request import RequestOutput, Request, SamplingParams
+from flowspec.engine.engine import generate_all
+from flowspec.engine.simulated import SimulatedEngine, emulated_engine
+from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.tokenizer import render_chat
 
 

@@ -20,8 +20,8 @@ import torch
 
 from flowspec.cli.common import draft_folder, split_folder
 from flowspec.config import RunConfig, override
-from flowspec.engine.engine import generate
 from flowspec.engine.build import load_head_parts
+from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalCluster
 from flowspec.protocol.messages import Message, Segment
 from flowspec.request import NodeId, Request

@@ -181,4 +181,6 @@ def build_stage(
     """A stage's core and the model hash of the split it belongs to."""
     manifest = read_manifest(split_folder)
     model = load_stage(split_folder, rank, device=device, dtype=dtype)
-    return Stage(rank, len(manifest.layers), model, batch_invariant=batch_invariant), manifest.model_hash
+    return Stage(
+        rank, len(manifest.layers), model, batch_invariant=batch_invariant
+    ), manifest.model_hash

@@ -130,9 +130,7 @@ class SimulatedEngine:
         for request, stream in list(self._streams.items()):
             del self._streams[request]
             self._num_failed += 1
-            stream.put(
-                RequestOutput(request=request, reason=FinishReason.ERROR, error=failure)
-            )
+            stream.put(RequestOutput(request=request, reason=FinishReason.ERROR, error=failure))
 
     def stages_status(self) -> dict[int, StageStatus]:
         """The newest totals of each stage, by rank."""

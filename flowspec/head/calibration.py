@@ -157,7 +157,7 @@ class Calibration:
 
 
 class Columns(NamedTuple):
-    """Many children, see Forecast: arrays that broadcast to the shape of `logprobs`, [n] or [n, m]."""
+    """Many forecasts: arrays that broadcast to the shape of `logprobs`, [n] or [n, m]."""
 
     sources: NDArray[np.int64]  # by number
     depths: NDArray[np.int64]
@@ -186,7 +186,9 @@ class Forecasts:
         self.calibration = calibration
         self._source = source  # whose word a proposal is that does not say
         self._suffix = "/sampled" if sampled else ""  # other texts, other odds
-        self._open: dict[NodeId, list[tuple[NodeForecast, Sequence[float]]]] = {}  # and as calibrated
+        self._open: dict[
+            NodeId, list[tuple[NodeForecast, Sequence[float]]]
+        ] = {}  # and as calibrated
 
     def enter(self, words: Sequence[NodeForecast]) -> list[Sequence[float]]:
         """Remember forecasts until they are settled; their calibrated log-probabilities."""

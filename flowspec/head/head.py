@@ -123,16 +123,8 @@ class Head:
 
     def _take_in(self, message: Message, now: float) -> Sequence[Send]:
         match message:
-            case Submit():
-                return self._submit(message.request, now)
-            case AbortRequest():
-                return self._abort(message.request, now)
-            case ForgetCosts():
-                self._forget_costs()
-            case Suspend():
-                return self._suspend(message.failure, now, blames=message.blames)
-            case Resume():
-                return self._resume(message, now)
+            case Submit() | AbortRequest() | ForgetCosts() | Suspend() | Resume():
+                return self._obey(message, now)
             case AbandonRequests():
                 return self._abandon(message.failure, now)
             case Status():
@@ -149,6 +141,23 @@ class Head:
             case Reroot():
                 request = self.scheduler.running.get(message.request)
                 return self._reroot(request, message, now) if request is not None else ()
+        return ()
+
+    def _obey(
+        self, message: Submit | AbortRequest | ForgetCosts | Suspend | Resume, now: float
+    ) -> Sequence[Send]:
+        """What the client or the head's own process wants."""
+        match message:
+            case Submit():
+                return self._submit(message.request, now)
+            case AbortRequest():
+                return self._abort(message.request, now)
+            case ForgetCosts():
+                self._forget_costs()
+            case Suspend():
+                return self._suspend(message.failure, now, blames=message.blames)
+            case Resume():
+                return self._resume(message, now)
         return ()
 
     def poll(self, now: float) -> Step | None:

@@ -145,7 +145,7 @@ class Pipeline:
         self.draft_began_at = None
 
     def draft_left_s(self, drafter: str) -> float:
-        """How much longer the running forward is expected to take, or one of `drafter` begun now."""
+        """How long the running forward is still expected to take, or one of `drafter` from now."""
         if self.draft_began_at is None:
             return self.draft_s.get(drafter, 0.0)
         mean = self.draft_s.get(self.drafting, 0.0)

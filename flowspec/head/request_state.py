@@ -218,12 +218,11 @@ class RequestState:
 
     def _opening(self, reuse: "RequestState | None", num_cached_tokens: int) -> Opening:
         config = self.decoding.config
-        is_drafting = isinstance(config, DraftingConfig)
         return Opening(
             request=self.request,
             prefix=self.prefix,
-            draft_topk=config.draft_topk if is_drafting else 1,
-            coupled=config.coupled_drafting if is_drafting else False,
+            draft_topk=config.draft_topk if isinstance(config, DraftingConfig) else 1,
+            coupled=isinstance(config, DraftingConfig) and config.coupled_drafting,
             reuse=reuse.drafter if reuse is not None else None,
             num_cached_tokens=num_cached_tokens,
         )

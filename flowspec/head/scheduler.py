@@ -3,8 +3,8 @@
 Every stage keeps a KV cache of fixed capacity per request, known before the request begins. The
 budget is what the tightest stage can hold, in tokens of all requests together.
 
-A batch costs t(n), the time of the slowest stage for n rows, which is nearly flat up to a knee: rows
-of other requests ride along for little. The scheduler maximises expected accepted tokens per time,
+A batch costs t(n), the time of the slowest stage for n rows. It is nearly flat up to a knee, so
+rows of other requests ride along for little. The scheduler maximises expected accepted tokens per time,
 the time on the line to the next stage included: a slow line makes every verdict later. Roots come
 first, since they are certain to be on the true path: a request whose verdict has come is in the
 very next batch. So none waits longer for its next token than a trip through the pipeline takes, and

@@ -53,9 +53,8 @@ class Lanes:
             stage=message.source or self.rank,
             request=0,
             text=(
-                f"the connection from {rank_name(message.source)} to {rank_name(self.rank)} has lost "
-                f"{message.number - expected} message(s)"
+                f"the connection from {rank_name(message.source)} to {rank_name(self.rank)} has "
+                f"lost {message.number - expected} message(s)"
             ),
             num_lost=message.number - expected,
         )
-

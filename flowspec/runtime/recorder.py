@@ -16,11 +16,11 @@ from flowspec.protocol.messages import (
     HEAD,
     Exit,
     Features,
-    Finished,
     Message,
+    RequestOutput,
     Reroot,
     Submit,
-    Tokens,
+    TokensOut,
     WireMessage,
     segments_of,
 )
@@ -195,10 +195,10 @@ def describe(message: Message, *, whole: bool) -> dict[str, Any]:
             return {"rows": message.rows}
         case Features():
             return {"layer": message.layer, "rows": len(message.nodes)}
-        case Tokens():
+        case TokensOut():
             return {"tokens": len(message.tokens)}
         case Submit():
-            return {"request": message.request.id, "prompt": len(message.request.prompt)}
-        case Finished():
+            return {"request": message.request.id, "prompt": len(message.request.prompt_tokens)}
+        case RequestOutput():
             return {"reason": message.reason.value}
     return {}

@@ -15,7 +15,7 @@ from flowspec.model.kv_cache import TreeKVCache
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import DATA, EVERY_STAGE, HEAD, AddRequest, Message, Segment
 from flowspec.runtime.core import Core, Send, Step
-from flowspec.speculation.strategies import Without
+from flowspec.speculation.strategies import Without, find_strategy
 from flowspec.stage.executor import Part
 from flowspec.stage.stage import MAX_TREE_ROWS, Stage
 from flowspec.stage.stage_request_state import StageRequestState
@@ -23,9 +23,10 @@ from flowspec.stage.stage_request_state import StageRequestState
 
 def arrange(head: Head, stages: Sequence[Stage]) -> tuple[Core, list[Stage]]:
     """What takes the head's and the stages' places under the head's strategy."""
-    if head.spec.without is Without.PRUNING:
+    without = find_strategy(head.decoding.strategy).without
+    if without is Without.PRUNING:
         return head, [_like(stage, UnprunedStage, stage.model) for stage in stages]
-    if head.spec.without is Without.LAST_STAGE_VERDICT:
+    if without is Without.LAST_STAGE_VERDICT:
         *first, last = stages
         layers, end = _apart(last.model)
         # a last stage without layers, at the head's rank

@@ -11,6 +11,7 @@ from random import Random
 
 from flowspec.protocol.messages import CLIENT, DATA, HEAD, Message, Resume, Status, Suspend
 from flowspec.protocol.sequencing import Lanes
+from flowspec.request import Failure
 from flowspec.runtime.core import Core
 from flowspec.simulator.simulator import ChargeLink, ChargeWork, Simulator
 
@@ -64,7 +65,7 @@ class FaultySimulator(Simulator):
         self.totals = Totals()
         self.num_stages = len(cores) - 1
         self.epoch_of_head: Callable[[], int] = lambda: 0
-        self.outage_of_head: Callable[[], str | None] = lambda: None
+        self.outage_of_head: Callable[[], object | None] = lambda: None
         self.is_idle: Callable[[], bool] = lambda: False
         self._lanes = {rank: Lanes(rank) for rank in cores}
         self._cuts: dict[tuple[int, int], float] = {}  # when a connection was cut last
@@ -155,8 +156,9 @@ class FaultySimulator(Simulator):
         rank = self.random.choice(alive)
         del self.actors[rank]
         self.totals.add("crash")
-        cause = f"stage {rank}: no heartbeat for {self.plan.detect_s} s"
-        self._at(self.now + self.plan.detect_s, lambda: self.deliver(HEAD, Suspend(cause=cause)))
+        failure = Failure(cause=f"no heartbeat for {self.plan.detect_s} s", rank=rank)
+        suspend = Suspend(failure=failure)
+        self._at(self.now + self.plan.detect_s, lambda: self.deliver(HEAD, suspend))
 
     def _watch(self) -> None:
         """What the membership does every second, until everything is answered."""
@@ -170,7 +172,7 @@ class FaultySimulator(Simulator):
         elif self.now - self._moved_at > self.plan.stall_s:
             self.totals.add("stall")
             self._moved_at = self.now
-            self.deliver(HEAD, Suspend(cause="nothing moves"))
+            self.deliver(HEAD, Suspend(failure=Failure(cause="nothing moves")))
 
     def _repair(self) -> None:
         """Every layer has a device again: fresh ones in the places of the lost."""

@@ -218,7 +218,7 @@ def _prefills(timeline: Timeline) -> list[Interval]:
         for note in timeline.head.received
         if note.kind == "Submit"
     }
-    finished = {n.key[1]: n.when for n in timeline.head.sent if n.kind == "Finished"}
+    finished = {n.key[1]: n.when for n in timeline.head.sent if n.kind == "RequestOutput"}
     decoding = sorted(
         (when, finished.get(request, timeline.end)) for request, when in first.items()
     )

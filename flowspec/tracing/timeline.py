@@ -144,7 +144,7 @@ def make_timeline(records: Iterable[Iterable[Record]]) -> Timeline:
     submitted = [note.when for note in head.received if note.kind == "Submit"]
     if not submitted:
         raise ValueError("no request was served while tracing: there is nothing to show")
-    finished = [note.when for note in head.sent if note.kind == "Finished"]
+    finished = [note.when for note in head.sent if note.kind == "RequestOutput"]
     for process in processes.values():
         if process.rank != HEAD and not process.is_virtual:
             _align(process, head, before=submitted[0], after=max(finished, default=0.0))
@@ -272,7 +272,7 @@ def _last(times: Sequence[float], until: float) -> float:
 def _open_times(head: Process, end: float) -> list[tuple[float, float]]:
     """When at least one request was submitted and not finished."""
     changes = [(n.when, 1) for n in head.received if n.kind == "Submit"]
-    changes += [(n.when, -1) for n in head.sent if n.kind == "Finished"]
+    changes += [(n.when, -1) for n in head.sent if n.kind == "RequestOutput"]
     times: list[tuple[float, float]] = []
     count, since = 0, 0.0
     for when, change in sorted(changes, key=lambda pair: (pair[0], -pair[1])):

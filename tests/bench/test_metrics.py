@@ -7,7 +7,7 @@ import pytest
 from flowspec.bench.metrics import Activity, Doings, count_rows, measure
 from flowspec.bench.records import Measured, hash_tokens, repeated_share
 from flowspec.engine.engine import generate
-from flowspec.request import RequestOutput, Request
+from flowspec.request import Request, RequestOutput
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tracing.timeline import Timeline
 from flowspec.tracing.totals import count, verdicts
@@ -74,7 +74,7 @@ def test_the_books_balance(strategy, sampling):
     assert gaps.count == 23
     assert gaps.count - gaps.num_zero <= totals.num_verdicts
     if strategy != "ar":
-        assert 1.0 < found.num_draft_tokens < 24 + 2 * 64  # num_draft_tokens, and what flowspec drafts anew
+        assert 1.0 < found.tree_size < 24 + 2 * 64  # tree_size, and what flowspec drafts anew
 
 
 def test_plain_decoding_misses_every_token():
@@ -120,7 +120,7 @@ def test_a_single_token_has_no_decode_time():
     found, _, _ = run("streaming", request(max_new_tokens=1))
     assert (found.decode_s, found.decode_tokens_per_s, found.tau) == (0.0, 0.0, 0.0)
     assert found.ttft_s > 0
-    assert (found.mu, found.runs, found.num_draft_tokens) == (0.0, (), 0.0)
+    assert (found.mu, found.runs, found.tree_size) == (0.0, (), 0.0)
 
 
 def test_another_text_is_a_mismatch():

@@ -22,7 +22,7 @@ KEYS = """cluster model drafter strategy dataset question turn temperature seed 
 parameters emulated prompt_tokens tokens token_hash mismatch finish ttft_s decode_s
 decode_tokens_per_s end_to_end_tokens_per_s inter_token_ms tau runs alpha mu mu_not_drafted
 mu_not_in_flight rows_sent rows_pruned rows_wasted segments draft_forwards drafter_busy stage_busy
-stage_idle link_bytes num_draft_tokens bound_tokens_per_s bound_share versions revision host started_at
+stage_idle link_bytes tree_size bound_tokens_per_s bound_share versions revision host started_at
 key max_tokens warm code target draft emulation
 repeat repeated resumes outage_s devices alone rebuilt relearnt"""
 

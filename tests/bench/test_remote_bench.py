@@ -36,9 +36,9 @@ from flowspec.protocol.control import (
 )
 from flowspec.request import (
     ClusterError,
-    RequestOutput,
     DecodeStats,
     FinishReason,
+    RequestOutput,
     SamplingParams,
 )
 

@@ -13,8 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from flowspec.cli.ui.show import show_answers
-from flowspec.protocol.messages import Tokens
-from flowspec.request import ClusterError, RequestOutput, DecodeStats, FinishReason, Request
+from flowspec.request import (
+    ClusterError,
+    DecodeStats,
+    FinishReason,
+    Request,
+    RequestOutput,
+    TokensOut,
+)
 from tests.support.tiny import request
 
 
@@ -27,7 +33,7 @@ class Breaking:
         """None have come."""
         return {}
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | RequestOutput]:
+    def serve(self, requests: Sequence[Request]) -> Iterator[TokensOut | RequestOutput]:
         """See Cluster.serve."""
         yield TokensOut(request=1, tokens=(1,), text="whole ")
         yield TokensOut(request=2, tokens=(2,), text="half an ans")
@@ -55,7 +61,7 @@ def test_what_there_is_of_open_answers_is_printed(capsys: pytest.CaptureFixture[
 class Slow(Breaking):
     """One answer, with a stage that is lost in the middle of its second line."""
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | RequestOutput]:
+    def serve(self, requests: Sequence[Request]) -> Iterator[TokensOut | RequestOutput]:
         """See Cluster.serve."""
         logging.getLogger("flowspec.engine.local").warning("stage 1 was slow to start")
         yield TokensOut(request=1, tokens=(1,), text="first line\nsecond ")
@@ -93,7 +99,7 @@ def test_ctrl_c_at_a_terminal_leaves_one_answer_and_one_error() -> None:
         from flowspec.system import signals
         from flowspec.cli import main as module
         from flowspec.cli.ui import show
-        from flowspec.protocol.messages import Tokens
+        from flowspec.protocol.messages import 
         class Endless(Breaking):
             def serve(self, requests):
                 with signals.undoing():

@@ -23,8 +23,7 @@ from flowspec.protocol.control import (
     stats_of,
     unpack,
 )
-from flowspec.protocol.messages import Tokens
-from flowspec.request import ClusterError, DecodeStats
+from flowspec.request import ClusterError, DecodeStats, TokensOut
 from flowspec.speculation.drafters.base import NoDrafter
 from flowspec.speculation.strategies import STRATEGIES
 from tests.support.asked import Asking, decoding, hear, status, tiny_parts, watched

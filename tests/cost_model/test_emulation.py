@@ -11,7 +11,7 @@ from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import Exit, Features, Segment
-from flowspec.request import RequestOutput, NodeId
+from flowspec.request import NodeId, RequestOutput
 from flowspec.runtime.core import Work
 from flowspec.simulator.simulator import Simulator, instant_link, unit_work
 from tests.support.clusters import make_cluster

@@ -8,8 +8,8 @@ import torch
 from flowspec.engine.engine import generate
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.scheduler import Scheduler
 from flowspec.head.head import Head
+from flowspec.head.scheduler import Scheduler
 from flowspec.speculation.drafters.eagle.drafter import EagleDrafter
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage

@@ -10,9 +10,8 @@ from flowspec.protocol.messages import (
     FreeRequest,
     Segment,
     Submit,
-    TokensOut,
 )
-from flowspec.request import LONGEST_CONTEXT, RequestOutput, FinishReason
+from flowspec.request import LONGEST_CONTEXT, FinishReason, RequestOutput, TokensOut
 from flowspec.stage.stage import Stage
 from tests.head.test_requests import check_answers, several
 from tests.support.clusters import check_empty, make_cluster

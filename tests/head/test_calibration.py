@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.bench.reliability import before_and_after, reliability
-from flowspec.head.calibration import Calibration, Forecast, Forecasts, Outcome, NodeForecast
+from flowspec.head.calibration import Calibration, Forecast, Forecasts, NodeForecast, Outcome
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.tree import DraftTree
 

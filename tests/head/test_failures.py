@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from flowspec.head.answers import Answers
 
 import flowspec.stage.executor
 from flowspec.engine.engine import generate_all
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.scheduler import MAX_RECENT, MIN_ALONE
-from flowspec.head.answers import Answers
 from flowspec.head.request_state import RequestState
+from flowspec.head.scheduler import MAX_RECENT, MIN_ALONE
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import Resume, Submit, Suspend
-from flowspec.request import RequestOutput, FinishReason, Request
+from flowspec.request import FinishReason, Request, RequestOutput
 from flowspec.runtime.failures import Failures, attempt, is_fatal
 from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import DraftJob
@@ -91,7 +91,7 @@ HEAD_POINTS = {
     "drafter, expand": broken(ScriptedSession, "expand", lambda s, *rest: of_bad(s)),
     "branches": broken(MergedSession, "merge_branches", lambda s, *rest: of_bad(s.base)),
     "merged branches": broken(MergedSession, "merged", lambda s, *rest: of_bad(s.base)),
-    "calibration": broken(Session, "learn", lambda session, *rest: session.request.id == BAD),
+    "calibration": broken(RequestState, "learn", lambda session, *rest: session.request.id == BAD),
 }
 
 

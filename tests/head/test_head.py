@@ -14,14 +14,12 @@ from flowspec.protocol.messages import (
     AbortRequest,
     Exit,
     Features,
-    Finished,
     Message,
     Reroot,
     Started,
     Submit,
-    TokensOut,
 )
-from flowspec.request import RequestOutput, FinishReason, Request
+from flowspec.request import FinishReason, Request, RequestOutput, TokensOut
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import TextStream
 from tests.support.clusters import LetterTokenizer, check_empty, make_cluster, run_watched
@@ -39,7 +37,7 @@ def answers(cluster: SimulatedEngine) -> dict[int, tuple[list[int], FinishReason
             case TokensOut():
                 assert event.request not in reasons, "tokens after the end"
                 tokens.setdefault(event.request, []).extend(event.tokens)
-            case Finished():
+            case RequestOutput():
                 reasons[event.request] = event.reason
     return {number: (tokens.get(number, []), reason) for number, reason in reasons.items()}
 
@@ -255,7 +253,7 @@ def test_the_queue_of_requests_is_bounded():
         assert head.handle(Submit(request=request(number + 1)), 0.0) == ()
     (refusal,) = head.handle(Submit(request=request(99)), 0.0)
     assert refusal.to == CLIENT
-    assert isinstance(refusal.message, Finished)
+    assert isinstance(refusal.message, RequestOutput)
     assert refusal.message.reason is FinishReason.ERROR
     assert "waiting already" in refusal.message.error
 

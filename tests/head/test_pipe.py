@@ -3,15 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import flowspec.head.scheduler.running
 import pytest
 
-import flowspec.head.scheduler.running
 from flowspec.engine.engine import generate
 from flowspec.protocol.messages import (
     Exit,
     Failed,
     Features,
-    Finished,
     FinishRequest,
     FreeRequest,
     Message,
@@ -19,7 +18,7 @@ from flowspec.protocol.messages import (
     Status,
     Submit,
 )
-from flowspec.request import FinishReason
+from flowspec.request import FinishReason, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
@@ -115,7 +114,7 @@ def test_failures_of_other_requests_do_not_end_this_one():
     close, free, end = head.handle(Failed(stage=1, request=0, text="broken"), 0.0)
     assert close.message == FinishRequest(request=5)
     assert free.message == FreeRequest(request=5)
-    assert isinstance(end.message, Finished)
+    assert isinstance(end.message, RequestOutput)
     assert end.message.error == "stage 1: broken"
 
 

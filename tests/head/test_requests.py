@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.reference import LocalTarget
-from flowspec.head.scheduler import best_counts, pays
 from flowspec.head.pipeline import Pipeline, SegmentCost
-from flowspec.protocol.messages import HEAD, Batch, Submit, Tokens
-from flowspec.request import RequestOutput, Request
+from flowspec.head.scheduler import best_counts, pays
+from flowspec.protocol.messages import HEAD, Batch, Submit
+from flowspec.request import Request, RequestOutput, TokensOut
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter
 from flowspec.speculation.strategies import STRATEGIES

@@ -3,21 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
+from flowspec.head.answers import Answers
 
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.answers import Answers
 from flowspec.protocol.messages import (
+    AbandonRequests,
     AbortRequest,
     Exit,
     Failed,
-    GiveUp,
     Reroot,
     Reset,
     Resume,
     Submit,
     Suspend,
 )
-from flowspec.request import RequestOutput, DecodeStats, FinishReason, NodeId, Request, SamplingParams
+from flowspec.request import (
+    DecodeStats,
+    FinishReason,
+    NodeId,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import TextStream
@@ -202,7 +209,7 @@ def test_giving_up_ends_every_request_with_one_error() -> None:
 
     def fault() -> None:
         lose(cluster, 1)
-        cluster.simulator.deliver(0, GiveUp(error="stage 1: not back after 60 s"))
+        cluster.simulator.deliver(0, AbandonRequests(failure="stage 1: not back after 60 s"))
 
     done = serve(cluster, pair(), {40: fault})
     assert {completion.error for completion in done.values()} == {"stage 1: not back after 60 s"}

@@ -7,10 +7,10 @@ import pytest
 
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import read_emulation
-from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts, build_stage
+from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalCluster
-from flowspec.engine.simulated import emulated_cluster
+from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request
 from flowspec.speculation.strategies import STRATEGIES
 

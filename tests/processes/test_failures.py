@@ -18,8 +18,7 @@ from flowspec.config import RunConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.protocol.messages import Tokens
-from flowspec.request import ClusterError, Request
+from flowspec.request import ClusterError, Request, TokensOut
 from flowspec.runtime import watchdog as silence
 from flowspec.transport.zmq import DATA_LANE, local_addresses
 from flowspec.weights.load import load_whole

@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from flowspec.config import RunConfig
-from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.build import HeadParts
+from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import RequestOutput, FinishReason, Request, SamplingParams
+from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 

@@ -11,7 +11,7 @@ from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.messages import Status
-from flowspec.request import ClusterError, RequestOutput, FinishReason, Request, SamplingParams
+from flowspec.request import ClusterError, FinishReason, Request, RequestOutput, SamplingParams
 from flowspec.weights.load import load_whole
 from tests.processes.conftest import stage_pids
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 
 from flowspec.config import RunConfig, override
-from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts
+from flowspec.engine.engine import generate
 from flowspec.engine.launch import Launch, find_launch
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget

@@ -9,8 +9,8 @@ import pytest
 
 from flowspec.cli.main import main
 from flowspec.config import RunConfig
-from flowspec.engine.engine import generate
 from flowspec.engine.build import HeadParts
+from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.messages import Status

@@ -13,14 +13,13 @@ from flowspec.protocol.messages import (
     AddRequest,
     Exit,
     Features,
-    Finished,
     Ping,
     Reroot,
     Segment,
     Started,
     Status,
 )
-from flowspec.request import FinishReason
+from flowspec.request import FinishReason, RequestOutput
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, Recorder, message_key, open_trace, trace_path
@@ -149,7 +148,7 @@ def test_the_driver_records_all_that_passes_through_it():
 
         def handle(self, message, now):
             self.steps = [Step(work=WORK, sends=[Send(2, message)])]
-            return [Send(CLIENT, Finished(request=7, reason=FinishReason.STOP))]
+            return [Send(CLIENT, RequestOutput(request=7, reason=FinishReason.STOP))]
 
         def poll(self, now):
             return self.steps.pop() if self.steps else None

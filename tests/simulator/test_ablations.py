@@ -8,8 +8,8 @@ import pytest
 
 from flowspec.config import DecodeConfig, RunConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
-from flowspec.engine.engine import generate
 from flowspec.engine.build import check_run
+from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.request_state import RequestState
@@ -235,7 +235,7 @@ def test_no_real_cluster_runs_them(strategy):
 def test_chosen_ahead_segments_are_whole():
     """While the first stage computes `streaming` waits; this one sends all that there is."""
     config = DecodeConfig()
-    session = Session(request(), config, Pipeline(4), NoDraftSession())
+    session = RequestState(request(), config, Pipeline(4), NoDraftSession())
     root = session.tree.plant(session.tree.new_id(), token=1, position=5)
     for token in range(4):
         session.tree.add(root.id, token, -1.0)
@@ -254,7 +254,7 @@ def test_there_is_one_segment_per_stage(monkeypatch, num_stages, most):
     seen: dict[str, list[int]] = {}
     choose = Streaming.next_segment
 
-    def counting(own: Streaming, session: Session) -> Outgoing | None:
+    def counting(own: Streaming, session: RequestState) -> Outgoing | None:
         outgoing = choose(own, session)
         if outgoing is not None:
             seen[strategy].append(session.pipe.num_in_flight_for(session.request.id) + 1)

@@ -67,13 +67,13 @@ class StrictSession(ScriptedSession):
 
 def session_of(
     text: Sequence[int], script: str = "mixed", **decode
-) -> tuple[Session, MergedSession]:
+) -> tuple[RequestState, MergedSession]:
     """A request whose text so far is `text`, its last token the root; nothing drafted yet."""
     drafter = MergedDrafter(StrictDrafter(SCRIPTS[script]))
     config = DecodeConfig(merge=True, **decode)
     asked = request(max_new_tokens=40)
     inner = drafter.open(Opening(request=asked, draft_topk=4, coupled=False))
-    session = Session(
+    session = RequestState(
         request=asked,
         config=config,
         pipe=Pipeline(2),
@@ -202,16 +202,16 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
 def test_merged_branches_change_the_speed_and_not_the_text(strategy, sampling, monkeypatch):
     """Under any timing; and the drafter is only asked what it can answer."""
     offered = []
-    merge_branches = Session.merge_branches
+    merge_branches = RequestState.merge_branches
 
-    def watched(session: Session) -> None:
+    def watched(session: RequestState) -> None:
         before = set(session.tree.nodes)
         merge_branches(session)
         offered.extend(set(session.tree.nodes) - before)
         if session.decoding:
             check_tree(session.tree)
 
-    monkeypatch.setattr(Session, "merge_branches", watched)
+    monkeypatch.setattr(RequestState, "merge_branches", watched)
     asked = request(prompt=LOOPING, sampling=sampling, max_new_tokens=8)
     for seed, script in enumerate(SCRIPTS):
         setup = {

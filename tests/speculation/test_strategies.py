@@ -6,8 +6,8 @@ import pytest
 
 from flowspec.bench.experiment import parse_settings
 from flowspec.config import DecodeConfig, RunConfig
-from flowspec.engine.engine import generate
 from flowspec.engine.build import decode_config
+from flowspec.engine.engine import generate
 from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import Draft, DraftJob
 from flowspec.speculation.strategies import STRATEGIES, check_taken

@@ -20,8 +20,9 @@ from pathlib import Path
 from random import Random
 
 from flowspec.head.answers import Answers
+
 from flowspec.protocol.messages import Submit
-from flowspec.request import ClusterError, RequestOutput, Request
+from flowspec.request import ClusterError, Request, RequestOutput
 from flowspec.simulator.faults import FaultPlan, FaultySimulator
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.speculation.strategies import STRATEGIES

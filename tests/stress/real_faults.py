@@ -26,11 +26,11 @@ from random import Random
 import psutil
 
 from flowspec.config import RunConfig
-from flowspec.engine.engine import Cluster
 from flowspec.engine.build import load_head_parts
+from flowspec.engine.engine import Cluster
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import ClusterError, RequestOutput, Request, SamplingParams
+from flowspec.request import ClusterError, Request, RequestOutput, SamplingParams
 from flowspec.weights.checkpoint import open_checkpoint
 from flowspec.weights.load import load_whole
 from flowspec.weights.split import run_split

@@ -35,7 +35,7 @@ from flowspec.config import RunConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import RequestOutput, Request, SamplingParams
+from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.speculation.strategies import find_strategy
 from flowspec.tokenizer import render_chat
 from flowspec.weights.checkpoint import open_checkpoint

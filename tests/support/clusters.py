@@ -200,7 +200,9 @@ def small(strategy: str, **decode: Any) -> dict[str, Any]:
     return {**found, **taken}
 
 
-def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[RequestOutput, list[Watch]]:
+def run_watched(
+    cluster_args: Mapping[str, Any], asked: Request
+) -> tuple[RequestOutput, list[Watch]]:
     """One request with every invariant checked on the way and nothing left behind."""
     (completion,), watches = run_all_watched(cluster_args, [asked])
     return completion, watches

@@ -10,11 +10,11 @@ from typing import Any
 
 from benchmarks.message_text import MessageLog
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.scheduler import Scheduler
-from flowspec.head.answers import Answers
 from flowspec.head.head import Head
-from flowspec.protocol.messages import DATA, AbortRequest, Message, Resume, Submit, Suspend, Tokens
-from flowspec.request import RequestOutput, Request
+from flowspec.head.pipeline import Pipeline as HeadPipeline
+from flowspec.head.scheduler import Scheduler
+from flowspec.protocol.messages import DATA, AbortRequest, Message, Resume, Submit, Suspend
+from flowspec.request import Decoding, Failure, Request, RequestOutput, TokensOut
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.speculation.strategies import find_strategy
 from flowspec.stage.stage import Stage
@@ -60,16 +60,20 @@ class Pipeline:
     def __init__(
         self, num_stages: int, strategy: str, limits: Mapping[str, int], decode: Mapping[str, Any]
     ) -> None:
-        spec = find_strategy(strategy)
-        config = small(
-            spec.defaults,
-            chunked_prefill_size=64,
-            segment_size=min(spec.defaults.segment_size, 24),  # more than pays: the gain decides
-            calibrate=False,  # it takes logarithms, whose last bits differ between machines
+        defaults = find_strategy(strategy).defaults
+        asked = {
+            "segment_size": min(getattr(defaults, "segment_size", 24), 24),  # more than pays
+            "calibrate": False,  # it takes logarithms, whose last bits differ between machines
+            **decode,
+        }
+        scheduler = Scheduler(
+            pipe=HeadPipeline(num_stages),
+            max_context=MAX_CONTEXT,
+            chunked_prefill_size=asked.pop("chunked_prefill_size", 64),
+            **limits,
         )
-        config = replace(config, **decode)
-        admission = Scheduler(max_context=MAX_CONTEXT, **limits)
-        head = Head(num_stages, spec, config, IntegerDrafter(), admission=admission)
+        decoding = Decoding(strategy=strategy, parameters=small(strategy, **asked))
+        head = Head(scheduler, decoding, {"integer": IntegerDrafter()})
         self.num_stages = num_stages
         self.log = MessageLog()
         self.models: Any = integer_stages(num_stages)
@@ -83,14 +87,12 @@ class Pipeline:
         self.asked: list[Request] = []
         self.pieces: dict[int, list[tuple[int, ...]]] = {}
         self.done: dict[int, RequestOutput] = {}
-        self._answers: dict[int, Answers] = {}
 
     def submit(self, *requests: Request) -> None:
         """All of them now."""
         for one in requests:
             self.asked.append(one)
             self.pieces[one.id] = []
-            self._answers[one.id] = Answers(self.cluster.head, [one])
             self.simulator.submit(Submit(request=one))
 
     def cancel(self, number: int) -> None:
@@ -100,7 +102,7 @@ class Pipeline:
     def lose(self, rank: int) -> None:
         """A stage is gone, and the head learns of it at once."""
         self.simulator.replace(Gone(rank))
-        self.simulator.deliver(0, Suspend(cause=f"stage {rank}: gone"))
+        self.simulator.deliver(0, Suspend(failure=Failure(cause="gone", rank=rank)))
 
     def cover(self, rank: int) -> None:
         """An empty stage takes its place."""
@@ -112,11 +114,10 @@ class Pipeline:
         went_on = self.simulator.step()
         while self.simulator.to_client:
             event: Any = self.simulator.to_client.popleft()
-            found = self._answers[event.request].take(event)
-            if isinstance(found, TokensOut):
-                self.pieces[event.request].append(found.tokens)
-            elif found is not None:
-                self.done[event.request] = found
+            if isinstance(event, TokensOut):
+                self.pieces[event.request].append(event.tokens)
+            else:
+                self.done[event.request] = event
         return went_on
 
     def run_to(self, number: int, count: int) -> None:

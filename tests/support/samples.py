@@ -46,7 +46,7 @@ def sample(**changes: Any) -> Sample:
         "stage_busy": (0.8, 0.7),
         "stage_idle": ({"waiting for link": 0.2}, {"upstream busy": 0.3}),
         "link_bytes": {"0-1": 4000.0, "1-2": 900000.0},
-        "num_draft_tokens": 41.5,
+        "tree_size": 41.5,
         "bound_tokens_per_s": None,
         "bound_share": None,
         "versions": {"flowspec": "0.1.0"},

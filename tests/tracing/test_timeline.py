@@ -8,14 +8,13 @@ from flowspec.engine.engine import generate, generate_all
 from flowspec.protocol.messages import (
     CLIENT,
     Exit,
-    Finished,
     Ping,
     Reroot,
     Segment,
     Started,
     Submit,
 )
-from flowspec.request import FinishReason
+from flowspec.request import FinishReason, RequestOutput
 from flowspec.runtime.core import Send, Work
 from flowspec.runtime.recorder import Recorder
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
@@ -148,7 +147,7 @@ def head_records(*awaited: Any, in_flight: int) -> Timeline:
     for message in awaited:
         head.received(4.0, message)
     head.worked(4.0, 5.0, draft)
-    head.sent(5.0, CLIENT, Finished(request=1, reason=FinishReason.LENGTH))
+    head.sent(5.0, CLIENT, RequestOutput(request=1, reason=FinishReason.LENGTH))
     head.close()
     return make_timeline([head.records])
 

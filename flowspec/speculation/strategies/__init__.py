@@ -57,9 +57,7 @@ class StrategySpec:
 
 STRATEGIES: dict[str, StrategySpec] = {
     "ar": StrategySpec(Ar, StrategyConfig(), "plain pipeline, one token per trip"),
-    "serial_pp": StrategySpec(
-        SerialPp, RoundConfig(), "whole tree in one segment, round by round"
-    ),
+    "serial_pp": StrategySpec(SerialPp, RoundConfig(), "whole tree in one segment, round by round"),
     "naive_pp": StrategySpec(NaivePp, NaivePpConfig(), "tree in chunks, one verdict per round"),
     "pruned_pp": StrategySpec(
         PrunedPp, PrunedPpConfig(), "segments by score, pruned with every verdict, no growth"

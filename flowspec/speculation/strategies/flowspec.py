@@ -1,7 +1,7 @@
 """flowspec: the published algorithm (arXiv 2507.02620, sections 3.2 and 3.3), with its defaults.
 
-A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every verdict
-stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root, with the
+A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every
+verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root, with the
 new true features; what is new of it follows as one appended segment. A token outside the tree ends
 the round: the pipe drains and the next tree is drafted before anything is sent. Scores decide ties
 by age, so no node is sent without its parent, and every row is masked to its own path (the official
@@ -56,7 +56,11 @@ class FlowSpec:
         if not self.level or not request.tree.root.expanded:
             return []
         self.level = max(self.level, request.tree.root.position) + 1
-        beam = request.tree.level(self.level, self.config.draft_topk) if self.level <= self.deepest else []
+        beam = (
+            request.tree.level(self.level, self.config.draft_topk)
+            if self.level <= self.deepest
+            else []
+        )
         if not beam:
             self._trim(request)
             self.level = 0

@@ -28,7 +28,9 @@ class NaivePp:
     def next_segment(self, request: RequestState) -> Outgoing | None:
         """The next chunk; only the last one asks for the verdict."""
         if self.round.grown and request.round_over:
-            in_levels = sorted(request.tree.nodes.values(), key=lambda node: (node.position, node.id))
+            in_levels = sorted(
+                request.tree.nodes.values(), key=lambda node: (node.position, node.id)
+            )
             self.chunks = pieces(in_levels, request.num_stages + 1, 1)
         if not self.chunks:
             return None

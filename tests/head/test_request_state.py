@@ -4,11 +4,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flowspec.config import DecodeConfig
 from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.head.request_state import RequestState
-from flowspec.request import NodeId, Request
-from flowspec.speculation.drafters.base import NoDraftSession, Proposal
+from flowspec.request import NodeId
+from flowspec.speculation.drafters.base import Proposal
+from flowspec.speculation.strategy import RoundConfig
+from tests.support.states import decoding_state
 
 
 def knee(rows: int) -> float:
@@ -16,20 +17,12 @@ def knee(rows: int) -> float:
     return 10.0 + max(0, rows - 64) * 0.25
 
 
-def make_session(context: int = 1000, **config: int) -> Session:
-    """A session that has just planted its root at position 5."""
-    session = Session(
-        request=Request(id=1, prompt=(1, 2, 3, 4, 5)),
-        config=DecodeConfig(**config),  # type: ignore[arg-type]
-        pipe=Pipeline(3),
-        drafter=NoDraftSession(),
-        context=context,
-    )
-    session.tree.plant(NodeId(-1), 7, 5)
-    return session
+def make_session(context: int = 1000, **config: int) -> RequestState:
+    """A request that has just planted its root at position 5."""
+    return decoding_state(RoundConfig(**config), context=context)
 
 
-def root_proposal(session: Session, *children: tuple[int, float]) -> Proposal:
+def root_proposal(session: RequestState, *children: tuple[int, float]) -> Proposal:
     """Children for the root."""
     return Proposal(session.tree.root.id, children)
 
@@ -200,7 +193,7 @@ def test_positions_are_known_until_all_features_have_come() -> None:
     assert session.positions == {root: 5}, "of the newer one nothing more can come"
     assert session.locate(root) == 5
     assert not session.positions
-    assert not session.layers_come
+    assert not session.num_layers_come
     with pytest.raises(AssertionError, match="never accepted"):
         session.locate(NodeId(50))
 
@@ -208,7 +201,11 @@ def test_positions_are_known_until_all_features_have_come() -> None:
 def test_draft_time_is_a_running_mean() -> None:
     """The first measurement counts in full."""
     pipe = Pipeline(1)
+    pipe.begin_draft("eagle")
     pipe.count_draft(0.5)
-    assert pipe.draft_s == 0.5
+    assert pipe.draft_s == {"eagle": 0.5}
     pipe.count_draft(1.5)
-    assert pipe.draft_s == pytest.approx(0.6)
+    assert pipe.draft_s == {"eagle": pytest.approx(0.6)}
+    assert pipe.draft_left_s("ngram") == pytest.approx(0.6), "whose forward runs decides"
+    pipe.end_draft()
+    assert pipe.draft_left_s("ngram") == 0.0
