@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from math import ceil, exp, log
-from typing import NewType, TypeAlias
+from typing import NewType, TypeAlias, TypeVar
 
 ACCURACY = 0.01
 SHORTEST_S = 1e-6  # what is shorter counts as 0
@@ -313,6 +313,9 @@ class StageCounts:
     busy_s: float = 0.0  # forwards in which rows of the draft tree took part, by their share
 
 
+E = TypeVar("E", bound="ClusterError")
+
+
 class ClusterError(RuntimeError):
     """A device or link failed: names the process and the cause.
 
@@ -331,6 +334,11 @@ class ClusterError(RuntimeError):
         super().__init__(f"{where}: {cause}")
         self.where, self.cause, self.tokens = where, cause, dict(tokens or {})
         self.rank = rank
+
+    @classmethod
+    def of_rank(cls: type[E], rank: int, cause: str) -> E:
+        """A failure of one process of the pipeline: 0 is the head, k stage k."""
+        return cls(rank_name(rank), cause, rank=rank)
 
 
 class RefusedError(ClusterError):

@@ -10,7 +10,7 @@ from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import build_stage
 from flowspec.protocol.messages import HEAD, Failed, Ready
-from flowspec.request import ClusterError, cause_of, rank_name
+from flowspec.request import ClusterError, cause_of
 from flowspec.runtime.event_loop import EventLoop, Pace
 from flowspec.runtime.recorder import open_trace
 from flowspec.transport.base import Transport
@@ -97,7 +97,6 @@ def _report_lost(
     config: WorkerConfig, transport: Transport, error: ClusterError, epoch: int
 ) -> None:
     """Tell the head which rank this stage has lost, as a failure of that rank."""
-    for rank in range(1, config.num_stages + 1):
-        if rank_name(rank) == error.where:
-            text = f"{error.cause} (seen by stage {config.rank})"
-            transport.send(HEAD, Failed(epoch=epoch, stage=rank, request=0, text=text))
+    if error.rank:
+        text = f"{error.cause} (seen by stage {config.rank})"
+        transport.send(HEAD, Failed(epoch=epoch, stage=error.rank, request=0, text=text))

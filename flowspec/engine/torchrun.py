@@ -15,9 +15,9 @@ from types import TracebackType
 from flowspec.config import RunConfig, override
 from flowspec.engine.build import HeadParts
 from flowspec.engine.launch import Launch
-from flowspec.engine.local import EXIT_TIMEOUT_S, Child, LocalCluster
+from flowspec.engine.local import EXIT_TIMEOUT_S, LocalEngine, StageProcess
 from flowspec.engine.stage_process import WorkerConfig, serve
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError
 from flowspec.runtime.recorder import trace_path
 from flowspec.system import signals
 from flowspec.transport.base import LostPeer, Transport
@@ -96,22 +96,24 @@ class Elsewhere:
     stopping: bool = field(default=False)
 
     def poll(self) -> int | None:
-        """See Child; before the end, whoever uses the connection hears that it broke."""
+        """The exit code 0 once it is told to stop and its connection has ended, else None."""
         return 0 if self.stopping and self.is_lost() else None
 
     def terminate(self) -> None:
-        """See Child; not ours to do."""
+        """Do nothing: torchrun ends it."""
 
     kill = terminate
 
     def wait(self, timeout: float | None = None) -> int:
-        """See Child; not ours to wait for."""
+        """Return at once: torchrun waits for it."""
         del timeout
         return 0
 
 
-class TorchrunCluster(LocalCluster):
-    """The head's side."""
+class TorchrunEngine(LocalEngine):
+    """The head's side of a pipeline whose processes torchrun has started."""
+
+    shares_cores = False
 
     def __init__(
         self,
@@ -141,6 +143,7 @@ class TorchrunCluster(LocalCluster):
             raise lost
 
     def _find_lost(self) -> LostPeer | None:
+        self.stop_thread("the engine was closed")
         end = time.monotonic() + EXIT_TIMEOUT_S
         try:
             while time.monotonic() < end:
@@ -162,13 +165,13 @@ class TorchrunCluster(LocalCluster):
     def _make_transport(self) -> Transport:
         return TorchDistTransport(0, self.num_stages, self.meeting)
 
-    def _spawn(self, rank: int) -> Child:
+    def _spawn(self, rank: int) -> StageProcess:
         process, end = None, time.monotonic() + START_TIMEOUT_S
         while process is None and time.monotonic() < end:
             signals.check()
             process = hear(self.meeting, str(rank), HEAR_S)
         if process is None:
-            raise ClusterError(rank_name(rank), f"not there after {START_TIMEOUT_S:.0f} s")
+            raise ClusterError.of_rank(rank, f"not there after {START_TIMEOUT_S:.0f} s")
         transport = self.transport
         assert isinstance(transport, TorchDistTransport)
         return Elsewhere(process, lambda: transport.has_lost(rank))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from flowspec.protocol.messages import DATA, WireMessage
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError
 from flowspec.transport.base import Transport
 from flowspec.transport.link_occupancy import Egress, Ingress, Passage
 
@@ -60,7 +60,7 @@ class EmulatedTransport:
             if self._error is not None:
                 raise self._error
             if self._num_held >= MAX_HELD:
-                raise ClusterError(rank_name(to), f"{MAX_HELD} messages wait for an emulated line")
+                raise ClusterError.of_rank(to, f"{MAX_HELD} messages wait for an emulated line")
             self._collect(time.monotonic())
             handed_at = self.handed_at()
             self._num_held += 1

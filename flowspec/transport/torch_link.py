@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowspec.protocol.codec import MAX_FRAME_BYTES, Frame, WireError
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError
 from flowspec.transport.base import LOST, LostPeer
 
 JOIN_TIMEOUT_S = 120.0  # for the peer's process to start
@@ -163,12 +163,12 @@ class Link:
             self._post([], "goodbye")  # no message is without frames
 
     def _took_nothing(self, what: str) -> ClusterError:
-        return ClusterError(rank_name(self.peer), f"took no {what} for {SEND_TIMEOUT_S:.0f} s")
+        return ClusterError.of_rank(self.peer, f"took no {what} for {SEND_TIMEOUT_S:.0f} s")
 
     def _lost(self, error: Exception) -> ClusterError:
         # torch.distributed has but RuntimeError; where in its source it arose helps no user
         cause = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0]
-        return LostPeer(rank_name(self.peer), f"{LOST}: {cause}")
+        return LostPeer.of_rank(self.peer, f"{LOST}: {cause}")
 
     # The link's own thread ----------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Link:
         try:
             if self._connect():
                 self._read()
-            error = LostPeer(rank_name(self.peer), f"{LOST}: it has left the cluster")
+            error = LostPeer.of_rank(self.peer, f"{LOST}: it has left the cluster")
         except (WireError, ClusterError) as named:
             error = named
         except RuntimeError as lost:
@@ -198,7 +198,7 @@ class Link:
             if self._closing.wait(JOIN_POLL_S):
                 return False
             if time.monotonic() > end:
-                raise ClusterError(rank_name(self.peer), f"not there after {JOIN_TIMEOUT_S:.0f} s")
+                raise ClusterError.of_rank(self.peer, f"not there after {JOIN_TIMEOUT_S:.0f} s")
         gloo = _make_gloo(dist.PrefixStore("gloo", store), self._me, self._device)
         nccl = []
         if self._meeting.gpu:
@@ -258,7 +258,7 @@ class Link:
         end = time.monotonic() + _limit(size).total_seconds()
         while not work.is_completed():  # wait() would hold up the GPU's stream, without a limit
             if time.monotonic() > end:
-                raise ClusterError(rank_name(self.peer), f"sent no {size} bytes that it announced")
+                raise ClusterError.of_rank(self.peer, f"sent no {size} bytes that it announced")
             time.sleep(5e-5)
         work.wait()
         return frame

@@ -67,8 +67,8 @@ class ZmqTransport:
         try:
             outbox.send_multipart(frames, copy=size < 65536)
         except zmq.Again:
-            raise ClusterError(
-                rank_name(to),
+            raise ClusterError.of_rank(
+                to,
                 f"took no {type(message).__name__} for {SEND_TIMEOUT_MS / 1e3:.0f} s",
             ) from None
 
@@ -145,7 +145,7 @@ class ZmqTransport:
         outbox.set_hwm(MAX_QUEUED_MESSAGES)
         outbox.setsockopt(zmq.SNDTIMEO, SEND_TIMEOUT_MS)
         if self._guard:
-            line = Line(outbox, rank_name(to))
+            line = Line(outbox, to)
             self._lines[line.monitor] = line
             self._poller.register(line.monitor, zmq.POLLIN)
             self._guard.connect(outbox, self._addresses[to][lane])

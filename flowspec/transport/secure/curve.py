@@ -254,7 +254,7 @@ class _Watch:
 class Line:
     """An outbox's connection: what breaks it loses what is on its way."""
 
-    def __init__(self, outbox: "zmq.Socket[bytes]", peer: str) -> None:
+    def __init__(self, outbox: "zmq.Socket[bytes]", peer: int) -> None:
         self.monitor = outbox.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
@@ -268,7 +268,8 @@ class Line:
             except zmq.Again:
                 return
             if event == zmq.EVENT_DISCONNECTED and self._is_up:
-                raise LostPeer(self._peer, f"{LOST}: it broke, or was closed at the other end")
+                cause = f"{LOST}: it broke, or was closed at the other end"
+                raise LostPeer.of_rank(self._peer, cause)
             self._is_up = self._is_up or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
