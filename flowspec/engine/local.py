@@ -45,7 +45,7 @@ from flowspec.request import (
 )
 from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, open_trace, trace_path
-from flowspec.runtime.watchdog import Step, Watchdog
+from flowspec.runtime.watchdog import Watchdog, WatchdogAction
 from flowspec.speculation.strategies import StrategySpec
 from flowspec.system import signals
 from flowspec.system.open_files import check_open_files
@@ -441,19 +441,19 @@ class LocalCluster:
         )
         where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
         match step:
-            case Step.ASK:
+            case WatchdogAction.ASK:
                 for rank in self.children:
                     self.transport.send(rank, Ping(rank=0))
                     self.driver.trace.sent(now, rank, Ping(rank=0))
-            case Step.WARN:
+            case WatchdogAction.WARN:
                 end = "it is restarted" if len(self.restarts) < self.max_restarts else "giving up"
                 seconds = now - moved_at
                 logger.warning(
                     "no answer from %s for %.0f s; %s after %.0f s", where, seconds, end, limit
                 )
-            case Step.GIVE_UP if silent:
+            case WatchdogAction.GIVE_UP if silent:
                 raise ClusterError(where, f"no answer for {limit / 2:.1f} s: it hangs")
-            case Step.GIVE_UP:
+            case WatchdogAction.GIVE_UP:
                 seconds = now - moved_at
                 raise ClusterError(
                     "head", f"nothing has moved for {seconds:.0f} s; all stages answer"

@@ -7,7 +7,7 @@ ASK_S = 3.0
 WARN_S = 5.0  # a person waits so long without a question
 
 
-class Step(Enum):
+class WatchdogAction(Enum):
     """What is to be done now."""
 
     WAIT = "wait"
@@ -30,21 +30,21 @@ class Watchdog:
 
     def step(
         self, now: float, *, moved_at: float, ranks: Collection[int], heard_at: Mapping[int, float]
-    ) -> tuple[Step, list[int]]:
+    ) -> tuple[WatchdogAction, list[int]]:
         """The step, and the ranks it is about: those not heard since they were last asked."""
         silence = now - moved_at
         if moved_at != self._moved_at:
             self._moved_at, self._asked_at, self._has_warned = moved_at, [], False
         if silence < self._asks_after[0]:
-            return Step.WAIT, []
+            return WatchdogAction.WAIT, []
         if len(self._asked_at) < sum(silence >= after for after in self._asks_after):
             self._asked_at.append(now)
-            return Step.ASK, []
+            return WatchdogAction.ASK, []
         silent = [rank for rank in sorted(ranks) if heard_at.get(rank, 0.0) < self._asked_at[-1]]
         if silence >= self.limit_s:
-            return Step.GIVE_UP, silent
+            return WatchdogAction.GIVE_UP, silent
         may_warn = len(self._asks_after) > 1 and silence >= WARN_S and not self._has_warned
         if may_warn and silent:
             self._has_warned = True
-            return Step.WARN, silent
-        return Step.WAIT, []
+            return WatchdogAction.WARN, silent
+        return WatchdogAction.WAIT, []

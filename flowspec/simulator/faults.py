@@ -35,7 +35,7 @@ class FaultPlan:
 
 
 @dataclass(slots=True)
-class Totals:
+class FaultCounts:
     """What happened."""
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class FaultySimulator(Simulator):
     ) -> None:
         super().__init__(cores, work_time=work_time, link_time=link_time, max_events=max_events)
         self.plan, self.random, self.new_stage = plan, Random(seed), new_stage
-        self.totals = Totals()
+        self.totals = FaultCounts()
         self.num_stages = len(cores) - 1
         self.epoch_of_head: Callable[[], int] = lambda: 0
         self.outage_of_head: Callable[[], str | None] = lambda: None

@@ -5,7 +5,7 @@ The handlers do nothing. A thread reads the numbers of the signals that have com
 
 - Where nothing must be undone, it ends the process at once, with one line and exit code 128 + n.
 - Within `undoing()`, where child processes, folders or half-written files have to go, it sets a
-  flag. Loops call `check()` at short intervals, which raises Ended there, in ordinary code.
+  flag. Loops call `check()` at short intervals, which raises EndedBySignal there, in ordinary code.
 - A second signal ends the process at once in any case, after what `at_once` of each Hold does: it
   kills child processes and removes folders.
 
@@ -27,7 +27,7 @@ _SHOW_CURSOR = b"\x1b[?25h"
 _LAST_S = 1.0  # for each of the things that are done at the end of the process, and may block
 
 
-class Ended(SystemExit):
+class EndedBySignal(SystemExit):
     """A signal came while something had to be undone. The line is printed when it is undone."""
 
     def __init__(self, number: int) -> None:
@@ -128,7 +128,7 @@ class Hold:
 
 @contextlib.contextmanager
 def undoing(at_once: Callable[[], object] | None = None) -> Iterator[None]:
-    """What is inside undoes what it did, also where `check` raises; Ended follows at the latest.
+    """Run a block that undoes its work itself; `EndedBySignal` is raised at its end at the latest.
 
     `at_once`: see Hold.
     """
@@ -190,14 +190,14 @@ def received() -> str:
 
 
 def check() -> None:
-    """Raise Ended where a signal has come. Loops within `undoing` call it."""
+    """Raise EndedBySignal where a signal has come. Loops within `undoing` call it."""
     if _state.main != get_ident():
         return
     if _state.cut and _state.num_cutting:
         _state.cut = False
         raise KeyboardInterrupt
     if _state.received and not _state.num_orderly:
-        raise Ended(_state.received)
+        raise EndedBySignal(_state.received)
 
 
 def let_end() -> None:

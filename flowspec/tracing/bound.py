@@ -11,7 +11,7 @@ the same conditions with longer delays. Times in seconds.
 from collections.abc import Callable
 from math import inf
 
-from flowspec.tracing.timeline import Note, Timeline, Work
+from flowspec.tracing.timeline import Computation, MessageEvent, Timeline
 
 TransferTime = Callable[[int, int, int], float]  # of source, receiver and bytes
 DRAFT = "draft"
@@ -29,7 +29,7 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
     last = start
     for when, kind, rank, what in _steps(timeline):
         time = now[rank]
-        if isinstance(what, Work):
+        if isinstance(what, Computation):
             if kind == _END:
                 begun = done.get(id(what), time)  # one that takes no time ends first
                 time = max(time, begun + what.end - what.start)
@@ -46,12 +46,12 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
     return last - start
 
 
-def _steps(timeline: Timeline) -> list[tuple[float, int, int, Work | Note]]:
+def _steps(timeline: Timeline) -> list[tuple[float, int, int, Computation | MessageEvent]]:
     """What the processes did, in the order of time; drafts are left out.
 
     At one time a process did what its records say in their order, and began to compute last.
     """
-    steps: list[tuple[float, float, int, int, Work | Note]] = []
+    steps: list[tuple[float, float, int, int, Computation | MessageEvent]] = []
     for rank, process in timeline.processes.items():
         for work in process.works:
             if work.kind != DRAFT:

@@ -19,7 +19,7 @@ from flowspec.tracing.idle_time import Span, track
 from flowspec.tracing.timeline import (
     HOUSEKEEPING,
     Hop,
-    Note,
+    MessageEvent,
     Process,
     Timeline,
     make_timeline,
@@ -187,7 +187,7 @@ def _message_events(timeline: Timeline, hops: Sequence[Hop]) -> Iterator[Event]:
             yield arrow | ({"ph": "f", "bp": "e"} if side else {"ph": "s"})
 
 
-def _plain(note: Note) -> dict[str, Any]:
+def _plain(note: MessageEvent) -> dict[str, Any]:
     """What an event says of a message."""
     known = {name: value for name, value in note.details.items() if name != "segments"}
     if note.details.get("segments"):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flowspec.protocol.messages import HEAD
-from flowspec.tracing.timeline import Hop, Process, Timeline, Work, segment_ids
+from flowspec.tracing.timeline import Computation, Hop, Process, Timeline, segment_ids
 
 NO_REQUEST = "no request"
 # of a stage
@@ -38,7 +38,7 @@ class Span:
     end: float
     category: str  # work, host or idle
     name: str  # kind of work, or cause
-    work: Work | None = None
+    work: Computation | None = None
 
 
 def track(timeline: Timeline, rank: int) -> list[Span]:
@@ -150,7 +150,7 @@ class _StageCauses:
         for a, b, drafting in _split(start, end, self.drafts):
             yield a, b, DRAFTING if drafting else NOTHING_ALIVE
 
-    def _journey(self, work: Work) -> list[Piece]:
+    def _journey(self, work: Computation) -> list[Piece]:
         """Of the segment of `work` that came last: where it was since the head sent it."""
         came = []
         for segment in work.segments:

@@ -20,7 +20,7 @@ HOUSEKEEPING = ("Ping", "Status", "Stop", "Ready")  # of no request
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SegmentRecord:
     """A segment as one record knows it; `parents` and `tokens` where the head sent it."""
 
     request: int
@@ -37,7 +37,7 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class Computation:
     """One computation."""
 
     start: float
@@ -47,12 +47,12 @@ class Work:
     context: int
     requests: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[SegmentRecord, ...] = ()
     order: int = 0  # of its end among its process's records
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
+class MessageEvent:
     """A message at one of its ends; `peer` is the receiver's rank where it was sent."""
 
     when: float
@@ -70,8 +70,8 @@ class Hop:
 
     source: int
     to: int
-    sent: Note
-    received: Note
+    sent: MessageEvent
+    received: MessageEvent
     queued: bool
 
     @property
@@ -89,11 +89,11 @@ class Process:
     clock_kind: str = "monotonic"
     clock: Clock | None = field(default_factory=Clock)  # None: not known, taken as the head's
     num_dropped: int | None = None
-    works: list[Work] = field(default_factory=list)
+    works: list[Computation] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)
     hosted: list[tuple[float, float]] = field(default_factory=list)  # where a simulator charged it
-    sent: list[Note] = field(default_factory=list)
-    received: list[Note] = field(default_factory=list)
+    sent: list[MessageEvent] = field(default_factory=list)
+    received: list[MessageEvent] = field(default_factory=list)
 
     @property
     def is_virtual(self) -> bool:
@@ -167,19 +167,21 @@ def _load(records: Iterable[Record]) -> Process:
             spans.append((values[0], values[1]))
         elif kind == "send":
             when, to, key, size, details = values
-            process.sent.append(Note(when, key[0], tuple(key), to, size, details, order))
+            process.sent.append(MessageEvent(when, key[0], tuple(key), to, size, details, order))
         elif kind == "receive":
             when, key, details = values
-            process.received.append(Note(when, key[0], tuple(key), details=details, order=order))
+            process.received.append(
+                MessageEvent(when, key[0], tuple(key), details=details, order=order)
+            )
         elif kind == "end":
             process.num_dropped = values[0]
     return process
 
 
-def _work(*values: Any, order: int) -> Work:
+def _work(*values: Any, order: int) -> Computation:
     start, end, kind, rows, context, requests, nodes, segments = values
     ran = tuple(_segment(*segment) for segment in segments)
-    return Work(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran, order)
+    return Computation(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran, order)
 
 
 def _segment(
@@ -189,16 +191,16 @@ def _segment(
     parents: Sequence[int] = (),
     tokens: Sequence[int] = (),
     prefix: bool = False,
-) -> Segment:
-    return Segment(request, seq_no, tuple(nodes), tuple(parents), tuple(tokens), prefix)
+) -> SegmentRecord:
+    return SegmentRecord(request, seq_no, tuple(nodes), tuple(parents), tuple(tokens), prefix)
 
 
-def sent_segments(note: Note) -> list[Segment]:
+def sent_segments(note: MessageEvent) -> list[SegmentRecord]:
     """The segments in a message that the head sent."""
     return [_segment(*values) for values in note.details.get("segments", ())]
 
 
-def segment_ids(note: Note) -> list[tuple[int, int]]:
+def segment_ids(note: MessageEvent) -> list[tuple[int, int]]:
     """(request, seq_no) of each segment in a message."""
     return [(values[0], values[1]) for values in note.details.get("segments", ())]
 
@@ -245,7 +247,9 @@ def _gaps(process: Process, start: float, end: float) -> list[tuple[float, float
 
 def _match(processes: dict[int, Process]) -> list[Hop]:
     """Pair what was sent with what came: by key, in order. What never came is left out."""
-    on_the_way: dict[tuple[int, tuple[Any, ...]], deque[tuple[int, Note]]] = defaultdict(deque)
+    on_the_way: dict[tuple[int, tuple[Any, ...]], deque[tuple[int, MessageEvent]]] = defaultdict(
+        deque
+    )
     for process in processes.values():
         for note in process.sent:
             if note.peer != CLIENT:

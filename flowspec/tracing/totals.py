@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flowspec.protocol.messages import HEAD
 from flowspec.request import rank_name
 from flowspec.tracing.idle_time import Span
-from flowspec.tracing.timeline import Hop, Note, Process, Timeline, sent_segments
+from flowspec.tracing.timeline import Hop, MessageEvent, Process, Timeline, sent_segments
 
 LINKS = "links"
 
@@ -21,7 +21,7 @@ class Verdict:
     """A verdict as the head took it in. `hit`: its token was already sent; None: of a prompt."""
 
     request: int
-    note: Note
+    note: MessageEvent
     hit: bool | None
 
     @property
@@ -31,7 +31,7 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class Totals:
+class TraceTotals:
     """Counts over the whole run; of the rows, only those of trees."""
 
     num_segments: int = 0
@@ -67,9 +67,9 @@ def verdicts(timeline: Timeline) -> list[Verdict]:
     return found
 
 
-def count(timeline: Timeline) -> Totals:
+def count(timeline: Timeline) -> TraceTotals:
     """The run's totals."""
-    totals = Totals()
+    totals = TraceTotals()
     parents: dict[tuple[int, int], int] = {}
     tree: set[tuple[int, int]] = set()  # ids of segments that are no prompt
     for note in timeline.head.sent:
@@ -101,7 +101,7 @@ def _count_rows(
     process: Process,
     tree: set[tuple[int, int]],
     accepted: set[tuple[int, int]],
-    totals: Totals,
+    totals: TraceTotals,
 ) -> None:
     came = sum(
         rows

@@ -36,7 +36,7 @@ MAX_PROMPT = 1900
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TreeShape:
     """A tree of `nodes` drafts, `depth` levels, `topk` children a node; a chain has topk 1."""
 
     nodes: int
@@ -44,11 +44,11 @@ class Shape:
     topk: int
 
 
-CHAIN, TREE, DEEP = Shape(5, 5, 1), Shape(60, 7, 10), Shape(8, 8, 1)
+CHAIN, TREE, DEEP = TreeShape(5, 5, 1), TreeShape(60, 7, 10), TreeShape(8, 8, 1)
 
 
 @dataclass(slots=True)
-class Sample:
+class PromptResult:
     """What one prompt gave."""
 
     tokens: list[int]
@@ -97,7 +97,7 @@ class Pair:
 
 
 def grow(
-    session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: Shape
+    session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: TreeShape
 ) -> None:
     """EAGLE-2's tree: each level expands its `topk` best nodes; the `nodes` best are kept."""
     beam: list[Node] = []
@@ -139,10 +139,10 @@ def decode(
     pair: Pair,
     prompt: Sequence[int],
     sampling: SamplingParams,
-    shape: Shape,
+    shape: TreeShape,
     max_new: int,
     coupled: bool,
-) -> Sample:
+) -> PromptResult:
     """One prompt by speculative decoding."""
     request = Request(id=0, prompt=tuple(prompt), sampling=sampling, max_new_tokens=max_new + 16)
     session = pair.drafter.open(Opening(request=request, topk=shape.topk, coupled=coupled))
@@ -168,7 +168,7 @@ def decode(
         tree.reroot(path[-1].id, following[-1])
     if pair.eos in text:
         text = text[: text.index(pair.eos) + 1]
-    return Sample(text, accepted)
+    return PromptResult(text, accepted)
 
 
 @torch.inference_mode()

@@ -80,7 +80,7 @@ def step_target(args: argparse.Namespace) -> None:
         train_target.load_sets(tokenizer, args.corpus, "train", MAX_SAMPLE),
         train_target.load_sets(tokenizer, args.corpus, "val", MAX_SAMPLE),
         shape=Shape(vocab_size=VOCAB_SIZE),
-        plan=train_target.Plan(minutes=args.target_minutes),
+        plan=train_target.TargetPlan(minutes=args.target_minutes),
         checkpoint=args.work / "target.pt",
     )
     train_target.export(model, args.work / "tokenizer", folder)
@@ -164,7 +164,7 @@ def step_eagle3(args: argparse.Namespace) -> None:
     layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else default
     eagle = args.out / "eagle"
     begun = (eagle / "model.safetensors").exists() and layers[-1] == default[-1]
-    plan = train_eagle3.Plan(
+    plan = train_eagle3.Eagle3Plan(
         layers=layers,
         eagle=eagle if begun else None,
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,

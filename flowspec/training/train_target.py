@@ -28,7 +28,7 @@ SHORT, LONG = 256, 1536
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TargetPlan:
     """How long, and when what happens, in shares of the budget."""
 
     minutes: float
@@ -105,7 +105,7 @@ class Stream:
         )
 
 
-def micro_step(model: FastLlama, tokens: Tensor, weights: Tensor, plan: Plan) -> float:
+def micro_step(model: FastLlama, tokens: Tensor, weights: Tensor, plan: TargetPlan) -> float:
     """Accumulate gradients of one micro-batch; returns the mean loss per answer token in nats."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
     w = weights[:, 1:].reshape(-1).clone()
@@ -173,7 +173,7 @@ def save_atomic(state: dict[str, Any], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def timed_steps(plan: Plan, elapsed: float) -> Iterator[tuple[float, float]]:
+def timed_steps(plan: TargetPlan, elapsed: float) -> Iterator[tuple[float, float]]:
     """(seconds trained so far, share of the budget) until the budget is spent."""
     begin = time.monotonic() - elapsed
     while (spent := time.monotonic() - begin) < plan.minutes * 60:
@@ -185,7 +185,7 @@ def train(
     val_sets: dict[str, list[corpus.Sample]],
     *,
     shape: Shape,
-    plan: Plan,
+    plan: TargetPlan,
     checkpoint: Path,
     save_every_s: float = 240.0,
 ) -> FastLlama:

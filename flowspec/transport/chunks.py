@@ -37,7 +37,7 @@ Read = Callable[[bytes, int, int], tuple[bytes, int] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ChunkReply:
     """What came for one request; `total` is the file's size, `pieces` None where there is none."""
 
     digest: bytes
@@ -150,7 +150,7 @@ class ChunkClient:
         request = _HEADER.pack(_MAGIC, _VERSION, _ASK, digest, offset, length)
         self._socket.send(request, zmq.NOBLOCK)  # the window is smaller than the queue
 
-    def receive(self, timeout_s: float) -> tuple[list[Part], bool]:
+    def receive(self, timeout_s: float) -> tuple[list[ChunkReply], bool]:
         """Parts that have come, in the order they were asked for, and whether a connection is new.
 
         With a new one, what was asked for before may never come. Waits at most `timeout_s`.
@@ -188,7 +188,7 @@ def _parse_request(frames: list[bytes]) -> tuple[bytes, int, int]:
     return digest, offset, length
 
 
-def _parse_reply(frames: list[memoryview]) -> Part | None:
+def _parse_reply(frames: list[memoryview]) -> ChunkReply | None:
     """None where it is no reply: what is missing is asked for again."""
     if len(frames[0]) != _HEADER.size + _TOTAL.size:
         return None
@@ -197,7 +197,7 @@ def _parse_reply(frames: list[memoryview]) -> Part | None:
     pieces = frames[1:]
     if (magic, version) != (_MAGIC, _VERSION) or sum(map(len, pieces)) != length:
         return None
-    return Part(
+    return ChunkReply(
         digest=digest,
         offset=offset,
         total=total,

@@ -19,7 +19,7 @@ from flowspec.protocol.codec import WireError, decode, encode_tensors
 from flowspec.protocol.messages import DATA, HEAD, WireMessage
 from flowspec.request import rank_name
 from flowspec.system.address import local_address_towards
-from flowspec.transport.torch_link import AnyFrame, Link, Meeting
+from flowspec.transport.torch_link import AnyFrame, Meeting, TorchLink
 
 MAX_WAITING_MESSAGES = 1000  # then the links' threads stop taking more
 LINGER_S = 1.0
@@ -40,7 +40,7 @@ class TorchDistTransport:
         self._closed = threading.Event()
         device = meeting.make_device()
         self._links = {
-            peer: Link(rank, peer, meeting, device, self._deliver, self._broken)
+            peer: TorchLink(rank, peer, meeting, device, self._deliver, self._broken)
             for peer in range(num_stages + 1)
             if peer != rank
         }

@@ -61,7 +61,7 @@ class Meeting:
         return dist.ProcessGroupGloo.create_device(hostname=self.host)
 
 
-class Link:
+class TorchLink:
     """The end of rank `rank` of its connection to `peer`.
 
     A thread of its own connects, then calls `deliver` with the frames of each message and, once,

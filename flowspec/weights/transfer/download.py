@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import CHUNK_BYTES, WINDOW, Part
+from flowspec.transport.chunks import CHUNK_BYTES, WINDOW, ChunkReply
 from flowspec.weights.transfer.cache import Partial
 
 HEAD_NAME = "head"
@@ -43,7 +43,7 @@ class Wanted:
             self.num_asked += 1
             yield request
 
-    def take(self, part: Part) -> Partial | None:
+    def take(self, part: ChunkReply) -> Partial | None:
         """The file that a part goes on with; None where it is not the next one."""
         if not self._files or part.pieces is None:
             return None
@@ -86,7 +86,7 @@ class Writer:
     """Hashes and writes beside the network. An error stops it and comes out of `check`."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Partial, Part] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[Partial, ChunkReply] | None] = queue.Queue()
         self._error: Exception | None = None
         self._unwritten = 0
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class Writer:
         """Parts that have come and are not yet on disk."""
         return self._unwritten
 
-    def put(self, partial: Partial, part: Part) -> None:
+    def put(self, partial: Partial, part: ChunkReply) -> None:
         """Append a part to its file; the window bounds how many wait."""
         with self._lock:
             self._unwritten += 1

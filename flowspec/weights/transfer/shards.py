@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import CHUNK_BYTES, ChunkClient, ChunkServer, Part
+from flowspec.transport.chunks import CHUNK_BYTES, ChunkClient, ChunkReply, ChunkServer
 from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.tally import Tally
 from flowspec.weights.manifest import FileRecord, Manifest, parse_manifest, read_manifest
@@ -286,7 +286,7 @@ class _Fetch:
                 return
 
 
-def _check_known(part: Part, what: str) -> None:
+def _check_known(part: ChunkReply, what: str) -> None:
     if part.pieces is None and not part.busy:
         raise ClusterError(
             HEAD_NAME, f"has no {what} {part.digest.hex()[:12]}...; it serves another model by now"
