@@ -164,7 +164,7 @@ def step_eagle3(args: argparse.Namespace) -> None:
     layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else default
     eagle = args.out / "eagle"
     begun = (eagle / "model.safetensors").exists() and layers[-1] == default[-1]
-    plan = train_eagle3.Eagle3Plan(
+    plan = train_eagle3.Eagle3TrainingPlan(
         layers=layers,
         eagle=eagle if begun else None,
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,

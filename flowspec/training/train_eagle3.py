@@ -41,7 +41,7 @@ LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Eagle3Plan(HeadPlan):
+class Eagle3TrainingPlan(HeadPlan):
     """What to train, and for how long."""
 
     layers: tuple[int, ...]  # the features: output-of-layer ids, low to high
@@ -89,7 +89,7 @@ def exported(target: FastLlama, tensors: dict[str, Tensor]) -> FastEagle3:
     return head
 
 
-def new_head(target: FastLlama, ids: Tensor, plan: Eagle3Plan, short: Blocks) -> FastEagle3:
+def new_head(target: FastLlama, ids: Tensor, plan: Eagle3TrainingPlan, short: Blocks) -> FastEagle3:
     """A head that begins as the plan's EAGLE-1 head, or, without one, as the target's lm_head."""
     heads = (target.shape.num_heads, target.shape.num_heads, target.shape.head_dim)
     logger.info("eagle3 begins as %s", plan.eagle or "the target's lm_head on its last feature")
@@ -103,7 +103,10 @@ def new_head(target: FastLlama, ids: Tensor, plan: Eagle3Plan, short: Blocks) ->
 
 
 def train(
-    target: FastLlama, samples: list[corpus.Sample], held_out: list[corpus.Sample], plan: Eagle3Plan
+    target: FastLlama,
+    samples: list[corpus.Sample],
+    held_out: list[corpus.Sample],
+    plan: Eagle3TrainingPlan,
 ) -> tuple[FastEagle3, dict[str, Any]]:
     """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
     blocks, tests = (make_blocks(x, 0, plan.layers, LENGTHS) for x in (samples, held_out))
@@ -127,7 +130,7 @@ def train(
     return head, figures | {"layers": plan.layers, "covered": float(covered)}
 
 
-def export(head: FastEagle3, target: FastLlama, plan: Eagle3Plan, folder: Path) -> None:
+def export(head: FastEagle3, target: FastLlama, plan: Eagle3TrainingPlan, folder: Path) -> None:
     """Write the head in the official EAGLE-3 layout; the embedding is the target's."""
     folder.mkdir(parents=True, exist_ok=True)
     h, g, d = head.heads
