@@ -23,7 +23,7 @@ from flowspec.cluster.controller.requests import (
 )
 from flowspec.cluster.controller.stage_statistics import StageWatch
 from flowspec.cluster.device.stage_thread import AddressBook, listen
-from flowspec.cluster.membership.roster import Engage, GiveUp, Halt, Member, Resume
+from flowspec.cluster.membership.roster import Engage, FailRequests, Halt, Member, ResumeEpoch
 from flowspec.config import RunConfig
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.head.admission import TooLargeError
@@ -124,7 +124,7 @@ class Ended:
     done: Done
 
 
-Command: TypeAlias = Engage | Resume | Halt | GiveUp | NewRequest | CancelTicket
+Command: TypeAlias = Engage | ResumeEpoch | Halt | FailRequests | NewRequest | CancelTicket
 Event: TypeAlias = HeadBound | StageLost | Crossed | Blamed | MoreText | Ended
 
 
@@ -349,11 +349,11 @@ class HeadEngine:
         match command:
             case Engage():
                 self._engage(command)
-            case Resume():
+            case ResumeEpoch():
                 self._resume(command)
             case Halt():
                 self._halt(command)
-            case GiveUp():
+            case FailRequests():
                 self._inject(wire.GiveUp(error=str(command.error)))
             case NewRequest():
                 self._submit(command)
@@ -371,7 +371,7 @@ class HeadEngine:
         ends = self._transport.bound
         self._tell(HeadBound(command.epoch, Addresses(control=ends["control"], data=ends["data"])))
 
-    def _resume(self, command: Resume) -> None:
+    def _resume(self, command: ResumeEpoch) -> None:
         """All stages are there: go on where the accepted tokens end."""
         if self._transport is None:
             return
