@@ -1,27 +1,28 @@
-"""When nothing moves: whom to ask, when to say so, when to give up. No input or output."""
+"""Watchdog: decides when to ask silent stages, when to warn, and when to give up. Does no I/O."""
 
 from collections.abc import Collection, Mapping
 from enum import Enum
 
 ASK_S = 3.0
-WARN_S = 5.0  # a person waits so long without a question
+WARN_S = 5.0  # how long a person waits without asking
 
 
 class WatchdogAction(Enum):
-    """What is to be done now."""
+    """What the caller must do now."""
 
     WAIT = "wait"
-    ASK = "ask"  # all stages, by Ping
-    WARN = "warn"  # once: these have not answered
-    GIVE_UP = "give up"  # because these have not; none: all answer, and still nothing moves
+    ASK = "ask"  # send a Ping to all stages
+    WARN = "warn"  # once: the given ranks have not answered
+    # the given ranks have not answered; no ranks: all answer, but nothing moves
+    GIVE_UP = "give up"
 
 
 class Watchdog:
-    """The time since anything moved, held against `limit_s`. All times in seconds."""
+    """Compares the time since the last progress with `limit_s`. All times are in seconds."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        # at half of the limit whoever is given up later is asked, and a warning comes before that
+        # stages are asked at half the limit before any is given up, and a warning comes before that
         half = limit_s / 2
         self._asks_after = (ASK_S, half) if half > WARN_S else (half,)
         self._moved_at = 0.0
@@ -31,7 +32,7 @@ class Watchdog:
     def step(
         self, now: float, *, moved_at: float, ranks: Collection[int], heard_at: Mapping[int, float]
     ) -> tuple[WatchdogAction, list[int]]:
-        """The step, and the ranks it is about: those not heard since they were last asked."""
+        """Return the action and its ranks: those not heard since they were last asked."""
         silence = now - moved_at
         if moved_at != self._moved_at:
             self._moved_at, self._asked_at, self._has_warned = moved_at, [], False
