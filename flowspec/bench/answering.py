@@ -17,7 +17,7 @@ from flowspec.bench.experiment import Case, Group, Plan
 from flowspec.bench.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.bench.prompts import Prompt, first_turn
 from flowspec.bench.provenance import versions
-from flowspec.bench.records import Measured, Sample, TooLong
+from flowspec.bench.records import RunFigures, Sample, TooLong
 from flowspec.config import RunConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.base import Cluster, generate
@@ -186,7 +186,7 @@ class Workbench:
                 with self._local(case, folder) as cluster:
                     for number, one in enumerate(asked, start=1):
                         done.append(self._answer(cluster, number, one, group))
-            except (ClusterError, KeyboardInterrupt, signals.Ended) as error:
+            except (ClusterError, KeyboardInterrupt, signals.EndedBySignal) as error:
                 failure = error
             if done:
                 files = sorted(folder.glob("rank-*.jsonl"))
@@ -276,14 +276,14 @@ def sample_of(
     case: Case,
     group: Group,
     turn: tuple[str, int],
-    measured: Measured,
+    measured: RunFigures,
     *,
     started_at: str,
 ) -> Sample:
     """What was measured of a question's turn, with all that it is of."""
     (question, number), hashes = turn, plan.hashes(case)
     return Sample(
-        **{field.name: getattr(measured, field.name) for field in fields(Measured)},
+        **{field.name: getattr(measured, field.name) for field in fields(RunFigures)},
         key=plan.keys(case, group)[turn],
         cluster=plan.cluster,
         model=plan.model,

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowspec.bench.records import Measured, hash_tokens, repeated_share
+from flowspec.bench.records import RunFigures, hash_tokens, repeated_share
 from flowspec.protocol.messages import CLIENT, HEAD, Status
 from flowspec.request import Completion, DecodeStats, FinishReason
 from flowspec.tracing.idle_time import Span, track
@@ -107,7 +107,7 @@ def measure(
     num_prompt: int,
     doings: Doings,
     rows: RowCounts | None,
-) -> Measured:
+) -> RunFigures:
     """The figures of one finished request of `num_prompt` prompt tokens.
 
     `rows` are those of its time, None where nobody tells; `expected` is the truth.
@@ -119,7 +119,7 @@ def measure(
     not_drafted, not_in_flight = stats.mu
     # the last token's row is never needed
     num_needed = num_prompt - stats.num_prompt_reused + stats.num_tokens - 1
-    return Measured(
+    return RunFigures(
         prompt_tokens=num_prompt,
         tokens=stats.num_tokens,
         token_hash=hash_tokens(completion.tokens),

@@ -24,7 +24,7 @@ MAX_LINE_CHARS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class RunFigures:
     """What one run of one request gave. Times in seconds of the driver's clock, prefill apart."""
 
     prompt_tokens: int
@@ -60,7 +60,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample(Measured):
+class Sample(RunFigures):
     """A line of the file."""
 
     key: str

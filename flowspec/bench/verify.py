@@ -131,7 +131,7 @@ def find_divergence(
     return Divergence(at, expected[at], found[at], gap, resolution)
 
 
-class Verifier:
+class LosslessChecker:
     """Keeps the reference answers, so that each is computed once for all strategies."""
 
     def __init__(self, alone: LocalTarget) -> None:

@@ -186,7 +186,7 @@ def run_shown(
 
                 jobs = jobs or len(os.sched_getaffinity(0))
                 return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
-        except (ClusterError, PromptError, signals.Ended):
+        except (ClusterError, PromptError, signals.EndedBySignal):
             if text := kept():
                 print(text, file=sys.stderr, flush=True)
             raise

@@ -15,9 +15,9 @@ from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.join import pick_device
 from flowspec.cluster.device.report import is_jetson, measure_link, report_device, why_not_computed
 from flowspec.cluster.doctor import (
-    Finding,
-    HeadFacts,
+    CheckResult,
     Level,
+    LinkFacts,
     can_join,
     examine,
     examine_link,
@@ -73,7 +73,7 @@ def doctor(
 
 def _examine_head(
     head: str, token: str | None, token_file: Path | None, torch_device: str
-) -> list[Finding]:
+) -> list[CheckResult]:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
     try:
         keys = derive_keys(token or read_token(token_file))
@@ -83,7 +83,7 @@ def _examine_head(
         given = token or token_file or os.environ.get(TOKEN_VARIABLE)
         found = [examine_token(str(error) if given else "")]
         if reason:
-            found += examine_link(HeadFacts(where=head, why_unreachable=reason))
+            found += examine_link(LinkFacts(where=head, why_unreachable=reason))
         return found
     try:
         with HeadClient(host, port, keys) as client:
@@ -91,9 +91,9 @@ def _examine_head(
             status = client.status()
             own = local_address_towards(client.control.host, port)
     except ClusterError as error:
-        return list(examine_link(HeadFacts(where=head, why_unreachable=error.cause)))
+        return list(examine_link(LinkFacts(where=head, why_unreachable=error.cause)))
     dtype = status.model.dtype
-    facts = HeadFacts(
+    facts = LinkFacts(
         where=head,
         own_address=own,
         link=link,
@@ -115,7 +115,7 @@ def _check_cuda() -> tuple[bool, str]:
     return True, ""
 
 
-def _show(findings: list[Finding]) -> None:
+def _show(findings: list[CheckResult]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("", "what", "found", "what to do"):
         table.add_column(name, overflow="fold")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.bench.verify import Combination, Divergence, Verifier
+from flowspec.bench.verify import Combination, Divergence, LosslessChecker
 from flowspec.cli.bench_plan import check_sampling
 from flowspec.cli.common import (
     BUNDLED,
@@ -174,7 +174,7 @@ def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> di
 def _run(plan: _Plan) -> list[Combination]:
     torch.set_num_threads(1)  # small forwards; more threads only wait for one another
     rows: list[Combination] = []
-    verifier: Verifier | None = None
+    verifier: LosslessChecker | None = None
     console = Console(stderr=True)
     if plan.driver != "simulated":
         check_files_for(max(plan.stages))
@@ -205,7 +205,7 @@ def _run(plan: _Plan) -> list[Combination]:
                 alone = LocalTarget(
                     whole, parts.max_context, batch_invariant=config.batch_invariant
                 )
-                verifier = Verifier(alone)
+                verifier = LosslessChecker(alone)
                 tell(0, total)
             with _cluster(plan.driver, config, parts) as cluster:
                 for row in own:
@@ -218,7 +218,7 @@ def _check_row(
     plan: _Plan,
     row: Combination,
     cluster: Cluster,
-    verifier: Verifier,
+    verifier: LosslessChecker,
     parts: HeadParts,
     say: Callable[[str, Divergence | None], None],
 ) -> None:

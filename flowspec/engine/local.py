@@ -26,7 +26,7 @@ from flowspec.protocol.messages import Failed, Ping, Ready, Resume, Stop, Suspen
 from flowspec.request import ClusterError, rank_name
 from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, open_trace, trace_path
-from flowspec.runtime.watchdog import Step, Watchdog
+from flowspec.runtime.watchdog import Watchdog, WatchdogAction
 from flowspec.system import signals
 from flowspec.system.open_files import check_open_files
 from flowspec.transport.base import LOST, LostPeer, Transport
@@ -353,21 +353,21 @@ class LocalEngine(HeadEngine):
         )
         who = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
         match step:
-            case Step.ASK:
+            case WatchdogAction.ASK:
                 for rank in self.children:
                     self.transport.send(rank, Ping(rank=0))
                     self.loop.trace.sent(now, rank, Ping(rank=0))
-            case Step.WARN:
+            case WatchdogAction.WARN:
                 end = "it is restarted" if len(self.restarts) < self.max_restarts else "giving up"
                 seconds = now - moved_at
                 logger.warning(
                     "no answer from %s for %.0f s; %s after %.0f s", who, seconds, end, limit
                 )
-            case Step.GIVE_UP if silent:
+            case WatchdogAction.GIVE_UP if silent:
                 pid = self.children[silent[0]].pid
                 cause = f"process {pid} gave no answer for {limit / 2:.1f} s: it hangs"
                 raise ClusterError.of_rank(silent[0], cause)
-            case Step.GIVE_UP:
+            case WatchdogAction.GIVE_UP:
                 seconds = now - moved_at
                 cause = f"nothing has moved for {seconds:.0f} s; all stages answer"
                 raise ClusterError.of_rank(0, cause)

@@ -136,7 +136,7 @@ class TorchrunEngine(LocalEngine):
     ) -> None:
         # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ended = kind is not None and issubclass(kind, signals.Ended)
+        ended = kind is not None and issubclass(kind, signals.EndedBySignal)
         lost = self._find_lost() if ended else None
         super().__exit__(kind, error, trace)
         if lost is not None:

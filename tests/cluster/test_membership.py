@@ -6,13 +6,13 @@ import pytest
 
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.membership.roster import (
-    AbandonRequests,
+    FailRequests,
     Halt,
+    LogEvent,
     Place,
     Placement,
-    Resume,
-    Say,
-    Tell,
+    ResumeEpoch,
+    SendToDevice,
 )
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
@@ -60,7 +60,7 @@ def test_layers_are_given_out_once_they_are_covered():
     serve = world.last(a, Serve)
     assert serve == world.last(b, Serve)
     assert [x.control for x in serve.addresses] == [HEAD.control, "tcp://a/1:1", "tcp://b/2:1"]
-    assert isinstance(world.effects[-2], Resume)
+    assert isinstance(world.effects[-2], ResumeEpoch)
 
 
 def test_it_waits_a_moment_for_further_devices():
@@ -257,7 +257,7 @@ def test_open_requests_end_when_nobody_comes():
     a, b = world.serving(4, 4)
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(40.0, a)
-    ends = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    ends = [e for e in world.effects if isinstance(e, FailRequests)]
     assert len(ends) == 1
     assert "20 s" in ends[0].error.cause
     c = world.join("c")
@@ -270,7 +270,7 @@ def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, 
     """Nothing is wrong with a head that nobody has joined yet."""
     world = World(give_up_s=20.0)
     world.pass_time(25.0, idle=idle)
-    (said,) = [e for e in world.effects if isinstance(e, Say) and "not been covered" in e.text]
+    (said,) = [e for e in world.effects if isinstance(e, LogEvent) and "not been covered" in e.text]
     assert said.level == level
     assert "requests are refused until they are" in said.text
 
@@ -392,7 +392,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     rejoined = 0
-    while not any(isinstance(e, AbandonRequests) for e in world.effects):
+    while not any(isinstance(e, FailRequests) for e in world.effects):
         rejoined += 1
         assert rejoined < 50, "it goes on for ever"
         world.apply(world.members.unreachable(b, world.now))
@@ -400,7 +400,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
         b = world.join("b")
         world.load(a, b)
     assert rejoined <= MAX_ATTEMPTS
-    (end,) = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
     assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
     assert world.members.gave_up
     world.pass_time(1.0, a, b)
@@ -421,7 +421,7 @@ def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
         world.pass_time(2.0, a, b)
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(4.5, a)
-    (end,) = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
     assert "not been covered for 20 s" in end.error.cause
 
 
@@ -435,7 +435,7 @@ def test_a_cluster_that_has_served_begins_to_count_anew():
         world.pass_time(4.5, a)
         b = world.join("b")
         world.load(a, b)
-    assert not any(isinstance(e, AbandonRequests) for e in world.effects)
+    assert not any(isinstance(e, FailRequests) for e in world.effects)
 
 
 def test_a_halt_says_whether_a_request_can_be_its_cause():
@@ -490,7 +490,7 @@ def test_the_end_of_a_cause_is_progress():
         b = world.join("b")
         world.load(a, b)
         world.members.forgive((epoch,), world.now)
-    assert not any(isinstance(e, AbandonRequests) for e in world.effects)
+    assert not any(isinstance(e, FailRequests) for e in world.effects)
     assert world.members.uncovered_since == world.now
 
 
@@ -505,7 +505,7 @@ def test_the_head_hears_of_a_loss_before_stages_leave():
     tells = [
         k
         for k, effect in enumerate(new)
-        if isinstance(effect, Tell) and isinstance(effect.message, Release | Refuse)
+        if isinstance(effect, SendToDevice) and isinstance(effect.message, Release | Refuse)
     ]
     assert len(tells) == 2
     assert halt < min(tells)

@@ -163,7 +163,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
     raised = shell(f"ulimit -S -n 24; {sys.executable} -c '{code}'", tmp_path)
     assert int(raised.stdout) == (4096 if hard == resource.RLIM_INFINITY else min(4096, hard))
     few = shell(f"ulimit -n 24; {sys.executable} -c '{code}'", tmp_path)
-    assert "this process may have 24 files open, needed: 100; raise the limit" in few.stderr
+    assert "this process may open 24 files, but needs 100; raise the limit" in few.stderr
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_too_few_files_are_told_before_anything_starts(
         monkeypatch.setattr(late, lambda _: pytest.fail("too late"))
     assert run_main(words, monkeypatch) == 3
     *_, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: this process may have 24 files open, needed: ")
+    assert error.startswith("error: this process may open 24 files, but needs ")
     assert "ulimit -n 1024" in error
 
 

@@ -9,11 +9,11 @@ from flowspec.cluster.membership.roster import (
     Effect,
     Engage,
     Halt,
+    LogEvent,
     MembershipConfig,
     Place,
     Placement,
-    Say,
-    Tell,
+    SendToDevice,
 )
 from flowspec.protocol.control import (
     Addresses,
@@ -84,7 +84,7 @@ class World:
         """Note them; the head's own sockets are there at once."""
         for effect in effects:
             self.effects.append(effect)
-            if isinstance(effect, Tell):
+            if isinstance(effect, SendToDevice):
                 self.told.setdefault(effect.peer, []).append(effect.message)
             if isinstance(effect, Engage):
                 self.apply(self.members.head_bound(effect.epoch, HEAD))
@@ -139,7 +139,7 @@ class World:
 
     def said(self) -> str:
         """All that was said."""
-        return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, Say))
+        return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, LogEvent))
 
     def halts(self) -> list[Halt]:
         """Epochs that ended."""

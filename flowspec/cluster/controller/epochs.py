@@ -124,7 +124,7 @@ class Ended:
     done: Done
 
 
-Command: TypeAlias = Engage | Resume | Halt | GiveUp | NewRequest | CancelTicket
+Command: TypeAlias = Engage | ResumeEpoch | Halt | FailRequests | NewRequest | CancelTicket
 Event: TypeAlias = HeadBound | StageLost | Crossed | Blamed | MoreText | Ended
 
 
@@ -349,11 +349,11 @@ class HeadEngine:
         match command:
             case Engage():
                 self._engage(command)
-            case Resume():
+            case ResumeEpoch():
                 self._resume(command)
             case Halt():
                 self._halt(command)
-            case GiveUp():
+            case FailRequests():
                 self._inject(wire.GiveUp(error=str(command.error)))
             case NewRequest():
                 self._submit(command)
@@ -371,7 +371,7 @@ class HeadEngine:
         ends = self._transport.bound
         self._tell(HeadBound(command.epoch, Addresses(control=ends["control"], data=ends["data"])))
 
-    def _resume(self, command: Resume) -> None:
+    def _resume(self, command: ResumeEpoch) -> None:
         """All stages are there: go on where the accepted tokens end."""
         if self._transport is None:
             return

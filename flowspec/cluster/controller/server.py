@@ -23,7 +23,15 @@ from flowspec.cluster.controller.epochs import (
 )
 from flowspec.cluster.controller.status import HeadFacts, cluster_status
 from flowspec.cluster.membership.membership import Membership, Phase
-from flowspec.cluster.membership.roster import Effect, Engage, GiveUp, Halt, Resume, Say, Tell
+from flowspec.cluster.membership.roster import (
+    Effect,
+    Engage,
+    FailRequests,
+    Halt,
+    LogEvent,
+    ResumeEpoch,
+    SendToDevice,
+)
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Ask,
@@ -78,7 +86,7 @@ class HeadServer:
         new_engine: Callable[[Callable[[Event], None]], HeadEngine],
         *,
         sizes: ModelSizes,
-        on_say: Callable[[Say], None] = lambda say: None,
+        on_say: Callable[[LogEvent], None] = lambda say: None,
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.control, self.membership = control, membership
@@ -258,9 +266,9 @@ class HeadServer:
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
-                case Tell():
+                case SendToDevice():
                     self._send(effect.peer, effect.message)
-                case Say():
+                case LogEvent():
                     self._on_say(effect)
                 case Halt():
                     self.engine.post(effect)
@@ -271,7 +279,7 @@ class HeadServer:
                             f"and ends if nobody holds them within {left}"
                         )
                         self._send(caller.peer, Note(id=caller.id, text=text[:4000]))
-                case Engage() | Resume() | GiveUp():
+                case Engage() | ResumeEpoch() | FailRequests():
                     self.engine.post(effect)
 
     def _from_engine(self, event: Event) -> None:

@@ -16,7 +16,7 @@ from flowspec.transport.secure.keys import Keys
 from flowspec.transport.zmq import ZmqTransport
 
 log = logging.getLogger(__name__)
-AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> lane -> address; read when needed
+AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> channel -> address; read when needed
 TURN_S = 0.1  # how soon an idle stage notices that its epoch is over
 CAUSE_FIRST_S = 1.0  # for the head to hear of a loss before this stage leaves
 STOP_TIMEOUT_S = 30.0  # a forward may have to end first

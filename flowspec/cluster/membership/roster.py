@@ -120,7 +120,7 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class SendToDevice:
     """Send to a device."""
 
     peer: bytes
@@ -128,7 +128,7 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
-class Say:
+class LogEvent:
     """For the log and whoever watches; `level` as in logging, `device` empty: the head."""
 
     text: str
@@ -156,7 +156,7 @@ class Engage:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class ResumeEpoch:
     """Every stage has been told of every other: go on."""
 
     epoch: int
@@ -176,10 +176,10 @@ class Halt:
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
+class FailRequests:
     """The layers have been uncovered for too long: open requests end with this."""
 
     error: ClusterError
 
 
-Effect: TypeAlias = Tell | Say | Engage | Resume | Halt | GiveUp
+Effect: TypeAlias = SendToDevice | LogEvent | Engage | ResumeEpoch | Halt | FailRequests
