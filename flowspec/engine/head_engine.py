@@ -180,7 +180,11 @@ class HeadEngine(ABC):
 
     @abstractmethod
     def turn(self, timeout_s: float) -> None:
-        """One turn of the loop; watch the stages, and replace those that are lost."""
+        """One turn of the loop, and a look at the stages. Raises ClusterError where one is lost."""
+
+    @abstractmethod
+    def lose(self, error: ClusterError | WireError) -> None:
+        """A turn or a command has met a lost stage, or a frame that is no message."""
 
     def named(self, failure: Failure) -> Failure:
         """The failure with the name of the device that holds the stage, where it has one."""
@@ -199,8 +203,11 @@ class HeadEngine(ABC):
         torch.set_num_threads(self._num_threads)
         try:
             while not self._stopping.is_set():
-                self._obey()
-                self.turn(TURN_S if self.is_busy else IDLE_S)
+                try:
+                    self._obey()
+                    self.turn(TURN_S if self.is_busy else IDLE_S)
+                except (ClusterError, WireError) as error:
+                    self.lose(error)
                 self.deliver()
         except Exception as error:
             log.exception("the head has failed")
@@ -219,6 +226,10 @@ class HeadEngine(ABC):
         if not self.is_busy:
             self.loop.last_progress = time.monotonic()
         self.inject(Submit(request=request))
+        self.register(request)
+
+    def register(self, request: Request) -> None:
+        """A request has come to the core."""
 
     def deliver(self) -> None:
         """Give the streams what the core has for its clients."""

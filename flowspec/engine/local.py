@@ -172,20 +172,21 @@ class LocalEngine(HeadEngine):
 
     def turn(self, timeout_s: float) -> None:
         """One turn; while requests are open, a look at the processes and at whether all moves."""
-        try:
-            self.loop.turn(timeout_s)
-            if not self.is_busy:
-                return
-            if time.monotonic() - self._looked_at > LOOK_EVERY_S:
-                self._check_children()
-                self._check_progress()
-                self._looked_at = time.monotonic()
-            if (outage := self.head.outage) is not None:
-                where = outage.place or "head"
-                raise ClusterError(where, outage.cause, rank=outage.rank)
-        except WireError as error:
+        self.loop.turn(timeout_s)
+        if not self.is_busy:
+            return
+        if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._check_children()
+            self._check_progress()
+            self._looked_at = time.monotonic()
+        if (outage := self.head.outage) is not None:
+            raise ClusterError(outage.place or "head", outage.cause, rank=outage.rank)
+
+    def lose(self, error: ClusterError | WireError) -> None:
+        """Restart what is lost, if that is allowed; a frame that is no message ends all requests."""
+        if isinstance(error, WireError):
             self.abandon(failure_of_loss(error))
-        except ClusterError as error:
+        else:
             self._recover(self._explain(error))
 
     def _recover(self, error: ClusterError) -> None:

@@ -265,7 +265,9 @@ class Ready:
     kind: Literal["ready"] = "ready"
     stage: Int32
     model: Name
-    num_kv_tokens: Count = 0  # rows of all requests together that its memory holds; 0: no limit known
+    num_kv_tokens: Count = (
+        0  # rows of all requests together that its memory holds; 0: no limit known
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.system.address import Address, parse_url, resolve, unmapped, zone_of
 from flowspec.transport.secure.curve import MAX_PIECE_BYTES, Guard, ListenError
 from flowspec.transport.secure.keys import Keys
+from flowspec.transport.wake import Wake
 
 MAX_PIECES = 256
 MAX_QUEUED = 1000  # messages per peer and direction
@@ -152,6 +153,8 @@ class ControlClient:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        self._wake = Wake()
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def connect(self, timeout_s: float) -> str:
         """Connect within `timeout_s`; return the reason of a failure, else an empty text."""
@@ -183,6 +186,7 @@ class ControlClient:
         May set `is_connected` False.
         """
         self._poller.poll(int(timeout_s * 1e3))
+        self._wake.clear()
         while self._monitor.poll(0):
             event = int(recv_monitor_message(self._monitor)["event"])
             self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -201,11 +205,16 @@ class ControlClient:
         except zmq.ZMQError as error:
             raise UnreachableError(error.strerror) from None
 
+    def wake(self) -> None:
+        """End a waiting `receive`; any thread may call this."""
+        self._wake.set()
+
     def close(self) -> None:
         """Close the socket; messages that were sent are still delivered within half a second."""
         self._guard.close()
         self._socket.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
+        self._wake.close()
 
     def _try_next(self) -> None:
         """Replace the address in use by the host's next one."""

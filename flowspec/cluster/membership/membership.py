@@ -47,7 +47,7 @@ from flowspec.protocol.control import (
     Welcome,
     WhoAreYou,
 )
-from flowspec.request import ClusterError
+from flowspec.request import Failure
 
 
 def refuse(hello: Hello, config: MembershipConfig) -> Refuse | None:
@@ -321,18 +321,18 @@ class Membership:
             del self.gone[next(iter(self.gone))]
         effects: list[Effect] = [LogEvent(cause, device.name, "warning")]
         if device.rank:
-            error = ClusterError(f"stage {device.rank} on {device.name}", cause)
-            effects += self._halt(error, now, in_order=in_order)
+            failure = Failure(cause=cause, rank=device.rank, device=device.name)
+            effects += self._halt(failure, now, in_order=in_order)
         if tell:
             effects.append(SendToDevice(device.peer, Refuse(why=cause, retry=not final)))
         return [*effects, *self._try_to_cover(now)]
 
-    def _halt(self, error: ClusterError, now: float, *, in_order: bool) -> list[Effect]:
+    def _halt(self, failure: Failure, now: float, *, in_order: bool) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return []
         # the head first: connections break as the stages leave, which must not look like the cause
         effects: list[Effect] = [
-            Halt(self.epoch, error, in_order),
+            Halt(self.epoch, failure, in_order),
             *(SendToDevice(device.peer, Release(epoch=self.epoch)) for device in self._stages()),
         ]
         for device in self.devices.values():
@@ -400,7 +400,7 @@ class Membership:
             f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
             f"{before * 1e3:.3g} ms as it is"
         )
-        halt = self._halt(ClusterError("head", why), now, in_order=True)
+        halt = self._halt(Failure(cause=why, rank=0), now, in_order=True)
         return [LogEvent(why), *halt, *self._begin(placement, now)]
 
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
@@ -457,7 +457,7 @@ class Membership:
         cause = f"{cause}; {self.missing()}"
         level = "info" if idle else "error"  # nobody has lost anything where nobody asked
         say = LogEvent(f"{cause}; requests are refused until {until}", level=level)
-        return [FailRequests(ClusterError("head", cause)), say]
+        return [FailRequests(Failure(cause=cause, rank=0)), say]
 
     def missing(self) -> str:
         """Why the cluster does not serve now, in one line."""

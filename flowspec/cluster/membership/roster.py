@@ -14,7 +14,7 @@ from flowspec.protocol.control import (
     StageReady,
     ToDevice,
 )
-from flowspec.request import ClusterError
+from flowspec.request import Failure
 
 MIN_HEARTBEAT_S = 0.05
 
@@ -171,7 +171,7 @@ class Halt:
     """
 
     epoch: int
-    error: ClusterError
+    failure: Failure
     in_order: bool = False
 
 
@@ -179,7 +179,7 @@ class Halt:
 class FailRequests:
     """The layers have been uncovered for too long: open requests end with this."""
 
-    error: ClusterError
+    failure: Failure
 
 
 Effect: TypeAlias = SendToDevice | LogEvent | Engage | ResumeEpoch | Halt | FailRequests
