@@ -7,8 +7,9 @@ frame itself is capped by the socket before it is read. docs/cluster.md has the 
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from flowspec.protocol.schema import Count, Int64, MessageCodec, Name, Rate, Seconds, WireError
 from flowspec.request import DecodeStats, Latencies
 from flowspec.system.address import as_seen_here
 
@@ -18,13 +19,9 @@ MAX_ASK_BYTES = (
 )  # a conversation alone may be so long: over 100 bytes for each of 128k tokens
 MAX_STAGES = 256
 
-Name = Annotated[str, Field(max_length=200)]
 Words = Annotated[str, Field(max_length=4000)]
 Text = Annotated[str, Field(max_length=MAX_MESSAGE_BYTES // 4)]
 LongText = Annotated[str, Field(max_length=MAX_ASK_BYTES)]
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0.0, le=1e18, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -43,7 +40,7 @@ COPIED = (  # from DecodeStats as they are
 )
 MOMENTS = ("first_token_at", "last_token_at", "finished_at")
 
-Value = bool | int | Annotated[float, Field(allow_inf_nan=False)]
+Value = bool | Int64 | Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Decoding(Strict):
@@ -62,7 +59,8 @@ class StageFigures(Strict):
 
     rows_pruned: Count  # by all stages
     rows_run_by_last: Count  # prompt rows included
-    busy_s: Annotated[tuple[Seconds, ...], Field(max_length=MAX_STAGES)]  # since the first token
+    # since the first token
+    busy_s: Annotated[tuple[Seconds, ...], Field(max_length=MAX_STAGES), FailFast()]
 
 
 class Figures(Strict):
@@ -90,8 +88,8 @@ class Figures(Strict):
     first_token_at: Seconds
     last_token_at: Seconds
     finished_at: Seconds
-    runs: Annotated[tuple[Count, ...], Field(max_length=MAX_TOKENS)]
-    latency_bins: Annotated[tuple[tuple[int, Count], ...], Field(max_length=MAX_BINS)]
+    runs: Annotated[tuple[Count, ...], Field(max_length=MAX_TOKENS), FailFast()]
+    latency_bins: Annotated[tuple[tuple[Int64, Count], ...], Field(max_length=MAX_BINS), FailFast()]
     num_zero_latencies: Count
     epoch: Count  # in which it ended
     first_epoch: Count = 0  # in which it came; 0: between two
@@ -139,8 +137,8 @@ PROTOCOL_VERSION = 3
 _ASK = b'{"kind":"ask",'  # what `pack` begins it with: no other message may be as long
 
 
-class ControlError(ValueError):
-    """Bytes that are no message of this protocol."""
+class ControlError(WireError):
+    """Bytes that are no message of the control protocol."""
 
 
 class Interface(Strict):
@@ -179,7 +177,7 @@ class DeviceReport(Strict):
     power_mode: Name = ""
     bandwidth_bytes_per_s: Rate = 0.0  # of the memory that weights are read from, measured
     flops: Rate = 0.0  # of a matrix product as in a forward, measured
-    interfaces: Annotated[tuple[Interface, ...], Field(max_length=32)] = ()
+    interfaces: Annotated[tuple[Interface, ...], Field(max_length=32), FailFast()] = ()
     python: Name = ""
     torch: Name = ""
     link: Link = Link()
@@ -288,7 +286,7 @@ class Serve(Strict):
 
     kind: Literal["serve"] = "serve"
     epoch: Count
-    addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1)]
+    addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1), FailFast()]
 
 
 class Release(Strict):
@@ -359,14 +357,14 @@ class Ask(Strict):
     protocol: Count = PROTOCOL_VERSION
     version: Name
     id: Count
-    turns: Annotated[tuple[Turn, ...], Field(min_length=1, max_length=1000)]
+    turns: Annotated[tuple[Turn, ...], Field(min_length=1, max_length=1000), FailFast()]
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     temperature: Seconds = 0.0
     top_k: Count = 0
     top_p: Seconds = 1.0
     min_p: Seconds = 0.0
     seed: Count = 0
-    stop: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+    stop: Annotated[tuple[Name, ...], Field(max_length=16), FailFast()] = ()
     decoding: Decoding | None = None  # None: as the cluster was served
 
 
@@ -375,7 +373,7 @@ class Piece(Strict):
 
     kind: Literal["piece"] = "piece"
     id: Count
-    tokens: Annotated[tuple[int, ...], Field(max_length=4096)]
+    tokens: Annotated[tuple[Int64, ...], Field(max_length=4096), FailFast()]
     text: Text
 
 
@@ -439,7 +437,7 @@ class DeviceStatus(Strict):
     name: Name
     state: Literal["serving", "loading", "spare", "too small", "lost"]
     about: Words = ""
-    rank: int = 0
+    rank: Count = 0
     layers: tuple[Count, Count] | None = None
     report: DeviceReport
     heartbeat_age_s: Seconds = 0.0
@@ -474,7 +472,7 @@ class ClusterStatus(Strict):
     requests_waiting: Count
     requests_done: Count
     requests_failed: Count
-    devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=MAX_STAGES)]
+    devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=MAX_STAGES), FailFast()]
 
 
 FromDevice: TypeAlias = Hello | Progress | StageReady | Trouble | Beat | Bye
@@ -482,22 +480,17 @@ ToDevice: TypeAlias = Welcome | Refuse | Assign | Serve | Release | Standby | Be
 FromClient: TypeAlias = Ask | Drop | AskStatus | Echo
 ToClient: TypeAlias = Piece | Note | Done | ClusterStatus | Echo | Refuse
 Control: TypeAlias = FromDevice | ToDevice | FromClient | ToClient
-_ADAPTER: TypeAdapter[Control] = TypeAdapter(Annotated[Control, Field(discriminator="kind")])
+_CODEC: MessageCodec[Control] = MessageCodec(
+    Control, max_bytes=MAX_MESSAGE_BYTES, error=ControlError
+)
 
 
 def pack(message: Control) -> bytes:
     """A message as one frame."""
-    return message.model_dump_json(exclude_defaults=False).encode()
+    return _CODEC.encode(message)
 
 
 def unpack(frame: bytes) -> Control:
     """The message in a frame. Raises ControlError saying what is wrong with it."""
-    limit = MAX_ASK_BYTES if frame.startswith(_ASK) else MAX_MESSAGE_BYTES
-    if len(frame) > limit:
-        raise ControlError(f"{len(frame)} bytes, at most {limit}")
-    try:
-        return _ADAPTER.validate_json(frame)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
-        raise ControlError(f"{where or 'message'}: {first['msg'][:200]}") from None
+    is_ask = frame.startswith(_ASK)
+    return _CODEC.decode(frame, max_bytes=MAX_ASK_BYTES if is_ask else MAX_MESSAGE_BYTES)
