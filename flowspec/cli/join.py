@@ -28,6 +28,7 @@ from flowspec.protocol.control import (
 from flowspec.system.address import parse_address, parse_host
 from flowspec.system.bundled import find_bundled
 from flowspec.system.open_files import check_open_files
+from flowspec.system.process_title import name_process
 from flowspec.transport.secure.token import derive_keys, read_token
 from flowspec.weights.checkpoint import check_model
 from flowspec.weights.transfer.cache import ShardCache
@@ -108,6 +109,7 @@ def join(
         on_event=lambda message: _show(watch, message),
         power=find_power_meter(),
     )
+    name_process(f"join {name}")
     try:
         joiner.run()
     except JoinRefusedError as error:

@@ -29,6 +29,7 @@ from flowspec.engine.torchrun import TorchrunCluster, fit_to_launch, serve_rank
 from flowspec.request import Completion, Request, error_of
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES, check_taken
+from flowspec.system.process_title import name_process
 from flowspec.tracing.chrome_trace import check_trace_path, tracing
 from flowspec.transport.by_name import TRUSTED_ONLY
 from flowspec.weights.load import load_whole
@@ -158,6 +159,7 @@ def _generate(
     launch = find_launch()
     if launch is not None:
         if launch.rank > 0:
+            name_process(f"stage {launch.rank}")
             raise typer.Exit(serve_rank(config, launch))
         config = fit_to_launch(config, launch)
     _check_before_loading(config, is_local=launch is None)
@@ -184,6 +186,7 @@ def _generate(
         config = replace(config, decode={**config.decode, "max_in_flight": in_flight})
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
+    name_process("head")
     if config.transport != "zmq":
         typer.echo(f"{config.transport}: {TRUSTED_ONLY}", err=True)
     new_cluster = partial(TorchrunCluster, launch=launch) if launch else LocalCluster

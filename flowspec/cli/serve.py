@@ -53,6 +53,7 @@ from flowspec.system.address import (
 )
 from flowspec.system.home import home_folder
 from flowspec.system.open_files import check_open_files
+from flowspec.system.process_title import name_process
 from flowspec.transport.control_sockets import ControlServer
 from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.token import (
@@ -194,6 +195,7 @@ def serve(
             stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
             watch.say(f"devices are started over ssh; what they say is in {logs}")
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
+        name_process("head")
         server.start()
         head = _print_line(watch, reached_at(host, control.host), control.port, token)
         _say_how_to_ask(watch, head, parts, token_from)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flowspec.system.parent import end_with_stdin
+from flowspec.system.process_title import name_process
 
 
 def stage(
@@ -26,6 +27,7 @@ def stage(
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     end_with_stdin()
+    name_process(f"stage {rank}")
     # torch takes seconds to import, and the head may be gone before
     from flowspec.engine.stage_process import WorkerConfig, run_worker
 
