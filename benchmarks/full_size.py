@@ -24,7 +24,7 @@ from random import Random
 
 import torch
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.base import generate
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
@@ -146,7 +146,7 @@ def split(source: Path, out: Path, stages: int) -> dict[str, int]:
     return seen
 
 
-def run(config: RunConfig, out: Path, request: Request) -> Completion:
+def run(config: EngineConfig, out: Path, request: Request) -> Completion:
     """Start the processes, answer `request`, report."""
     Path("/proc/self/clear_refs").write_text("5")  # the head's peak, not this script's so far
     start = time.perf_counter()
@@ -180,7 +180,7 @@ def main() -> None:
     if source.exists() or out.exists():
         raise SystemExit(f"{options.folder} has a checkpoint or split already; give another folder")
     torch.set_num_threads(options.threads)
-    config = RunConfig(
+    config = EngineConfig(
         model=str(out),
         strategy="ar",
         drafter="none",

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowspec.cli.common import BUNDLED
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
@@ -296,7 +296,7 @@ def main() -> int:
     profile = cProfile.Profile() if options.profile else None
     with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
         split = make_split(Path(name))
-        config = RunConfig(
+        config = EngineConfig(
             model=str(split),
             decode={
                 "num_draft_tokens": options.num_draft_tokens,

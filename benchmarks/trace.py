@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from flowspec.cli.common import draft_folder, split_folder
-from flowspec.config import RunConfig, override
+from flowspec.config import EngineConfig, override
 from flowspec.engine.base import generate
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
@@ -102,7 +102,7 @@ def turn_us(trace: Trace, count: int = 2000, repeats: int = 30) -> float:
 
 def bench_runs(pairs: int) -> list[tuple[float, float]]:
     """Tokens per second without and with a trace, the two clusters in turn."""
-    config = RunConfig(stages=2)
+    config = EngineConfig(stages=2)
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     torch.set_num_threads(1)
     parts = load_head_parts(config, split_folder(config))

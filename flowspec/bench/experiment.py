@@ -15,9 +15,9 @@ from typing import Any
 
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import hash_of
-from flowspec.config import RunConfig, override, read_yaml
+from flowspec.config import EngineConfig, new_name, override, read_yaml, with_new_names
 from flowspec.cost_model.emulation import Emulation
-from flowspec.speculation.drafters import parse_drafter
+from flowspec.speculation.drafters import current_drafter, parse_drafter
 from flowspec.speculation.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
 from flowspec.system.bundled import find_bundled
 
@@ -39,7 +39,7 @@ class Case:
         """Without its switches."""
         return parse_drafter(self.drafter)[0]
 
-    def config(self, base: RunConfig) -> RunConfig:
+    def config(self, base: EngineConfig) -> EngineConfig:
         """`base` with this strategy."""
         values = {"strategy": self.strategy, "drafter": self.drafter_name}
         return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
@@ -182,6 +182,7 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
     if name not in data:
         raise ValueError(f"{path} has no table {name!r}; it has: {', '.join(map(str, data))}")
     table = data[name] or {}
+    table = with_new_names(table) if isinstance(table, dict) else table
     where = f"{path}: {name}"
     if not isinstance(table, dict) or not all(
         isinstance(values, dict) or values is None for values in table.values()
@@ -192,7 +193,8 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
         known = ", ".join((EVERY, *STRATEGIES))
         raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
     every = table.get(EVERY) or {}
-    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in specs}
+    every = with_new_names(every)
+    found = {name: {**every, **with_new_names(table.get(name) or {})} for name in specs}
     for strategy, values in found.items():
         override(specs[strategy].defaults, values, where=f"{where}: {strategy}")
     return found
@@ -208,6 +210,7 @@ def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[s
     for setting in settings:
         name, equals, value = setting.partition("=")
         strategy, dot, key = name.rpartition(".")
+        key = new_name(key)
         if not equals or not key or (dot and strategy not in found):
             raise ValueError(
                 f"--set {setting!a}: give strategy.key=value, of {', '.join(strategies)}, or "
@@ -249,5 +252,5 @@ def make_cases(
             if settings.get(strategy):
                 where = f"{options}, {where}"  # the table by itself has been checked
             effective = override(find_strategy(strategy).defaults, values, where=where)
-            cases.append(Case(strategy, drafter, asdict(effective)))
+            cases.append(Case(strategy, current_drafter(drafter), asdict(effective)))
     return tuple(cases)

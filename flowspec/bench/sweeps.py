@@ -13,7 +13,7 @@ from flowspec.bench.aggregate import MEAN, Row, summarize
 from flowspec.bench.records import Sample
 from flowspec.bench.report import describe
 from flowspec.bench.settings import Setting, check_one
-from flowspec.config import DecodeConfig
+from flowspec.config import DecodeConfig, new_name
 from flowspec.cost_model.profiles import ClusterProfile, read_cluster, read_model
 from flowspec.speculation.strategies import STRATEGIES
 
@@ -146,6 +146,7 @@ class Sweep:
 
 def find_axis(name: str) -> Axis:
     """By name. Raises ValueError listing the known ones."""
+    name = new_name(name)
     if name not in AXES:
         raise ValueError(f"nothing to vary is called {name!a}; known: {', '.join(AXES)}")
     return AXES[name]

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Protocol
 
 from flowspec.cluster.controller.stage_statistics import settled
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import DecodeConfig, EngineConfig
 from flowspec.cost_model.emulation import Emulation, read_emulation
 from flowspec.engine.build import HeadParts, build_head
+from flowspec.engine.stage_process import StageConfig
 from flowspec.head.answers import Answers
 from flowspec.head.head import Head
 from flowspec.protocol.codec import WireError
@@ -149,7 +150,7 @@ class LocalCluster:
     """
 
     def __init__(
-        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+        self, config: EngineConfig, parts: HeadParts, trace_folder: Path | None = None
     ) -> None:
         self.config = config
         self.trace_folder = trace_folder
@@ -331,7 +332,7 @@ class LocalCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_transport(self) -> Transport:
-        device = rank_device(self.config.transport, self.config.device, 0)
+        device = rank_device(self.config.transport, self.config.local.device, 0)
         kind, stages = self.config.transport, self.num_stages
         inner = local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
         if self.emulation is None:
@@ -339,30 +340,34 @@ class LocalCluster:
         return EmulatedTransport(inner, 0, self.emulation.link)
 
     def _spawn(self, rank: int) -> Child:
-        config = self.config
-        command = [
-            *(sys.executable, "-m", "flowspec", "stage"),
-            *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
-            *("--rank", str(rank), "--num-stages", str(self.num_stages)),
-            *("--device", rank_device(config.transport, config.device, rank)),
-            *("--dtype", config.dtype, "--transport", config.transport),
-            *("--threads", str(config.threads_per_process)),
-            *("--kv-memory-mb", str(config.kv_memory_mb)),
-        ]
-        if config.emulate:
-            command += ["--emulate", config.emulate]
-            command += ["--emulate-slowdown", str(config.emulate_slowdown)]
-        if config.batch_invariant:
-            command.append("--batch-invariant")
-        command += ["--epoch", str(self.head.pipe.epoch)]
-        if self.trace_folder is not None:
-            command += ["--trace-file", str(self._trace_file(rank))]
+        command = [sys.executable, "-m", "flowspec", "stage", str(self._write_config(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
             # pipe on stdin tells a stage when the head is gone without a word.
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
+
+    def _write_config(self, rank: int) -> Path:
+        """The file that tells a stage all it has to know; only this user may read its folder."""
+        config = self.config
+        device = rank_device(config.transport, config.local.device, rank)
+        stage = StageConfig(
+            split_folder=self.parts.folder.resolve(),
+            socket_folder=self.folder,
+            rank=rank,
+            num_stages=self.num_stages,
+            numerics=config.numerics,
+            local=config.local.changed(device=device),
+            transport=config.transport,
+            emulate=config.emulate,
+            emulate_slowdown=config.emulate_slowdown,
+            trace_file=self._trace_file(rank),
+            epoch=self.head.pipe.epoch,
+        )
+        file = Path(self.folder) / f"stage_{rank}.json"
+        file.write_text(stage.model_dump_json())
+        return file
 
     def _await_ready(self, ranks: set[int]) -> None:
         """Until each of these stages has loaded the right model."""
@@ -374,12 +379,12 @@ class LocalCluster:
             signals.check()
             for message in self._receive():
                 match message:
-                    case Ready() if message.model == self.parts.manifest.model_hash:
+                    case Ready() if why := self._refusal(message):
+                        raise ClusterError(rank_name(message.stage), why)
+                    case Ready():
                         ready.add(message.stage)
                         self.num_kv_tokens[message.stage] = message.num_kv_tokens
                         self.head.admission.limit_rows(message.num_kv_tokens)
-                    case Ready():
-                        raise ClusterError(rank_name(message.stage), "has loaded another split")
                     case Failed() if message.epoch == self.head.pipe.epoch:
                         raise ClusterError(rank_name(message.stage), message.text)
             self._check_children()
@@ -388,6 +393,12 @@ class LocalCluster:
                 raise ClusterError(
                     rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 )
+
+    def _refusal(self, ready: Ready) -> str:
+        """Why a stage that is ready cannot be part of this run; empty where it can."""
+        if ready.model != self.parts.manifest.model_hash:
+            return "has loaded another split"
+        return self.config.numerics.refusal(ready.numerics)
 
     def _await_closed(self) -> None:
         """Until the stages have freed the request and told their totals, a second at most."""
@@ -480,7 +491,7 @@ class LocalCluster:
         return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
-def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
+def _emulation(config: EngineConfig, num_stages: int) -> Emulation | None:
     if not config.emulate:
         return None
     emulation = read_emulation(

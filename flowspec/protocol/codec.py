@@ -38,7 +38,7 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_ROWS = 4096
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
@@ -65,7 +65,7 @@ _STARTED = struct.Struct("<Q")
 _EXIT = struct.Struct("<QIIf")
 _FEATURES = struct.Struct("<iIBI")
 _STATUS = struct.Struct("<IdQQQIQQQ")
-_READY = struct.Struct("<Q")
+_READY = struct.Struct("<QI")  # tokens of KV cache; characters of the model's hash
 _RANK = struct.Struct("<i")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -345,13 +345,17 @@ def _decode_failed(request: int, body: memoryview, _: list[memoryview]) -> Faile
 
 
 def _encode_ready(head: bytes, m: Ready) -> list[Frame]:
-    return [head + _READY.pack(m.num_kv_tokens) + _encode_text(m.stage, m.model)]
+    numbers = _READY.pack(m.num_kv_tokens, len(m.model))
+    return [head + numbers + _encode_text(m.stage, m.model + m.numerics)]
 
 
 def _decode_ready(_: int, body: memoryview, __: list[memoryview]) -> Ready:
-    (num_kv_tokens,) = _unpack("Ready", _READY, body, rest=True)
-    stage, model = _decode_text("Ready", body[_READY.size :])
-    return Ready(stage=stage, model=model, num_kv_tokens=num_kv_tokens)
+    num_kv_tokens, length = _unpack("Ready", _READY, body, rest=True)
+    stage, text = _decode_text("Ready", body[_READY.size :])
+    if length > len(text):
+        raise WireError(f"Ready: a hash of {length} characters in a text of {len(text)}")
+    model, numerics = text[:length], text[length:]
+    return Ready(stage=stage, model=model, numerics=numerics, num_kv_tokens=num_kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from flowspec.config import NumericsConfig
 from flowspec.request import DecodeStats, Latencies
 from flowspec.system.address import as_seen_here
 
@@ -135,7 +136,7 @@ def stats_of(figures: Figures) -> DecodeStats:
     )
 
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _ASK = b'{"kind":"ask",'  # what `pack` begins it with: no other message may be as long
 
 
@@ -186,18 +187,17 @@ class DeviceReport(Strict):
 
 
 class ModelCard(Strict):
-    """Which model a cluster serves; devices compare it with what they hold."""
+    """Which model a cluster serves, and how; devices compare it with what they hold."""
 
     model_id: Name
     model_hash: Name
-    dtype: Name  # it is computed in
     stored_dtype: Name = ""
-    quantization: Name = "none"
+    numerics: NumericsConfig = NumericsConfig()  # it is computed by
 
     def is_same_weights(self, other: "ModelCard") -> bool:
         """Whether one's files serve the other; what is computed in may differ."""
-        mine = (self.model_hash, self.stored_dtype, self.quantization)
-        return mine == (other.model_hash, other.stored_dtype, other.quantization)
+        mine = (self.model_hash, self.stored_dtype)
+        return mine == (other.model_hash, other.stored_dtype)
 
 
 class Hello(Strict):
@@ -246,8 +246,7 @@ class Assign(Strict):
     model: ModelCard
     manifest_sha256: Name
     shards: Name  # address of the shard server
-    kv_memory_mb: Count = 0
-    batch_invariant: bool = False
+    kv_memory_mb: Count = 0  # for a device that was given none of its own
 
 
 class Progress(Strict):
@@ -279,6 +278,7 @@ class StageReady(Strict):
     kind: Literal["ready"] = "ready"
     epoch: Count
     model_hash: Name
+    numerics: NumericsConfig  # it computes by
     addresses: Addresses
     num_kv_tokens: Count = 0
 

@@ -185,10 +185,14 @@ class Failed(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A stage to head: loaded and listening. `model` is the manifest's model hash."""
+    """A stage to head: loaded and listening.
+
+    `model` is the manifest's model hash, `numerics` the JSON of the NumericsConfig it computes by.
+    """
 
     stage: int
     model: str
+    numerics: str = ""
     num_kv_tokens: int = 0  # rows of all requests together that its memory holds; 0: no limit known
 
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import zmq
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
@@ -34,10 +34,12 @@ def endless(parts: HeadParts) -> Request:
 
 
 @pytest.fixture
-def single(config: RunConfig, parts: HeadParts, whole_split: Path) -> tuple[RunConfig, HeadParts]:
+def single(
+    config: EngineConfig, parts: HeadParts, whole_split: Path
+) -> tuple[EngineConfig, HeadParts]:
     """A cluster of one stage, where a second process would only cost time."""
     whole = replace(parts, folder=whole_split, manifest=read_manifest(whole_split))
-    return replace(config, model=str(whole_split), stages=1, strategy="ar"), whole
+    return config.changed(model=str(whole_split), stages=1, strategy="ar"), whole
 
 
 def tokens_until_failure(
@@ -60,7 +62,7 @@ def tokens_until_failure(
 
 def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless, all_gone):
     """What was accepted is the user's; the rest of the cluster must not linger."""
-    with LocalCluster(replace(config, strategy="ar"), parts) as cluster:
+    with LocalCluster(config.changed(strategy="ar"), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, endless, lambda: os.kill(pids[1], signal.SIGKILL)
@@ -80,7 +82,7 @@ def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
     """A process that hangs sends no word and ends no socket; the others still answer."""
     monkeypatch.setattr(silence, "ASK_S", 0.2)
     monkeypatch.setattr(silence, "WARN_S", 0.4)
-    with LocalCluster(replace(config, timeout_s=1.0), parts) as cluster:
+    with LocalCluster(config.changed(timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, endless, lambda: os.kill(pids[-1], signal.SIGSTOP)
@@ -122,7 +124,7 @@ def test_a_stage_with_a_damaged_file_says_so(config, parts, tmp_path, all_gone):
     content = bytearray(weights.read_bytes())
     content[-5] ^= 0xFF
     weights.write_bytes(content)
-    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    cluster = LocalCluster(config.changed(model=str(folder)), replace(parts, folder=folder))
     with pytest.raises(ClusterError, match=r"stage 2\b.*stage_2/model.safetensors.*corrupt"):
         cluster.__enter__()
     all_gone(stage_pids(cluster))
@@ -135,7 +137,7 @@ def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
     config, parts = single
     shutil.copytree(parts.folder, folder)
     (folder / "stage_1" / "model.safetensors").unlink()
-    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    cluster = LocalCluster(config.changed(model=str(folder)), replace(parts, folder=folder))
     with pytest.raises(ClusterError, match=r"stage 1\b.*stage_1/model.safetensors is missing"):
         cluster.__enter__()
     all_gone(stage_pids(cluster))
@@ -155,7 +157,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def runs(
-    config: RunConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
+    config: EngineConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[signal.Signals, Running]]:
     """One per signal, started together since starting is slow."""
     folder = tmp_path_factory.mktemp("runs")

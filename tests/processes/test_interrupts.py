@@ -95,9 +95,9 @@ def test_a_signal_during_any_import_ends_the_command(tmp_path: Path) -> None:
 QUESTIONS = '{"question_id": 1, "turns": ["one"]}\n{"question_id": 2, "turns": ["two"]}\n'
 RUN = "run --model TARGET --draft EAGLE --stages 1 --max-new-tokens 4"
 VERIFY = "verify TARGET --strategies ar --stages 1 --limit 2"
-BENCH = "bench --target TARGET --datasets asked.jsonl --strategies ar --max-tokens 4"
+BENCH = "bench --model TARGET --datasets asked.jsonl --strategies ar --max-tokens 4"
 EMULATED = f"{BENCH} --stages 2 --jobs 1"
-WHAT_IF = "simulate --vary stages=2 --target TARGET --strategies ar --datasets asked.jsonl --jobs 1"
+WHAT_IF = "simulate --vary stages=2 --model TARGET --strategies ar --datasets asked.jsonl --jobs 1"
 HEAD = "127.0.0.1:1"
 PHASES = [  # and the function at whose first call the signal comes
     (RUN, "flowspec.cli.run:load_head_parts"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.base import generate, generate_all
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
@@ -26,7 +26,7 @@ NEXT_ID = iter(range(1, 1000))
 
 
 @pytest.fixture(scope="module")
-def cluster(config: RunConfig, parts: HeadParts) -> Iterator[LocalCluster]:
+def cluster(config: EngineConfig, parts: HeadParts) -> Iterator[LocalCluster]:
     """Two stage processes for all tests here."""
     with LocalCluster(config, parts) as running:
         yield running
@@ -132,7 +132,7 @@ def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
 
 def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
     """The second turn's prompt is mostly there; its text is as from nothing."""
-    with LocalCluster(replace(config, kept_prefixes=2), parts) as running:
+    with LocalCluster(config.changed(kept_prefixes=2), parts) as running:
         first = ask(parts, "the lazy dog and the box of apples")
         answer = generate(running, first)
         said = (*first.prompt, *answer.tokens, *parts.tokenizer.encode(" dog"))
@@ -146,7 +146,7 @@ def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
 
 def test_a_request_beyond_the_stages_memory_is_refused_with_both_numbers(config, parts):
     """Said before anything is computed, by the numbers the stages have told."""
-    with LocalCluster(replace(config, kv_memory_mb=1), parts) as running:
+    with LocalCluster(config.changed(kv_memory_mb=1), parts) as running:
         large = generate(running, ask(parts, count=16_000))
         assert "rows of KV cache on every stage, the tightest stage holds" in large.error
         assert generate(running, ask(parts, count=4)).tokens

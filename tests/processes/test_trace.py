@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flowspec.cli.main import main
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.base import generate
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalCluster
@@ -33,7 +33,7 @@ def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
 
 @pytest.fixture(scope="module")
 def recorded(
-    config: RunConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
+    config: EngineConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[int, Status], list[tuple[int, ...]]]:
     """The records of two requests on two stages, the stages' totals, the texts."""
     folder = tmp_path_factory.mktemp("records")
@@ -99,7 +99,7 @@ def test_tracing_changes_no_text(recorded, parts):
 
 
 def test_a_failed_run_leaves_its_trace(
-    config: RunConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
+    config: EngineConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
 ) -> None:
     """A killed stage loses its last records alone; the failure is still the error."""
     out = tmp_path / "out.json"

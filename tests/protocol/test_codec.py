@@ -121,7 +121,7 @@ FIXED = st.one_of(
 )
 TEXTS = st.one_of(
     st.builds(Failed, epoch=U32, stage=I32, request=U64, text=TEXT),
-    st.builds(Ready, stage=I32, model=TEXT, num_kv_tokens=U64),
+    st.builds(Ready, stage=I32, model=TEXT, numerics=TEXT, num_kv_tokens=U64),
 )
 
 

@@ -25,7 +25,7 @@ from random import Random
 
 import psutil
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.base import Cluster
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
@@ -77,7 +77,7 @@ def local_subject(folder: Path, *, num_stages: int = 2) -> Iterator[Subject]:
     split = folder / "split"
     plan = plan_split(open_checkpoint(checkpoint / "target"), layers=(1,) * num_stages, dtype=None)
     run_split(plan, split, model_id="tiny")
-    config = RunConfig(
+    config = EngineConfig(
         model=str(split),
         draft=str(checkpoint / "eagle"),
         stages=num_stages,

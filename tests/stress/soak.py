@@ -31,7 +31,7 @@ import torch
 
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.local import LocalCluster
 from flowspec.engine.reference import LocalTarget
@@ -245,10 +245,10 @@ def split_demo(folder: Path, stages: int, context: int) -> Path:
 
 
 @contextmanager
-def _parts(options: argparse.Namespace) -> Iterator[tuple[RunConfig, HeadParts]]:
+def _parts(options: argparse.Namespace) -> Iterator[tuple[EngineConfig, HeadParts]]:
     with tempfile.TemporaryDirectory(prefix="flowspec-soak-") as name:
         split = split_demo(Path(name), options.stages, context=options.tokens + 256)
-        config = RunConfig(
+        config = EngineConfig(
             model=str(split),
             draft=str(BUNDLED / "eagle"),
             strategy=options.strategy,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from flowspec.config import DecodeConfig
+from flowspec.config import DecodeConfig, new_name
 from flowspec.speculation.strategies.ablations import (
     Apart,
     Draining,
@@ -130,6 +130,7 @@ ABLATIONS: dict[str, StrategySpec] = {
 
 def find_strategy(name: str) -> StrategySpec:
     """The row of the table. Raises ValueError listing the known names."""
+    name = new_name(name)
     if name in ABLATIONS:
         return ABLATIONS[name]
     if name not in STRATEGIES:
