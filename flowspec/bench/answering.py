@@ -18,7 +18,7 @@ from flowspec.bench.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.bench.prompts import Prompt, first_turn
 from flowspec.bench.provenance import versions
 from flowspec.bench.records import RunFigures, Sample, TooLong
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
 from flowspec.engine.engine import Engine
@@ -69,7 +69,7 @@ class Workbench:
         assert plan.target is not None, "nothing is computed here"
         self.plan, self._folder = plan, plan.target
         self._dtype = plan.remote["dtype"] if plan.remote is not None else "float32"
-        self._base = RunConfig(
+        self._base = EngineConfig(
             model=str(self._folder),
             stages=plan.stages,
             context=plan.context,
@@ -235,17 +235,14 @@ class Workbench:
     def _emulated(self, case: Case, emulation: Emulation) -> SimulatedEngine:
         if not self._stages:
             self._stages = [
-                build_stage(
-                    self._folder, rank, device="cpu", dtype="float32", batch_invariant=False
-                )[0]
-                for rank in range(1, self.plan.stages + 1)
+                build_stage(self._folder, rank)[0] for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)
         return emulated_engine(case.config(self._base), parts, self._stages, emulation)
 
     @contextmanager
     def _local(self, case: Case, folder: Path) -> Iterator[LocalEngine]:
-        config = case.config(replace(self._base, draft=self.plan.drafts.get(case.drafter_name, "")))
+        config = case.config(self._base.changed(draft=self.plan.drafts.get(case.drafter_name, "")))
         with LocalEngine(config, self._head_parts(case.drafter_name), folder) as cluster:
             yield cluster
 
@@ -253,7 +250,7 @@ class Workbench:
         if drafter not in self._parts:
             strategy = "ar" if drafter == "none" else "streaming"
             draft = self.plan.drafts.get(drafter, "")
-            config = replace(self._base, drafter=drafter, strategy=strategy, draft=draft)
+            config = self._base.changed(drafter=drafter, strategy=strategy, draft=draft)
             self._parts[drafter] = load_head_parts(config, self._folder)
         return self._parts[drafter]
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import hash_of
-from flowspec.config import RunConfig, override, read_yaml
+from flowspec.config import EngineConfig, new_name, override, read_yaml, with_new_names
 from flowspec.cost_model.emulation import Emulation
 from flowspec.request import Decoding
-from flowspec.speculation.drafters import parse_drafter
+from flowspec.speculation.drafters import current_drafter, parse_drafter
 from flowspec.speculation.strategies import (
     ABLATIONS,
     STRATEGIES,
@@ -52,7 +52,7 @@ class Case:
         drafter = "" if self.drafter_name == "none" else self.drafter_name
         return Decoding(strategy=self.strategy, parameters=self.parameters, drafter=drafter)
 
-    def config(self, base: RunConfig) -> RunConfig:
+    def config(self, base: EngineConfig) -> EngineConfig:
         """`base` with this strategy."""
         values = {"strategy": self.strategy, "drafter": self.drafter_name}
         return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
@@ -195,6 +195,7 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
     if name not in data:
         raise ValueError(f"{path} has no table {name!r}; it has: {', '.join(map(str, data))}")
     table = data[name] or {}
+    table = with_new_names(table) if isinstance(table, dict) else table
     where = f"{path}: {name}"
     if not isinstance(table, dict) or not all(
         isinstance(values, dict) or values is None for values in table.values()
@@ -205,10 +206,11 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
         known = ", ".join((EVERY, *STRATEGIES))
         raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
     every = table.get(EVERY) or {}
+    every = with_new_names(every)
     found = {
         strategy: {
             **{name: value for name, value in every.items() if name in spec.parameters},
-            **(table.get(strategy) or {}),
+            **with_new_names(table.get(strategy) or {}),
         }
         for strategy, spec in specs.items()
     }
@@ -227,6 +229,7 @@ def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[s
     for setting in settings:
         name, equals, value = setting.partition("=")
         strategy, dot, key = name.rpartition(".")
+        key = new_name(key)
         if not equals or not key or (dot and strategy not in found):
             raise ValueError(
                 f"--set {setting!a}: give strategy.key=value, of {', '.join(strategies)}, or "
@@ -266,5 +269,5 @@ def make_cases(
             if settings.get(strategy):
                 where = f"{options}, {where}"  # the table by itself has been checked
             effective = strategy_config(strategy, values, where=where)
-            cases.append(Case(strategy, drafter, effective.model_dump()))
+            cases.append(Case(strategy, current_drafter(drafter), effective.model_dump()))
     return tuple(cases)

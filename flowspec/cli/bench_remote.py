@@ -11,10 +11,10 @@ from flowspec.bench.provenance import code_hash, revision
 from flowspec.bench.runner import Outcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.client import HeadClient
 from flowspec.engine.remote import RemoteCluster
-from flowspec.speculation.drafters import parse_drafter
+from flowspec.speculation.drafters import current_drafter, parse_drafter
 from flowspec.speculation.strategies import find_strategy
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
@@ -42,7 +42,7 @@ def cluster_drafters(
     Raises ValueError where the cluster was served with another one.
     """
     own = cluster.status.drafter
-    names = given or (own,)
+    names = tuple(map(current_drafter, given)) or (own,)
     for name in names:
         if own == "none" and any(find_strategy(strategy).drafts for strategy in strategies):
             raise ValueError(
@@ -82,12 +82,12 @@ def assemble_remote(
         )
     folder = None
     if target is not None:
-        folder = layerwise_folder(RunConfig(model=target))
+        folder = layerwise_folder(EngineConfig(model=target))
         own = read_manifest(folder).model_hash
         if own != card.model_hash:
             raise ValueError(
-                f"--target {target} is not the model of this cluster, {card.model_id}: its hash "
-                f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --target the "
+                f"--model {target} is not the model of this cluster, {card.model_id}: its hash "
+                f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --model the "
                 "cluster's own plain decoding is what answers are compared with"
             )
     code = cluster.status.code_hash
@@ -107,9 +107,9 @@ def assemble_remote(
         num_kv_tokens=cluster.num_kv_tokens,
         remote={
             "devices": cluster.devices,
-            "dtype": card.dtype,
+            "dtype": card.numerics.dtype,
             "stored_dtype": card.stored_dtype,
-            "quantization": card.quantization,
+            "numerics": card.numerics.fingerprint,
             "truth": "ar" if folder is None else "target",
         },
         sources={

@@ -1,9 +1,9 @@
 """`flowspec check-head`: does this draft checkpoint fit this model, and how good is it?"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.cli.common import BUNDLED, bundled, split_folder
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.cli.common import BUNDLED, bundled, effective_config, split_folder
+from flowspec.cli.settings import NUMERICS, with_settings
+from flowspec.config import DecodeConfig, EngineConfig
 from flowspec.engine.base import generate
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
 from flowspec.engine.simulated import SimulatedCluster
@@ -40,14 +41,15 @@ class Score:
     by_depth: tuple[float, ...]
 
 
+@with_settings(*NUMERICS, "device")
 def check_head(
     model: Annotated[str, typer.Argument(help="The target: folder or HF id.")],
     head: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
     prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP[:-1]} [bundled].")] = None,
     limit: Annotated[int, typer.Option(help="Prompts per file.", min=1)] = 4,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+    *,
+    settings: Mapping[str, Any],
 ) -> None:
     """Name the family of a draft checkpoint, list all that does not fit, and measure its tau.
 
@@ -58,14 +60,14 @@ def check_head(
     """
     torch.set_num_threads(1)  # small forwards; more threads only wait for one another
     console = Console(width=100, soft_wrap=True)
-    config = RunConfig(model=model, strategy="serial_pp", dtype=dtype, device=device)
+    config = effective_config(None, {"model": model, "strategy": "serial_pp", **settings})
     folder = split_folder(config)
     report = inspect_head(Path(bundled(str(head))), read_config(folder / HEAD_FOLDER))
     _show(report, console)
     if report.loads:
         asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)
         drafter = FAMILIES[report.kind.family].drafter
-        config = replace(config, draft=str(report.path.parent), drafter=drafter)
+        config = config.changed(draft=str(report.path.parent), drafter=drafter)
         for score in _measure(config, folder, asked, max_tokens):
             depths = " ".join(f"{share:.2f}" for share in score.by_depth)
             console.print(f"{score.shape}: tau {score.tau:.2f}, acceptance by depth {depths}")
@@ -87,13 +89,12 @@ def _show(report: HeadReport, console: Console) -> None:
 
 
 def _measure(
-    config: RunConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
+    config: EngineConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
 ) -> list[Score]:
     """Greedy answers to all prompts, with each shape of draft."""
     parts = load_head_parts(config, folder)
     stages = [
-        build_stage(parts.folder, rank, device=config.device, dtype=config.dtype,
-                    batch_invariant=False)[0]
+        build_stage(parts.folder, rank, device=config.local.device, numerics=config.numerics)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]  # fmt: skip
     cluster = SimulatedCluster(build_head(config, parts), stages)

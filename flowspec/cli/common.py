@@ -3,13 +3,12 @@
 import filecmp
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from flowspec.bench.records import Sample, as_text, read_samples
 from flowspec.bench.settings import drafts
-from flowspec.config import RunConfig, override, read_run_config
+from flowspec.config import EngineConfig, override, read_engine_config
 from flowspec.speculation.drafters import find_drafter
 from flowspec.speculation.strategies import check_taken, find_strategy
 from flowspec.system import signals
@@ -31,17 +30,10 @@ RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW
 BUNDLED = DEMO
 
 
-def effective_config(file: Path | None, flags: Mapping[str, Any]) -> RunConfig:
+def effective_config(file: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
     """Defaults, then the YAML file, then the flags that were given; bundled models by name."""
-    config = RunConfig() if file is None else read_run_config(file)
+    config = EngineConfig() if file is None else read_engine_config(file)
     given = {name: value for name, value in flags.items() if value is not None}
-    sampling: dict[str, Any] = {
-        name: given.pop(name)
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed")
-        if name in given
-    }
-    if sampling:
-        given["sampling"] = asdict(override(config.sampling, sampling, where="sampling"))
     config = override(config, given, where="options")
     check_taken(config.strategy, config.decode, where=f"decode in {file}")
     return config
@@ -53,7 +45,7 @@ def bundled(name: str) -> str:
     return name if found == Path(name) else str(found)
 
 
-def draft_folder(config: RunConfig, *, offline: bool = False) -> str:
+def draft_folder(config: EngineConfig, *, offline: bool = False) -> str:
     """Where the draft model lies: as configured, else the drafter's own for the bundled model.
 
     Raises ValueError where a model of one's own comes without its draft model.
@@ -82,7 +74,7 @@ def is_bundled(model: str) -> bool:
     return len(same) == len(names)
 
 
-def count_stages(config: RunConfig) -> int:
+def count_stages(config: EngineConfig) -> int:
     """How many stages `split_folder` will find or make; nothing is loaded or split for it.
 
     A model that has yet to be downloaded is taken for one that is not split.
@@ -95,7 +87,7 @@ def count_stages(config: RunConfig) -> int:
     return config.stages or DEFAULT_STAGES
 
 
-def split_folder(config: RunConfig) -> Path:
+def split_folder(config: EngineConfig) -> Path:
     """The split model that `config` names, made now where it is not there yet, which is told."""
     folder = resolve_model(bundled(config.model))
     if (folder / MANIFEST_NAME).exists():
@@ -136,7 +128,7 @@ def say_on_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:
+def layerwise_folder(config: EngineConfig, *, offline: bool = False) -> Path:
     """The model split with every layer by itself, made now where it is not there yet.
 
     Raises ValueError where it is cut already, but not so.
@@ -150,7 +142,7 @@ def layerwise_folder(config: RunConfig, *, offline: bool = False) -> Path:
             "unsplit model, or one split with every layer by itself"
         )
     num_layers = len(layers) or open_checkpoint(folder).config.num_layers
-    return split_folder(replace(config, layers="+".join(["1"] * num_layers)))
+    return split_folder(config.changed(layers="+".join(["1"] * num_layers)))
 
 
 def check_file(option: str, path: Path) -> None:

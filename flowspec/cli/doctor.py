@@ -92,7 +92,7 @@ def _examine_head(
             own = local_address_towards(client.control.host, port)
     except ClusterError as error:
         return list(examine_link(LinkFacts(where=head, why_unreachable=error.cause)))
-    dtype = status.model.dtype
+    dtype = status.model.numerics.dtype
     facts = LinkFacts(
         where=head,
         own_address=own,

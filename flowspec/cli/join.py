@@ -13,6 +13,7 @@ from flowspec.cluster.device.layers import DeviceLayers, folder_card
 from flowspec.cluster.device.power import find_power_meter
 from flowspec.cluster.device.report import default_name, report_device
 from flowspec.cluster.discovery import choose_head, find_heads
+from flowspec.config import DeviceConfig, override
 from flowspec.protocol.control import (
     Assign,
     Control,
@@ -51,6 +52,9 @@ def join(
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0: as torch decides.", min=0, max=1024)
     ] = 0,
+    kv_memory_mb: Annotated[
+        int, typer.Option(help="KV cache, MB; 0: as the head says, or half of what is free.", min=0)
+    ] = 0,
     host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
     port: Annotated[
         int, typer.Option(help="Own ports PORT and PORT+1 [any free].", min=0, max=65534)
@@ -83,6 +87,7 @@ def join(
     torch_device = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
+    own = {"device": torch_device, "threads": torch.get_num_threads(), "kv_memory_mb": kv_memory_mb}
     shards = ShardCache(cache)
     config = JoinConfig(
         host=head_host,
@@ -93,6 +98,7 @@ def join(
         listen_port=port,
         once=once,
         pinned=folder_card(model, fetch),
+        local=override(DeviceConfig(), own, where="options"),
     )
     layers = DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch)
 

@@ -41,8 +41,9 @@ def status(
 def _show(now: ClusterStatus, console: Console) -> None:
     console.print(f"{'healthy' if now.healthy else 'NOT HEALTHY'}: {now.why}", markup=False)
     console.print(
-        f"{now.model.model_id}, {now.sizes.layers} layers, {now.model.dtype}, {now.strategy} with "
-        f"{now.drafter}; FlowSpec {now.version}, epoch {now.epoch}, up {now.uptime_s:.0f} s",
+        f"{now.model.model_id}, {now.sizes.layers} layers, {now.model.numerics.dtype}, "
+        f"{now.strategy} with {now.drafter}; FlowSpec {now.version}, epoch {now.epoch}, "
+        f"up {now.uptime_s:.0f} s",
         markup=False,
     )
     console.print(

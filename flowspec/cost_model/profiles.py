@@ -169,6 +169,11 @@ def read_model(name: str) -> ModelProfile:
     return _build(ModelProfile, {"name": path.stem, **data}, str(path))
 
 
+def is_profile(kind: str, name: str) -> bool:
+    """Whether `name` is one of the models, clusters, devices or links, or the file of one."""
+    return name in profile_names(kind) or (name.endswith(".yaml") and Path(name).is_file())
+
+
 def read_cluster(name: str) -> ClusterProfile:
     """Read a cluster by name or file, with its devices and links; its paths start at its folder.
 

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 from flowspec.cluster.device.stage_thread import AddressBook, listen
 from flowspec.cluster.membership.roster import Engage, FailRequests, Halt, Member, ResumeEpoch
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.engine.engine import StageStatus
 from flowspec.engine.head_engine import HeadEngine, failure_of_loss
@@ -116,7 +116,7 @@ class ClusterEngine(HeadEngine):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: EngineConfig,
         parts: HeadParts,
         keys: Keys,
         tell: Callable[[EngineEvent], None],
@@ -136,7 +136,7 @@ class ClusterEngine(HeadEngine):
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._taken: deque[Order] = deque()  # orders that are looked at, not yet obeyed
         hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
-        self._row_bytes = hidden_size * (4 if config.dtype == "float32" else 2)
+        self._row_bytes = hidden_size * (4 if config.numerics.dtype == "float32" else 2)
         self._lost_epochs: dict[int, list[int]] = {}  # of open requests, in which they ran
         self._first_epochs: dict[int, int] = {}  # in which they came; 0: between two
         self._probe: int | None = None

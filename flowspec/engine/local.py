@@ -13,12 +13,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, read_emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.engine.cores import segments_at_once
 from flowspec.engine.engine import StageStatus
 from flowspec.engine.head_engine import HeadEngine, failure_of_loss
+from flowspec.engine.stage_process import StageConfig
 from flowspec.engine.status import StageTotals, stage_status
 from flowspec.head.head import Head
 from flowspec.protocol.codec import WireError
@@ -102,7 +103,7 @@ class LocalEngine(HeadEngine):
     shares_cores = True  # head and stages run on this machine's processor
 
     def __init__(
-        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+        self, config: EngineConfig, parts: HeadParts, trace_folder: Path | None = None
     ) -> None:
         self.config = config
         self.trace_folder = trace_folder
@@ -111,8 +112,8 @@ class LocalEngine(HeadEngine):
         head = build_head(config, parts)
         if self.emulation is not None:
             head.pipe.link_row_ms = self.emulation.link_row_ms
-        elif self.shares_cores and config.device == "cpu":
-            threads = config.threads_per_process
+        elif self.shares_cores and config.local.device == "cpu":
+            threads = config.local.threads
             head.pipe.max_in_flight = segments_at_once(self.num_stages, threads=threads)
         self.children: dict[int, StageProcess] = {}
         self.num_kv_tokens: dict[int, int] = {}  # what each stage can hold
@@ -255,7 +256,7 @@ class LocalEngine(HeadEngine):
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_transport(self) -> Transport:
-        device = rank_device(self.config.transport, self.config.device, 0)
+        device = rank_device(self.config.transport, self.config.local.device, 0)
         kind, stages = self.config.transport, self.num_stages
         inner = local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
         if self.emulation is None:
@@ -263,30 +264,34 @@ class LocalEngine(HeadEngine):
         return EmulatedTransport(inner, 0, self.emulation.link)
 
     def _spawn(self, rank: int) -> StageProcess:
-        config = self.config
-        command = [
-            *(sys.executable, "-m", "flowspec", "stage"),
-            *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
-            *("--rank", str(rank), "--num-stages", str(self.num_stages)),
-            *("--device", rank_device(config.transport, config.device, rank)),
-            *("--dtype", config.dtype, "--transport", config.transport),
-            *("--threads", str(config.threads_per_process)),
-            *("--kv-memory-mb", str(config.kv_memory_mb)),
-        ]
-        if config.emulate:
-            command += ["--emulate", config.emulate]
-            command += ["--emulate-slowdown", str(config.emulate_slowdown)]
-        if config.batch_invariant:
-            command.append("--batch-invariant")
-        command += ["--epoch", str(self.head.pipe.epoch)]
-        if self.trace_folder is not None:
-            command += ["--trace-file", str(self._trace_file(rank))]
+        command = [sys.executable, "-m", "flowspec", "stage", str(self._write_config(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
             # pipe on stdin tells a stage when the head is gone without a word.
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
+
+    def _write_config(self, rank: int) -> Path:
+        """The file that tells a stage all it has to know; only this user may read its folder."""
+        config = self.config
+        device = rank_device(config.transport, config.local.device, rank)
+        stage = StageConfig(
+            split_folder=self.parts.folder.resolve(),
+            socket_folder=self.folder,
+            rank=rank,
+            num_stages=self.num_stages,
+            numerics=config.numerics,
+            local=config.local.changed(device=device),
+            transport=config.transport,
+            emulate=config.emulate,
+            emulate_slowdown=config.emulate_slowdown,
+            trace_file=self._trace_file(rank),
+            epoch=self.head.pipe.epoch,
+        )
+        file = Path(self.folder) / f"stage_{rank}.json"
+        file.write_text(stage.model_dump_json())
+        return file
 
     def _await_ready(self, ranks: set[int]) -> None:
         """Until each of these stages has loaded the right model."""
@@ -298,12 +303,12 @@ class LocalEngine(HeadEngine):
             signals.check()
             for message in self._receive():
                 match message:
-                    case Ready() if message.model == self.parts.manifest.model_hash:
+                    case Ready() if why := self._refusal(message):
+                        raise ClusterError(rank_name(message.stage), why)
+                    case Ready():
                         ready.add(message.stage)
                         self.num_kv_tokens[message.stage] = message.num_kv_tokens
                         self.head.scheduler.limit_kv_tokens(message.num_kv_tokens)
-                    case Ready():
-                        raise ClusterError.of_rank(message.stage, "has loaded another split")
                     case Failed() if message.epoch == self.head.pipe.epoch:
                         raise ClusterError.of_rank(message.stage, message.text)
             self._check_children()
@@ -311,6 +316,12 @@ class LocalEngine(HeadEngine):
                 late = min(ranks - ready)
                 cause = f"not ready after {timeout_s:.0f} s{self._log(late)}"
                 raise ClusterError.of_rank(late, cause)
+
+    def _refusal(self, ready: Ready) -> str:
+        """Why a stage that is ready cannot be part of this run; empty where it can."""
+        if ready.model != self.parts.manifest.model_hash:
+            return "has loaded another split"
+        return self.config.numerics.refusal(ready.numerics)
 
     def _check_children(self) -> None:
         for rank, child in self.children.items():
@@ -388,7 +399,7 @@ class LocalEngine(HeadEngine):
         return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
-def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
+def _emulation(config: EngineConfig, num_stages: int) -> Emulation | None:
     if not config.emulate:
         return None
     emulation = read_emulation(

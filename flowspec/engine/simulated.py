@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.engine.engine import EngineStatus, StageStatus
@@ -178,7 +178,7 @@ class SimulatedEngine:
 
 
 def emulated_engine(
-    config: RunConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
+    config: EngineConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
 ) -> SimulatedEngine:
     """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from flowspec.config import RunConfig, override
+from flowspec.config import Config, EngineConfig, NumericsConfig, override
 from flowspec.engine.build import HeadParts
 from flowspec.engine.launch import Launch
 from flowspec.engine.local import EXIT_TIMEOUT_S, LocalEngine, StageProcess
-from flowspec.engine.stage_process import WorkerConfig, serve
+from flowspec.engine.stage_process import StageConfig, serve
 from flowspec.request import ClusterError
 from flowspec.runtime.recorder import trace_path
 from flowspec.system import signals
@@ -29,21 +29,29 @@ from flowspec.weights.split_plan import parse_layers
 PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
 START_TIMEOUT_S = 120.0
 HEAR_S = 1.0  # torch waits in C, where no signal is noticed
-_SPLIT, _TRACES = "split", "traces"
+_ORDER = "order"
 
 
-def own_device(config: RunConfig, launch: Launch) -> str:
+class Order(Config):
+    """What the head tells every stage; on what and with how many threads is each machine's own."""
+
+    split: str  # folder, the same on every machine
+    traces: str  # folder; empty: no trace
+    numerics: NumericsConfig
+
+
+def own_device(config: EngineConfig, launch: Launch) -> str:
     """What this process computes on."""
-    return rank_device(config.transport, config.device, launch.local_rank)
+    return rank_device(config.transport, config.local.device, launch.local_rank)
 
 
-def _meet(config: RunConfig, launch: Launch) -> Meeting:
+def _meet(config: EngineConfig, launch: Launch) -> Meeting:
     """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
     gpu = own_device(config, launch) if config.transport == "nccl" else ""
     return meet_by_torchrun(gpu=gpu)
 
 
-def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
+def fit_to_launch(config: EngineConfig, launch: Launch) -> EngineConfig:
     """The run that torchrun's processes make. Raises ValueError where the two contradict."""
     have = f"torchrun started {launch.num_stages + 1} processes"
     if launch.num_stages < 1:
@@ -59,29 +67,26 @@ def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
     return override(config, {"stages": launch.num_stages}, where="torchrun")
 
 
-def serve_rank(config: RunConfig, launch: Launch) -> int:
+def serve_rank(config: EngineConfig, launch: Launch) -> int:
     """Be a stage until the head says stop or is lost; returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the head ends the stages
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     meeting = _meet(config, launch)
     tell(meeting, str(launch.rank), f"{os.getpid()} on {socket.gethostname()}")
-    folder = hear(meeting, _SPLIT, PREPARE_TIMEOUT_S)
-    traces = hear(meeting, _TRACES, PREPARE_TIMEOUT_S)
-    if folder is None or traces is None:
+    text = hear(meeting, _ORDER, PREPARE_TIMEOUT_S)
+    if text is None:
         return 1
+    order = Order.model_validate_json(text)
+    traces = Path(order.traces)
     # on another machine than the head's there is no such folder, and nobody to collect from it
-    trace_file = trace_path(Path(traces), launch.rank) if traces and Path(traces).is_dir() else None
-    stage = WorkerConfig(
-        split_folder=Path(folder),
-        socket_folder="",
+    trace_file = trace_path(traces, launch.rank) if order.traces and traces.is_dir() else None
+    stage = StageConfig(
+        split_folder=Path(order.split),
         rank=launch.rank,
         num_stages=launch.num_stages,
         transport=config.transport,
-        device=own_device(config, launch),
-        dtype=config.dtype,
-        threads=config.threads_per_process,
-        batch_invariant=config.batch_invariant,
-        kv_memory_mb=config.kv_memory_mb,
+        numerics=order.numerics,
+        local=config.local.changed(device=own_device(config, launch)),
         trace_file=trace_file,
     )
     return serve(stage, TorchDistTransport(launch.rank, launch.num_stages, meeting))
@@ -117,15 +122,16 @@ class TorchrunEngine(LocalEngine):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: EngineConfig,
         parts: HeadParts,
         trace_folder: Path | None = None,
         *,
         launch: Launch,
     ) -> None:
         self.meeting = _meet(config, launch)
-        tell(self.meeting, _SPLIT, str(parts.folder))
-        tell(self.meeting, _TRACES, str(trace_folder or ""))
+        traces = str(trace_folder or "")
+        order = Order(split=str(parts.folder), traces=traces, numerics=config.numerics)
+        tell(self.meeting, _ORDER, order.model_dump_json())
         super().__init__(config, parts, trace_folder)
 
     def __exit__(

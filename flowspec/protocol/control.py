@@ -9,8 +9,9 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
+from flowspec.config import NumericsConfig
 from flowspec.protocol.schema import Count, Int64, MessageCodec, Name, Rate, Seconds, WireError
-from flowspec.request import Decoding, DecodeStats, Failure, FailureKind, FinishReason, Latencies
+from flowspec.request import DecodeStats, Decoding, Failure, FailureKind, FinishReason, Latencies
 from flowspec.system.address import as_seen_here
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -194,18 +195,17 @@ class DeviceReport(Strict):
 
 
 class ModelCard(Strict):
-    """Which model a cluster serves; devices compare it with what they hold."""
+    """Which model a cluster serves, and how; devices compare it with what they hold."""
 
     model_id: Name
     model_hash: Name
-    dtype: Name  # it is computed in
     stored_dtype: Name = ""
-    quantization: Name = "none"
+    numerics: NumericsConfig = NumericsConfig()  # it is computed by
 
     def is_same_weights(self, other: "ModelCard") -> bool:
         """Whether one's files serve the other; what is computed in may differ."""
-        mine = (self.model_hash, self.stored_dtype, self.quantization)
-        return mine == (other.model_hash, other.stored_dtype, other.quantization)
+        mine = (self.model_hash, self.stored_dtype)
+        return mine == (other.model_hash, other.stored_dtype)
 
 
 class Hello(Strict):
@@ -254,8 +254,7 @@ class Assign(Strict):
     model: ModelCard
     manifest_sha256: Name
     shards: Name  # address of the shard server
-    kv_memory_mb: Count = 0
-    batch_invariant: bool = False
+    kv_memory_mb: Count = 0  # for a device that was given none of its own
 
 
 class Progress(Strict):
@@ -287,6 +286,7 @@ class StageReady(Strict):
     kind: Literal["ready"] = "ready"
     epoch: Count
     model_hash: Name
+    numerics: NumericsConfig  # it computes by
     addresses: Addresses
     num_kv_tokens: Count = 0
 

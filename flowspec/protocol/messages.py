@@ -260,14 +260,16 @@ class Failed(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A stage to head: loaded and listening. `model` is the manifest's model hash."""
+    """A stage to head: loaded and listening.
+
+    `model` is the manifest's model hash, `numerics` the JSON of the NumericsConfig it computes by.
+    """
 
     kind: Literal["ready"] = "ready"
     stage: Int32
     model: Name
-    num_kv_tokens: Count = (
-        0  # rows of all requests together that its memory holds; 0: no limit known
-    )
+    numerics: CutText = ""  # the stage's NumericsConfig, as JSON
+    num_kv_tokens: Count = 0  # of all requests together that its memory holds; 0: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

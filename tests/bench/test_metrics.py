@@ -7,7 +7,7 @@ import pytest
 from flowspec.bench.metrics import Activity, Doings, count_rows, measure
 from flowspec.bench.records import RunFigures, hash_tokens, repeated_share
 from flowspec.engine.engine import generate
-from flowspec.request import RequestOutput, Request
+from flowspec.request import Request, RequestOutput
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tracing.timeline import Timeline
 from flowspec.tracing.totals import count, verdicts

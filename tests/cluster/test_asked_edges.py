@@ -6,10 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from flowspec.cluster.controller.epochs import PROBE_EVERY_S, Blamed, Ended, StageLost
 from flowspec.cluster.controller.requests import PUT_BACK_S
 from flowspec.cluster.controller.stage_statistics import StageWatch, settled
+
 from flowspec.cluster.controller.status import _device
 from flowspec.cluster.membership.membership import Phase
 from flowspec.cluster.membership.roster import Device, FailRequests, Halt, Member, Place

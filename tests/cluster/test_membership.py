@@ -6,14 +6,11 @@ import pytest
 
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.membership.roster import (
-    FailRequests,
     Halt,
-    LogEvent,
     Place,
     Placement,
-    ResumeEpoch,
-    SendToDevice,
 )
+from flowspec.config import NumericsConfig
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Addresses,
@@ -88,14 +85,10 @@ def test_it_waits_a_moment_for_further_devices():
             {"pinned": True, "model": MODEL.model_copy(update={"stored_dtype": "float16"})},
             ("float32", "float16"),
         ),
-        (
-            {"pinned": True, "model": MODEL.model_copy(update={"quantization": "int4"})},
-            ("none", "int4"),
-        ),
     ],
 )
 def test_who_does_not_fit_is_refused_with_both_values(fields, words):
-    """Protocol, package, model hash, dtype, quantization: what is here and what is there."""
+    """Protocol, package, model hash, stored dtype: what is here and what is there."""
     world = World()
     refusal = world.last(world.join("a", **fields), Refuse)
     assert not refusal.retry
@@ -327,8 +320,22 @@ def test_another_model_is_refused_by_both_hashes():
     a, b = world.join("a"), world.join("b")
     world.pass_time(1.5, a, b)
     here = Addresses(control="tcp://x:1", data="tcp://x:2")
-    world.say(a, StageReady(epoch=1, model_hash="c" * 64, addresses=here))
+    other = MODEL.numerics
+    world.say(a, StageReady(epoch=1, model_hash="c" * 64, numerics=other, addresses=here))
     assert "cccccccccccc, needed aaaaaaaaaaaa" in world.last(a, Refuse).why
+
+
+def test_other_numerics_are_refused_by_name():
+    """Every stage computes as the head says, or the cluster does not start with it."""
+    world = World()
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(1.5, a, b)
+    here = Addresses(control="tcp://x:1", data="tcp://x:2")
+    assert world.last(a, Assign).model.numerics == NumericsConfig()
+    other = NumericsConfig(dtype="bfloat16", batch_invariant=True)
+    world.say(a, StageReady(epoch=1, model_hash=MODEL.model_hash, numerics=other, addresses=here))
+    why = world.last(a, Refuse).why
+    assert "dtype is 'bfloat16', needed 'float32'; batch_invariant is True, needed False" in why
 
 
 def test_words_of_an_old_epoch_change_nothing():

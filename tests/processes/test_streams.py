@@ -15,7 +15,7 @@ from flowspec.cli.main import main
 from flowspec.cli.serve import _token
 from flowspec.cli.ui import streams
 from flowspec.cli.ui.faults import describe
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.system.home import home_folder
 from flowspec.transport.secure.token import TOKEN_VARIABLE, new_token
 from tests.support.spawned import spawn
@@ -174,13 +174,13 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
         ("serve", ""),
         ("run --model MODEL --draft DRAFT", "run"),
         ("verify MODEL --draft DRAFT --driver zmq", "verify"),
-        ("bench --real --target MODEL --draft DRAFT --datasets ask.jsonl", "bench_plan"),
+        ("bench --real --model MODEL --draft DRAFT --datasets ask.jsonl", "bench_plan"),
     ],
 )
 def test_too_few_files_are_told_before_anything_starts(
     command: str,
     splits_in: str,
-    config: RunConfig,
+    config: EngineConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import DecodeConfig, EngineConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import check_run
 from flowspec.engine.engine import generate
@@ -226,7 +226,7 @@ def test_the_last_stage_decides_nothing_and_sends_hidden_states():
 def test_no_real_cluster_runs_them(strategy):
     """Real stages have no such switch; nor does a simulated cluster turn into another one."""
     with pytest.raises(ValueError, match=f"{strategy} runs on an emulated cluster alone"):
-        check_run(RunConfig(strategy=strategy))
+        check_run(EngineConfig(strategy=strategy))
     spec = find_strategy(strategy)
     with pytest.raises(ValueError, match="needs a cluster that was made for it"):
         make_cluster(2).configure(spec, spec.defaults)

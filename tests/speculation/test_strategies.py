@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import pytest
 
 from flowspec.bench.experiment import parse_settings
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import DecodeConfig, EngineConfig
 from flowspec.engine.build import decode_config
 from flowspec.engine.engine import generate
 from flowspec.simulator.simulator import instant_link
@@ -86,5 +86,5 @@ def test_what_changes_nothing_is_refused():
         parse_settings(["num_draft_steps=3"], ["streaming", "ar"])
     found = parse_settings(["num_draft_steps=3"], ["streaming", "flowspec"])
     assert found == {"streaming": {}, "flowspec": {"num_draft_steps": "3"}}
-    _, decode = decode_config(RunConfig(strategy="flowspec", decode={"num_draft_steps": 3}))
+    _, decode = decode_config(EngineConfig(strategy="flowspec", decode={"num_draft_steps": 3}))
     assert decode.num_draft_steps == 3

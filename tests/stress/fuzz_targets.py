@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowspec.config import RunConfig, as_yaml, read_run_config
+from flowspec.config import EngineConfig, as_yaml, read_engine_config
 from flowspec.engine.build import decode_config
 from flowspec.model.architecture import ModelConfig, read_config
 from flowspec.protocol import codec
@@ -207,11 +207,11 @@ def run_config(data: bytes) -> None:
     path = _folder() / "run.yaml"
     path.write_bytes(data)
     with suppress(ValueError):
-        config = read_run_config(path)
-        effective = replace(config, decode=asdict(decode_config(config)[1]))
+        config = read_engine_config(path)
+        effective = config.changed(decode=asdict(decode_config(config)[1]))
         path.write_text(as_yaml(effective), encoding="utf-8")
         try:
-            again = read_run_config(path)
+            again = read_engine_config(path)
         except ValueError as error:
             raise AssertionError(f"what was written is refused: {error}") from error
         assert again == effective, "what was written reads as something else"
@@ -225,7 +225,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 def seeds_config() -> list[bytes]:
     """The defaults, one of each key, and what YAML is infamous for."""
     texts = [
-        as_yaml(RunConfig()),
+        as_yaml(EngineConfig()),
         "stages: 2\nsampling: {temperature: 1, top_p: 0.9}\ndecode: {draft_topk: 3, refresh: no}\n",
         LAUGHS,
         "decode: &a {x: *a}",

@@ -109,7 +109,7 @@ def hungry_reader(*args: object, **kwargs: object) -> None:
         ("wire", "decode", broken_reader, KeyError),
         ("wire", "decode", hungry_reader, AssertionError),
         ("manifest", "read_manifest", broken_reader, KeyError),
-        ("config", "read_run_config", broken_reader, KeyError),
+        ("config", "read_engine_config", broken_reader, KeyError),
         ("config", "as_yaml", lambda config: "stages: 7", AssertionError),
         ("model", "read_config", broken_reader, KeyError),
         ("eagle", "load_eagle", broken_reader, KeyError),

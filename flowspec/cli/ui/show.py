@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.protocol.messages import Status, Tokens
 from flowspec.request import Completion, Request
 from flowspec.runtime import failures
@@ -24,7 +24,7 @@ PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
 
 
 def show_answers(
-    cluster: LocalCluster, requests: Sequence[Request]
+    cluster: LocalEngine, requests: Sequence[Request]
 ) -> tuple[list[Completion], float]:
     """Serve all at once and show them; the completions in order, and the seconds it took.
 
@@ -150,7 +150,7 @@ def _is_file(stream: TextIO) -> bool:
 class _LiveLine:
     """Speed, acceptance, and what share of the time between two reports each stage computed."""
 
-    def __init__(self, cluster: LocalCluster, start: float) -> None:
+    def __init__(self, cluster: LocalEngine, start: float) -> None:
         self.cluster, self.start = cluster, start
         self._seen: dict[int, tuple[float, float]] = {}  # (when, busy seconds) per stage
         self._shares: dict[int, float] = {}

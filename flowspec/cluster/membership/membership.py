@@ -85,7 +85,7 @@ def introduce(device: Device) -> str:
 
 
 def _card(card: ModelCard) -> str:
-    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype}, {card.quantization})"
+    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype})"
 
 
 MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
@@ -270,6 +270,8 @@ class Membership:
         if have != needed:
             cause = f"loaded model {have[:12]}, needed {needed[:12]}"
             return self._lose(device, cause, now, tell=True)
+        if cause := self.config.model.numerics.refusal(message.numerics.model_dump_json()):
+            return self._lose(device, cause, now, tell=True)
         device.ready = message
         stages = self._stages()
         if self.phase is not Phase.PREPARING or not all(d.ready for d in stages):
@@ -423,7 +425,6 @@ class Membership:
                 manifest_sha256=config.manifest_sha256,
                 shards=config.shards,
                 kv_memory_mb=config.kv_memory_mb,
-                batch_invariant=config.batch_invariant,
             )
             effects.append(SendToDevice(device.peer, assign))
             effects.append(LogEvent(f"gets layers {place.first} to {place.last - 1}", place.name))

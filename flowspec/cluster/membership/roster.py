@@ -41,8 +41,7 @@ class MembershipConfig:
     give_up_s: float = 120.0  # uncovered for longer: open requests end with an error
     stall_s: float = 300.0  # a device that loads and reports nothing for longer is given up
     clock_skew_s: float = 60.0  # warn beyond
-    kv_memory_mb: int = 0
-    batch_invariant: bool = False
+    kv_memory_mb: int = 0  # of a device that was given none of its own
 
     def __post_init__(self) -> None:
         if not MIN_HEARTBEAT_S <= self.heartbeat_s <= 60.0:
