@@ -282,7 +282,7 @@ class RemoteBench:
 
 
 def _doings(answer: RemoteAnswer) -> Doings:
-    """What is known of the decode time; why a stage was idle, and what its links carried, is not."""
+    """What is known of the decode time: busy shares, but no causes of idleness and no link bytes."""
     stats, counts = answer.output.stats, answer.counts or {}
     decode_s = stats.last_token_at - stats.first_token_at - stats.resume_s
     if decode_s <= 0:

@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,11 +19,9 @@ from flowspec.config import EngineConfig, new_name, tell_renamed
 from flowspec.cost_model.emulation import Emulation
 from flowspec.cost_model.profiles import is_profile
 from flowspec.engine.build import max_context
-from flowspec.engine.cores import segments_at_once
 from flowspec.engine.local import check_files_for
 from flowspec.model.architecture import read_config
 from flowspec.request import ClusterError, SamplingParams
-from flowspec.speculation.strategies import find_strategy
 from flowspec.system import signals
 from flowspec.tokenizer import PromptError
 from flowspec.weights.manifest import HEAD_FOLDER, read_manifest
@@ -58,16 +55,6 @@ def assemble(
     manifest = read_manifest(folder)
     max_context(context, read_config(folder / HEAD_FOLDER))  # warns here, for the jobs are silent
     emulation = emulations.get("none")
-    if emulation is None:
-        threads = config.local.threads
-        in_flight = segments_at_once(len(manifest.layers), threads=threads)
-        cases = [
-            replace(case, parameters={**case.parameters, "max_in_flight": in_flight})
-            if not case.parameters["max_in_flight"]
-            and "max_in_flight" not in find_strategy(case.strategy).ignores
-            else case
-            for case in cases
-        ]
     return Plan(
         cluster=emulation.cluster.name if emulation else LOCAL,
         model=emulation.model.name if emulation else manifest.model_id,

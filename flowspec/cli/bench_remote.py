@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowspec.bench.answering_remote import MeasuredCluster
 from flowspec.bench.experiment import Case, Plan
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, revision
@@ -12,8 +13,7 @@ from flowspec.bench.runner import Outcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
 from flowspec.config import EngineConfig
-from flowspec.engine.client import HeadClient
-from flowspec.engine.remote import RemoteCluster
+from flowspec.engine.remote import RemoteEngine
 from flowspec.speculation.drafters import current_drafter, parse_drafter
 from flowspec.speculation.strategies import find_strategy
 from flowspec.system.address import parse_address
@@ -22,20 +22,20 @@ from flowspec.weights.manifest import read_manifest
 
 
 @contextmanager
-def connected(head: str | None, token_file: Path | None) -> Iterator[RemoteCluster | None]:
+def connected(head: str | None, token_file: Path | None) -> Iterator[MeasuredCluster | None]:
     """The cluster of `head`, or None without one. Raises ClusterError where it cannot serve."""
     if head is None:
         yield None
         return
     keys = derive_keys(read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    with HeadClient(host, port, keys) as client:
+    with RemoteEngine(host, port, keys) as engine:
         # by print, which does not write across a bar that is on the screen
-        yield RemoteCluster(client, lambda text: print(text, file=sys.stderr, flush=True))
+        yield MeasuredCluster(engine, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def cluster_drafters(
-    given: Sequence[str], strategies: Sequence[str], cluster: RemoteCluster
+    given: Sequence[str], strategies: Sequence[str], cluster: MeasuredCluster
 ) -> Sequence[str]:
     """The drafters of `--drafter`, or the cluster's own; only the switches are free.
 
@@ -59,7 +59,7 @@ def cluster_drafters(
 
 def assemble_remote(
     cases: Sequence[Case],
-    cluster: RemoteCluster,
+    cluster: MeasuredCluster,
     *,
     head: str,
     datasets: Mapping[str, Sequence[Prompt]],

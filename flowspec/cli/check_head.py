@@ -1,7 +1,7 @@
 """`flowspec check-head`: does this draft checkpoint fit this model, and how good is it?"""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,22 +13,22 @@ from rich.table import Table
 from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
 from flowspec.cli.common import BUNDLED, bundled, effective_config, split_folder
 from flowspec.cli.settings import NUMERICS, with_settings
-from flowspec.config import DecodeConfig, EngineConfig
-from flowspec.engine.base import generate
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.model.architecture import read_config
-from flowspec.request import DecodeStats, Request, SamplingParams
+from flowspec.request import DecodeStats, Decoding, Request, SamplingParams
 from flowspec.speculation.drafters.checkpoint.config import CONTRADICTION, ERROR
 from flowspec.speculation.drafters.checkpoint.inspect import HeadReport, inspect_head
 from flowspec.speculation.drafters.checkpoint.kind import FAMILIES
-from flowspec.speculation.strategies import STRATEGIES
+from flowspec.speculation.strategy import RoundConfig
 from flowspec.weights.manifest import HEAD_FOLDER
 
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {
-    "tree": STRATEGIES["serial_pp"].defaults,
-    "chain": DecodeConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
+    "tree": RoundConfig(),
+    "chain": RoundConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
 }
 
 
@@ -97,23 +97,23 @@ def _measure(
         build_stage(parts.folder, rank, device=config.local.device, numerics=config.numerics)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]  # fmt: skip
-    cluster = SimulatedCluster(build_head(config, parts), stages)
+    engine = SimulatedEngine(build_head(config, parts), stages)
     scores = []
-    for turn, (shape, decode) in enumerate(_SHAPES.items()):
-        cluster.configure(STRATEGIES[config.strategy], decode)
+    for shape, decode in _SHAPES.items():
+        decoding = Decoding(
+            strategy=config.strategy, parameters=decode.model_dump(), drafter=config.drafter
+        )
         stats = []
-        for request in _requests(parts, prompts, max_tokens, first_id=1 + turn * len(prompts)):
-            completion = generate(cluster, request)
-            if completion.error:
-                raise ValueError(completion.error)
-            stats.append(completion.stats)
+        for request in _requests(parts, prompts, max_tokens):
+            output = generate(engine, replace(request, decoding=decoding))
+            if output.error is not None:
+                raise output.error.exception()
+            stats.append(output.stats)
         scores.append(_score(shape, stats, levels=decode.num_draft_steps + 1))
     return scores
 
 
-def _requests(
-    parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int, *, first_id: int
-) -> list[Request]:
+def _requests(parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int) -> list[Request]:
     """Prompts that leave room for an answer. Raises ValueError when none does."""
     rendered = [first_turn(parts.prompt_of, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
@@ -123,10 +123,14 @@ def _requests(
             "--limit 1 or more and a file with some"
         )
     return [
-        Request(id=number, prompt=ids, sampling=SamplingParams(temperature=0.0),
-                max_new_tokens=max_tokens, eos_token_ids=parts.eos_token_ids)
-        for number, ids in enumerate(fitting, start=first_id)
-    ]  # fmt: skip
+        Request(
+            prompt=ids,
+            sampling=SamplingParams(temperature=0.0),
+            max_new_tokens=max_tokens,
+            eos_token_ids=parts.eos_token_ids,
+        )
+        for ids in fitting
+    ]
 
 
 def _score(shape: str, stats: Sequence[DecodeStats], *, levels: int) -> Score:

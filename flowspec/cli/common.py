@@ -10,7 +10,7 @@ from flowspec.bench.records import Sample, as_text, read_samples
 from flowspec.bench.settings import drafts
 from flowspec.config import EngineConfig, override, read_engine_config
 from flowspec.speculation.drafters import find_drafter
-from flowspec.speculation.strategies import check_taken, find_strategy
+from flowspec.speculation.strategies import find_strategy, strategy_config
 from flowspec.system import signals
 from flowspec.system.bundled import DEMO, find_bundled
 from flowspec.tokenizer import load_tokenizer
@@ -28,15 +28,27 @@ RECORD_KEYS = (  # that --only takes
 )
 RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW..HIGH
 BUNDLED = DEMO
+ENGINE_SETTINGS = ("chunked_prefill_size",)  # that were settings of a strategy once
 
 
 def effective_config(file: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
     """Defaults, then the YAML file, then the flags that were given; bundled models by name."""
     config = EngineConfig() if file is None else read_engine_config(file)
     given = {name: value for name, value in flags.items() if value is not None}
-    config = override(config, given, where="options")
-    check_taken(config.strategy, config.decode, where=f"decode in {file}")
+    config = with_engine_settings(
+        override(config, given, where="options"), where=f"decode in {file}"
+    )
+    strategy_config(config.strategy, config.decode, where=f"decode in {file}")
     return config
+
+
+def with_engine_settings(config: EngineConfig, *, where: str) -> EngineConfig:
+    """Settings of the engine that were given among those of the strategy take their own place."""
+    own = {name: config.decode[name] for name in ENGINE_SETTINGS if name in config.decode}
+    if not own:
+        return config
+    decode = {name: value for name, value in config.decode.items() if name not in own}
+    return override(config, {**own, "decode": decode}, where=where)
 
 
 def bundled(name: str) -> str:

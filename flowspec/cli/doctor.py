@@ -25,10 +25,12 @@ from flowspec.cluster.doctor import (
     find_facts,
     verdict,
 )
-from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import HANDSHAKE_TIMEOUT_S, RemoteEngine
+from flowspec.protocol.control import Link
 from flowspec.request import ClusterError
 from flowspec.system.address import local_address_towards, parse_address
-from flowspec.transport.control_sockets import why_unreachable
+from flowspec.transport.control_sockets import ControlClient, why_unreachable
+from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.weights.transfer.cache import cache_folder, find_problem
 
@@ -86,10 +88,9 @@ def _examine_head(
             found += examine_link(LinkFacts(where=head, why_unreachable=reason))
         return found
     try:
-        with HeadClient(host, port, keys) as client:
-            link = measure_link(client.control)
-            status = client.status()
-            own = local_address_towards(client.control.host, port)
+        with RemoteEngine(host, port, keys) as engine:
+            status, address = engine.cluster_status(), engine.control.host
+        link, own = _measure(host, port, keys), local_address_towards(address, port)
     except ClusterError as error:
         return list(examine_link(LinkFacts(where=head, why_unreachable=error.cause)))
     dtype = status.model.numerics.dtype
@@ -102,6 +103,15 @@ def _examine_head(
         dtype_error=why_not_computed(torch_device, dtype),
     )
     return list(examine_link(facts))
+
+
+def _measure(host: str, port: int, keys: Keys) -> Link:
+    """Latency and rates of the link to the head, over a connection of its own."""
+    client = ControlClient(host, port, keys)
+    try:
+        return Link() if client.connect(HANDSHAKE_TIMEOUT_S) else measure_link(client)
+    finally:
+        client.close()
 
 
 def _check_cuda() -> tuple[bool, str]:

@@ -36,7 +36,7 @@ from flowspec.cost_model.profiles import (
     read_model,
 )
 from flowspec.engine.build import load_head_parts
-from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import RemoteEngine
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.system.address import parse_address
@@ -122,8 +122,8 @@ def _from_profiles(cluster: str, model: str, size: dict[str, float]) -> _Questio
 
 def _from_head(head: str, token: str, size: dict[str, float]) -> _Question:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    with HeadClient(host, port, derive_keys(token)) as client:
-        now = client.status()
+    with RemoteEngine(host, port, derive_keys(token)) as engine:
+        now = engine.cluster_status()
     present = [one for one in now.devices if one.state != "lost"]
     if not present:
         raise ValueError(f"no device has joined {head} yet")

@@ -17,9 +17,9 @@ from flowspec.bench.reliability import Reliability, before_and_after, settled
 from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder, write_whole
 from flowspec.cli.ui.progress import shown
 from flowspec.config import EngineConfig
-from flowspec.engine.base import generate
 from flowspec.engine.build import HeadParts, build_head, build_stage, check_run, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.calibration import Outcome, PathForecast
 from flowspec.request import Request, SamplingParams
 from flowspec.speculation.drafters import DRAFTERS
@@ -104,18 +104,20 @@ def _run(config: EngineConfig, prompts: list[Prompt]) -> _Settled:
     head = build_head(config, parts)
     found = _Settled([], [])
     paths: list[PathForecast] = []
-    head.calibration.outcomes, head.calibration.paths = found.children, paths
+    calibration = head.calibration_of(head.resolve(None))
+    assert calibration is not None, "this strategy calibrates"
+    calibration.outcomes, calibration.paths = found.children, paths
     stages = [
         build_stage(folder, rank, device=config.local.device, numerics=config.numerics)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]
-    cluster = SimulatedCluster(head, stages)
+    cluster = SimulatedEngine(head, stages)
     requests = _requests(config, parts, prompts)
     with shown(Console(stderr=True), "prompts", what="running") as tell:
         for done, request in enumerate(requests):
             tell(done, len(requests))
             completion = generate(cluster, request)
-            found.paths += settled(paths, (*request.prompt, *completion.tokens))
+            found.paths += settled(paths, (*request.prompt_tokens, *completion.tokens))
             paths.clear()
     return found
 

@@ -1,7 +1,6 @@
 """`flowspec run`: prompts through a pipeline of local processes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +14,20 @@ from flowspec.cli.common import (
     draft_folder,
     effective_config,
     split_folder,
+    with_engine_settings,
 )
 from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.show import show_answers, show_summary
 from flowspec.cli.ui.texts import check_texts
 from flowspec.config import EngineConfig, as_yaml, new_name, override, parse_yaml
-from flowspec.engine.build import HeadParts, check_run, decode_config, load_head_parts
-from flowspec.engine.cores import segments_at_once
+from flowspec.engine.build import HeadParts, check_run, load_head_parts
 from flowspec.engine.launch import find_launch
 from flowspec.engine.local import LocalEngine, check_files_for
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.torchrun import TorchrunEngine, fit_to_launch, serve_rank
-from flowspec.request import Completion, Request, error_of
+from flowspec.request import Request, RequestOutput
 from flowspec.speculation.drafters import DRAFTERS
-from flowspec.speculation.strategies import STRATEGIES, check_taken
+from flowspec.speculation.strategies import STRATEGIES, strategy_config
 from flowspec.system.process_title import name_process
 from flowspec.tracing.chrome_trace import check_trace_path, tracing
 from flowspec.transport.by_name import TRUSTED_ONLY
@@ -92,13 +91,12 @@ def run(
     check_texts({"--prompt": prompt, "--stop": stop, "--set": set_})
     effective = effective_config(config, {**settings, **sampling})
     if set_:
-        spec, _ = decode_config(effective)  # what is wrong now is the file's
         effective = override(effective, {"decode": _settings(effective, set_)}, where="--set")
-        override(spec.defaults, effective.decode, where="--set")
-        check_taken(effective.strategy, effective.decode, where="--set")
+        effective = with_engine_settings(effective, where="--set")
+        strategy_config(effective.strategy, effective.decode, where="--set")
     if show_config:
-        decode = asdict(decode_config(effective)[1])
-        typer.echo(as_yaml(effective.changed(decode=decode)), nl=False)
+        decode = strategy_config(effective.strategy, effective.decode, where="decode")
+        typer.echo(as_yaml(effective.changed(decode=decode.model_dump())), nl=False)
         return
     _generate(effective, prompt or [DEFAULT_PROMPT], tuple(stop or ()), check=check)
 
@@ -139,31 +137,27 @@ def _generate(
         for number, prompt in enumerate(prompts, start=1)
     ]
     num_stages = len(parts.manifest.layers)
-    shares_cores = not launch and not config.emulate and config.local.device == "cpu"
-    spec, decode = decode_config(config)
-    if shares_cores and not decode.max_in_flight and "max_in_flight" not in spec.ignores:
-        in_flight = segments_at_once(num_stages, threads=config.local.threads)
-        config = config.changed(decode={**config.decode, "max_in_flight": in_flight})
     notice = f"{parts.manifest.model_id}, {config.strategy}, head + {num_stages} stages"
     typer.echo(f"starting {notice} ...", err=True)
     name_process("head")
     if config.transport != "zmq":
         typer.echo(f"{config.transport}: {TRUSTED_ONLY}", err=True)
-    new_cluster = partial(TorchrunEngine, launch=launch) if launch else LocalEngine
+    new_engine = partial(TorchrunEngine, launch=launch) if launch else LocalEngine
     with (
         tracing(config.trace) as trace_folder,
-        new_cluster(config, parts, trace_folder) as cluster,
+        new_engine(config, parts, trace_folder) as engine,
     ):
-        completions, elapsed_s = show_answers(cluster, requests)
-        statuses = cluster.statuses()
-    if any(completion.tokens for completion in completions):
-        show_summary(completions, statuses, elapsed_s)
+        outputs, elapsed_s = show_answers(engine, requests)
+        stages = engine.status().stages
+    if any(output.tokens for output in outputs):
+        show_summary(outputs, stages, elapsed_s)
     if config.trace:
         typer.echo(f"trace written to {config.trace}", err=True)
-    if failed := next((c for c in completions if c.error), None):
-        raise error_of(failed.error)
+    for output in outputs:
+        if output.error is not None:
+            raise output.error.exception()
     if check:
-        _check(config, parts, list(zip(requests, completions, strict=True)))
+        _check(config, parts, list(zip(requests, outputs, strict=True)))
 
 
 def _check_before_loading(config: EngineConfig, *, is_local: bool) -> None:
@@ -176,14 +170,14 @@ def _check_before_loading(config: EngineConfig, *, is_local: bool) -> None:
 
 
 def _check(
-    config: EngineConfig, parts: HeadParts, answers: Sequence[tuple[Request, Completion]]
+    config: EngineConfig, parts: HeadParts, answers: Sequence[tuple[Request, RequestOutput]]
 ) -> None:
     whole = load_whole(parts.folder, device=config.local.device, dtype=config.numerics.dtype)
     alone = LocalTarget(whole, parts.max_context, batch_invariant=config.numerics.batch_invariant)
     wrong = False
-    for request, completion in answers:
+    for request, output in answers:
         tokens, _, _ = alone.generate(request, parts.new_text)
-        divergence = find_divergence(alone, request, tokens, completion.tokens)
+        divergence = find_divergence(alone, request, tokens, output.tokens)
         which = f"[{request.id}] " if len(answers) > 1 else ""
         verdict = "yes" if divergence is None else f"NO, {divergence}"
         typer.echo(f"{which}identical to the target alone: {verdict}")

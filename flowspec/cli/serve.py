@@ -19,7 +19,6 @@ from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, la
 from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.prompt import read_line
 from flowspec.cli.ui.watch import Watch
-from flowspec.cluster.controller.epochs import HeadEngine
 from flowspec.cluster.controller.server import HeadServer
 from flowspec.cluster.device.report import default_name
 from flowspec.cluster.discovery import announced
@@ -37,7 +36,8 @@ from flowspec.cluster.membership.roster import MIN_HEARTBEAT_S, MembershipConfig
 from flowspec.cluster.network import own_host, reached_at
 from flowspec.config import MAX_TIMEOUT_S, EngineConfig, override
 from flowspec.engine.build import HeadParts, check_run, load_head_parts
-from flowspec.engine.client import HeadClient
+from flowspec.engine.cluster import ClusterEngine
+from flowspec.engine.remote import RemoteEngine
 from flowspec.model.architecture import read_config
 from flowspec.protocol.control import Interface, ModelCard
 from flowspec.request import ClusterError
@@ -146,7 +146,7 @@ def serve(
     folder, run_config = _prepare(run_config, offline=offline)
     torch.set_num_threads(run_config.local.threads)
     parts = load_head_parts(run_config, folder)
-    if parts.drafter.name != "none" and run_config.draft:
+    if parts.drafters and run_config.draft:
         parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
     parts.code_hash = code_hash()  # now: the files may change while this process runs
     planner = _planner(run_config, parts, layers, reserve_mb)
@@ -177,7 +177,7 @@ def serve(
     server = HeadServer(
         control,
         membership,
-        lambda tell: HeadEngine(
+        lambda tell: ClusterEngine(
             run_config, parts, keys, tell, host=host, port=port + 2 if port else 0
         ),
         sizes=model_sizes(read_config(folder / HEAD_FOLDER)),
@@ -334,8 +334,8 @@ def _planner(
 
 def _prompt_loop(host: str, port: int, keys: Keys) -> None:
     try:
-        with HeadClient(host, port, keys) as client:
-            chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=read_line)
+        with RemoteEngine(host, port, keys) as engine:
+            chat_loop(engine, ChatOptions(), about=PROMPT_HELP, read=read_line)
     except ClusterError:
         if not signals.received():
             raise

@@ -93,7 +93,7 @@ def simulate(
     parameters = read_table(TABLES, table)
     fixed = parse_settings(settings or [], chosen)
     for name in settings_of(combinations[0]):
-        if all(name in find_strategy(one).ignores for one in chosen):
+        if not any(name in find_strategy(one).parameters for one in chosen):
             raise ValueError(f"--vary {name} changes nothing for {strategies}")
     loaded = load_sets(datasets or str(BUNDLED / "prompts.jsonl"), data_dir, questions, limit)
     if trace:
@@ -106,7 +106,7 @@ def simulate(
         own = {
             name: {
                 **fixed[name],
-                **{k: v for k, v in varied.items() if k not in find_strategy(name).ignores},
+                **{k: v for k, v in varied.items() if k in find_strategy(name).parameters},
             }
             for name in chosen
         }

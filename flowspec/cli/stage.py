@@ -14,8 +14,9 @@ def stage(
 ) -> None:
     """Serve one stage until the head says stop or is gone."""
     end_with_stdin()
-    name_process(f"stage {rank}")
     # torch takes seconds to import, and the head may be gone before
     from flowspec.engine.stage_process import read_stage_config, run_worker
 
-    raise typer.Exit(run_worker(read_stage_config(config)))
+    stage_config = read_stage_config(config)
+    name_process(f"stage {stage_config.rank}")
+    raise typer.Exit(run_worker(stage_config))

@@ -26,12 +26,12 @@ from flowspec.cli.common import (
 from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.progress import shown
 from flowspec.config import EngineConfig
-from flowspec.engine.base import Cluster
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
+from flowspec.engine.engine import Engine
 from flowspec.engine.local import LocalEngine, check_files_for
 from flowspec.engine.reference import LocalTarget
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.request import Request, SamplingParams
+from flowspec.engine.simulated import SimulatedEngine
+from flowspec.request import Decoding, Request, SamplingParams
 from flowspec.speculation.drafters import DRAFTERS, current_drafter, parse_drafter
 from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.weights.load import load_whole
@@ -199,9 +199,9 @@ def _run(plan: _Plan) -> list[Combination]:
                 )
                 verifier = LosslessChecker(alone)
                 tell(0, total)
-            with _cluster(plan.driver, config, parts) as cluster:
+            with _engine(plan.driver, config, parts) as engine:
                 for row in own:
-                    _check_row(plan, row, cluster, verifier, parts, say)
+                    _check_row(plan, row, engine, verifier, parts, say)
             rows += own
     return rows
 
@@ -209,17 +209,27 @@ def _run(plan: _Plan) -> list[Combination]:
 def _check_row(
     plan: _Plan,
     row: Combination,
-    cluster: Cluster,
+    engine: Engine,
     verifier: LosslessChecker,
     parts: HeadParts,
     say: Callable[[str, Divergence | None], None],
 ) -> None:
-    spec = find_strategy(row.strategy)
-    _, switches = parse_drafter(row.drafter)
-    cluster.configure(spec, replace(spec.defaults, **switches))
     where = f"{row.strategy}, {row.drafter}, {row.stages} stages, {row.requests} at once"
-    for divergence in verifier.check(cluster, _requests(plan, parts, row.temperature), row):
+    engine.forget()
+    requests = [
+        replace(request, decoding=_decoding(row))
+        for request in _requests(plan, parts, row.temperature)
+    ]
+    for divergence in verifier.check(engine, requests, row):
         say(where, divergence)
+
+
+def _decoding(row: Combination) -> Decoding:
+    """The row's strategy with its defaults, and its drafter with its switches."""
+    drafter, switches = parse_drafter(row.drafter)
+    if not find_strategy(row.strategy).drafts:
+        return Decoding(strategy=row.strategy)
+    return Decoding(strategy=row.strategy, parameters=switches, drafter=drafter)
 
 
 def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
@@ -254,10 +264,10 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
 
 
 @contextmanager
-def _cluster(driver: str, config: EngineConfig, parts: HeadParts) -> Iterator[Cluster]:
+def _engine(driver: str, config: EngineConfig, parts: HeadParts) -> Iterator[Engine]:
     if driver != "simulated":
-        with LocalEngine(config, parts) as cluster:
-            yield cluster
+        with LocalEngine(config, parts) as engine:
+            yield engine
         return
     stages = [
         build_stage(
@@ -268,7 +278,7 @@ def _cluster(driver: str, config: EngineConfig, parts: HeadParts) -> Iterator[Cl
         )[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]
-    yield SimulatedCluster(build_head(config, parts), stages)
+    yield SimulatedEngine(build_head(config, parts), stages)
 
 
 def _report(rows: Sequence[Combination]) -> None:

@@ -112,7 +112,10 @@ CAUSE_S = 0.3  # for a lost device's own word, which may come after its connecti
 
 
 class ClusterEngine(HeadEngine):
-    """Start with `start`; `close` ends it. `tell` hears from its thread what membership must know."""
+    """Start with `start`; `close` ends it.
+
+    Its thread calls `tell` with what the membership core must know.
+    """
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import torch
 
 from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import EngineStatus, StageStatus
-from flowspec.engine.status import stage_status
+from flowspec.engine.status import progress_of, stage_status
 from flowspec.engine.stream import Notice, Stream
 from flowspec.head.head import Head
 from flowspec.protocol.codec import WireError
@@ -106,6 +106,7 @@ class HeadEngine(ABC):
             num_waiting=len(scheduler.waiting),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            progress=progress_of(scheduler.running.values()),
             stages=self.stages_status(),
         )
 
@@ -228,7 +229,7 @@ class HeadEngine(ABC):
         self.inject(Submit(request=request))
         self.register(request)
 
-    def register(self, request: Request) -> None:
+    def register(self, request: Request) -> None:  # noqa: B027 - a hook, for one subclass
         """A request has come to the core."""
 
     def deliver(self) -> None:

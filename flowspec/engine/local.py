@@ -184,7 +184,7 @@ class LocalEngine(HeadEngine):
             raise ClusterError(outage.place or "head", outage.cause, rank=outage.rank)
 
     def lose(self, error: ClusterError | WireError) -> None:
-        """Restart what is lost, if that is allowed; a frame that is no message ends all requests."""
+        """Restart what is lost, if that is allowed. A corrupt frame ends all requests."""
         if isinstance(error, WireError):
             self.abandon(failure_of_loss(error))
         else:

@@ -8,7 +8,7 @@ from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.engine.engine import EngineStatus, StageStatus
-from flowspec.engine.status import stage_status
+from flowspec.engine.status import progress_of, stage_status
 from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
 from flowspec.protocol.messages import HEAD, AbortRequest, ForgetCosts, Submit
@@ -150,6 +150,7 @@ class SimulatedEngine:
             num_waiting=len(scheduler.waiting),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            progress=progress_of(scheduler.running.values()),
             stages=self.stages_status(),
         )
 

@@ -4,11 +4,11 @@ Every stage keeps a KV cache of fixed capacity per request, known before the req
 budget is what the tightest stage can hold, in tokens of all requests together.
 
 A batch costs t(n), the time of the slowest stage for n rows. It is nearly flat up to a knee, so
-rows of other requests ride along for little. The scheduler maximises expected accepted tokens per time,
-the time on the line to the next stage included: a slow line makes every verdict later. Roots come
-first, since they are certain to be on the true path: a request whose verdict has come is in the
-very next batch. So none waits longer for its next token than a trip through the pipeline takes, and
-prompts advance by a chunk in every batch, the oldest request first.
+rows of other requests ride along for little. The scheduler maximises expected accepted tokens per
+time, the time on the line to the next stage included: a slow line makes every verdict later. Roots
+come first, since they are certain to be on the true path: a request whose verdict has come is in
+the very next batch. So none waits longer for its next token than a trip through the pipeline takes,
+and prompts advance by a chunk in every batch, the oldest request first.
 """
 
 from collections import deque
