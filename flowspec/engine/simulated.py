@@ -44,12 +44,14 @@ class SimulatedEngine:
         link_time: ChargeLink = instant_link,
         host_time: ChargeHost = free_host,
         wrap: Callable[[Core], Core] = lambda core: core,
+        beside: Sequence[Core] = (),
     ) -> None:
         self.head = head
         self._render = render
         at_head, self.stages = arrange(head, stages)
         cores: dict[int, Core] = {HEAD: wrap(at_head)}
         cores.update({stage.rank: wrap(stage) for stage in self.stages})
+        cores.update({core.rank: core for core in beside})  # such as a drafter that pushes
         self.simulator = Simulator(
             cores, work_time=work_time, link_time=link_time, host_time=host_time
         )

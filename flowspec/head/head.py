@@ -19,9 +19,12 @@ from flowspec.head.scheduler import Scheduler, TooLargeError
 from flowspec.protocol.codec import MAX_BATCH
 from flowspec.protocol.messages import (
     CLIENT,
+    DRAFTER,
     EVERY_STAGE,
     AbandonRequests,
     AbortRequest,
+    DraftContext,
+    DraftSubtree,
     Exit,
     Failed,
     Features,
@@ -40,6 +43,7 @@ from flowspec.protocol.messages import (
     together,
 )
 from flowspec.request import (
+    NO_NODE,
     DecodeStats,
     Decoding,
     Failure,
@@ -53,7 +57,7 @@ from flowspec.request import (
 )
 from flowspec.runtime.core import Send, Step
 from flowspec.runtime.failures import Failures, attempt
-from flowspec.speculation.drafters.base import Drafter, NoDrafter
+from flowspec.speculation.drafters.base import Drafter, NoDrafter, Subtree
 from flowspec.speculation.drafters.merge import MergedDrafter
 from flowspec.speculation.strategies import find_strategy, resolve_decoding
 from flowspec.speculation.strategy import ResolvedDecoding
@@ -138,6 +142,9 @@ class Head:
             case Features():
                 with self.failures.of(message.request):
                     self._features(message)
+            case DraftSubtree():
+                with self.failures.of(message.request):
+                    self._subtree(message)
             case Reroot():
                 request = self.scheduler.running.get(message.request)
                 return self._reroot(request, message, now) if request is not None else ()
@@ -181,7 +188,8 @@ class Head:
         if not batch:
             if self.pipe.draft_began_at is not None:
                 return None
-            if shares := next_shares(running.values(), self.failures):
+            asked = [one for one in running.values() if not self.drafter_pushes(one)]
+            if shares := next_shares(asked, self.failures):
                 own = of_one_drafter(shares, self.pipe.drafting)
                 drafter = self.drafter_of(own[0].request.decoding)
                 work = draft_work(drafter, self.pipe, own, self.failures, self._end_failed)
@@ -230,7 +238,7 @@ class Head:
                 reuse=start.reuse,
                 num_cached_tokens=start.num_cached_tokens,
             )
-            started = [Send(FIRST_STAGE, message)]
+            started = [Send(FIRST_STAGE, message), *self._tell_drafter(request, 0, request.prefix)]
         sends = [*self._close(evicted), *started, *self._close(succeeded)]
         if (error := self.failures.pop(request.id)) is not None:
             self.scheduler.withdraw(request.id)
@@ -275,6 +283,33 @@ class Head:
             by_position[request.locate(node)] = hidden
         request.drafter.accept_features(message.layer, by_position)
 
+    def _subtree(self, message: DraftSubtree) -> None:
+        """A drafter has pushed guesses; those of a request that is over are ignored."""
+        request = self.scheduler.running.get(message.request)
+        if request is not None and self.drafter_pushes(request):
+            entries = tuple(zip(message.parents, message.tokens, message.logprobs, strict=True))
+            subtree = Subtree(NO_NODE, entries)
+            request.take_subtree(message.position, message.path, subtree)
+
+    def drafter_pushes(self, request: RequestState) -> bool:
+        """Whether the request's drafter is a core of its own that is never asked."""
+        return bool(getattr(self.drafters[request.decoding.drafter], "pushes", False))
+
+    def _tell_drafter(
+        self, request: RequestState, position: int, tokens: Sequence[int], *, is_over: bool = False
+    ) -> list[Send]:
+        """Tell a drafter that pushes which tokens are true; others are told by their sessions."""
+        if not self.drafter_pushes(request):
+            return []
+        context = DraftContext(
+            epoch=self.pipe.epoch,
+            request=request.id,
+            position=position,
+            tokens=tuple(tokens),
+            is_over=is_over,
+        )
+        return [Send(DRAFTER, context)]
+
     def _reroot(self, request: RequestState, verdict: Reroot, now: float) -> Sequence[Send]:
         if request.verdict is not None and verdict.position <= request.verdict.position:
             return ()  # a stale verdict
@@ -286,6 +321,8 @@ class Head:
             new, num_drafted = self._accept(request, verdict, now)
             tokens, reason = self._take_tokens(request, new, num_drafted, now)
             sends.append(Send(CLIENT, tokens))
+            end = len(request.all_tokens)
+            sends += self._tell_drafter(request, end - len(tokens.tokens), tokens.tokens)
             if reason is None:
                 assert request.strategy is not None, "a running request has a strategy"
                 request.strategy.on_verdict(request)
@@ -364,6 +401,7 @@ class Head:
             sends += self._close(cache.add(request))
         else:
             sends.append(Send(EVERY_STAGE, FreeRequest(epoch=epoch, request=request.id)))
+        sends += self._tell_drafter(request, len(request.all_tokens), (), is_over=True)
         return [*sends, end]
 
     def _end(

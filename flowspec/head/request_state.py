@@ -30,6 +30,7 @@ from flowspec.speculation.drafters.base import (
     NoDraftSession,
     Opening,
     Proposal,
+    Subtree,
 )
 from flowspec.speculation.drafters.merge import MergedSession
 from flowspec.speculation.strategy import (
@@ -93,7 +94,9 @@ class RequestState:
     first_verdict_at: float = 0.0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
     last_was_unsent: bool = False  # and not in flight
-    root_proposal: Proposal | None = None  # the drafter's newest proposal for a root's children
+    root_proposal: Proposal | Subtree | None = (
+        None  # the drafter's newest proposal for a root's children
+    )
     num_aux_hidden_state_layers: int = 0  # that the drafter wants the hidden states of
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
     num_layers_come: dict[NodeId, int] = field(default_factory=dict)  # of nodes, where not all
@@ -307,8 +310,10 @@ class RequestState:
 
     # The draft tree ------------------------------------------------------------------------------
 
-    def take_proposals(self, proposals: list[Proposal], *, expanded: Container[NodeId]) -> None:
-        """The drafter's forward is done: children of expanded nodes, and perhaps of the root."""
+    def take_proposals(
+        self, proposals: Sequence[Proposal | Subtree], *, expanded: Container[NodeId]
+    ) -> None:
+        """The drafter's forward is done: what is below expanded nodes, and perhaps the root."""
         config = self.decoding.drafting
         below = [proposal for proposal in proposals if proposal.node in expanded]
         for proposal in proposals:
@@ -317,15 +322,53 @@ class RequestState:
                 if config.refresh or not self.tree.root.expanded:
                     below.insert(0, proposal)
         if below:
-            self.grow(below, floor_count=config.num_draft_tokens)
+            self._grow_all(below, floor_count=config.num_draft_tokens)
             self.merge_branches()
+
+    def _grow_all(self, proposals: Sequence[Proposal | Subtree], *, floor_count: int) -> None:
+        self.grow([p for p in proposals if isinstance(p, Proposal)], floor_count=floor_count)
+        for proposal in proposals:
+            if isinstance(proposal, Subtree):
+                self.grow_subtree(proposal, floor_count=floor_count)
+
+    def grow_subtree(self, subtree: Subtree, *, floor_count: int) -> None:
+        """Add several levels below a node, as far as their scores are among the best."""
+        nodes = {-1: subtree.node}
+        for parent, children in subtree.levels():
+            node = nodes.get(parent)
+            if node is None or node not in self.tree:
+                continue  # it was not among the best
+            named = tuple((token, logprob) for _, token, logprob in children)
+            self.grow([Proposal(node, named)], floor_count=floor_count)
+            known = self.tree[node].children
+            nodes.update({place: known[token] for place, token, _ in children if token in known})
+
+    def take_subtree(self, position: int, path: Sequence[int], subtree: Subtree) -> None:
+        """Guesses that a drafter has pushed, below the text up to `position` and then `path`.
+
+        `subtree.node` is not known to the drafter and is found here. The text has gone on since;
+        guesses below a path that has turned out wrong are dropped.
+        """
+        if not self.is_decoding or position > self.tree.root.position:
+            return  # the prompt's verdict has yet to come, or the drafter is ahead of the head
+        known = self.all_tokens[position + 1 : self.tree.root.position + 1]
+        if tuple(path[: len(known)]) != known[: len(path)] or len(path) < len(known):
+            return
+        node = self.tree.root
+        for token in path[len(known) :]:
+            child = self.tree.child(node.id, token)
+            if child is None:
+                return
+            node = child
+        found = Subtree(node.id, subtree.entries)
+        self.grow_subtree(found, floor_count=self.decoding.drafting.num_draft_tokens)
 
     def drop_tree(self) -> None:
         """Forget all guesses but the root's children as last proposed: a new round begins."""
         self.tree.drop_descendants()
         proposal = self.root_proposal
         if proposal is not None and proposal.node == self.tree.root.id:
-            self.grow([proposal], floor_count=self.decoding.drafting.num_draft_tokens)
+            self._grow_all([proposal], floor_count=self.decoding.drafting.num_draft_tokens)
 
     def grow(
         self, proposals: list[Proposal], *, floor_count: int, merged: bool = False

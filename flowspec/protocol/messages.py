@@ -32,6 +32,7 @@ from flowspec.request import (
 
 CLIENT = -1  # rank of whoever submitted a request, seen from the head
 HEAD = 0
+DRAFTER = -3  # a drafter that pushes its drafts, beside the head or elsewhere
 EVERY_STAGE = -2  # as a destination: stages 1..N, the sender left out
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ else:  # importing torch takes seconds, and a client of a head has no tensors
 MAX_ROWS = 4096  # of a segment, and of a batch in all
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_LAYERS = 4096
+MAX_CONTEXT_TOKENS = 1 << 20  # of a prompt and its answer, in one message
 
 Node: TypeAlias = Annotated[NodeId, INT64]
 Nodes: TypeAlias = Annotated[tuple[Node, ...], Field(max_length=MAX_ROWS), FailFast()]
@@ -58,7 +60,7 @@ class OfEpoch:
     epoch: UInt32 = 0
     # who sent it, and as which of its messages (flowspec/protocol/sequencing.py); 0: not
     # counted
-    source: UInt32 = 0
+    source: Int32 = 0
     number: UInt32 = 0
 
 
@@ -228,6 +230,44 @@ class Features(OfEpoch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftContext(OfEpoch):
+    """Head to a drafter that pushes: the tokens from `position` on are true.
+
+    The first one of a request begins at position 0. `is_over`: no more of this request is wanted.
+    """
+
+    kind: Literal["draft_context"] = "draft_context"
+    request: Count
+    position: Count
+    tokens: Annotated[tuple[Int32, ...], Field(max_length=MAX_CONTEXT_TOKENS), FailFast()] = ()
+    is_over: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftSubtree(OfEpoch):
+    """A drafter that pushes to the head: guesses below a path.
+
+    The path begins with the token after the one at `position`, which the drafter knew to be true.
+    Entry i of `parents`, `tokens` and `logprobs` is one guess; its parent is an earlier entry, or
+    -1 for the end of the path. What the head knows better by now is dropped there.
+    """
+
+    kind: Literal["draft_subtree"] = "draft_subtree"
+    request: Count
+    position: Count
+    path: Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), FailFast()] = ()
+    parents: Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), FailFast()]
+    tokens: Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), FailFast()]
+    logprobs: Annotated[tuple[float, ...], Field(max_length=MAX_ROWS), FailFast()]
+
+    def __post_init__(self) -> None:
+        if not len(self.parents) == len(self.tokens) == len(self.logprobs):
+            raise ValueError("parents, tokens and logprobs must be as many")
+        if any(not -1 <= parent < place for place, parent in enumerate(self.parents)):
+            raise ValueError("a guess comes before its parent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """A stage to head: totals since its start."""
 
@@ -349,6 +389,8 @@ WireMessage: TypeAlias = (
     | Started
     | Exit
     | Features
+    | DraftContext
+    | DraftSubtree
     | Status
     | Failed
     | Ready
@@ -367,7 +409,7 @@ Message: TypeAlias = (
     | RequestOutput
 )
 # these keep their order from head to last stage; the rest may overtake
-DATA = (AddRequest, Segment, Batch, FinishRequest)
+DATA = (AddRequest, Segment, Batch, FinishRequest, DraftContext)
 
 
 def segments_of(message: Message) -> tuple[Segment, ...]:

@@ -15,7 +15,7 @@ from functools import partial
 from math import inf
 from random import Random
 
-from flowspec.protocol.messages import CLIENT, DATA, EVERY_STAGE, HEAD, Message
+from flowspec.protocol.messages import CLIENT, DATA, DRAFTER, EVERY_STAGE, HEAD, Message
 from flowspec.request import ClusterError
 from flowspec.runtime.core import Core, Send, Work
 from flowspec.runtime.recorder import OFF, Trace
@@ -220,7 +220,7 @@ class Simulator:
     def _receivers(self, source: int, send: Send) -> list[int]:
         if send.to != EVERY_STAGE:
             return [send.to]
-        return [rank for rank in self.actors if rank not in (HEAD, source)]
+        return [rank for rank in self.actors if rank not in (HEAD, DRAFTER, source)]
 
     def _send(self, source: int, to: int, message: Message) -> None:
         self.traces[source].sent(self.now, to, message)

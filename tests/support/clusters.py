@@ -155,6 +155,7 @@ def make_cluster(
     bf16: bool = False,
     limits: Mapping[str, int] = {},
     model: ModelConfig = CONFIG,
+    beside: Sequence[Core] = (),
     **decode: Any,
 ) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
@@ -174,11 +175,11 @@ def make_cluster(
         new_text=new_text,
     )
     stages = [
-        Stage(rank, num_stages, part, shape_stable=bf16)
+        Stage(rank, num_stages, part, batch_invariant=bf16)
         for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
-    cluster = SimulatedEngine(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)
+    cluster = SimulatedEngine(head, stages, work_time=work_time, link_time=link_time, wrap=wrap, beside=beside)
     cluster.simulator._max_events = MAX_EVENTS
     return cluster
 

@@ -1,6 +1,6 @@
 """What a drafter is to the head: it proposes children of tree nodes, one forward at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeAlias
@@ -21,7 +21,31 @@ class Proposal:
     sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
 
 
-Proposed: TypeAlias = list[Proposal] | Exception  # of one job; what ended it, where it failed
+@dataclass(frozen=True, slots=True)
+class Subtree:
+    """Several levels proposed at once below one node, parents before children.
+
+    Entry i is (parent, token, log-probability): `parent` is the index of an earlier entry, or -1
+    for the node itself; the log-probability is that of the token, given that its parent is true.
+    """
+
+    node: NodeId
+    entries: tuple[tuple[int, int, float], ...]
+
+    def __post_init__(self) -> None:
+        for place, (parent, _, _) in enumerate(self.entries):
+            assert -1 <= parent < place, f"entry {place} comes before its parent {parent}"
+
+    def levels(self) -> Iterator[tuple[int, list[tuple[int, int, float]]]]:
+        """(parent, its children as (index, token, log-probability)), parents first."""
+        below: dict[int, list[tuple[int, int, float]]] = {}
+        for place, (parent, token, logprob) in enumerate(self.entries):
+            below.setdefault(parent, []).append((place, token, logprob))
+        yield from below.items()
+
+
+# What one drafter forward gives for one job, or the exception that ended it.
+Proposed: TypeAlias = Sequence[Proposal | Subtree] | Exception
 
 
 class DraftSession(Protocol):
@@ -124,6 +148,7 @@ class Drafter(Protocol):
 
     name: str
     aux_hidden_state_layers: tuple[int, ...]  # which of the target's hidden states it needs
+    # A drafter may also have `pushes = True`: it is never asked, see NoDrafter.
 
     def open(self, opening: Opening) -> DraftSession:
         """Begin with a request."""
@@ -139,7 +164,8 @@ def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
     """The proposals of each job, from begin to finish."""
     begun = drafter.begin(jobs)
     begun.run()
-    return [settled(one) for one in begun.finish()]
+    found = (settled(one) for one in begun.finish())
+    return [[one for one in own if isinstance(one, Proposal)] for own in found]
 
 
 class Lookup:
@@ -170,9 +196,15 @@ def _look_up_one(job: DraftJob) -> list[Proposal]:
 
 
 class NoDrafter:
-    """Drafts nothing: for `ar`."""
+    """Drafts nothing when asked.
 
-    name = "none"
+    It serves `ar`; under another name it stands for a drafter that pushes: a core of its own, which
+    hears of the accepted tokens by DraftContext and sends DraftSubtree whenever it has one.
+    """
+
+    def __init__(self, name: str = "none", *, pushes: bool = False) -> None:
+        self.name, self.pushes = name, pushes
+
     aux_hidden_state_layers: tuple[int, ...] = ()
 
     def open(self, opening: Opening) -> "NoDraftSession":

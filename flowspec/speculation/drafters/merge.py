@@ -24,6 +24,7 @@ from flowspec.speculation.drafters.base import (
     Opening,
     Proposal,
     Proposed,
+    Subtree,
 )
 from flowspec.speculation.drafters.ngram.drafter import NgramDrafter, NgramSession
 from flowspec.speculation.tree import DraftTree, Node
@@ -87,9 +88,9 @@ class MergedDraft:
 
 
 def _merge_all(
-    session: "MergedSession", tree: DraftTree, proposals: Sequence[Proposal]
-) -> list[Proposal]:
-    return [session.merged(proposal, tree) for proposal in proposals]
+    session: "MergedSession", tree: DraftTree, proposals: Sequence[Proposal | Subtree]
+) -> list[Proposal | Subtree]:
+    return [session.merged(one, tree) if isinstance(one, Proposal) else one for one in proposals]
 
 
 class MergedSession:

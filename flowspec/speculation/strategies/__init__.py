@@ -43,6 +43,7 @@ class StrategySpec:
     defaults: StrategyConfig
     about: str
     without: Without | None = None
+    takes_pushed: bool = False  # whether it can do with a drafter that is never asked
 
     @property
     def drafts(self) -> bool:
@@ -67,7 +68,10 @@ STRATEGIES: dict[str, StrategySpec] = {
         FlowSpec, FlowSpecConfig(), "the published FlowSpec: prune and expand, drain on a miss"
     ),
     "streaming": StrategySpec(
-        Streaming, StreamingConfig(), "asynchronous best-first streaming without a drain"
+        Streaming,
+        StreamingConfig(),
+        "asynchronous best-first streaming without a drain",
+        takes_pushed=True,
     ),
 }
 DEFAULT_STRATEGY = "streaming"
@@ -151,6 +155,12 @@ def resolve_decoding(
         )
     if drafter not in loaded:
         raise ValueError(f"drafter {drafter} is not loaded; loaded: {', '.join(loaded) or 'none'}")
+    if getattr(drafters[drafter], "pushes", False) and not spec.takes_pushed:
+        able = ", ".join(name for name, one in STRATEGIES.items() if one.takes_pushed)
+        raise ValueError(
+            f"drafter {drafter} drafts by itself, strategy {decoding.strategy} draws up each round "
+            f"itself; ask for strategy {able}"
+        )
     return ResolvedDecoding(decoding.strategy, config, drafter)
 
 
