@@ -52,14 +52,14 @@ TokenIds: TypeAlias = Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfEpoch:
-    """Belongs to one life of the pipeline; after a stage was lost the head begins another.
+    """A message of one epoch, which is one life of the pipeline: a lost stage ends it.
 
-    Who knows of a newer epoch drops what is of an older one, wherever it comes from.
+    A receiver drops messages of older epochs than the newest that it knows. `source` is the rank
+    that sends the message. `number` counts the sender's messages to one receiver (see
+    sequencing.py); 0: the message is not counted.
     """
 
     epoch: UInt32 = 0
-    # who sent it, and as which of its messages (flowspec/protocol/sequencing.py); 0: not
-    # counted
     source: Int32 = 0
     number: UInt32 = 0
 
@@ -83,9 +83,11 @@ class AddRequest(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment(OfEpoch):
-    """Rows of the tree (or, with `prefix`, tokens known to be true) travelling through the stages.
+    """Rows of the tree, or with `prefix` accepted tokens, that travel through the stages.
 
     `hidden` is None before stage 1. Parents come before children. An empty segment still travels.
+    Raises ValueError where nodes, parents, tokens and hidden states are not as many, or where the
+    verdict is on another request.
     """
 
     kind: Literal["segment"] = "segment"
@@ -131,8 +133,9 @@ class Segment(OfEpoch):
 class Batch(OfEpoch):
     """Segments of several requests that travel and run as one, so that weights are read once.
 
-    The first one speaks for all in `Started`, `Exit` and `slowest_*`. A segment that travels alone
-    goes without a batch.
+    The first one speaks for all in `Started`, `Exit` and `slowest_*`. One segment alone travels
+    without a batch. Raises ValueError for segments of two epochs, two of one request, or more than
+    MAX_ROWS rows in all.
     """
 
     kind: Literal["batch"] = "batch"

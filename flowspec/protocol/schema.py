@@ -91,8 +91,12 @@ class MessageCodec(Generic[M]):
         self._max_bytes, self._error = max_bytes, error
 
     def encode(self, message: M, context: Any = None) -> bytes:
-        """The message as JSON. `context` takes its tensors."""
-        return self.adapter.dump_json(message, context=context)
+        """The message as JSON. `context` takes its tensors.
+
+        Raises PydanticSerializationError where a field holds another type than its own, which only
+        a bug of the sender can bring about.
+        """
+        return self.adapter.dump_json(message, context=context, warnings="error")
 
     def decode(self, frame: bytes, context: Any = None, *, max_bytes: int = 0) -> M:
         """The message in a frame of at most `max_bytes` (0: the codec's own limit).

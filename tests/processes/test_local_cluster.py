@@ -64,6 +64,16 @@ def test_text_is_the_targets_own(cluster, alone, parts, strategy, temperature):
     assert (completion.reason, completion.text) == (reason, text)
 
 
+def test_ps_tells_the_stages_apart(cluster):
+    """Each process shows its rank, and not what it was started with."""
+    shown = {
+        rank: " ".join(filter(None, psutil.Process(child.pid).cmdline()))
+        for rank, child in cluster.children.items()
+    }
+    assert shown == {rank: f"flowspec stage {rank}" for rank in cluster.children}
+    assert shown
+
+
 def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
     """Caches of one request are freed before the next and do not leak into it."""
     for number in range(4):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
@@ -91,6 +92,16 @@ def test_the_head_says_how_to_ask_and_the_token_once(cluster):
     ):
         assert said.count(line) == 1
     assert said.count(cluster.token) == 1
+
+
+def test_ps_tells_the_processes_apart(cluster):
+    """The head and each device, by the name that it was given."""
+    shown = {
+        name: " ".join(filter(None, psutil.Process(process.pid).cmdline()))
+        for name, process in cluster.running.items()
+    }
+    devices = {name: f"flowspec join {name}" for name in ("ada", "bob", "cyd")}
+    assert shown == {"head": "flowspec head", **devices}
 
 
 def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):

@@ -22,6 +22,8 @@ from flowspec.transport.secure.token import derive_keys, new_token
 
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0") + b"\0" * 32
 MAX_OPEN = 600
+MAX_FLOOD = 4000
+FLOOD_S = 2.0
 PAUSE_S = 0.02
 
 
@@ -142,6 +144,27 @@ def slow_loris(target: Target, end: float) -> int:
 def many_addresses(target: Target, end: float) -> int:
     """Silent connections from two hundred addresses."""
     return hold_open(target, end, b"", [f"127.0.7.{k}" for k in range(1, 201)])
+
+
+def descriptor_flood(target: Target, end: float) -> int:
+    """Far more silent connections than a process may have files open, at once, and held."""
+    end = max(end, time.monotonic() + FLOOD_S)
+    held: list[socket.socket] = []
+    try:
+        while time.monotonic() < end and len(held) < MAX_FLOOD:
+            raw = socket.socket()
+            held.append(raw)
+            raw.setblocking(False)
+            raw.bind((f"127.0.8.{1 + len(held) % 200}", 0))
+            raw.connect_ex((target.host, target.port))
+            if len(held) % 50 == 0:
+                time.sleep(0.002)
+    except OSError:  # this process may have no more open itself
+        pass
+    time.sleep(max(0.0, end - time.monotonic()))
+    for raw in held:
+        raw.close()
+    return len(held)
 
 
 def _zmq_attack(
@@ -315,6 +338,7 @@ STRANGERS = {
         silent_connections,
         slow_loris,
         many_addresses,
+        descriptor_flood,
     )
 }
 MEMBERS = {"fuzzed_frames": fuzzed_frames, "fuzzed_requests": fuzzed_requests}

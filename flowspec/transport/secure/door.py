@@ -1,7 +1,8 @@
 """A listening TCP socket that can stop hearing single addresses, so that floods end in the kernel.
 
 The kernel drops their packets by a classic BPF filter on the socket (Linux; needs no privilege).
-Connections that are open already do not notice.
+Connections that are open already do not notice. libzmq by itself accepts connections until the
+process has no descriptor left: docs/security.md has what was measured without this filter.
 """
 
 import contextlib
