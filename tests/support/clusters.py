@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowspec.engine.engine import generate_all
 from flowspec.engine.simulated import SimulatedEngine
+from flowspec.engine.stream import Event
 from flowspec.head.head import Head
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.scheduler import Scheduler
@@ -159,7 +160,7 @@ def make_cluster(
 ) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and shape-stable.
+    With `bf16` the stages run in bfloat16 and batch-invariant.
     """
     chunk = decode.pop("chunked_prefill_size", 5)
     head = Head(
@@ -174,7 +175,7 @@ def make_cluster(
         new_text=new_text,
     )
     stages = [
-        Stage(rank, num_stages, part, shape_stable=bf16)
+        Stage(rank, num_stages, part, batch_invariant=bf16)
         for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
@@ -223,6 +224,20 @@ def run_all_watched(
     completions = generate_all(cluster, asked)
     check_empty(cluster)
     return completions, watches
+
+
+def serve(cluster: SimulatedEngine, asked: Sequence[Request]) -> Iterator[Event]:
+    """The events of requests that run at once, as they come. Who stops reading aborts the rest."""
+    streams = [cluster.submit(one) for one in asked]
+    try:
+        while any(stream.output is None for stream in streams):
+            cluster.step()
+            for stream in streams:
+                while (event := stream.poll()) is not None:
+                    yield event
+    finally:
+        for stream in streams:
+            stream.abort()
 
 
 def check_empty(cluster: SimulatedEngine) -> None:
