@@ -11,7 +11,7 @@ from flowspec.engine.engine import EngineStatus, StageStatus
 from flowspec.engine.status import stage_status
 from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
-from flowspec.protocol.messages import HEAD, AbortRequest, ForgetCosts, Submit
+from flowspec.protocol.messages import HEAD, AbandonRequests, AbortRequest, ForgetCosts, Submit
 from flowspec.request import ClusterError, Failure, FinishReason, Request, RequestOutput, TokensOut
 from flowspec.runtime.core import Core
 from flowspec.simulator.ablated import arrange
@@ -96,12 +96,15 @@ class SimulatedEngine:
             except ClusterError as error:  # it is busy without end
                 self._end_all(Failure(cause=error.cause, rank=0))
                 return False
-            while self.simulator.to_client:
-                self._deliver(self.simulator.to_client.popleft())
+            self._deliver_all()
             self._deliver_counts()
             if not went_on and self._streams:
-                self._end_all(Failure(cause="nothing is left to do", rank=0))
+                self._abandon(Failure(cause="nothing is left to do", rank=0))
             return went_on
+
+    def _deliver_all(self) -> None:
+        while self.simulator.to_client:
+            self._deliver(self.simulator.to_client.popleft())
 
     def _deliver(self, event: object) -> None:
         assert isinstance(event, TokensOut | RequestOutput), "the head speaks to clients so"
@@ -126,7 +129,14 @@ class SimulatedEngine:
                 del self._counts_due[request]
                 stream.put_counts(dict(state.stage_counts))
 
+    def _abandon(self, failure: Failure) -> None:
+        """Open requests end with this failure and with what was generated so far."""
+        self.simulator.deliver(HEAD, AbandonRequests(failure=failure))
+        self._deliver_all()
+        self._end_all(failure)
+
     def _end_all(self, failure: Failure) -> None:
+        """Requests that are still open end with this failure, whatever the head knows of them."""
         for request, stream in list(self._streams.items()):
             del self._streams[request]
             self._num_failed += 1
@@ -174,7 +184,8 @@ class SimulatedEngine:
         """End open requests."""
         with self._lock:
             self._closed = "it was closed"
-            self._end_all(Failure(cause="the engine was closed", rank=0))
+            if self._streams:
+                self._abandon(Failure(cause="the engine was closed", rank=0))
 
 
 def emulated_engine(

@@ -4,11 +4,11 @@ Every stage keeps a KV cache of fixed capacity per request, known before the req
 budget is what the tightest stage can hold, in tokens of all requests together.
 
 A batch costs t(n), the time of the slowest stage for n rows. It is nearly flat up to a knee, so
-rows of other requests ride along for little. The scheduler maximises expected accepted tokens per time,
-the time on the line to the next stage included: a slow line makes every verdict later. Roots come
-first, since they are certain to be on the true path: a request whose verdict has come is in the
-very next batch. So none waits longer for its next token than a trip through the pipeline takes, and
-prompts advance by a chunk in every batch, the oldest request first.
+rows of other requests ride along for little. The scheduler maximises expected accepted tokens per
+time, the time on the line to the next stage included: a slow line makes every verdict later. Roots
+come first, since they are certain to be on the true path: a request whose verdict has come is in
+the very next batch. So none waits longer for its next token than a trip through the pipeline takes,
+and prompts advance by a chunk in every batch, the oldest request first.
 """
 
 from collections import deque
@@ -208,7 +208,9 @@ class Scheduler:
         if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
             return []
         offers = self._offers([request for request in requests if request.is_decoding])
-        if any(offer.outgoing.early for offer in offers):
+        # a strategy does not offer a whole segment twice, so others' early rows cannot hold it back
+        must_go = any(not o.outgoing.best_first and not o.outgoing.early for o in offers)
+        if not must_go and any(offer.outgoing.early for offer in offers):
             return []
         segments = self._prefix_segments(requests)
         counts = best_counts(

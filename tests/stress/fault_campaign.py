@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from flowspec.head.answers import Answers
-
 from flowspec.protocol.messages import Submit
 from flowspec.request import ClusterError, Request, RequestOutput
 from flowspec.simulator.faults import FaultPlan, FaultySimulator
@@ -89,11 +87,11 @@ def run_seed(seed: int) -> Outcome:
         ),
     )
     asked = [_request(random, number) for number in range(1, random.randint(2, 4))]
-    answers = Answers(head, asked)
+    open_ids = {one.id for one in asked}
     simulator.epoch_of_head = lambda: head.pipe.epoch
     simulator.outage_of_head = lambda: head.outage
-    simulator.is_idle = lambda: not answers.open
-    wrong = _serve(simulator, answers, asked)
+    simulator.is_idle = lambda: not open_ids
+    wrong = _serve(simulator, open_ids, asked)
     return Outcome(name, wrong, simulator.totals.counts, simulator.now)
 
 
@@ -105,22 +103,29 @@ def _request(random: Random, number: int) -> Request:
     return request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
 
 
-def _serve(simulator: FaultySimulator, answers: Answers, asked: list[Request]) -> str:
+def _serve(simulator: FaultySimulator, open_ids: set[int], asked: list[Request]) -> str:
+    """Serves the requests, taking each out of `open_ids` as it ends; returns what went wrong."""
     for one in asked:
         simulator.submit(Submit(request=one))
     done: dict[int, RequestOutput] = {}
     try:
-        while answers.open and simulator.now < MAX_VIRTUAL_S and simulator.step():
+        while open_ids and simulator.now < MAX_VIRTUAL_S and simulator.step():
             while simulator.to_client:
-                event = answers.take(simulator.to_client.popleft())
+                event = simulator.to_client.popleft()
                 if isinstance(event, RequestOutput):
+                    assert event.request not in done, f"request {event.request}: a second end"
                     done[event.request] = event
+                    open_ids.discard(event.request)
     except (ClusterError, AssertionError, LookupError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    if answers.open:
-        return f"no end after {simulator.now:.0f} virtual s: {sorted(answers.open)} are open"
+    if open_ids:
+        return f"no end after {simulator.now:.0f} virtual s: {sorted(open_ids)} are open"
+    return _find_wrong(asked, done)
+
+
+def _find_wrong(asked: list[Request], done: dict[int, RequestOutput]) -> str:
     for one in asked:
-        if done[one.id].error:
+        if done[one.id].error is not None:
             return f"request {one.id}: {done[one.id].error}"
         if list(done[one.id].tokens) != expected(one):
             return f"request {one.id}: not the target's tokens"
