@@ -55,6 +55,7 @@ class SimulatedEngine:
         )
         self._lock = threading.RLock()
         self._newest_id = 0
+        self._newest_at = 0.0  # when the newest request begins
         self._streams: dict[int, Stream] = {}
         self._counts_due: dict[int, Stream] = {}
         self._num_finished = self._num_failed = 0
@@ -63,11 +64,18 @@ class SimulatedEngine:
     def submit(self, request: Request, *, at: float | None = None) -> Stream:
         """Begin with a request now, or `at` a later virtual time in seconds.
 
-        A request that brings an id keeps it; it must be above those before.
+        A request that brings an id keeps it; it must be above those before. Raises ValueError
+        where its time is before that of an earlier one: the head takes ids in rising order.
         """
         with self._lock:
             if self._closed:
                 raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
+            when = max(self.simulator.now, at or 0.0)
+            if when < self._newest_at:
+                raise ValueError(
+                    f"the request is to begin at {when:g} s, and one is submitted for "
+                    f"{self._newest_at:g} s already; submit requests in the order of their times"
+                )
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)
@@ -75,7 +83,8 @@ class SimulatedEngine:
             if number in self._streams:
                 raise ValueError(f"request {number} is open already; give each its own id")
             self._streams[number] = stream
-            self.simulator.submit(Submit(request=replace(request, id=number)), at=at)
+            self._newest_at = when
+            self.simulator.submit(Submit(request=replace(request, id=number)), at=when)
         return stream
 
     def abort(self, request: int) -> None:
