@@ -57,6 +57,7 @@ class SimulatedEngine:
         self._newest_id = 0
         self._newest_at = 0.0  # when the newest request begins
         self._streams: dict[int, Stream] = {}
+        self._begins: dict[int, float] = {}  # when each of them begins
         self._counts_due: dict[int, Stream] = {}
         self._num_finished = self._num_failed = 0
         self._closed = ""
@@ -83,14 +84,14 @@ class SimulatedEngine:
             if number in self._streams:
                 raise ValueError(f"request {number} is open already; give each its own id")
             self._streams[number] = stream
-            self._newest_at = when
+            self._newest_at = self._begins[number] = when
             self.simulator.submit(Submit(request=replace(request, id=number)), at=when)
         return stream
 
     def abort(self, request: int) -> None:
-        """End a request; what is on its way still arrives."""
+        """End a request, at the earliest when it begins; what is on its way still arrives."""
         with self._lock:
-            self.simulator.submit(AbortRequest(request=request))
+            self.simulator.submit(AbortRequest(request=request), at=self._begins.get(request))
             while request in self._streams and self.step():
                 pass
 
@@ -121,7 +122,7 @@ class SimulatedEngine:
         if stream is None:
             return
         if isinstance(event, RequestOutput):
-            del self._streams[event.request]
+            del self._streams[event.request], self._begins[event.request]
             self._num_finished += event.error is None
             self._num_failed += event.error is not None
             self._counts_due[event.request] = stream
@@ -147,7 +148,7 @@ class SimulatedEngine:
     def _end_all(self, failure: Failure) -> None:
         """Requests that are still open end with this failure, whatever the head knows of them."""
         for request, stream in list(self._streams.items()):
-            del self._streams[request]
+            del self._streams[request], self._begins[request]
             self._num_failed += 1
             stream.put(RequestOutput(request=request, reason=FinishReason.ERROR, error=failure))
 

@@ -154,6 +154,17 @@ def test_requests_are_submitted_in_the_order_of_their_times():
     assert list(generate(engine, request(2)).tokens) == expected(request(2))
 
 
+def test_a_request_can_be_aborted_before_it_begins():
+    """It ends when it would have begun."""
+    engine = make_cluster(2)
+    late = engine.submit(request(1, max_new_tokens=40), at=5.0)
+    late.abort()
+    output = late.result()
+    assert (output.reason, output.tokens) == (FinishReason.CANCELLED, ())
+    assert output.stats.submitted_at == output.stats.finished_at == 5.0
+    check_empty(engine)
+
+
 def test_the_engine_numbers_requests_that_bring_no_id():
     """And refuses an id that is open already."""
     engine = make_cluster(2)
