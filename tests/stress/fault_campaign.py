@@ -4,28 +4,28 @@
     python -m tests.stress.fault_campaign --seeds 1 --first 4711   # one of them again
     python -m tests.stress.fault_campaign --real 200               # real processes, real signals
 
-Simulated: a tiny model, random strategy, drafter, requests and delays; stages crash and come back,
-also in another number; connections are cut and lose what is on them; messages are lost, doubled and
-overtaken. Real: see tests/stress/real_faults.py. Wanted: every answer token for token the target's
-own, every request answered, an end in bounded time. Exit code 1: something else happened; the seeds
-are printed.
+Simulated: a tiny model, random drafter, requests and delays, a random strategy for the cluster and
+another one for every second request; stages crash and come back, also in another number;
+connections are cut and lose what is on them; messages are lost, doubled and overtaken. Real: see
+tests/stress/real_faults.py. Wanted: every answer token for token the target's own, every request
+answered, an end in bounded time. Exit code 1: something else happened; the seeds are printed.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 from flowspec.protocol.messages import Submit
-from flowspec.request import ClusterError, Request, RequestOutput
+from flowspec.request import ClusterError, Decoding, Request, RequestOutput
 from flowspec.simulator.faults import FaultPlan, FaultySimulator
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
-from tests.support.clusters import make_cluster
+from tests.support.clusters import make_cluster, small
 from tests.support.scripted import drafter_named
 from tests.support.tiny import PROMPT, SAMPLINGS, expected, request, stage_models
 
@@ -100,7 +100,12 @@ def _request(random: Random, number: int) -> Request:
     sampling = random.choice(SAMPLINGS)
     # of a few lengths, so that the target's own answers are computed once
     count = random.choice((6, 14, 24))
-    return request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
+    asked = request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
+    if random.random() < 0.5:
+        return asked
+    strategy = random.choice(sorted(STRATEGIES))
+    parameters = small(strategy, merge=random.random() < 0.3)
+    return replace(asked, decoding=Decoding(strategy=strategy, parameters=parameters))
 
 
 def _serve(simulator: FaultySimulator, open_ids: set[int], asked: list[Request]) -> str:

@@ -44,11 +44,11 @@ class Watch:
 
     @property
     def rank(self) -> int:
-        """See Core."""
+        """The rank of the watched core."""
         return int(self.core.rank)
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Pass the message on and check what follows."""
         self.seen.append(message)
         sends = self.core.handle(message, now)
         self.sent.extend(sends)
@@ -56,7 +56,7 @@ class Watch:
         return sends
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Ask the core, and check before and after."""
         self._check()
         step: Step | None = self.core.poll(now)
         self._check()
@@ -259,7 +259,7 @@ class LetterTokenizer:
     PIECES = ("ab", "bc", "ca", "abc")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """See Tokenizer."""
+        """The pieces of the tokens, one after the other."""
         del skip_special_tokens
         return "".join(self.piece(token) for token in token_ids)
 
