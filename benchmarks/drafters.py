@@ -15,14 +15,14 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
 from flowspec.engine.engine import generate
@@ -86,11 +86,10 @@ def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) 
     return found
 
 
-def cluster_of(config: RunConfig, parts: HeadParts, emulation: Emulation) -> SimulatedEngine:
+def cluster_of(config: EngineConfig, parts: HeadParts, emulation: Emulation) -> SimulatedEngine:
     """A fresh emulated cluster: what it learns of costs and scores is its own."""
     stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
-        for rank in range(1, emulation.cluster.num_stages + 1)
+        build_stage(parts.folder, rank)[0] for rank in range(1, emulation.cluster.num_stages + 1)
     ]
     return emulated_engine(config, parts, stages, emulation)
 
@@ -105,15 +104,15 @@ def run(
         options.cluster, options.model, drafter=drafter, stages=options.stages
     )
     stages = emulation.cluster.num_stages
-    config = RunConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=stages)
-    config = replace(config, draft=draft_folder(config), decode=decode)
+    config = EngineConfig(drafter=drafter, draft=folders.get(drafter, ""), stages=stages)
+    config = config.changed(draft=draft_folder(config), decode=decode)
     parts = load_head_parts(config, split_folder(config))
     for temperature in options.temperatures:
         row = Row(name, temperature)
         runs = []
         for strategy in ("serial_pp", "streaming"):
             # coupled drafting for both: tau is then of the same drafts
-            chosen = replace(config, strategy=strategy, decode={**decode, "coupled_drafting": True})
+            chosen = config.changed(strategy=strategy, decode={**decode, "coupled_drafting": True})
             runs.append(cluster_of(chosen, parts, emulation))
         for asked in requests(parts, options, temperature):
             answers = [generate(cluster, asked) for cluster in runs]

@@ -16,7 +16,6 @@ left out.
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from flowspec.bench.experiment import read_table
 from flowspec.bench.prompts import Prompt, load_prompts
 from flowspec.cli.bench import TABLES
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
 from flowspec.engine.engine import generate
@@ -52,15 +51,12 @@ Sets = Mapping[str, Sequence[Request]]
 
 
 @cache
-def loaded(num_stages: int) -> tuple[RunConfig, HeadParts, tuple[Stage, ...]]:
+def loaded(num_stages: int) -> tuple[EngineConfig, HeadParts, tuple[Stage, ...]]:
     """The bundled model in so many stages."""
-    config = RunConfig(stages=num_stages, kept_prefixes=0)
-    config = replace(config, draft=draft_folder(config))
+    config = EngineConfig(stages=num_stages, kept_prefixes=0)
+    config = config.changed(draft=draft_folder(config))
     parts = load_head_parts(config, split_folder(config))
-    stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
-        for rank in range(1, num_stages + 1)
-    ]
+    stages = [build_stage(parts.folder, rank)[0] for rank in range(1, num_stages + 1)]
     return config, parts, tuple(stages)
 
 
@@ -70,7 +66,7 @@ def answers(
     """One after the other on a fresh cluster."""
     config, parts, stages = loaded(emulation.cluster.num_stages)
     tuned = read_table(TABLES, "main").get(strategy, {})
-    config = replace(config, strategy=strategy, decode=tuned)
+    config = config.changed(strategy=strategy, decode=tuned)
     cluster = emulated_engine(config, parts, stages, emulation)
     return [generate(cluster, request) for request in requests]
 

@@ -24,10 +24,10 @@ from random import Random
 
 import torch
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.engine import generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.model.architecture import ModelConfig
 from flowspec.request import Request, RequestOutput
@@ -146,12 +146,12 @@ def split(source: Path, out: Path, stages: int) -> dict[str, int]:
     return seen
 
 
-def run(config: RunConfig, out: Path, request: Request) -> RequestOutput:
+def run(config: EngineConfig, out: Path, request: Request) -> RequestOutput:
     """Start the processes, answer `request`, report."""
     Path("/proc/self/clear_refs").write_text("5")  # the head's peak, not this script's so far
     start = time.perf_counter()
     parts = load_head_parts(config, out)
-    with LocalCluster(config, parts) as cluster:
+    with LocalEngine(config, parts) as cluster:
         print(f"{'start, verify and load':24} {time.perf_counter() - start:7.1f} s", flush=True)
         start = time.perf_counter()
         completion = generate(cluster, request)
@@ -180,7 +180,7 @@ def main() -> None:
     if source.exists() or out.exists():
         raise SystemExit(f"{options.folder} has a checkpoint or split already; give another folder")
     torch.set_num_threads(options.threads)
-    config = RunConfig(
+    config = EngineConfig(
         model=str(out),
         strategy="ar",
         drafter="none",

@@ -45,9 +45,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowspec.cli.common import BUNDLED
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.head.pipeline import SegmentCost
 from flowspec.model.architecture import read_config
@@ -199,7 +199,7 @@ def make_split(folder: Path) -> Path:
 class Meter:
     """Processor time of the head between the segments it sends, and of the stages."""
 
-    def __init__(self, cluster: LocalCluster, drafter: ScriptedDrafter) -> None:
+    def __init__(self, cluster: LocalEngine, drafter: ScriptedDrafter) -> None:
         self.cluster, self.drafter = cluster, drafter
         self.stages = [psutil.Process(child.pid) for child in cluster.children.values()]
         self.marks: list[float] = []  # the head's processor time at each segment sent
@@ -221,7 +221,7 @@ class Meter:
 
 
 def measure(
-    cluster: LocalCluster, meter: Meter, request: Request, profile: cProfile.Profile | None
+    cluster: LocalEngine, meter: Meter, request: Request, profile: cProfile.Profile | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
@@ -296,7 +296,7 @@ def main() -> int:
     profile = cProfile.Profile() if options.profile else None
     with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
         split = make_split(Path(name))
-        config = RunConfig(
+        config = EngineConfig(
             model=str(split),
             decode={
                 "num_draft_tokens": options.num_draft_tokens,
@@ -312,7 +312,7 @@ def main() -> int:
         truth = [*prompt, *(t for t, _ in islice(target.stream(request), options.tokens))]
         drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer), draft_s=options.draft_ms / 1e3)
         parts = HeadParts(split, read_manifest(split), tokenizer, drafter, CONTEXT, ())
-        with LocalCluster(config, parts) as cluster:
+        with LocalEngine(config, parts) as cluster:
             if options.cost == "flat":
                 cluster.head.pipe.cost = FlatCost()
             figures, tokens = measure(cluster, Meter(cluster, drafter), request, profile)

@@ -1,4 +1,4 @@
-"""What the engine adds to the bare forward per 32-row segment, and what encode plus decode cost.
+"""What the engine adds to the bare forward per 32-row segment.
 
     python -m benchmarks.overhead [--segments 300] [--json FILE]
 
@@ -17,15 +17,14 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from benchmarks.codec import summary
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.stage_model import StageModel
-from flowspec.protocol.codec import decode, encode
 from flowspec.protocol.messages import AddRequest, Exit, Message, Reroot, Segment, Stop
 from flowspec.request import NodeId
 from flowspec.runtime.event_loop import EventLoop
@@ -210,24 +209,6 @@ def bench_links(count: int) -> dict[str, list[float]]:
     return times
 
 
-def bench_codec(count: int) -> list[float]:
-    """Encode plus decode of a 32 x 4096 fp16 segment, milliseconds."""
-    segment, _ = tree_segment(1, 0, 1)
-    segment = replace(segment, hidden=torch.randn(ROWS, 4096).half())
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        decode([bytes(frame) if len(frame) < 4096 else frame for frame in encode(segment)])
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
-def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median and 99th percentile, the first tenth (warm-up) left out."""
-    warm = sorted(times[len(times) // 10 :])
-    return {"median_ms": statistics.median(warm), "p99_ms": warm[int(len(warm) * 0.99) - 1]}
-
-
 def main() -> None:
     """Run all three and print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -242,7 +223,6 @@ def main() -> None:
         "simulated overhead": summary(bench_simulated(arguments.segments, bare_ms)),
         **{f"{name} overhead": summary(times) for name, times in behind.items()},
         **{name: summary(times) for name, times in bench_links(arguments.segments).items()},
-        "codec 32x4096 fp16": summary(bench_codec(arguments.segments)),
     }
     for name, result in results.items():
         print(f"{name:20s} median {result['median_ms']:.3f} ms, p99 {result['p99_ms']:.3f} ms")

@@ -5,7 +5,7 @@
         [--slowdown 1] [--json FILE]
 
 In real time the head and the stages are processes of this machine that compute and send for
-real, each thing padded to its modelled time (RunConfig.emulate). tokens/s: all tokens after each
+real, each thing padded to its modelled time (EngineConfig.emulate). tokens/s: all tokens after each
 prompt's first over their time; of real time the median of the repeats, lowest and highest. With
 --slowdown F both clocks emulate a cluster F times as slow, tokens/s are given times F: a machine
 too busy or too small to keep the pace then still can. Every text is compared with `ar`'s in the
@@ -16,18 +16,17 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import HeadParts, build_stage, decode_config, load_head_parts
 from flowspec.engine.engine import Cluster, generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
@@ -43,14 +42,14 @@ class Bench:
         names = f"{options.cluster}:{options.model}"
         self.slowdown: float = options.slowdown
         self.emulation = read_emulation(names, drafter=options.drafter, slowdown=self.slowdown)
-        config = RunConfig(
+        config = EngineConfig(
             stages=self.emulation.cluster.num_stages,
             drafter=options.drafter,
             emulate=names,
             emulate_slowdown=self.slowdown,
             timeout_s=600.0,
         )
-        self.config = replace(config, draft=draft_folder(config))
+        self.config = config.changed(draft=draft_folder(config))
         self.parts: HeadParts = load_head_parts(self.config, split_folder(self.config))
         self.prompts = [
             render_chat(self.parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
@@ -63,7 +62,7 @@ class Bench:
 
     def tokens_per_s(self, cluster: Cluster, strategy: str) -> float:
         """All prompts once, one after the other."""
-        cluster.configure(*decode_config(replace(self.config, strategy=strategy)))
+        cluster.configure(*decode_config(self.config.changed(strategy=strategy)))
         tokens, seconds = 0, 0.0
         for seed, prompt in enumerate(self.prompts, start=1):
             self.next_id += 1
@@ -83,19 +82,17 @@ class Bench:
         """On the simulator's clock; the same every time."""
         self.next_id = 0
         stages = [
-            build_stage(
-                self.parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False
-            )
+            build_stage(self.parts.folder, rank)
             for rank in range(1, self.emulation.cluster.num_stages + 1)
         ]
-        config = replace(self.config, kept_prefixes=0)
+        config = self.config.changed(kept_prefixes=0)
         cluster = emulated_engine(config, self.parts, [s[0] for s in stages], self.emulation)
         return self.tokens_per_s(cluster, strategy)
 
     def real(self, strategy: str, repeats: int) -> list[float]:
         """On this machine's clock."""
         self.next_id = 0
-        with LocalCluster(replace(self.config, kept_prefixes=0), self.parts) as cluster:
+        with LocalEngine(self.config.changed(kept_prefixes=0), self.parts) as cluster:
             return sorted(self.tokens_per_s(cluster, strategy) for _ in range(repeats))
 
 

@@ -99,7 +99,7 @@ def bench_arguments(options: argparse.Namespace, out: Path) -> list[str]:
     folders = [f"{name}={options.models / FOLDERS[name]}" for name in sorted(names & set(FOLDERS))]
     given = {
         "--cluster": CLUSTER,
-        "--model": MODEL,
+        "--emulated-model": MODEL,
         "--strategies": options.strategies,
         "--drafter": options.drafters,
         "--datasets": options.datasets,
@@ -107,7 +107,7 @@ def bench_arguments(options: argparse.Namespace, out: Path) -> list[str]:
         "--limit": options.limit,
         "--max-tokens": options.max_tokens,
         "--temperatures": "0,1",
-        "--target": options.models / "target",
+        "--model": options.models / "target",
         "--jobs": 1,  # in this process
         "--out": out,
     }

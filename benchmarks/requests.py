@@ -22,7 +22,7 @@ import torch
 
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.config import RunConfig, override
+from flowspec.config import EngineConfig, override
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
 from flowspec.engine.engine import generate_all
@@ -34,15 +34,12 @@ from flowspec.tokenizer import render_chat
 class Bench:
     """One split of the bundled model, loaded once."""
 
-    def __init__(self, config: RunConfig, emulation: Emulation) -> None:
+    def __init__(self, config: EngineConfig, emulation: Emulation) -> None:
         self.config, self.emulation = config, emulation
         folder = split_folder(config)
         self.parts: HeadParts = load_head_parts(config, folder)
         ranks = range(1, len(self.parts.manifest.layers) + 1)
-        self.stages = [
-            build_stage(folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
-            for rank in ranks
-        ]
+        self.stages = [build_stage(folder, rank)[0] for rank in ranks]
         self.alone: dict[tuple[str, float, int], RequestOutput] = {}
 
     def cluster(self, strategy: str) -> SimulatedEngine:
@@ -118,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(1)
     emulation = load_emulation(options.cluster, options.model, drafter=options.drafter)
     stages = emulation.cluster.num_stages
-    config = RunConfig(stages=stages, drafter=options.drafter, max_num_seqs=16)
+    config = EngineConfig(stages=stages, drafter=options.drafter, max_num_seqs=16)
     bench = Bench(override(config, {"draft": draft_folder(config)}, where="bench"), emulation)
     prompts = [p.turns[0] for p in load_prompts(options.prompts, limit=options.limit)]
     rows = []

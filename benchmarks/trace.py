@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from flowspec.cli.common import draft_folder, split_folder
-from flowspec.config import RunConfig, override
+from flowspec.config import EngineConfig, override
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.engine import generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.protocol.messages import Message, Segment
 from flowspec.request import NodeId, Request
 from flowspec.runtime.core import Send, Step, Work
@@ -102,7 +102,7 @@ def turn_us(trace: Trace, count: int = 2000, repeats: int = 30) -> float:
 
 def bench_runs(pairs: int) -> list[tuple[float, float]]:
     """Tokens per second without and with a trace, the two clusters in turn."""
-    config = RunConfig(stages=2)
+    config = EngineConfig(stages=2)
     config = override(config, {"draft": draft_folder(config)}, where="draft")
     torch.set_num_threads(1)
     parts = load_head_parts(config, split_folder(config))
@@ -110,8 +110,8 @@ def bench_runs(pairs: int) -> list[tuple[float, float]]:
     speeds: list[tuple[float, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        LocalCluster(config, parts) as plain,
-        LocalCluster(config, parts, Path(folder)) as traced,
+        LocalEngine(config, parts) as plain,
+        LocalEngine(config, parts, Path(folder)) as traced,
     ):
         for number in range(1, pairs + 2):
             request = Request(id=number, prompt=prompt, max_new_tokens=150)

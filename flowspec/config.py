@@ -1,15 +1,73 @@
-"""Configuration: frozen dataclasses read from YAML; an unknown key is refused by name."""
+"""Configuration: pydantic models read from YAML and flags; an unknown key is refused by name.
 
+`EngineConfig` is what a head runs. It holds `NumericsConfig`, which decides the bits of a result
+and travels whole to every stage, and `DeviceConfig`, which belongs to one machine. A setting stands
+here once: its default, its limits and its help text.
+"""
+
+import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import fields, is_dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from flowspec.request import LONGEST_CONTEXT, SamplingParams
 from flowspec.system.bundled import find_bundled
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# Old names --------------------------------------------------------------------------------------
+
+RENAMED = {  # settings, their flags and the parameters in records of older versions
+    "max_requests": "max_num_seqs",
+    "prefill_chunk": "chunked_prefill_size",
+    "topk": "draft_topk",
+    "tree_size": "num_draft_tokens",
+    "tree_depth": "num_draft_steps",
+    "shape_stable": "batch_invariant",
+    "graft": "merge",
+    "threads_per_process": "threads",
+    "streaming-grafted": "streaming-merged",
+}
+_told: set[str] = set()
+
+
+def new_name(name: str) -> str:
+    """The name that `name` has now; says so on stderr, once a process, where it is an old one."""
+    if name not in RENAMED:
+        return name
+    tell_renamed(name, RENAMED[name])
+    return RENAMED[name]
+
+
+def with_new_names(values: Mapping[Any, T]) -> dict[Any, T]:
+    """`values` with the names that their keys have now."""
+    return {new_name(key) if isinstance(key, str) else key: one for key, one in values.items()}
+
+
+def tell_renamed(old: str, new: str) -> None:
+    """Say that something has another name now, once a process."""
+    if old not in _told:
+        _told.add(old)
+        log.warning("%s is now called %s; the old name will go", old, new)
+
+
+# YAML -------------------------------------------------------------------------------------------
 
 MAX_BYTES = 65536
 MAX_DEPTH = 8
@@ -79,7 +137,8 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, where=str(path))
 
 
-T = TypeVar("T")
+# Checking ---------------------------------------------------------------------------------------
+
 _NEEDED = {  # by the beginning of pydantic's kind of error
     "int": "a whole number",
     "float": "a number",
@@ -88,78 +147,45 @@ _NEEDED = {  # by the beginning of pydantic's kind of error
 }
 MAX_TIMEOUT_S = 86400.0
 MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
+MAX_TEXT = 4096  # characters of a text, such as a path
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunConfig:
-    """One local run: which model, cut how, decoded how."""
+def _between(low: float, high: float) -> AfterValidator:
+    def check(value: Any) -> Any:
+        if value is not None and not low <= value <= high:  # NaN is within nothing
+            raise PydanticCustomError(
+                "named", "must be from {low} to {high}, not {value}",
+                {"low": low, "high": high, "value": _shown(value)},
+            )  # fmt: skip
+        return value
 
-    model: str = "models/demo/target"  # HF id, or folder of a checkpoint or of a split model
-    draft: str = ""  # folder of the draft model; default: the drafter's own for the bundled model
-    stages: int | None = None  # how many; default: as the model is split, else 4
-    layers: str = ""  # explicit split such as 3+3+2; overrides stages
-    strategy: str = "streaming"
-    drafter: str = "eagle"
-    dtype: str = "float32"  # float32, bfloat16 or float16; float32 is exact on any hardware
-    device: str = "cpu"
-    transport: str = "zmq"  # zmq, gloo or nccl; the latter two for trusted networks only
-    threads_per_process: int = 1
-    batch_invariant: bool = False  # fixed kernel shapes: bit-equal in fp16 and bf16, slower
-    max_new_tokens: int = 200
-    context: int = 0  # most tokens of a request, prompt and answer; 0: what the model was made for
-    max_num_seqs: int = 8  # served at once; further ones wait
-    chunked_prefill_size: int = 64  # prompt tokens per batch
-    kept_prefixes: int = 4  # finished requests kept for their conversation's next turn
-    kv_memory_mb: int = 0  # KV cache of each stage; 0: half of what is free, shared evenly
-    timeout_s: float = 60.0  # longest silence of a stage that has work before the run is given up
-    emulate: str = ""  # CLUSTER:MODEL, profiles that the local processes keep the pace of
-    emulate_slowdown: float = 1.0  # of an emulated cluster, where this machine is too slow for it
-    max_restarts: int = 3  # of stage processes that die, zmq alone; 0: the first death ends the run
-    trace: str = ""  # file for a trace of the run; opens in Perfetto
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    decode: Mapping[str, Any] = field(default_factory=dict)  # overrides of the strategy's defaults
+    return AfterValidator(check)
 
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, not {self.dtype!r}")
-        if self.transport not in ("zmq", "gloo", "nccl"):
-            raise ValueError(f"transport must be zmq, gloo or nccl, not {self.transport!r}")
-        if self.transport == "nccl" and self.device != "cuda":
-            raise ValueError(
-                f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
-                f"{self.device!r}"
+
+def _one_of(*names: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in names:
+            known = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+            raise PydanticCustomError(
+                "named", "must be {known}, not {value}", {"known": known, "value": _shown(value)}
             )
-        self._check_emulation()
-        if not 1 <= self.max_num_seqs <= 16:
-            raise ValueError(f"max_num_seqs must be from 1 to 16, not {self.max_num_seqs}")
-        for name in ("context", "kept_prefixes", "kv_memory_mb", "max_restarts"):
-            value, most = getattr(self, name), LONGEST_CONTEXT if name == "context" else MAX_COUNT
-            if not 0 <= value <= most:
-                raise ValueError(f"{name} must be from 0 to {most}, not {_shown(value)}")
-        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever
-            raise ValueError(
-                f"timeout_s must be positive, at most {MAX_TIMEOUT_S}, not {self.timeout_s}"
-            )
-        for name in ("stages", "threads_per_process", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= MAX_COUNT:
-                raise ValueError(f"{name} must be from 1 to {MAX_COUNT}, not {_shown(value)}")
+        return value
 
-    def _check_emulation(self) -> None:
-        if self.emulate and self.transport != "zmq":
-            raise ValueError(f"emulate needs transport zmq, not {self.transport!r}")
-        if not 0.01 <= self.emulate_slowdown <= 1000:
-            raise ValueError(
-                f"emulate_slowdown must be from 0.01 to 1000, not {self.emulate_slowdown}"
-            )
+    return AfterValidator(check)
 
 
-def _what_is_wrong(error: Any) -> str:
+def _sentence(error: Any) -> str:
     """One of pydantic's errors, with what is needed and what there was."""
+    name = ".".join(str(part) for part in error["loc"])
     kind = str(error["type"]).partition("_")[0]
-    if kind not in _NEEDED:
-        return str(error["msg"]).removeprefix("Value error, ")
-    return f"needed: {_NEEDED[kind]}, not {_shown(error['input'])}"
+    if error["type"] == "named":
+        return f"{name} {error['msg']}"
+    if error["type"] == "string_too_long":
+        return f"{name}: at most {MAX_TEXT} characters, not {len(error['input'])}"
+    what = str(error["msg"]).removeprefix("Value error, ")
+    if kind in _NEEDED:
+        what = f"needed: {_NEEDED[kind]}, not {_shown(error['input'])}"
+    return ": ".join(filter(None, (name, what)))
 
 
 def _shown(value: Any) -> str:
@@ -171,41 +197,233 @@ def _shown(value: Any) -> str:
     return "nothing" if value is None else text[:60]
 
 
+def _names(kind: type) -> tuple[str, ...]:
+    if is_dataclass(kind):
+        return tuple(f.name for f in fields(kind))
+    return tuple(kind.model_fields)  # type: ignore[attr-defined]
+
+
+def _sections(kind: type) -> dict[str, type]:
+    """The fields of a model that are configurations themselves, with their types."""
+    found = {} if is_dataclass(kind) else kind.model_fields  # type: ignore[attr-defined]
+    types = {name: one.annotation for name, one in found.items()}
+    return {
+        name: type_
+        for name, type_ in types.items()
+        if isinstance(type_, type) and (issubclass(type_, BaseModel) or is_dataclass(type_))
+    }
+
+
+def _split(
+    kind: type, values: Mapping[Any, Any]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The values of `kind` itself, and by section those that were given without naming it."""
+    own: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    names, sections = _names(kind), _sections(kind)
+    for name, value in with_new_names(values).items():
+        home = next((one for one, type_ in sections.items() if name in _names(type_)), None)
+        if name in names or home is None:
+            own[name] = value
+        else:
+            inner.setdefault(home, {})[name] = value
+    return own, inner
+
+
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
-    """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it."""
-    is_model = isinstance(config, BaseModel)
-    known = list(type(config).model_fields) if is_model else [f.name for f in fields(config)]  # type: ignore
-    unknown = sorted(str(key) for key in values if key not in known)
+    """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it.
+
+    A key of a section, such as `dtype` of `numerics`, may stand beside the section's own name. An
+    old name of a key is understood, with a hint.
+    """
+    known = _names(type(config))
+    own, inner = _split(type(config), values)
+    unknown = sorted(str(key) for key in own if key not in known)
     if unknown:
         named = ", ".join(key if key.isascii() else ascii(key) for key in unknown)
         raise ValueError(f"{where}: unknown key {named}; known: {', '.join(known)}")
-    merged = {name: getattr(config, name) for name in known} | dict(values)
-    for name, value in values.items():
-        inner = getattr(config, name)  # pydantic alone would ignore unknown keys in there
-        if isinstance(inner, SamplingParams) and isinstance(value, Mapping):
-            merged[name] = override(inner, value, where=f"{where}: {name}")
-    merged = {k: asdict(v) if isinstance(v, SamplingParams) else v for k, v in merged.items()}
+    merged = {name: getattr(config, name) for name in known}
+    for name, value in own.items():
+        section = name in _sections(type(config)) and isinstance(value, Mapping)
+        merged[name] = override(merged[name], value, where=f"{where}: {name}") if section else value
+    for name, parts in inner.items():
+        merged[name] = override(merged[name], parts, where=where)
     try:
-        checked = TypeAdapter(type(config)).validate_python(merged)
+        return TypeAdapter(type(config)).validate_python(merged)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(": ".join(filter(None, (where, name, _what_is_wrong(first))))) from None
-    if is_model:
-        return checked
-    changes: dict[str, Any] = {name: getattr(checked, name) for name in known}
-    return replace(config, **changes)  # type: ignore[type-var]
+        raise ValueError(f"{where}: {_sentence(error.errors()[0])}") from None
 
 
-def read_run_config(path: Path) -> RunConfig:
-    """A RunConfig from YAML. Raises ValueError naming file and key."""
+C = TypeVar("C", bound="Config")
+
+
+class Config(BaseModel):
+    """What every configuration is: frozen, with known keys alone and texts of bounded length."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=MAX_TEXT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_flat_keys(cls, values: Any) -> Any:
+        """Put keys of a section, given without naming it, into it."""
+        if not isinstance(values, Mapping):
+            return values
+        own, inner = _split(cls, values)
+        for name, parts in inner.items():
+            section = own.get(name, cls.model_fields[name].get_default(call_default_factory=True))
+            if not isinstance(section, Mapping):
+                section = {one: getattr(section, one) for one in _names(type(section))}
+            own[name] = {**section, **parts}
+        return own
+
+    def changed(self: C, **values: Any) -> C:
+        """A checked copy with these values. Raises ValueError."""
+        return override(self, values, where="configuration")
+
+
+# The models -------------------------------------------------------------------------------------
+
+Count = Annotated[int, _between(1, MAX_COUNT)]
+CountOrNone = Annotated[int, _between(0, MAX_COUNT)]
+
+
+class NumericsConfig(Config):
+    """What decides the bits of a result: equal on every stage, sent to it whole, and hashed."""
+
+    dtype: Annotated[str, _one_of("float32", "bfloat16", "float16")] = Field(
+        default="float32",
+        description="float32, bfloat16 or float16; float32 is exact on any hardware.",
+    )
+    quantization: Annotated[str, _one_of("none")] = Field(
+        default="none", description="How weights are kept in memory: none."
+    )
+    batch_invariant: bool = Field(
+        default=False, description="Fixed kernel shapes: bit-equal in 16 bits, slower."
+    )
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all of it."""
+        return sha256(self.model_dump_json().encode()).hexdigest()
+
+    def refusal(self, found: str) -> str:
+        """How `found`, the JSON of a stage's own, differs from this; empty where it does not."""
+        needed = self.model_dump_json()
+        if found == needed:
+            return ""
+        try:
+            there = json.loads(found)
+        except ValueError:
+            there = None
+        if not isinstance(there, dict):
+            return f"it does not say how it computes; needed: {needed}"
+        here = json.loads(needed)
+        parts = [
+            f"{name} is {_shown(there.get(name))}, needed {_shown(here.get(name))}"
+            for name in dict.fromkeys((*here, *there))
+            if here.get(name) != there.get(name)
+        ]
+        return f"it computes otherwise than the head: {'; '.join(parts)}"[:1000]
+
+
+class DeviceConfig(Config):
+    """What belongs to one machine; a head decides on it for the processes that it starts itself."""
+
+    device: str = Field(default="cpu", description="cpu or cuda[:n].")
+    threads: Count = Field(default=1, description="CPU threads of each process.")
+    kv_memory_mb: CountOrNone = Field(
+        default=0, description="KV cache of each stage, MB; 0: half of what is free, shared evenly."
+    )
+
+
+class EngineConfig(Config):
+    """One run: which model, cut how, decoded how, within which limits."""
+
+    model: str = Field(
+        default="models/demo/target",
+        description="HF id, or folder of a model or of a split model [default: bundled].",
+    )
+    draft: str = Field(
+        default="", description="Folder of the draft model [default: the bundled model's own]."
+    )
+    stages: Annotated[int | None, _between(1, MAX_COUNT)] = Field(
+        default=None,
+        description="Number of stage processes [default: as the model is split, else 4].",
+    )
+    layers: str = Field(
+        default="", description="Layers per stage, as in 3+3+2, instead of their number."
+    )
+    strategy: str = "streaming"
+    drafter: str = "eagle"
+    numerics: NumericsConfig = NumericsConfig()
+    local: DeviceConfig = DeviceConfig()  # of the processes that this head starts, and its own
+    transport: Annotated[str, _one_of("zmq", "gloo", "nccl")] = Field(
+        default="zmq",
+        description="zmq, gloo or nccl; the latter two are torch.distributed, which neither "
+        "encrypts nor authenticates: for trusted networks only.",
+    )
+    max_new_tokens: Count = Field(default=200, description="Length limit of an answer.")
+    context: Annotated[int, _between(0, LONGEST_CONTEXT)] = Field(
+        default=0,
+        description="Most tokens of a request, prompt and answer; 0: what the model was made for.",
+    )
+    max_num_seqs: Annotated[int, _between(1, 16)] = Field(
+        default=8, description="Most requests decoded at the same time, at most 16."
+    )
+    chunked_prefill_size: Annotated[int, _between(1, 4096)] = Field(
+        default=64, description="Most prompt tokens in a batch."
+    )
+    kept_prefixes: CountOrNone = Field(
+        default=4, description="Finished requests kept for their conversation's next turn."
+    )
+    timeout_s: float = Field(
+        default=60.0,
+        description="Longest silence of a stage that has work before the run is given up, s.",
+    )
+    emulate: str = Field(
+        default="",
+        description="CLUSTER:MODEL, such as jetson-5:vicuna-7b: keep the pace of that cluster "
+        "running that model (profiles in config/).",
+    )
+    emulate_slowdown: Annotated[float, _between(0.01, 1000)] = Field(
+        default=1.0, description="Of an emulated cluster, where this machine is too slow for it."
+    )
+    max_restarts: CountOrNone = Field(
+        default=3,
+        description="Restarts of stage processes that die, so that answers go on; zmq alone.",
+    )
+    trace: str = Field(default="", description="Write a trace of the run there, for Perfetto.")
+    sampling: SamplingParams = Field(default_factory=SamplingParams)
+    # overrides of the strategy's defaults
+    decode: Annotated[Mapping[str, Any], AfterValidator(with_new_names)] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "EngineConfig":
+        if self.transport == "nccl" and self.local.device != "cuda":
+            raise ValueError(
+                f"transport nccl needs device cuda (it gives each process a GPU of its own), not "
+                f"{self.local.device!r}"
+            )
+        if self.emulate and self.transport != "zmq":
+            raise ValueError(f"emulate needs transport zmq, not {self.transport!r}")
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:  # NaN and infinity would wait for ever
+            raise ValueError(
+                f"timeout_s must be positive, at most {MAX_TIMEOUT_S}, not {self.timeout_s}"
+            )
+        return self
+
+
+def read_engine_config(path: Path) -> EngineConfig:
+    """An EngineConfig from YAML. Raises ValueError naming file and key."""
     path = find_bundled(path)
     data = read_yaml(path) or {}
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping, not {type(data).__name__}")
-    return override(RunConfig(), data, where=str(path))
+    return override(EngineConfig(), data, where=str(path))
 
 
-def as_yaml(config: RunConfig) -> str:
-    """The effective configuration, in the form `read_run_config` takes."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
+def as_yaml(config: EngineConfig) -> str:
+    """The effective configuration, in the form `read_engine_config` takes."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

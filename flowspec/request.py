@@ -1,10 +1,10 @@
 """What a user asks for and what comes back: parameters, requests, completions, statistics."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil, exp, log
-from typing import NewType, TypeAlias
+from typing import NewType, TypeAlias, TypeVar
 
 ACCURACY = 0.01
 SHORTEST_S = 1e-6  # what is shorter counts as 0
@@ -50,10 +50,11 @@ LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was mad
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token is chosen from the logits; temperature 0 is greedy, the others then idle.
+    """How the next token is chosen from the logits; at temperature 0 the filters do nothing.
 
-    Filters apply in this order: temperature, top-k, top-p, min-p (see
-    speculation/processors/filters.py).
+    Filters apply in this order: temperature, top-k, top-p, min-p
+    (speculation/processors/filters.py). `max_tokens` and `stop` are for callers who know them from
+    vLLM: a Request takes them for its own `max_new_tokens` and `stop`.
     """
 
     temperature: float = 0.0
@@ -61,6 +62,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # of the most likely token's probability
     seed: int = 0
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature <= 100.0:
@@ -118,10 +121,22 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("the prompt has no tokens; give at least one")
+        self._take_limits()
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if any(not text for text in self.stop):
             raise ValueError("a stop string must not be empty")
+
+    def _take_limits(self) -> None:
+        """Take `max_tokens` and `stop` out of the sampling parameters, where they are given."""
+        sampling, stop = self.sampling, self.sampling.stop
+        if sampling.max_tokens is None and not stop:
+            return
+        if sampling.max_tokens is not None:
+            object.__setattr__(self, "max_new_tokens", sampling.max_tokens)
+        if stop:
+            object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
+        object.__setattr__(self, "sampling", replace(sampling, max_tokens=None, stop=()))
 
     @property
     def prompt_tokens(self) -> tuple[int, ...]:
@@ -313,6 +328,9 @@ class StageCounts:
     busy_s: float = 0.0  # forwards in which rows of the draft tree took part, by their share
 
 
+E = TypeVar("E", bound="ClusterError")
+
+
 class ClusterError(RuntimeError):
     """A device or link failed: names the process and the cause.
 
@@ -331,6 +349,11 @@ class ClusterError(RuntimeError):
         super().__init__(f"{where}: {cause}")
         self.where, self.cause, self.tokens = where, cause, dict(tokens or {})
         self.rank = rank
+
+    @classmethod
+    def of_rank(cls: type[E], rank: int, cause: str) -> E:
+        """A failure of one process of the pipeline: 0 is the head, k stage k."""
+        return cls(rank_name(rank), cause, rank=rank)
 
 
 class RefusedError(ClusterError):

@@ -25,6 +25,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "requirements_jetson.txt"
 FORBIDDEN = ("torch", "torchvision", "torchaudio", "triton", "bitsandbytes", "nvidia")
+HARMLESS = ("nvidia-ml-py",)  # Python alone: it calls the driver's own library where there is one
 PIP_TIMEOUT_S = 600
 MAX_ROUNDS = 8
 
@@ -71,6 +72,8 @@ def read_pins(path: Path) -> list[Requirement]:
 
 def is_forbidden(name: str) -> bool:
     """Whether a package is torch, or brings CUDA libraries of its own."""
+    if name in HARMLESS:
+        return False
     return any(name == bad or name.startswith(f"{bad}-") for bad in FORBIDDEN)
 
 

@@ -64,7 +64,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "hardware": Experiment(
         "four strategies with 4-bit stages, eight stages, slow links, mixed devices",
         {
-            "4-bit": (*GREEDY, *FOUR, "--model", "vicuna-7b-4bit"),
+            "4-bit": (*GREEDY, *FOUR, "--emulated-model", "vicuna-7b-4bit"),
             **{
                 name: (*GREEDY, *FOUR, "--cluster", name)
                 for name in ("jetson-9", "jetson-5-125mbit", "mixed-5")

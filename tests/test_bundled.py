@@ -8,7 +8,7 @@ import pytest
 from flowspec.bench.experiment import read_table
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import draft_folder, is_bundled
-from flowspec.config import RunConfig, read_run_config
+from flowspec.config import EngineConfig, read_engine_config
 from flowspec.cost_model.profiles import profile_names, read_cluster, read_device
 from flowspec.system.bundled import DATA, DEMO, find_bundled
 
@@ -25,7 +25,7 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bundled_names_work_in_an_empty_folder() -> None:
     """As the README, the docs and the defaults use them."""
     assert find_bundled("models/demo/target") == DEMO / "target"
-    assert read_run_config(Path("config/demo.yaml")).model == RunConfig().model
+    assert read_engine_config(Path("config/demo.yaml")).model == EngineConfig().model
     assert read_table(Path("config/eval.yaml"), "main")["streaming"]["segment_size"] == 80
     assert len(load_prompts(Path("models/demo/prompts.jsonl"))) == 4
     assert read_cluster("config/clusters/jetson-5.yaml") == read_cluster("jetson-5")
@@ -54,17 +54,17 @@ def test_a_file_in_the_working_folder_comes_first(empty: Path) -> None:
     assert read_cluster("mine").devices[0].memory_gb == own.memory_gb
     assert {"mine", "jetson-9"} <= set(profile_names("clusters"))
     (empty / "config/demo.yaml").write_text("stages: 7\n")
-    assert read_run_config(Path("config/demo.yaml")).stages == 7
+    assert read_engine_config(Path("config/demo.yaml")).stages == 7
 
 
 def test_a_model_of_ones_own_under_the_bundled_name_needs_its_own_head(empty: Path) -> None:
     """The bundled head was not made for it; an unchanged copy keeps its head."""
     shutil.copytree(DEMO / "target", empty / "models/demo/target")
     assert is_bundled("models/demo/target")
-    assert draft_folder(RunConfig()) == str(DEMO / "eagle")
+    assert draft_folder(EngineConfig()) == str(DEMO / "eagle")
     weights = bytearray((empty / "models/demo/target/model.safetensors").read_bytes())
     weights[-1] ^= 1
     (empty / "models/demo/target/model.safetensors").write_bytes(weights)
     assert not is_bundled("models/demo/target")
     with pytest.raises(ValueError, match="needs --draft"):
-        draft_folder(RunConfig())
+        draft_folder(EngineConfig())

@@ -1,20 +1,28 @@
 """Configuration: what is not known is refused by name, what is written can be read again."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flowspec.config import DecodeConfig, RunConfig, as_yaml, override, read_run_config
+from flowspec.config import (
+    RENAMED,
+    DecodeConfig,
+    DeviceConfig,
+    EngineConfig,
+    NumericsConfig,
+    as_yaml,
+    override,
+    read_engine_config,
+)
 from flowspec.request import SamplingParams
 
 
-def read(tmp_path: Path, text: str) -> RunConfig:
-    """A RunConfig from YAML text."""
+def read(tmp_path: Path, text: str) -> EngineConfig:
+    """A EngineConfig from YAML text."""
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    return read_run_config(path)
+    return read_engine_config(path)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +41,14 @@ def read(tmp_path: Path, text: str) -> RunConfig:
         ("max_num_seqs: \uff18", r"max_num_seqs: needed: a whole number, not '\\uff18'"),
         ("st\u0430ges: 2", r"unknown key 'st\\u0430ges'; known: model"),
         ("3: 4", "unknown key 3"),
-        ("threads_per_process: null", "threads_per_process: needed: a whole number, not nothing"),
+        ("threads: null", "threads: needed: a whole number, not nothing"),
         ("stages: 0", "stages must be from 1 to"),
-        ("dtype: int8", "dtype"),
+        ("dtype: int8", "run.yaml: dtype must be float32, bfloat16 or float16, not 'int8'"),
+        ("numerics: {dtype: int8}", "run.yaml: numerics: dtype must be float32, bfloat16 or"),
+        ("numerics: {dtyp: float16}", "numerics: unknown key dtyp; known: dtype, quantization"),
+        ("local: 3", "local: "),
+        ("quantization: int3", "quantization must be none, not 'int3'"),
+        ("model: " + "x" * 5000, "model: at most 4096 characters, not 5000"),
         ("{emulate: 'a:b', transport: gloo}", "emulate needs transport zmq"),
         ("emulate_slowdown: 0", "emulate_slowdown must be from 0.01"),
         ("timeout_s: 0", "timeout_s"),
@@ -79,18 +92,18 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff")
     for name, message in (("bytes.yaml", "not UTF-8"), (".", "cannot be read")):
         with pytest.raises(ValueError, match=message):
-            read_run_config(tmp_path / name)
+            read_engine_config(tmp_path / name)
 
 
 def test_missing_file(tmp_path: Path) -> None:
     """Named, without a traceback of the YAML library."""
     with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
-        read_run_config(tmp_path / "nowhere.yaml")
+        read_engine_config(tmp_path / "nowhere.yaml")
 
 
 def test_empty_file_is_the_defaults(tmp_path: Path) -> None:
     """A file of comments is a valid file."""
-    assert read(tmp_path, "# nothing\n") == RunConfig()
+    assert read(tmp_path, "# nothing\n") == EngineConfig()
 
 
 def test_values_are_read(tmp_path: Path) -> None:
@@ -106,8 +119,8 @@ def test_values_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        RunConfig(),
-        RunConfig(
+        EngineConfig(),
+        EngineConfig(
             model="a/b",
             draft="c",
             stages=7,
@@ -116,7 +129,7 @@ def test_values_are_read(tmp_path: Path) -> None:
             drafter="none",
             dtype="bfloat16",
             device="cuda:1",
-            threads_per_process=3,
+            threads=3,
             transport="gloo",
             batch_invariant=True,
             max_new_tokens=5,
@@ -126,7 +139,7 @@ def test_values_are_read(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_yaml_round_trip(tmp_path: Path, config: RunConfig) -> None:
+def test_yaml_round_trip(tmp_path: Path, config: EngineConfig) -> None:
     """A run prints its effective configuration; giving that back repeats the run."""
     assert read(tmp_path, as_yaml(config)) == config
 
@@ -134,15 +147,15 @@ def test_yaml_round_trip(tmp_path: Path, config: RunConfig) -> None:
 def test_nested_override_refuses_unknown_keys() -> None:
     """Also from code, where the value is a plain dict."""
     with pytest.raises(ValueError, match="sampling.*draft_topk"):
-        override(RunConfig(), {"sampling": {"draft_topk": 4}}, where="here")
+        override(EngineConfig(), {"sampling": {"draft_topk": 4}}, where="here")
 
 
 def test_override_keeps_the_rest() -> None:
     """Only what is named changes, and the original does not."""
-    config = RunConfig(stages=3, sampling=SamplingParams(temperature=0.5, seed=4))
+    config = EngineConfig(stages=3, sampling=SamplingParams(temperature=0.5, seed=4))
     changed = override(config, {"dtype": "float16"}, where="here")
-    assert changed == replace(config, dtype="float16")
-    assert config.dtype == "float32"
+    assert changed == config.changed(dtype="float16")
+    assert config.numerics.dtype == "float32"
     assert override(config, {}, where="here") == config
     given = SamplingParams(top_k=3)
     assert override(config, {"sampling": given}, where="here").sampling == given
@@ -185,11 +198,75 @@ def test_decode_values_are_checked(values: dict[str, Any], message: str) -> None
 def test_transports_are_checked(values: dict[str, Any], message: str) -> None:
     """Before anything is loaded."""
     with pytest.raises(ValueError, match=message):
-        override(RunConfig(), values, where="options")
+        override(EngineConfig(), values, where="options")
 
 
 def test_nested_override_keeps_the_rest() -> None:
     """One sampling value given later does not put the others back to their defaults."""
-    config = RunConfig(sampling=SamplingParams(temperature=0.5, seed=4))
+    config = EngineConfig(sampling=SamplingParams(temperature=0.5, seed=4))
     changed = override(config, {"sampling": {"seed": 5}}, where="here")
     assert changed.sampling == SamplingParams(temperature=0.5, seed=5)
+
+
+def test_keys_of_a_section_may_stand_alone(tmp_path: Path) -> None:
+    """Files of before the sections have them so; a section's name may be written too."""
+    flat = read(tmp_path, "dtype: float16\ndevice: cuda\nkv_memory_mb: 7\nseed: 3\n")
+    assert flat.numerics == NumericsConfig(dtype="float16")
+    assert flat.local == DeviceConfig(device="cuda", kv_memory_mb=7)
+    assert flat.sampling == SamplingParams(seed=3)
+    nested = "numerics: {dtype: float16}\nlocal: {device: cuda, kv_memory_mb: 7}\nseed: 3\n"
+    assert read(tmp_path, nested) == flat == EngineConfig(**flat.model_dump())
+    both = read(tmp_path, "numerics: {dtype: float16}\nbatch_invariant: true\n")
+    assert both.numerics == NumericsConfig(dtype="float16", batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max_requests: 3", ["max_requests is now called max_num_seqs; the old name will go"]),
+        ("shape_stable: true", ["shape_stable is now called batch_invariant"]),
+        ("threads_per_process: 2", ["threads_per_process is now called threads"]),
+        ("decode: {topk: 4, graft: true}", ["topk is now called draft_topk", "graft is now"]),
+        ("max_num_seqs: 3", []),
+    ],
+)
+def test_old_names_are_understood_and_told(
+    tmp_path: Path,
+    text: str,
+    said: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one line, once; the value is that of the new name."""
+    monkeypatch.setattr("flowspec.config._told", set())
+    config = read(tmp_path, text)
+    assert read(tmp_path, text) == config
+    assert len(caplog.messages) == len(said)
+    assert all(line.startswith(start) for line, start in zip(caplog.messages, said, strict=True))
+    values: dict[str, Any] = {**config.model_dump(), **config.decode}
+    flat = {**values, **values["numerics"], **values["local"]}
+    for old, new in RENAMED.items():
+        if f"{old}:" in text:
+            assert flat[new] in (3, True, 2, 4)
+    assert not RENAMED.keys() & flat.keys()
+
+
+def test_numerics_that_differ_are_named() -> None:
+    """By setting, needed and found; also what only one of the two versions knows."""
+    needed = NumericsConfig(dtype="float16")
+    assert needed.refusal(NumericsConfig(dtype="float16").model_dump_json()) == ""
+    other = NumericsConfig(batch_invariant=True)
+    why = needed.refusal(other.model_dump_json())
+    assert why.endswith(
+        "dtype is 'float32', needed 'float16'; batch_invariant is True, needed False"
+    )
+
+    class Wider(NumericsConfig):
+        kernels: str = "plain"
+
+    assert needed.refusal(Wider(dtype="float16").model_dump_json()).endswith(
+        "kernels is 'plain', needed nothing"
+    )
+    for strange in ("", "[]", "{"):
+        assert "does not say how it computes" in needed.refusal(strange)
+    assert needed.fingerprint == NumericsConfig(dtype="float16").fingerprint != other.fingerprint

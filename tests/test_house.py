@@ -365,6 +365,22 @@ def test_functions_stay_short(path: Path) -> None:
             assert lines <= MAX_BODY_LINES, f"{node.name}, line {node.lineno}: {lines} lines"
 
 
+# Class names that still stand for two things; none may be added.
+SHARED_CLASS_NAMES = {"Child", "Forward", "Outcome", "Progress", "Share", "Turn", "_Lines"}
+
+
+def test_class_names_are_unique() -> None:
+    """A class name, private ones included, means one thing in the whole package."""
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(syntax(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{module} line {node.lineno}")
+    repeated = {name: found for name, found in places.items() if len(found) > 1}
+    unexpected = {name: repeated[name] for name in repeated.keys() - SHARED_CLASS_NAMES}
+    assert not unexpected, f"rename one of each: {unexpected}"
+
+
 @pytest.mark.parametrize(
     "name", ["split_and_save_models.py", "run_pipe.sh", "run_jetson.sh", "scripts/run_eval.sh"]
 )

@@ -46,7 +46,13 @@ def test_each_jetpack_gets_each_pin_once(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "forbidden"),
-    [("torch", True), ("nvidia-cublas", True), ("triton", True), ("torchist", False)],
+    [
+        ("torch", True),
+        ("nvidia-cublas", True),
+        ("triton", True),
+        ("torchist", False),
+        ("nvidia-ml-py", False),
+    ],
 )
 def test_what_counts_as_torch(name: str, forbidden: bool) -> None:
     """CUDA libraries of another build are as bad as torch itself."""

@@ -17,15 +17,15 @@ from flowspec.bench.experiment import Case, Group, Plan
 from flowspec.bench.metrics import Activity, RowCounts, count_rows, measure
 from flowspec.bench.prompts import Prompt, first_turn
 from flowspec.bench.provenance import versions
-from flowspec.bench.records import Measured, Sample, TooLong
-from flowspec.config import RunConfig
+from flowspec.bench.records import RunFigures, Sample, TooLong
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
-from flowspec.engine.base import Cluster, generate
 from flowspec.engine.build import HeadParts, build_stage, load_head_parts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.engine import Engine
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.engine.simulated import SimulatedCluster, emulated_cluster
-from flowspec.request import ClusterError, Completion, FinishReason, Request, SamplingParams
+from flowspec.engine.simulated import SimulatedEngine, emulated_engine
+from flowspec.request import ClusterError, FinishReason, Request, RequestOutput, SamplingParams
 from flowspec.runtime.recorder import Recorder
 from flowspec.stage.stage import Stage
 from flowspec.system import signals
@@ -56,8 +56,8 @@ class _Run:
 
     asked: Asked
     request: Request
-    completion: Completion
-    rows: RowCounts
+    completion: RequestOutput
+    rows: RowCounts | None
     started_at: str
 
 
@@ -69,7 +69,7 @@ class Workbench:
         assert plan.target is not None, "nothing is computed here"
         self.plan, self._folder = plan, plan.target
         self._dtype = plan.remote["dtype"] if plan.remote is not None else "float32"
-        self._base = RunConfig(
+        self._base = EngineConfig(
             model=str(self._folder),
             stages=plan.stages,
             context=plan.context,
@@ -158,7 +158,7 @@ class Workbench:
 
     def _recorded(
         self,
-        cluster: SimulatedCluster,
+        cluster: SimulatedEngine,
         emulation: Emulation,
         number: int,
         one: Asked,
@@ -186,7 +186,7 @@ class Workbench:
                 with self._local(case, folder) as cluster:
                     for number, one in enumerate(asked, start=1):
                         done.append(self._answer(cluster, number, one, group))
-            except (ClusterError, KeyboardInterrupt, signals.Ended) as error:
+            except (ClusterError, KeyboardInterrupt, signals.EndedBySignal) as error:
                 failure = error
             if done:
                 files = sorted(folder.glob("rank-*.jsonl"))
@@ -196,24 +196,22 @@ class Workbench:
         if failure is not None:
             raise failure
 
-    def _answer(self, cluster: Cluster, number: int, one: Asked, group: Group) -> _Run:
+    def _answer(self, engine: Engine, number: int, one: Asked, group: Group) -> _Run:
         started_at, request = now_text(), self._request(number, one.prompt, group)
-        before = count_rows(cluster.statuses())
-        completion = generate(cluster, request)
+        stream = engine.submit(request)
+        completion = stream.result()
         if completion.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             where = f"{group.dataset}, question {one.question}, turn {one.turn}"
-            raise ClusterError(where, completion.error or completion.reason.value)
-        rows = count_rows(cluster.statuses()).since(before)
-        return _Run(one, request, completion, rows, started_at)
+            raise ClusterError(where, str(completion.error or completion.reason.value))
+        return _Run(one, request, completion, count_rows(stream.stage_stats()), started_at)
 
     def _request(self, number: int, prompt: tuple[int, ...], group: Group) -> Request:
-        parts = self._head_parts("none")
         return Request(
             id=number,
             prompt=prompt,
             sampling=SamplingParams(temperature=group.temperature, seed=group.seed),
             max_new_tokens=self.plan.max_tokens,
-            eos_token_ids=parts.eos_token_ids,
+            eos_token_ids=self._head_parts("none").eos_token_ids,
         )
 
     def _sample(
@@ -224,7 +222,7 @@ class Workbench:
         measured = measure(
             run.completion,
             run.asked.expected,
-            num_prompt=len(run.request.prompt),
+            num_prompt=len(run.request.prompt_tokens),
             doings=activity.during(stats.first_token_at, stats.last_token_at),
             rows=run.rows,
         )
@@ -234,28 +232,25 @@ class Workbench:
         share = measured.decode_tokens_per_s / bound if bound else None
         return replace(found, bound_tokens_per_s=bound, bound_share=share)
 
-    def _emulated(self, case: Case, emulation: Emulation) -> SimulatedCluster:
+    def _emulated(self, case: Case, emulation: Emulation) -> SimulatedEngine:
         if not self._stages:
             self._stages = [
-                build_stage(
-                    self._folder, rank, device="cpu", dtype="float32", batch_invariant=False
-                )[0]
-                for rank in range(1, self.plan.stages + 1)
+                build_stage(self._folder, rank)[0] for rank in range(1, self.plan.stages + 1)
             ]
         parts = self._head_parts(case.drafter_name)
-        return emulated_cluster(case.config(self._base), parts, self._stages, emulation)
+        return emulated_engine(case.config(self._base), parts, self._stages, emulation)
 
     @contextmanager
-    def _local(self, case: Case, folder: Path) -> Iterator[LocalCluster]:
-        config = case.config(replace(self._base, draft=self.plan.drafts.get(case.drafter_name, "")))
-        with LocalCluster(config, self._head_parts(case.drafter_name), folder) as cluster:
+    def _local(self, case: Case, folder: Path) -> Iterator[LocalEngine]:
+        config = case.config(self._base.changed(draft=self.plan.drafts.get(case.drafter_name, "")))
+        with LocalEngine(config, self._head_parts(case.drafter_name), folder) as cluster:
             yield cluster
 
     def _head_parts(self, drafter: str) -> HeadParts:
         if drafter not in self._parts:
             strategy = "ar" if drafter == "none" else "streaming"
             draft = self.plan.drafts.get(drafter, "")
-            config = replace(self._base, drafter=drafter, strategy=strategy, draft=draft)
+            config = self._base.changed(drafter=drafter, strategy=strategy, draft=draft)
             self._parts[drafter] = load_head_parts(config, self._folder)
         return self._parts[drafter]
 
@@ -276,14 +271,14 @@ def sample_of(
     case: Case,
     group: Group,
     turn: tuple[str, int],
-    measured: Measured,
+    measured: RunFigures,
     *,
     started_at: str,
 ) -> Sample:
     """What was measured of a question's turn, with all that it is of."""
     (question, number), hashes = turn, plan.hashes(case)
     return Sample(
-        **{field.name: getattr(measured, field.name) for field in fields(Measured)},
+        **{field.name: getattr(measured, field.name) for field in fields(RunFigures)},
         key=plan.keys(case, group)[turn],
         cluster=plan.cluster,
         model=plan.model,

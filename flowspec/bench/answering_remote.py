@@ -4,37 +4,181 @@ The truth is what the target alone computes here, where the plan names it, else 
 itself answers by plain decoding: a model that needs several devices cannot be run alone.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from itertools import count
-from secrets import token_hex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from flowspec.bench.answering import Asked, LeftOut, Workbench, now_text, sample_of
 from flowspec.bench.experiment import Case, Group, Plan
-from flowspec.bench.metrics import Doings, RowCounts, measure
+from flowspec.bench.metrics import Doings, count_rows, measure
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import Sample, TooLong
-from flowspec.engine.remote import Answer, LongPrompt, RemoteCluster
-from flowspec.protocol.control import Decoding
-from flowspec.request import ClusterError, FinishReason, SamplingParams
+from flowspec.engine.remote import RemoteEngine
+from flowspec.engine.stream import Notice
+from flowspec.protocol.control import ClusterStatus
+from flowspec.request import (
+    ClusterError,
+    Failure,
+    FailureKind,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StageCounts,
+)
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import PromptError
 
 PLAIN = "ar"
+FORGET_S = 60.0  # that other clients' requests may take before a measurement begins
+AGAIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteAnswer:
+    """A whole answer. Times of its statistics count from when it was asked for."""
+
+    output: RequestOutput
+    counts: Mapping[int, StageCounts] | None  # what each stage did; None: not known
+    is_rebuilt: bool = False  # the cluster was, since the answer before: its times may hold a wait
+
+
+@dataclass(frozen=True, slots=True)
+class LongPrompt:
+    """Prompt and answer exceed the context, or what `reason` says: nothing was measured."""
+
+    num_prompt: int
+    reason: str = ""  # why the devices' memory cannot hold them, or the conversation is refused
+    is_refused: bool = False  # the latter
+
+
+class MeasuredCluster:
+    """Asks one question at a time; all answers are of the same devices.
+
+    `say` hears why an answer waits. Raises ClusterError where the cluster is not healthy.
+    """
+
+    def __init__(
+        self, engine: RemoteEngine, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self.engine, self._say = engine, say
+        self.status = engine.cluster_status()
+        if not self.status.healthy:
+            raise ClusterError(engine.where, f"not healthy: {self.status.why}")
+        self._epoch = self.status.epoch  # the newest that is known to be of these devices
+
+    @property
+    def num_stages(self) -> int:
+        """Devices that hold layers."""
+        return len(self.devices)
+
+    @property
+    def devices(self) -> list[str]:
+        """Which device holds what, in the order of the pipeline."""
+        return _devices_of(self.status)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens of KV cache that the tightest device holds; 0: not known."""
+        held = (one.num_kv_tokens for one in self.status.devices if one.num_kv_tokens)
+        return min(held, default=0)
+
+    def forget(self) -> None:
+        """Have the head learn anew; waits while it serves others. Raises ClusterError."""
+        end = time.monotonic() + FORGET_S
+        while True:
+            try:
+                self.engine.forget()
+                return
+            except ValueError as error:
+                if time.monotonic() > end:
+                    raise ClusterError(
+                        self.engine.where, f"{error}: it serves others; measure it when it is idle"
+                    ) from None
+            time.sleep(AGAIN_S)
+
+    def ask(self, request: Request) -> RemoteAnswer | LongPrompt:
+        """The whole answer, or that there can be none.
+
+        Raises ClusterError where it fails, or where other devices may have had a part in it.
+        """
+        with self.engine.submit(replace(request, exclusive=True)) as stream:
+            for event in stream:
+                if isinstance(event, Notice):
+                    self._say(event.text)
+        output = stream.result()
+        if output.error is not None:
+            return self._refused(output, output.error)
+        if output.num_prompt_tokens + request.max_new_tokens > self.status.max_context:
+            return LongPrompt(output.num_prompt_tokens)
+        if output.reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            raise ClusterError(self.engine.where, f"an answer ended early: {output.reason.value}")
+        first, last = self.engine.epochs.pop(stream.request, (0, 0))
+        is_rebuilt = last != self._epoch
+        if is_rebuilt:
+            self._check_devices(first, last, output.stats.num_resumes)
+        return RemoteAnswer(output, stream.stage_stats(), is_rebuilt)
+
+    def _refused(self, output: RequestOutput, error: Failure) -> LongPrompt:
+        if error.kind is FailureKind.BAD_PROMPT:
+            return LongPrompt(0, error.cause, is_refused=True)
+        if error.kind is FailureKind.REFUSED and (
+            output.num_prompt_tokens >= self.status.max_context
+        ):
+            return LongPrompt(output.num_prompt_tokens)
+        if error.kind is FailureKind.TOO_LARGE:
+            now = self.engine.cluster_status()
+            if _devices_of(now) != self.devices:  # what others cannot hold is not their limit
+                raise self._changed(now)
+            return LongPrompt(output.num_prompt_tokens, error.cause)
+        where = self.engine.where
+        raise ClusterError(where, error.cause if error.rank == 0 else str(error))
+
+    def _check_devices(self, first: int, last: int, num_resumes: int) -> None:
+        """The cluster was built anew: go on if all of the answer is of the same devices."""
+        now = self.engine.cluster_status()
+        # a status of another epoch does not tell which devices the answer ended on
+        is_same = now.epoch == last and _devices_of(now) == self.devices
+        # it ran in the last epoch, and in one more for each time it was resumed
+        between = num_resumes and last != self._epoch + 1
+        if not is_same or (between and (num_resumes > 1 or first != self._epoch)):
+            raise self._changed(now)
+        self._epoch = now.epoch
+
+    def _changed(self, now: ClusterStatus) -> ClusterError:
+        before, after = self.devices, _devices_of(now)
+        if after != before:
+            there = "; ".join(after) or f"none that hold all layers ({now.why})"
+            change = f"other devices answer now, before: {'; '.join(before)}, now: {there}"
+        else:
+            change = "the cluster was built anew several times, perhaps of other devices meanwhile"
+        return ClusterError(
+            self.engine.where,
+            f"{change}; what was answered before is kept, and the same command measures the "
+            "devices that are there now, whose samples have keys of their own",
+        )
+
+
+def _devices_of(status: ClusterStatus) -> list[str]:
+    serving = [(one.rank, one.name, one.layers) for one in status.devices if one.rank]
+    return [
+        f"{name}: layers {layers[0]} to {layers[1] - 1}"
+        for _, name, layers in sorted(serving)
+        if layers is not None
+    ]
 
 
 class RemoteBench:
     """A benchmark's only worker: the cluster does one thing at a time."""
 
-    def __init__(self, plan: Plan, cluster: RemoteCluster) -> None:
+    def __init__(self, plan: Plan, cluster: MeasuredCluster) -> None:
         self.plan = plan
         self._cluster = cluster
         self._alone = Workbench(plan) if plan.target is not None else None
         own = [case for case in plan.cases if case.strategy == PLAIN]
-        self._plain = own[0] if own else Case(PLAIN, "none", asdict(STRATEGIES[PLAIN].defaults))
+        plain = STRATEGIES[PLAIN].defaults.model_dump()
+        self._plain = own[0] if own else Case(PLAIN, "none", plain)
         self._truth: tuple[Group, list[Asked]] | None = None  # of the last group
-        self._session, self._runs = token_hex(8), count(1)
-        self._num_answers = 0  # of the run
 
     def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
         """Each turn's sample as it is finished, and what is left out of the group.
@@ -62,13 +206,13 @@ class RemoteBench:
 
     def _run(self, case: Case, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
         """What the memory cannot hold under this strategy goes out of `asked`."""
-        run = self._new_run()
+        self._cluster.forget()  # what the head learns is this set's alone
         for one in tuple(asked):
             if one not in asked:  # a turn before it is left out
                 continue
             started_at = now_text()
-            answer = self._answer(case, group, run, one.messages)
-            if isinstance(answer, Answer):
+            answer = self._answer(case, group, one.messages)
+            if isinstance(answer, RemoteAnswer):
                 yield self._sample(case, group, one, answer, started_at)
             elif answer.reason:
                 yield self._left_out(group, one.question, one.turn, answer)
@@ -78,24 +222,24 @@ class RemoteBench:
 
     def _ask_plain(self, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
         """The cluster's own plain decoding, which becomes the truth in `asked`."""
-        run = self._new_run()
+        self._cluster.forget()
         for prompt in group.prompts:
-            yield from self._ask_one(group, prompt, run, asked)
+            yield from self._ask_one(group, prompt, asked)
 
     def _ask_one(
-        self, group: Group, prompt: Prompt, run: str, asked: list[Asked]
+        self, group: Group, prompt: Prompt, asked: list[Asked]
     ) -> Iterator[Sample | TooLong]:
         messages: list[Mapping[str, str]] = []
         for turn, text in enumerate(prompt.turns):
             messages.append({"role": "user", "content": text})
             started_at = now_text()
-            answer = self._answer(self._plain, group, run, messages)
+            answer = self._answer(self._plain, group, messages)
             if isinstance(answer, LongPrompt):
-                if answer.refused and not turn:  # as where the target is computed here
+                if answer.is_refused and not turn:  # as where the target is computed here
                     raise PromptError(f"{prompt.where}: {answer.reason}")
                 yield self._left_out(group, prompt.id, turn, answer)
                 return
-            completion = answer.completion
+            completion = answer.output
             one = Asked(prompt.id, turn, (), completion.tokens, tuple(messages))
             asked.append(one)
             yield self._sample(self._plain, group, one, answer, started_at)
@@ -106,60 +250,46 @@ class RemoteBench:
         key, dataset = self.plan.question_keys(group)[question], group.dataset
         return TooLong(key, dataset, question, turn, turns - turn, why.num_prompt, why.reason)
 
-    def _new_run(self) -> str:
-        """A label that nobody else has: what the head learns under it is this set's alone."""
-        self._num_answers = 0
-        return f"{self._session}-{next(self._runs)}"
-
     def _answer(
-        self, case: Case, group: Group, run: str, messages: Sequence[Mapping[str, str]]
-    ) -> Answer | LongPrompt:
-        decoding = Decoding(strategy=case.strategy, parameters=case.parameters, run=run)
-        sampling = SamplingParams(temperature=group.temperature, seed=group.seed)
-        answer = self._cluster.ask(
-            messages, decoding, sampling, max_new_tokens=self.plan.max_tokens
+        self, case: Case, group: Group, messages: Sequence[Mapping[str, str]]
+    ) -> RemoteAnswer | LongPrompt:
+        return self._cluster.ask(
+            Request(
+                prompt=list(messages),
+                sampling=SamplingParams(temperature=group.temperature, seed=group.seed),
+                max_new_tokens=self.plan.max_tokens,
+                decoding=case.decoding,
+            )
         )
-        if isinstance(answer, Answer):
-            reason = answer.completion.reason
-            if reason not in (FinishReason.STOP, FinishReason.LENGTH):
-                raise ClusterError("head", f"an answer ended early: {reason.value}")
-        return answer
 
     def _sample(
-        self, case: Case, group: Group, one: Asked, answer: Answer, started_at: str
+        self, case: Case, group: Group, one: Asked, answer: RemoteAnswer, started_at: str
     ) -> Sample:
-        stages, self._num_answers = answer.figures.stages, self._num_answers + 1
         measured = measure(
-            answer.completion,
+            answer.output,
             one.expected,
-            num_prompt=answer.num_prompt,
+            num_prompt=answer.output.num_prompt_tokens,
             doings=_doings(answer),
-            rows=RowCounts(stages.rows_pruned, stages.rows_run_by_last) if stages else None,
+            rows=count_rows(answer.counts),
         )
         turn = one.question, one.turn
         found = sample_of(self.plan, case, group, turn, measured, started_at=started_at)
         return replace(
             found,
             devices=tuple(self._cluster.devices),
-            alone=answer.figures.alone,
-            rebuilt=answer.rebuilt,
-            relearnt=answer.figures.fresh and self._num_answers > 1,
+            rebuilt=answer.is_rebuilt,
         )
 
 
-def _doings(answer: Answer) -> Doings:
-    """What is known of the decode time; why a stage was idle, and what its links carried, is not.
-
-    Forwards under way at either end count whole where they end, so a share may come out too high.
-    """
-    stats, stages = answer.completion.stats, answer.figures.stages
+def _doings(answer: RemoteAnswer) -> Doings:
+    """What is known of the decode time: busy shares, but no causes of idleness and no link bytes."""
+    stats, counts = answer.output.stats, answer.counts or {}
     decode_s = stats.last_token_at - stats.first_token_at - stats.resume_s
     if decode_s <= 0:
         return Doings()
-    busy_s = stages.busy_s if stages is not None else ()
     return Doings(
         drafter_busy=min(1.0, stats.draft_s / decode_s),
-        stage_busy=tuple(min(1.0, one / decode_s) for one in busy_s),
+        stage_busy=tuple(min(1.0, one.busy_s / decode_s) for _, one in sorted(counts.items())),
     )
 
 

@@ -15,10 +15,17 @@ from typing import Any
 
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import hash_of
-from flowspec.config import RunConfig, override, read_yaml
+from flowspec.config import EngineConfig, new_name, override, read_yaml, with_new_names
 from flowspec.cost_model.emulation import Emulation
-from flowspec.speculation.drafters import parse_drafter
-from flowspec.speculation.strategies import ABLATIONS, STRATEGIES, check_taken, find_strategy
+from flowspec.request import Decoding
+from flowspec.speculation.drafters import current_drafter, parse_drafter
+from flowspec.speculation.strategies import (
+    ABLATIONS,
+    STRATEGIES,
+    check_parameter,
+    find_strategy,
+    strategy_config,
+)
 from flowspec.system.bundled import find_bundled
 
 FIGURES = 2  # raise where a figure of the records changes its meaning
@@ -32,14 +39,20 @@ class Case:
 
     strategy: str
     drafter: str  # as parse_drafter takes it; none for ar
-    parameters: Mapping[str, Any]  # the whole effective DecodeConfig
+    parameters: Mapping[str, Any]  # all of the strategy's, with their values
 
     @property
     def drafter_name(self) -> str:
         """Without its switches."""
         return parse_drafter(self.drafter)[0]
 
-    def config(self, base: RunConfig) -> RunConfig:
+    @property
+    def decoding(self) -> Decoding:
+        """What a request asks for to be decoded so."""
+        drafter = "" if self.drafter_name == "none" else self.drafter_name
+        return Decoding(strategy=self.strategy, parameters=self.parameters, drafter=drafter)
+
+    def config(self, base: EngineConfig) -> EngineConfig:
         """`base` with this strategy."""
         values = {"strategy": self.strategy, "drafter": self.drafter_name}
         return override(base, {**values, "decode": dict(self.parameters)}, where="bench")
@@ -157,7 +170,7 @@ class Plan:
         if self.context:
             common["context"] = self.context
         if self.remote is not None:  # whose memory may be too small for a question
-            sizes = [case.parameters["num_draft_tokens"] for case in self.cases]
+            sizes = [case.parameters.get("num_draft_tokens", 0) for case in self.cases]
             common["memory"] = [self.num_kv_tokens, max(sizes, default=0)]
         return {
             prompt.id: hash_of({**common, "question": prompt.id, "turns": prompt.turns})
@@ -182,6 +195,7 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
     if name not in data:
         raise ValueError(f"{path} has no table {name!r}; it has: {', '.join(map(str, data))}")
     table = data[name] or {}
+    table = with_new_names(table) if isinstance(table, dict) else table
     where = f"{path}: {name}"
     if not isinstance(table, dict) or not all(
         isinstance(values, dict) or values is None for values in table.values()
@@ -192,9 +206,16 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
         known = ", ".join((EVERY, *STRATEGIES))
         raise ValueError(f"{where}: unknown strategy {unknown[0]!r}; known: {known}")
     every = table.get(EVERY) or {}
-    found = {strategy: {**every, **(table.get(strategy) or {})} for strategy in specs}
+    every = with_new_names(every)
+    found = {
+        strategy: {
+            **{name: value for name, value in every.items() if name in spec.parameters},
+            **with_new_names(table.get(strategy) or {}),
+        }
+        for strategy, spec in specs.items()
+    }
     for strategy, values in found.items():
-        override(specs[strategy].defaults, values, where=f"{where}: {strategy}")
+        strategy_config(strategy, values, where=f"{where}: {strategy}")
     return found
 
 
@@ -208,18 +229,17 @@ def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[s
     for setting in settings:
         name, equals, value = setting.partition("=")
         strategy, dot, key = name.rpartition(".")
+        key = new_name(key)
         if not equals or not key or (dot and strategy not in found):
             raise ValueError(
                 f"--set {setting!a}: give strategy.key=value, of {', '.join(strategies)}, or "
                 "key=value for all of them"
             )
         if dot or len(strategies) == 1:
-            check_taken(strategy or strategies[0], [key], where=f"--set {setting!a}")
-        takers = [one for one in strategies if key not in find_strategy(one).ignores]
+            check_parameter(strategy or strategies[0], key, where=f"--set {setting!a}")
+        takers = [one for one in strategies if key in find_strategy(one).parameters]
         if not takers:
-            raise ValueError(
-                f"--set {setting!a}: {key} changes nothing for {', '.join(strategies)}"
-            )
+            raise ValueError(f"--set {setting!a}: {key} is no parameter of {', '.join(strategies)}")
         for one in (strategy,) if dot else takers:
             found[one][key] = value
     return found
@@ -248,6 +268,6 @@ def make_cases(
             where = f"strategy {strategy}"
             if settings.get(strategy):
                 where = f"{options}, {where}"  # the table by itself has been checked
-            effective = override(find_strategy(strategy).defaults, values, where=where)
-            cases.append(Case(strategy, drafter, asdict(effective)))
+            effective = strategy_config(strategy, values, where=where)
+            cases.append(Case(strategy, current_drafter(drafter), effective.model_dump()))
     return tuple(cases)

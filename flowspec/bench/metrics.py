@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowspec.bench.records import Measured, hash_tokens, repeated_share
-from flowspec.protocol.messages import CLIENT, HEAD, Status
-from flowspec.request import Completion, DecodeStats, FinishReason
+from flowspec.bench.records import RunFigures, hash_tokens, repeated_share
+from flowspec.protocol.messages import CLIENT, HEAD
+from flowspec.request import DecodeStats, FinishReason, RequestOutput, StageCounts
 from flowspec.tracing.idle_time import Span, track
 from flowspec.tracing.timeline import HOUSEKEEPING, Timeline
 
@@ -19,22 +19,18 @@ PERCENTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class RowCounts:
-    """Totals of all stages since their start."""
+    """Rows of one request on all stages."""
 
     pruned: int = 0
     run_by_last: int = 0  # prompt rows included
 
-    def since(self, before: "RowCounts") -> "RowCounts":
-        """What came since."""
-        return RowCounts(self.pruned - before.pruned, self.run_by_last - before.run_by_last)
 
-
-def count_rows(statuses: Mapping[int, Status]) -> RowCounts:
-    """Totals as the stages' newest statuses have them."""
-    if not statuses:
-        return RowCounts()
-    pruned = sum(status.num_rows_pruned for status in statuses.values())
-    return RowCounts(pruned, statuses[max(statuses)].num_rows_run)
+def count_rows(counts: Mapping[int, StageCounts] | None) -> RowCounts | None:
+    """Rows by what each stage says of the request; None where a stage has not said so."""
+    if not counts:
+        return None
+    pruned = sum(one.num_rows_pruned for one in counts.values())
+    return RowCounts(pruned, counts[max(counts)].num_rows_run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +97,13 @@ class Activity:
 
 
 def measure(
-    completion: Completion,
+    completion: RequestOutput,
     expected: Sequence[int],
     *,
     num_prompt: int,
     doings: Doings,
     rows: RowCounts | None,
-) -> Measured:
+) -> RunFigures:
     """The figures of one finished request of `num_prompt` prompt tokens.
 
     `rows` are those of its time, None where nobody tells; `expected` is the truth.
@@ -119,7 +115,7 @@ def measure(
     not_drafted, not_in_flight = stats.mu
     # the last token's row is never needed
     num_needed = num_prompt - stats.num_prompt_reused + stats.num_tokens - 1
-    return Measured(
+    return RunFigures(
         prompt_tokens=num_prompt,
         tokens=stats.num_tokens,
         token_hash=hash_tokens(completion.tokens),

@@ -1,14 +1,13 @@
 """Predicted speed of a cluster: the bundled model stands in for the emulated one (emulation)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
-from flowspec.engine.base import generate
 from flowspec.engine.build import HeadParts
-from flowspec.engine.simulated import emulated_cluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request, SamplingParams
 from flowspec.stage.stage import Stage
 from flowspec.weights.load import load_stage_range
@@ -29,7 +28,7 @@ def stand_in_stages(folder: Path, num_layers: int, num_stages: int) -> list[Stag
 
 
 def predict_speeds(
-    config: RunConfig,
+    config: EngineConfig,
     parts: HeadParts,
     stages: Sequence[Stage],
     emulation: Emulation,
@@ -41,7 +40,7 @@ def predict_speeds(
     """Tokens/s after the first token, by strategy: greedy, all prompts together, emulated."""
     speeds = {}
     for strategy in strategies:
-        cluster = emulated_cluster(replace(config, strategy=strategy), parts, stages, emulation)
+        cluster = emulated_engine(config.changed(strategy=strategy), parts, stages, emulation)
         tokens = seconds = 0.0
         for number, prompt in enumerate(prompts, start=1):
             request = Request(

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from flowspec.config import RENAMED
+
 FILE_NAME = "samples.jsonl"
 LEFT_OUT_NAME = "left_out.jsonl"
 MAX_LINE_CHARS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class RunFigures:
     """What one run of one request gave. Times in seconds of the driver's clock, prefill apart."""
 
     prompt_tokens: int
@@ -60,7 +62,7 @@ class Measured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample(Measured):
+class Sample(RunFigures):
     """A line of the file."""
 
     key: str
@@ -192,11 +194,23 @@ def _parse(line: str, where: str) -> Sample:
     if unknown := sorted(set(record) - _NAMES):
         raise ValueError(f"{where} has the unknown key {unknown[0]!r}; another version's record?")
     try:
-        return _READER.validate_python(record)
+        return _READER.validate_python(_renamed(record))
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"{where} is no sample: {name}: {first['msg']}") from None
+
+
+def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of an older version, with the names that strategies and settings have now."""
+    now = dict(record)
+    if isinstance(parameters := now.get("parameters"), dict):
+        now["parameters"] = {RENAMED.get(key, key): value for key, value in parameters.items()}
+    if isinstance(strategy := now.get("strategy"), str):
+        now["strategy"] = RENAMED.get(strategy, strategy)
+    if isinstance(drafter := now.get("drafter"), str):
+        now["drafter"] = "+".join(RENAMED.get(part, part) for part in drafter.split("+"))
+    return now
 
 
 class SampleFile:

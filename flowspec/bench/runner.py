@@ -329,7 +329,7 @@ def _pool(plan: Plan, jobs: int, folder: Path) -> Iterator[_Pool]:
         )
         try:
             yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
-        except signals.Ended:
+        except signals.EndedBySignal:
             for worker in workers():  # they would go on to the end of their sample
                 worker.kill()
             raise

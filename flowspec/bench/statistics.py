@@ -12,10 +12,10 @@ ratios have no negative values.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import ndtri, stdtrit
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -64,7 +64,8 @@ def speed_ratio(sets: Sequence[Pairs], *, resamples: int = RESAMPLES) -> Interva
         spread**2 / (len(table) - 1) for spread, table in zip(spreads, tables, strict=True)
     )
     tail = (1.0 - LEVEL) / 2
-    widen = student_quantile(1.0 - tail, freedom) / NormalDist().inv_cdf(1.0 - tail)
+    # Student's t and the normal, both at the upper end of the interval
+    widen = float(stdtrit(freedom, 1.0 - tail) / ndtri(1.0 - tail))
     logs = np.log(drawn.mean(axis=0) / value)
     low, high = value * np.exp(widen * np.nanquantile(logs, [tail, 1.0 - tail]))
     return Interval(value, float(low), float(high))
@@ -77,17 +78,6 @@ def _redrawn(table: Array, random: np.random.Generator, resamples: int) -> Array
     assert own is not None
     assert ratios is not None
     return own * np.exp(math.sqrt(len(table) / (len(table) - 1)) * np.log(ratios / own))
-
-
-def student_quantile(level: float, freedom: float) -> float:
-    """Of Student's t: its density over the angle with tangent t / sqrt(freedom) is a power of the
-    cosine, which is summed up.
-    """
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 20_001)
-    middles = (angles[1:] + angles[:-1]) / 2
-    below = np.cumsum(np.cos(middles) ** (freedom - 1))
-    found = np.interp(level, below / below[-1], angles[1:])
-    return float(math.sqrt(freedom) * math.tan(found))
 
 
 def _table(pairs: Pairs) -> Array:

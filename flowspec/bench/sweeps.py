@@ -13,7 +13,7 @@ from flowspec.bench.aggregate import MEAN, Row, summarize
 from flowspec.bench.records import Sample
 from flowspec.bench.report import describe
 from flowspec.bench.settings import Setting, check_one
-from flowspec.config import DecodeConfig
+from flowspec.config import new_name
 from flowspec.cost_model.profiles import ClusterProfile, read_cluster, read_model
 from flowspec.speculation.strategies import STRATEGIES
 
@@ -79,7 +79,7 @@ def _weight_bits(sample: Sample) -> Value:
 
 def _of_parameters(key: str) -> Callable[[Sample], Value | None]:
     def find(sample: Sample) -> Value | None:
-        if sample.strategy in STRATEGIES and key in STRATEGIES[sample.strategy].ignores:
+        if sample.strategy in STRATEGIES and key not in STRATEGIES[sample.strategy].parameters:
             return None
         value = sample.parameters.get(key)
         return float(value) if isinstance(value, int | float) else None
@@ -94,9 +94,8 @@ _PARAMETERS = {
     "draft_topk": "children per node",
     "min_score": "least probability worth a row",
     "max_in_flight": "segments in the pipe, at most (0: one per stage, at least two)",
-    "chunked_prefill_size": "prompt tokens per segment",
 }
-assert set(_PARAMETERS) <= {f.name for f in fields(DecodeConfig)}
+assert set(_PARAMETERS) <= {name for one in STRATEGIES.values() for name in one.parameters}
 
 _CLUSTER = ("cluster", "emulation")  # its name, and what is in it
 
@@ -146,6 +145,7 @@ class Sweep:
 
 def find_axis(name: str) -> Axis:
     """By name. Raises ValueError listing the known ones."""
+    name = new_name(name)
     if name not in AXES:
         raise ValueError(f"nothing to vary is called {name!a}; known: {', '.join(AXES)}")
     return AXES[name]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowspec.engine.base import Cluster, generate_all
+from flowspec.engine.engine import Engine, generate_all
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import Completion, Request, SamplingParams, error_of
+from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.speculation.acceptance.gumbel_coupled import noise_rows
 from flowspec.speculation.processors.filters import warp
 
@@ -36,7 +36,7 @@ class Combination:
     divergences: list[str] = field(default_factory=list)
     _hash: Any = field(default_factory=sha256)
 
-    def add(self, completion: Completion) -> None:
+    def add(self, completion: RequestOutput) -> None:
         """Count a run."""
         self.runs += 1
         self.tokens += completion.stats.num_tokens
@@ -124,14 +124,14 @@ def find_divergence(
     scores = logits[None]
     sampling = request.sampling
     if sampling.temperature > 0:
-        noise = noise_rows(sampling.seed, [len(request.prompt) + at], logits.shape[-1])
+        noise = noise_rows(sampling.seed, [len(request.prompt_tokens) + at], logits.shape[-1])
         scores = (warp(scores, sampling) + noise.to(scores.device)) * sampling.temperature
     gap = float(scores[0, expected[at]] - scores[0, found[at]])
     resolution = resolution_of(alone.model.dtype, float(logits.abs().max()))
     return Divergence(at, expected[at], found[at], gap, resolution)
 
 
-class Verifier:
+class LosslessChecker:
     """Keeps the reference answers, so that each is computed once for all strategies."""
 
     def __init__(self, alone: LocalTarget) -> None:
@@ -140,20 +140,20 @@ class Verifier:
 
     def expected(self, request: Request) -> list[int]:
         """The target's own tokens."""
-        key = (request.prompt, request.sampling)
+        key = (request.prompt_tokens, request.sampling)
         if key not in self._expected:
             self._expected[key] = self.alone.generate(request)[0]
         return self._expected[key]
 
     def check(
-        self, cluster: Cluster, requests: Sequence[Request], row: Combination
+        self, engine: Engine, requests: Sequence[Request], row: Combination
     ) -> Iterator[Divergence | None]:
         """Run the requests, `row.requests` at once; add to `row`, give each one's divergence."""
         for start in range(0, len(requests), row.requests):
             group = requests[start : start + row.requests]
-            for request, completion in zip(group, generate_all(cluster, group), strict=True):
-                if completion.error:
-                    raise error_of(completion.error)
+            for request, completion in zip(group, generate_all(engine, group), strict=True):
+                if completion.error is not None:
+                    raise completion.error.exception()
                 row.add(completion)
                 divergence = find_divergence(
                     self.alone, request, self.expected(request), completion.tokens

@@ -70,7 +70,7 @@ def parse_variations(texts: Sequence[str]) -> list[dict[str, Value]]:
         name, equals, values = text.partition("=")
         if not equals:
             raise ValueError(f"--vary takes name=value,value, not {text!r}")
-        find_axis(name)
+        name = find_axis(name).name
         if name in axes:
             raise ValueError(f"--vary names {name} twice; give all its values at once")
         try:

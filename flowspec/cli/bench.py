@@ -17,6 +17,7 @@ from flowspec.cli.bench_plan import (
     assemble,
     check_sampling,
     load_sets,
+    models_of,
     names_in,
     numbers_in,
     run_shown,
@@ -43,10 +44,10 @@ FEW = 5  # questions of each of the six sets, unless more are asked for: minutes
 
 def bench(
     cluster: Annotated[
-        str | None, typer.Option(help=f"Emulated cluster: a name or file [{CLUSTER}].")
+        str | None, typer.Option(help=f"Emulated cluster: a name or file [default: {CLUSTER}].")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help=f"Emulated model: a name or file [{MODEL}].")
+    emulated_model: Annotated[
+        str | None, typer.Option(help=f"Emulated model: a name or file [default: {MODEL}].")
     ] = None,
     strategies: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(STRATEGIES)}, with commas.")
@@ -84,11 +85,11 @@ def bench(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
-    target: Annotated[
+    model: Annotated[
         str | None,
         typer.Option(
-            help="Model that computes: folder or HF id [bundled]. --head: the cluster's model, to "
-            "compute here what answers are compared with [the cluster's plain decoding]."
+            help="Model that writes the text: folder or HF id [bundled]. --head: the cluster's "
+            "model, to compute here what answers are compared with [the cluster's plain decoding]."
         ),
     ] = None,
     draft: Annotated[
@@ -123,7 +124,8 @@ def bench(
     check_texts({"--set": settings})
     if repeats > 1 and not real:
         raise ValueError("--repeats needs --real: an emulated run gives the same figures each time")
-    emulated = {"--cluster": cluster, "--model": model}
+    model, emulated_model = models_of(model, emulated_model)
+    emulated = {"--cluster": cluster, "--emulated-model": emulated_model}
     others = {**emulated, "--draft": draft, "--stages": stages, "--context": context}
     others["--jobs"] = jobs
     _check_head(head, token_file, real=real, given=[name for name in others if others[name]])
@@ -141,7 +143,7 @@ def bench(
         cases = make_cases(chosen, drafters, read_table(config, table), own_settings)
         emulations: Mapping[str, Emulation] = {}
         if not real:
-            emulations = _emulations(cases, cluster or CLUSTER, model or MODEL, stages)
+            emulations = _emulations(cases, cluster or CLUSTER, emulated_model or MODEL, stages)
             stages = emulations["none"].cluster.num_stages
         asked: dict[str, Any] = {
             "datasets": load_sets(datasets, data_dir, questions, limit, few=FEW),
@@ -149,7 +151,7 @@ def bench(
             "seeds": sampled[1],
             "max_tokens": max_tokens,
             "table": table,
-            "target": target,
+            "target": model,
         }
         if remote is not None:
             plan = assemble_remote(cases, remote, head=str(head), **asked)
@@ -172,10 +174,10 @@ def _check_head(
     """Raises ValueError for options that do not go together; `given`: of those in question."""
     if head is None and token_file is not None:
         raise ValueError("--token-file needs --head HOST:PORT, the cluster that it is the token of")
-    emulated = [option for option in given if option in ("--cluster", "--model")]
+    emulated = [option for option in given if option in ("--cluster", "--emulated-model")]
     if head is None:
         if real and emulated:
-            raise ValueError("--real runs on this machine: it has no --cluster or --model")
+            raise ValueError("--real runs on this machine: it has no --cluster or --emulated-model")
         return
     if not real:
         raise ValueError("--head needs --real: an emulated run needs no cluster")

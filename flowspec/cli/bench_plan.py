@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,14 +15,13 @@ from flowspec.bench.records import SampleFile
 from flowspec.bench.runner import Bench, Outcome, Progress, run_plan
 from flowspec.cli.common import count_stages, draft_folder, split_folder
 from flowspec.cli.ui.progress import shown
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig, new_name, tell_renamed
 from flowspec.cost_model.emulation import Emulation
+from flowspec.cost_model.profiles import is_profile
 from flowspec.engine.build import max_context
-from flowspec.engine.cores import segments_at_once
 from flowspec.engine.local import check_files_for
 from flowspec.model.architecture import read_config
 from flowspec.request import ClusterError, SamplingParams
-from flowspec.speculation.strategies import find_strategy
 from flowspec.system import signals
 from flowspec.tokenizer import PromptError
 from flowspec.weights.manifest import HEAD_FOLDER, read_manifest
@@ -49,7 +47,7 @@ def assemble(
 
     `target` and `draft` as the options of `flowspec bench` have them.
     """
-    config = RunConfig(model=target or RunConfig().model, stages=stages, context=context)
+    config = EngineConfig(model=target or EngineConfig().model, stages=stages, context=context)
     drafts = _draft_folders(config, cases, draft)
     if not emulations:
         check_files_for(count_stages(config))
@@ -57,16 +55,6 @@ def assemble(
     manifest = read_manifest(folder)
     max_context(context, read_config(folder / HEAD_FOLDER))  # warns here, for the jobs are silent
     emulation = emulations.get("none")
-    if emulation is None:
-        threads = config.threads_per_process
-        in_flight = segments_at_once(len(manifest.layers), threads=threads)
-        cases = [
-            replace(case, parameters={**case.parameters, "max_in_flight": in_flight})
-            if not case.parameters["max_in_flight"]
-            and "max_in_flight" not in find_strategy(case.strategy).ignores
-            else case
-            for case in cases
-        ]
     return Plan(
         cluster=emulation.cluster.name if emulation else LOCAL,
         model=emulation.model.name if emulation else manifest.model_id,
@@ -91,9 +79,17 @@ def assemble(
     )
 
 
+def models_of(model: str | None, emulated: str | None) -> tuple[str | None, str | None]:
+    """The model that computes and the emulated one, whose name `--model` once took."""
+    if model and not emulated and not Path(model).is_dir() and is_profile("models", model):
+        tell_renamed(f"--model {model}, of an emulated model,", "--emulated-model")
+        return None, model
+    return model, emulated
+
+
 def names_in(text: str, option: str) -> tuple[str, ...]:
     """Different names with commas between them. Raises ValueError."""
-    names = tuple(part.strip() for part in text.split(","))
+    names = tuple(new_name(part.strip()) for part in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{option} takes different names with commas, not {text!r}")
     return names
@@ -145,7 +141,7 @@ def load_sets(
 
 
 def _draft_folders(
-    config: RunConfig, cases: Sequence[Case], given: Sequence[str]
+    config: EngineConfig, cases: Sequence[Case], given: Sequence[str]
 ) -> dict[str, str]:
     """Where each drafter's model lies, as named or as bundled."""
     names = sorted({case.drafter_name for case in cases} - {"none"})
@@ -159,7 +155,7 @@ def _draft_folders(
         else:
             raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(folders)}")
     return {
-        name: draft_folder(replace(config, drafter=name, draft=folder))
+        name: draft_folder(config.changed(drafter=name, draft=folder))
         for name, folder in folders.items()
     }
 
@@ -186,7 +182,7 @@ def run_shown(
 
                 jobs = jobs or len(os.sched_getaffinity(0))
                 return run_plan(plan, file, jobs=jobs, tell=step, bench=bench)
-        except (ClusterError, PromptError, signals.Ended):
+        except (ClusterError, PromptError, signals.EndedBySignal):
             if text := kept():
                 print(text, file=sys.stderr, flush=True)
             raise

@@ -5,16 +5,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flowspec.bench.answering_remote import MeasuredCluster
 from flowspec.bench.experiment import Case, Plan
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, revision
 from flowspec.bench.runner import Outcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
-from flowspec.config import RunConfig
-from flowspec.engine.client import HeadClient
-from flowspec.engine.remote import RemoteCluster
-from flowspec.speculation.drafters import parse_drafter
+from flowspec.config import EngineConfig
+from flowspec.engine.remote import RemoteEngine
+from flowspec.speculation.drafters import current_drafter, parse_drafter
 from flowspec.speculation.strategies import find_strategy
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
@@ -22,27 +22,27 @@ from flowspec.weights.manifest import read_manifest
 
 
 @contextmanager
-def connected(head: str | None, token_file: Path | None) -> Iterator[RemoteCluster | None]:
+def connected(head: str | None, token_file: Path | None) -> Iterator[MeasuredCluster | None]:
     """The cluster of `head`, or None without one. Raises ClusterError where it cannot serve."""
     if head is None:
         yield None
         return
     keys = derive_keys(read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    with HeadClient(host, port, keys) as client:
+    with RemoteEngine(host, port, keys) as engine:
         # by print, which does not write across a bar that is on the screen
-        yield RemoteCluster(client, lambda text: print(text, file=sys.stderr, flush=True))
+        yield MeasuredCluster(engine, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def cluster_drafters(
-    given: Sequence[str], strategies: Sequence[str], cluster: RemoteCluster
+    given: Sequence[str], strategies: Sequence[str], cluster: MeasuredCluster
 ) -> Sequence[str]:
     """The drafters of `--drafter`, or the cluster's own; only the switches are free.
 
     Raises ValueError where the cluster was served with another one.
     """
     own = cluster.status.drafter
-    names = given or (own,)
+    names = tuple(map(current_drafter, given)) or (own,)
     for name in names:
         if own == "none" and any(find_strategy(strategy).drafts for strategy in strategies):
             raise ValueError(
@@ -59,7 +59,7 @@ def cluster_drafters(
 
 def assemble_remote(
     cases: Sequence[Case],
-    cluster: RemoteCluster,
+    cluster: MeasuredCluster,
     *,
     head: str,
     datasets: Mapping[str, Sequence[Prompt]],
@@ -82,12 +82,12 @@ def assemble_remote(
         )
     folder = None
     if target is not None:
-        folder = layerwise_folder(RunConfig(model=target))
+        folder = layerwise_folder(EngineConfig(model=target))
         own = read_manifest(folder).model_hash
         if own != card.model_hash:
             raise ValueError(
-                f"--target {target} is not the model of this cluster, {card.model_id}: its hash "
-                f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --target the "
+                f"--model {target} is not the model of this cluster, {card.model_id}: its hash "
+                f"is {own[:16]}, the cluster's {card.model_hash[:16]}; without --model the "
                 "cluster's own plain decoding is what answers are compared with"
             )
     code = cluster.status.code_hash
@@ -107,9 +107,9 @@ def assemble_remote(
         num_kv_tokens=cluster.num_kv_tokens,
         remote={
             "devices": cluster.devices,
-            "dtype": card.dtype,
+            "dtype": card.numerics.dtype,
             "stored_dtype": card.stored_dtype,
-            "quantization": card.quantization,
+            "numerics": card.numerics.fingerprint,
             "truth": "ar" if folder is None else "target",
         },
         sources={

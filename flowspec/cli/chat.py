@@ -4,15 +4,16 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flowspec.engine.client import HeadClient
-from flowspec.protocol.control import Done, Note, Piece
-from flowspec.request import SamplingParams
+from flowspec.engine.engine import Engine
+from flowspec.engine.remote import RemoteEngine
+from flowspec.engine.stream import Notice
+from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams, TokensOut
 from flowspec.system import signals
 from flowspec.system.address import parse_address
 from flowspec.tokenizer import check_text
@@ -36,8 +37,22 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no head takes, before one is asked."""
-        names = (field.name for field in fields(SamplingParams))
-        SamplingParams(**{name: getattr(self, name) for name in names})
+        self.request([{"role": "user", "content": "?"}])
+
+    def request(self, turns: list[dict[str, str]]) -> Request:
+        """The next answer of a conversation."""
+        return Request(
+            prompt=turns,
+            sampling=SamplingParams(
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                min_p=self.min_p,
+                seed=self.seed,
+            ),
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+        )
 
 
 def chat(
@@ -62,12 +77,12 @@ def chat(
     options = ChatOptions(
         temperature=temperature, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
     )
-    with HeadClient(host, port, keys) as client:
-        chat_loop(client, options)
+    with RemoteEngine(host, port, keys) as engine:
+        chat_loop(engine, options)
 
 
 def chat_loop(
-    client: HeadClient,
+    engine: Engine,
     options: ChatOptions,
     *,
     about: str = HELP,
@@ -94,64 +109,60 @@ def chat_loop(
             typer.echo(about, err=True)
         if not line or line.startswith("/"):
             continue
-        _take_turn(client, options, turns, line)
+        _take_turn(engine, options, turns, line)
 
 
 def _take_turn(
-    client: HeadClient, options: ChatOptions, turns: list[dict[str, str]], line: str
+    engine: Engine, options: ChatOptions, turns: list[dict[str, str]], line: str
 ) -> None:
     """Ask `line`; where it is answered, both are part of the conversation from now on."""
     asked = [*turns, {"role": "user", "content": line}]
     try:
         with signals.cutting():
             check_text(line, "this line")
-            text, done = show_answer(client, options, asked)
+            output = show_answer(engine, options, asked)
     except ValueError as error:  # this line cannot be sent; another one can
         typer.echo(f"error: {error}", err=True)
     except KeyboardInterrupt:
         typer.echo(" ... (cut off)")
     else:
-        if done.error:
-            typer.echo(f"error: {done.error}", err=True)
+        if output.error is not None:
+            typer.echo(f"error: {output.error}", err=True)
         else:
-            turns[:] = [*asked, {"role": "assistant", "content": text}]
+            turns[:] = [*asked, {"role": "assistant", "content": output.text}]
 
 
-def show_answer(
-    client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]
-) -> tuple[str, Done]:
+def show_answer(engine: Engine, options: ChatOptions, turns: list[dict[str, str]]) -> RequestOutput:
     """Stream one answer to stdout, its figures to stderr.
 
-    Why there is no answer is the caller's to tell.
+    The caller tells why there is no answer.
     """
-    ask = client.new_ask(
-        turns=turns,
-        **{name: getattr(options, name) for name in ChatOptions.__slots__},
-    )
-    text = ""
-    for event in client.ask(ask):
-        match event:
-            case Piece():
-                text += event.text
-                typer.echo(event.text, nl=False)
-                sys.stdout.flush()
-            case Note():
-                typer.echo(f"[{event.text}]", err=True)
-            case Done():
-                if text or not event.error:
-                    typer.echo("")
-                show_end(event)
-                return text, event
-    raise AssertionError("an answer without an end")
+    has_text = False
+    with signals.undoing(), engine.submit(options.request(turns)) as stream:
+        for event in stream:
+            match event:
+                case TokensOut():
+                    has_text = has_text or bool(event.text)
+                    typer.echo(event.text, nl=False)
+                    sys.stdout.flush()
+                case Notice():
+                    typer.echo(f"[{event.text}]", err=True)
+    output = stream.result()
+    if has_text or output.error is None:
+        typer.echo("")
+    show_end(output)
+    return output
 
 
-def show_end(done: Done) -> None:
+def show_end(output: RequestOutput) -> None:
     """An answer's figures, where there is one."""
-    if done.error:
+    if output.reason is FinishReason.ERROR:
         return
-    resumed = f", went on after {done.resumed} interruptions" if done.resumed else ""
+    stats = output.stats
+    resumed = f", went on after {stats.num_resumes} interruptions" if stats.num_resumes else ""
     typer.echo(
-        f"[{done.reason}, {done.num_tokens} tokens, {done.tokens_per_s:.1f} tokens/s, first after "
-        f"{done.time_to_first_token_s:.2f} s, {done.tau:.2f} tokens per verdict{resumed}]",
+        f"[{output.reason.value}, {stats.num_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, "
+        f"first after {stats.time_to_first_token_s:.2f} s, {stats.mean_accepted_length:.2f} tokens "
+        f"per verdict{resumed}]",
         err=True,
     )

@@ -1,9 +1,9 @@
 """`flowspec check-head`: does this draft checkpoint fit this model, and how good is it?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,23 +11,24 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.cli.common import BUNDLED, bundled, split_folder
-from flowspec.config import DecodeConfig, RunConfig
-from flowspec.engine.base import generate
+from flowspec.cli.common import BUNDLED, bundled, effective_config, split_folder
+from flowspec.cli.settings import NUMERICS, with_settings
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.model.architecture import read_config
-from flowspec.request import DecodeStats, Request, SamplingParams
+from flowspec.request import DecodeStats, Decoding, Request, SamplingParams
 from flowspec.speculation.drafters.checkpoint.config import CONTRADICTION, ERROR
 from flowspec.speculation.drafters.checkpoint.inspect import HeadReport, inspect_head
 from flowspec.speculation.drafters.checkpoint.kind import FAMILIES
-from flowspec.speculation.strategies import STRATEGIES
+from flowspec.speculation.strategy import RoundConfig
 from flowspec.weights.manifest import HEAD_FOLDER
 
 # A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
 _SHAPES = {
-    "tree": STRATEGIES["serial_pp"].defaults,
-    "chain": DecodeConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
+    "tree": RoundConfig(),
+    "chain": RoundConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
 }
 
 
@@ -40,14 +41,15 @@ class Score:
     by_depth: tuple[float, ...]
 
 
+@with_settings(*NUMERICS, "device")
 def check_head(
     model: Annotated[str, typer.Argument(help="The target: folder or HF id.")],
     head: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
     prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP[:-1]} [bundled].")] = None,
     limit: Annotated[int, typer.Option(help="Prompts per file.", min=1)] = 4,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
+    *,
+    settings: Mapping[str, Any],
 ) -> None:
     """Name the family of a draft checkpoint, list all that does not fit, and measure its tau.
 
@@ -58,14 +60,14 @@ def check_head(
     """
     torch.set_num_threads(1)  # small forwards; more threads only wait for one another
     console = Console(width=100, soft_wrap=True)
-    config = RunConfig(model=model, strategy="serial_pp", dtype=dtype, device=device)
+    config = effective_config(None, {"model": model, "strategy": "serial_pp", **settings})
     folder = split_folder(config)
     report = inspect_head(Path(bundled(str(head))), read_config(folder / HEAD_FOLDER))
     _show(report, console)
     if report.loads:
         asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)
         drafter = FAMILIES[report.kind.family].drafter
-        config = replace(config, draft=str(report.path.parent), drafter=drafter)
+        config = config.changed(draft=str(report.path.parent), drafter=drafter)
         for score in _measure(config, folder, asked, max_tokens):
             depths = " ".join(f"{share:.2f}" for share in score.by_depth)
             console.print(f"{score.shape}: tau {score.tau:.2f}, acceptance by depth {depths}")
@@ -87,32 +89,31 @@ def _show(report: HeadReport, console: Console) -> None:
 
 
 def _measure(
-    config: RunConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
+    config: EngineConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
 ) -> list[Score]:
     """Greedy answers to all prompts, with each shape of draft."""
     parts = load_head_parts(config, folder)
     stages = [
-        build_stage(parts.folder, rank, device=config.device, dtype=config.dtype,
-                    batch_invariant=False)[0]
+        build_stage(parts.folder, rank, device=config.local.device, numerics=config.numerics)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]  # fmt: skip
-    cluster = SimulatedCluster(build_head(config, parts), stages)
+    engine = SimulatedEngine(build_head(config, parts), stages)
     scores = []
-    for turn, (shape, decode) in enumerate(_SHAPES.items()):
-        cluster.configure(STRATEGIES[config.strategy], decode)
+    for shape, decode in _SHAPES.items():
+        decoding = Decoding(
+            strategy=config.strategy, parameters=decode.model_dump(), drafter=config.drafter
+        )
         stats = []
-        for request in _requests(parts, prompts, max_tokens, first_id=1 + turn * len(prompts)):
-            completion = generate(cluster, request)
-            if completion.error:
-                raise ValueError(completion.error)
-            stats.append(completion.stats)
+        for request in _requests(parts, prompts, max_tokens):
+            output = generate(engine, replace(request, decoding=decoding))
+            if output.error is not None:
+                raise output.error.exception()
+            stats.append(output.stats)
         scores.append(_score(shape, stats, levels=decode.num_draft_steps + 1))
     return scores
 
 
-def _requests(
-    parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int, *, first_id: int
-) -> list[Request]:
+def _requests(parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int) -> list[Request]:
     """Prompts that leave room for an answer. Raises ValueError when none does."""
     rendered = [first_turn(parts.prompt_of, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
@@ -122,10 +123,14 @@ def _requests(
             "--limit 1 or more and a file with some"
         )
     return [
-        Request(id=number, prompt=ids, sampling=SamplingParams(temperature=0.0),
-                max_new_tokens=max_tokens, eos_token_ids=parts.eos_token_ids)
-        for number, ids in enumerate(fitting, start=first_id)
-    ]  # fmt: skip
+        Request(
+            prompt=ids,
+            sampling=SamplingParams(temperature=0.0),
+            max_new_tokens=max_tokens,
+            eos_token_ids=parts.eos_token_ids,
+        )
+        for ids in fitting
+    ]
 
 
 def _score(shape: str, stats: Sequence[DecodeStats], *, levels: int) -> Score:

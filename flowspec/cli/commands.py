@@ -1,11 +1,14 @@
 """The commands by name. Adding one: one file here, one row in the table."""
 
 import os
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from flowspec.config import RENAMED, tell_renamed
 
 # A row's module and the function (or Typer app) in it are named as the command. The line is what
 # `flowspec --help` says of it, in full at 80 columns; a command without one is not listed.
@@ -31,6 +34,49 @@ COMMANDS: dict[str, str] = {
 }
 
 
+# Flags that have another name now, besides those of renamed settings: command -> old -> new. Where
+# one is used that no flag is called any more, all of the command's have their old meaning.
+_MODELS = {"--target": "--model", "--model": "--emulated-model"}
+OLD_FLAGS: dict[str, dict[str, str]] = {"bench": _MODELS, "simulate": _MODELS}
+
+
+class _Command(TyperCommand):
+    """A command that understands the old names of its flags, and says the new ones."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words of the command line, with the names that flags have now."""
+        known = {flag for one in self.params for flag in (*one.opts, *one.secondary_opts)}
+        switches = {
+            flag for one in self.params if getattr(one, "is_flag", False) for flag in one.opts
+        }
+        old = OLD_FLAGS.get(str(self.name), {})
+        if not {word.partition("=")[0] for word in args} & (old.keys() - known):
+            old = {}
+        words: list[str] = []
+        is_value = False  # of the word before
+        for place, word in enumerate(args):
+            if word == "--":
+                words += args[place:]
+                break
+            words.append(word if is_value else _with_new_flag(word, old, known))
+            is_value = not is_value and words[-1] in known and words[-1] not in switches
+        return super().parse_args(ctx, words)
+
+
+def _with_new_flag(word: str, old: Mapping[str, str], known: Collection[str]) -> str:
+    """A word of the command line; `old` has flags of another meaning, `known` all of today."""
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("--") or (flag in known and flag not in old):
+        return word
+    no = "--no-" if flag.startswith("--no-") else "--"
+    name = flag.removeprefix(no).replace("-", "_")
+    new = old.get(flag, f"{no}{RENAMED.get(name, name).replace('_', '-')}")
+    if new not in known:
+        return word
+    tell_renamed(flag, new)
+    return f"{new}{equals}{value}"
+
+
 class Commands(TyperGroup):
     """Imports a command when it is called: most of them need torch, which takes seconds."""
 
@@ -51,7 +97,7 @@ class Commands(TyperGroup):
         found = getattr(import_module(f"flowspec.cli.{name}"), name)
         if not isinstance(found, typer.Typer):
             own = typer.Typer(add_completion=False, rich_markup_mode=None)
-            own.command(cmd_name)(found)
+            own.command(cmd_name, cls=_Command)(found)
             found = own
         return typer.main.get_command(found)
 

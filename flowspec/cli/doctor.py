@@ -15,9 +15,9 @@ from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.join import pick_device
 from flowspec.cluster.device.report import is_jetson, measure_link, report_device, why_not_computed
 from flowspec.cluster.doctor import (
-    Finding,
-    HeadFacts,
+    CheckResult,
     Level,
+    LinkFacts,
     can_join,
     examine,
     examine_link,
@@ -25,10 +25,12 @@ from flowspec.cluster.doctor import (
     find_facts,
     verdict,
 )
-from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import HANDSHAKE_TIMEOUT_S, RemoteEngine
+from flowspec.protocol.control import Link
 from flowspec.request import ClusterError
 from flowspec.system.address import local_address_towards, parse_address
-from flowspec.transport.control_sockets import why_unreachable
+from flowspec.transport.control_sockets import ControlClient, why_unreachable
+from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.token import TOKEN_VARIABLE, derive_keys, read_token
 from flowspec.weights.transfer.cache import cache_folder, find_problem
 
@@ -73,7 +75,7 @@ def doctor(
 
 def _examine_head(
     head: str, token: str | None, token_file: Path | None, torch_device: str
-) -> list[Finding]:
+) -> list[CheckResult]:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
     try:
         keys = derive_keys(token or read_token(token_file))
@@ -83,17 +85,16 @@ def _examine_head(
         given = token or token_file or os.environ.get(TOKEN_VARIABLE)
         found = [examine_token(str(error) if given else "")]
         if reason:
-            found += examine_link(HeadFacts(where=head, why_unreachable=reason))
+            found += examine_link(LinkFacts(where=head, why_unreachable=reason))
         return found
     try:
-        with HeadClient(host, port, keys) as client:
-            link = measure_link(client.control)
-            status = client.status()
-            own = local_address_towards(client.control.host, port)
+        with RemoteEngine(host, port, keys) as engine:
+            status, address = engine.cluster_status(), engine.control.host
+        link, own = _measure(host, port, keys), local_address_towards(address, port)
     except ClusterError as error:
-        return list(examine_link(HeadFacts(where=head, why_unreachable=error.cause)))
-    dtype = status.model.dtype
-    facts = HeadFacts(
+        return list(examine_link(LinkFacts(where=head, why_unreachable=error.cause)))
+    dtype = status.model.numerics.dtype
+    facts = LinkFacts(
         where=head,
         own_address=own,
         link=link,
@@ -102,6 +103,15 @@ def _examine_head(
         dtype_error=why_not_computed(torch_device, dtype),
     )
     return list(examine_link(facts))
+
+
+def _measure(host: str, port: int, keys: Keys) -> Link:
+    """Latency and rates of the link to the head, over a connection of its own."""
+    client = ControlClient(host, port, keys)
+    try:
+        return Link() if client.connect(HANDSHAKE_TIMEOUT_S) else measure_link(client)
+    finally:
+        client.close()
 
 
 def _check_cuda() -> tuple[bool, str]:
@@ -115,7 +125,7 @@ def _check_cuda() -> tuple[bool, str]:
     return True, ""
 
 
-def _show(findings: list[Finding]) -> None:
+def _show(findings: list[CheckResult]) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("", "what", "found", "what to do"):
         table.add_column(name, overflow="fold")

@@ -4,16 +4,18 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flowspec.bench.prompts import PROMPTS_HELP, load_prompts
 from flowspec.cli.chat import DEFAULT_PORT, ChatOptions, show_answer
 from flowspec.cli.ui.texts import check_texts, read_input
-from flowspec.engine.client import HeadClient
-from flowspec.protocol.control import Done, Note, Piece
-from flowspec.request import ClusterError, error_of
+from flowspec.engine.engine import Engine
+from flowspec.engine.remote import RemoteEngine
+from flowspec.engine.stream import Notice
+from flowspec.request import ClusterError, FailureKind, RequestOutput
+from flowspec.system import signals
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
 
@@ -67,43 +69,48 @@ def generate(
         asked = [(one.turns[0], one.where) for one in load_prompts(prompts, limit=limit)]
     else:
         asked = [(read_input() if prompt == "-" else str(prompt), "")]
-    with HeadClient(host, port, keys) as client:
+    with RemoteEngine(host, port, keys) as engine:
         for text, where in asked:
             turns = [{"role": "user", "content": text}]
-            done = (
-                _as_json(client, options, turns)
-                if json_
-                else show_answer(client, options, turns)[1]
-            )
-            if done.refused:
-                raise ValueError(done.error)
-            if done.error:
-                raise _failure(done.error, where)
+            answer = _as_json if json_ else show_answer
+            output = answer(engine, options, turns)
+            if output.error is None:
+                continue
+            error = output.error
+            if error.kind is not FailureKind.FAILED:
+                raise ValueError(error.cause)
+            cause = f"{where}: {error.cause}" if where else error.cause
+            raise ClusterError(error.place or "head", cause, rank=error.rank)
 
 
-def _failure(text: str, where: str) -> ClusterError:
-    """What the head says of an answer: the device that failed, or the head; and what was asked."""
-    error = error_of(text)
-    failed, cause = (
-        (error.where, error.cause) if isinstance(error, ClusterError) else ("head", text)
-    )
-    return ClusterError(failed, f"{where}: {cause}" if where else cause)
-
-
-def _as_json(client: HeadClient, options: ChatOptions, turns: list[dict[str, str]]) -> Done:
-    answer = ""
-    tokens: list[int] = []
-    for event in client.ask(client.new_ask(turns=turns, **asdict(options))):
-        match event:
-            case Piece():
-                answer += event.text
-                tokens += event.tokens
-            case Note():
+def _as_json(engine: Engine, options: ChatOptions, turns: list[dict[str, str]]) -> RequestOutput:
+    with signals.undoing(), engine.submit(options.request(turns)) as stream:
+        for event in stream:
+            if isinstance(event, Notice):
                 typer.echo(f"[{event.text}]", err=True)
-            case Done():
-                done = event
-    figures = done.model_dump(exclude={"kind", "id", "figures"})
+    output = stream.result()
     asked = {"prompt": turns[-1]["content"], **asdict(options)}
-    typer.echo(json.dumps({**asked, "text": answer, "tokens": tokens, **figures}))
+    typer.echo(json.dumps({**asked, **output_fields(output)}))
     sys.stdout.flush()
-    return done
+    return output
+
+
+def output_fields(output: RequestOutput) -> dict[str, Any]:
+    """An answer and its figures, as --json prints them."""
+    stats, error = output.stats, output.error
+    kind = error.kind if error is not None else None
+    return {
+        "text": output.text,
+        "tokens": list(output.tokens),
+        "reason": output.reason.value,
+        "error": "" if error is None else str(error),
+        "num_tokens": len(output.tokens),
+        "tokens_per_s": stats.tokens_per_s,
+        "time_to_first_token_s": stats.time_to_first_token_s,
+        "tau": stats.mean_accepted_length,
+        "resumed": stats.num_resumes,
+        "prompt_tokens": output.num_prompt_tokens,
+        "refused": kind in (FailureKind.REFUSED, FailureKind.BAD_PROMPT, FailureKind.TOO_LARGE),
+        "bad_prompt": kind is FailureKind.BAD_PROMPT,
+        "too_large": kind is FailureKind.TOO_LARGE,
+    }

@@ -13,6 +13,7 @@ from flowspec.cluster.device.layers import DeviceLayers, folder_card
 from flowspec.cluster.device.power import find_power_meter
 from flowspec.cluster.device.report import default_name, report_device
 from flowspec.cluster.discovery import choose_head, find_heads
+from flowspec.config import DeviceConfig, override
 from flowspec.protocol.control import (
     Assign,
     Control,
@@ -28,6 +29,7 @@ from flowspec.protocol.control import (
 from flowspec.system.address import parse_address, parse_host
 from flowspec.system.bundled import find_bundled
 from flowspec.system.open_files import check_open_files
+from flowspec.system.process_title import name_process
 from flowspec.transport.secure.token import derive_keys, read_token
 from flowspec.weights.checkpoint import check_model
 from flowspec.weights.transfer.cache import ShardCache
@@ -49,6 +51,9 @@ def join(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0: as torch decides.", min=0, max=1024)
+    ] = 0,
+    kv_memory_mb: Annotated[
+        int, typer.Option(help="KV cache, MB; 0: as the head says, or half of what is free.", min=0)
     ] = 0,
     host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
     port: Annotated[
@@ -82,6 +87,7 @@ def join(
     torch_device = pick_device(device)
     if threads:
         torch.set_num_threads(threads)
+    own = {"device": torch_device, "threads": torch.get_num_threads(), "kv_memory_mb": kv_memory_mb}
     shards = ShardCache(cache)
     config = JoinConfig(
         host=head_host,
@@ -92,6 +98,7 @@ def join(
         listen_port=port,
         once=once,
         pinned=folder_card(model, fetch),
+        local=override(DeviceConfig(), own, where="options"),
     )
     layers = DeviceLayers(shards, keys, device=torch_device, folder=model, may_fetch=fetch)
 
@@ -108,6 +115,7 @@ def join(
         on_event=lambda message: _show(watch, message),
         power=find_power_meter(),
     )
+    name_process(f"join {name}")
     try:
         joiner.run()
     except JoinRefusedError as error:

@@ -42,7 +42,7 @@ def main() -> None:
         try:
             try:
                 app()
-            except signals.Ended as ended:  # all is undone
+            except signals.EndedBySignal as ended:  # all is undone
                 signals.end(ended.number)
             finally:
                 output.settle()

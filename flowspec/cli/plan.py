@@ -24,7 +24,7 @@ from flowspec.cluster.membership.placement import (
     plan_layers,
 )
 from flowspec.cluster.membership.roster import DoesNotFitError, Placement
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.cost_model.profiles import (
     ClusterProfile,
@@ -36,7 +36,7 @@ from flowspec.cost_model.profiles import (
     read_model,
 )
 from flowspec.engine.build import load_head_parts
-from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import RemoteEngine
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.system.address import parse_address
@@ -122,16 +122,16 @@ def _from_profiles(cluster: str, model: str, size: dict[str, float]) -> _Questio
 
 def _from_head(head: str, token: str, size: dict[str, float]) -> _Question:
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    with HeadClient(host, port, derive_keys(token)) as client:
-        now = client.status()
+    with RemoteEngine(host, port, derive_keys(token)) as engine:
+        now = engine.cluster_status()
     present = [one for one in now.devices if one.state != "lost"]
     if not present:
         raise ValueError(f"no device has joined {head} yet")
     candidates = [as_candidate(one.name, one.report) for one in present]
     # The head's own device has not been measured: it is taken to be like the fastest of the others.
     fastest = max(candidates, key=lambda c: c.device.bandwidth_gb_s)
-    profile = model_profile(now.model.model_id, now.sizes, now.model.dtype)
-    needs = needs_of(now.model.dtype, **size)  # type: ignore[arg-type]
+    profile = model_profile(now.model.model_id, now.sizes, now.model.numerics.dtype)
+    needs = needs_of(now.model.numerics.dtype, **size)  # type: ignore[arg-type]
     return _Question((fastest.device, fastest.link), candidates, profile, needs)
 
 
@@ -190,10 +190,10 @@ def _predict(
     alone = _best_alone(question)
     if alone is not None and len(placement.places) > 1:
         options[f"{alone.places[0].name} alone"] = alone
-    config = RunConfig(drafter=drafter)
+    config = EngineConfig(drafter=drafter)
     shards = "+".join(["1"] * 8)
-    folder = split_folder(replace(config, layers=shards))
-    parts = load_head_parts(replace(config, draft=draft_folder(config)), folder)
+    folder = split_folder(config.changed(layers=shards))
+    parts = load_head_parts(config.changed(draft=draft_folder(config)), folder)
     num_layers = len(parts.manifest.layers)
     texts = [p.turns[0] for p in load_prompts(BUNDLED / "prompts.jsonl", limit=3)]
     table = Table("tokens/s, emulated", *strategies, box=None, pad_edge=False)

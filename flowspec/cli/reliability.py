@@ -16,10 +16,10 @@ from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompt
 from flowspec.bench.reliability import Reliability, before_and_after, settled
 from flowspec.cli.common import BUNDLED, check_file, draft_folder, split_folder, write_whole
 from flowspec.cli.ui.progress import shown
-from flowspec.config import RunConfig
-from flowspec.engine.base import generate
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head, build_stage, check_run, load_head_parts
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.calibration import Outcome, PathForecast
 from flowspec.request import Request, SamplingParams
 from flowspec.speculation.drafters import DRAFTERS
@@ -73,8 +73,8 @@ def reliability(
         raise ValueError(f"--out {out} must end in one of {', '.join(PLOTS)}, .json")
     if out:
         check_file("--out", out)
-    config = RunConfig(
-        model=model or RunConfig().model,
+    config = EngineConfig(
+        model=model or EngineConfig().model,
         draft=draft or "",
         drafter=drafter,
         strategy=strategy,
@@ -86,7 +86,7 @@ def reliability(
     check_run(config)
     if not find_strategy(strategy).drafts:
         raise ValueError(f"strategy {strategy} drafts nothing; choose another")
-    config = replace(config, draft=draft_folder(config))
+    config = config.changed(draft=draft_folder(config))
     asked = load_prompts(prompts or BUNDLED / "prompts.jsonl", limit=limit)
     found = _run(config, asked)
     if not found.children:
@@ -97,32 +97,32 @@ def reliability(
         _write(report, out, f"{drafter}{', merged' if merge else ''}, T = {temperature:g}")
 
 
-def _run(config: RunConfig, prompts: list[Prompt]) -> _Settled:
+def _run(config: EngineConfig, prompts: list[Prompt]) -> _Settled:
     torch.set_num_threads(1)  # small forwards; more threads only wait for one another
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
     head = build_head(config, parts)
     found = _Settled([], [])
     paths: list[PathForecast] = []
-    head.calibration.outcomes, head.calibration.paths = found.children, paths
+    calibration = head.calibration_of(head.resolve(None))
+    assert calibration is not None, "this strategy calibrates"
+    calibration.outcomes, calibration.paths = found.children, paths
     stages = [
-        build_stage(folder, rank, device=config.device, dtype=config.dtype, batch_invariant=False)[
-            0
-        ]
+        build_stage(folder, rank, device=config.local.device, numerics=config.numerics)[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]
-    cluster = SimulatedCluster(head, stages)
+    cluster = SimulatedEngine(head, stages)
     requests = _requests(config, parts, prompts)
     with shown(Console(stderr=True), "prompts", what="running") as tell:
         for done, request in enumerate(requests):
             tell(done, len(requests))
             completion = generate(cluster, request)
-            found.paths += settled(paths, (*request.prompt, *completion.tokens))
+            found.paths += settled(paths, (*request.prompt_tokens, *completion.tokens))
             paths.clear()
     return found
 
 
-def _requests(config: RunConfig, parts: HeadParts, prompts: list[Prompt]) -> list[Request]:
+def _requests(config: EngineConfig, parts: HeadParts, prompts: list[Prompt]) -> list[Request]:
     ids = count(1)
     requests = []
     for prompt in prompts:

@@ -5,9 +5,9 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,9 +16,9 @@ import flowspec
 from flowspec.bench.provenance import code_hash, folder_hash
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, layerwise_folder
+from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.prompt import read_line
 from flowspec.cli.ui.watch import Watch
-from flowspec.cluster.controller.epochs import HeadEngine
 from flowspec.cluster.controller.server import HeadServer
 from flowspec.cluster.device.report import default_name
 from flowspec.cluster.discovery import announced
@@ -34,9 +34,10 @@ from flowspec.cluster.membership.device_planner import (
 from flowspec.cluster.membership.membership import Membership
 from flowspec.cluster.membership.roster import MIN_HEARTBEAT_S, MembershipConfig
 from flowspec.cluster.network import own_host, reached_at
-from flowspec.config import MAX_TIMEOUT_S, RunConfig, override
+from flowspec.config import MAX_TIMEOUT_S, EngineConfig, override
 from flowspec.engine.build import HeadParts, check_run, load_head_parts
-from flowspec.engine.client import HeadClient
+from flowspec.engine.cluster import ClusterEngine
+from flowspec.engine.remote import RemoteEngine
 from flowspec.model.architecture import read_config
 from flowspec.protocol.control import Interface, ModelCard
 from flowspec.request import ClusterError
@@ -53,6 +54,7 @@ from flowspec.system.address import (
 )
 from flowspec.system.home import home_folder
 from flowspec.system.open_files import check_open_files
+from flowspec.system.process_title import name_process
 from flowspec.transport.control_sockets import ControlServer
 from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.token import (
@@ -77,15 +79,15 @@ MIN_FILES = 128  # 40 without any device
 HOSTS_END_S = 10.0  # for devices over ssh to end after the head
 
 
+@with_settings(
+    *("draft", "drafter", "strategy", "context", "max_num_seqs", *NUMERICS, "device"),
+    strategy=f"One of {', '.join(STRATEGIES)}.",
+    drafter=f"One of {', '.join(DRAFTERS)}.",
+    context=f"{CONTEXT_HELP} The plan counts on caches for so many [at most {PLANNED_CONTEXT}].",
+    device="Of the drafter: cpu or cuda[:n].",
+)
 def serve(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
-    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
-    drafter: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(DRAFTERS)} [eagle].")
-    ] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)} [streaming].")
-    ] = None,
     host: Annotated[str, typer.Option(help="Own address to listen at; *: all.")] = ALL_INTERFACES,
     port: Annotated[
         int, typer.Option(help="Control port; 0: any free one.", min=0, max=65532)
@@ -98,16 +100,12 @@ def serve(
     ] = 0,
     spares: Annotated[int, typer.Option(help="Devices kept free to take over.", min=0)] = 0,
     layers: Annotated[str | None, typer.Option(help="Layers per device, as in 8+8+16.")] = None,
-    context: Annotated[
-        int | None,
+    kv_memory_mb: Annotated[
+        int,
         typer.Option(
-            help=f"{CONTEXT_HELP} The plan counts on caches for so many [at most 4096].", min=0
+            help="KV cache of a device that joined without its own, MB [half free].", min=0
         ),
-    ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="Served at once [8].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
-    device: Annotated[str | None, typer.Option(help="Of the drafter: cpu or cuda[:n].")] = None,
-    kv_memory_mb: Annotated[int, typer.Option(help="KV cache of a device [half free].", min=0)] = 0,
+    ] = 0,
     reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.", min=0)] = 600,
     settle: Annotated[float, typer.Option(help="Wait after a join for more devices, s.")] = 2.0,
     dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 2.5,
@@ -125,15 +123,16 @@ def serve(
     prompt: Annotated[bool, typer.Option(help="A prompt loop here, on a terminal.")] = True,
     config: Annotated[Path | None, typer.Option(help="YAML file as for `run`.")] = None,
     log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
+    *,
+    settings: Mapping[str, Any],
 ) -> None:
     """Load the drafter here, print the line to join with, and give joining devices the layers.
 
     Answers come as soon as the layers are covered: here, by `flowspec chat HOST:PORT` and by
     `flowspec generate --head HOST:PORT`. Everything is encrypted with the token.
     """
-    flags = {name: value for name, value in locals().items() if name in _CONFIG_FLAGS}
     watch = Watch(log_json=log_json)
-    run_config = effective_config(config, flags)
+    run_config = effective_config(config, {"model": model, **settings})
     check_run(run_config)
     host = parse_host(host)
     check_open_files(MIN_FILES)
@@ -145,22 +144,22 @@ def serve(
     token, token_from = _token(token_file)
     typer.echo(f"loading {run_config.model} ...", err=True)
     folder, run_config = _prepare(run_config, offline=offline)
-    torch.set_num_threads(run_config.threads_per_process)
+    torch.set_num_threads(run_config.local.threads)
     parts = load_head_parts(run_config, folder)
-    if parts.drafter.name != "none" and run_config.draft:
+    if parts.drafters and run_config.draft:
         parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
     parts.code_hash = code_hash()  # now: the files may change while this process runs
     planner = _planner(run_config, parts, layers, reserve_mb)
     keys = derive_keys(token)
     control = ControlServer(host, port, keys)
     shards = _shard_server(folder, host, port + 1 if port else 0, keys, watch)
-    settings = MembershipConfig(
+    asked = MembershipConfig(
         version=flowspec.__version__,
         model=ModelCard(
             model_id=parts.manifest.model_id,
             model_hash=parts.manifest.model_hash,
-            dtype=run_config.dtype,
             stored_dtype=parts.manifest.dtype,
+            numerics=run_config.numerics,
         ),
         manifest_sha256=shards.manifest_sha256,
         shards=shards.address,
@@ -172,14 +171,13 @@ def serve(
         rejoin_wait_s=rejoin_wait,
         give_up_s=give_up,
         kv_memory_mb=kv_memory_mb,
-        batch_invariant=run_config.batch_invariant,
     )
     now = time.monotonic()
-    membership = Membership(settings, planner, now, wall_offset_s=time.time() - now)
+    membership = Membership(asked, planner, now, wall_offset_s=time.time() - now)
     server = HeadServer(
         control,
         membership,
-        lambda tell: HeadEngine(
+        lambda tell: ClusterEngine(
             run_config, parts, keys, tell, host=host, port=port + 2 if port else 0
         ),
         sizes=model_sizes(read_config(folder / HEAD_FOLDER)),
@@ -194,6 +192,7 @@ def serve(
             stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
             watch.say(f"devices are started over ssh; what they say is in {logs}")
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
+        name_process("head")
         server.start()
         head = _print_line(watch, reached_at(host, control.host), control.port, token)
         _say_how_to_ask(watch, head, parts, token_from)
@@ -263,12 +262,6 @@ def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) 
     watch.say(f"each with --token as above or, on this machine, {token_from}")
 
 
-_CONFIG_FLAGS = (
-    *("model", "draft", "drafter", "strategy"),
-    *("context", "max_num_seqs", "dtype", "device"),
-)
-
-
 def _token(file: Path | None) -> tuple[str, str]:
     """The cluster's token: given, kept from before, or new; and what others here may read it from.
 
@@ -302,7 +295,7 @@ def _state_folder() -> Path:
     return home_folder(instead="XDG_STATE_HOME") / ".local" / "state" / "flowspec"
 
 
-def _prepare(config: RunConfig, *, offline: bool) -> tuple[Path, RunConfig]:
+def _prepare(config: EngineConfig, *, offline: bool) -> tuple[Path, EngineConfig]:
     """The model cut into one shard per layer, so that any device can get any of them."""
     config = override(config, {"draft": draft_folder(config, offline=offline)}, where="draft")
     return layerwise_folder(config, offline=offline), config
@@ -322,13 +315,15 @@ def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) 
 
 
 def _planner(
-    config: RunConfig, parts: HeadParts, layers: str | None, reserve_mb: int
+    config: EngineConfig, parts: HeadParts, layers: str | None, reserve_mb: int
 ) -> DevicePlanner:
     model = read_config(parts.folder / HEAD_FOLDER)
     # Most requests are shorter than what a model of a long context could take.
     context = config.context or min(parts.max_context, PLANNED_CONTEXT)
-    needs = needs_of(config.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6)
-    profile = model_profile(parts.manifest.model_id, model_sizes(model), config.dtype)
+    needs = needs_of(
+        config.numerics.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6
+    )
+    profile = model_profile(parts.manifest.model_id, model_sizes(model), config.numerics.dtype)
     counts = parse_layers(layers) if layers else ()
     if counts and sum(counts) != profile.layers:
         raise ValueError(
@@ -339,8 +334,8 @@ def _planner(
 
 def _prompt_loop(host: str, port: int, keys: Keys) -> None:
     try:
-        with HeadClient(host, port, keys) as client:
-            chat_loop(client, ChatOptions(), about=PROMPT_HELP, read=read_line)
+        with RemoteEngine(host, port, keys) as engine:
+            chat_loop(engine, ChatOptions(), about=PROMPT_HELP, read=read_line)
     except ClusterError:
         if not signals.received():
             raise

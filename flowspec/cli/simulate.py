@@ -13,7 +13,14 @@ from flowspec.bench.records import Sample
 from flowspec.bench.sweeps import AXES
 from flowspec.bench.what_if import Values, emulate, parse_variations, settings_of, what_if_table
 from flowspec.cli.bench import CLUSTER, MODEL, TABLES
-from flowspec.cli.bench_plan import assemble, check_sampling, load_sets, names_in, run_shown
+from flowspec.cli.bench_plan import (
+    assemble,
+    check_sampling,
+    load_sets,
+    models_of,
+    names_in,
+    run_shown,
+)
 from flowspec.cli.common import BUNDLED
 from flowspec.cli.report import MAX_WIDTH, show_table
 from flowspec.cli.ui.texts import check_texts
@@ -29,7 +36,9 @@ def simulate(
         typer.Option(help=f"NAME=VALUE,VALUE of {', '.join(AXES)}; several: every combination."),
     ] = None,
     cluster: Annotated[str, typer.Option(help="Emulated cluster: a name or file.")] = CLUSTER,
-    model: Annotated[str, typer.Option(help="Emulated model: a name or file.")] = MODEL,
+    emulated_model: Annotated[
+        str | None, typer.Option(help=f"Emulated model: a name or file [default: {MODEL}].")
+    ] = None,
     strategies: Annotated[
         str, typer.Option(help=f"Some of {', '.join(STRATEGIES)}, with commas.")
     ] = "ar,flowspec,streaming",
@@ -51,8 +60,8 @@ def simulate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Model that computes: folder or HF id [bundled].")
+    model: Annotated[
+        str | None, typer.Option(help="Model that writes the text: folder or HF id [bundled].")
     ] = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="Folder of the draft model [bundled].")
@@ -76,13 +85,15 @@ def simulate(
     if not vary and not trace:
         raise ValueError(f"--vary NAME=VALUE,VALUE is needed, of {', '.join(AXES)}")
     check_texts({"--set": settings})
+    model, emulated_model = models_of(model, emulated_model)
+    emulated = emulated_model or MODEL
     check_sampling((temperature,), (seed,))
     combinations = parse_variations(vary or [])
     chosen = names_in(strategies, "--strategies")
     parameters = read_table(TABLES, table)
     fixed = parse_settings(settings or [], chosen)
     for name in settings_of(combinations[0]):
-        if all(name in find_strategy(one).ignores for one in chosen):
+        if not any(name in find_strategy(one).parameters for one in chosen):
             raise ValueError(f"--vary {name} changes nothing for {strategies}")
     loaded = load_sets(datasets or str(BUNDLED / "prompts.jsonl"), data_dir, questions, limit)
     if trace:
@@ -95,13 +106,13 @@ def simulate(
         own = {
             name: {
                 **fixed[name],
-                **{k: v for k, v in varied.items() if k not in find_strategy(name).ignores},
+                **{k: v for k, v in varied.items() if k in find_strategy(name).parameters},
             }
             for name in chosen
         }
         cases = make_cases(chosen, (drafter,), parameters, own, options="--vary or --set")
         drafters = sorted({case.drafter_name for case in cases} | {"none"})
-        emulations = {name: emulate(cluster, model, values, drafter=name) for name in drafters}
+        emulations = {name: emulate(cluster, emulated, values, drafter=name) for name in drafters}
         return assemble(
             cases,
             emulations,
@@ -111,7 +122,7 @@ def simulate(
             max_tokens=max_tokens,
             table=table,
             stages=emulations["none"].cluster.num_stages,
-            target=target,
+            target=model,
             draft=draft or [],
         )
 

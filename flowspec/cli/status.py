@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.cli.chat import DEFAULT_PORT
-from flowspec.engine.client import HeadClient
+from flowspec.engine.remote import RemoteEngine
 from flowspec.protocol.control import ClusterStatus, DeviceStatus
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
@@ -28,8 +28,8 @@ def status(
     """
     keys = derive_keys(token or read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
-    with HeadClient(host, port, keys) as client:
-        now = client.status()
+    with RemoteEngine(host, port, keys) as engine:
+        now = engine.cluster_status()
     if json_:
         typer.echo(now.model_dump_json())
     else:
@@ -41,8 +41,9 @@ def status(
 def _show(now: ClusterStatus, console: Console) -> None:
     console.print(f"{'healthy' if now.healthy else 'NOT HEALTHY'}: {now.why}", markup=False)
     console.print(
-        f"{now.model.model_id}, {now.sizes.layers} layers, {now.model.dtype}, {now.strategy} with "
-        f"{now.drafter}; FlowSpec {now.version}, epoch {now.epoch}, up {now.uptime_s:.0f} s",
+        f"{now.model.model_id}, {now.sizes.layers} layers, {now.model.numerics.dtype}, "
+        f"{now.strategy} with {now.drafter}; FlowSpec {now.version}, epoch {now.epoch}, "
+        f"up {now.uptime_s:.0f} s",
         markup=False,
     )
     console.print(

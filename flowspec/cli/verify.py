@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,24 +14,25 @@ from rich.console import Console
 from rich.table import Table
 
 from flowspec.bench.prompts import PROMPTS_HELP, Prompt, first_turn, load_prompts
-from flowspec.bench.verify import Combination, Divergence, Verifier
+from flowspec.bench.verify import Combination, Divergence, LosslessChecker
 from flowspec.cli.bench_plan import check_sampling
 from flowspec.cli.common import (
     BUNDLED,
-    CONTEXT_HELP,
     draft_folder,
+    effective_config,
     split_folder,
     write_whole,
 )
+from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.progress import shown
-from flowspec.config import RunConfig
-from flowspec.engine.base import Cluster
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head, build_stage, load_head_parts
-from flowspec.engine.local import LocalCluster, check_files_for
+from flowspec.engine.engine import Engine
+from flowspec.engine.local import LocalEngine, check_files_for
 from flowspec.engine.reference import LocalTarget
-from flowspec.engine.simulated import SimulatedCluster
-from flowspec.request import Request, SamplingParams
-from flowspec.speculation.drafters import DRAFTERS, parse_drafter
+from flowspec.engine.simulated import SimulatedEngine
+from flowspec.request import Decoding, Request, SamplingParams
+from flowspec.speculation.drafters import DRAFTERS, current_drafter, parse_drafter
 from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.weights.load import load_whole
 
@@ -43,7 +44,7 @@ _REQUEST_IDS = count(1)
 class _Plan:
     """What to verify."""
 
-    config: RunConfig
+    config: EngineConfig
     strategies: tuple[str, ...]
     drafters: Mapping[str, str]  # as parse_drafter takes it -> folder of its draft model
     stages: tuple[int, ...]
@@ -70,6 +71,7 @@ class _Plan:
         return [(n, name) for n in self.stages for name in drafters if self.rows(name, n)]
 
 
+@with_settings("context", *NUMERICS, "device")
 def verify(
     model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
     draft: Annotated[
@@ -87,11 +89,9 @@ def verify(
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
     limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
-    context: Annotated[int, typer.Option(help=CONTEXT_HELP, min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda[:n].")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16.")] = "float32",
-    batch_invariant: Annotated[bool, typer.Option(help="Fixed kernel shapes (slow).")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    *,
+    settings: Mapping[str, Any],
 ) -> None:
     """Run every combination against the target alone with the same seed; exit 1 on a mismatch.
 
@@ -110,15 +110,8 @@ def verify(
     counts = _numbers(stages, int, "--stages")
     if min(counts) < 1:
         raise ValueError(f"--stages takes counts of 1 or more, not {min(counts)}")
-    config = RunConfig(
-        model=model or RunConfig().model,
-        dtype=dtype,
-        device=device,
-        batch_invariant=batch_invariant,
-        context=context,
-        max_num_seqs=max(at_once),
-        kept_prefixes=0,
-    )
+    values = {"max_num_seqs": max(at_once), "kept_prefixes": 0, **settings}
+    config = effective_config(None, {**values, "model": model})
     drafting = any(find_strategy(name).drafts for name in names)
     plan = _Plan(
         config=config,
@@ -152,10 +145,10 @@ def _numbers(text: str, kind: type, name: str) -> tuple:  # type: ignore[type-ar
         raise ValueError(f"{name} takes numbers with commas, not {text!r}") from None
 
 
-def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> dict[str, str]:
+def _draft_folders(config: EngineConfig, drafters: str, given: Sequence[str]) -> dict[str, str]:
     """Where each drafter's model lies, as named or as bundled."""
     asked = _names(drafters, tuple(name for name in DRAFTERS if name != "none"))
-    names = {text: parse_drafter(text)[0] for text in asked}
+    names = {current_drafter(text): parse_drafter(text)[0] for text in asked}
     folders = dict.fromkeys(names.values(), "")
     for text in given:
         name, equals, folder = text.partition("=")
@@ -166,7 +159,7 @@ def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> di
         else:
             raise ValueError(f"--draft {text!r}: give DRAFTER=FOLDER, of {', '.join(folders)}")
     return {
-        text: draft_folder(replace(config, drafter=name, draft=folders[name]))
+        text: draft_folder(config.changed(drafter=name, draft=folders[name]))
         for text, name in names.items()
     }
 
@@ -174,7 +167,7 @@ def _draft_folders(config: RunConfig, drafters: str, given: Sequence[str]) -> di
 def _run(plan: _Plan) -> list[Combination]:
     torch.set_num_threads(1)  # small forwards; more threads only wait for one another
     rows: list[Combination] = []
-    verifier: Verifier | None = None
+    verifier: LosslessChecker | None = None
     console = Console(stderr=True)
     if plan.driver != "simulated":
         check_files_for(max(plan.stages))
@@ -189,8 +182,7 @@ def _run(plan: _Plan) -> list[Combination]:
 
         for num_stages, drafter in plan.clusters:
             own = plan.rows(drafter, num_stages)
-            config = replace(
-                plan.config,
+            config = plan.config.changed(
                 stages=num_stages,
                 strategy=own[0].strategy,
                 drafter=parse_drafter(drafter)[0],
@@ -201,15 +193,15 @@ def _run(plan: _Plan) -> list[Combination]:
             parts = load_head_parts(config, folder)
             if verifier is None:
                 _say_left_out(plan, parts, console)
-                whole = load_whole(folder, device=config.device, dtype=config.dtype)
+                whole = load_whole(folder, device=config.local.device, dtype=config.numerics.dtype)
                 alone = LocalTarget(
-                    whole, parts.max_context, batch_invariant=config.batch_invariant
+                    whole, parts.max_context, batch_invariant=config.numerics.batch_invariant
                 )
-                verifier = Verifier(alone)
+                verifier = LosslessChecker(alone)
                 tell(0, total)
-            with _cluster(plan.driver, config, parts) as cluster:
+            with _engine(plan.driver, config, parts) as engine:
                 for row in own:
-                    _check_row(plan, row, cluster, verifier, parts, say)
+                    _check_row(plan, row, engine, verifier, parts, say)
             rows += own
     return rows
 
@@ -217,17 +209,27 @@ def _run(plan: _Plan) -> list[Combination]:
 def _check_row(
     plan: _Plan,
     row: Combination,
-    cluster: Cluster,
-    verifier: Verifier,
+    engine: Engine,
+    verifier: LosslessChecker,
     parts: HeadParts,
     say: Callable[[str, Divergence | None], None],
 ) -> None:
-    spec = find_strategy(row.strategy)
-    _, switches = parse_drafter(row.drafter)
-    cluster.configure(spec, replace(spec.defaults, **switches))
     where = f"{row.strategy}, {row.drafter}, {row.stages} stages, {row.requests} at once"
-    for divergence in verifier.check(cluster, _requests(plan, parts, row.temperature), row):
+    engine.forget()
+    requests = [
+        replace(request, decoding=_decoding(row))
+        for request in _requests(plan, parts, row.temperature)
+    ]
+    for divergence in verifier.check(engine, requests, row):
         say(where, divergence)
+
+
+def _decoding(row: Combination) -> Decoding:
+    """The row's strategy with its defaults, and its drafter with its switches."""
+    drafter, switches = parse_drafter(row.drafter)
+    if not find_strategy(row.strategy).drafts:
+        return Decoding(strategy=row.strategy)
+    return Decoding(strategy=row.strategy, parameters=switches, drafter=drafter)
 
 
 def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
@@ -262,22 +264,21 @@ def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request
 
 
 @contextmanager
-def _cluster(driver: str, config: RunConfig, parts: HeadParts) -> Iterator[Cluster]:
+def _engine(driver: str, config: EngineConfig, parts: HeadParts) -> Iterator[Engine]:
     if driver != "simulated":
-        with LocalCluster(config, parts) as cluster:
-            yield cluster
+        with LocalEngine(config, parts) as engine:
+            yield engine
         return
     stages = [
         build_stage(
             parts.folder,
             rank,
-            device=config.device,
-            dtype=config.dtype,
-            batch_invariant=config.batch_invariant,
+            device=config.local.device,
+            numerics=config.numerics,
         )[0]
         for rank in range(1, len(parts.manifest.layers) + 1)
     ]
-    yield SimulatedCluster(build_head(config, parts), stages)
+    yield SimulatedEngine(build_head(config, parts), stages)
 
 
 def _report(rows: Sequence[Combination]) -> None:

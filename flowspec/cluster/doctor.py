@@ -36,7 +36,7 @@ class Level(str, Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class CheckResult:
     """One thing looked at. `fix`: what to do, where something is to be done."""
 
     what: str
@@ -65,7 +65,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadFacts:
+class LinkFacts:
     """What was found out about the way to a head."""
 
     where: str
@@ -77,20 +77,20 @@ class HeadFacts:
     dtype_error: str = ""  # what this device says of computing in it
 
 
-def examine(facts: Facts) -> Iterator[Finding]:
+def examine(facts: Facts) -> Iterator[CheckResult]:
     """Everything about the device itself."""
     report = facts.report
     yield _python(facts)
-    yield Finding(what="FlowSpec", level=Level.OK, found=flowspec.__version__)
+    yield CheckResult(what="FlowSpec", level=Level.OK, found=flowspec.__version__)
     for name in facts.missing:
-        yield Finding(
+        yield CheckResult(
             what=name,
             level=Level.ERROR,
             found="not installed",
             fix="pip install -r requirements.txt (on a Jetson: requirements_jetson.txt)",
         )
     if not facts.has_curve:
-        yield Finding(
+        yield CheckResult(
             what="encryption",
             level=Level.ERROR,
             found="this libzmq has no CURVE",
@@ -100,34 +100,36 @@ def examine(facts: Facts) -> Iterator[Finding]:
     yield _memory(report)
     yield _cache(facts)
     if report.power_mode:
-        yield Finding(what="power mode", level=Level.OK, found=report.power_mode)
+        yield CheckResult(what="power mode", level=Level.OK, found=report.power_mode)
     yield _interfaces(report)
     if facts.is_jetson:
         yield from _jetson(facts)
 
 
-def examine_link(facts: HeadFacts) -> Iterator[Finding]:
+def examine_link(facts: LinkFacts) -> Iterator[CheckResult]:
     """The way to the head."""
     if facts.why_unreachable:
-        yield Finding(what=HEAD, level=Level.ERROR, found=facts.why_unreachable, fix="see there")
+        yield CheckResult(
+            what=HEAD, level=Level.ERROR, found=facts.why_unreachable, fix="see there"
+        )
         return
     version = f"FlowSpec {facts.version}" if facts.version else "it lets us in"
     same = facts.version in ("", flowspec.__version__)
-    yield Finding(
+    yield CheckResult(
         what=HEAD,
         level=Level.OK if same else Level.ERROR,
         found=f"{facts.where} answers: {version}; this device listens at {facts.own_address}",
         fix="" if same else f"install {facts.version} here, or {flowspec.__version__} there",
     )
     if is_loopback(facts.own_address):
-        yield Finding(
+        yield CheckResult(
             what="address",
             level=Level.WARNING,
             found=f"this device is the head's own: others cannot reach it at {facts.own_address}",
             fix="where other devices join too, join by the head's network address",
         )
     if facts.dtype_error:
-        yield Finding(
+        yield CheckResult(
             what="dtype",
             level=Level.ERROR,
             found=f"the head's model computes in {facts.dtype}, this device cannot: "
@@ -137,16 +139,16 @@ def examine_link(facts: HeadFacts) -> Iterator[Finding]:
     yield from _speed(facts.link)
 
 
-def examine_token(why_wrong: str) -> Finding:
+def examine_token(why_wrong: str) -> CheckResult:
     """Instead of the way to the head, which cannot be looked at: no token, or why it is none."""
     if not why_wrong:
-        return Finding(
+        return CheckResult(
             what="token",
             level=Level.WARNING,
             found="none given: the way to the head was not checked",
             fix=f"give --token-file FILE or set {TOKEN_VARIABLE}; `flowspec serve` prints it",
         )
-    return Finding(
+    return CheckResult(
         what="token",
         level=Level.ERROR,
         found="cannot be used: the way to the head was not checked",
@@ -154,7 +156,7 @@ def examine_token(why_wrong: str) -> Finding:
     )
 
 
-def verdict(findings: Sequence[Finding]) -> str:
+def verdict(findings: Sequence[CheckResult]) -> str:
     """All findings in one line."""
     if not can_join(findings):
         return "joining would not work"
@@ -163,16 +165,16 @@ def verdict(findings: Sequence[Finding]) -> str:
     return "nothing on this device is in the way of joining; the way to a head was not checked"
 
 
-def can_join(findings: Iterable[Finding]) -> bool:
+def can_join(findings: Iterable[CheckResult]) -> bool:
     """Whether nothing found makes joining impossible."""
     return all(finding.level is not Level.ERROR for finding in findings)
 
 
-def _python(facts: Facts) -> Finding:
+def _python(facts: Facts) -> CheckResult:
     good = MIN_PYTHON <= facts.python <= MAX_PYTHON
     version = ".".join(map(str, facts.python))
     needed = f"{'.'.join(map(str, MIN_PYTHON))} to {'.'.join(map(str, MAX_PYTHON))}"
-    return Finding(
+    return CheckResult(
         what="Python",
         level=Level.OK if good else Level.ERROR,
         found=version,
@@ -180,12 +182,12 @@ def _python(facts: Facts) -> Finding:
     )
 
 
-def _torch(facts: Facts) -> Iterator[Finding]:
+def _torch(facts: Facts) -> Iterator[CheckResult]:
     report = facts.report
     if facts.cuda_error:
         yield _cuda_error(facts)
     elif facts.is_jetson and not facts.cuda_available:
-        yield Finding(
+        yield CheckResult(
             what="torch",
             level=Level.WARNING,
             found=f"{report.torch} finds no CUDA: it is a build for other machines",
@@ -194,7 +196,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
         )
     else:
         gflops, rate = report.flops / 1e9, report.bandwidth_bytes_per_s / 1e9
-        yield Finding(
+        yield CheckResult(
             what="torch",
             level=Level.OK,
             found=f"{report.torch} on {report.torch_device}: reads {rate:.1f} GB/s, "
@@ -202,7 +204,7 @@ def _torch(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _cuda_error(facts: Facts) -> Finding:
+def _cuda_error(facts: Facts) -> CheckResult:
     error = facts.cuda_error
     fix = "see the error; run on the CPU with --device cpu meanwhile"
     if NVMAP_ERROR in error or "error 12" in error:
@@ -216,14 +218,14 @@ def _cuda_error(facts: Facts) -> Finding:
         fix = "install the missing library from the CUDA repository of this JetPack"
     elif "NVML" in error:
         fix = "this board has no NVML; its torch says so instead of `out of memory`: free some"
-    return Finding(what="CUDA", level=Level.ERROR, found=error[:300], fix=fix)
+    return CheckResult(what="CUDA", level=Level.ERROR, found=error[:300], fix=fix)
 
 
-def _memory(report: DeviceReport) -> Finding:
+def _memory(report: DeviceReport) -> CheckResult:
     free, total = report.memory_available_bytes / 1e9, report.memory_total_bytes / 1e9
     shared = ", shared by CPU and GPU" if report.unified_memory else ""
     enough = report.memory_available_bytes >= MIN_MEMORY_BYTES
-    return Finding(
+    return CheckResult(
         what="memory",
         level=Level.OK if enough else Level.ERROR,
         found=f"{free:.1f} of {total:.1f} GB available{shared}",
@@ -231,14 +233,14 @@ def _memory(report: DeviceReport) -> Finding:
     )
 
 
-def _cache(facts: Facts) -> Finding:
+def _cache(facts: Facts) -> CheckResult:
     """Whether layers can be kept where `join` keeps them, by the same check as join's."""
     report, problem = facts.report, facts.cache_problem
     if problem is not None:
         level = Level.ERROR if problem.is_fatal else Level.WARNING
-        return Finding(what="cache", level=level, found=problem.found, fix=problem.fix)
+        return CheckResult(what="cache", level=level, found=problem.found, fix=problem.fix)
     enough = report.disk_free_bytes >= MIN_DISK_BYTES
-    return Finding(
+    return CheckResult(
         what="disk",
         level=Level.OK if enough else Level.WARNING,
         found=f"{report.disk_free_bytes / 1e9:.1f} GB free for layers",
@@ -246,7 +248,7 @@ def _cache(facts: Facts) -> Finding:
     )
 
 
-def _interfaces(report: DeviceReport) -> Finding:
+def _interfaces(report: DeviceReport) -> CheckResult:
     real = [one for one in report.interfaces if not is_loopback(one.address)]
     text = ", ".join(
         f"{one.name} {one.address}" + (f" {one.rate_mbps} Mbit/s" if one.rate_mbps else "")
@@ -255,25 +257,25 @@ def _interfaces(report: DeviceReport) -> Finding:
     slow = [one for one in real if 0 < one.rate_mbps < 1000]
     if not real:
         fix = "connect a cable or Wi-Fi; without one only a head on this machine can be joined"
-        return Finding(what="network", level=Level.WARNING, found="none is up", fix=fix)
+        return CheckResult(what="network", level=Level.WARNING, found="none is up", fix=fix)
     if all(is_link_local(one.address) for one in real):
         fix = (
             "get an address by DHCP or from the router; without one only a head on the same cable "
             f"can be joined, as in flowspec join '[fe80::1%{real[0].name}]:7000'"
         )
         found = f"{text}: link-local alone"
-        return Finding(what="network", level=Level.WARNING, found=found, fix=fix)
+        return CheckResult(what="network", level=Level.WARNING, found=found, fix=fix)
     if slow and len(slow) == len(real):
         fix = f"{slow[0].name} runs at {slow[0].rate_mbps} Mbit/s: check cable and switch"
-        return Finding(what="network", level=Level.WARNING, found=text, fix=fix)
-    return Finding(what="network", level=Level.OK, found=text)
+        return CheckResult(what="network", level=Level.WARNING, found=text, fix=fix)
+    return CheckResult(what="network", level=Level.OK, found=text)
 
 
-def _speed(link: Link) -> Iterator[Finding]:
+def _speed(link: Link) -> Iterator[CheckResult]:
     rate = min(link.up_bytes_per_s, link.down_bytes_per_s)
     if not rate:
         fix = "the head is busy or the link loses much: try again"
-        yield Finding(what="link", level=Level.WARNING, found="could not be measured", fix=fix)
+        yield CheckResult(what="link", level=Level.WARNING, found="could not be measured", fix=fix)
         return
     found = (
         f"{link.latency_s * 1e3:.2f} ms one way, {link.up_bytes_per_s / 1e6:.0f} MB/s to the head, "
@@ -281,15 +283,15 @@ def _speed(link: Link) -> Iterator[Finding]:
     )
     slow = rate < SLOW_LINK_BYTES_PER_S or link.latency_s > SLOW_LATENCY_S
     fix = "use a cable (1 Gbit/s or more); Wi-Fi and VPNs cost most of the speed" if slow else ""
-    yield Finding(what="link", level=Level.WARNING if slow else Level.OK, found=found, fix=fix)
+    yield CheckResult(what="link", level=Level.WARNING if slow else Level.OK, found=found, fix=fix)
 
 
-def _jetson(facts: Facts) -> Iterator[Finding]:
+def _jetson(facts: Facts) -> Iterator[CheckResult]:
     """What goes wrong on Jetson boards though everything is installed."""
     release = facts.l4t or "not known"
-    yield Finding(what="Jetson Linux", level=Level.OK, found=f"L4T {release}")
+    yield CheckResult(what="Jetson Linux", level=Level.OK, found=f"L4T {release}")
     if "MAXN" not in facts.report.power_mode.upper() and facts.report.power_mode:
-        yield Finding(
+        yield CheckResult(
             what="power mode",
             level=Level.WARNING,
             found=f"{facts.report.power_mode}: below the board's fastest",
@@ -298,28 +300,28 @@ def _jetson(facts: Facts) -> Iterator[Finding]:
         )
     fragile = _at_least(facts.l4t, (36, 4, 7))
     if fragile and "expandable_segments" not in facts.allocator:
-        yield Finding(
+        yield CheckResult(
             what="CUDA allocator",
             level=Level.WARNING,
             found="large allocations may fail with NvMap error 12 though memory is free",
             fix=f"export {EXPANDABLE}",
         )
     if facts.has_desktop:
-        yield Finding(
+        yield CheckResult(
             what="desktop",
             level=Level.WARNING,
             found="a graphical session takes memory from the model",
             fix="sudo systemctl set-default multi-user.target, then reboot",
         )
     if facts.num_swap_bytes:
-        yield Finding(
+        yield CheckResult(
             what="swap",
             level=Level.WARNING,
             found=f"{facts.num_swap_bytes / 1e9:.1f} GB of swap or zram: weights in it are slow",
             fix="sudo systemctl disable nvzramconfig, then reboot",
         )
     if facts.has_bitsandbytes:
-        yield Finding(
+        yield CheckResult(
             what="bitsandbytes",
             level=Level.WARNING,
             found="its aarch64 wheels import and fail at their first kernel on a Jetson",

@@ -1,9 +1,9 @@
-"""Emulation: what every forward, message and hand-over of an emulated cluster costs.
+"""Emulation: the cost of every forward, message and hand-over of an emulated cluster.
 
-The bundled model stands in for the emulated one: a stage's forward is really computed and charged
+The bundled model stands in for the emulated one: a stage's forward is really computed, and charged
 the time that the emulated model's layers on that device would take. A forward takes as long as the
-slower of memory and arithmetic, max(bytes / bandwidth, operations / rate), and a fixed part per
-layer (the roofline model, Williams et al. 2009). Times in seconds, sizes in bytes.
+slower of memory and arithmetic, max(bytes / bandwidth, operations / rate), plus a fixed time per
+layer (the roofline model, Williams et al. 2009). Times are in seconds, sizes in bytes.
 """
 
 import math
@@ -24,12 +24,12 @@ from flowspec.runtime.core import Work
 from flowspec.transport.link_occupancy import Passage
 
 DRAFTERS = ("eagle", "eagle3", "draft_model", "ngram", "none")
-MESSAGE_BYTES = 64  # of any message, its frame included
-ROW_BYTES = 20  # of a row's ids and token
+MESSAGE_BYTES = 64  # bytes of any message's header and framing
+ROW_BYTES = 20  # bytes of a row's ids and token
 NODE_BYTES = 8
-NOTHING_S = 1e-6  # what costs nothing still takes its turn
-SYSTEM_GB = 1.0  # of a device's memory, for caches and whatever else runs there
-HALF = 2  # bytes of a number in 16 bits
+NOTHING_S = 1e-6  # work without cost still takes its turn
+SYSTEM_GB = 1.0  # of a device's memory, for caches and other programs
+HALF = 2  # bytes of a 16-bit number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +39,8 @@ class Emulation:
     cluster: ClusterProfile
     model: ModelProfile
     drafter: str
-    layers: tuple[int, ...]  # of the emulated model, on stages 1..N
-    draft_scale: float = 1.0  # of the time of drafter forwards
+    layers: tuple[int, ...]  # layers of the emulated model on stages 1..N
+    draft_scale: float = 1.0  # factor on the time of drafter forwards
 
     def __post_init__(self) -> None:
         if self.drafter not in DRAFTERS:
@@ -61,7 +61,7 @@ class Emulation:
         self._check_memory()
 
     def slowed(self, factor: float) -> "Emulation":
-        """The same `factor` times as slow in everything; its decisions take the same course."""
+        """Return this emulation with every time multiplied by `factor`; decisions stay the same."""
         devices = tuple(
             replace(
                 device,
@@ -79,22 +79,22 @@ class Emulation:
         return replace(self, cluster=replace(self.cluster, devices=devices, links=links))
 
     def check_stages(self, num_stages: int) -> None:
-        """Raise ValueError where the model that stands in is split into another number."""
+        """Raise ValueError when the stand-in model is split into another number of stages."""
         if num_stages != self.cluster.num_stages:
             raise ValueError(
                 f"the model is split into {num_stages} stages, cluster {self.cluster.name} has "
-                f"{self.cluster.num_stages}; split it into as many"
+                f"{self.cluster.num_stages}; split it into that many"
             )
 
     def work(self, rank: int, work: Work) -> float:
-        """Seconds of a piece of work on `rank`."""
+        """Return the seconds of a piece of work on `rank`."""
         if work.kind == "draft":
             drafted = self.draft_scale * self.draft_s(work.rows, work.context)
             return max(NOTHING_S, drafted + self._host_s(HEAD))
         segments = work.about.get("segments", ())
         requests = max(1, len({segment.request for segment in segments}))
         time = 0.0
-        if rank != HEAD:  # a head that makes the verdicts runs the lm_head alone
+        if rank != HEAD:  # a head that makes the verdicts runs only the lm_head
             time = self.forward_s(rank, work.rows, work.context, requests)
         if work.kind == "verify":
             asked = sum(
@@ -106,12 +106,12 @@ class Emulation:
 
     @property
     def link_row_ms(self) -> float:
-        """A row's time on the slowest line of a stage, milliseconds."""
+        """Return a row's time on the slowest line of a stage, in milliseconds."""
         slowest = min(_bytes_per_s(link.rate_mbps) for link in self.cluster.links[1:])
         return self.model.hidden_size * HALF / slowest * 1e3
 
     def link(self, source: int, to: int, message: Message) -> Passage:
-        """What a message asks of the lines of its sender and its receiver."""
+        """Return a message's demands on the lines of its sender and its receiver."""
         links = self.cluster.links
         return Passage(
             latency_s=(links[source].latency_ms + links[to].latency_ms) / 2e3,
@@ -121,17 +121,17 @@ class Emulation:
         )
 
     def transfer_s(self, source: int, to: int, num_bytes: float) -> float:
-        """Seconds of so many bytes on the slower of the two lines, without latency."""
+        """Return the seconds of `num_bytes` on the slower of the two lines, without latency."""
         links = self.cluster.links
         return num_bytes / min(_bytes_per_s(links[rank].rate_mbps) for rank in (source, to))
 
     def host(self, rank: int, message: Message) -> float:
-        """Seconds of `rank`'s own program for a message taken in, or a slot sent."""
+        """Return the seconds of `rank`'s own program per message taken in, or per slot sent."""
         del message
         return self._host_s(rank)
 
     def message_bytes(self, message: Message) -> float:
-        """On the wire, with the emulated model's hidden states in 16 bits."""
+        """Return the bytes on the wire, with the emulated model's hidden states in 16 bits."""
         hidden = self.model.hidden_size * HALF
         size = float(MESSAGE_BYTES)
         for segment in segments_of(message):
@@ -142,9 +142,9 @@ class Emulation:
         return size
 
     def forward_s(self, rank: int, rows: int, context: int, requests: int = 1) -> float:
-        """Of `rank`'s layers over `rows` rows of so many requests, without lm_head.
+        """Return the seconds of `rank`'s layers over rows of some requests, without lm_head.
 
-        Each row sees `context` rows, those of its own request.
+        Each row sees `context` rows of its own request.
         """
         layers, device = self.layers[rank - 1], self.cluster.devices[rank]
         quantized = device.int4_bandwidth_share if self.model.weight_bits < 16 else 1.0
@@ -155,14 +155,14 @@ class Emulation:
         return _roofline(device, read, layers * _operations(self.model, rows, context), layers)
 
     def lm_head_s(self, rank: int, rows: int) -> float:
-        """Of logits and the choice of a token for `rows` rows."""
+        """Return the seconds of logits and the choice of a token for `rows` rows."""
         weights = self.model.lm_head_weights if rows else 0
         return _roofline(
             self.cluster.devices[rank], weights * HALF, 2.0 * weights * rows, 1 if rows else 0
         )
 
     def draft_s(self, rows: int, context: int) -> float:
-        """Of one drafter forward on the head's device; of none where nothing has to run."""
+        """Return the seconds of one drafter forward on the head's device; 0 if nothing runs."""
         if not rows or self.drafter in ("ngram", "none"):
             return 0.0
         model, weights = self._draft_sizes(), self._draft_weights()
@@ -172,12 +172,13 @@ class Emulation:
         return _roofline(self.cluster.devices[HEAD], read, operations, model.layers + 1)
 
     def ar_seconds_per_token(self, context: int) -> float:
-        """Closed form of plain decoding: every stage, link and hand-over once, one after another.
+        """Return the seconds per token of plain decoding: each stage, link and hand-over in turn.
 
-        `context`: rows of the KV cache, as a mean over the answer.
+        `context` is the mean number of rows in the KV cache over the answer.
         """
         last, hidden = self.cluster.num_stages, self.model.hidden_size * HALF
-        sizes = [0.0, *[float(hidden)] * (last - 1)]  # of a row's content on the way to each stage
+        # bytes of a row's content on the way to each stage
+        sizes = [0.0, *[float(hidden)] * (last - 1)]
         total = self.lm_head_s(last, 1)
         for stage, size in enumerate(sizes, start=1):
             total += self.forward_s(stage, 1, context) + self._host_s(stage)
@@ -193,12 +194,13 @@ class Emulation:
         return self.cluster.devices[rank].host_overhead_ms / 1e3
 
     def _draft_weights(self) -> int:
-        """Of the draft model, its lm_head included, that a forward reads."""
+        """Return the weights that a forward of the draft model reads, including its lm_head."""
         model, size = self._draft_sizes(), self.model.hidden_size
         weights = model.layers * model.layer_weights + model.lm_head_weights
         if self.drafter == "eagle":
-            weights += 2 * size * size  # token and feature to one row
-        if self.drafter == "eagle3":  # three features to one; token and feature side by side
+            weights += 2 * size * size  # input projection: token and hidden state
+        # three hidden states to one; token and hidden state side by side
+        if self.drafter == "eagle3":
             weights += 3 * size * size + model.attention_weights(2 * size)
             weights -= model.attention_weights(size)
         return weights
@@ -246,10 +248,10 @@ def load_emulation(
     stages: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> Emulation:
-    """An emulation from profiles, by name or file.
+    """Return an emulation from profiles, by name or file.
 
-    `stages`: another number of them, where all are of one kind; `layers`: the emulated model's, per
-    stage. Raises ValueError naming what is unknown, inconsistent or does not fit.
+    `stages` changes the number of stages if all are alike; `layers` are those of the emulated model
+    per stage. Raises ValueError that names what is unknown, inconsistent or too large.
     """
     found, sizes = read_cluster(cluster), read_model(model)
     if stages is not None:
@@ -259,12 +261,12 @@ def load_emulation(
 
 
 def with_stages(cluster: ClusterProfile, stages: int) -> ClusterProfile:
-    """Another number of stages, each like the others. Raises ValueError where they differ."""
+    """Change the number of stages, all alike. Raises ValueError if they differ."""
     if stages == cluster.num_stages:
         return cluster
     if not cluster.is_homogeneous:
         raise ValueError(
-            f"cluster {cluster.name} has {cluster.num_stages} stages of several kinds, it cannot "
+            f"cluster {cluster.name} has {cluster.num_stages} stages of several kinds and cannot "
             f"have {stages}"
         )
     return replace(
@@ -276,7 +278,7 @@ def with_stages(cluster: ClusterProfile, stages: int) -> ClusterProfile:
 
 
 def read_emulation(names: str, *, drafter: str, slowdown: float = 1.0) -> Emulation:
-    """The emulation that `CLUSTER:MODEL` names. Raises ValueError."""
+    """Return the emulation that `CLUSTER:MODEL` names. Raises ValueError."""
     cluster, colon, model = names.partition(":")
     if not colon or not cluster or not model:
         raise ValueError(f"emulate takes CLUSTER:MODEL, such as jetson-5:vicuna-7b, not {names!r}")
@@ -284,9 +286,9 @@ def read_emulation(names: str, *, drafter: str, slowdown: float = 1.0) -> Emulat
 
 
 def balanced_layers(cluster: ClusterProfile, model: ModelProfile) -> tuple[int, ...]:
-    """Layers per stage such that the slowest stage is as fast as can be, within the memories.
+    """Return the layers per stage that make the slowest stage fastest, within the memories.
 
-    Raises ValueError where the model does not fit.
+    Raises ValueError when the model does not fit.
     """
     num_stages = cluster.num_stages
     if num_stages > model.layers:
@@ -311,7 +313,7 @@ def balanced_layers(cluster: ClusterProfile, model: ModelProfile) -> tuple[int, 
 
 
 def _stage_s(cluster: ClusterProfile, model: ModelProfile, index: int, layers: int) -> float:
-    """Of a stage's forward over one row, lm_head included."""
+    """Return the seconds of a stage's forward over one row, including the lm_head."""
     device = cluster.devices[index + 1]
     quantized = device.int4_bandwidth_share if model.weight_bits < 16 else 1.0
     time = _roofline(device, layers * model.layer_bytes / quantized, 0.0, layers)
@@ -327,18 +329,18 @@ def _fits(cluster: ClusterProfile, model: ModelProfile, index: int, layers: int)
 
 
 def _stage_gb(model: ModelProfile, layers: int, *, first: bool, last: bool) -> float:
-    """Of memory that a stage needs: weights, and the system's share."""
+    """Return the GiB of memory that a stage needs: weights, and the system's share."""
     ends = (first + last) * model.lm_head_weights * HALF
     return (layers * model.layer_bytes + ends) / 2**30 + SYSTEM_GB
 
 
 def _smaller(model: ModelProfile) -> str:
-    """What helps where a model does not fit."""
+    """Return advice for a model that does not fit."""
     return "more or larger devices" + (", or a 4-bit model" if model.weight_bits > 5 else "")
 
 
 def _operations(model: LayerSizes, rows: int, context: int) -> float:
-    """Of one layer: its matrices, and every row's attention to `context` rows."""
+    """Return the operations of one layer: matrices, and each row's attention to `context` rows."""
     attention = 4.0 * rows * context * model.num_heads * model.head_dim
     return 2.0 * rows * model.layer_weights + attention
 

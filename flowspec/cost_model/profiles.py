@@ -1,9 +1,8 @@
-"""Profiles: what an emulated device, link, model and cluster are made of, read from YAML.
+"""Profiles of emulated devices, links, models and clusters, read from YAML.
 
-Each figure comes with the `source` it is taken from: `{value: 68, source: data sheet}`, or one
-`source` for the whole file. A name without folder and ending, such as jetson-5, is looked for in
-config/devices, links, models or clusters of the working folder, then among the package's own;
-anything else is the path of a file.
+Each figure has a `source`: `{value: 68, source: data sheet}`, or one `source` for the whole file. A
+name without folder and ending, such as jetson-5, is searched for in config/devices, links, models
+or clusters of the working folder, then in the package's own; anything else is the path of a file.
 """
 
 import math
@@ -35,13 +34,13 @@ def _check_positive(profile: Any, *may_be_zero: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceProfile:
-    """A device as decoding meets it: figures that are reached, not peaks."""
+    """A device, described by figures that decoding reaches in practice, not by peaks."""
 
     name: str
     memory_gb: float  # 2**30 bytes
     bandwidth_gb_s: float  # 1e9 bytes/s that reading weights reaches
     fp16_tflops: float  # 1e12 operations/s that matrices of few rows reach
-    int4_bandwidth_share: float  # of the bandwidth, where weights have 4 bits and are unpacked
+    int4_bandwidth_share: float  # share of the bandwidth with 4-bit weights, which are unpacked
     layer_overhead_ms: float  # per layer of a forward; the lm_head counts as one
     host_overhead_ms: float  # per message taken in, and per slot sent
 
@@ -51,7 +50,7 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkProfile:
-    """A device's line to the switch, full duplex; latency of a message between two like it."""
+    """A device's full-duplex line to the switch; `latency_ms` is that between two such devices."""
 
     name: str
     rate_mbps: float  # 1e6 bits/s
@@ -63,7 +62,7 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSizes:
-    """A decoder-only transformer's sizes, in numbers of weights."""
+    """The sizes of a decoder-only transformer, in numbers of weights."""
 
     layers: int
     hidden_size: int
@@ -78,42 +77,42 @@ class LayerSizes:
 
     @property
     def layer_weights(self) -> int:
-        """Of one layer."""
+        """Return the weights of one layer."""
         return self.attention_weights(self.hidden_size) + self.ffn_weights
 
     @property
     def ffn_weights(self) -> int:
-        """Of one layer's gated feed-forward part."""
+        """Return the weights of one layer's gated feed-forward part."""
         return 3 * self.hidden_size * self.intermediate_size
 
     def attention_weights(self, input_size: int) -> int:
-        """Of one layer's projections, from rows of `input_size`."""
+        """Return the weights of one layer's projections, from rows of `input_size`."""
         heads, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return input_size * (heads + 2 * kv) + heads * self.hidden_size
 
     @property
     def lm_head_weights(self) -> int:
-        """Of the projection to the vocabulary; the embedding has as many."""
+        """Return the weights of the projection to the vocabulary; the embedding has as many."""
         return self.hidden_size * self.vocab_size
 
     @property
     def kv_bytes(self) -> int:
-        """Of one row in one layer's KV cache, in 16 bits."""
+        """Return the bytes of one row in one layer's KV cache, in 16 bits."""
         return 2 * self.num_kv_heads * self.head_dim * 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile(LayerSizes):
-    """The emulated model; its small companion is what the drafter `draft_model` is taken to be."""
+    """The emulated model; `draft_model` gives the sizes of the drafter of that name."""
 
     name: str
-    weight_bits: float  # of the layers; lm_head, embedding and drafters have 16
-    draft_vocab_size: int  # of its EAGLE-3 head
+    weight_bits: float  # bits of the layers' weights; lm_head, embedding and drafters have 16
+    draft_vocab_size: int  # vocabulary of its EAGLE-3 head
     draft_model: LayerSizes
 
     @property
     def layer_bytes(self) -> float:
-        """Of one layer's weights."""
+        """Return the bytes of one layer's weights."""
         return self.layer_weights * self.weight_bits / 8
 
 
@@ -124,16 +123,16 @@ class ClusterProfile:
     name: str
     devices: tuple[DeviceProfile, ...]
     links: tuple[LinkProfile, ...]
-    layers: tuple[int, ...] = ()  # of stages 1..N; default: such that the slowest is fastest
+    layers: tuple[int, ...] = ()  # of stages 1..N; default: make the slowest stage fastest
 
     @property
     def num_stages(self) -> int:
-        """How many devices hold layers."""
+        """Return the number of devices that hold layers."""
         return len(self.devices) - 1
 
     @property
     def is_homogeneous(self) -> bool:
-        """Whether all stages are of one kind, so that their number may change."""
+        """Whether all stages are alike, so that their number may change."""
         return len(set(zip(self.devices[1:], self.links[1:], strict=True))) <= 1
 
 
@@ -141,26 +140,26 @@ class ClusterProfile:
 class _ClusterFile:
     head: str
     stages: tuple[str, ...]
-    link: str  # of every device that `links` does not name
+    link: str  # link of every device that `links` does not name
     links: Mapping[int, str]  # by rank
     layers: tuple[int, ...]
 
 
 def read_device(name: str, *, beside: Path = HERE) -> DeviceProfile:
-    """A device by name or file, a path from folder `beside`.
+    """Read a device by name or file; a relative path starts at folder `beside`.
 
-    Raises ValueError naming what is wrong and where.
+    Raises ValueError that names what is wrong and where.
     """
     return _read(DeviceProfile, "devices", name, beside)
 
 
 def read_link(name: str, *, beside: Path = HERE) -> LinkProfile:
-    """A link by name or file, likewise. Raises ValueError."""
+    """Read a link by name or file, like `read_device`. Raises ValueError."""
     return _read(LinkProfile, "links", name, beside)
 
 
 def read_model(name: str) -> ModelProfile:
-    """A model's sizes by name or file. Raises ValueError."""
+    """Read a model's sizes by name or file. Raises ValueError."""
     path, data = _mapping(ModelProfile, "models", name)
     draft = data.get("draft_model")
     if not isinstance(draft, Mapping):
@@ -170,22 +169,27 @@ def read_model(name: str) -> ModelProfile:
     return _build(ModelProfile, {"name": path.stem, **data}, str(path))
 
 
-def read_cluster(name: str) -> ClusterProfile:
-    """A cluster by name or file, with its devices and links; paths in it are from its folder.
+def is_profile(kind: str, name: str) -> bool:
+    """Whether `name` is one of the models, clusters, devices or links, or the file of one."""
+    return name in profile_names(kind) or (name.endswith(".yaml") and Path(name).is_file())
 
-    Raises ValueError naming what is wrong and where.
+
+def read_cluster(name: str) -> ClusterProfile:
+    """Read a cluster by name or file, with its devices and links; its paths start at its folder.
+
+    Raises ValueError that names what is wrong and where.
     """
     path, data = _mapping(_ClusterFile, "clusters", name)
     file = _build(_ClusterFile, {"links": {}, "layers": (), **data}, str(path))
     if not 1 <= len(file.stages) <= MAX_STAGES:
-        raise ValueError(f"{path}: {len(file.stages)} stages, it must be 1 to {MAX_STAGES}")
+        raise ValueError(f"{path} has {len(file.stages)} stages, needed: 1 to {MAX_STAGES}")
     if file.layers and len(file.layers) != len(file.stages):
         raise ValueError(
             f"{path}: layers of {len(file.layers)} stages are given, there are {len(file.stages)}"
         )
     ranks = range(len(file.stages) + 1)
     if strange := sorted(set(file.links) - set(ranks)):
-        raise ValueError(f"{path}: links names rank {strange[0]}, the last is {ranks[-1]}")
+        raise ValueError(f"{path}: links names rank {strange[0]}, but the last rank is {ranks[-1]}")
     return ClusterProfile(
         name=path.stem,
         devices=tuple(read_device(d, beside=path.parent) for d in (file.head, *file.stages)),
@@ -197,7 +201,7 @@ def read_cluster(name: str) -> ClusterProfile:
 
 
 def profile_names(kind: str) -> list[str]:
-    """Profiles of a kind that have a name: devices, links, models or clusters."""
+    """Return the named profiles of a kind: devices, links, models or clusters."""
     folders = (Path("config") / kind, BUNDLED / kind)
     return sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
 
@@ -208,12 +212,12 @@ def _read(cls: type[T], kind: str, name: str, beside: Path) -> T:
 
 
 def _mapping(cls: type, kind: str, name: str, beside: Path = HERE) -> tuple[Path, dict[str, Any]]:
-    """Where the profile lies and its figures, sources taken off."""
+    """Return the profile's path and its figures without their sources."""
     path = find_bundled(Path("config") / kind / f"{name}.yaml")
     if "/" in name or not path.is_file():
         path = beside / name
         if not path.exists():
-            path = find_bundled(name)  # config/... from elsewhere
+            path = find_bundled(name)  # a name of the form config/...
     if not path.is_file():
         raise ValueError(
             f"{name!r} is neither a file nor one of the {kind}: {', '.join(profile_names(kind))}"
@@ -225,7 +229,7 @@ def _mapping(cls: type, kind: str, name: str, beside: Path = HERE) -> tuple[Path
 
 
 def _figures(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Plain values by name. Raises ValueError for one that is unknown, or of no source."""
+    """Return plain values by name. Raises ValueError for an unknown one, or one without source."""
     _check_known(cls, [name for name in data if name not in ABOUT], where)
     sourced = _is_text(data.get("source"))
     values: dict[str, Any] = {}
@@ -234,7 +238,7 @@ def _figures(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
             continue
         if isinstance(value, Mapping) and set(value) == {"value", "source"}:
             if not _is_text(value["source"]):
-                raise ValueError(f"{where}: {name}: its source must say where it is from")
+                raise ValueError(f"{where}: {name}: its source must name where the value is from")
             value = value["value"]
         elif not sourced and not isinstance(value, Mapping):
             raise ValueError(
@@ -260,7 +264,7 @@ def _known_names(cls: type) -> str:
 
 
 def _build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """A profile of these values, which `_figures` has taken."""
+    """Build a profile from values that `_figures` has checked."""
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     needed = [n for n, f in known.items() if f.default is MISSING and n not in values]
     if needed:

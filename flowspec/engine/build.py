@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig, NumericsConfig
 from flowspec.head.head import Head
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.scheduler import Scheduler
 from flowspec.model.architecture import ModelConfig, warn_once
+from flowspec.model.stage_model import StageModel
 from flowspec.request import ChatMessage, Decoding, Request, check_token_ids
 from flowspec.speculation.drafters import DraftSource, find_drafter
 from flowspec.speculation.drafters.base import Drafter
@@ -83,14 +84,14 @@ class HeadParts:
         return TextStream(self.tokenizer, request.stop)
 
 
-def decoding_of(config: RunConfig) -> Decoding:
+def decoding_of(config: EngineConfig) -> Decoding:
     """How requests that name no decoding are decoded. Raises ValueError for what cannot be."""
     strategy_config(config.strategy, config.decode, where="decode")
     drafter = config.drafter if find_strategy(config.strategy).drafts else ""
     return Decoding(strategy=config.strategy, parameters=config.decode, drafter=drafter)
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: EngineConfig) -> None:
     """Raise ValueError for what can be said before anything is loaded."""
     drafts = find_strategy(config.strategy).drafts
     decoding_of(config)
@@ -99,11 +100,13 @@ def check_run(config: RunConfig) -> None:
     if drafts and config.drafter == "none":
         raise ValueError(f"strategy {config.strategy} needs a drafter; --strategy ar needs none")
     try:
-        device = torch.device(config.device)
+        device = torch.device(config.local.device)
     except RuntimeError:
-        raise ValueError(f"device {config.device!r} is not one torch knows; cpu or cuda") from None
+        raise ValueError(
+            f"device {config.local.device!r} is not one torch knows; cpu or cuda"
+        ) from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {config.device} was asked for, torch finds no CUDA here")
+        raise ValueError(f"device {config.local.device} was asked for, torch finds no CUDA here")
 
 
 def max_context(asked: int, model: ModelConfig) -> int:
@@ -117,10 +120,10 @@ def max_context(asked: int, model: ModelConfig) -> int:
     return asked or made_for
 
 
-def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
+def load_head_parts(config: EngineConfig, split_folder: Path) -> HeadParts:
     """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
     check_run(config)
-    part = load_head_part(split_folder, device=config.device, dtype=config.dtype)
+    part = load_head_part(split_folder, device=config.local.device, dtype=config.numerics.dtype)
     drafters: dict[str, Drafter] = {}
     if find_strategy(config.strategy).drafts:
         spec = find_drafter(config.drafter)
@@ -128,8 +131,8 @@ def load_head_parts(config: RunConfig, split_folder: Path) -> HeadParts:
             folder=Path(config.draft or spec.bundled),
             target=part,
             target_folder=split_folder / "head",
-            device=config.device,
-            dtype=config.dtype,
+            device=config.local.device,
+            dtype=config.numerics.dtype,
         )
         drafters[config.drafter] = spec.load(source)
     return HeadParts(
@@ -156,7 +159,7 @@ def _known_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
     return tuple(token for token in ids if 0 <= token < vocab_size)
 
 
-def build_head(config: RunConfig, parts: HeadParts) -> Head:
+def build_head(config: EngineConfig, parts: HeadParts) -> Head:
     """The head's core."""
     scheduler = Scheduler(
         pipe=Pipeline(len(parts.manifest.layers)),
@@ -174,13 +177,17 @@ def build_stage(
     split_folder: Path,
     rank: int,
     *,
-    device: str,
-    dtype: str,
-    batch_invariant: bool,
+    device: str = "cpu",
+    numerics: NumericsConfig | None = None,
 ) -> tuple[Stage, str]:
     """A stage's core and the model hash of the split it belongs to."""
+    numerics = numerics or NumericsConfig()
     manifest = read_manifest(split_folder)
-    model = load_stage(split_folder, rank, device=device, dtype=dtype)
-    return Stage(
-        rank, len(manifest.layers), model, batch_invariant=batch_invariant
-    ), manifest.model_hash
+    model = load_stage(split_folder, rank, device=device, dtype=numerics.dtype)
+    stage = new_stage(rank, len(manifest.layers), model, numerics)
+    return stage, manifest.model_hash
+
+
+def new_stage(rank: int, num_stages: int, model: StageModel, numerics: NumericsConfig) -> Stage:
+    """A stage's core for loaded layers, however its process was started."""
+    return Stage(rank, num_stages, model, batch_invariant=numerics.batch_invariant)

@@ -26,6 +26,15 @@ class StageStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunningProgress:
+    """The requests that run now, taken together. Times in seconds of the engine's clock."""
+
+    num_decoded: int = 0  # tokens after each one's first
+    num_verdicts: int = 0
+    first_token_at: float = 0.0  # the earliest; 0: none has come
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
     """An engine now. `why` says why it is not healthy."""
 
@@ -40,6 +49,7 @@ class EngineStatus:
     num_waiting: int = 0
     num_finished: int = 0
     num_failed: int = 0
+    progress: RunningProgress = RunningProgress()
     stages: Mapping[int, StageStatus] = field(default_factory=dict)  # by rank
 
 

@@ -1,52 +1,33 @@
-"""LocalCluster: the head in this process, one process per stage beside it, a transport between."""
+"""LocalEngine: the head in this process, one process per stage beside it, a transport between."""
 
 import contextlib
 import logging
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
-from flowspec.cluster.controller.stage_statistics import settled
-from flowspec.config import DecodeConfig, RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, read_emulation
 from flowspec.engine.build import HeadParts, build_head
-from flowspec.head.answers import Answers
+from flowspec.engine.cores import segments_at_once
+from flowspec.engine.engine import StageStatus
+from flowspec.engine.head_engine import HeadEngine, failure_of_loss
+from flowspec.engine.stage_process import StageConfig
+from flowspec.engine.status import StageTotals, stage_status
 from flowspec.head.head import Head
 from flowspec.protocol.codec import WireError
-from flowspec.protocol.messages import (
-    AbortRequest,
-    Failed,
-    Finished,
-    Ping,
-    Ready,
-    Resume,
-    Status,
-    Stop,
-    Submit,
-    Suspend,
-    Tokens,
-)
-from flowspec.request import (
-    ClusterError,
-    Completion,
-    FinishReason,
-    Request,
-    error_of,
-    rank_name,
-)
+from flowspec.protocol.messages import Failed, Ping, Ready, Resume, Stop, Suspend
+from flowspec.request import ClusterError, rank_name
 from flowspec.runtime.event_loop import EventLoop
 from flowspec.runtime.recorder import OFF, open_trace, trace_path
-from flowspec.runtime.watchdog import Step, Watchdog
-from flowspec.speculation.strategies import StrategySpec
+from flowspec.runtime.watchdog import Watchdog, WatchdogAction
 from flowspec.system import signals
 from flowspec.system.open_files import check_open_files
 from flowspec.transport.base import LOST, LostPeer, Transport
@@ -54,12 +35,12 @@ from flowspec.transport.by_name import local_transport, rank_device
 from flowspec.transport.emulated import EmulatedTransport
 
 
-class Child(Protocol):
-    """The process of a stage, as far as its head has a say in it; see subprocess.Popen."""
+class StageProcess(Protocol):
+    """The subset of subprocess.Popen that the head uses."""
 
     @property
     def pid(self) -> object:
-        """What names it in errors."""
+        """The process number, for errors."""
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
@@ -71,7 +52,7 @@ class Child(Protocol):
         """End it."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Until it has ended."""
+        """Wait until it has ended."""
 
 
 ROUNDS = 8  # the quickest one counts
@@ -93,35 +74,6 @@ def ping_clocks(driver: EventLoop, head: Head, ranks: Iterable[int]) -> None:
                 driver.turn(ANSWER_TIMEOUT_S / 4)
 
 
-COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
-
-
-class StageTotals:
-    """Adds to a stage's status what the processes before its present one had counted."""
-
-    def __init__(self) -> None:
-        self._newest: dict[int, Status] = {}  # of each stage's present process
-        self._ended: dict[int, Status] = {}  # sums over those before it
-
-    def of(self, statuses: Mapping[int, Status]) -> dict[int, Status]:
-        """`statuses` with the counts of all processes; they are remembered for `lose`."""
-        self._newest.update(statuses)
-        return {rank: self._sum(rank, status) for rank, status in statuses.items()}
-
-    def lose(self, ranks: Iterable[int]) -> None:
-        """These stages' processes have ended; the next ones begin at 0."""
-        for rank in ranks:
-            if (last := self._newest.pop(rank, None)) is not None:
-                self._ended[rank] = self._sum(rank, last)
-
-    def _sum(self, rank: int, status: Status) -> Status:
-        ended = self._ended.get(rank)
-        if ended is None:
-            return status
-        sums = {name: getattr(ended, name) + getattr(status, name) for name in COUNTED}
-        return replace(status, **sums)
-
-
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
@@ -139,33 +91,38 @@ def check_files_for(num_stages: int) -> None:
     check_open_files(OWN_FILES + FILES_PER_STAGE * num_stages)
 
 
-class LocalCluster:
+class LocalEngine(HeadEngine):
     """Start with `with`; leaving ends every process, whatever happened inside.
 
-    With `trace_folder` every process records there what it does (flowspec/runtime/recorder.py).
-    With `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
+    With `trace_folder` every process records there what it does (runtime/recorder.py). With
+    `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
     restarted, up to `config.max_restarts` times in all, and requests go on from their accepted
     tokens; not in a traced run, whose records would have a hole.
     """
 
+    shares_cores = True  # head and stages run on this machine's processor
+
     def __init__(
-        self, config: RunConfig, parts: HeadParts, trace_folder: Path | None = None
+        self, config: EngineConfig, parts: HeadParts, trace_folder: Path | None = None
     ) -> None:
         self.config = config
         self.trace_folder = trace_folder
-        self.parts = parts
         self.num_stages = len(parts.manifest.layers)
         self.emulation = _emulation(config, self.num_stages)
-        self.head = build_head(config, parts)
+        head = build_head(config, parts)
         if self.emulation is not None:
-            self.head.pipe.link_row_ms = self.emulation.link_row_ms
-        self.children: dict[int, Child] = {}
+            head.pipe.link_row_ms = self.emulation.link_row_ms
+        elif self.shares_cores and config.local.device == "cpu":
+            threads = config.local.threads
+            head.pipe.max_in_flight = segments_at_once(self.num_stages, threads=threads)
+        self.children: dict[int, StageProcess] = {}
         self.num_kv_tokens: dict[int, int] = {}  # what each stage can hold
         self.restarts: list[str] = []  # why, each time
         self._totals = StageTotals()
+        self._looked_at = 0.0
         can_restart = config.transport == "zmq" and trace_folder is None
         self.max_restarts = config.max_restarts if can_restart else 0
-        self.head.resumes = self.max_restarts > 0
+        head.resumes = self.max_restarts > 0
         check_files_for(self.num_stages)
         self.folder = ""
         self._hold = signals.Hold(self._kill)  # until `close` has ended the processes
@@ -178,17 +135,17 @@ class LocalCluster:
             self._hold.release()
             raise
         trace = open_trace(self._trace_file(0), 0)
-        self.driver = EventLoop(
-            self.head, self.transport, self.num_stages, trace, pace=self.emulation
-        )
-        self._silence = Watchdog(config.timeout_s)
+        loop = EventLoop(head, self.transport, self.num_stages, trace, pace=self.emulation)
+        super().__init__(head, parts, loop, name="head")
+        self._watchdog = Watchdog(config.timeout_s)
 
-    def __enter__(self) -> "LocalCluster":
+    def __enter__(self) -> "LocalEngine":
         try:
             for rank in range(1, self.num_stages + 1):
                 self.children[rank] = self._spawn(rank)
             self._await_ready(set(self.children))
-            ping_clocks(self.driver, self.head, self.children)
+            ping_clocks(self.loop, self.head, self.children)
+            self.start_thread()
         except BaseException:
             self.close()
             raise
@@ -202,76 +159,51 @@ class LocalCluster:
     ) -> None:
         try:
             if error is None:
-                ping_clocks(self.driver, self.head, self.children)
+                self.stop_thread("the engine was closed")
+                ping_clocks(self.loop, self.head, self.children)
         finally:
             self.close()
         if error is None:
             signals.check()
 
-    def configure(self, spec: StrategySpec, config: DecodeConfig) -> None:
-        """See Cluster.configure."""
-        self.head.configure(spec, config)
+    def stages_status(self) -> dict[int, StageStatus]:
+        """The totals of each stage; what it did before it was restarted counts too."""
+        totals = self._totals.of(dict(self.head.statuses))
+        return {rank: stage_status(status) for rank, status in totals.items()}
 
-    def serve(self, requests: Sequence[Request]) -> Iterator[Tokens | Completion]:
-        """See Cluster.serve."""
-        answers = Answers(self.head, requests)
-        try:
-            for request in requests:
-                self.driver.inject(Submit(request=request))
-            self.driver.last_progress = time.monotonic()
-            yield from self._events(answers, alone=len(requests) == 1)
-        except WireError as error:
-            raise ClusterError("head", str(error), answers.tokens) from error
-        except ClusterError as error:
-            error = self._explain(error)
-            raise ClusterError(error.where, error.cause, answers.tokens) from error
-        except GeneratorExit:
-            if answers.open:  # the caller has turned away: do not go on without it
-                for left in answers.open:
-                    self.cancel(left)
-                self._await_closed()
-            raise
+    def turn(self, timeout_s: float) -> None:
+        """One turn; while requests are open, a look at the processes and at whether all moves."""
+        self.loop.turn(timeout_s)
+        if not self.is_busy:
+            return
+        if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+            self._check_children()
+            self._check_progress()
+            self._looked_at = time.monotonic()
+        if (outage := self.head.outage) is not None:
+            raise ClusterError(outage.place or "head", outage.cause, rank=outage.rank)
 
-    def _events(self, answers: Answers, *, alone: bool) -> Iterator[Tokens | Completion]:
-        driver, looked_at = self.driver, 0.0
-        while True:
-            signals.check()
-            while driver.to_client:
-                message = driver.to_client.popleft()
-                if alone and isinstance(message, Finished) and message.request in answers.open:
-                    self._raise_failure(message)
-                event = answers.take(message)
-                if event is None:
-                    continue
-                is_last = not answers.open and isinstance(event, Completion)
-                if is_last and event.tokens and self.head.outage is None:
-                    self._await_closed()
-                yield event
-                if not answers.open:
-                    return
-            try:
-                driver.turn(POLL_S)
-                if time.monotonic() - looked_at > LOOK_EVERY_S:
-                    self._check_children()
-                    self._check_progress()
-                    looked_at = time.monotonic()
-                if self.head.outage is not None:
-                    where, _, cause = self.head.outage.partition(": ")
-                    raise ClusterError(where, cause)
-            except ClusterError as error:
-                self._recover(self._explain(error))
+    def lose(self, error: ClusterError | WireError) -> None:
+        """Restart what is lost, if that is allowed. A corrupt frame ends all requests."""
+        if isinstance(error, WireError):
+            self.abandon(failure_of_loss(error))
+        else:
+            self._recover(self._explain(error))
 
     def _recover(self, error: ClusterError) -> None:
-        """Restart what is lost and let the requests go on; raises `error` where that is over."""
-        driver = self.driver
-        ready = False
-        while not ready:
+        """Restart what is lost and let the requests go on; they end where that is over.
+
+        A loss while no request is open is noted; the next request finds the stage lost.
+        """
+        while True:
+            self.stages_status()  # the last totals of those that are lost
+            self.inject(Suspend(failure=failure_of_loss(error), blames=True))
+            self.deliver()
+            if not self.head.scheduler.waiting or self.is_stopping:
+                return
             if len(self.restarts) >= self.max_restarts:
-                raise error
-            self.statuses()  # the last word of those that are lost
-            driver.inject(Suspend(cause=str(error), blames=True))
-            if not self.head.admission.waiting:
-                return  # every request has ended with it; a next one finds the stage lost
+                self.abandon(failure_of_loss(error))
+                return
             self.restarts.append(str(error))
             logger.warning("%s; restarting it, answers go on", str(error).splitlines()[0])
             lost = self._lost_ranks(error)
@@ -282,30 +214,23 @@ class LocalCluster:
                     self.children[rank].wait(timeout=STOP_TIMEOUT_S)
                     self.children[rank] = self._spawn(rank)
                 self._await_ready(lost)
-                ready = True
+                break
             except ClusterError as again:
                 error = self._explain(again)
-        rows = min((rows for rows in self.num_kv_tokens.values() if rows), default=0)
-        driver.inject(Resume(num_stages=self.num_stages, num_kv_tokens=rows))
-        driver.last_progress = time.monotonic()
+        known = [count for count in self.num_kv_tokens.values() if count]
+        resume = Resume(num_stages=self.num_stages, num_kv_tokens=min(known, default=0))
+        self.inject(resume)
+        self.loop.last_progress = time.monotonic()
 
     def _lost_ranks(self, error: ClusterError) -> set[int]:
-        """The stages that have ended, at once or soon, and those that the error names."""
-        named = {int(rank) for rank in re.findall(r"\bstage (\d+)", error.where)}
-        named &= set(self.children)
+        """The stages that have ended, at once or soon, and the one that the error names."""
+        named = {error.rank} & set(self.children) if error.rank else set()
         _await_exit([self.children[rank] for rank in named], EXIT_TIMEOUT_S)
         return named | {rank for rank, child in self.children.items() if child.poll() is not None}
 
-    def cancel(self, request: int) -> None:
-        """See Cluster.cancel."""
-        self.driver.inject(AbortRequest(request=request))
-
-    def statuses(self) -> dict[int, Status]:
-        """See Cluster.statuses; what a stage did before it was restarted counts too."""
-        return self._totals.of(self.head.statuses)
-
     def close(self) -> None:
         """End every process: by message, then by SIGTERM, then by SIGKILL. Safe to call twice."""
+        self.stop_thread("the engine was closed")
         try:
             running = [rank for rank, child in self.children.items() if child.poll() is None]
             for rank in running:
@@ -321,7 +246,7 @@ class LocalCluster:
                 child.wait(timeout=STOP_TIMEOUT_S)
             self.transport.close()
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.driver.trace.close()
+            self.loop.trace.close()
             self._hold.release()
 
     def _kill(self) -> None:
@@ -331,32 +256,15 @@ class LocalCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _make_transport(self) -> Transport:
-        device = rank_device(self.config.transport, self.config.device, 0)
+        device = rank_device(self.config.transport, self.config.local.device, 0)
         kind, stages = self.config.transport, self.num_stages
         inner = local_transport(kind, 0, num_stages=stages, folder=self.folder, device=device)
         if self.emulation is None:
             return inner
         return EmulatedTransport(inner, 0, self.emulation.link)
 
-    def _spawn(self, rank: int) -> Child:
-        config = self.config
-        command = [
-            *(sys.executable, "-m", "flowspec", "stage"),
-            *("--split", str(self.parts.folder.resolve()), "--sockets", self.folder),
-            *("--rank", str(rank), "--num-stages", str(self.num_stages)),
-            *("--device", rank_device(config.transport, config.device, rank)),
-            *("--dtype", config.dtype, "--transport", config.transport),
-            *("--threads", str(config.threads_per_process)),
-            *("--kv-memory-mb", str(config.kv_memory_mb)),
-        ]
-        if config.emulate:
-            command += ["--emulate", config.emulate]
-            command += ["--emulate-slowdown", str(config.emulate_slowdown)]
-        if config.batch_invariant:
-            command.append("--batch-invariant")
-        command += ["--epoch", str(self.head.pipe.epoch)]
-        if self.trace_folder is not None:
-            command += ["--trace-file", str(self._trace_file(rank))]
+    def _spawn(self, rank: int) -> StageProcess:
+        command = [sys.executable, "-m", "flowspec", "stage", str(self._write_config(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
             # pipe on stdin tells a stage when the head is gone without a word.
@@ -364,38 +272,56 @@ class LocalCluster:
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
 
+    def _write_config(self, rank: int) -> Path:
+        """The file that tells a stage all it has to know; only this user may read its folder."""
+        config = self.config
+        device = rank_device(config.transport, config.local.device, rank)
+        stage = StageConfig(
+            split_folder=self.parts.folder.resolve(),
+            socket_folder=self.folder,
+            rank=rank,
+            num_stages=self.num_stages,
+            numerics=config.numerics,
+            local=config.local.changed(device=device),
+            transport=config.transport,
+            emulate=config.emulate,
+            emulate_slowdown=config.emulate_slowdown,
+            trace_file=self._trace_file(rank),
+            epoch=self.head.pipe.epoch,
+        )
+        file = Path(self.folder) / f"stage_{rank}.json"
+        file.write_text(stage.model_dump_json())
+        return file
+
     def _await_ready(self, ranks: set[int]) -> None:
         """Until each of these stages has loaded the right model."""
         ready: set[int] = set()
         size = sum(file.bytes for file in self.parts.manifest.files.values())
         timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
         end = time.monotonic() + timeout_s
-        while not ready >= ranks:
+        while not ready >= ranks and not self.is_stopping:
             signals.check()
             for message in self._receive():
                 match message:
-                    case Ready() if message.model == self.parts.manifest.model_hash:
+                    case Ready() if why := self._refusal(message):
+                        raise ClusterError(rank_name(message.stage), why)
+                    case Ready():
                         ready.add(message.stage)
                         self.num_kv_tokens[message.stage] = message.num_kv_tokens
-                        self.head.admission.limit_rows(message.num_kv_tokens)
-                    case Ready():
-                        raise ClusterError(rank_name(message.stage), "has loaded another split")
+                        self.head.scheduler.limit_kv_tokens(message.num_kv_tokens)
                     case Failed() if message.epoch == self.head.pipe.epoch:
-                        raise ClusterError(rank_name(message.stage), message.text)
+                        raise ClusterError.of_rank(message.stage, message.text)
             self._check_children()
             if time.monotonic() > end:
                 late = min(ranks - ready)
-                raise ClusterError(
-                    rank_name(late), f"not ready after {timeout_s:.0f} s{self._log(late)}"
-                )
+                cause = f"not ready after {timeout_s:.0f} s{self._log(late)}"
+                raise ClusterError.of_rank(late, cause)
 
-    def _await_closed(self) -> None:
-        """Until the stages have freed the request and told their totals, a second at most."""
-        end = time.monotonic() + 1.0
-        while time.monotonic() < end:
-            if settled(self.head) is not None:
-                return
-            self.driver.turn(0.05)
+    def _refusal(self, ready: Ready) -> str:
+        """Why a stage that is ready cannot be part of this run; empty where it can."""
+        if ready.model != self.parts.manifest.model_hash:
+            return "has loaded another split"
+        return self.config.numerics.refusal(ready.numerics)
 
     def _check_children(self) -> None:
         for rank, child in self.children.items():
@@ -404,10 +330,8 @@ class LocalCluster:
                 continue
             self._hear_last_words()
             how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-            raise ClusterError(
-                f"{rank_name(rank)} (process {child.pid})",
-                f"ended by {how}{self._log(rank)}",
-            )
+            cause = f"process {child.pid} ended by {how}{self._log(rank)}"
+            raise ClusterError.of_rank(rank, cause)
 
     def _receive(self) -> Iterable[object]:
         try:
@@ -417,7 +341,7 @@ class LocalCluster:
 
     def _explain(self, error: ClusterError) -> ClusterError:
         """How the process ended, where all that is known is that its connection broke."""
-        lost = [child for rank, child in self.children.items() if rank_name(rank) == error.where]
+        lost = [child for rank, child in self.children.items() if rank == error.rank]
         if lost and error.cause.startswith(LOST):
             _await_exit(lost, EXIT_TIMEOUT_S)
             try:
@@ -431,39 +355,34 @@ class LocalCluster:
         with contextlib.suppress(LostPeer):  # that it is gone is known
             for message in self.transport.receive(POLL_S):
                 if isinstance(message, Failed) and message.epoch == self.head.pipe.epoch:
-                    raise ClusterError(rank_name(message.stage), message.text)
+                    raise ClusterError.of_rank(message.stage, message.text)
 
     def _check_progress(self) -> None:
         """No answer about the request for half the timeout: ask all; who stays silent hangs."""
-        now, moved_at, limit = time.monotonic(), self.driver.last_progress, self.config.timeout_s
-        step, silent = self._silence.step(
+        now, moved_at, limit = time.monotonic(), self.loop.last_progress, self.config.timeout_s
+        step, silent = self._watchdog.step(
             now, moved_at=moved_at, ranks=self.children, heard_at=self.head.heard_at
         )
-        where = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
+        who = ", ".join(f"{rank_name(r)} (process {self.children[r].pid})" for r in silent)
         match step:
-            case Step.ASK:
+            case WatchdogAction.ASK:
                 for rank in self.children:
                     self.transport.send(rank, Ping(rank=0))
-                    self.driver.trace.sent(now, rank, Ping(rank=0))
-            case Step.WARN:
+                    self.loop.trace.sent(now, rank, Ping(rank=0))
+            case WatchdogAction.WARN:
                 end = "it is restarted" if len(self.restarts) < self.max_restarts else "giving up"
                 seconds = now - moved_at
                 logger.warning(
-                    "no answer from %s for %.0f s; %s after %.0f s", where, seconds, end, limit
+                    "no answer from %s for %.0f s; %s after %.0f s", who, seconds, end, limit
                 )
-            case Step.GIVE_UP if silent:
-                raise ClusterError(where, f"no answer for {limit / 2:.1f} s: it hangs")
-            case Step.GIVE_UP:
+            case WatchdogAction.GIVE_UP if silent:
+                pid = self.children[silent[0]].pid
+                cause = f"process {pid} gave no answer for {limit / 2:.1f} s: it hangs"
+                raise ClusterError.of_rank(silent[0], cause)
+            case WatchdogAction.GIVE_UP:
                 seconds = now - moved_at
-                raise ClusterError(
-                    "head", f"nothing has moved for {seconds:.0f} s; all stages answer"
-                )
-
-    def _raise_failure(self, event: Finished) -> None:
-        if event.reason is FinishReason.ERROR:
-            error = error_of(event.error)
-            if isinstance(error, ClusterError):
-                raise error
+                cause = f"nothing has moved for {seconds:.0f} s; all stages answer"
+                raise ClusterError.of_rank(0, cause)
 
     def _trace_file(self, rank: int) -> Path | None:
         return trace_path(self.trace_folder, rank) if self.trace_folder else None
@@ -480,7 +399,7 @@ class LocalCluster:
         return "".join(f"\n  {line}" for line in lines[-LOG_TAIL_LINES:])
 
 
-def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
+def _emulation(config: EngineConfig, num_stages: int) -> Emulation | None:
     if not config.emulate:
         return None
     emulation = read_emulation(
@@ -490,7 +409,7 @@ def _emulation(config: RunConfig, num_stages: int) -> Emulation | None:
     return emulation
 
 
-def _await_exit(children: Iterable[Child], timeout_s: float) -> None:
+def _await_exit(children: Iterable[StageProcess], timeout_s: float) -> None:
     end = time.monotonic() + timeout_s
     while any(child.poll() is None for child in children) and time.monotonic() < end:
         time.sleep(0.02)

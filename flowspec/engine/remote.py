@@ -1,164 +1,420 @@
-"""A running cluster as a benchmark sees it: one question at a time, under a strategy it chooses."""
+"""RemoteEngine: a head somewhere else as an engine, over its encrypted control connection."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import count
+from types import TracebackType
 
-from flowspec.engine.client import HeadClient
-from flowspec.protocol.control import ClusterStatus, Decoding, Done, Figures, Note, Piece, stats_of
-from flowspec.request import ClusterError, Completion, FinishReason, SamplingParams
+from pydantic import ValidationError
 
-Messages = Sequence[Mapping[str, str]]
+import flowspec
+from flowspec.engine.engine import EngineStatus, StageStatus
+from flowspec.engine.stream import Notice, Stream
+from flowspec.protocol.control import (
+    MAX_ASK_BYTES,
+    Ask,
+    AskCounts,
+    AskStatus,
+    ClusterStatus,
+    Control,
+    Counts,
+    DecodingSpec,
+    Done,
+    Drop,
+    Forget,
+    Forgotten,
+    Note,
+    Piece,
+    Refuse,
+    StageFigures,
+    pack,
+    stats_of,
+    unpack,
+)
+from flowspec.request import (
+    ClusterError,
+    Failure,
+    FinishReason,
+    RefusedError,
+    Request,
+    RequestOutput,
+    StageCounts,
+    TokensOut,
+)
+from flowspec.system.address import Address
+from flowspec.system.open_files import check_open_files
+from flowspec.transport.control_sockets import WRONG_TOKEN, ControlClient, UnreachableError
+from flowspec.transport.secure.keys import Keys
+
+HANDSHAKE_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 5.0  # of a question that a head answers at once
+POLL_S = 0.2
+MIN_FILES = 32
+SILENCE_S = 10.0  # of a head that serves requests, until it is asked whether it is there
+FORGOTTEN_AFTER = 3  # statuses, each after so long a silence, that say it serves nobody
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A whole answer. Times of its statistics count from when it was asked for."""
+class RemoteEngine:
+    """A connection to the head at host:port. Use it with `with`.
 
-    num_prompt: int
-    completion: Completion
-    figures: Figures
-    rebuilt: bool = False  # the cluster was, since the answer before: the wait may be in its times
-
-
-@dataclass(frozen=True, slots=True)
-class LongPrompt:
-    """Prompt and answer exceed the context, or what `reason` says: nothing was computed."""
-
-    num_prompt: int
-    reason: str = ""  # why the devices' memory cannot hold them, or the conversation is refused
-    refused: bool = False  # the latter
-
-
-class RemoteCluster:
-    """Asks over `client`; `say` hears why an answer waits. All answers are of the same devices.
-
-    Raises ClusterError where the cluster is not healthy.
+    Raises ClusterError where it cannot be had, with why; RefusedError where the token is another.
+    The head's own place in errors is its address.
     """
 
-    def __init__(self, client: HeadClient, say: Callable[[str], None] = lambda text: None) -> None:
-        self._client, self._say = client, say
-        self.status = client.status()
-        if not self.status.healthy:
-            raise ClusterError(client.where, f"not healthy: {self.status.why}")
-        self._epoch = self.status.epoch  # the newest that is known to be of these devices
+    def __init__(self, host: str, port: int, keys: Keys) -> None:
+        check_open_files(MIN_FILES)
+        self.where = f"head at {Address(host, port)}"
+        self.control = ControlClient(host, port, keys)
+        if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):
+            self.control.close()
+            raise (RefusedError if WRONG_TOKEN in reason else ClusterError)("head", reason)
+        self.epochs: dict[int, tuple[int, int]] = {}  # of finished requests: first and last
+        self._ids = count(1)
+        self._lock = threading.Lock()
+        self._streams: dict[int, Stream] = {}
+        self._partial: dict[int, tuple[list[int], str]] = {}  # tokens and text so far
+        self._over: dict[int, Stream] = {}  # whose stage counts have been asked for
+        self._outbox: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        self._asking = threading.Lock()  # one question at a time waits for `_replies`
+        self._error: ClusterError | None = None  # why nothing more can be asked
+        self._closing = threading.Event()
+        self._draining = False
+        self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
+        self._thread = threading.Thread(target=self._run, name="remote head", daemon=True)
+        self._thread.start()
 
-    @property
-    def num_stages(self) -> int:
-        """Devices that hold layers."""
-        return len(self.devices)
+    def __enter__(self) -> "RemoteEngine":
+        return self
 
-    @property
-    def devices(self) -> list[str]:
-        """Which device holds what, in the order of the pipeline."""
-        return _devices_of(self.status)
-
-    @property
-    def num_kv_tokens(self) -> int:
-        """Rows of KV cache that the tightest device holds; 0: not known."""
-        return min(
-            (one.num_kv_tokens for one in self.status.devices if one.num_kv_tokens), default=0
-        )
-
-    def ask(
+    def __exit__(
         self,
-        messages: Messages,
-        decoding: Decoding,
-        sampling: SamplingParams,
-        *,
-        max_new_tokens: int,
-    ) -> Answer | LongPrompt:
-        """The whole answer, or that there can be none.
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
-        Raises ClusterError where it fails, or where other devices may have had a part in it.
+    # Any thread ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Stream:
+        """Ask the head; the prompt is made into tokens there.
+
+        Raises ValueError for what no head takes, ClusterError where the connection is lost.
         """
-        ask = self._client.new_ask(
-            turns=[dict(one) for one in messages],
-            max_new_tokens=max_new_tokens,
-            decoding=decoding,
-            **asdict(sampling),
+        self._check()
+        if self._draining:
+            raise ClusterError(self.where, "this client takes no more requests")
+        ask = ask_of(request, next(self._ids))
+        stream = Stream(ask.id, abort=self._drop, ask_counts=self._ask_counts)
+        with self._lock:
+            if not self._streams:
+                self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
+            self._streams[ask.id] = stream
+            self._partial[ask.id] = ([], "")
+        self._post(ask)
+        return stream
+
+    def status(self) -> EngineStatus:
+        """The cluster now. Raises ClusterError where the head does not answer or refuses."""
+        now = self.cluster_status()
+        return EngineStatus(
+            healthy=now.healthy,
+            why="" if now.healthy else now.why,
+            model=now.model.model_id,
+            num_stages=sum(device.rank > 0 for device in now.devices),
+            max_context=now.max_context,
+            strategy=now.strategy,
+            drafters=() if now.drafter == "none" else (now.drafter,),
+            num_running=now.requests_active,
+            num_waiting=now.requests_waiting,
+            num_finished=now.requests_done,
+            num_failed=now.requests_failed,
+            stages={
+                device.rank: StageStatus(
+                    busy_s=device.busy_s,
+                    kv_tokens_used=device.num_kv_tokens_used,
+                    peak_memory_bytes=device.peak_memory_bytes,
+                )
+                for device in now.devices
+                if device.rank
+            },
         )
-        tokens: list[int] = []
-        text = ""
-        for event in self._client.ask(ask):
-            match event:
-                case Piece():
-                    tokens += event.tokens
-                    text += event.text
-                case Note():
-                    self._say(event.text)
-                case Done():
-                    return self._end(event, tokens, text, max_new_tokens)
-        raise AssertionError("an answer without an end")
+
+    def cluster_status(self) -> ClusterStatus:
+        """All that the head says of its devices. Raises like `status`."""
+        found = self._question(AskStatus(version=flowspec.__version__), ClusterStatus)
+        assert isinstance(found, ClusterStatus)
+        return found
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests here and wait for this client's open ones."""
+        self._draining = True
+        end = time.monotonic() + timeout_s
+        while self._streams and self._thread.is_alive() and time.monotonic() < end:
+            time.sleep(0.02)
+        return not self._streams
+
+    def forget(self) -> None:
+        """Have the head learn costs and acceptance anew.
+
+        Raises ValueError where it serves requests, ClusterError where it does not answer.
+        """
+        found = self._question(Forget(id=next(self._ids)), Forgotten)
+        assert isinstance(found, Forgotten)
+        if found.why:
+            raise ValueError(found.why)
+
+    def close(self) -> None:
+        """Hang up; the head ends what is open."""
+        self._closing.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+        self._end_all(Failure(cause="this client has hung up", rank=0))
+
+    def _post(self, message: Control) -> None:
+        self._outbox.put(message)
+        self.control.wake()
+
+    def _drop(self, request: int) -> None:
+        self._post(Drop(id=request))
+
+    def _ask_counts(self, request: int) -> None:
+        self._post(AskCounts(id=request))
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._closing.is_set():
+            raise ClusterError(self.where, "this client has hung up")
+
+    def _question(self, message: Control, kind: type[Control]) -> Control:
+        """The answer to a question that a head answers at once."""
+        with self._asking:
+            self._check()
+            while not self._replies.empty():
+                self._replies.get()
+            self._post(message)
+            end = time.monotonic() + ANSWER_TIMEOUT_S
+            while (left := end - time.monotonic()) > 0:
+                try:
+                    reply = self._replies.get(timeout=min(left, POLL_S))
+                except queue.Empty:
+                    self._check()
+                    continue
+                if isinstance(reply, Refuse):
+                    raise RefusedError(self.where, reply.why)
+                if isinstance(reply, kind):
+                    return reply
+        raise ClusterError(self.where, f"no answer within {ANSWER_TIMEOUT_S:.0f} s")
+
+    # The connection's thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._send_posted()
+                for frame in self.control.receive(POLL_S):
+                    self._take(unpack(frame))
+                self._watch()
+            self._send_posted()  # requests that are taken back
+        except ClusterError as error:
+            self._error = error
+        except UnreachableError as error:
+            self._error = ClusterError(self.where, str(error))
+        except ValueError as error:
+            self._error = ClusterError(self.where, f"it says what this client cannot read: {error}")
+        finally:
+            if self._error is not None:
+                self._replies.put(Note(id=0, text=""))  # whoever waits looks at the error
+                self._end_all(Failure(cause=self._error.cause, rank=0))
+            self.control.close()
+
+    def _send_posted(self) -> None:
+        while not self._outbox.empty():
+            self.control.send(pack(self._outbox.get()))
+
+    def _take(self, message: Control) -> None:
+        self._heard_at, self._has_asked = time.monotonic(), False
+        self._count_idle(message)
+        match message:
+            case Piece():
+                self._piece(message)
+            case Note():
+                if (stream := self._streams.get(message.id)) is not None:
+                    stream.put(Notice(text=message.text))
+            case Done():
+                self._done(message)
+            case Counts():
+                self._take_counts(message)
+            case Refuse():
+                self._replies.put(message)
+                if self._streams:
+                    raise RefusedError(self.where, message.why)
+            case ClusterStatus() | Forgotten():
+                self._replies.put(message)
+
+    def _piece(self, message: Piece) -> None:
+        stream = self._streams.get(message.id)
+        if stream is None:
+            return
+        tokens, text = self._partial[message.id]
+        tokens.extend(message.tokens)
+        self._partial[message.id] = tokens, text + message.text
+        stream.put(TokensOut(request=message.id, tokens=message.tokens, text=message.text))
+
+    def _done(self, message: Done) -> None:
+        figures = message.figures
+        if figures is not None:
+            self.epochs[message.id] = figures.first_epoch, figures.epoch
+        self._end(
+            message.id,
+            message.reason,
+            error=message.failure.failure() if message.failure is not None else None,
+            done=message,
+        )
 
     def _end(
-        self, done: Done, tokens: Sequence[int], text: str, max_new_tokens: int
-    ) -> Answer | LongPrompt:
-        if done.bad_prompt:
-            return LongPrompt(0, done.error, refused=True)
-        if done.error and done.prompt_tokens + max_new_tokens > self.status.max_context:
-            return LongPrompt(done.prompt_tokens)
-        if done.too_large:
-            self._check_memory()
-            return LongPrompt(done.prompt_tokens, done.error)
-        if done.error or done.figures is None:
-            why = done.error.removeprefix("head: ")  # it is named already
-            raise ClusterError(self._client.where, why or "it has sent no figures")
-        rebuilt = done.figures.epoch != self._epoch
-        if rebuilt:
-            self._check_devices(done.figures)
-        completion = Completion(
-            request=done.id,
+        self,
+        request: int,
+        reason: FinishReason,
+        *,
+        error: Failure | None = None,
+        done: Done | None = None,
+    ) -> None:
+        with self._lock:
+            stream = self._streams.pop(request, None)
+            tokens, text = self._partial.pop(request, ([], ""))
+        if stream is None:
+            return
+        self._over[request] = stream
+        while len(self._over) > 256:
+            del self._over[next(iter(self._over))]
+        output = RequestOutput(
+            request=request,
             tokens=tuple(tokens),
             text=text,
-            reason=FinishReason(done.reason),
-            stats=stats_of(done.figures),
+            reason=reason,
+            error=error,
+            num_prompt_tokens=done.prompt_tokens if done is not None else 0,
         )
-        return Answer(done.prompt_tokens, completion, done.figures, rebuilt)
+        if done is not None and done.figures is not None:
+            output = RequestOutput(
+                request=request,
+                tokens=output.tokens,
+                text=text,
+                reason=reason,
+                stats=stats_of(done.figures),
+                error=error,
+                num_prompt_tokens=done.prompt_tokens,
+            )
+        stream.put(output)
 
-    def _check_memory(self) -> None:
-        """What other devices cannot hold is none of these devices' limits."""
-        now = self._client.status()
-        if _devices_of(now) != self.devices:
-            raise self._changed(now)
+    def _take_counts(self, message: Counts) -> None:
+        stream = self._over.pop(message.id, None)
+        if stream is not None and message.stages is not None:
+            stream.put_counts({one.rank: _counts(one) for one in message.stages})
 
-    def _check_devices(self, figures: Figures) -> None:
-        """The cluster was built anew: go on if all of the answer is of the same devices."""
-        now = self._client.status()
-        # a status of another epoch does not tell which devices the answer ended on
-        is_same = now.epoch == figures.epoch and _devices_of(now) == self.devices
-        if not is_same or _has_seen_others(figures, self._epoch):
-            raise self._changed(now)
-        self._epoch = now.epoch
+    def _end_all(self, failure: Failure) -> None:
+        for request in list(self._streams):
+            self._end(request, FinishReason.ERROR, error=failure)
 
-    def _changed(self, now: ClusterStatus) -> ClusterError:
-        before, after = self.devices, _devices_of(now)
-        if after != before:
-            there = "; ".join(after) or f"none that hold all layers ({now.why})"
-            change = f"other devices answer now, before: {'; '.join(before)}, now: {there}"
-        else:
-            change = "the cluster was built anew several times, perhaps of other devices meanwhile"
-        return ClusterError(
-            self._client.where,
-            f"{change}; what was answered before is kept, and the same command measures the "
-            "devices that are there now, whose samples have keys of their own",
+    def _watch(self) -> None:
+        """Ask a head that says nothing whether it is there; raises ClusterError where it is not."""
+        if not self.control.is_connected:
+            raise ClusterError(self.where, "connection lost")
+        if not self._streams:
+            self._heard_at = time.monotonic()
+            return
+        silence_s = time.monotonic() - self._heard_at
+        if silence_s > SILENCE_S and not self._has_asked:
+            self.control.send(pack(AskStatus(version=flowspec.__version__)))
+            self._has_asked = True
+        if silence_s > 2 * SILENCE_S:
+            raise ClusterError(self.where, f"no word from it for {silence_s:.0f} s")
+
+    def _count_idle(self, message: Control) -> None:
+        """Raises ClusterError where the head says again and again that it serves nobody."""
+        is_idle = isinstance(message, ClusterStatus) and not (
+            message.requests_active or message.requests_waiting
         )
+        self._num_idle = self._num_idle + 1 if is_idle and self._streams else 0
+        if self._num_idle >= FORGOTTEN_AFTER:
+            raise ClusterError(self.where, "it serves nobody now, and has not answered: ask again")
 
 
-def _devices_of(status: ClusterStatus) -> list[str]:
-    serving = [(one.rank, one.name, one.layers) for one in status.devices if one.rank]
-    return [
-        f"{name}: layers {layers[0]} to {layers[1] - 1}"
-        for _, name, layers in sorted(serving)
-        if layers is not None
-    ]
+def ask_of(request: Request, number: int) -> Ask:
+    """A request as a control message. Raises ValueError for what cannot be sent."""
+    prompt = request.prompt
+    turns: Sequence[object] = ()
+    tokens: tuple[int, ...] = ()
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, tuple) and isinstance(prompt[0], int):
+        tokens = prompt  # type: ignore[assignment]
+    else:
+        turns = [dict(turn) for turn in prompt]  # type: ignore[arg-type, call-overload]
+    decoding = request.decoding
+    content = {
+        "version": flowspec.__version__,
+        "id": number,
+        "turns": turns,
+        "prompt": tokens,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": request.stop,
+        "end_ids": request.eos_token_ids,
+        "decoding": DecodingSpec(
+            strategy=decoding.strategy,
+            parameters=dict(decoding.parameters),
+            drafter=decoding.drafter,
+        )
+        if decoding is not None
+        else None,
+        "exclusive": request.exclusive,
+        **asdict(request.sampling),
+    }
+    try:
+        ask = Ask.model_validate(content, strict=False)
+    except ValidationError as error:
+        raise ValueError(_why_invalid(error)) from None
+    if (size := len(pack(ask))) > MAX_ASK_BYTES:
+        raise ValueError(_too_long(size))
+    return ask
 
 
-def _has_seen_others(figures: Figures, known: int) -> bool:
-    """Whether an epoch between `known` and the last, of devices nobody knows, may have served it.
+def _why_invalid(error: ValidationError) -> str:
+    """The first thing that is wrong with an Ask, for a person."""
+    first = error.errors(include_url=False)[0]
+    place, value, limits = first["loc"], first["input"], first.get("ctx", {})
+    kind = first["type"]
+    if place[0] == "turns" and place[-1] == "content" and kind == "string_too_long":
+        return _too_long(len(value.encode(errors="replace")))
+    if kind == "string_unicode":
+        return "the text has half of a surrogate pair, which is no character; remove it"
+    if place[0] == "turns" and kind == "too_long":
+        return (
+            f"the conversation has {len(value)} messages, at most {limits['max_length']} are sent"
+        )
+    if place[0] == "stop" and kind == "too_long":
+        return f"{len(value)} stop strings are given, at most {limits['max_length']} can be"
+    if place[0] == "stop" and kind == "string_too_long":
+        most = limits["max_length"]
+        return f"a stop string has {len(value)} characters, at most {most} are possible"
+    name = ".".join(str(part) for part in place)
+    return f"{name} cannot be {value!a}: {first['msg'].lower()}"
 
-    It was served in the last epoch, and in one more for each time it was resumed.
-    """
-    if not figures.num_resumes or figures.epoch == known + 1:
-        return False
-    began_before = figures.alone and figures.first_epoch == known  # it waited for nobody
-    return figures.num_resumes > 1 or not began_before
+
+def _too_long(size: int) -> str:
+    return (
+        f"the conversation takes {size:,} bytes, at most {MAX_ASK_BYTES:,} can be sent to the "
+        "head; shorten it"
+    )
+
+
+def _counts(figures: StageFigures) -> StageCounts:
+    return StageCounts(
+        num_rows_run=figures.rows_run, num_rows_pruned=figures.rows_pruned, busy_s=figures.busy_s
+    )

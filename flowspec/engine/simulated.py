@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation
 from flowspec.engine.build import HeadParts, build_head
 from flowspec.engine.engine import EngineStatus, StageStatus
-from flowspec.engine.status import stage_status
+from flowspec.engine.status import progress_of, stage_status
 from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
 from flowspec.protocol.messages import HEAD, AbandonRequests, AbortRequest, ForgetCosts, Submit
@@ -170,6 +170,7 @@ class SimulatedEngine:
             num_waiting=len(scheduler.waiting),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
+            progress=progress_of(scheduler.running.values()),
             stages=self.stages_status(),
         )
 
@@ -199,7 +200,7 @@ class SimulatedEngine:
 
 
 def emulated_engine(
-    config: RunConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
+    config: EngineConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
 ) -> SimulatedEngine:
     """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
 

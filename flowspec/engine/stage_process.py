@@ -1,16 +1,16 @@
 """A stage process: loads its layers, then serves until told to stop or its parent is gone."""
 
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
+from flowspec.config import MAX_BYTES, Config, DeviceConfig, NumericsConfig
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import build_stage
 from flowspec.protocol.messages import HEAD, Failed, Ready
-from flowspec.request import ClusterError, cause_of, rank_name
+from flowspec.request import ClusterError, cause_of
 from flowspec.runtime.event_loop import EventLoop, Pace
 from flowspec.runtime.recorder import open_trace
 from flowspec.transport.base import Transport
@@ -20,34 +20,38 @@ from flowspec.transport.emulated import EmulatedTransport
 IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
-    """What a stage process is started with."""
+class StageConfig(Config):
+    """What the process of a stage is started with: its place, and how and where it computes."""
 
     split_folder: Path
-    socket_folder: str
+    socket_folder: str = ""
     rank: int
     num_stages: int
+    numerics: NumericsConfig  # the head's
+    local: DeviceConfig
     transport: str = "zmq"
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = 1
-    batch_invariant: bool = False
-    kv_memory_mb: int = 0  # 0: half of what is free, shared with the other stages here
     emulate: str = ""  # CLUSTER:MODEL whose pace to keep
     emulate_slowdown: float = 1.0
     trace_file: Path | None = None  # where to record what this process does
     epoch: int = 0  # of the pipeline that this stage joins
 
 
-def run_worker(config: WorkerConfig) -> int:
+def read_stage_config(file: Path) -> StageConfig:
+    """What the head has written for a stage. Raises ValueError."""
+    text = file.read_bytes()
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"{file} is larger than {MAX_BYTES} bytes; is it a stage's configuration?")
+    return StageConfig.model_validate_json(text)
+
+
+def run_worker(config: StageConfig) -> int:
     """Serve as stage `rank` of a local cluster; returns the exit code."""
     transport = local_transport(
         config.transport,
         config.rank,
         num_stages=config.num_stages,
         folder=config.socket_folder,
-        device=config.device,
+        device=config.local.device,
     )
     if not config.emulate:
         return serve(config, transport)
@@ -55,25 +59,29 @@ def run_worker(config: WorkerConfig) -> int:
     return serve(config, EmulatedTransport(transport, config.rank, emulation.link), emulation)
 
 
-def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) -> int:
+def serve(config: StageConfig, transport: Transport, pace: Pace | None = None) -> int:
     """Load, serve until told to stop, return the exit code. The head learns of every failure."""
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.local.threads)
     trace = open_trace(config.trace_file, config.rank)
     epoch, stage = config.epoch, None
     try:
         stage, model_hash = build_stage(
             config.split_folder,
             config.rank,
-            device=config.device,
-            dtype=config.dtype,
-            batch_invariant=config.batch_invariant,
+            device=config.local.device,
+            numerics=config.numerics,
         )
         stage.epoch = epoch
         stage.num_kv_tokens = num_kv_tokens(
-            stage.model, memory_mb=config.kv_memory_mb, num_sharing=config.num_stages
+            stage.model, memory_mb=config.local.kv_memory_mb, num_sharing=config.num_stages
         )
         stage.peak_memory_bytes = peak_bytes
-        ready = Ready(stage=config.rank, model=model_hash, num_kv_tokens=stage.num_kv_tokens)
+        ready = Ready(
+            stage=config.rank,
+            model=model_hash,
+            numerics=config.numerics.model_dump_json(),
+            num_kv_tokens=stage.num_kv_tokens,
+        )
         transport.send(HEAD, ready)
         driver = EventLoop(stage, transport, config.num_stages, trace, pace=pace)
         while not driver.stopped:
@@ -94,10 +102,9 @@ def serve(config: WorkerConfig, transport: Transport, pace: Pace | None = None) 
 
 
 def _report_lost(
-    config: WorkerConfig, transport: Transport, error: ClusterError, epoch: int
+    config: StageConfig, transport: Transport, error: ClusterError, epoch: int
 ) -> None:
     """Tell the head which rank this stage has lost, as a failure of that rank."""
-    for rank in range(1, config.num_stages + 1):
-        if rank_name(rank) == error.where:
-            text = f"{error.cause} (seen by stage {config.rank})"
-            transport.send(HEAD, Failed(epoch=epoch, stage=rank, request=0, text=text))
+    if error.rank:
+        text = f"{error.cause} (seen by stage {config.rank})"
+        transport.send(HEAD, Failed(epoch=epoch, stage=error.rank, request=0, text=text))

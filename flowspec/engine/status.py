@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from flowspec.engine.engine import StageStatus
+from flowspec.engine.engine import RunningProgress, StageStatus
+from flowspec.head.request_state import RequestState
 from flowspec.protocol.messages import Status
 
 _COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
@@ -19,6 +20,16 @@ def stage_status(status: Status) -> StageStatus:
         num_requests=status.num_requests,
         kv_tokens_used=status.num_kv_tokens_used,
         peak_memory_bytes=status.peak_memory_bytes,
+    )
+
+
+def progress_of(running: Iterable[RequestState]) -> RunningProgress:
+    """What the running requests have come to together."""
+    stats = [request.stats for request in list(running) if request.stats.num_tokens]
+    return RunningProgress(
+        num_decoded=sum(one.num_tokens - 1 for one in stats),
+        num_verdicts=sum(one.num_verdicts for one in stats),
+        first_token_at=min((one.first_token_at for one in stats), default=0.0),
     )
 
 

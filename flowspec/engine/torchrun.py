@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from flowspec.config import RunConfig, override
+from flowspec.config import Config, EngineConfig, NumericsConfig, override
 from flowspec.engine.build import HeadParts
 from flowspec.engine.launch import Launch
-from flowspec.engine.local import EXIT_TIMEOUT_S, Child, LocalCluster
-from flowspec.engine.stage_process import WorkerConfig, serve
-from flowspec.request import ClusterError, rank_name
+from flowspec.engine.local import EXIT_TIMEOUT_S, LocalEngine, StageProcess
+from flowspec.engine.stage_process import StageConfig, serve
+from flowspec.request import ClusterError
 from flowspec.runtime.recorder import trace_path
 from flowspec.system import signals
 from flowspec.transport.base import LostPeer, Transport
@@ -29,21 +29,29 @@ from flowspec.weights.split_plan import parse_layers
 PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
 START_TIMEOUT_S = 120.0
 HEAR_S = 1.0  # torch waits in C, where no signal is noticed
-_SPLIT, _TRACES = "split", "traces"
+_ORDER = "order"
 
 
-def own_device(config: RunConfig, launch: Launch) -> str:
+class Order(Config):
+    """What the head tells every stage; on what and with how many threads is each machine's own."""
+
+    split: str  # folder, the same on every machine
+    traces: str  # folder; empty: no trace
+    numerics: NumericsConfig
+
+
+def own_device(config: EngineConfig, launch: Launch) -> str:
     """What this process computes on."""
-    return rank_device(config.transport, config.device, launch.local_rank)
+    return rank_device(config.transport, config.local.device, launch.local_rank)
 
 
-def _meet(config: RunConfig, launch: Launch) -> Meeting:
+def _meet(config: EngineConfig, launch: Launch) -> Meeting:
     """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
     gpu = own_device(config, launch) if config.transport == "nccl" else ""
     return meet_by_torchrun(gpu=gpu)
 
 
-def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
+def fit_to_launch(config: EngineConfig, launch: Launch) -> EngineConfig:
     """The run that torchrun's processes make. Raises ValueError where the two contradict."""
     have = f"torchrun started {launch.num_stages + 1} processes"
     if launch.num_stages < 1:
@@ -59,29 +67,26 @@ def fit_to_launch(config: RunConfig, launch: Launch) -> RunConfig:
     return override(config, {"stages": launch.num_stages}, where="torchrun")
 
 
-def serve_rank(config: RunConfig, launch: Launch) -> int:
+def serve_rank(config: EngineConfig, launch: Launch) -> int:
     """Be a stage until the head says stop or is lost; returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the head ends the stages
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     meeting = _meet(config, launch)
     tell(meeting, str(launch.rank), f"{os.getpid()} on {socket.gethostname()}")
-    folder = hear(meeting, _SPLIT, PREPARE_TIMEOUT_S)
-    traces = hear(meeting, _TRACES, PREPARE_TIMEOUT_S)
-    if folder is None or traces is None:
+    text = hear(meeting, _ORDER, PREPARE_TIMEOUT_S)
+    if text is None:
         return 1
+    order = Order.model_validate_json(text)
+    traces = Path(order.traces)
     # on another machine than the head's there is no such folder, and nobody to collect from it
-    trace_file = trace_path(Path(traces), launch.rank) if traces and Path(traces).is_dir() else None
-    stage = WorkerConfig(
-        split_folder=Path(folder),
-        socket_folder="",
+    trace_file = trace_path(traces, launch.rank) if order.traces and traces.is_dir() else None
+    stage = StageConfig(
+        split_folder=Path(order.split),
         rank=launch.rank,
         num_stages=launch.num_stages,
         transport=config.transport,
-        device=own_device(config, launch),
-        dtype=config.dtype,
-        threads=config.threads_per_process,
-        batch_invariant=config.batch_invariant,
-        kv_memory_mb=config.kv_memory_mb,
+        numerics=order.numerics,
+        local=config.local.changed(device=own_device(config, launch)),
         trace_file=trace_file,
     )
     return serve(stage, TorchDistTransport(launch.rank, launch.num_stages, meeting))
@@ -96,34 +101,37 @@ class Elsewhere:
     stopping: bool = field(default=False)
 
     def poll(self) -> int | None:
-        """See Child; before the end, whoever uses the connection hears that it broke."""
+        """The exit code 0 once it is told to stop and its connection has ended, else None."""
         return 0 if self.stopping and self.is_lost() else None
 
     def terminate(self) -> None:
-        """See Child; not ours to do."""
+        """Do nothing: torchrun ends it."""
 
     kill = terminate
 
     def wait(self, timeout: float | None = None) -> int:
-        """See Child; not ours to wait for."""
+        """Return at once: torchrun waits for it."""
         del timeout
         return 0
 
 
-class TorchrunCluster(LocalCluster):
-    """The head's side."""
+class TorchrunEngine(LocalEngine):
+    """The head's side of a pipeline whose processes torchrun has started."""
+
+    shares_cores = False
 
     def __init__(
         self,
-        config: RunConfig,
+        config: EngineConfig,
         parts: HeadParts,
         trace_folder: Path | None = None,
         *,
         launch: Launch,
     ) -> None:
         self.meeting = _meet(config, launch)
-        tell(self.meeting, _SPLIT, str(parts.folder))
-        tell(self.meeting, _TRACES, str(trace_folder or ""))
+        traces = str(trace_folder or "")
+        order = Order(split=str(parts.folder), traces=traces, numerics=config.numerics)
+        tell(self.meeting, _ORDER, order.model_dump_json())
         super().__init__(config, parts, trace_folder)
 
     def __exit__(
@@ -134,13 +142,14 @@ class TorchrunCluster(LocalCluster):
     ) -> None:
         # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        ended = kind is not None and issubclass(kind, signals.Ended)
+        ended = kind is not None and issubclass(kind, signals.EndedBySignal)
         lost = self._find_lost() if ended else None
         super().__exit__(kind, error, trace)
         if lost is not None:
             raise lost
 
     def _find_lost(self) -> LostPeer | None:
+        self.stop_thread("the engine was closed")
         end = time.monotonic() + EXIT_TIMEOUT_S
         try:
             while time.monotonic() < end:
@@ -162,13 +171,13 @@ class TorchrunCluster(LocalCluster):
     def _make_transport(self) -> Transport:
         return TorchDistTransport(0, self.num_stages, self.meeting)
 
-    def _spawn(self, rank: int) -> Child:
+    def _spawn(self, rank: int) -> StageProcess:
         process, end = None, time.monotonic() + START_TIMEOUT_S
         while process is None and time.monotonic() < end:
             signals.check()
             process = hear(self.meeting, str(rank), HEAR_S)
         if process is None:
-            raise ClusterError(rank_name(rank), f"not there after {START_TIMEOUT_S:.0f} s")
+            raise ClusterError.of_rank(rank, f"not there after {START_TIMEOUT_S:.0f} s")
         transport = self.transport
         assert isinstance(transport, TorchDistTransport)
         return Elsewhere(process, lambda: transport.has_lost(rank))

@@ -7,9 +7,11 @@ frame itself is capped by the socket before it is read. docs/cluster.md has the 
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from flowspec.request import DecodeStats, Latencies
+from flowspec.config import NumericsConfig
+from flowspec.protocol.schema import Count, Int64, MessageCodec, Name, Rate, Seconds, WireError
+from flowspec.request import DecodeStats, Decoding, Failure, FailureKind, FinishReason, Latencies
 from flowspec.system.address import as_seen_here
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -18,13 +20,9 @@ MAX_ASK_BYTES = (
 )  # a conversation alone may be so long: over 100 bytes for each of 128k tokens
 MAX_STAGES = 256
 
-Name = Annotated[str, Field(max_length=200)]
 Words = Annotated[str, Field(max_length=4000)]
 Text = Annotated[str, Field(max_length=MAX_MESSAGE_BYTES // 4)]
 LongText = Annotated[str, Field(max_length=MAX_ASK_BYTES)]
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Seconds = Annotated[float, Field(ge=0.0, le=1e12, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0.0, le=1e18, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -36,6 +34,8 @@ class Strict(BaseModel):
 MAX_TOKENS = 1 << 16  # of an answer with figures: all lists below are bounded by it
 MAX_BINS = 1500
 MAX_PARAMETERS = 64
+MAX_PROMPT = 1 << 20  # tokens
+MAX_CAUSE = 4000  # characters
 COPIED = (  # from DecodeStats as they are
     *("num_tokens", "num_verdicts", "num_segments", "num_rows_sent", "num_draft_forwards"),
     *("num_prompt_reused", "run_length", "num_not_drafted", "num_not_in_flight"),
@@ -43,34 +43,57 @@ COPIED = (  # from DecodeStats as they are
 )
 MOMENTS = ("first_token_at", "last_token_at", "finished_at")
 
-Value = bool | int | Annotated[float, Field(allow_inf_nan=False)]
+Value = bool | Int64 | Annotated[float, Field(allow_inf_nan=False)]
 
 
-class Decoding(Strict):
-    """Which strategy answers, with which parameters; `run` names what may learn together.
-
-    Another label than the one before means that costs and scores are learnt anew.
-    """
+class DecodingSpec(Strict):
+    """Which strategy, with which parameters, and which drafter answer a request."""
 
     strategy: Name
-    parameters: Annotated[Mapping[Name, Value], Field(max_length=MAX_PARAMETERS)]
-    run: Name
+    parameters: Annotated[Mapping[Name, Value], Field(max_length=MAX_PARAMETERS)] = {}
+    drafter: Name = ""  # the first one that is loaded
+
+    def decoding(self) -> Decoding:
+        """As the head takes it."""
+        return Decoding(
+            strategy=self.strategy, parameters=dict(self.parameters), drafter=self.drafter
+        )
+
+
+class FailureReport(Strict):
+    """Why a request ended with an error, and where (`request.Failure`)."""
+
+    cause: Words
+    kind: FailureKind = Field(default=FailureKind.FAILED, strict=False)
+    rank: Annotated[int, Field(ge=0, le=MAX_STAGES)] | None = None
+    device: Name = ""
+
+    def failure(self) -> Failure:
+        """As engines give it to their clients."""
+        return Failure(cause=self.cause, kind=self.kind, rank=self.rank, device=self.device)
+
+
+def report_of(failure: Failure) -> FailureReport:
+    """As a control message may hold it: cut, and without what UTF-8 cannot write."""
+    cause = failure.cause[:MAX_CAUSE].encode(errors="replace").decode()
+    device = failure.device[:200].encode(errors="replace").decode()
+    return FailureReport(cause=cause, kind=failure.kind, rank=failure.rank, device=device)
 
 
 class StageFigures(Strict):
-    """What the stages did for one request that had them to itself."""
+    """What one stage did for one request that is over (`request.StageCounts`)."""
 
-    rows_pruned: Count  # by all stages
-    rows_run_by_last: Count  # prompt rows included
-    busy_s: Annotated[tuple[Seconds, ...], Field(max_length=MAX_STAGES)]  # since the first token
+    rank: Annotated[int, Field(ge=1, le=MAX_STAGES)]
+    rows_run: Count
+    rows_pruned: Count
+    busy_s: Seconds
 
 
 class Figures(Strict):
-    """A request's statistics (`DecodeStats`), and what the stages did where that is known.
+    """A request's statistics (`request.DecodeStats`), its times counted from its submission.
 
-    `num_resumes` also counts a wait for lost stages before it had begun: `resume_s` has nothing of
-    an outage before the first token, which is a part of the time to it. `alone` is of the time
-    until it was over; who came after that, before the stages' last word, takes only `stages`.
+    `epoch` is of the stages on which it ended, `first_epoch` of those that were there when it came
+    (0: it came between two).
     """
 
     num_tokens: Count
@@ -90,37 +113,23 @@ class Figures(Strict):
     first_token_at: Seconds
     last_token_at: Seconds
     finished_at: Seconds
-    runs: Annotated[tuple[Count, ...], Field(max_length=MAX_TOKENS)]
-    latency_bins: Annotated[tuple[tuple[int, Count], ...], Field(max_length=MAX_BINS)]
+    runs: Annotated[tuple[Count, ...], Field(max_length=MAX_TOKENS), FailFast()]
+    latency_bins: Annotated[tuple[tuple[Int64, Count], ...], Field(max_length=MAX_BINS), FailFast()]
     num_zero_latencies: Count
-    epoch: Count  # in which it ended
-    first_epoch: Count = 0  # in which it came; 0: between two
-    alone: bool  # no other request was served meanwhile
-    fresh: bool = False  # the first under a strategy just put in force: nothing learnt before it
-    stages: StageFigures | None = None
+    epoch: Count
+    first_epoch: Count = 0
 
 
-def figures_of(
-    stats: DecodeStats,
-    *,
-    epoch: int,
-    alone: bool,
-    stages: StageFigures | None,
-    first_epoch: int = 0,
-    fresh: bool = False,
-) -> Figures:
+def figures_of(stats: DecodeStats, *, epoch: int = 0, first_epoch: int = 0) -> Figures:
     """What a client is told of a request that is over."""
     return Figures(
         **{name: getattr(stats, name) for name in COPIED},
         **{name: max(0.0, getattr(stats, name) - stats.submitted_at) for name in MOMENTS},
-        runs=tuple(stats.runs),
+        runs=tuple(stats.runs[:MAX_TOKENS]),
         latency_bins=tuple(stats.inter_token.bins.items()),
         num_zero_latencies=stats.inter_token.num_zero,
         epoch=epoch,
         first_epoch=first_epoch,
-        alone=alone,
-        fresh=fresh,
-        stages=stages,
     )
 
 
@@ -135,12 +144,12 @@ def stats_of(figures: Figures) -> DecodeStats:
     )
 
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 _ASK = b'{"kind":"ask",'  # what `pack` begins it with: no other message may be as long
 
 
-class ControlError(ValueError):
-    """Bytes that are no message of this protocol."""
+class ControlError(WireError):
+    """Bytes that are no message of the control protocol."""
 
 
 class Interface(Strict):
@@ -179,25 +188,24 @@ class DeviceReport(Strict):
     power_mode: Name = ""
     bandwidth_bytes_per_s: Rate = 0.0  # of the memory that weights are read from, measured
     flops: Rate = 0.0  # of a matrix product as in a forward, measured
-    interfaces: Annotated[tuple[Interface, ...], Field(max_length=32)] = ()
+    interfaces: Annotated[tuple[Interface, ...], Field(max_length=32), FailFast()] = ()
     python: Name = ""
     torch: Name = ""
     link: Link = Link()
 
 
 class ModelCard(Strict):
-    """Which model a cluster serves; devices compare it with what they hold."""
+    """Which model a cluster serves, and how; devices compare it with what they hold."""
 
     model_id: Name
     model_hash: Name
-    dtype: Name  # it is computed in
     stored_dtype: Name = ""
-    quantization: Name = "none"
+    numerics: NumericsConfig = NumericsConfig()  # it is computed by
 
     def is_same_weights(self, other: "ModelCard") -> bool:
         """Whether one's files serve the other; what is computed in may differ."""
-        mine = (self.model_hash, self.stored_dtype, self.quantization)
-        return mine == (other.model_hash, other.stored_dtype, other.quantization)
+        mine = (self.model_hash, self.stored_dtype)
+        return mine == (other.model_hash, other.stored_dtype)
 
 
 class Hello(Strict):
@@ -246,8 +254,7 @@ class Assign(Strict):
     model: ModelCard
     manifest_sha256: Name
     shards: Name  # address of the shard server
-    kv_memory_mb: Count = 0
-    batch_invariant: bool = False
+    kv_memory_mb: Count = 0  # for a device that was given none of its own
 
 
 class Progress(Strict):
@@ -279,6 +286,7 @@ class StageReady(Strict):
     kind: Literal["ready"] = "ready"
     epoch: Count
     model_hash: Name
+    numerics: NumericsConfig  # it computes by
     addresses: Addresses
     num_kv_tokens: Count = 0
 
@@ -288,7 +296,7 @@ class Serve(Strict):
 
     kind: Literal["serve"] = "serve"
     epoch: Count
-    addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1)]
+    addresses: Annotated[tuple[Addresses, ...], Field(max_length=MAX_STAGES + 1), FailFast()]
 
 
 class Release(Strict):
@@ -353,21 +361,28 @@ class Turn(Strict):
 
 
 class Ask(Strict):
-    """Client to head: answer this conversation. `id` is the client's own."""
+    """Client to head: answer this. `id` is the client's own.
+
+    One of `turns` (a conversation) and `prompt` (token ids) is given. `end_ids` replaces the
+    model's own end tokens. An `exclusive` request runs alone.
+    """
 
     kind: Literal["ask"] = "ask"
     protocol: Count = PROTOCOL_VERSION
     version: Name
     id: Count
-    turns: Annotated[tuple[Turn, ...], Field(min_length=1, max_length=1000)]
+    turns: Annotated[tuple[Turn, ...], Field(max_length=1000), FailFast()] = ()
+    prompt: Annotated[tuple[Count, ...], Field(max_length=MAX_PROMPT), FailFast()] = ()
     max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 200
     temperature: Seconds = 0.0
     top_k: Count = 0
     top_p: Seconds = 1.0
     min_p: Seconds = 0.0
     seed: Count = 0
-    stop: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
-    decoding: Decoding | None = None  # None: as the cluster was served
+    stop: Annotated[tuple[Name, ...], Field(max_length=16), FailFast()] = ()
+    end_ids: Annotated[tuple[Count, ...], Field(max_length=64)] | None = None
+    decoding: DecodingSpec | None = None  # None: as the cluster was served
+    exclusive: bool = False
 
 
 class Piece(Strict):
@@ -375,7 +390,7 @@ class Piece(Strict):
 
     kind: Literal["piece"] = "piece"
     id: Count
-    tokens: Annotated[tuple[int, ...], Field(max_length=4096)]
+    tokens: Annotated[tuple[Int64, ...], Field(max_length=4096), FailFast()]
     text: Text
 
 
@@ -388,22 +403,14 @@ class Note(Strict):
 
 
 class Done(Strict):
-    """Head to client: the answer is over. `error` is set where the reason is `error`."""
+    """Head to client: the answer is over. `failure` is set where the reason is `error`."""
 
     kind: Literal["done"] = "done"
     id: Count
-    reason: Name
-    error: Words = ""
-    num_tokens: Count = 0
-    tokens_per_s: Rate = 0.0
-    time_to_first_token_s: Seconds = 0.0
-    tau: Rate = 0.0  # tokens per verdict
-    resumed: Count = 0  # how often the cluster was rebuilt under it
-    prompt_tokens: Count = 0  # of what was asked; 0 where the head did not look at it
-    refused: bool = False  # because of what was asked; another question may be answered
-    bad_prompt: bool = False  # refused: the chat template or the tokenizer does not take it
-    too_large: bool = False  # the devices' memory cannot hold what was asked, with `decoding`
-    figures: Figures | None = None  # of an Ask with `decoding` that was answered
+    reason: FinishReason = Field(strict=False)
+    failure: FailureReport | None = None
+    prompt_tokens: Count = 0  # 0 where the head did not look at the prompt
+    figures: Figures | None = None  # None where it never came to the head's core
 
 
 class Drop(Strict):
@@ -411,6 +418,36 @@ class Drop(Strict):
 
     kind: Literal["drop"] = "drop"
     id: Count
+
+
+class AskCounts(Strict):
+    """Client to head: what did the stages do for my request `id`, which is over?"""
+
+    kind: Literal["ask_counts"] = "ask_counts"
+    id: Count
+
+
+class Counts(Strict):
+    """Head to client: what the stages did for a request; None: they have not said so."""
+
+    kind: Literal["counts"] = "counts"
+    id: Count
+    stages: Annotated[tuple[StageFigures, ...], Field(max_length=MAX_STAGES)] | None
+
+
+class Forget(Strict):
+    """Client to head: learn costs and acceptance anew. `id` is the client's own."""
+
+    kind: Literal["forget"] = "forget"
+    id: Count
+
+
+class Forgotten(Strict):
+    """Head to client: it is done, or (with `why`) cannot be done now."""
+
+    kind: Literal["forgotten"] = "forgotten"
+    id: Count
+    why: Words = ""
 
 
 class AskStatus(Strict):
@@ -439,7 +476,7 @@ class DeviceStatus(Strict):
     name: Name
     state: Literal["serving", "loading", "spare", "too small", "lost"]
     about: Words = ""
-    rank: int = 0
+    rank: Count = 0
     layers: tuple[Count, Count] | None = None
     report: DeviceReport
     heartbeat_age_s: Seconds = 0.0
@@ -474,30 +511,25 @@ class ClusterStatus(Strict):
     requests_waiting: Count
     requests_done: Count
     requests_failed: Count
-    devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=MAX_STAGES)]
+    devices: Annotated[tuple[DeviceStatus, ...], Field(max_length=MAX_STAGES), FailFast()]
 
 
 FromDevice: TypeAlias = Hello | Progress | StageReady | Trouble | Beat | Bye
 ToDevice: TypeAlias = Welcome | Refuse | Assign | Serve | Release | Standby | Beat | Bye | WhoAreYou
-FromClient: TypeAlias = Ask | Drop | AskStatus | Echo
-ToClient: TypeAlias = Piece | Note | Done | ClusterStatus | Echo | Refuse
+FromClient: TypeAlias = Ask | Drop | AskCounts | Forget | AskStatus | Echo
+ToClient: TypeAlias = Piece | Note | Done | Counts | Forgotten | ClusterStatus | Echo | Refuse
 Control: TypeAlias = FromDevice | ToDevice | FromClient | ToClient
-_ADAPTER: TypeAdapter[Control] = TypeAdapter(Annotated[Control, Field(discriminator="kind")])
+_CODEC: MessageCodec[Control] = MessageCodec(
+    Control, max_bytes=MAX_MESSAGE_BYTES, error=ControlError
+)
 
 
 def pack(message: Control) -> bytes:
     """A message as one frame."""
-    return message.model_dump_json(exclude_defaults=False).encode()
+    return _CODEC.encode(message)
 
 
 def unpack(frame: bytes) -> Control:
     """The message in a frame. Raises ControlError saying what is wrong with it."""
-    limit = MAX_ASK_BYTES if frame.startswith(_ASK) else MAX_MESSAGE_BYTES
-    if len(frame) > limit:
-        raise ControlError(f"{len(frame)} bytes, at most {limit}")
-    try:
-        return _ADAPTER.validate_json(frame)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:100]
-        raise ControlError(f"{where or 'message'}: {first['msg'][:200]}") from None
+    is_ask = frame.startswith(_ASK)
+    return _CODEC.decode(frame, max_bytes=MAX_ASK_BYTES if is_ask else MAX_MESSAGE_BYTES)

@@ -1,13 +1,26 @@
-"""The messages of the cluster: frozen dataclasses, every one with its request's id.
+"""The messages between head and stages: frozen dataclasses, most with the id of their request.
 
-flowspec/protocol/codec.py turns them into bytes; docs/wire_protocol.md describes each field.
-Shapes: n rows, H hidden size.
+Those of WireMessage travel between processes: flowspec/protocol/codec.py encodes them by the types
+of their fields, so each of these has bounds. docs/wire_protocol.md describes the fields. Shapes:
+n rows, H hidden size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
+from pydantic import FailFast, Field
+
+from flowspec.protocol.schema import (
+    INT64,
+    Count,
+    CutText,
+    Int32,
+    Milliseconds,
+    Name,
+    Seconds,
+    UInt32,
+)
 from flowspec.request import (
     Failure,
     NodeId,
@@ -21,8 +34,18 @@ CLIENT = -1  # rank of whoever submitted a request, seen from the head
 HEAD = 0
 EVERY_STAGE = -2  # as a destination: stages 1..N, the sender left out
 
-if TYPE_CHECKING:  # a client of a head has no tensors, and importing torch takes seconds
+if TYPE_CHECKING:
     from torch import Tensor
+else:  # importing torch takes seconds, and a client of a head has no tensors
+    from flowspec.protocol.schema import TensorField as Tensor
+
+MAX_ROWS = 4096  # of a segment, and of a batch in all
+MAX_BATCH = 16  # segments in a batch, so requests in it
+MAX_LAYERS = 4096
+
+Node: TypeAlias = Annotated[NodeId, INT64]
+Nodes: TypeAlias = Annotated[tuple[Node, ...], Field(max_length=MAX_ROWS), FailFast()]
+TokenIds: TypeAlias = Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), FailFast()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,25 +55,28 @@ class OfEpoch:
     Who knows of a newer epoch drops what is of an older one, wherever it comes from.
     """
 
-    epoch: int = 0
+    epoch: UInt32 = 0
     # who sent it, and as which of its messages (flowspec/protocol/sequencing.py); 0: not
     # counted
-    source: int = 0
-    number: int = 0
+    source: UInt32 = 0
+    number: UInt32 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddRequest(OfEpoch):
     """Head to stages, along the pipe: make room for a request."""
 
-    request: int
-    capacity: int  # KV rows, tree rows included
-    context: int  # longest path: prompt and every token that may be generated
+    kind: Literal["add_request"] = "add_request"
+    request: Count
+    capacity: UInt32  # KV rows, tree rows included
+    context: UInt32  # longest path: prompt and every token that may be generated
     sampling: SamplingParams = SamplingParams()
     # output-of-layer ids the drafter wants, -1: after the norm
-    aux_hidden_state_layers: tuple[int, ...] = ()
-    reuse: int = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
-    num_cached_tokens: int = 0
+    aux_hidden_state_layers: Annotated[
+        tuple[Int32, ...], Field(max_length=MAX_LAYERS), FailFast()
+    ] = ()
+    reuse: Count = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
+    num_cached_tokens: UInt32 = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +86,28 @@ class Segment(OfEpoch):
     `hidden` is None before stage 1. Parents come before children. An empty segment still travels.
     """
 
-    request: int
-    seq_no: int
-    nodes: tuple[NodeId, ...]
-    parents: tuple[NodeId, ...]
-    tokens: tuple[int, ...]
+    kind: Literal["segment"] = "segment"
+    request: Count
+    seq_no: Count
+    nodes: Nodes
+    parents: Nodes
+    tokens: TokenIds
     hidden: "Tensor | None" = None  # [n, H]
     prefix: bool = False
     verify: bool = True  # False: the verifier keeps its verdict for a later segment
-    slowest_rows: int = 0  # the slowest forward on the way so far: its rows and milliseconds
-    slowest_ms: float = 0.0
+    slowest_rows: UInt32 = 0  # the slowest forward on the way so far: its rows and milliseconds
+    slowest_ms: Milliseconds = 0.0
     verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
+
+    def __post_init__(self) -> None:
+        count = len(self.nodes)
+        if not len(self.parents) == len(self.tokens) == count:
+            raise ValueError(
+                f"{count} nodes, {len(self.parents)} parents, {len(self.tokens)} tokens: these "
+                "must be as many"
+            )
+        _check_hidden(self.hidden, count)
+        _check_verdict(self.verdict, self.request)
 
     def select(self, rows: Sequence[int]) -> "Segment":
         """The segment with only these of its rows."""
@@ -96,7 +133,17 @@ class Batch(OfEpoch):
     goes without a batch.
     """
 
-    segments: tuple[Segment, ...]
+    kind: Literal["batch"] = "batch"
+    segments: Annotated[tuple[Segment, ...], Field(min_length=1, max_length=MAX_BATCH), FailFast()]
+
+    def __post_init__(self) -> None:
+        if any(segment.epoch != self.epoch for segment in self.segments):
+            raise ValueError(f"a segment of another epoch than the batch's, which is {self.epoch}")
+        if len({segment.request for segment in self.segments}) < len(self.segments):
+            raise ValueError("two segments of one request")
+        num_rows = sum(len(segment.nodes) for segment in self.segments)
+        if num_rows > MAX_ROWS:
+            raise ValueError(f"{num_rows} rows in all, at most {MAX_ROWS} allowed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,21 +154,28 @@ class FinishRequest(OfEpoch):
     that reuses it, or until a second `FinishRequest`.
     """
 
-    request: int
+    kind: Literal["finish_request"] = "finish_request"
+    request: Count
     keep: bool = False
     verdict: "Reroot | None" = None  # newest one the head knew
+
+    def __post_init__(self) -> None:
+        _check_verdict(self.verdict, self.request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeRequest(OfEpoch):
     """Head to stages: free a request at once, also its rows on the way. FinishRequest follows."""
 
-    request: int
+    kind: Literal["free_request"] = "free_request"
+    request: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reset(OfEpoch):
     """Head to stages: forget every request of an older epoch; the weights stay loaded."""
+
+    kind: Literal["reset"] = "reset"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,89 +185,106 @@ class Reroot(OfEpoch):
     `position` is the token's; what does not descend from parent's child with that token is dead.
     """
 
-    request: int
-    position: int
-    parent: NodeId
-    token: int
+    kind: Literal["reroot"] = "reroot"
+    request: Count
+    position: UInt32
+    parent: Node
+    token: Int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Started(OfEpoch):
     """First stage to head: the forward of this segment (or its batch) begins; there is room."""
 
-    request: int
-    seq_no: int
+    kind: Literal["started"] = "started"
+    request: Count
+    seq_no: Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit(OfEpoch):
     """Last stage to head: this segment (or its batch) left with `rows` of its rows alive."""
 
-    request: int
-    seq_no: int
-    rows: int
-    slowest_rows: int
-    slowest_ms: float
+    kind: Literal["exit"] = "exit"
+    request: Count
+    seq_no: Count
+    rows: UInt32
+    slowest_rows: UInt32
+    slowest_ms: Milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features(OfEpoch):
     """A stage to head: hidden states [n, H] of accepted nodes at feature layer `layer`."""
 
-    request: int
-    layer: int
-    nodes: tuple[NodeId, ...]
+    kind: Literal["features"] = "features"
+    request: Count
+    layer: Int32
+    nodes: Nodes
     hidden: "Tensor"
+
+    def __post_init__(self) -> None:
+        _check_hidden(self.hidden, len(self.nodes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """A stage to head: totals since its start."""
 
-    stage: int
-    busy_s: float
-    num_segments: int
-    num_rows_run: int
-    num_rows_pruned: int  # dropped in flight: dead before this stage ran them
-    num_requests: int  # caches held now, kept ones included
-    num_kv_tokens_used: int = 0  # that those caches take
-    peak_memory_bytes: int = 0  # of the process, 0: not known
-    num_closes: int = 0  # `FinishRequest`s taken in, of this epoch
-    finished_request: int = 0  # whose FinishRequest this status answers; 0: none's
-    finished_rows_run: int = 0  # rows of that request that this stage ran
-    finished_rows_pruned: int = 0  # and dropped
-    finished_busy_s: float = 0.0  # its share of forwards with rows of the draft tree
+    kind: Literal["status"] = "status"
+    stage: UInt32
+    busy_s: Seconds
+    num_segments: Count
+    num_rows_run: Count
+    num_rows_pruned: Count  # dropped in flight: dead before this stage ran them
+    num_requests: Count  # caches held now, kept ones included
+    num_kv_tokens_used: Count = 0  # that those caches take
+    peak_memory_bytes: Count = 0  # of the process, 0: not known
+    num_closes: Count = 0  # `FinishRequest`s taken in, of this epoch
+    finished_request: Count = 0  # whose FinishRequest this status answers; 0: none's
+    finished_rows_run: Count = 0  # rows of that request that this stage ran
+    finished_rows_pruned: Count = 0  # and dropped
+    finished_busy_s: Seconds = 0.0  # its share of forwards with rows of the draft tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed(OfEpoch):
     """A stage to head: it cannot go on (request 0) or cannot serve this request."""
 
-    stage: int
-    request: int
-    text: str
-    num_lost: int = 0  # messages that a connection has lost, which is no request's doing
+    kind: Literal["failed"] = "failed"
+    stage: Int32
+    request: Count
+    num_lost: Count = 0  # messages that a connection has lost, which is no request's doing
+    text: CutText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A stage to head: loaded and listening. `model` is the manifest's model hash."""
+    """A stage to head: loaded and listening.
 
-    stage: int
-    model: str
-    num_kv_tokens: int = 0  # rows of all requests together that its memory holds; 0: no limit known
+    `model` is the manifest's model hash, `numerics` the JSON of the NumericsConfig it computes by.
+    """
+
+    kind: Literal["ready"] = "ready"
+    stage: Int32
+    model: Name
+    numerics: CutText = ""  # the stage's NumericsConfig, as JSON
+    num_kv_tokens: Count = 0  # of all requests together that its memory holds; 0: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
     """Head to a stage that has been silent: it answers with a Status between two forwards."""
 
-    rank: int
+    kind: Literal["ping"] = "ping"
+    rank: Int32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
     """Head to stages: end."""
+
+    kind: Literal["stop"] = "stop"
 
 
 # Between the head and its client or process, inside one process; these have no bytes.
@@ -311,17 +382,20 @@ def epoch_of(message: Message) -> int | None:
     return message.epoch if isinstance(message, OfEpoch) else None
 
 
-def stamped(message: WireMessage, *, epoch: int, source: int, number: int) -> WireMessage:
-    """The message, and a verdict that it carries, as of `epoch`, where it can be of one."""
-    if not isinstance(message, OfEpoch):
-        return message
-    if isinstance(message, Segment | FinishRequest) and message.verdict is not None:
-        message = replace(message, verdict=replace(message.verdict, epoch=epoch))
-    return replace(message, epoch=epoch, source=source, number=number)
-
-
 def together(segments: Sequence[Segment]) -> Segment | Batch:
     """What carries `segments` (at least one)."""
     if len(segments) == 1:
         return segments[0]
     return Batch(epoch=segments[0].epoch, segments=tuple(segments))
+
+
+def _check_hidden(hidden: "Tensor | None", count: int) -> None:
+    if hidden is not None and (hidden.ndim != 2 or len(hidden) != count):
+        raise ValueError(
+            f"hidden states of shape {list(hidden.shape)} for {count} nodes: a row each is needed"
+        )
+
+
+def _check_verdict(verdict: Reroot | None, request: int) -> None:
+    if verdict is not None and verdict.request != request:
+        raise ValueError(f"a verdict on request {verdict.request} in a message on {request}")

@@ -1,1 +1,1 @@
-"""What a sans-IO core is, and what runs one."""
+"""The interface of sans-IO cores, and the event loop that runs them."""

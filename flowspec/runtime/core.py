@@ -1,9 +1,10 @@
-"""What the state machines (cores) give back to whoever drives them: messages to send, work to run.
+"""The interface of a core: a state machine that returns messages to send and work to run.
 
-A core owns no socket, thread, sleep or clock. A driver (the simulator or a real process) feeds it
-messages with `handle` and, when the inbox is empty, asks `poll` for the next thing to do. While a
-core's work runs, its messages wait: a device does one thing at a time. Work that runs `beside` its
-core leaves it free for messages and sends; it gives no other work before that is finished.
+A core owns no socket, thread, sleep or clock. An event loop (of a real process, or the simulator)
+passes it messages with `handle`; when the inbox is empty, it asks `poll` for the next step. While a
+core's work runs, its messages wait, because a device does one thing at a time. Work that runs
+`beside` its core leaves the core free for messages and sends; the core gives no other work until
+that is finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from flowspec.protocol.messages import Message
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Give `message` to rank `to`; its kind decides whether it travels as control or as data."""
+    """Send `message` to rank `to`; its kind decides whether it travels as control or as data."""
 
     to: int
     message: Message
@@ -23,10 +24,10 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A computation: `run` does it, `finish(now, elapsed)` gives what follows; times in seconds.
+    """A computation: `run` performs it, `finish(now, elapsed)` returns the sends that follow.
 
-    kind and sizes are what a device profile needs to charge it: "forward" (a stage's layers),
-    "verify" (layers, lm_head and sampler), "draft" (one drafter forward).
+    Times are in seconds. A device profile charges it by kind and sizes: "forward" (a stage's
+    layers), "verify" (layers, lm_head and sampler), "draft" (one drafter forward).
     """
 
     kind: str
@@ -35,25 +36,25 @@ class Work:
     run: Callable[[], None]
     finish: Callable[[float, float], Sequence[Send]]
     about: Mapping[str, Any] = field(default_factory=dict)  # for traces: request, nodes, segments
-    beside: bool = False  # `run` touches nothing of the core: it may run in a thread of its own
-    done: bool = False  # and has nothing to do: it need not
+    beside: bool = False  # `run` touches no state of the core, so it may run in its own thread
+    done: bool = False  # there is nothing to run
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Messages to send now, then work to run (or none)."""
+    """Messages to send now, then work to run, if any."""
 
     sends: Sequence[Send] = ()
     work: Work | None = None
 
 
 class Core(Protocol):
-    """A state machine without input/output."""
+    """A state machine without input or output."""
 
     rank: int
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """Take one message in; never computes."""
+        """Take one message in; this never computes."""
 
     def poll(self, now: float) -> Step | None:
-        """The next thing to do, asked when no message waits; None: wait for a message."""
+        """Return the next step, asked when no message waits; None means wait for a message."""

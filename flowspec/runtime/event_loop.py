@@ -1,4 +1,4 @@
-"""Driver: runs one core over a transport and the wall clock. The other driver is the simulator."""
+"""Event loop: runs one core over a transport and the wall clock; the simulator is the other one."""
 
 import time
 from collections import deque
@@ -20,18 +20,18 @@ MOST_BEHIND_S = 0.02  # a process wakes late by less; one that is too slow for i
 
 
 class Pace(Protocol):
-    """How long things take on an emulated device, in seconds; whatever is faster waits."""
+    """How long things take on an emulated device, in seconds; a faster real device waits."""
 
     def work(self, rank: int, work: Work) -> float:
-        """A computation."""
+        """Return the time of a computation."""
 
     def host(self, rank: int, message: Message) -> float:
-        """A message taken in, or a slot sent."""
+        """Return the time to take a message in, or to send a slot."""
 
 
 @dataclass(slots=True)
 class _Beside:
-    """Work that runs in a thread of its own."""
+    """Work that runs in its own thread."""
 
     work: Work
     start: float
@@ -40,7 +40,7 @@ class _Beside:
 
 
 class EventLoop:
-    """One core on its device, or with a `pace` on one that it emulates. Times in seconds."""
+    """Runs one core on its device, or on an emulated device with a `pace`. Times are in seconds."""
 
     def __init__(
         self,
@@ -55,43 +55,43 @@ class EventLoop:
         self.pace = pace
         self.trace = trace
         self.transport = transport
-        self.lanes = Lanes(core.rank)
+        self.numbers = Lanes(core.rank)
         self.to_client: deque[Message] = deque()
         self.stopped = False
-        self.last_progress = time.monotonic()  # of anything but statuses; work here counts
-        # Modelled end of what this device did last, or when the message came that it waited for;
-        # None once it rests. What the real one takes beyond the model is made up for, up to
-        # MOST_BEHIND_S, as long as there is something to do.
+        self.last_progress = time.monotonic()  # statuses are no progress; work here is
+        # Modelled end of this device's last action, or arrival of the message that it waited for;
+        # None while it rests. Time beyond the model is made up for, up to MOST_BEHIND_S, as long as
+        # there is something to do.
         self._paced_until: float | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._beside: _Beside | None = None
-        self._waited = False  # the last turn ended with messages
+        self._waited = False  # the last turn ended by waiting for messages
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != core.rank]
         self._follow_pace()
 
     def go_on(self, transport: Transport, num_stages: int) -> None:
-        """Over another network, to other stages; what runs and what the client gets goes on."""
+        """Continue over another network with other stages; running work and client output stay."""
         self.transport = transport
-        self.lanes = Lanes(self.core.rank)
+        self.numbers = Lanes(self.core.rank)
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
         self._follow_pace()
 
     def _follow_pace(self) -> None:
-        """Emulated lines take messages when the emulated device has them ready."""
+        """Let emulated lines take messages when the emulated device has them ready."""
         self._line = self.transport if isinstance(self.transport, EmulatedTransport) else None
         if self._line is not None:
             self._line.handed_at = lambda: self._begin(time.monotonic())
 
     def inject(self, message: Message) -> None:
-        """A message from this process itself (the head's client)."""
+        """Handle a message from this process itself (the head's client)."""
         now = time.monotonic()
-        self._paced_until = None  # nobody turned since the last request
+        self._paced_until = None  # the loop did not run since the last request
         self.trace.received(now, message)
         self._send(self.core.handle(message, now))
 
     def turn(self, timeout_s: float) -> None:
-        """Serve what has come, then do one thing; wait for messages only when there is nothing."""
-        if not self._waited:  # else that was done just now
+        """Serve the messages that have come, then do one step; wait only when there is none."""
+        if not self._waited:  # else the last turn has served them just now
             self._serve(0.0)
         self._waited = False
         self._take_finished()
@@ -108,7 +108,7 @@ class EventLoop:
         work = step.work
         if work is None:
             return
-        # an emulated device takes its time over it all the same
+        # an emulated device takes its time even when there is nothing to run
         if work.beside and not (work.done and self.pace is None):
             self._run_beside(work)
             return
@@ -122,7 +122,7 @@ class EventLoop:
 
     def _run_beside(self, work: Work) -> None:
         if self._thread is None:
-            num_threads = (torch.get_num_threads(),)  # torch keeps it per thread
+            num_threads = (torch.get_num_threads(),)  # torch keeps this number per thread
             self._thread = ThreadPoolExecutor(1, "beside", torch.set_num_threads, num_threads)
         start, due = time.monotonic(), None
         if self.pace is not None:
@@ -138,13 +138,13 @@ class EventLoop:
         self._beside.end.add_done_callback(lambda _: self.transport.wake())
 
     def _take_finished(self) -> None:
-        """What ran beside has ended: what follows from it; an exception there is one here."""
+        """Finish work that ran beside; an exception in it is raised here."""
         beside = self._beside
         if beside is None or not beside.end.done():
             return
         self._beside = None
         end = beside.end.result()
-        if beside.due is not None:  # what follows from it begins then, whoever was slow to wake
+        if beside.due is not None:  # the model's end counts, however late the thread woke
             self._paced_until = max(self._paced_until or 0.0, beside.due)
         self.last_progress = max(self.last_progress, end)  # it may have ended before an outage
         self.trace.worked(beside.start, end, beside.work)
@@ -157,18 +157,18 @@ class EventLoop:
             self._paced_until = None
             if self._beside is None:
                 self.trace.waited(start, time.monotonic())
-        if messages and self._line is not None:  # none of them was here before it came
+        if messages and self._line is not None:  # none came before the wait began
             self._paced_until = max(self._paced_until or 0.0, self._line.came_at)
         for arrived in messages:
             now = time.monotonic()
             self.trace.received(now, arrived)
             if not isinstance(arrived, Status):
                 self.last_progress = now
-            message = self.lanes.take(arrived)
+            message = self.numbers.take(arrived)
             if isinstance(message, Stop):
                 self.stopped = True
             if message is not None and message is not arrived and self.core.rank != HEAD:
-                self._send([Send(HEAD, message)])  # a gap is the head's to deal with
+                self._send([Send(HEAD, message)])  # the head handles a gap in the sequence
             elif message is not None:
                 sends = self.core.handle(message, now)
                 if self.pace is not None:
@@ -176,20 +176,20 @@ class EventLoop:
                 self._send(sends)
 
     def _keep_pace(self, start: float, seconds: float) -> float:
-        """Wait until what begins now has taken `seconds`; returns when the model began it."""
+        """Wait until the work that begins now has taken `seconds`; return its modelled start."""
         start = self._begin(start)
         self._paced_until = start + seconds
         _sleep_until(self._paced_until)
         return start
 
     def _begin(self, now: float) -> float:
-        """When the emulated device begins with what its process begins with now."""
+        """Return when the emulated device begins the work that its process begins now."""
         if self._paced_until is None:
             return now
         return max(self._paced_until, now - MOST_BEHIND_S)
 
     def _send(self, sends: Sequence[Send]) -> None:
-        for send in sends:  # the client's first: what is over is over, whatever a stage takes
+        for send in sends:  # first those to the client: what fails at a stage must not stop them
             if send.to == CLIENT:
                 self.trace.sent(time.monotonic(), CLIENT, send.message)
                 self.to_client.append(send.message)
@@ -198,7 +198,7 @@ class EventLoop:
                 continue
             for rank in self._stages if send.to == EVERY_STAGE else (send.to,):
                 now = time.monotonic()
-                message = self.lanes.number(rank, send.message)
+                message = self.numbers.number(rank, send.message)
                 self.transport.send(rank, message)  # type: ignore[arg-type]
                 self.trace.sent(now, rank, send.message)
 

@@ -1,8 +1,8 @@
 """Failures: an exception in one request's work ends that request, and nothing else.
 
-A core wraps all that it does for a request in `failures.of(request)`: templates, detokenizers,
-drafters, strategies and caches may raise whatever they like there. What was raised is noted, the
-core goes on with the others, and at the end of its turn it ends the requests that have failed.
+A core wraps all its work for a request in `failures.of(request)`: templates, detokenizers,
+drafters, strategies and caches may raise anything there. The error is stored, the core continues
+with the other requests, and at the end of its turn it ends those that failed.
 """
 
 import logging
@@ -16,8 +16,8 @@ from flowspec.request import ClusterError, cause_of
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-# Texts of errors after which the device computes nothing more in this process. An allocation that
-# was refused ("CUDA out of memory") is not one of them.
+# Texts of errors after which the device cannot compute in this process. A refused allocation
+# ("CUDA out of memory") is not one of them.
 _FATAL = ("CUDA error", "cuDNN error", "CUDNN_STATUS", "HIP error", "NCCL error")
 _ACCELERATOR_ERROR: type[Exception] | None = getattr(torch, "AcceleratorError", None)
 
@@ -25,7 +25,7 @@ _ACCELERATOR_ERROR: type[Exception] | None = getattr(torch, "AcceleratorError", 
 def is_fatal(error: BaseException) -> bool:
     """Whether the process can serve no other request after `error` either.
 
-    A failed kernel leaves the device's context broken; a lost peer is no request's fault.
+    A failed kernel breaks the device's context; the loss of a peer is not a request's fault.
     """
     if isinstance(error, ClusterError) or not isinstance(error, Exception):
         return True
@@ -37,7 +37,7 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def attempt(work: Callable[[], T]) -> T | Exception:
-    """What `work` returns, or the exception that it raised, unless that is fatal."""
+    """Return the result of `work`, or the exception that it raised unless that is fatal."""
     try:
         return work()
     except Exception as error:
@@ -47,7 +47,7 @@ def attempt(work: Callable[[], T]) -> T | Exception:
 
 
 def settled(result: T | Exception) -> T:
-    """The result of an `attempt`; raises where it failed."""
+    """Return the result of an `attempt`; raise its exception if it failed."""
     if isinstance(result, Exception):
         raise result
     return result
@@ -67,32 +67,32 @@ class Failures:
         return request in self._found
 
     def of(self, *requests: int) -> "_Block":
-        """A `with` block that works for `requests`: what it raises is noted as theirs."""
+        """Return a `with` block that stores its exception as the failure of `requests`."""
         return _Block(self, requests)
 
     def add(self, error: Exception, *requests: int) -> None:
-        """The work for `requests` has failed."""
+        """Store that the work for `requests` has failed."""
         for request in requests:
             if request in self._found:
                 continue
             self._found[request] = error
-            # a ValueError is a sentence for the user; anything else is worth its traceback
+            # a ValueError is a sentence for the user; others are logged with their traceback
             trace = None if isinstance(error, ValueError) else error
             log.warning("request %d fails: %s", request, cause_of(error), exc_info=trace)
             self._on_failure(request)
 
     def pop(self, request: int) -> Exception | None:
-        """What has been noted of one request; it is not noted any more."""
+        """Remove and return the stored failure of one request."""
         return self._found.pop(request, None)
 
     def take(self) -> dict[int, Exception]:
-        """What has been noted since the last time, by request."""
+        """Remove and return all stored failures, by request."""
         found, self._found = self._found, {}
         return found
 
 
 class _Block:
-    """See Failures.of."""
+    """The `with` block that Failures.of returns."""
 
     __slots__ = ("_failures", "_requests")
 

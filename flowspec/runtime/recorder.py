@@ -1,8 +1,8 @@
-"""Trace: what one process did and when, recorded by its driver; off, it costs nothing.
+"""Trace: records what one process did and when; switched off, it costs nothing.
 
-The driver sees every message, every computation and every wait, so the cores need not know. Each
-process keeps its own records on its own clock; flowspec/tracing/timeline.py puts them together
-afterwards. Times in seconds.
+The event loop records every message, computation and wait, so the cores need no tracing code. Each
+process keeps its own records on its own clock; flowspec/tracing/timeline.py joins them afterwards.
+Times are in seconds.
 """
 
 import json
@@ -26,51 +26,50 @@ from flowspec.protocol.messages import (
 )
 from flowspec.runtime.core import Work
 
-MAX_RECORDS = 2_000_000  # of one process; what comes later is counted and dropped
-FLUSH_RESTING = 256  # records waiting to be written when a process has nothing to do: about 1 ms
+MAX_RECORDS = 2_000_000  # of one process; later records are counted and dropped
+FLUSH_RESTING = 256  # records that an idle process writes at once: about 1 ms
 FLUSH_ALWAYS = 16_384  # most records held in memory
 
-Record: TypeAlias = Sequence[Any]  # its kind first; see Recorder
+Record: TypeAlias = Sequence[Any]  # the first item is its kind; Recorder lists them
 
 
 class Trace:
     """Tracing that is off; Recorder is tracing that is on."""
 
     def worked(self, start: float, end: float, work: Work) -> None:
-        """A computation ran."""
+        """Record that a computation ran."""
 
     def waited(self, start: float, end: float) -> None:
-        """There was nothing to do but wait for messages."""
+        """Record that the process only waited for messages."""
 
     def hosted(self, start: float, end: float) -> None:
-        """The program itself took time; a real process's is what no other record covers."""
+        """Record time of the program itself. In a real process, the gaps are this time."""
 
     def sent(self, now: float, to: int, message: Message) -> None:
-        """A message was handed over."""
+        """Record that a message was handed to the transport."""
 
     def received(self, now: float, message: Message) -> None:
-        """A message is about to be handled."""
+        """Record that a message is about to be handled."""
 
     def rest(self) -> None:
-        """There is nothing to do: a good moment to write."""
+        """Write records now: there is nothing else to do."""
 
     def close(self) -> None:
-        """No more records come."""
+        """End the trace: no more records come."""
 
 
 OFF = Trace()
 
 
 class Recorder(Trace):
-    """Records of one process: in memory, or with `path` in a file of JSON lines.
+    """Records of one process, in memory or, with `path`, in a file of JSON lines.
 
-    ["process", rank, process id, clock], then in order of their end
-    ["work", start, end, kind, rows, context, requests, nodes, segments],
-    ["wait", start, end], ["host", start, end], ["send", when, to, key, bytes, details],
-    ["receive", when, key, details], and last ["end", records dropped]. A segment is
-    [request, seq_no, nodes] where it ran and [request, seq_no, nodes, parents, tokens, prefix]
-    where it was sent by the head. A message's bytes are those of its frames, or what `size_of`
-    says (an emulated link's).
+    The first is ["process", rank, process id, clock]. Then, in order of their end, follow ["work",
+    start, end, kind, rows, context, requests, nodes, segments], ["wait", start, end], ["host",
+    start, end], ["send", when, to, key, bytes, details], ["receive", when, key, details], and last
+    ["end", records dropped]. A segment is [request, seq_no, nodes] where it ran and [request,
+    seq_no, nodes, parents, tokens, prefix] where the head sent it. `size_of` gives the bytes of a
+    message on an emulated link; by default they are those of its frames.
     """
 
     def __init__(
@@ -90,7 +89,7 @@ class Recorder(Trace):
         self._file: IO[str] | None = path.open("w") if path is not None else None
 
     def worked(self, start: float, end: float, work: Work) -> None:
-        """See Trace."""
+        """Record a computation, with its request, nodes and segments."""
         about = work.about
         segments = [(s.request, s.seq_no, s.nodes) for s in about.get("segments", ())]
         nodes = about.get("nodes", ())
@@ -102,30 +101,30 @@ class Recorder(Trace):
         )
 
     def waited(self, start: float, end: float) -> None:
-        """See Trace."""
+        """Record a wait for messages."""
         self._add("wait", start, end)
 
     def hosted(self, start: float, end: float) -> None:
-        """See Trace."""
+        """Record time of the program itself."""
         self._add("host", start, end)
 
     def sent(self, now: float, to: int, message: Message) -> None:
-        """See Trace."""
+        """Record a message that was sent, with its size in bytes."""
         size = self._size_of(message) if isinstance(message, WireMessage) else 0
         details = describe(message, whole=self.rank == HEAD)
         self._add("send", now, to, message_key(message), size, details)
 
     def received(self, now: float, message: Message) -> None:
-        """See Trace."""
+        """Record a message that was received."""
         self._add("receive", now, message_key(message), describe(message, whole=False))
 
     def rest(self) -> None:
-        """See Trace."""
+        """Write the waiting records if there are enough of them."""
         if len(self.records) >= FLUSH_RESTING:
             self._write()
 
     def close(self) -> None:
-        """See Trace."""
+        """Write all records and close the file."""
         if self._room < 0:
             return
         self._room = -1
@@ -152,23 +151,23 @@ class Recorder(Trace):
 
 
 def encoded_size(message: Message) -> int:
-    """Bytes of a message's frames."""
+    """Return the bytes of a message's frames."""
     assert isinstance(message, WireMessage)
     return sum(len(frame) for frame in encode(message))
 
 
 def trace_path(folder: Path, rank: int) -> Path:
-    """Where rank `rank` writes its records."""
+    """Return the file in which rank `rank` writes its records."""
     return folder / f"rank-{rank}.jsonl"
 
 
 def open_trace(path: Path | None, rank: int) -> Trace:
-    """A recorder into `path`, or tracing that is off."""
+    """Return a recorder that writes to `path`, or the trace that is off when `path` is None."""
     return OFF if path is None else Recorder(rank, path=path)
 
 
 def message_key(message: Message) -> tuple[Any, ...]:
-    """What a message is known by at both of its ends; equal keys between two ranks keep order."""
+    """Return a message's key, equal at both ends; equal keys between two ranks keep order."""
     if segments := segments_of(message):
         return "Segment", segments[0].request, segments[0].seq_no
     ids = (getattr(message, name, None) for name in ("request", "stage", "seq_no", "position"))
@@ -179,7 +178,7 @@ def message_key(message: Message) -> tuple[Any, ...]:
 
 
 def describe(message: Message, *, whole: bool) -> dict[str, Any]:
-    """What a trace says of a message; of segments everything but hidden states if `whole`."""
+    """Return a trace's details of a message; `whole` adds all of a segment but hidden states."""
     if segments := segments_of(message):
         if whole:
             return {

@@ -1,7 +1,7 @@
-"""Pipelines without one of their mechanisms, to show what it is worth; for benchmarks only.
+"""Pipelines that lack one mechanism, to measure its worth; for benchmarks only.
 
-Here and not in the stages: a real one has no such choice to make. What is taken away is really
-gone, and what takes its place is really computed, sent and charged, by the same cores in another
+This code is kept out of the stages, because a real stage never has this choice. The mechanism is
+really removed; its replacement is really computed, sent and charged, by the same cores in another
 arrangement.
 """
 
@@ -36,44 +36,44 @@ def arrange(head: Head, stages: Sequence[Stage]) -> tuple[Core, list[Stage]]:
 
 
 class UnprunedStage(Stage):
-    """Computes and hands on every row it is given, also those it knows to be dead.
+    """Computes and sends on every row that it is given, including dead ones.
 
-    A dead row stands beside the living ones until the next verdict clears the cache. Where its
-    parent is gone it sees the committed path in that one's stead: what it says is never asked for.
+    A dead row stays beside the living ones until the next verdict clears the cache. If its parent
+    is gone, it sees the committed path instead: nobody uses its output.
     """
 
     def _admit(self, segment: Segment) -> Part:
-        """All rows, unless the request is over and with it the cache to compute them in."""
+        """Admit all rows, unless the request has ended and its cache is gone."""
         state = self.requests.get(segment.request)
         return Part(state, segment) if state is not None else super()._admit(segment)
 
     def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
-        """With room for the dead, whom the head does not count."""
+        """Make a cache with room for the dead rows, which the head does not count."""
         return super()._new_cache(
             replace(message, capacity=message.capacity + MAX_TREE_ROWS), before
         )
 
 
 class LayersAlone(Stage):
-    """A last stage that decides nothing: the hidden states of its rows go to the head."""
+    """A last stage without the decision: it sends the hidden states of its rows to the head."""
 
     @property
     def is_last(self) -> bool:
-        """No verdicts here."""
+        """False: this stage makes no verdicts."""
         return False
 
     @property
     def next_rank(self) -> int:
-        """See Stage."""
+        """Return the head's rank."""
         return HEAD
 
 
 class DecidingHead:
     """A head that makes the verdicts: `end` has the final norm, lm_head and sampler.
 
-    Its device does one thing at a time. What came from the last stage waits for a drafter forward
-    that runs and goes before the next one; while the lm_head runs, the head does nothing else. Head
-    and `end` hand over to one another at no cost, and where no trace sees it.
+    Its device does one thing at a time. A message from the last stage waits for a running drafter
+    forward and is served before the next one; while the lm_head runs, the head does nothing else.
+    Messages between head and `end` cost nothing and do not appear in traces.
     """
 
     rank = HEAD
@@ -83,12 +83,12 @@ class DecidingHead:
         self.end = end
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """What comes down the pipe is for the end of the model, the rest for the head."""
+        """Pass data messages to the end of the model, all others to the head."""
         core = self.end if isinstance(message, DATA) else self.head
         return self._outward(core.handle(message, now), now)
 
     def poll(self, now: float) -> Step | None:
-        """Verdicts first, once the device is free."""
+        """Return the next step: verdicts first, once the device is free."""
         step = None
         if self.head.pipe.draft_began_at is None:
             step = self.end.poll(now)
@@ -104,7 +104,7 @@ class DecidingHead:
         return Step(sends=self._outward(step.sends, now), work=work)
 
     def _outward(self, sends: Sequence[Send], now: float) -> list[Send]:
-        """What leaves this device; what is for one of its halves is handed over here."""
+        """Return the sends that leave this device; deliver those between its halves here."""
         out: list[Send] = []
         for send in sends:
             if send.to == HEAD:
@@ -121,7 +121,7 @@ def _like(stage: Stage, kind: type[Stage], model: StageModel) -> Stage:
 
 
 def _apart(model: StageModel) -> tuple[StageModel, StageModel]:
-    """A last stage's layers, and its final norm with the lm_head, over the same weights."""
+    """Split a last stage into its layers and its final norm with the lm_head, sharing weights."""
     config, first, last = model.config, model.first_layer, model.last_layer
     with torch.device("meta"):
         layers = StageModel(

@@ -1,8 +1,8 @@
-"""Faults in the simulator: devices crash and come back, messages are lost, doubled, overtaken.
+"""Faults in the simulator: devices crash and return; messages are lost, doubled, overtaken.
 
-A stub of a membership declares a device lost when it has been silent too long, puts devices in the
-places of the lost ones, and lets the head resume, also when nothing has moved for a while. Times in
-virtual seconds; everything follows from one seed.
+A small stand-in for the membership declares silent devices lost, replaces them, and lets the head
+resume, also when nothing has moved for a while. Times are in virtual seconds; all follows from one
+seed.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,29 +20,29 @@ NewStage = Callable[[int, int, int], Core]  # (rank, number of stages, epoch) ->
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultPlan:
-    """How much goes wrong. Chances are per message unless they say otherwise."""
+    """How much goes wrong; chances are per message unless stated otherwise."""
 
     crash_every_s: float = 0.0  # mean time between crashes, 0: none
     cut_every_s: float = 0.0  # mean time between cuts of a connection
-    cut_s: float = 1.0  # what is sent so long after a cut is lost, as is what was on the way
+    cut_s: float = 1.0  # messages in flight, or sent this soon after a cut, are lost
     drop: float = 0.0
     duplicate: float = 0.0
     reorder: float = 0.0
-    until_s: float = 100.0  # then all is well again, or nothing could be said of an end
-    detect_s: float = 3.0  # from a crash to its being known
-    repair_s: float = 2.0  # from there to a device in its place
-    stall_s: float = 60.0  # without a message in the whole pipeline: begin an epoch anew
-    other_counts: tuple[int, ...] = ()  # of stages, among which a repair may choose
+    until_s: float = 100.0  # end of the faults, so that a run can end
+    detect_s: float = 3.0  # time from a crash to its detection
+    repair_s: float = 2.0  # time from there until a device replaces it
+    stall_s: float = 60.0  # time without any message after which a new epoch begins
+    other_counts: tuple[int, ...] = ()  # numbers of stages that a repair may choose from
 
 
 @dataclass(slots=True)
-class Totals:
-    """What happened."""
+class FaultCounts:
+    """Counts of the events by kind."""
 
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, kind: str) -> None:
-        """One more."""
+        """Count one more event of this kind."""
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
 
@@ -62,14 +62,14 @@ class FaultySimulator(Simulator):
     ) -> None:
         super().__init__(cores, work_time=work_time, link_time=link_time, max_events=max_events)
         self.plan, self.random, self.new_stage = plan, Random(seed), new_stage
-        self.totals = Totals()
+        self.totals = FaultCounts()
         self.num_stages = len(cores) - 1
         self.epoch_of_head: Callable[[], int] = lambda: 0
         self.outage_of_head: Callable[[], object | None] = lambda: None
         self.is_idle: Callable[[], bool] = lambda: False
         self._lanes = {rank: Lanes(rank) for rank in cores}
         self._cuts: dict[tuple[int, int], float] = {}  # when a connection was cut last
-        self._arrivals: dict[tuple[int, int, bool], float] = {}  # of the newest message of a lane
+        self._arrivals: dict[tuple[int, int, bool], float] = {}  # newest, by (from, to, is data)
         self._moved_at = 0.0
         self._repairing = False
         for every_s, strike in (
@@ -81,7 +81,7 @@ class FaultySimulator(Simulator):
         self._at(1.0, self._watch)
 
     def deliver(self, rank: int, message: Message) -> None:
-        """As numbered: what came twice is dropped, a gap is told to the head."""
+        """Deliver by sequence number: drop what came twice, report a gap to the head."""
         if rank not in self.actors:
             return
         taken = self._lanes[rank].take(message)
@@ -113,14 +113,14 @@ class FaultySimulator(Simulator):
                 self.totals.add("duplicate")
                 copies = 2
             overtakes = random.random() < plan.reorder
-        lane = source, to, isinstance(message, DATA)
+        channel = source, to, isinstance(message, DATA)
         for _ in range(copies):
             when = self.now + self._link_time(source, to, message).latency_s
             if overtakes:
                 self.totals.add("reorder")
             else:
-                when = max(when, self._arrivals.get(lane, 0.0))
-                self._arrivals[lane] = when
+                when = max(when, self._arrivals.get(channel, 0.0))
+                self._arrivals[channel] = when
             self._at(when, lambda: self._reach(source, to, message, sent_at))
 
     def _reach(self, source: int, to: int, message: Message, sent_at: float) -> None:
@@ -140,7 +140,7 @@ class FaultySimulator(Simulator):
         self._plan_next(every_s, strike)
 
     def _cut(self) -> None:
-        """A connection breaks and comes back: what was on it, both ways, is lost."""
+        """Cut a connection and restore it: messages in flight, both ways, are lost."""
         ranks = sorted(self.actors)
         if len(ranks) < 2 or self.is_idle():
             return
@@ -149,7 +149,7 @@ class FaultySimulator(Simulator):
         self.totals.add("cut")
 
     def _crash(self) -> None:
-        """A stage loses its power; nobody knows yet."""
+        """Stop a stage's power; nobody knows it yet."""
         alive = [rank for rank in self.actors if rank != HEAD]
         if not alive or self.is_idle():
             return
@@ -161,7 +161,7 @@ class FaultySimulator(Simulator):
         self._at(self.now + self.plan.detect_s, lambda: self.deliver(HEAD, suspend))
 
     def _watch(self) -> None:
-        """What the membership does every second, until everything is answered."""
+        """Act as the membership does every second, until every request is answered."""
         if self.is_idle():
             return
         self._at(self.now + 1.0, self._watch)
@@ -175,7 +175,7 @@ class FaultySimulator(Simulator):
             self.deliver(HEAD, Suspend(failure=Failure(cause="nothing moves")))
 
     def _repair(self) -> None:
-        """Every layer has a device again: fresh ones in the places of the lost."""
+        """Give every layer a device again: new ones replace the lost ones."""
         self._repairing = False
         if self.outage_of_head() is None:
             return

@@ -1,10 +1,10 @@
-"""Simulator: every core of a cluster in one process, on a virtual clock, the same run every time.
+"""Simulator: runs every core of a cluster in one process, on a virtual clock, reproducibly.
 
-Each core's work is really computed and charged the time a cost model says; each message occupies
-the lines of its sender and receiver (transport/link_occupancy.py) and arrives a latency later, both
-as a link model says. Links keep the order of data; control messages overtake data and, where the
-link model delays them unevenly, one another. A core may also be charged for every message it takes
-in, and for every slot it sends without a computation. Times in seconds.
+Each core's work is really computed and charged the time of a cost model. Each message occupies the
+lines of its sender and receiver (transport/link_occupancy.py) and arrives one latency later, both
+by a link model. Links keep the order of data; control messages overtake data and, where the link
+model delays them unevenly, one another. A core may also be charged for every message that it takes
+in, and for every slot that it sends without a computation. Times are in seconds.
 """
 
 import heapq
@@ -27,25 +27,25 @@ ChargeHost = Callable[[int, Message], float]  # (rank, message) -> seconds
 
 
 def unit_work(rank: int, work: Work) -> float:
-    """A second per forward, drafting a tenth: ticks for tests."""
+    """Return a second per forward and a tenth per draft, for tests."""
     del rank
     return 0.1 if work.kind == "draft" else 1.0
 
 
 def instant_link(source: int, to: int, message: Message) -> Passage:
-    """Nearly no delay."""
+    """Return a passage with nearly no delay."""
     del source, to, message
     return Passage(latency_s=1e-3)
 
 
 def free_host(rank: int, message: Message) -> float:
-    """Taking in and handing over cost nothing."""
+    """Return no cost for taking in and sending messages."""
     del rank, message
     return 0.0
 
 
 def adversarial(seed: int) -> tuple[ChargeWork, ChargeLink]:
-    """Random costs and delays over four orders of magnitude; control may be very late."""
+    """Return random costs and delays over four orders of magnitude; control may be very late."""
     random = Random(seed)
 
     def work(rank: int, item: Work) -> float:
@@ -72,7 +72,7 @@ class _Actor:
     core: Core
     inbox: deque[Message] = field(default_factory=deque)
     busy: bool = False
-    ended: deque[Callable[[], None]] = field(default_factory=deque)  # work beside, not taken in yet
+    ended: deque[Callable[[], None]] = field(default_factory=deque)  # ended work beside the core
 
 
 class Simulator:
@@ -90,7 +90,7 @@ class Simulator:
         self.now = 0.0
         self.actors = {rank: _Actor(core) for rank, core in cores.items()}
         self.to_client: deque[Message] = deque()
-        self.busy_s = dict.fromkeys(cores, 0.0)  # of work; the host's share is in host_s
+        self.busy_s = dict.fromkeys(cores, 0.0)  # seconds of work; the host's share is in host_s
         self.host_s = dict.fromkeys(cores, 0.0)
         self.link_bytes: dict[tuple[int, int], float] = {}
         self.traces: dict[int, Trace] = dict.fromkeys(cores, OFF)
@@ -109,15 +109,15 @@ class Simulator:
         self._at(when, lambda: self.deliver(HEAD, message))
 
     def replace(self, core: Core) -> None:
-        """A device starts anew, or comes: what it computed and what had reached it is gone."""
+        """Start a device anew, or add one: its earlier work and messages are gone."""
         self.actors[core.rank] = _Actor(core)
         self.busy_s.setdefault(core.rank, 0.0)
         self.traces.setdefault(core.rank, OFF)
 
     def step(self) -> bool:
-        """Run the next event; False when nothing is left.
+        """Run the next event; return False when nothing is left.
 
-        Raises ClusterError when the cluster is busy without end.
+        Raises ClusterError when the cluster stays busy without end.
         """
         if not self._events:
             return False
@@ -128,7 +128,7 @@ class Simulator:
         return True
 
     def run(self) -> None:
-        """Until nothing is left to do."""
+        """Run until nothing is left to do."""
         while self.step():
             pass
 
@@ -137,7 +137,7 @@ class Simulator:
         heapq.heappush(self._events, (when, self._count, event))
 
     def deliver(self, rank: int, message: Message) -> None:
-        """Give a rank a message at once, or when its work is done; who is gone gets nothing."""
+        """Give a rank a message at once, or when its work is done; a missing rank gets nothing."""
         actor = self.actors.get(rank)
         if actor is None:
             return
@@ -172,7 +172,7 @@ class Simulator:
         return self.actors[rank].core.handle(message, self.now)
 
     def _spend(self, rank: int, charge: float, sends: Callable[[], Iterable[Send]]) -> None:
-        """What a core gives back after `charge` seconds of its host's time."""
+        """Charge a core's host `charge` seconds, then send the messages it returns."""
         if not charge:
             self._send_all(rank, sends())
             return
@@ -204,7 +204,7 @@ class Simulator:
 
         def done() -> None:
             if self.actors.get(rank) is not actor:
-                return  # the device is gone
+                return  # the device was replaced meanwhile
             actor.ended.append(finish)
             if not work.beside:
                 actor.busy = False
@@ -240,13 +240,13 @@ class Simulator:
         self._wait_for(source)
 
     def _wait_for(self, source: int) -> None:
-        """Look at a line again when something will have left it, unless that has changed."""
+        """Look at a line again when its next message will have left it."""
         when = self._egress[source].next_end()
         if when < inf:
             self._at(when, lambda: self._leave(source, again=True))
 
     def _leave(self, source: int, *, again: bool = False) -> None:
-        """What has left `source`'s line goes on to its receivers."""
+        """Pass on the messages that have left `source`'s line to their receivers."""
         gone = self._egress[source].done(self.now)
         for sent in gone:
             letter = sent.item
@@ -260,7 +260,7 @@ class Simulator:
         when = passed + letter.passage.latency_s
         source, to, message = letter.source, letter.to, letter.message
         if isinstance(message, DATA):
-            # what came down the pipe earlier also arrives earlier
+            # data that was sent earlier also arrives earlier
             when = max(when, self._last_data.get((source, to), 0.0))
             self._last_data[source, to] = when
         self._at(when, lambda: self.deliver(to, message))

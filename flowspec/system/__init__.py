@@ -1,1 +1,1 @@
-"""What the operating system has: signals, files, folders, addresses."""
+"""Signals, files, folders and network addresses of the operating system."""

@@ -1,8 +1,8 @@
-"""Network addresses: HOST:PORT as people write it, tcp://HOST:PORT as sockets take it.
+"""Network addresses: people write HOST:PORT, sockets take tcp://HOST:PORT.
 
-An IPv6 address stands in brackets where a port follows it: `[fd00::1]:7000`. A link-local one ends
-with its zone, the interface by which it is reached: `[fe80::1%eth0]:7000`. A zone is known to its
-own machine alone, so whoever receives such an address replaces the zone with its own.
+An IPv6 address stands in brackets before a port: `[fd00::1]:7000`. A link-local address ends with
+its zone, the interface that reaches it: `[fe80::1%eth0]:7000`. Only the machine itself knows its
+zones, so the receiver of such an address replaces the zone with its own.
 """
 
 import ipaddress
@@ -29,35 +29,35 @@ class Address(NamedTuple):
 
     @property
     def url(self) -> str:
-        """As sockets take it."""
+        """The address as tcp://HOST:PORT."""
         return f"tcp://{self}"
 
 
 def bracketed(host: str) -> str:
-    """The host as it is written before a port."""
+    """Return the host as it is written before a port."""
     return f"[{host}]" if ":" in host else host
 
 
 def parse_address(text: str, *, default_port: int) -> Address:
-    """`HOST` or `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
+    """Parse `HOST` or `HOST:PORT`, an IPv6 address in brackets. Raises ValueError."""
     stripped = text.strip()
     if is_ipv6(stripped):
         raise ValueError(
-            f"{text!r} is no address: an IPv6 address stands in brackets, so that its port can be "
+            f"{text!r} is not an address: put an IPv6 address in brackets, so that its port can be "
             f"told from it; {_FORMS}"
         )
     host, port = _split(stripped)
     if not host or host == ALL_INTERFACES:
-        raise ValueError(f"{text!r} is no address; {_FORMS}")
+        raise ValueError(f"{text!r} is not an address; {_FORMS}")
     if port is None:
         port = str(default_port)
     if not (_is_port(port) and int(port)):
-        raise ValueError(f"{text!r} is no address: needed: a port from 1 to 65535; {_FORMS}")
+        raise ValueError(f"{text!r} is not an address: the port must be from 1 to 65535; {_FORMS}")
     return Address(_with_zone(host), int(port))
 
 
 def parse_host(text: str) -> str:
-    """A name or an IP address without a port, brackets or none; `*`: all. Raises ValueError."""
+    """Parse a host name or IP address without port; `*` means all interfaces. Raises ValueError."""
     host = text.strip()
     if host == ALL_INTERFACES:
         return host
@@ -65,23 +65,23 @@ def parse_host(text: str) -> str:
         host = host[1:-1]
     if not (is_ipv6(host) or _NAME.fullmatch(host)):
         raise ValueError(
-            f"{text!r} is no host; write a name or an address without a port, as in 192.168.1.10 "
+            f"{text!r} is not a host; write a name or address without a port, as in 192.168.1.10 "
             "or fd00::10"
         )
     return _with_zone(host)
 
 
 def parse_url(url: str) -> Address:
-    """Host and port of `tcp://HOST:PORT`; ValueError where it is anything else."""
+    """Parse `tcp://HOST:PORT`. Raises ValueError for any other text."""
     kind, _, rest = url.partition("://")
     host, port = _split(rest)
     if kind != "tcp" or not host or port is None or not _is_port(port):
-        raise ValueError(f"{url!r} is no address; needed: tcp://HOST:PORT")
+        raise ValueError(f"{url!r} is not an address; needed: tcp://HOST:PORT")
     return Address(host, int(port))
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether it is an IPv6 address, with or without a zone."""
+    """Whether the host is an IPv6 address, with or without a zone."""
     address, percent, zone = host.partition("%")
     try:
         ipaddress.IPv6Address(address)
@@ -91,35 +91,35 @@ def is_ipv6(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether it is an address at which a machine reaches itself alone."""
+    """Whether a machine reaches only itself at this address."""
     number = _number(host)
     return host == "localhost" if number is None else number.is_loopback
 
 
 def is_link_local(host: str) -> bool:
-    """Whether it is an IPv6 address that needs a zone."""
+    """Whether the host is an IPv6 address that needs a zone."""
     number = _number(host)
     return number is not None and number.version == 6 and number.is_link_local
 
 
 def zone_of(host: str) -> str:
-    """The interface after the %; empty where there is none."""
+    """Return the interface after the %; empty when there is none."""
     return host.partition("%")[2]
 
 
 def unmapped(host: str) -> str:
-    """The IPv4 address of a caller by IPv4 on a socket for both, where it is written as IPv6."""
+    """Return an IPv4-mapped IPv6 address as IPv4; other addresses are returned as given."""
     number = _number(host)
     mapped = number.ipv4_mapped if isinstance(number, ipaddress.IPv6Address) else None
     return str(mapped) if mapped else host
 
 
 def as_seen_here(url: str, via: str, zone: str = "") -> str:
-    """An address that another machine has told of itself, as this one must write it.
+    """Rewrite an address that another machine reported, so that this machine can use it.
 
-    `via` is how this machine reaches that one, or the head that both belong to: it stands in for
-    all interfaces. `zone` (that of `via` by default) takes the place of the zone there. What is no
-    address stays: whoever connects to it says so.
+    `via` is the address at which this machine reaches the other one, or the head that both belong
+    to; it replaces "all interfaces". `zone` (default: that of `via`) replaces the zone of the other
+    machine. Text that is not an address is returned unchanged: connecting to it raises the error.
     """
     try:
         host, port = parse_url(url)
@@ -133,13 +133,13 @@ def as_seen_here(url: str, via: str, zone: str = "") -> str:
 
 
 def resolve(host: str, port: int) -> list[Address]:
-    """The addresses of `host` as numbers, the preferred one first. Raises OSError."""
+    """Return the numeric addresses of `host`, the preferred one first. Raises OSError."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(numeric(entry[4]) for entry in found))
 
 
 def numeric(sockaddr: Any) -> Address:
-    """What a socket says of either of its ends, with the zone where there is one."""
+    """Return one end of a socket as an address, with its zone if it has one."""
     host, port, *more = sockaddr
     if len(more) > 1 and more[1]:
         flags = socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
@@ -148,7 +148,7 @@ def numeric(sockaddr: Any) -> Address:
 
 
 def local_address_towards(host: str, port: int) -> str:
-    """This machine's own address on the way to `host`; empty where there is no route.
+    """Return this machine's own address on the route to `host`; empty when there is no route.
 
     Nothing is sent: connecting a datagram socket only looks up the route.
     """
@@ -167,7 +167,7 @@ def local_address_towards(host: str, port: int) -> str:
 
 
 def _split(text: str) -> tuple[str, str | None]:
-    """The host, empty where it can be none, and what stands after its colon."""
+    """Return the host (empty if it is not one) and the text after its colon."""
     found = _HOST_AND_PORT.fullmatch(text)
     if found is None:
         return "", None
@@ -182,16 +182,16 @@ def _is_port(text: str) -> bool:
 
 
 def _with_zone(host: str) -> str:
-    """The host itself. Raises ValueError where a link-local address has no zone, or another one."""
+    """Return the host. Raises ValueError for a link-local address without zone or a wrong zone."""
     if zone_of(host) and not is_link_local(host):
         raise ValueError(
-            f"{host!r} has a zone, which belongs to link-local addresses (fe80::/10) alone: leave "
+            f"{host!r} has a zone, which only belongs to link-local addresses (fe80::/10): leave "
             f"out %{zone_of(host)}"
         )
     if is_link_local(host) and not zone_of(host):
         raise ValueError(
-            f"{host} is a link-local address, which every interface has of its own: say by which "
-            f"one, as in {host}%eth0"
+            f"{host} is a link-local address, which belongs to one interface: name the interface, "
+            f"as in {host}%eth0"
         )
     return host
 

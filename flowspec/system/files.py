@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and a lock for processes that share a folder."""
+"""Atomic file writes, and a lock for processes that share a folder."""
 
 import os
 import re
@@ -14,27 +14,27 @@ from filelock import FileLock, Timeout
 
 from flowspec.system import signals
 
-STALE_S = 3600.0  # an unfinished file that nobody has written to for so long is a dead process's
-STUCK_S = 1800.0  # the holder may check files for long, which nobody sees
+STALE_S = 3600.0  # an unfinished file unchanged for this long belongs to a dead process
+STUCK_S = 1800.0  # the lock's holder may check files for this long without visible progress
 _POLL_S = 0.2
 _PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(rf"(?P<whole>.+?)(?P<process>\.\d+-[0-9a-f]{{8}})?\{_PARTIAL}")
 
 
 def partial_path(path: Path) -> Path:
-    """A name beside `path` for its unfinished content that no other process takes."""
+    """Return a name beside `path` for its unfinished content that no other process uses."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
 
 
 def whole_name(name: str) -> str:
-    """The name that an unfinished file would have got in the end; others are returned as given."""
+    """Return the final name of an unfinished file; other names are returned as given."""
     match = _PARTIAL_NAME.fullmatch(name)
     return match["whole"] if match else name
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """A folder for this user alone that is gone afterwards, also after a second signal."""
+    """Make a folder for this user alone; it is removed afterwards, even after a second signal."""
     made: list[str] = []
 
     def remove() -> None:
@@ -51,9 +51,9 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file's path that becomes `path` at the end; an error removes it and leaves `path`.
+    """Yield the path of a new file that becomes `path` at the end; an error removes it.
 
-    What a kill leaves has a name that `whole_name` knows.
+    After a kill, the unfinished file stays; `whole_name` recognizes its name.
     """
     partial = partial_path(path)
     try:
@@ -66,7 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str) -> None:
-    """Write a text file so that it is there whole or not at all, even after a power cut."""
+    """Write a text file atomically: after a power cut it is either complete or unchanged."""
     with replacing(path) as partial, partial.open("x", encoding="utf-8") as file:
         file.write(content)
         file.flush()
@@ -74,10 +74,10 @@ def write_whole(path: Path, content: str) -> None:
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove unfinished files right in `folder` whose process was killed."""
+    """Remove the unfinished files directly in `folder` whose process was killed."""
     for path in folder.glob(f"*{_PARTIAL}"):
         match = _PARTIAL_NAME.fullmatch(path.name)
-        with suppress(OSError):  # another process may be at the same
+        with suppress(OSError):  # another process may be removing them too
             if match and match["process"] and time.time() - path.stat().st_mtime > STALE_S:
                 path.unlink()
 
@@ -91,10 +91,11 @@ def locked(
     progress: Callable[[], object] = lambda: None,
     stuck_s: float = STUCK_S,
 ) -> Iterator[None]:
-    """Hold the lock file `path`, which stays; one process at a time, a dead one lets go of it.
+    """Hold the lock file `path`; the operating system releases the lock of a dead process.
 
-    Where another process holds it, that is told once in the words of `doing`, and it is waited for
-    as long as `progress` changes. Raises TimeoutError where it has not for `stuck_s`.
+    If another process holds the lock, `say` is called once with the words of `doing`, and the wait
+    lasts as long as `progress` changes. The lock file itself stays. Raises TimeoutError when
+    `progress` has not changed for `stuck_s` seconds.
     """
     lock = FileLock(path)
     try:

@@ -1,10 +1,10 @@
-"""The user's home folder, which a service or a container may lack."""
+"""The user's home folder; a service or a container may have none."""
 
 from pathlib import Path
 
 
 def home_folder(*, instead: str) -> Path:
-    """Raises ValueError where it is not known; `instead`: the variable that then helps too."""
+    """Return the home folder. Raises ValueError if there is none; it names variable `instead`."""
     try:
         return Path.home()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""How many files a process may open; libzmq aborts the process where a socket needs one more."""
+"""The limit on open files: libzmq aborts the process when a socket exceeds it."""
 
 import resource
 
@@ -6,7 +6,7 @@ COMFORTABLE = 4096
 
 
 def check_open_files(needed: int) -> None:
-    """Raise the soft limit where the hard one allows it. Raises OSError where that is too low."""
+    """Raise the soft limit if it is low. Raises OSError when the hard limit is below `needed`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(needed, COMFORTABLE)
     if hard != resource.RLIM_INFINITY:
@@ -16,6 +16,6 @@ def check_open_files(needed: int) -> None:
         soft = wanted
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise OSError(
-            f"this process may have {soft} files open, needed: {needed}; raise the limit in the "
+            f"this process may open {soft} files, but needs {needed}; raise the limit in the "
             "shell or service that starts it, for instance: ulimit -n 1024"
         )

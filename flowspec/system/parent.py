@@ -1,4 +1,4 @@
-"""A process that ends with the one that started it; this module imports the standard library."""
+"""Processes that end with their parent; this module imports only the standard library."""
 
 import ctypes
 import os
@@ -10,14 +10,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """SIGKILL comes when the parent's thread ends; on Linux alone. Ctrl-C is the parent's."""
+    """Have the kernel send SIGKILL when the parent's thread ends (Linux only); ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_stdin() -> None:
-    """Die with the process that holds the other end of stdin, also in the middle of a forward."""
+    """End with the process that holds the other end of stdin, even in the middle of a forward."""
     die_with_parent()
 
     def watch() -> None:

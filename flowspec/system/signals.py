@@ -1,16 +1,16 @@
-"""SIGINT, SIGTERM and SIGHUP, alike in every command; this module imports the standard library.
+"""SIGINT, SIGTERM and SIGHUP, handled alike in every command; imports only the standard library.
 
 No signal handler raises: an exception raised there is lost in an import, in C code or in `__del__`.
 The handlers do nothing. A thread reads the numbers of the signals that have come:
 
 - Where nothing must be undone, it ends the process at once, with one line and exit code 128 + n.
-- Within `undoing()`, where child processes, folders or half-written files have to go, it sets a
-  flag. Loops call `check()` at short intervals, which raises Ended there, in ordinary code.
-- A second signal ends the process at once in any case, after what `at_once` of each Hold does: it
-  kills child processes and removes folders.
+- Within `undoing()`, where child processes, folders or half-written files must be removed, it sets
+  a flag. Loops call `check()` at short intervals, which raises EndedBySignal in ordinary code.
+- A second signal always ends the process at once, after each Hold's `at_once` has killed child
+  processes and removed folders.
 
-The end of the process waits for nothing for long: a terminal that was stopped by Ctrl-S, or a pipe
-that nobody reads, blocks whoever writes to it.
+The end of the process has time limits: writing blocks when Ctrl-S has stopped the terminal, or when
+nobody reads the pipe.
 """
 
 import contextlib
@@ -24,11 +24,11 @@ from typing import Any
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SHOW_CURSOR = b"\x1b[?25h"
-_LAST_S = 1.0  # for each of the things that are done at the end of the process, and may block
+_LAST_S = 1.0  # seconds for each step at the end of the process, which may block
 
 
-class Ended(SystemExit):
-    """A signal came while something had to be undone. The line is printed when it is undone."""
+class EndedBySignal(SystemExit):
+    """A signal came while something had to be undone; the line is printed after that."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -36,16 +36,16 @@ class Ended(SystemExit):
 
 
 class _State:
-    """Of this process. `lock` guards `received`, `num_holds` and the end of the process."""
+    """State of this process; `lock` guards `received`, `num_holds` and the end of the process."""
 
     def __init__(self) -> None:
         self.lock = allocate_lock()
         self.main: int | None = None  # the main thread, once the handlers are installed
-        self.write_end = -1  # of the pipe that Python writes the numbers to
+        self.write_end = -1  # the write end of the pipe that receives the signal numbers
         self.received = 0
         self.num_holds = 0
-        self.num_orderly = 0  # parts of the main thread that end by themselves
-        self.num_cutting = 0  # where Ctrl-C ends an answer, not the process
+        self.num_orderly = 0  # blocks of the main thread that end by themselves
+        self.num_cutting = 0  # blocks in which Ctrl-C ends an answer, not the process
         self.cut = False
         self.is_silent = False
         self.terminal: list[Any] | None = None
@@ -57,15 +57,15 @@ _state = _State()
 
 
 def install() -> None:
-    """Take the signals from now on.
+    """Handle the signals from now on.
 
-    A signal that is ignored when the process starts stays ignored, as `nohup` needs it.
+    A signal that is ignored when the process starts stays ignored, as `nohup` needs.
     """
     if _state.main is not None:
         return
     try:
         _start_thread()
-    except ValueError:  # not in the main thread: whoever runs it there handles its signals
+    except ValueError:  # not in the main thread: the embedding program handles its signals
         return
     _state.main = get_ident()
     _state.terminal = _terminal_settings()
@@ -76,7 +76,7 @@ def install() -> None:
 
 @contextlib.contextmanager
 def installed() -> Iterator[None]:
-    """Signals are taken; afterwards all is as it was before."""
+    """Handle the signals inside the block; restore the earlier handlers afterwards."""
     if _state.main is not None:
         yield
         return
@@ -90,20 +90,20 @@ def installed() -> Iterator[None]:
             for number, handler in before.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(-1)
-            os.close(_state.write_end)  # the thread ends
+            os.close(_state.write_end)  # this ends the thread
             _state.__init__()  # type: ignore[misc]
 
 
 def silence() -> None:
-    """Print no line at the end: another process of this command does."""
+    """Print no line at the end: another process of this command prints it."""
     _state.is_silent = True
 
 
 class Hold:
-    """From here to `release` something must be undone. Signals are held in the main thread alone.
+    """Marks the time until `release` as holding something that must be undone.
 
-    Where a second signal ends the process meanwhile, another thread calls `at_once`. It undoes what
-    must not be left behind, within a second, whatever the main thread is about.
+    Only the main thread holds signals back. If a second signal ends the process meanwhile, another
+    thread calls `at_once`, which has one second to remove what must not be left behind.
     """
 
     def __init__(self, at_once: Callable[[], object] | None = None) -> None:
@@ -116,21 +116,21 @@ class Hold:
                 _state.num_holds += 1
 
     def release(self) -> None:
-        """All is undone. Safe to call twice."""
+        """End the hold: all is undone. Safe to call twice."""
         if self._is_held:
             self._is_held = False
             with _state.lock:
                 _state.num_holds -= 1
-        if self._at_once in _state.at_once:  # a fork has forgotten it
+        if self._at_once in _state.at_once:  # after a fork it is no longer in the list
             _state.at_once.remove(self._at_once)
         self._at_once = None
 
 
 @contextlib.contextmanager
 def undoing(at_once: Callable[[], object] | None = None) -> Iterator[None]:
-    """What is inside undoes what it did, also where `check` raises; Ended follows at the latest.
+    """Run a block that undoes its work itself; `EndedBySignal` is raised at its end at the latest.
 
-    `at_once`: see Hold.
+    `at_once` is that of Hold.
     """
     hold = Hold(at_once)
     try:
@@ -143,7 +143,7 @@ def undoing(at_once: Callable[[], object] | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
-    """What is inside looks at `received` and ends by itself; `check` raises nothing there."""
+    """Run a block that looks at `received` and ends by itself; `check` raises nothing inside it."""
     hold = Hold()
     _state.num_orderly += hold._is_held
     try:
@@ -155,7 +155,7 @@ def ending_in_order() -> Iterator[None]:
 
 @contextlib.contextmanager
 def cutting() -> Iterator[None]:
-    """Within it Ctrl-C ends an answer alone: `check` raises KeyboardInterrupt."""
+    """Run a block in which Ctrl-C ends only an answer: `check` raises KeyboardInterrupt."""
     _state.cut = False
     _state.num_cutting += 1
     try:
@@ -166,7 +166,7 @@ def cutting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """A process that is started within it never gets SIGINT: Ctrl-C is this process's to handle."""
+    """Block SIGINT for processes started in this block: only this process handles Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
@@ -176,7 +176,7 @@ def blocked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def farewell(say: Callable[[], str]) -> Iterator[None]:
-    """Where a signal ends the process at once, what `say` returns is printed first."""
+    """Print what `say` returns if a signal ends the process inside the block."""
     _state.farewells.append(say)
     try:
         yield
@@ -185,40 +185,40 @@ def farewell(say: Callable[[], str]) -> Iterator[None]:
 
 
 def received() -> str:
-    """The name of the signal that has come, such as SIGTERM; empty where none has."""
+    """Return the name of the signal that has come, such as SIGTERM; empty if none has."""
     return signal.Signals(_state.received).name if _state.received else ""
 
 
 def check() -> None:
-    """Raise Ended where a signal has come. Loops within `undoing` call it."""
+    """Raise EndedBySignal if a signal has come. Loops within `undoing` call this."""
     if _state.main != get_ident():
         return
     if _state.cut and _state.num_cutting:
         _state.cut = False
         raise KeyboardInterrupt
     if _state.received and not _state.num_orderly:
-        raise Ended(_state.received)
+        raise EndedBySignal(_state.received)
 
 
 def let_end() -> None:
-    """Where a signal is ending the process now, wait for that: nothing else is said any more."""
+    """Wait if a signal is ending the process now, so that nothing more is printed."""
     with _state.lock:
         pass
 
 
 def end(number: int) -> None:
     """End the process now, with one line on standard error."""
-    _attempt(lambda: sys.stdout.flush())  # a favour: a reader may be gone, or read nothing
+    _attempt(lambda: sys.stdout.flush())  # a reader may be gone, or read nothing
     with _state.lock:
         _exit(number)
 
 
 def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """The thread does it all: C code may keep the main thread for long."""
+    """Do nothing: the thread does the work, because C code may keep the main thread for long."""
 
 
 def _start_thread() -> None:
-    """Raises ValueError outside the main thread."""
+    """Start the listening thread. Raises ValueError outside the main thread."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     try:
@@ -250,7 +250,7 @@ def _take(number: int) -> None:
 
 
 def _exit(number: int) -> None:
-    """The caller has the lock, so that nothing that must be undone begins meanwhile."""
+    """End the process. The caller holds the lock, so that no new Hold begins meanwhile."""
     try:
         for undo in reversed(_state.at_once):
             _attempt(undo)
@@ -262,7 +262,7 @@ def _exit(number: int) -> None:
 
 
 def _attempt(work: Callable[[], object]) -> None:
-    """Do it, but wait a second at most: in a thread of its own, which ends with the process."""
+    """Run `work` in a thread that ends with the process, and wait at most one second for it."""
     done = allocate_lock()
     done.acquire()
 
@@ -271,15 +271,15 @@ def _attempt(work: Callable[[], object]) -> None:
             work()
         done.release()
 
-    with contextlib.suppress(RuntimeError):  # there can be no more threads
+    with contextlib.suppress(RuntimeError):  # the process can have no more threads
         start_new_thread(run, ())
         done.acquire(timeout=_LAST_S)
 
 
 def _say_last(line: str) -> None:
-    """Past Python's streams, whose locks the main thread may hold."""
+    """Write to file descriptor 2: the main thread may hold the locks of Python's streams."""
     words = "".join(f"{text}\n" for say in _state.farewells if (text := say()))
-    newline = "\n" if os.isatty(2) else ""  # after ^C, or a line that is not complete
+    newline = "\n" if os.isatty(2) else ""  # after ^C, or after an incomplete line
     os.write(2, f"{newline}{words}{line}".encode(errors="replace"))
 
 
@@ -293,12 +293,12 @@ def _terminal_settings() -> list[Any] | None:
 
 
 def _restore_terminal() -> None:
-    """A password prompt switches its echo off, and a bar hides its cursor."""
+    """Undo a password prompt's switched-off echo and a progress bar's hidden cursor."""
     if _state.terminal is not None:
         import termios
 
         if termios.tcgetattr(0) != _state.terminal:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])  # also in the background
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])  # even in the background
             termios.tcsetattr(0, termios.TCSANOW, _state.terminal)
     for number in (1, 2):
         if os.isatty(number):
@@ -307,8 +307,8 @@ def _restore_terminal() -> None:
 
 
 def _after_fork() -> None:
-    """A fork has the handlers, but neither the thread nor a pipe of its own."""
-    _state.at_once = []  # they are the parent's to undo
+    """Give a forked process its own thread and pipe; it inherits only the handlers."""
+    _state.at_once = []  # only the parent undoes these
     if _state.main is not None:
         _state.lock = allocate_lock()
         _state.main = get_ident()

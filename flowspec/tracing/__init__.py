@@ -1,1 +1,1 @@
-"""Traces of a run, and where its time went."""
+"""Traces of a run, and the analysis of where its time went."""

@@ -1,17 +1,17 @@
-"""The time a recorded run could not beat: its own course without drafting, host or link latency.
+"""A lower bound of a recorded run's time: the same run without drafting, host or link latency.
 
-The same computations of the stages, the same messages and, on every process, the same order of
-both; but drafts take no time, nor does anything a program does between computations, and a message
-takes only what its bytes take on the slower of the two lines. Every process goes on as soon as what
-it did next has what it waited for: the earliest times of a max-plus system (Baccelli et al.,
-Synchronization and Linearity, 1992). None is later than in the run itself, whose own times fulfil
-the same conditions with longer delays. Times in seconds.
+The bound keeps the stages' computations, the messages and, on every process, the order of both.
+Drafts take no time, nor does anything that a program does between computations, and a message takes
+only the time of its bytes on the slower of the two lines. Every process continues as soon as its
+next step has what it waited for: these are the earliest times of a max-plus system (Baccelli et
+al., Synchronization and Linearity, 1992). None is later than in the run itself, whose times fulfil
+the same conditions with longer delays. Times are in seconds.
 """
 
 from collections.abc import Callable
 from math import inf
 
-from flowspec.tracing.timeline import Note, Timeline, Work
+from flowspec.tracing.timeline import Computation, MessageEvent, Timeline
 
 TransferTime = Callable[[int, int, int], float]  # of source, receiver and bytes
 DRAFT = "draft"
@@ -19,17 +19,18 @@ _END, _RECEIVE, _SEND, _BEGIN = range(4)
 
 
 def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: TransferTime) -> float:
-    """From `start`, up to which all was as it was, to the head's last step until `end`.
+    """Return the least time from `start`, until which all stays as it was, to the head's last step.
 
-    `transfer_s` gives the seconds of a message's bytes on the way, without latency.
+    Steps after `end` do not count. `transfer_s` gives the seconds of a message's bytes on the way,
+    without latency.
     """
     hops = {id(hop.received): hop for hop in timeline.hops}
-    done: dict[int, float] = {}  # of computations' begins and messages' departures, by id
+    done: dict[int, float] = {}  # starts of computations and departures of messages, by id
     now = dict.fromkeys(timeline.processes, start)
     last = start
     for when, kind, rank, what in _steps(timeline):
         time = now[rank]
-        if isinstance(what, Work):
+        if isinstance(what, Computation):
             if kind == _END:
                 begun = done.get(id(what), time)  # one that takes no time ends first
                 time = max(time, begun + what.end - what.start)
@@ -46,12 +47,12 @@ def least_seconds(timeline: Timeline, start: float, end: float, transfer_s: Tran
     return last - start
 
 
-def _steps(timeline: Timeline) -> list[tuple[float, int, int, Work | Note]]:
-    """What the processes did, in the order of time; drafts are left out.
+def _steps(timeline: Timeline) -> list[tuple[float, int, int, Computation | MessageEvent]]:
+    """Return the steps of all processes in the order of time, without drafts.
 
-    At one time a process did what its records say in their order, and began to compute last.
+    Steps at the same time keep the order of their process's records; a computation starts last.
     """
-    steps: list[tuple[float, float, int, int, Work | Note]] = []
+    steps: list[tuple[float, float, int, int, Computation | MessageEvent]] = []
     for rank, process in timeline.processes.items():
         for work in process.works:
             if work.kind != DRAFT:

@@ -1,8 +1,8 @@
-"""A Timeline as a Chrome trace (Trace Event Format, JSON object form), for Perfetto.
+"""Writes a Timeline as a Chrome trace (Trace Event Format, JSON object form), for Perfetto.
 
-Per process three tracks: what it does, its messages, joined by arrows, and verdicts; segments and
-hops are asynchronous spans. Written event by event. Times in microseconds since the first request
-came.
+Each process has three tracks: its work, its messages, joined by arrows, and verdicts. Segments and
+hops are asynchronous spans. The file is written event by event. Times are in microseconds since the
+first request came.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from flowspec.tracing.idle_time import Span, track
 from flowspec.tracing.timeline import (
     HOUSEKEEPING,
     Hop,
-    Note,
+    MessageEvent,
     Process,
     Timeline,
     make_timeline,
@@ -32,21 +32,21 @@ from flowspec.tracing.totals import count, critical_path, verdicts
 
 
 def check_trace_path(out: str) -> Path:
-    """Where the trace will go. Raises ValueError where it cannot be written."""
+    """Return the path of the trace. Raises ValueError when it cannot be written."""
     target = Path(out)
     if target.is_dir():
         raise ValueError(f"--trace {out} cannot be written: it is a folder; name a file")
     if not target.parent.is_dir():
-        raise ValueError(f"--trace {out} cannot be written: {target.parent} is no folder")
+        raise ValueError(f"--trace {out} cannot be written: {target.parent} is not a folder")
     return target
 
 
 @contextlib.contextmanager
 def tracing(out: str) -> Iterator[Path | None]:
-    """The folder to record into (None without `out`); at the end of the block `out` is written.
+    """Yield the folder to record into (None without `out`); the trace is written at the end.
 
-    A run that fails leaves its trace too, as far as it came. Raises ValueError where `out` cannot
-    be written or nothing was recorded.
+    A run that fails still leaves its trace up to that point. Raises ValueError when `out` cannot be
+    written or nothing was recorded.
     """
     if not out:
         yield None
@@ -56,27 +56,28 @@ def tracing(out: str) -> Iterator[Path | None]:
         try:
             yield folder
         except BaseException:
-            with contextlib.suppress(ValueError, OSError):  # the failure matters more
+            with contextlib.suppress(ValueError, OSError):  # the run's failure matters more
                 save_trace(folder, target)
             raise
         save_trace(folder, target)
 
 
 def save_trace(folder: Path, out: Path) -> None:
-    """Make the trace of the records in `folder`. Raises ValueError where they hold no request."""
+    """Write the trace of the records in `folder`. Raises ValueError when they hold no request."""
     files = sorted(folder.glob("rank-*.jsonl"))
     write_trace(make_timeline(read_records(file) for file in files), out)
 
 
 FORMAT = "flowspec-trace-1"
-COMPUTE, MESSAGES, VERDICTS = 0, 1, 2  # tracks of a process; Perfetto wants instants apart
-_MARK_US = 1.0  # how wide a message is drawn
+# tracks of a process; Perfetto needs a separate track for instants
+COMPUTE, MESSAGES, VERDICTS = 0, 1, 2
+_MARK_US = 1.0  # width of a drawn message
 
 Event = dict[str, Any]
 
 
 def write_trace(timeline: Timeline, path: Path) -> None:
-    """Write the trace of a run; what goes wrong leaves no half file behind."""
+    """Write the trace of a run; an error leaves no incomplete file behind."""
     tracks = {rank: track(timeline, rank) for rank in sorted(timeline.processes)}
     with replacing(path) as half, half.open("w") as out:
         about = json.dumps(_about(timeline, tracks))
@@ -88,7 +89,7 @@ def write_trace(timeline: Timeline, path: Path) -> None:
 
 
 def _about(timeline: Timeline, tracks: Mapping[int, Sequence[Span]]) -> dict[str, Any]:
-    """Totals, clocks and the critical path."""
+    """Return the totals, the clocks and the critical path."""
     processes = [
         {
             "rank": process.rank,
@@ -131,7 +132,7 @@ def _events(timeline: Timeline, tracks: Mapping[int, Sequence[Span]]) -> Iterato
 
 
 def _us(timeline: Timeline, when: float) -> float:
-    """Whole eighths: exact in binary, so that no reader's rounding makes neighbours overlap."""
+    """Round to eighths: exact in binary, so a reader's rounding makes no neighbours overlap."""
     return round((when - timeline.start) * 8e6) / 8
 
 
@@ -168,7 +169,7 @@ def _span_event(timeline: Timeline, rank: int, span: Span) -> Event:
 
 
 def _message_events(timeline: Timeline, hops: Sequence[Hop]) -> Iterator[Event]:
-    """A mark at each end of a hop, side by side where several come at once, and the arrow."""
+    """Yield a mark at each end of a hop, side by side if several coincide, and the arrow."""
     ends: dict[int, list[tuple[float, int, int]]] = {}
     for number, hop in enumerate(hops):
         ends.setdefault(hop.source, []).append((_us(timeline, hop.sent.when), 0, number))
@@ -187,8 +188,8 @@ def _message_events(timeline: Timeline, hops: Sequence[Hop]) -> Iterator[Event]:
             yield arrow | ({"ph": "f", "bp": "e"} if side else {"ph": "s"})
 
 
-def _plain(note: Note) -> dict[str, Any]:
-    """What an event says of a message."""
+def _plain(note: MessageEvent) -> dict[str, Any]:
+    """Return a message's details as plain data."""
     known = {name: value for name, value in note.details.items() if name != "segments"}
     if note.details.get("segments"):
         known["segments"] = [f"{request}.{seq_no}" for request, seq_no in segment_ids(note)]
@@ -196,7 +197,7 @@ def _plain(note: Note) -> dict[str, Any]:
 
 
 def _hop_events(timeline: Timeline, hop: Hop, number: int) -> Iterator[Event]:
-    """An asynchronous span on the receiver; clocks may put the end before the start."""
+    """Yield an asynchronous span on the receiver; clock errors may put its end before its start."""
     start = _us(timeline, hop.sent.when)
     end = max(start, _us(timeline, hop.received.when))
     common = {"cat": "link", "id": f"hop{number}", "pid": hop.to, "tid": MESSAGES}
@@ -213,12 +214,12 @@ def _hop_events(timeline: Timeline, hop: Hop, number: int) -> Iterator[Event]:
 
 
 def _segment_events(timeline: Timeline) -> Iterator[Event]:
-    """A segment's life, from the head and back; what never came back lasts to the end."""
+    """Yield a segment's life, from the head and back; without return it lasts to the end."""
     exits = {(n.key[1], n.key[2]): n for n in timeline.head.received if n.kind == "Exit"}
     for note in timeline.head.sent:
         together = sent_segments(note)
         for segment in together:
-            exit_note = exits.get(together[0].id)  # the first one speaks for its batch
+            exit_note = exits.get(together[0].id)  # the first one stands for its batch
             name = f"{'prompt' if segment.prefix else 'segment'} {segment.seq_no}"
             common = {"cat": "segment", "pid": HEAD, "tid": COMPUTE, "name": name}
             common["id"] = f"{segment.request}.{segment.seq_no}"
@@ -233,7 +234,7 @@ def _segment_events(timeline: Timeline) -> Iterator[Event]:
 
 
 def _verdict_events(timeline: Timeline) -> Iterator[Event]:
-    """Verdicts where they were made and where the head took them in; tokens; ends."""
+    """Yield verdicts where they were made and where the head received them, tokens, and ends."""
     made = {
         note.key: (process.rank, note.when)
         for process in timeline.processes.values()

@@ -1,9 +1,9 @@
-"""One clock for many processes: what each one's clock shows, told by the head's pings.
+"""Converts the clocks of all processes to one, by the round trips of the head's pings.
 
 Each ping and its answer give four times (as in NTP, RFC 5905): sent and received by the head's
 clock, received and answered by the stage's. The stage's clock is ahead by the mean of the two
-differences, and wrong by at most half of what the round trip took beyond the stage's own time.
-Pings before the first request and after the last one give offset and drift. Times in seconds.
+differences, and this is wrong by at most half of the round trip without the stage's own time. Pings
+before the first request and after the last one give offset and drift. Times are in seconds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,12 @@ class Round:
 
     @property
     def offset(self) -> float:
-        """How far the stage's clock is ahead of the head's."""
+        """Return how far the stage's clock is ahead of the head's."""
         return ((self.received_at - self.sent_at) + (self.answered_at - self.back_at)) / 2
 
     @property
     def error(self) -> float:
-        """The offset is wrong by this at most, however the way is split between there and back."""
+        """Return the largest error of the offset, for any split of the way into there and back."""
         return ((self.back_at - self.sent_at) - (self.answered_at - self.received_at)) / 2
 
 
@@ -40,20 +40,21 @@ class Clock:
 
     @property
     def drift(self) -> float:
-        """Seconds that the stage's clock gains per second."""
+        """Return the seconds that the stage's clock gains per second."""
         elapsed = self.last[0] - self.first[0]
         return (self.last[1] - self.first[1]) / elapsed if elapsed > 0 else 0.0
 
     def to_head(self, when: float) -> float:
-        """A time of the stage's clock by the head's."""
+        """Convert a time of the stage's clock to the head's."""
         return when - self.first[1] - self.drift * (when - self.first[0])
 
 
 def estimate(rounds: Sequence[Round], *, before: float, after: float) -> Clock | None:
-    """The clock behind these rounds; None where there are none.
+    """Estimate a stage's clock from its rounds; None if there are none.
 
-    Rounds up to `before` (head's clock) give its first moment, those from `after` on its last; of
-    each the quickest counts. An offset within its error is taken as none: the clock is shared.
+    Rounds up to `before` (head's clock) give the first moment, those from `after` on the last one;
+    the quickest round of each counts. An offset within its error counts as zero: the clock is
+    shared.
     """
     if not rounds:
         return None
@@ -80,9 +81,10 @@ def pair_rounds(
     answers_sent: Sequence[float],
     answers_received: Sequence[float],
 ) -> list[Round]:
-    """Rounds from the four columns of times, each in order.
+    """Combine four sorted columns of times into rounds.
 
-    A stage tells its status unasked too: a ping's answer is the first one sent after it came.
+    A stage also sends its status unasked, so a ping's answer is the first status sent after the
+    ping came.
     """
     rounds = []
     index = 0

@@ -1,7 +1,7 @@
 """Where each process's time went: work by kind, host overhead, and idle time with its cause.
 
-Causes need all processes: what a stage waits for is looked up in the journey of the segment that it
-ran next, what the head waits for in the messages that made it act again. Times in seconds.
+The causes need the records of all processes: a stage's wait is explained by the journey of the
+segment that it ran next, the head's by the messages that made it act again. Times are in seconds.
 """
 
 from bisect import bisect_left, bisect_right
@@ -10,16 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flowspec.protocol.messages import HEAD
-from flowspec.tracing.timeline import Hop, Process, Timeline, Work, segment_ids
+from flowspec.tracing.timeline import Computation, Hop, Process, Timeline, segment_ids
 
 NO_REQUEST = "no request"
-# of a stage
+# causes of a stage's idle time
 ON_LINK = "waiting for link"
 UPSTREAM = "upstream busy"
 DRAFTING = "head drafting"
 NOTHING_ALIVE = "nothing alive to run"
-UNKNOWN = "unknown"  # the records that would tell are lost
-# of the head
+UNKNOWN = "unknown"  # the necessary records are lost
+# causes of the head's idle time
 PROMPT = "prompt in the pipe"
 VERDICT = "waiting for verdict"
 PIPE_FULL = "pipe full"
@@ -32,17 +32,17 @@ Piece = tuple[float, float, str]  # start, end, cause
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of a process's main track; `work` where it computed."""
+    """A part of a process's main track; `work` is set while it computed."""
 
     start: float
     end: float
     category: str  # work, host or idle
     name: str  # kind of work, or cause
-    work: Work | None = None
+    work: Computation | None = None
 
 
 def track(timeline: Timeline, rank: int) -> list[Span]:
-    """The process's time from the run's start to its end, without gap or overlap."""
+    """Return the process's time from the run's start to its end, without gap or overlap."""
     process = timeline.processes[rank]
     causes = _HeadCauses(timeline) if rank == HEAD else _StageCauses(timeline, process)
     busy = sorted(
@@ -71,7 +71,7 @@ def track(timeline: Timeline, rank: int) -> list[Span]:
 
 
 def _joined(spans: Iterable[Span]) -> list[Span]:
-    """Messages that changed nothing leave no mark in the idle time."""
+    """Join neighbours of the same name: a message that changed nothing does not split idle time."""
     joined: list[Span] = []
     for span in spans:
         if joined and span.work is None and joined[-1].end == span.start:
@@ -84,18 +84,18 @@ def _joined(spans: Iterable[Span]) -> list[Span]:
 
 
 def _host(timeline: Timeline, process: Process, start: float, end: float) -> Iterator[Span]:
-    """Neither work nor wait: (de)serialising, deciding, and on the head the caller's own time."""
+    """Yield time that is neither work nor wait: (de)serialising, deciding, the head's caller."""
     for a, b, is_open in _split(start, end, timeline.open):
         if is_open or process.rank != HEAD:
             yield Span(a, b, "host", HOST)
-        else:  # nobody drives a head without a request
+        else:  # without a request, the head's loop does not run
             yield Span(a, b, "idle", NO_REQUEST)
 
 
 def _split(
     start: float, end: float, inside: Sequence[Interval]
 ) -> Iterator[tuple[float, float, bool]]:
-    """Cut [start, end) where it enters or leaves the intervals, which are apart and in order."""
+    """Cut [start, end) at the ends of the intervals, which are disjoint and in order."""
     index = bisect_right(inside, start, key=lambda interval: interval[1])
     while start < end:
         if index == len(inside) or inside[index][0] >= end:
@@ -110,7 +110,7 @@ def _split(
 
 
 class _StageCauses:
-    """What a stage waited for."""
+    """Finds the causes of a stage's waits."""
 
     def __init__(self, timeline: Timeline, process: Process) -> None:
         self.rank = process.rank
@@ -139,19 +139,19 @@ class _StageCauses:
             if until > start:
                 yield start, until, cause
                 start = until
-        # past the last piece: the segment is there, this stage is about to take it
+        # after the last piece, the segment is here and this stage is about to take it
         if journey and start < end:
             yield start, end, ON_LINK
         elif start < end:
             yield from self._before(start, end)
 
     def _before(self, start: float, end: float) -> Iterator[Piece]:
-        """The head has not sent what comes next."""
+        """Explain time in which the head has not sent the next segment."""
         for a, b, drafting in _split(start, end, self.drafts):
             yield a, b, DRAFTING if drafting else NOTHING_ALIVE
 
-    def _journey(self, work: Work) -> list[Piece]:
-        """Of the segment of `work` that came last: where it was since the head sent it."""
+    def _journey(self, work: Computation) -> list[Piece]:
+        """Return where the last segment of `work` to arrive was since the head sent it."""
         came = []
         for segment in work.segments:
             hops = self.legs.get(segment.id, {})
@@ -164,7 +164,7 @@ class _StageCauses:
         for hop in hops_of_last:
             journey.append((now, hop.sent.when, UPSTREAM))
             here = hop.to == self.rank
-            # a queued one came while the stage above was at work on something else
+            # if it is queued, it came while the receiving stage was computing
             cause = UPSTREAM if hop.queued and not here else ON_LINK
             journey.append((hop.sent.when, hop.received.when, cause))
             now = hop.received.when
@@ -172,7 +172,7 @@ class _StageCauses:
 
 
 class _HeadCauses:
-    """What the head waited for."""
+    """Finds the causes of the head's waits."""
 
     def __init__(self, timeline: Timeline) -> None:
         head = timeline.head
@@ -186,7 +186,7 @@ class _HeadCauses:
         self.prefills = _prefills(timeline)
 
     def of(self, start: float, end: float) -> Iterator[Piece]:
-        """A wait has one cause."""
+        """Yield the wait with its one cause."""
         if any(begin <= start and end <= until for begin, until in self.prefills):
             yield start, end, PROMPT
             return
@@ -205,9 +205,9 @@ class _HeadCauses:
 
 
 def _prefills(timeline: Timeline) -> list[Interval]:
-    """When only prompts were in the pipe: from a request's coming to its first verdict.
+    """Return when only prompts were in the pipe: from a request's start to its first verdict.
 
-    Where requests overlap, a wait counts for the decoding ones.
+    When requests overlap, a wait is charged to the decoding ones.
     """
     first: dict[int, float] = {}
     for note in timeline.head.received:

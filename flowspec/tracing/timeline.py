@@ -1,6 +1,6 @@
-"""Timeline: the records of every process of a run put together, on the head's clock.
+"""Timeline: joins the records of all processes of a run, on the head's clock.
 
-A hop is a message's way from one process to another. Times in seconds.
+A hop is a message's way from one process to another. Times are in seconds.
 """
 
 import json
@@ -16,12 +16,12 @@ from flowspec.request import rank_name
 from flowspec.runtime.recorder import Record
 from flowspec.tracing.clocks import Clock, estimate, pair_rounds
 
-HOUSEKEEPING = ("Ping", "Status", "Stop", "Ready")  # of no request
+HOUSEKEEPING = ("Ping", "Status", "Stop", "Ready")  # these belong to no request
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """A segment as one record knows it; `parents` and `tokens` where the head sent it."""
+class SegmentRecord:
+    """A segment in one record; only the head's sends have `parents` and `tokens`."""
 
     request: int
     seq_no: int
@@ -32,13 +32,13 @@ class Segment:
 
     @property
     def id(self) -> tuple[int, int]:
-        """Request and number."""
+        """Return its request and number."""
         return self.request, self.seq_no
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """One computation."""
+class Computation:
+    """One computation of a process."""
 
     start: float
     end: float
@@ -47,13 +47,13 @@ class Work:
     context: int
     requests: tuple[int, ...] = ()
     nodes: tuple[int, ...] = ()
-    segments: tuple[Segment, ...] = ()
-    order: int = 0  # of its end among its process's records
+    segments: tuple[SegmentRecord, ...] = ()
+    order: int = 0  # of its end, among its process's records
 
 
 @dataclass(frozen=True, slots=True)
-class Note:
-    """A message at one of its ends; `peer` is the receiver's rank where it was sent."""
+class MessageEvent:
+    """A message at one of its ends; `peer` is the receiver's rank at the sender."""
 
     when: float
     kind: str
@@ -66,64 +66,69 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A message's way. `queued`: the receiver was at work, so it may have come earlier."""
+    """A message's way.
+
+    `queued`: the receiver was computing, so the message may have come earlier.
+    """
 
     source: int
     to: int
-    sent: Note
-    received: Note
+    sent: MessageEvent
+    received: MessageEvent
     queued: bool
 
     @property
     def elapsed_s(self) -> float:
-        """From handing it over to taking it in; clocks may put it slightly below 0."""
+        """Return the time from sending to receiving; clock errors may make it slightly negative."""
         return self.received.when - self.sent.when
 
 
 @dataclass(slots=True)
 class Process:
-    """One process's share. `num_dropped` None: it ended without closing its records."""
+    """One process's records. `num_dropped` is None if it ended without closing them."""
 
     rank: int
     pid: int = 0
     clock_kind: str = "monotonic"
-    clock: Clock | None = field(default_factory=Clock)  # None: not known, taken as the head's
+    # None: unknown, taken as equal to the head's
+    clock: Clock | None = field(default_factory=Clock)
     num_dropped: int | None = None
-    works: list[Work] = field(default_factory=list)
+    works: list[Computation] = field(default_factory=list)
     waits: list[tuple[float, float]] = field(default_factory=list)
-    hosted: list[tuple[float, float]] = field(default_factory=list)  # where a simulator charged it
-    sent: list[Note] = field(default_factory=list)
-    received: list[Note] = field(default_factory=list)
+    # host time that a simulator charged
+    hosted: list[tuple[float, float]] = field(default_factory=list)
+    sent: list[MessageEvent] = field(default_factory=list)
+    received: list[MessageEvent] = field(default_factory=list)
 
     @property
     def is_virtual(self) -> bool:
-        """Whether a simulator ran it: then what is neither work nor charged is waiting."""
+        """Whether a simulator ran it: its time without work or charge is then waiting."""
         return self.clock_kind == "virtual"
 
 
 @dataclass(slots=True)
 class Timeline:
-    """A run between its first request's coming and the last word about any."""
+    """A run from its first request's start to the last message about any request."""
 
     processes: dict[int, Process]
     start: float
     end: float
     hops: list[Hop]
-    open: list[tuple[float, float]]  # when any request was there; apart, in order
+    open: list[tuple[float, float]]  # times with any request open; disjoint, in order
 
     @property
     def head(self) -> Process:
-        """Rank 0."""
+        """Return the records of rank 0."""
         return self.processes[HEAD]
 
     @property
     def wall_s(self) -> float:
-        """How long the run took."""
+        """Return the length of the run."""
         return self.end - self.start
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Records of a file; a last line that a dying process left half written is left out."""
+    """Yield the records of a file, without a last line that a dying process left incomplete."""
     with path.open() as lines:
         for line in lines:
             try:
@@ -133,13 +138,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def make_timeline(records: Iterable[Iterable[Record]]) -> Timeline:
-    """Put the records of each process together.
+    """Join the records of all processes.
 
-    Raises ValueError where the head's are missing or hold no request.
+    Raises ValueError when the head's are missing or hold no request.
     """
     processes = {process.rank: process for process in map(_load, records)}
     if HEAD not in processes:
-        raise ValueError("the head left no trace records: the trace cannot be made")
+        raise ValueError("the head left no trace records, so the trace cannot be made")
     head = processes[HEAD]
     submitted = [note.when for note in head.received if note.kind == "Submit"]
     if not submitted:
@@ -167,19 +172,21 @@ def _load(records: Iterable[Record]) -> Process:
             spans.append((values[0], values[1]))
         elif kind == "send":
             when, to, key, size, details = values
-            process.sent.append(Note(when, key[0], tuple(key), to, size, details, order))
+            process.sent.append(MessageEvent(when, key[0], tuple(key), to, size, details, order))
         elif kind == "receive":
             when, key, details = values
-            process.received.append(Note(when, key[0], tuple(key), details=details, order=order))
+            process.received.append(
+                MessageEvent(when, key[0], tuple(key), details=details, order=order)
+            )
         elif kind == "end":
             process.num_dropped = values[0]
     return process
 
 
-def _work(*values: Any, order: int) -> Work:
+def _work(*values: Any, order: int) -> Computation:
     start, end, kind, rows, context, requests, nodes, segments = values
     ran = tuple(_segment(*segment) for segment in segments)
-    return Work(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran, order)
+    return Computation(start, end, kind, rows, context, tuple(requests), tuple(nodes), ran, order)
 
 
 def _segment(
@@ -189,22 +196,22 @@ def _segment(
     parents: Sequence[int] = (),
     tokens: Sequence[int] = (),
     prefix: bool = False,
-) -> Segment:
-    return Segment(request, seq_no, tuple(nodes), tuple(parents), tuple(tokens), prefix)
+) -> SegmentRecord:
+    return SegmentRecord(request, seq_no, tuple(nodes), tuple(parents), tuple(tokens), prefix)
 
 
-def sent_segments(note: Note) -> list[Segment]:
-    """The segments in a message that the head sent."""
+def sent_segments(note: MessageEvent) -> list[SegmentRecord]:
+    """Return the segments in a message that the head sent."""
     return [_segment(*values) for values in note.details.get("segments", ())]
 
 
-def segment_ids(note: Note) -> list[tuple[int, int]]:
-    """(request, seq_no) of each segment in a message."""
+def segment_ids(note: MessageEvent) -> list[tuple[int, int]]:
+    """Return (request, seq_no) of each segment in a message."""
     return [(values[0], values[1]) for values in note.details.get("segments", ())]
 
 
 def _align(process: Process, head: Process, *, before: float, after: float) -> None:
-    """Put a stage's times on the head's clock."""
+    """Convert a stage's times to the head's clock."""
     rank = process.rank
     rounds = pair_rounds(
         [n.when for n in head.sent if n.kind == "Ping" and n.peer == rank],
@@ -230,7 +237,7 @@ def _ends(processes: Iterable[Process]) -> Iterator[float]:
 
 
 def _gaps(process: Process, start: float, end: float) -> list[tuple[float, float]]:
-    """What lies between computations, cut where messages came, as a real process waits."""
+    """Return the time between computations, cut where messages came, as a real process waits."""
     borders = sorted({start, end, *(note.when for note in process.received)})
     waits = []
     last = start
@@ -244,8 +251,10 @@ def _gaps(process: Process, start: float, end: float) -> list[tuple[float, float
 
 
 def _match(processes: dict[int, Process]) -> list[Hop]:
-    """Pair what was sent with what came: by key, in order. What never came is left out."""
-    on_the_way: dict[tuple[int, tuple[Any, ...]], deque[tuple[int, Note]]] = defaultdict(deque)
+    """Match sends with receipts by key, in order; messages that never came are left out."""
+    on_the_way: dict[tuple[int, tuple[Any, ...]], deque[tuple[int, MessageEvent]]] = defaultdict(
+        deque
+    )
     for process in processes.values():
         for note in process.sent:
             if note.peer != CLIENT:
@@ -264,13 +273,13 @@ def _match(processes: dict[int, Process]) -> list[Hop]:
 
 
 def _last(times: Sequence[float], until: float) -> float:
-    """The last of sorted `times` up to `until`."""
+    """Return the last of the sorted `times` up to `until`."""
     index = bisect_right(times, until)
     return times[index - 1] if index else float("-inf")
 
 
 def _open_times(head: Process, end: float) -> list[tuple[float, float]]:
-    """When at least one request was submitted and not finished."""
+    """Return when at least one request was submitted and not finished."""
     changes = [(n.when, 1) for n in head.received if n.kind == "Submit"]
     changes += [(n.when, -1) for n in head.sent if n.kind == "RequestOutput"]
     times: list[tuple[float, float]] = []
@@ -285,6 +294,6 @@ def _open_times(head: Process, end: float) -> list[tuple[float, float]]:
 
 
 def process_name(process: Process) -> str:
-    """As it is called in the trace."""
+    """Return the process's name in the trace."""
     name = rank_name(process.rank)
     return name if process.is_virtual else f"{name} (process {process.pid})"

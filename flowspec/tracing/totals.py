@@ -1,6 +1,6 @@
-"""What a run did in all: segments, rows by their fate, verdicts, and the path that set its length.
+"""Totals of a run: segments, rows by their fate, verdicts, and its critical path.
 
-"Rows run" counts a tree row once per stage that computed it. Times in seconds.
+"Rows run" counts a tree row once per stage that computed it. Times are in seconds.
 """
 
 from bisect import bisect_left, bisect_right
@@ -11,42 +11,42 @@ from dataclasses import dataclass
 from flowspec.protocol.messages import HEAD
 from flowspec.request import rank_name
 from flowspec.tracing.idle_time import Span
-from flowspec.tracing.timeline import Hop, Note, Process, Timeline, sent_segments
+from flowspec.tracing.timeline import Hop, MessageEvent, Process, Timeline, sent_segments
 
 LINKS = "links"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A verdict as the head took it in. `hit`: its token was already sent; None: of a prompt."""
+    """A verdict at the head. `hit`: its token was already sent; None: the verdict of a prompt."""
 
     request: int
-    note: Note
+    note: MessageEvent
     hit: bool | None
 
     @property
     def name(self) -> str:
-        """In the trace."""
+        """Return its name in the trace."""
         return {None: "first token", True: "verdict: hit", False: "verdict: miss"}[self.hit]
 
 
 @dataclass(slots=True)
-class Totals:
-    """Counts over the whole run; of the rows, only those of trees."""
+class TraceTotals:
+    """Counts over the whole run; rows are those of trees."""
 
     num_segments: int = 0
     num_prompt_segments: int = 0
     rows_sent: int = 0
     rows_run: int = 0  # once per stage
     rows_pruned: int = 0  # dropped before a stage ran them
-    rows_wasted: int = 0  # of those run: never accepted
+    rows_wasted: int = 0  # run, but never accepted
     num_verdicts: int = 0
     num_hits: int = 0
     num_tokens: int = 0
 
 
 def verdicts(timeline: Timeline) -> list[Verdict]:
-    """Those that told the head something new, in order."""
+    """Return the verdicts that told the head something new, in order."""
     sent_at: dict[tuple[int, int, int], float] = {}
     for note in timeline.head.sent:
         for segment in sent_segments(note):
@@ -67,11 +67,11 @@ def verdicts(timeline: Timeline) -> list[Verdict]:
     return found
 
 
-def count(timeline: Timeline) -> Totals:
-    """The run's totals."""
-    totals = Totals()
+def count(timeline: Timeline) -> TraceTotals:
+    """Return the run's totals."""
+    totals = TraceTotals()
     parents: dict[tuple[int, int], int] = {}
-    tree: set[tuple[int, int]] = set()  # ids of segments that are no prompt
+    tree: set[tuple[int, int]] = set()  # ids of segments that are not prompts
     for note in timeline.head.sent:
         totals.num_tokens += note.details.get("tokens", 0)
         for segment in sent_segments(note):
@@ -101,7 +101,7 @@ def _count_rows(
     process: Process,
     tree: set[tuple[int, int]],
     accepted: set[tuple[int, int]],
-    totals: Totals,
+    totals: TraceTotals,
 ) -> None:
     came = sum(
         rows
@@ -124,10 +124,10 @@ def _count_rows(
 def critical_path(
     timeline: Timeline, tracks: Mapping[int, Sequence[Span]]
 ) -> dict[tuple[str, str], float]:
-    """Seconds by (process or links, kind) along the chain of causes that ends with the run.
+    """Return seconds by (process or links, kind) along the chain of causes that ends with the run.
 
-    Walked backwards from the last token: a process at work is followed to the end of its last wait,
-    a wait to the message that ended it, a message to its sender.
+    The chain is followed backwards from the last token: a process at work leads to the end of its
+    last wait, a wait to the message that ended it, a message to its sender.
     """
     arrivals: dict[int, list[Hop]] = defaultdict(list)
     for hop in sorted(timeline.hops, key=lambda hop: hop.received.when):
@@ -154,13 +154,13 @@ def critical_path(
 
 
 def _between(spans: Sequence[Span], start: float, end: float) -> Sequence[Span]:
-    """Spans with a share in [start, end)."""
+    """Return the spans that overlap [start, end)."""
     first = bisect_right(spans, start, key=lambda span: span.end)
     return spans[first : bisect_left(spans, end, key=lambda span: span.start)]
 
 
 def _cause(process: Process, arrivals: Sequence[Hop], start: float, until: float) -> Hop | None:
-    """Of the messages that ended a wait at `start`, the one that made the process act."""
+    """Return the message that made the process act, among those that ended its wait at `start`."""
     later = bisect_left(process.works, start, key=lambda work: work.start)
     sent = bisect_left(process.sent, start, key=lambda note: note.when)
     acts = [until, *(work.start for work in process.works[later : later + 1])]

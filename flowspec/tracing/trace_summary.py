@@ -1,4 +1,4 @@
-"""Where the time of a traced run went, read back from its Chrome trace. Times in seconds."""
+"""Sums up where the time of a traced run went, from its Chrome trace. Times are in seconds."""
 
 import json
 import statistics
@@ -16,7 +16,7 @@ from flowspec.tracing.chrome_trace import FORMAT
 
 @dataclass(frozen=True, slots=True)
 class ProcessShare:
-    """One process: seconds by kind of work (host overhead included) and by cause of idleness."""
+    """One process: seconds by kind of work (including host overhead) and by cause of idle time."""
 
     rank: int
     name: str
@@ -32,7 +32,7 @@ class ProcessShare:
 
 @dataclass(frozen=True, slots=True)
 class LinkShare:
-    """Messages from one process to another; times of those that found the receiver waiting."""
+    """Messages from one process to another; times only of those whose receiver was waiting."""
 
     name: str
     num_messages: int
@@ -47,11 +47,11 @@ class Summary:
     """All that `flowspec trace summary` prints."""
 
     wall_s: float
-    clock_error_s: float | None  # None: of some process nothing is known
+    clock_error_s: float | None  # None: some process's clock is unknown
     num_dropped: int
     cut_off: Sequence[str]  # processes that ended without closing their records
     processes: Sequence[ProcessShare]
-    links: Sequence[LinkShare]  # the last one is all of them together
+    links: Sequence[LinkShare]  # the last one is the sum of all
     totals: Mapping[str, int]
     slowest_stage: str
     slowest_stage_ms: float  # per forward, on average
@@ -61,7 +61,7 @@ class Summary:
 
     @property
     def critical_resource(self) -> tuple[str, float]:
-        """The process (or the links) with most of the critical path, and its seconds."""
+        """Return the process (or the links) with most of the critical path, and its seconds."""
         shares: dict[str, float] = defaultdict(float)
         for where, _, seconds in self.critical_path:
             shares[where] += seconds
@@ -69,7 +69,7 @@ class Summary:
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """A trace that `flowspec run --trace` wrote. Raises ValueError for anything else."""
+    """Read a trace that `flowspec run --trace` wrote. Raises ValueError for anything else."""
     text = ""
     try:
         text = path.read_text()
@@ -80,29 +80,29 @@ def read_trace(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is a folder; name the file that --trace wrote") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         _refuse_records(path, text)
-        raise ValueError(f"{path} is no trace: {error}") from None
+        raise ValueError(f"{path} is not a trace: {error}") from None
     about = data.get("otherData") if isinstance(data, dict) else None
     found = about.get("format") if isinstance(about, dict) else None
     if found != FORMAT or not isinstance(data.get("traceEvents"), list):
         _refuse_records(path, text)
         raise ValueError(
-            f"{path} is no trace of `flowspec run --trace` (format {found!r}, needed {FORMAT!r})"
+            f"{path} is not a trace of `flowspec run --trace` (format {found!r}, needed {FORMAT!r})"
         )
     return dict(data)
 
 
 def _refuse_records(path: Path, text: str) -> None:
-    """Raises ValueError where the file is a benchmark's."""
+    """Raise ValueError when the file holds a benchmark's records."""
     first = text.partition("\n")[0]
     if first.startswith("{") and '"strategy"' in first and '"tau"' in first:
         raise ValueError(
-            f"{path} holds a benchmark's records, no trace; `flowspec report` and the other plots "
+            f"{path} holds benchmark records, not a trace; `flowspec report` and the other plots "
             "take it"
         )
 
 
 def summarize(path: Path) -> Summary:
-    """Add up a trace. Raises ValueError where it is none."""
+    """Add up a trace. Raises ValueError when the file is not one."""
     data = read_trace(path)
     about, events = data["otherData"], data["traceEvents"]
     shares = [_share(process, events) for process in about["processes"]]

@@ -1,1 +1,1 @@
-"""Training draft heads and the bundled models."""
+"""Training of draft heads and the bundled models."""

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A BPE of `vocab_size` pieces over bytes, digits one by one, specials at ids 0 to 5."""
+    """Train a BPE of `vocab_size` pieces over bytes: single digits, special tokens at ids 0-5."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -1,4 +1,4 @@
-"""Training text for the demo family: conversations in, packed token blocks out.
+"""Training text of the demo family: turns conversations into packed token blocks.
 
 Shapes: N blocks, T tokens a block.
 """
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 BOS, EOS, USER, ASSISTANT, SYSTEM = 1, 2, 3, 4, 5
 
-# How often one pass visits each set; a narrow mix, so that the little model is sure of its text.
+# How often one pass visits each set; a narrow mix, so that the small model predicts its text well.
 REPEATS: dict[str, float] = {
     "gsm8k": 1.0,
     "factqa": 1.0,
@@ -37,7 +37,7 @@ REPEATS: dict[str, float] = {
 WHOLE_ONLY = ("summ", "lead")  # an answer that copies teaches nothing without its source
 MADE_HERE = ("pycode", "lead")
 TOOL_CALL = re.compile(r"\w+\([^)]*['\"?=]")
-CODE_PACKAGES = ("networkx", "sympy")  # BSD-3-Clause both; the standard library is PSF-2.0
+CODE_PACKAGES = ("networkx", "sympy")  # both BSD-3-Clause; the standard library is PSF-2.0
 STDLIB_MODULES = [
     "statistics", "fractions", "random", "bisect", "heapq", "textwrap", "string",
     "collections.__init__", "functools", "calendar", "difflib", "shlex", "glob", "fnmatch",
@@ -54,7 +54,7 @@ STDLIB_MODULES = [
 def read_set(
     folder: Path, name: str, split: str, *, questions_only: bool = False
 ) -> list[tuple[str, str]]:
-    """(question, answer) pairs of one corpus file; first turn only.
+    """Return the (question, answer) pairs of one corpus file; first turns only.
 
     Answers that call tools are left out, unless only the questions are wanted.
     """
@@ -74,7 +74,7 @@ def read_set(
 
 
 def code_files() -> Iterator[Path]:
-    """Python sources of the standard library and of CODE_PACKAGES, tests left out."""
+    """Yield Python sources of the standard library and of CODE_PACKAGES, without tests."""
     stdlib = Path(ast.__file__).parent
     for module in STDLIB_MODULES:
         path = stdlib / (module.replace(".", "/") + ".py")
@@ -90,7 +90,7 @@ def code_files() -> Iterator[Path]:
 
 
 def code_pairs() -> list[tuple[str, str]]:
-    """(signature and docstring, body) of small functions, in the form of a completion request."""
+    """Return (signature and docstring, body) of small functions, as completion requests."""
     pairs = []
     for path in code_files():
         source = path.read_text(encoding="utf-8", errors="replace")
@@ -115,7 +115,7 @@ def code_pairs() -> list[tuple[str, str]]:
 
 
 def lead_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
-    """(passage to summarize, its first two sentences) over the public-domain books."""
+    """Return (passage to summarize, its first two sentences) from the public-domain books."""
     rng = random.Random(5)
     pairs = []
     with gzip.open(folder / f"books.{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -136,7 +136,7 @@ def lead_pairs(folder: Path, split: str) -> list[tuple[str, str]]:
 
 
 def load_pairs(folder: Path, split: str) -> dict[str, list[tuple[str, str]]]:
-    """Every set of the mix; 1 in 50 code pairs is held out."""
+    """Return every set of the mix; 1 in 50 code pairs is held out."""
     sets = {name: read_set(folder, name, split) for name in REPEATS if name not in MADE_HERE}
     sets["lead"] = lead_pairs(folder, split)
     held_out = split == "val"
@@ -146,11 +146,11 @@ def load_pairs(folder: Path, split: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], int]:
-    """Token ids of one chat sample and the index of the first answer token."""
+    """Return the token ids of one chat sample and the index of the first answer token."""
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     ask = tokenizer.encode("\n" + question + "\n", add_special_tokens=False).ids
     say = tokenizer.encode("\n" + answer, add_special_tokens=False).ids
-    # The template writes "<|assistant|>\n" before the model speaks: that newline stands alone.
+    # The template writes "<|assistant|>\n" before the answer; that newline is a token of its own.
     if say[: len(newline)] != newline:
         say = newline + tokenizer.encode(answer, add_special_tokens=False).ids
     head = [BOS, USER, *ask, ASSISTANT, *newline]
@@ -163,7 +163,7 @@ Sample = tuple[NDArray[np.uint16], int]
 def encode_sets(
     tokenizer: Tokenizer, sets: dict[str, list[tuple[str, str]]], max_tokens: int = 1024
 ) -> dict[str, list[Sample]]:
-    """Tokenise every pair; what is longer than `max_tokens` loses its tail."""
+    """Tokenise every pair; a sample longer than `max_tokens` loses its tail."""
     encoded: dict[str, list[Sample]] = {}
     for name, pairs in sets.items():
         encoded[name] = []
@@ -175,7 +175,7 @@ def encode_sets(
 
 
 def one_pass(sets: dict[str, list[Sample]], rng: random.Random) -> list[Sample]:
-    """The samples of one pass over the mix, shuffled."""
+    """Return the samples of one pass over the mix, shuffled."""
     chosen: list[Sample] = []
     for name, samples in sets.items():
         whole, part = divmod(REPEATS[name], 1.0)
@@ -185,7 +185,7 @@ def one_pass(sets: dict[str, list[Sample]], rng: random.Random) -> list[Sample]:
 
 
 def that_fit(sets: dict[str, list[Sample]], block: int) -> dict[str, list[Sample]]:
-    """The sets without the samples that must stay whole and do not fit a block."""
+    """Return the sets without the samples that must stay whole but do not fit a block."""
     return {
         name: [s for s in samples if len(s[0]) <= block + 1] if name in WHOLE_ONLY else samples
         for name, samples in sets.items()
@@ -195,10 +195,10 @@ def that_fit(sets: dict[str, list[Sample]], block: int) -> dict[str, list[Sample
 def pack(
     samples: list[Sample], block: int, question_weight: float, rng: random.Random
 ) -> tuple[NDArray[np.uint16], NDArray[np.float16]]:
-    """Fill blocks of T+1 tokens best-fit; returns tokens [N, T+1] and loss weights [N, T+1].
+    """Fill blocks of T+1 tokens best-fit; return tokens [N, T+1] and loss weights [N, T+1].
 
-    Weight 0 is padding, `question_weight` the question, 1 the answer. Only what exceeds a
-    block is cut.
+    The weight is 0 for padding, `question_weight` for the question, 1 for the answer. Only samples
+    longer than a block are cut.
     """
     size = block + 1
     pieces: list[tuple[NDArray[np.uint16], NDArray[np.float16]]] = []

@@ -1,11 +1,11 @@
-"""Begin an EAGLE-3 head as a trained EAGLE-1 head of the same target.
+"""Initialises an EAGLE-3 head from a trained EAGLE-1 head of the same target.
 
-An EAGLE-1 head mixes the newest token and the feature before its layer: x0 = A e + B f + b. In an
-EAGLE-3 layer nothing but attention sees the token. So the new head has the old one's attention
-heads, over the normed token and feature, and as many again that attend to their own row and add to
-the residual stream what x0 has and the feature has not; from there on it computes what the old one
-does. `fc` takes the last layer's output as the target's last norm would scale it. What the norms
-take away is made up for by least squares. The low and the middle feature begin with no weight.
+An EAGLE-1 head mixes the newest token and the hidden state before its layer: x0 = A e + B f + b. In
+an EAGLE-3 layer, only attention sees the token. So the new head has the old one's attention heads,
+over the normed token and hidden state, and as many again that attend to their own row and add the
+missing part of x0 to the residual stream; from there on it computes the same as the old one. `fc`
+takes the last layer's output as the target's last norm would scale it. Least squares make up for
+what the norms remove. The low and the middle hidden state begin with weight 0.
 
 Shapes: B blocks, T rows, n rows of all blocks, H hidden, h query heads, d head size.
 """
@@ -21,19 +21,20 @@ from flowspec.training.fast_eagle3 import EPS, FastEagle3
 from flowspec.training.fast_llama import FastLlama, document_bias, rope_table
 from flowspec.training.train_drafters import same_sample
 
-OWN_SCORE = 30.0  # a row's attention score for itself; for other rows 0, give or take 4
+OWN_SCORE = 30.0  # a row's attention score for itself; other rows have 0, give or take 4
 
 
 def doubled(heads: Heads) -> Heads:
-    """Heads of an EAGLE-3 head that begins as an EAGLE-1 head of `heads`."""
+    """Return the heads of an EAGLE-3 head that starts as an EAGLE-1 head of `heads`."""
     return 2 * heads[0], 2 * heads[1], heads[2]
 
 
 @torch.no_grad()
 def begin_as(head: FastEagle3, old: FastEagle, target: FastLlama, blocks: Tensor) -> None:
-    """Fill `head`, of `doubled` heads and with the target's last layer as its highest feature.
+    """Fill `head` from the old head, so that it drafts the same.
 
-    blocks [B, T+1] are tokens of samples; what the norms take away is fitted on them.
+    It must have `doubled` heads and the target's last layer as its highest hidden state. blocks [B,
+    T+1] are tokens of samples, used to fit what the norms remove.
     """
     h, g, d = old.heads
     fc, bias, qkv, o, gate_up, down, norm2 = (weight.float() for weight in old.weights)
@@ -45,7 +46,7 @@ def begin_as(head: FastEagle3, old: FastEagle, target: FastLlama, blocks: Tensor
     embedded = F.embedding(blocks[:, 1:], target.embed)
     scale = target.norm.float() / raw.float().square().mean(-1).sqrt().mean()
     guessed = guess(old, blocks, final, target)
-    # Rows of a first draft step, over true features, and of a second, over the head's own.
+    # Rows of a first draft step, over true hidden states, and of a second, over the head's own.
     e = torch.cat((embedded, embedded[:, 1:]), dim=1).float().flatten(0, 1)
     f = torch.cat((final, guessed[:, :-1]), dim=1).float().flatten(0, 1)
     feature = torch.cat((raw * scale, guessed[:, :-1]), dim=1).flatten(0, 1)
@@ -68,7 +69,7 @@ def begin_as(head: FastEagle3, old: FastEagle, target: FastLlama, blocks: Tensor
 
 
 def guess(old: FastEagle, blocks: Tensor, final: Tensor, target: FastLlama) -> Tensor:
-    """The old head's features [B, T, H] after its first step over the target's."""
+    """Return the old head's hidden states [B, T, H] after its first step over the target's."""
     length = final.shape[1]
     sees = same_sample(blocks[:, :-1]) & torch.ones(length, length, dtype=torch.bool).tril()
     nowhere = torch.zeros(len(blocks), 1, dtype=torch.long)
@@ -77,22 +78,22 @@ def guess(old: FastEagle, blocks: Tensor, final: Tensor, target: FastLlama) -> T
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows [n, H] over their root mean squares, as an RMSNorm of weight 1 has them."""
+    """Divide rows [n, H] by their root mean squares, as an RMSNorm of weight 1 does."""
     return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + EPS)
 
 
 def fit(inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The matrix [H, k] that comes nearest to mapping inputs [n, k] to outputs [n, H]."""
+    """Return the matrix [H, k] that best maps inputs [n, k] to outputs [n, H] (least squares)."""
     gram = inputs.T @ inputs
     ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram))
     return torch.linalg.solve(gram + ridge, inputs.T @ outputs).T
 
 
 def spread(rows: Tensor, d: int) -> Tensor:
-    """The matrix [d, H] that maps rows [n, H] to d uncorrelated numbers with mean square 1.
+    """Return the matrix [d, H] that maps rows [n, H] to d uncorrelated numbers of mean square 1.
 
-    So a row's product with itself is d and with another one near 0. The strongest direction is
-    left out: all rows share it.
+    So a row's product with itself is d, and with another row near 0. The strongest direction is
+    left out, because all rows share it.
     """
     values, vectors = torch.linalg.eigh(rows.T @ rows / len(rows))
     chosen = slice(-d - 1, -1)

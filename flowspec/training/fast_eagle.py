@@ -1,11 +1,11 @@
-"""EAGLE-1 head in the form that trains fast, unrolled over several draft steps.
+"""EAGLE-1 head in a form that trains fast, unrolled over several draft steps.
 
-Row i holds token i+1 and the feature of token i; its output guesses the feature of token i+1.
-Step 1 goes over all rows, with the target's features. Later steps go on from some rows alone, the
-starts: their feature is the head's own output of the step before, and they see the true rows up to
-their start and the drafted rows since, as in real drafting (HASS, arXiv 2408.15766; EAGLE-3's
-training-time test, arXiv 2503.01840). Chains from neighbouring rows teach nearly the same; a few
-per block leave the time for more text.
+Row i holds token i+1 and the hidden state of token i; its output predicts the hidden state of token
+i+1. Step 1 covers all rows, with the target's hidden states. Later steps continue from only some
+rows, the starts: their hidden state is the head's own output of the step before, and they see the
+true rows up to their start and the drafted rows since, as in real drafting (HASS, arXiv 2408.15766;
+EAGLE-3's training-time test, arXiv 2503.01840). Chains from neighbouring rows teach nearly the
+same, so a few per block leave time for more text.
 
 Shapes: B blocks, T rows, C starts a block, H hidden, h query heads, g key/value heads, d head size,
 V vocabulary, K unrolled steps, R rows in the loss.
@@ -28,7 +28,7 @@ Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def draft_attention(q: Tensor, keys: list[Tensor], values: list[Tensor], bias: Tensor) -> Tensor:
-    """Rows of step k over step 1's rows (bias [B, 1, T, S]) and one drafted row per later step.
+    """Attend from rows of step k to step 1's rows (bias [B, 1, T, S]) and one row per later step.
 
     q [B, T, h, d]; keys[0] and values[0] [B, S, g, d] are step 1's, the others one row per query.
     """
@@ -58,7 +58,7 @@ def draft_step(
     embedded: Tensor, feature: Tensor, w: list[Tensor], rope: Rope,
     drafted: tuple[list[Tensor], list[Tensor]], bias: Tensor, heads: Heads,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One step over n rows a block: outputs [B, n, H] and its own keys and values [B, n, g, d]."""
+    """Run a step over n rows a block; return outputs [B, n, H] and keys, values [B, n, g, d]."""
     h, g, d = heads
     fc, fc_bias, qkv, o, gate_up, down, norm2 = w
     x = F.linear(torch.cat((embedded, feature), dim=-1), fc, fc_bias)
@@ -75,10 +75,10 @@ def unroll(
     layer: tuple[Step, list[Tensor], Heads], embedded: Tensor, features: Tensor, rope: Rope,
     sees: Tensor, starts: Tensor, steps: int,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """Outputs [B, T, H] of step 1, and [B, C, H] of each later step.
+    """Return outputs [B, T, H] of step 1, and [B, C, H] of each later step.
 
-    embedded and features [B, T, H] are what step 1 goes over, sees [B, T, T] says which rows see
-    which, starts [B, C] are rows with at least `steps` rows below them.
+    embedded and features [B, T, H] are the input of step 1; sees [B, T, T] says which rows see
+    which; starts [B, C] are rows with at least `steps` rows below them.
     """
     step, weights, heads = layer
     masks = torch.where(sees, 0.0, -1e4).bfloat16()
@@ -108,7 +108,7 @@ def load_layer(layer: tuple[Tensor, ...], tensors: dict[str, Tensor], prefix: st
 
 
 def _distil_rows(student: Tensor, teacher: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy [R] of student [R, V] to softmax(teacher) and its gradient times `scale`."""
+    """Return the cross-entropy [R] of student [R, V] to softmax(teacher), and its gradient."""
     s, t = student.float(), teacher.float()
     s, t = s - s.logsumexp(-1, keepdim=True), t - t.logsumexp(-1, keepdim=True)
     p = t.exp()
@@ -120,7 +120,7 @@ distil_rows = torch.compile(_distil_rows, dynamic=True)
 
 
 class DistilLoss(torch.autograd.Function):
-    """Weighted KL to the target's distribution of every step; gradient made in the forward pass."""
+    """Weighted KL to the target's distribution per step; the forward pass makes the gradient."""
 
     @staticmethod
     def forward(
@@ -131,7 +131,7 @@ class DistilLoss(torch.autograd.Function):
         student_head: Tensor,
         scales: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """steps [K, R, h], true [R, H], heads [V, h] and [V, H], scales [K] -> (loss, KL [K])."""
+        """Map steps [K, R, h], true [R, H], heads [V, h], [V, H], scales [K] to (loss, KL [K])."""
         grads, kl = torch.empty_like(steps), torch.zeros(len(steps))
         learn = student_head.requires_grad
         dhead = torch.zeros_like(student_head) if learn else None
@@ -151,13 +151,13 @@ class DistilLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient was prepared; the loss is the root, so the outer one is 1."""
+        """Return the prepared gradient; the loss is the root, so the outer gradient is 1."""
         grads, dhead = ctx.saved_tensors
         return grads, None, None, dhead, None
 
 
 class FastEagle(nn.Module):
-    """bf16 parameters of the head; the embedding is the target's, frozen."""
+    """The head with bf16 parameters; the embedding is the target's, frozen."""
 
     embed: Tensor  # [V, H], a buffer
 
@@ -186,13 +186,13 @@ class FastEagle(nn.Module):
     def unroll(
         self, tokens: Tensor, features: Tensor, rope: Rope, sees: Tensor, starts: Tensor, steps: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """`unroll` of this head; tokens [B, T] are one ahead of the target's features [B, T, H]."""
+        """Run `unroll` with this head; tokens [B, T] are one ahead of features [B, T, H]."""
         embedded = F.embedding(tokens, self.embed)
         layer = (self.step, list(self.weights), self.heads)
         return unroll(layer, embedded, features, rope, sees, starts, steps)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors under the names of the public EAGLE-1 checkpoints."""
+        """Return the tensors under the names of the public EAGLE-1 checkpoints."""
         h, g, d = self.heads
         fc, bias, qkv, o, gate_up, down, norm2 = list(self.weights)
         attention, mlp = "layers.0.self_attn.", "layers.0.mlp."
@@ -208,7 +208,10 @@ class FastEagle(nn.Module):
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up an exported head; the inverse of `tensors`. KeyError where one is missing."""
+        """Load an exported head; the inverse of `tensors`.
+
+        Raises KeyError if a tensor is missing.
+        """
         fc, bias, qkv, o, gate_up, down, norm2 = list(self.weights)
         fc.copy_(tensors["fc.weight"])
         bias.copy_(tensors["fc.bias"])

@@ -1,8 +1,8 @@
-"""EAGLE-3 head (arXiv 2503.01840) in the form that trains fast, unrolled over draft steps.
+"""EAGLE-3 head (arXiv 2503.01840) in a form that trains fast, unrolled over draft steps.
 
-Unrolled as the EAGLE-1 head is. The features of step 1 are three of the target's hidden states
-through `fc`, those of later steps the output, before the last norm, of the step before. The head's
-lm_head knows the draft vocabulary alone.
+It is unrolled as the EAGLE-1 head is. The hidden states of step 1 are three of the target's through
+`fc`; those of later steps are the output of the step before, before the last norm. The head's
+lm_head covers only the draft vocabulary.
 
 Shapes: B blocks, T rows, C starts a block, H hidden, D draft vocabulary.
 """
@@ -27,7 +27,7 @@ def draft_step(
     embedded: Tensor, feature: Tensor, w: list[Tensor], rope: Rope,
     drafted: tuple[list[Tensor], list[Tensor]], bias: Tensor, heads: Heads,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """One step over n rows a block: outputs [B, n, H] and its own keys and values [B, n, g, d]."""
+    """Run a step over n rows a block; return outputs [B, n, H] and keys, values [B, n, g, d]."""
     h, g, d = heads
     qkv, o, gate_up, down, hidden_norm, input_norm, norm2 = w
     both = torch.cat((norm(embedded, input_norm, EPS), norm(feature, hidden_norm, EPS)), dim=-1)
@@ -41,19 +41,19 @@ def draft_step(
 
 
 def draft_vocabulary(samples: Sequence[corpus.Sample], vocab_size: int, size: int) -> Tensor:
-    """The `size` most frequent tokens of the answers, ascending [D]."""
+    """Return the `size` most frequent tokens of the answers, ascending [D]."""
     answers = np.concatenate([ids[start:] for ids, start in samples])
     counts = np.bincount(answers, minlength=vocab_size)
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 def vocabulary(tensors: dict[str, Tensor]) -> Tensor:
-    """The draft vocabulary's tokens [D] of an exported head."""
+    """Return the draft vocabulary's tokens [D] of an exported head."""
     return torch.arange(len(tensors["d2t"])) + tensors["d2t"]
 
 
 class FastEagle3(nn.Module):
-    """bf16 parameters of the head for `target`; `ids` [D] are the draft vocabulary's tokens."""
+    """The head for `target` with bf16 parameters; `ids` [D] are the draft vocabulary's tokens."""
 
     embed: Tensor  # [V, H], a buffer
 
@@ -73,7 +73,7 @@ class FastEagle3(nn.Module):
             return nn.Parameter(torch.ones(size, dtype=torch.bfloat16))
 
         self.register_buffer("embed", target.embed.detach())
-        # The head starts as the target's last norm and lm_head on the highest feature.
+        # The head starts as the target's last norm and lm_head on the highest hidden state.
         start = torch.cat((torch.zeros(size, 2 * size), torch.eye(size)), dim=1)
         self.fc = nn.Parameter(start.bfloat16())
         self.norm = nn.Parameter(target.norm.detach().clone())
@@ -90,17 +90,17 @@ class FastEagle3(nn.Module):
     def unroll(
         self, tokens: Tensor, features: Tensor, rope: Rope, sees: Tensor, starts: Tensor, steps: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """`unroll` of this head; tokens [B, T] are one ahead of features [B, T, 3*H]."""
+        """Run `unroll` with this head; tokens [B, T] are one ahead of features [B, T, 3*H]."""
         embedded, fused = F.embedding(tokens, self.embed), F.linear(features, self.fc)
         layer = (self.step, list(self.layer), self.heads)
         return unroll(layer, embedded, fused, rope, sees, starts, steps)
 
     def states(self, outputs: Tensor) -> Tensor:
-        """What lm_head reads of the outputs [..., H]."""
+        """Return the input of lm_head for the outputs [..., H]."""
         return norm(outputs, self.norm, EPS)
 
     def tensors(self, vocab_size: int) -> dict[str, Tensor]:
-        """Tensors under the names of the official EAGLE-3 checkpoints, without the embedding."""
+        """Return the tensors under official EAGLE-3 checkpoints' names, without the embedding."""
         h, g, d = self.heads
         qkv, o, gate_up, down, hidden_norm, input_norm, norm2 = list(self.layer)
         attention, mlp = "midlayer.self_attn.", "midlayer.mlp."
@@ -122,7 +122,7 @@ class FastEagle3(nn.Module):
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up an exported head of this draft vocabulary; the inverse of `tensors`."""
+        """Load an exported head of this draft vocabulary; the inverse of `tensors`."""
         qkv, o, gate_up, down, hidden_norm, input_norm, norm2 = list(self.layer)
         assert torch.equal(vocabulary(tensors), self.ids), "another draft vocabulary"
         self.fc.copy_(tensors["fc.weight"])

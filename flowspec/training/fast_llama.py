@@ -1,8 +1,8 @@
 """A Llama written for training speed on a CPU with bf16 matrix units.
 
-Weights are bf16 parameters beside an fp32 master copy in the optimizer (no autocast copies), q/k/v
+Weights are bf16 parameters with an fp32 master copy in the optimizer (no autocast copies). q/k/v
 and gate/up are one matrix each, attention is two batched products and a fused softmax, and the loss
-computes its gradient in the forward pass. Exports to and imports from the Hugging Face layout.
+computes its gradient in the forward pass. It exports to and imports from the Hugging Face layout.
 
 Shapes: B blocks, T tokens, H hidden, h query heads, g key/value heads, d head size, V vocabulary.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Size of a small Llama."""
+    """The sizes of a small Llama."""
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -34,12 +34,12 @@ class Shape:
 
     @property
     def head_dim(self) -> int:
-        """Size of one head."""
+        """Return the size of one head."""
         return self.hidden_size // self.num_heads
 
 
 def rope_table(shape: Shape, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, 1, d] for positions 0 to T-1, half-split layout of Hugging Face."""
+    """Return cos and sin [T, 1, d] for positions 0 to T-1, half-split layout of Hugging Face."""
     exponent = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
     angles = torch.arange(length).float()[:, None] / shape.rope_theta**exponent
     angles = torch.cat((angles, angles), dim=-1)[:, None]
@@ -53,13 +53,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm of x [..., H] in fp32."""
+    """Apply RMSNorm to x [..., H] in fp32."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """q [B, T, h, d], k and v [B, S, g, d], bias [B, 1, T, S] -> [B, T, h*d]."""
+    """Attend: q [B, T, h, d], k and v [B, S, g, d], bias [B, 1, T, S] -> [B, T, h*d]."""
     # The query heads of a group are rows of one product over the group's keys.
     b, t, h, d = q.shape
     s, g = k.shape[1], k.shape[2]
@@ -82,7 +82,7 @@ def block_forward(
     bias: Tensor,
     heads: tuple[int, int, int],
 ) -> Tensor:
-    """One decoder layer; w = (qkv, o, gate_up, down, norm1, norm2), x [B, T, H]."""
+    """Run one decoder layer; w = (qkv, o, gate_up, down, norm1, norm2), x [B, T, H]."""
     h, g, d = heads
     qkv, o, gate_up, down, norm1, norm2 = w
     rows = F.linear(norm(x, norm1, 1e-5), qkv).unflatten(-1, (h + 2 * g, d))
@@ -93,7 +93,7 @@ def block_forward(
 
 
 def _loss_rows(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted cross-entropy [K] and its gradient [K, V] for logits [K, V]."""
+    """Return the weighted cross-entropy [K] and its gradient [K, V] for logits [K, V]."""
     wide = logits.float()
     log_z = wide.logsumexp(-1)
     loss = log_z - wide.gather(1, targets[:, None])[:, 0]
@@ -106,13 +106,13 @@ loss_rows = torch.compile(_loss_rows, dynamic=True)
 
 
 class HeadLoss(torch.autograd.Function):
-    """sum(weights * cross-entropy) over rows, with the gradient made in the forward pass."""
+    """sum(weights * cross-entropy) over rows; the forward pass makes the gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, head: Tensor, targets: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x [K, H], head [V, H], targets and weights [K] -> (weighted sum, loss per row [K])."""
+        """Map x [K, H], head [V, H], targets and weights [K] to (weighted sum, row loss [K])."""
         dx, dhead = torch.empty_like(x), torch.zeros_like(head)
         losses = torch.empty(x.shape[0])
         for i in range(0, x.shape[0], 1024):
@@ -126,19 +126,19 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Scale what the forward pass prepared."""
+        """Scale the gradient that the forward pass prepared."""
         dx, dhead = ctx.saved_tensors
         return dx * grads[0].to(dx.dtype), dhead * grads[0].to(dx.dtype), None, None
 
 
 def parameters_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The weights of one entry of `FastLlama.layers`."""
+    """Return the weights of one entry of `FastLlama.layers`."""
     assert isinstance(layer, nn.ParameterList)
     return list(layer)
 
 
 class FastLlama(nn.Module):
-    """bf16 `embed`, `head`, `norm` and per layer (qkv, o, gate_up, down, norm1, norm2)."""
+    """A Llama: bf16 `embed`, `head`, `norm` and layers (qkv, o, gate_up, down, norm1, norm2)."""
 
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
@@ -169,9 +169,9 @@ class FastLlama(nn.Module):
         self.tables: dict[int, tuple[Tensor, Tensor]] = {}
 
     def features(self, tokens: Tensor, bias: Tensor, layers: Sequence[int] = ()) -> Tensor:
-        """tokens [B, T], bias [B, 1, T, T] -> hidden states after the final norm [B, T, H].
+        """Map tokens [B, T], bias [B, 1, T, T] to hidden states after the final norm [B, T, H].
 
-        With `layers`, their outputs come before it, side by side: [B, T, (n+1)*H].
+        The outputs of `layers` come before them, side by side: [B, T, (n+1)*H].
         """
         length = tokens.shape[1]
         if length not in self.tables:
@@ -187,7 +187,7 @@ class FastLlama(nn.Module):
         return torch.cat([*(outputs[i] for i in layers), final], dim=-1)
 
     def hf_config(self) -> dict[str, Any]:
-        """config.json of the Hugging Face layout."""
+        """Return config.json of the Hugging Face layout."""
         s = self.shape
         return {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False,
@@ -202,7 +202,7 @@ class FastLlama(nn.Module):
         }  # fmt: skip
 
     def hf_tensors(self) -> dict[str, Tensor]:
-        """Tensors under their Hugging Face names."""
+        """Return the tensors under their Hugging Face names."""
         s = self.shape
         rows = [s.num_heads * s.head_dim, *[s.num_kv_heads * s.head_dim] * 2]
         tensors: dict[str, Tensor] = {
@@ -223,12 +223,12 @@ class FastLlama(nn.Module):
         return {name: t.detach().clone().contiguous() for name, t in tensors.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Shape as plain data, kept in checkpoints."""
+        """Return the shape as plain data, for checkpoints."""
         return asdict(self.shape)
 
 
 def document_bias(tokens: Tensor, bos: int = 1) -> Tensor:
-    """Additive mask [B, 1, T, T]: causal, and only within the sample that a token belongs to."""
+    """Return an additive mask [B, 1, T, T]: causal, and only within a token's own sample."""
     document = (tokens == bos).cumsum(-1)
     length = tokens.shape[1]
     sees = (document[:, :, None] == document[:, None, :]) & torch.ones(length, length).tril().bool()

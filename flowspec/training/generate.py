@@ -1,4 +1,4 @@
-"""Batched generation by the demo target: the text its drafters learn from.
+"""Batched generation with the demo target, to make the text that its drafters learn from.
 
 Shapes: N rows, P prompt tokens, S cached positions, h query heads, g key/value heads, d head size.
 """
@@ -20,11 +20,11 @@ from flowspec.training import corpus
 from flowspec.training.fast_llama import FastLlama, norm, parameters_of, rope_table, rotate
 
 logger = logging.getLogger("train_demo")
-ROOM = 60_000  # prompt tokens of a batch: its attention must fit the memory
+ROOM = 60_000  # prompt tokens of a batch, whose attention must fit the memory
 
 
 class BatchCache:
-    """Keys and values [N, g, S, d] of every layer, left-padded rows."""
+    """Keys and values [N, g, S, d] of every layer; rows are left-padded."""
 
     def __init__(self, model: FastLlama, rows: int, capacity: int) -> None:
         s = model.shape
@@ -40,7 +40,7 @@ class BatchCache:
 
 @torch.no_grad()
 def forward(model: FastLlama, tokens: Tensor, cache: BatchCache, real: Tensor) -> Tensor:
-    """tokens [N, T] after the cache; real [N, S+T] marks non-padding; last features [N, H]."""
+    """Run tokens [N, T] after the cache; return last rows [N, H]. real [N, S+T]: no padding."""
     s, t, start = model.shape, tokens.shape[1], cache.length
     end = start + t
     cos, sin = (table[start:end] for table in cache.rope)
@@ -56,7 +56,7 @@ def forward(model: FastLlama, tokens: Tensor, cache: BatchCache, real: Tensor) -
         keys, values = cache.data[i, 0], cache.data[i, 1]
         keys[:, :, start:end] = rotate(k, cos, sin).transpose(1, 2)
         values[:, :, start:end] = v.transpose(1, 2)
-        # The query heads of a group are rows over its keys: much faster than enable_gqa.
+        # The query heads of a group are rows over its keys, which is much faster than enable_gqa.
         grouped = rotate(q, cos, sin).unflatten(2, (s.num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(
             grouped.flatten(2, 3), keys[:, :, :end], values[:, :, :end], attn_mask=bias
@@ -82,7 +82,7 @@ def choose(logits: Tensor, temperature: Tensor) -> Tensor:
 def continue_batch(
     model: FastLlama, prompts: Sequence[np.ndarray], temperature: Tensor, max_new: int
 ) -> list[list[int]]:
-    """New tokens of each prompt, up to and with EOS."""
+    """Return the new tokens of each prompt, up to and including EOS."""
     n, longest = len(prompts), max(len(p) for p in prompts)
     tokens = torch.zeros(n, longest, dtype=torch.int64)
     real = torch.zeros(n, longest + max_new, dtype=torch.bool)
@@ -124,10 +124,10 @@ def self_generate(
     minutes: float,
     seed: int,
 ) -> list[corpus.Sample]:
-    """The target's own answers to each prompt, one greedy, the others at temperature 1; no loops.
+    """Generate the target's answers to each prompt: one greedy, the others at T = 1; loops dropped.
 
-    A batch is of at most `batch` rows and ROOM tokens. Stops early after `minutes`; the batches
-    come in random order, so what there is is a fair part.
+    A batch has at most `batch` rows and ROOM tokens. Stops early after `minutes`; batches come in
+    random order, so a partial result is a fair sample.
     """
     torch.manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

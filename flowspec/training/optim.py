@@ -1,4 +1,4 @@
-"""Muon for matrices, AdamW for the rest, over bf16 parameters with fp32 master copies."""
+"""Muon for matrices and AdamW for the rest, over bf16 parameters with fp32 master copies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def orthogonalise(grads: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration of Muon on matrices [n, rows, columns], rows <= columns."""
+    """Run Muon's Newton-Schulz iteration on matrices [n, rows, columns], rows <= columns."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = grads.bfloat16()
     x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).bfloat16()
@@ -42,7 +42,7 @@ class Slot:
 
 
 class MuonAdam:
-    """Steps every slot; the learning rates are the slots' own times a schedule factor."""
+    """Steps every slot; each slot's own learning rate is multiplied by a schedule factor."""
 
     def __init__(self, slots: Sequence[Slot], momentum: float = 0.95) -> None:
         self.slots = list(slots)
@@ -51,7 +51,7 @@ class MuonAdam:
 
     @torch.no_grad()
     def step(self, factor: float) -> None:
-        """One update from the accumulated gradients; clears them."""
+        """Update once from the accumulated gradients, and clear them."""
         self.steps += 1
         stacks: dict[tuple[int, int], list[tuple[Slot, slice, bool, Tensor]]] = defaultdict(list)
         for slot in self.slots:
@@ -96,13 +96,13 @@ class MuonAdam:
         slot.master.addcdiv_(slot.first, denominator, value=-factor * slot.lr / bias1)
 
     def state(self) -> dict[str, object]:
-        """Everything needed to go on after a stop."""
+        """Return everything needed to continue after a stop."""
         slots = [(s.master, s.first, s.second) for s in self.slots]
         return {"steps": self.steps, "slots": slots}
 
     @torch.no_grad()
     def load(self, state: dict[str, object]) -> None:
-        """Take up a saved state."""
+        """Restore a saved state."""
         self.steps = int(state["steps"])  # type: ignore[call-overload]
         for slot, (master, first, second) in zip(self.slots, state["slots"], strict=True):  # type: ignore[call-overload]
             slot.master, slot.first, slot.second = master, first, second

@@ -1,6 +1,6 @@
-"""Mean accepted length of chain and tree drafting, on the project's own model, cache and drafter.
+"""Mean accepted length of chain and tree drafting, with the project's own model, cache and drafter.
 
-Round by round, as in a plain EAGLE-2 decoder: draft a tree, verify it in one forward, walk it with
+It works in rounds, as a plain EAGLE-2 decoder: draft a tree, verify it in one forward, walk it with
 the target's own tokens. tau = tokens gained per round. Shapes: n rows, H hidden, V vocabulary.
 """
 
@@ -36,7 +36,7 @@ MAX_PROMPT = 1900
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class TreeShape:
     """A tree of `nodes` drafts, `depth` levels, `draft_topk` children a node; a chain has 1."""
 
     nodes: int
@@ -44,30 +44,30 @@ class Shape:
     draft_topk: int
 
 
-CHAIN, TREE, DEEP = Shape(5, 5, 1), Shape(60, 7, 10), Shape(8, 8, 1)
+CHAIN, TREE, DEEP = TreeShape(5, 5, 1), TreeShape(60, 7, 10), TreeShape(8, 8, 1)
 
 
 @dataclass(slots=True)
-class Sample:
-    """What one prompt gave."""
+class PromptResult:
+    """The tokens and accepted lengths of one prompt."""
 
     tokens: list[int]
-    accepted: list[int]  # drafts, in each round
+    accepted: list[int]  # accepted drafts of each round
 
     @property
     def rounds(self) -> int:
-        """Verdicts."""
+        """Return the number of verdicts."""
         return len(self.accepted)
 
     @property
     def tau(self) -> float:
-        """Tokens per round; the first token comes from the prompt's own forward."""
+        """Return tokens per round; the first token comes from the prompt's own forward."""
         return (len(self.tokens) - 1) / max(self.rounds, 1)
 
 
 @dataclass(slots=True)
 class Pair:
-    """Target and head, with the target's end token."""
+    """A target and its head, with the target's end token."""
 
     target: StageModel
     drafter: EagleDrafter | Eagle3Drafter
@@ -75,7 +75,7 @@ class Pair:
 
     @classmethod
     def load(cls, target: Path, head: Path) -> Pair:
-        """Both in fp32, so that a tree's rows and a single row give the same text."""
+        """Load both in fp32, so that a tree's rows and a single row give the same text."""
         model = load_whole(target, dtype="float32")
         assert model.lm_head is not None, "a whole model has its lm_head"
         if recognise(read_draft(draft_weights(head))).family == "eagle":
@@ -90,14 +90,14 @@ class Pair:
         return cls(model, Eagle3Drafter(net3))
 
     def feed(self, session: Any, hidden: Tensor, taps: Mapping[int, Tensor], where: Any) -> None:
-        """Give the drafter the features of rows at these positions, with rows of `hidden`."""
+        """Give the drafter the hidden states of rows at these positions, with rows of `hidden`."""
         for layer in self.drafter.aux_hidden_state_layers:
             rows = hidden if layer == FINAL_NORM else taps[layer]
             session.accept_features(layer, {p: rows[row] for p, row in where.items()})
 
 
 def grow(
-    session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: Shape
+    session: object, tree: DraftTree, first: Sequence[tuple[int, float]], shape: TreeShape
 ) -> None:
     """EAGLE-2's tree: each level expands its `draft_topk` best nodes; the `nodes` best are kept."""
     beam: list[Node] = []
@@ -114,7 +114,7 @@ def grow(
 def verify(
     pair: Pair, cache: TreeKVCache, tree: DraftTree, sampling: SamplingParams, session: Any
 ) -> tuple[list[Node], list[int]]:
-    """Walk the tree: accepted path (root first), the token after each node."""
+    """Walk the tree; return the accepted path (root first) and the token after each node."""
     model = pair.target
     nodes = tree.best_unsent(len(tree))
     row = {node.id: i for i, node in enumerate(nodes)}
@@ -139,11 +139,11 @@ def decode(
     pair: Pair,
     prompt: Sequence[int],
     sampling: SamplingParams,
-    shape: Shape,
+    shape: TreeShape,
     max_new: int,
     coupled: bool,
-) -> Sample:
-    """One prompt by speculative decoding."""
+) -> PromptResult:
+    """Decode one prompt speculatively."""
     request = Request(id=0, prompt=tuple(prompt), sampling=sampling, max_new_tokens=max_new + 16)
     session = pair.drafter.open(
         Opening(request=request, draft_topk=shape.draft_topk, coupled=coupled)
@@ -170,12 +170,12 @@ def decode(
         tree.reroot(path[-1].id, following[-1])
     if pair.eos in text:
         text = text[: text.index(pair.eos) + 1]
-    return Sample(text, accepted)
+    return PromptResult(text, accepted)
 
 
 @torch.inference_mode()
 def plain(pair: Pair, prompt: Sequence[int], sampling: SamplingParams, length: int) -> list[int]:
-    """The target alone, token by token."""
+    """Decode with the target alone, token by token."""
     cache = pair.target.new_cache(len(prompt) + length + 8)
     ids = torch.tensor(list(prompt))
     hidden, _ = run_rows(pair.target, cache, ids, range(len(prompt)), parents=None)
@@ -188,7 +188,7 @@ def plain(pair: Pair, prompt: Sequence[int], sampling: SamplingParams, length: i
 
 
 def read_prompts(folder: Path, name: str, count: int, tokenizer: object) -> list[list[int]]:
-    """First turns of the first `count` questions that fit, in the chat template."""
+    """Return the first turns of the first `count` questions that fit, in the chat template."""
     prompts = []
     for line in (folder / name / "question.jsonl").read_text(encoding="utf-8").splitlines():
         message = [{"role": "user", "content": json.loads(line)["turns"][0]}]
@@ -214,7 +214,7 @@ MODES = {
 def evaluate(
     pair: Pair, tokenizer: object, data: Path, *, prompts: int, max_new: int, modes: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """mode -> set -> {all, plain (non-looping), looping (count), equal (count), tokens}."""
+    """Map mode -> set -> {all, plain (non-looping), looping (count), equal (count), tokens}."""
     table: dict[str, dict[str, dict[str, float]]] = {mode: {} for mode in modes}
     for name in SETS:
         for number, prompt in enumerate(read_prompts(data, name, prompts, tokenizer)):
@@ -236,7 +236,10 @@ def evaluate(
 
 
 def summary(row: Mapping[str, object]) -> dict[str, float]:
-    """Means of one set; `plain` leaves looping samples out. A one-token answer has no rounds."""
+    """Return means of one set; `plain` leaves looping samples out.
+
+    One-token answers have no rounds.
+    """
     samples = [s for s in row["samples"] if s.rounds]  # type: ignore[attr-defined]
     straight = [s for s in samples if repeated_share(s.tokens) <= 0.3]
     return {
@@ -252,7 +255,7 @@ def summary(row: Mapping[str, object]) -> dict[str, float]:
 
 
 def by_depth(rows: dict[str, dict[str, Any]], key: str, depth: int) -> list[float]:
-    """Of the rounds of all sets that accepted d-1 drafts, the share that accepted d."""
+    """Return the share of rounds that accepted d drafts, of those that accepted d-1, by depth d."""
     rounds = [n for row in rows.values() for n in row[key]]
     shares = []
     for d in range(1, depth + 1):
@@ -262,7 +265,7 @@ def by_depth(rows: dict[str, dict[str, Any]], key: str, depth: int) -> list[floa
 
 
 def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A Markdown table: tau over all samples / over non-looping samples."""
+    """Return a Markdown table: tau over all samples / over non-looping samples."""
     lines = ["| mode | " + " | ".join(SETS) + " | mean | looping | equal to plain |"]
     lines.append("|" + "---|" * (len(SETS) + 4))
     for mode, rows in table.items():
@@ -288,7 +291,7 @@ def show(table: dict[str, dict[str, dict[str, float]]]) -> str:
 def sample_texts(
     pair: Pair, tokenizer: object, data: Path, *, per_set: int, max_new: int
 ) -> list[dict[str, str]]:
-    """What the target itself answers to the first prompts, greedy and at temperature 1."""
+    """Return the target's own answers to the first prompts, greedy and at temperature 1."""
     texts = []
     for name in SETS:
         for prompt in read_prompts(data, name, per_set, tokenizer):
@@ -304,5 +307,5 @@ def sample_texts(
 
 
 def load_tokenizer(folder: Path) -> object:
-    """The target's tokenizer with its chat template."""
+    """Load the target's tokenizer with its chat template."""
     return AutoTokenizer.from_pretrained(folder)

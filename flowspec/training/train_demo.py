@@ -6,9 +6,9 @@
 Needs: 2 CPU cores with bf16 instructions, 6 GiB of memory, a C++ compiler (torch.compile), the
 packages torch, transformers, tokenizers, safetensors, networkx and sympy. No GPU, no network.
 Takes about 3 h on two free cores: target 70 min, its own text 10 min, EAGLE-1 head 25 min, EAGLE-3
-head 40 min, draft model 8 min, evaluation 16 min. Every step is resumable: started again it goes
-on from its checkpoint in --work, and a finished step is passed over. Delete its file there to do it
-anew.
+head 40 min, draft model 8 min, evaluation 16 min. Every step is resumable: a restarted step
+continues from its checkpoint in --work, and a finished step is skipped. Delete its file there to
+run it again.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from flowspec.training.fast_llama import FastLlama, Shape, load_hf_tensors
 
 logger = logging.getLogger("train_demo")
 
-# glibc gives large blocks back to the system after every step and a training step asks for them
-# again; keeping them, in one arena, is worth a third of the time. Spinning threads for 0.1 ms
-# between two parallel regions is worth as much again.
+# glibc returns large blocks to the system after every step, and a training step asks for them
+# again; keeping them, in one arena, saves a third of the time. Spinning threads for 0.1 ms
+# between two parallel regions saves as much again.
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "8589934592",
@@ -56,12 +56,12 @@ DRAFT_SHAPE = Shape(
 )
 MAX_SAMPLE = 1537
 VOCAB_SIZE = 4096
-# Share of the questions that the target answers for its drafters, where not all.
+# Share of the questions that the target answers for its drafters; 1 if not listed.
 GENERATE_SHARE = {"factqa": 0.6}
 
 
 def step_tokenizer(args: argparse.Namespace) -> None:
-    """Byte-level BPE over the training text."""
+    """Train the byte-level BPE on the training text."""
     folder = args.work / "tokenizer"
     if (folder / "tokenizer.json").exists():
         return
@@ -71,7 +71,7 @@ def step_tokenizer(args: argparse.Namespace) -> None:
 
 
 def step_target(args: argparse.Namespace) -> None:
-    """The target, and its folder in the Hugging Face layout."""
+    """Train the target, and write its folder in the Hugging Face layout."""
     folder = args.out / "target"
     if (folder / "model.safetensors").exists():
         return
@@ -80,14 +80,14 @@ def step_target(args: argparse.Namespace) -> None:
         train_target.load_sets(tokenizer, args.corpus, "train", MAX_SAMPLE),
         train_target.load_sets(tokenizer, args.corpus, "val", MAX_SAMPLE),
         shape=Shape(vocab_size=VOCAB_SIZE),
-        plan=train_target.Plan(minutes=args.target_minutes),
+        plan=train_target.TargetPlan(minutes=args.target_minutes),
         checkpoint=args.work / "target.pt",
     )
     train_target.export(model, args.work / "tokenizer", folder)
 
 
 def step_generate(args: argparse.Namespace) -> None:
-    """The target's own answers to questions of the training text, and of the held-out text."""
+    """Generate the target's own answers to questions of the training and held-out text."""
     for split, shares, name in (("val", {}, "held_out"), ("train", GENERATE_SHARE, "generated")):
         path = args.work / f"{name}.npz"
         if path.exists():
@@ -111,14 +111,14 @@ def step_generate(args: argparse.Namespace) -> None:
 
 
 def stored_samples(path: Path) -> list[corpus.Sample]:
-    """What the step `generate` wrote."""
+    """Return the samples that the step `generate` wrote."""
     stored = np.load(path)
     pieces = np.split(stored["tokens"], stored["ends"][:-1])
     return list(zip(pieces, stored["starts"].tolist(), strict=True))
 
 
 def drafter_samples(args: argparse.Namespace) -> tuple[list[corpus.Sample], list[corpus.Sample]]:
-    """The generated text with --corpus-share as much of the corpus, and the held-out text."""
+    """Return the generated text plus --corpus-share of the corpus, and the held-out text."""
     samples, held_out = (stored_samples(args.work / f"{n}.npz") for n in ("generated", "held_out"))
     wanted = int(args.corpus_share * len(samples))
     if not wanted:
@@ -131,7 +131,7 @@ def drafter_samples(args: argparse.Namespace) -> tuple[list[corpus.Sample], list
 def drafter_blocks(
     args: argparse.Namespace,
 ) -> tuple[list[train_drafters.Blocks], list[train_drafters.Blocks]]:
-    """Both parts of `drafter_samples` in blocks."""
+    """Return both parts of `drafter_samples` in blocks."""
     samples, held_out = drafter_samples(args)
     return (
         train_drafters.make_blocks(samples, seed=0),
@@ -140,7 +140,7 @@ def drafter_blocks(
 
 
 def step_eagle(args: argparse.Namespace) -> None:
-    """The EAGLE head, in the public checkpoint layout."""
+    """Train the EAGLE head; write it in the public checkpoint layout."""
     folder = args.out / "eagle"
     if (folder / "model.safetensors").exists() and not args.init:
         return
@@ -155,7 +155,7 @@ def step_eagle(args: argparse.Namespace) -> None:
 
 
 def step_eagle3(args: argparse.Namespace) -> None:
-    """The EAGLE-3 head, in the official checkpoint layout."""
+    """Train the EAGLE-3 head; write it in the official checkpoint layout."""
     folder = args.out / "eagle3"
     if (folder / "model.safetensors").exists() and not args.init:
         return
@@ -164,7 +164,7 @@ def step_eagle3(args: argparse.Namespace) -> None:
     layers = tuple(map(int, args.eagle3_layers.split(","))) if args.eagle3_layers else default
     eagle = args.out / "eagle"
     begun = (eagle / "model.safetensors").exists() and layers[-1] == default[-1]
-    plan = train_eagle3.Plan(
+    plan = train_eagle3.Eagle3TrainingPlan(
         layers=layers,
         eagle=eagle if begun else None,
         draft_vocab=args.draft_vocab, minutes=args.eagle3_minutes,
@@ -177,7 +177,7 @@ def step_eagle3(args: argparse.Namespace) -> None:
 
 
 def step_draft(args: argparse.Namespace) -> None:
-    """The small draft model with the target's tokenizer."""
+    """Train the small draft model with the target's tokenizer."""
     folder = args.out / "draft"
     if (folder / "model.safetensors").exists():
         return
@@ -190,7 +190,7 @@ def step_draft(args: argparse.Namespace) -> None:
 
 
 def step_evaluate(args: argparse.Namespace) -> None:
-    """tau per evaluation set, and acceptance by depth; prints a table for each head."""
+    """Measure tau per evaluation set and acceptance by depth; print a table for each head."""
     torch.set_grad_enabled(False)
     tokenizer = tau.load_tokenizer(args.out / "target")
     modes = args.modes.split(",") if args.modes else list(tau.MODES)
@@ -206,19 +206,19 @@ def step_evaluate(args: argparse.Namespace) -> None:
 
 
 def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
-    """The tokenizer of step 1."""
+    """Load the tokenizer of the first step."""
     return Tokenizer.from_file(str(args.work / "tokenizer" / "tokenizer.json"))
 
 
 def load_target(args: argparse.Namespace) -> FastLlama:
-    """The trained target, ready to give features."""
+    """Load the trained target, to compute hidden states."""
     model = FastLlama(Shape(vocab_size=VOCAB_SIZE))
     load_hf_tensors(model, load_file(args.out / "target" / "model.safetensors"))
     return model.requires_grad_(False)
 
 
 def write_figures(args: argparse.Namespace, name: str, figures: dict[str, Any]) -> None:
-    """Keep what was measured, for the documentation."""
+    """Save the measured figures for the documentation."""
     (args.work / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
@@ -234,37 +234,37 @@ STEPS = {
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("step", choices=[*STEPS, "all"])
-    parser.add_argument("--corpus", type=Path, help="folder of <set>.train.jsonl.gz files")
+    parser.add_argument("--corpus", type=Path, help="folder with <set>.train.jsonl.gz files")
     parser.add_argument("--eval-data", type=Path, help="folder of <set>/question.jsonl files")
     parser.add_argument("--work", type=Path, default=Path("build/demo"), help="checkpoints")
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="the model folders")
-    parser.add_argument("--init", type=Path, help="folder of eagle and eagle3 heads to go on from")
-    parser.add_argument("--rate", type=float, default=1.0, help="height of a head's learning rate")
+    parser.add_argument("--init", type=Path, help="folder of eagle and eagle3 heads to start from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on a head's learning rate")
     parser.add_argument(
-        "--corpus-share", type=float, default=0.1, help="of the corpus beside generated answers"
+        "--corpus-share", type=float, default=0.1, help="share of the corpus that is added"
     )
     parser.add_argument("--target-minutes", type=float, default=70)
     parser.add_argument("--eagle-minutes", type=float, default=25)
     parser.add_argument("--eagle3-minutes", type=float, default=40)
     parser.add_argument("--draft-minutes", type=float, default=8)
     parser.add_argument("--generate-minutes", type=float, default=10)
-    parser.add_argument("--unroll", type=int, default=5, help="draft steps in the head's training")
-    parser.add_argument("--eagle3-unroll", type=int, default=7, help="as --unroll, EAGLE-3")
-    parser.add_argument("--eagle3-layers", default="", help="feature layers, as in 1,3,4")
-    parser.add_argument("--draft-vocab", type=int, default=3584, help="tokens EAGLE-3 can say")
-    parser.add_argument("--max-new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--unroll", type=int, default=5, help="draft steps unrolled in training")
+    parser.add_argument("--eagle3-unroll", type=int, default=7, help="like --unroll, for EAGLE-3")
+    parser.add_argument("--eagle3-layers", default="", help="layers it reads, as in 1,3,4")
+    parser.add_argument("--draft-vocab", type=int, default=3584, help="EAGLE-3's vocabulary size")
+    parser.add_argument("--max-new", type=int, default=128, help="most tokens of an answer")
     parser.add_argument(
-        "--answers", type=int, default=2, help="to a question; all but the first at temperature 1"
+        "--answers", type=int, default=2, help="answers per question; all but the first at T = 1"
     )
-    parser.add_argument("--prompts", type=int, default=8, help="per evaluation set")
-    parser.add_argument("--modes", default="", help="comma-separated, of " + ", ".join(tau.MODES))
-    parser.add_argument("--eager", action="store_true", help="compile nothing: for short runs")
-    parser.add_argument("--heads", default="eagle,eagle3", help="to evaluate")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per evaluation set")
+    parser.add_argument("--modes", default="", help="some of: " + ", ".join(tau.MODES))
+    parser.add_argument("--eager", action="store_true", help="do not compile; for short runs")
+    parser.add_argument("--heads", default="eagle,eagle3", help="heads to evaluate")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if args.step != "evaluate" and args.corpus is None:
@@ -284,7 +284,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
     torch._dynamo.config.disable = args.eager
-    # One graph per draft step and block length; past the limit torch would run them uncompiled.
+    # One graph per draft step and block length; beyond the limit, torch would not compile them.
     torch._dynamo.config.recompile_limit = 64
     args.work.mkdir(parents=True, exist_ok=True)
     for name in STEPS if args.step == "all" else [args.step]:

@@ -1,7 +1,7 @@
-"""Train the EAGLE head and the small draft model on the target's own generations.
+"""Trains the EAGLE head and the small draft model on the target's own generations.
 
-Shapes: N blocks, B blocks of a micro-batch, T rows, C starts of drafts in a block, H hidden,
-K unrolled steps, R rows in the loss.
+Shapes: N blocks, B blocks of a micro-batch, T rows, C starts of drafts in a block, H hidden, K
+unrolled steps, R rows in the loss.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from flowspec.training.optim import MuonAdam, Slot
 from flowspec.training.train_target import make_optimizer, save_atomic
 
 logger = logging.getLogger("train_demo")
-# tokens [B, T+1], answers [B, T+1], features [B, T, H], or [B, T, (n+1)*H] with n layers' outputs
+# tokens [B, T+1], answers [B, T+1], hidden states [B, T, H] or [B, T, (n+1)*H] with n layers
 Batch = tuple[Tensor, Tensor, Tensor]
-# loss, KL [K], and for each of the K steps outputs [R, H] and true features [R, H]
+# loss, KL [K], and for each of the K steps outputs [R, H] and true hidden states [R, H]
 Outcome = tuple[Tensor, Tensor, Sequence[Tensor], Sequence[Tensor]]
-LENGTHS = {384: 5, 1152: 2}  # rows of a block, short and long: blocks of a micro-batch
+LENGTHS = {384: 5, 1152: 2}  # rows of a block (short and long): blocks of a micro-batch
 STARTS = 64  # rows of a block that drafts begin at
-DECAY = 0.9  # weight of each step's loss over that of the step before
-CACHED_ROWS = 1_000_000  # whose features are kept for the next pass
+DECAY = 0.9  # weight of each step's loss relative to that of the step before
+CACHED_ROWS = 1_000_000  # rows whose hidden states are kept for the next pass
 REPORTED = 4  # held-out micro-batches of each length
 SAVE_EVERY_S = 330.0
 
 
 @dataclass
 class Blocks:
-    """Packed samples of one length with the target's features; the first ones are kept in bf16."""
+    """Packed samples of one length with the target's hidden states; some are kept in bf16."""
 
     length: int
     tokens: NDArray[np.uint16]
     answer: NDArray[np.bool_]
     per_batch: int
-    layers: tuple[int, ...] = ()  # whose outputs come before the final features
+    layers: tuple[int, ...] = ()  # layers whose outputs come before the final hidden states
     features: dict[int, Tensor] = field(default_factory=dict)
 
     def batch(self, target: FastLlama, start: int) -> Batch:
-        """The micro-batch from block `start` on."""
+        """Return the micro-batch that starts at block `start`."""
         part = slice(start, start + self.per_batch)
         tokens = torch.from_numpy(self.tokens[part].astype(np.int64))
         features = self.features.get(start)
@@ -73,7 +73,7 @@ def make_blocks(
     layers: tuple[int, ...] = (),
     lengths: dict[int, int] = LENGTHS,
 ) -> list[Blocks]:
-    """Short samples in short blocks, long ones in long blocks; whole micro-batches only."""
+    """Pack short samples into short blocks, long ones into long blocks; full micro-batches only."""
     short, long = lengths
     rng = random.Random(seed)
     result = []
@@ -91,7 +91,7 @@ def make_blocks(
 
 
 def endless(blocks: list[Blocks], skip: int) -> Iterator[tuple[Blocks, int]]:
-    """Micro-batches in a new order each pass."""
+    """Yield micro-batches endlessly, in a new order each pass."""
     places = [(b, i) for b in blocks for i in range(0, len(b.tokens), b.per_batch)]
     number = 0
     while True:
@@ -104,25 +104,25 @@ def endless(blocks: list[Blocks], skip: int) -> Iterator[tuple[Blocks, int]]:
 
 
 def chosen_rows(mask: Tensor) -> tuple[Tensor, int]:
-    """Indices of the true entries, padded by repeats to a multiple of 512, and their count."""
+    """Return indices of true entries, padded by repeats to a multiple of 512, and their count."""
     rows = mask.reshape(-1).nonzero()[:, 0]
     count = len(rows)
     return torch.cat((rows, rows[: -count % 512])), count
 
 
 def same_sample(tokens: Tensor) -> Tensor:
-    """[B, T, T] true where two positions belong to one sample."""
+    """Return [B, T, T], true where two positions belong to one sample."""
     document = (tokens == corpus.BOS).cumsum(-1)
     return document[:, :, None] == document[:, None, :]
 
 
 def choose_starts(tokens: Tensor, answer: Tensor, count: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Rows [B, C] at which drafts begin, and whether step k of each guesses its answer [K, B, C].
+    """Return start rows [B, C] of drafts, and whether each step's row is in an answer [K, B, C].
 
     tokens and answer are [B, T+1]; a block that comes again gets other rows.
     """
     length = tokens.shape[1] - 1
-    fits = answer[:, 2 : length - steps + 2]  # row i guesses token i+2
+    fits = answer[:, 2 : length - steps + 2]  # row i predicts token i+2
     starts = (torch.rand(fits.shape) * fits).topk(count, dim=-1).indices
     document = (tokens == corpus.BOS).cumsum(-1)
     guessed = [starts + 2 + k for k in range(steps)]
@@ -134,7 +134,7 @@ def choose_starts(tokens: Tensor, answer: Tensor, count: int, steps: int) -> tup
 def unrolled(
     head: FastEagle | FastEagle3, target: FastLlama, batch: Batch, steps: int
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """For each step the head's outputs [R, H] on answers and the features [R, H] they guess."""
+    """Return each step's outputs [R, H] on answers, and the true hidden states [R, H]."""
     tokens, answer, features = batch
     size, length = target.shape.hidden_size, features.shape[1]
     final = features[..., -size:]
@@ -143,7 +143,7 @@ def unrolled(
     sees = same_sample(tokens[:, :-1]) & torch.ones(length, length, dtype=torch.bool).tril()
     rope = rope_table(target.shape, length)
     first, chains = head.unroll(tokens[:, 1:], inputs, rope, sees, starts, steps)
-    # Row i guesses feature i+1 and so token i+2; the last row has no truth in this block.
+    # Row i predicts hidden state i+1 and so token i+2; the last row has no truth in this block.
     mask = torch.zeros_like(answer[:, 1:])
     mask[:, :-1] = answer[:, 2:]
     truths, outputs = [final[:, 1:][mask[:, :-1]]], [first[mask]]
@@ -157,9 +157,9 @@ def unrolled(
 def distil(
     states: list[Tensor], truths: list[Tensor], student: Tensor, teacher: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum over the steps of DECAY^k times the mean KL, and the mean KL [K].
+    """Return the sum over the steps of DECAY^k times the mean KL, and the mean KL [K].
 
-    States and truths [R, H] of each step, `student` and `teacher` [D, H] what maps them to logits.
+    States and truths are [R, H] for each step; `student` and `teacher` [D, H] map them to logits.
     """
     loss = torch.zeros(())
     kl: list[Tensor] = []
@@ -171,7 +171,7 @@ def distil(
 
 
 def eagle_loss(head: FastEagle, target: FastLlama, batch: Batch, steps: int) -> Outcome:
-    """KL to the target's distribution and a tenth of SmoothL1 on the features."""
+    """Return the KL to the target's distribution plus a tenth of SmoothL1 on the hidden states."""
     outputs, truths = unrolled(head, target, batch, steps)
     loss, kl = distil(outputs, truths, target.head.detach(), target.head.detach())
     for k, (out, true) in enumerate(zip(outputs, truths, strict=True)):
@@ -180,7 +180,7 @@ def eagle_loss(head: FastEagle, target: FastLlama, batch: Batch, steps: int) -> 
 
 
 def draft_loss(draft: FastLlama, target: FastLlama, batch: Batch) -> Outcome:
-    """Of one micro-batch, in one step; the outputs are of the draft model's size."""
+    """Return the loss of one micro-batch, in one step; outputs have the draft model's size."""
     tokens, answer, features = batch
     inputs = tokens[:, :-1]
     x = draft.features(inputs, document_bias(inputs))
@@ -193,7 +193,7 @@ def draft_loss(draft: FastLlama, target: FastLlama, batch: Batch) -> Outcome:
 
 
 def eagle_optimizer(head: FastEagle) -> MuonAdam:
-    """Muon for the matrices, AdamW for bias and norm."""
+    """Return Muon for the matrices, AdamW for bias and norm."""
     fc, bias, qkv, o, gate_up, down, norm2 = list(head.weights)
     h, g, d = head.heads
     inner = down.shape[1]
@@ -216,9 +216,9 @@ def agreement(
     teacher_head: Tensor,
     ids: Tensor,
 ) -> list[float]:
-    """Share of rows where drafter and target prefer the same token, for every unrolled step.
+    """Return the share of rows where drafter and target prefer the same token, for every step.
 
-    `ids` [D] are the target's tokens of the student's.
+    `ids` [D] are the target's ids of the student's tokens.
     """
     shares = []
     for x, true in zip(outputs, truths, strict=True):
@@ -239,14 +239,14 @@ class Job:
     held_out: list[Blocks]
     minutes: float
     checkpoint: Path
-    ids: Tensor | None = None  # the target's tokens of the student's, where those are fewer
-    rate: float = 1.0  # height of the learning rate
+    ids: Tensor | None = None  # target's ids of the student's tokens, if those are fewer
+    rate: float = 1.0  # factor on the learning rate
     log_every: int = 100
-    snapshot: Callable[[], None] = lambda: None  # called whenever a checkpoint was written
+    snapshot: Callable[[], None] = lambda: None  # called after each checkpoint
 
 
 def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
-    """Train or resume until the minutes are spent; returns the held-out figures."""
+    """Train or resume until the minutes are spent; return the held-out figures."""
     elapsed, number, rows_seen = 0.0, 0, 0
     if job.checkpoint.exists():
         state = torch.load(job.checkpoint, weights_only=True)
@@ -271,7 +271,7 @@ def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
         loss.backward()
         number, rows_seen = number + 1, rows_seen + len(truths[0])
         recent.append(kl)
-        # Warm-up over 20 steps, then full rate for a third of the time, then down to 2 %.
+        # Warm-up over 20 steps, then the full rate for a third of the time, then down to 2 %.
         factor = min(1.0, number / 20, max(0.02, 1.5 * (1 - spent / budget)))
         optimizer.step(job.rate * factor)
         if number % job.log_every == 0:
@@ -287,7 +287,7 @@ def run(job: Job, optimizer: MuonAdam) -> dict[str, Any]:
 
 @torch.no_grad()
 def report(job: Job, most: int = REPORTED) -> dict[str, Any]:
-    """Mean KL and agreement on up to `most` held-out micro-batches of each length."""
+    """Return the mean KL and agreement on up to `most` held-out micro-batches of each length."""
     result: dict[str, Any] = {}
     ids = torch.arange(len(job.student_head)) if job.ids is None else job.ids
     with torch.random.fork_rng():
@@ -327,14 +327,14 @@ class HeadPlan:
     minutes: float
     checkpoint: Path
     steps: int = 5
-    init: Path | None = None  # folder of an exported head to go on from
-    rate: float = 1.0  # height of the learning rate
+    init: Path | None = None  # folder of an exported head to start from
+    rate: float = 1.0  # factor on the learning rate
 
 
 def train_eagle(
     target: FastLlama, blocks: list[Blocks], held_out: list[Blocks], plan: HeadPlan
 ) -> tuple[FastEagle, dict[str, Any]]:
-    """The head, and its held-out figures; a snapshot of it lies beside the checkpoint."""
+    """Train the head; return it and its held-out figures. A snapshot lies beside the checkpoint."""
     s = target.shape
     head = FastEagle(target.embed.detach(), (s.num_heads, s.num_heads, s.head_dim), 1408)
     if plan.init:
@@ -355,7 +355,7 @@ def train_draft(
     target: FastLlama, blocks: list[Blocks], held_out: list[Blocks], *,
     shape: Any, minutes: float, checkpoint: Path,
 ) -> tuple[FastLlama, dict[str, Any]]:  # fmt: skip
-    """The small draft model, distilled from the target."""
+    """Train the small draft model, distilled from the target."""
     draft = FastLlama(shape, seed=2)
 
     def loss(batch: Batch) -> Outcome:

@@ -1,6 +1,6 @@
-"""Train the EAGLE-3 head on the target's own generations, unrolled over several draft steps.
+"""Trains the EAGLE-3 head on the target's own generations, unrolled over several draft steps.
 
-Shapes: as in train_drafters.
+The shapes are those of train_drafters.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from flowspec.training.train_drafters import (
 )
 
 logger = logging.getLogger("train_demo")
-INTERMEDIATE = 1408  # as the EAGLE-1 head's
-FITTED = 64  # short blocks that a head's first weights are fitted on
+INTERMEDIATE = 1408  # as in the EAGLE-1 head
+FITTED = 64  # short blocks used to fit a head's first weights
 LENGTHS = {384: 3, 1152: 1}  # small micro-batches: many steps in little time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(HeadPlan):
-    """What to train, and for how long."""
+class Eagle3TrainingPlan(HeadPlan):
+    """How to train the EAGLE-3 head, and for how long."""
 
-    layers: tuple[int, ...]  # the features: output-of-layer ids, low to high
+    layers: tuple[int, ...]  # layers whose outputs the head reads, low to high
     draft_vocab: int
     steps: int = 7
-    eagle: Path | None = None  # folder of an EAGLE-1 head to begin as, where there is no `init`
+    eagle: Path | None = None  # folder of an EAGLE-1 head to start as, if there is no `init`
 
 
 def default_layers(num_layers: int) -> tuple[int, int, int]:
-    """The outputs of layers 1, L/2-1 and the last.
+    """Return layers 1, L/2-1 and the last.
 
-    The official choice has L-4 for the last; of a model this shallow that would be the middle.
+    The official choice uses L-4 for the last; in a model this shallow, that would be the middle.
     """
     return (1, num_layers // 2 - 1, num_layers - 1)
 
 
 def eagle3_loss(head: FastEagle3, target: FastLlama, batch: Batch, steps: int) -> Outcome:
-    """KL to the target's distribution over the draft vocabulary."""
+    """Return the KL to the target's distribution over the draft vocabulary."""
     outputs, truths = unrolled(head, target, batch, steps)
     states = [head.states(out) for out in outputs]
     loss, kl = distil(states, truths, head.lm_head, target.head.detach()[head.ids])
@@ -67,7 +67,7 @@ def eagle3_loss(head: FastEagle3, target: FastLlama, batch: Batch, steps: int) -
 
 
 def make_optimizer(head: FastEagle3) -> MuonAdam:
-    """Muon for the layer's matrices, AdamW for lm_head and norms."""
+    """Return Muon for the layer's matrices, AdamW for lm_head and norms."""
     qkv, o, gate_up, down, *norms = list(head.layer)
     h, g, d = head.heads
     inner = down.shape[1]
@@ -81,7 +81,7 @@ def make_optimizer(head: FastEagle3) -> MuonAdam:
 
 
 def exported(target: FastLlama, tensors: dict[str, Tensor]) -> FastEagle3:
-    """A head that was exported; it keeps its vocabulary, whatever text it goes on with."""
+    """Rebuild an exported head; it keeps its vocabulary for any new training text."""
     size = target.shape.head_dim
     num_heads = len(tensors["midlayer.self_attn.q_proj.weight"]) // size
     head = FastEagle3(target, vocabulary(tensors), (num_heads, num_heads, size), INTERMEDIATE)
@@ -89,10 +89,10 @@ def exported(target: FastLlama, tensors: dict[str, Tensor]) -> FastEagle3:
     return head
 
 
-def new_head(target: FastLlama, ids: Tensor, plan: Plan, short: Blocks) -> FastEagle3:
-    """A head that begins as the plan's EAGLE-1 head, or, without one, as the target's lm_head."""
+def new_head(target: FastLlama, ids: Tensor, plan: Eagle3TrainingPlan, short: Blocks) -> FastEagle3:
+    """Make a head that starts as the plan's EAGLE-1 head or, without it, the target's lm_head."""
     heads = (target.shape.num_heads, target.shape.num_heads, target.shape.head_dim)
-    logger.info("eagle3 begins as %s", plan.eagle or "the target's lm_head on its last feature")
+    logger.info("eagle3 starts as %s", plan.eagle or "the target's lm_head on its last feature")
     if plan.eagle is None:
         return FastEagle3(target, ids, heads, INTERMEDIATE)
     old = FastEagle(target.embed.detach(), heads, INTERMEDIATE)
@@ -103,9 +103,12 @@ def new_head(target: FastLlama, ids: Tensor, plan: Plan, short: Blocks) -> FastE
 
 
 def train(
-    target: FastLlama, samples: list[corpus.Sample], held_out: list[corpus.Sample], plan: Plan
+    target: FastLlama,
+    samples: list[corpus.Sample],
+    held_out: list[corpus.Sample],
+    plan: Eagle3TrainingPlan,
 ) -> tuple[FastEagle3, dict[str, Any]]:
-    """The head and its held-out figures; a snapshot of it lies beside the checkpoint."""
+    """Train the head; return it and its held-out figures. A snapshot lies beside the checkpoint."""
     blocks, tests = (make_blocks(x, 0, plan.layers, LENGTHS) for x in (samples, held_out))
     before = plan.checkpoint.with_suffix("") if plan.checkpoint.exists() else plan.init
     if before:
@@ -127,7 +130,7 @@ def train(
     return head, figures | {"layers": plan.layers, "covered": float(covered)}
 
 
-def export(head: FastEagle3, target: FastLlama, plan: Plan, folder: Path) -> None:
+def export(head: FastEagle3, target: FastLlama, plan: Eagle3TrainingPlan, folder: Path) -> None:
     """Write the head in the official EAGLE-3 layout; the embedding is the target's."""
     folder.mkdir(parents=True, exist_ok=True)
     h, g, d = head.heads

@@ -1,4 +1,4 @@
-"""Train the demo target: warm-up, stable, decay over a time budget; long blocks at the end."""
+"""Trains the demo target: warm-up, stable, decay over a time budget; long blocks at the end."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ SHORT, LONG = 256, 1536
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """How long, and when what happens, in shares of the budget."""
+class TargetPlan:
+    """Length of the training, and its phases in shares of the budget."""
 
     minutes: float
     warmup: float = 0.02
     decay_from: float = 0.50
     long_from: float = 0.80
-    long_every: int = 3  # one step of so many is on long blocks then
+    long_every: int = 3  # one step in this many uses long blocks in that phase
     micro_per_step: int = 2
     question_share: float = 0.25
     eos_weight: float = 1.5
 
     def block(self, progress: float, step: int) -> int:
-        """Block length of a step."""
+        """Return the block length of a step."""
         long = progress >= self.long_from and step % self.long_every == 0
         return LONG if long else SHORT
 
     def factor(self, progress: float) -> float:
-        """Learning-rate factor at `progress` in 0 to 1."""
+        """Return the learning-rate factor at `progress` from 0 to 1."""
         if progress < self.warmup:
             return max(0.02, progress / self.warmup)
         if progress < self.decay_from:
@@ -55,7 +55,7 @@ class Plan:
 
 
 def make_optimizer(model: FastLlama) -> MuonAdam:
-    """Muon for the layers' matrices, AdamW for embedding, head and norms."""
+    """Return Muon for the layers' matrices, AdamW for embedding, head and norms."""
     shape = model.shape
     rows = shape.num_kv_heads * shape.head_dim
     inner = shape.intermediate_size
@@ -86,7 +86,7 @@ class Stream:
         self._packed: tuple[int, Any] | None = None
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """tokens and weights [B, T+1] of the next micro-batch."""
+        """Return tokens and weights [B, T+1] of the next micro-batch."""
         size = TOKENS_PER_MICRO // self.block
         while True:
             if self._packed is None or self._packed[0] != self.number:
@@ -105,15 +105,15 @@ class Stream:
         )
 
 
-def micro_step(model: FastLlama, tokens: Tensor, weights: Tensor, plan: Plan) -> float:
-    """Accumulate gradients of one micro-batch; returns the mean loss per answer token in nats."""
+def micro_step(model: FastLlama, tokens: Tensor, weights: Tensor, plan: TargetPlan) -> float:
+    """Accumulate gradients of one micro-batch; return the mean loss per answer token in nats."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:].reshape(-1)
     w = weights[:, 1:].reshape(-1).clone()
     w[targets == corpus.EOS] *= plan.eos_weight
-    # A question token seldom enters the loss: what is not chosen costs no head product at all.
+    # Question tokens rarely enter the loss; rows that are not chosen need no head product.
     keep = (w >= 0.9) | ((w > 0) & (torch.rand(len(w)) < plan.question_share))
     rows = keep.nonzero()[:, 0]
-    # Few distinct sizes keep the C heap from fragmenting; padding rows weigh nothing.
+    # Few distinct sizes avoid fragmenting the C heap; padding rows have weight 0.
     rows = torch.nn.functional.pad(rows, (0, -len(rows) % 1024))
     padding = torch.arange(len(rows)) >= int(keep.sum())
     row_weights = w[rows].masked_fill(padding, 0.0)
@@ -129,7 +129,7 @@ def micro_step(model: FastLlama, tokens: Tensor, weights: Tensor, plan: Plan) ->
 def held_out(
     model: FastLlama, sets: dict[str, list[corpus.Sample]], block: int
 ) -> dict[str, float]:
-    """Loss per answer token of each held-out set."""
+    """Return the loss per answer token of each held-out set."""
     result = {}
     size = TOKENS_PER_MICRO // block
     for name, samples in sets.items():
@@ -167,14 +167,14 @@ def export(model: FastLlama, tokenizer_dir: Path, folder: Path) -> None:
 
 
 def save_atomic(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a crash leaves the old one whole."""
+    """Write a checkpoint so that a crash leaves the old one intact."""
     temporary = path.with_suffix(".tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
 
 
-def timed_steps(plan: Plan, elapsed: float) -> Iterator[tuple[float, float]]:
-    """(seconds trained so far, share of the budget) until the budget is spent."""
+def timed_steps(plan: TargetPlan, elapsed: float) -> Iterator[tuple[float, float]]:
+    """Yield (seconds trained so far, share of the budget) until the budget is spent."""
     begin = time.monotonic() - elapsed
     while (spent := time.monotonic() - begin) < plan.minutes * 60:
         yield spent, spent / (plan.minutes * 60)
@@ -185,11 +185,11 @@ def train(
     val_sets: dict[str, list[corpus.Sample]],
     *,
     shape: Shape,
-    plan: Plan,
+    plan: TargetPlan,
     checkpoint: Path,
     save_every_s: float = 240.0,
 ) -> FastLlama:
-    """Run or resume until the plan's minutes are spent."""
+    """Train or resume until the plan's minutes are spent."""
     model = FastLlama(shape)
     optimizer = make_optimizer(model)
     streams = {block: Stream(train_sets, block) for block in (SHORT, LONG)}
@@ -231,5 +231,5 @@ def train(
 def load_sets(
     tokenizer: Tokenizer, folder: Path, split: str, max_tokens: int
 ) -> dict[str, list[corpus.Sample]]:
-    """Tokenised samples of the mix."""
+    """Return the tokenised samples of the mix."""
     return corpus.encode_sets(tokenizer, corpus.load_pairs(folder, split), max_tokens)

@@ -1,1 +1,1 @@
-"""Bytes between processes."""
+"""Transports: send bytes between processes."""

@@ -1,4 +1,4 @@
-"""What a driver needs of a network: send a message to a rank, receive what has come."""
+"""The network interface of an event loop: send a message to a rank, receive what has come."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -10,24 +10,24 @@ LOST = "connection lost"
 
 
 class LostPeer(ClusterError):
-    """A connection broke or was closed by the peer; the cause begins with LOST."""
+    """A connection broke, or the peer closed it; the cause begins with LOST."""
 
 
 class Transport(Protocol):
-    """Control messages overtake data; data between two ranks keeps its order."""
+    """A network; control messages overtake data, and data between two ranks keeps its order."""
 
     def send(self, to: int, message: WireMessage) -> None:
-        """Hand over a message; raises ClusterError where the peer takes nothing for too long."""
+        """Send a message. Raises ClusterError when the peer accepts nothing for too long."""
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """What has come, control first; waits at most `timeout_s` for the first message.
+        """Return the messages that have come, control first; wait at most `timeout_s` for one.
 
-        Raises WireError on frames that are no message, and LostPeer where the transport notices
+        Raises WireError on frames that are not a message, and LostPeer when the transport notices
         that a rank is gone: a stage for the head, the head for a stage.
         """
 
     def wake(self) -> None:
-        """From any thread: end the wait of `receive`, or of the next one."""
+        """End the current or the next wait of `receive`; any thread may call this."""
 
     def close(self) -> None:
-        """Give up sockets; what was handed over is still delivered within a second."""
+        """Close the sockets; messages that were sent are still delivered within a second."""

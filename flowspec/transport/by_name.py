@@ -10,9 +10,10 @@ TRUSTED_ONLY = "torch.distributed neither encrypts nor authenticates: for truste
 def local_transport(
     name: str, rank: int, *, num_stages: int, folder: str, device: str
 ) -> Transport:
-    """Transport zmq, gloo or nccl of rank `rank`. `folder` is the cluster's own: there they meet.
+    """Return the transport zmq, gloo or nccl of rank `rank`; the ranks meet in `folder`.
 
-    Raises ValueError where torch or this machine cannot do it.
+    The folder belongs to this cluster alone. Raises ValueError when torch or this machine does not
+    support it.
     """
     if name == "zmq":
         return ZmqTransport(rank, local_addresses(folder, num_stages))
@@ -21,5 +22,5 @@ def local_transport(
 
 
 def rank_device(name: str, device: str, rank: int) -> str:
-    """The device of the `rank`-th process on this machine: nccl wants a GPU for each."""
+    """Return the device of the `rank`-th process on this machine; nccl needs a GPU for each."""
     return f"cuda:{rank}" if name == "nccl" else device

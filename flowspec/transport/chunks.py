@@ -1,7 +1,8 @@
-"""Parts of files over an encrypted connection: whoever asks by hash, offset and length gets them.
+"""Parts of files over an encrypted connection, requested by hash, offset and length.
 
-A request is 48 bytes. A reply is a header and pieces, see `pieces.py` for why there are pieces. No
-path ever travels. The asker keeps a window of requests under way; that is all a server queues.
+A request is 48 bytes. A reply is a header and pieces; `pieces.py` says why there are pieces. No
+path ever travels. The client keeps a window of requests in flight; a server queues no more than
+that.
 """
 
 import logging
@@ -19,12 +20,12 @@ from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.tally import Tally
 
 CHUNK_BYTES = 256 << 10
-WINDOW = 16  # chunks under way per asker
-MAX_QUEUED = 4 * WINDOW  # libzmq tells of room late, in batches of half its limit
-MAX_PEERS = 64  # that are served at one time
-IDLE_S = 5.0  # who asks for nothing for so long is taken to have left: libzmq does not tell
+WINDOW = 16  # chunks in flight per client
+MAX_QUEUED = 4 * WINDOW  # libzmq reports free room late, in batches of half its limit
+MAX_PEERS = 64  # clients that are served at the same time
+IDLE_S = 5.0  # a client that asks for nothing this long has left; libzmq does not report it
 LINGER_MS = 500
-IO_THREADS = 2  # they encrypt; askers are shared out among them
+IO_THREADS = 2  # they encrypt; clients are distributed among them
 HASH_BYTES = 32
 _HEADER = struct.Struct("<2sBB32sQI")  # magic, version, what, hash, offset, length of the part
 _TOTAL = struct.Struct("<Q")  # in a reply, after the header: bytes of the whole file
@@ -37,8 +38,8 @@ Read = Callable[[bytes, int, int], tuple[bytes, int] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What came for one request; `total` is the file's size, `pieces` None where there is none."""
+class ChunkReply:
+    """The reply to one request; `total` is the file's size, and without a file `pieces` is None."""
 
     digest: bytes
     offset: int
@@ -48,14 +49,15 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Of this part."""
+        """Return the bytes of this part."""
         return sum(len(piece) for piece in self.pieces or ())
 
 
 class ChunkServer:
-    """Answers requests with what `read(digest, offset, length)` gives: bytes and the file's size.
+    """Answers requests with what `read(digest, offset, length)` returns: bytes and the file's size.
 
-    `read` gives None for what it does not have. One thread at a time may call `serve`.
+    `read` returns None for a file that it does not have. Only one thread at a time may call
+    `serve`.
     """
 
     def __init__(self, address: str, keys: Keys, read: Read) -> None:
@@ -66,7 +68,7 @@ class ChunkServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.set_hwm(MAX_QUEUED)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._peers: OrderedDict[bytes, float] = OrderedDict()  # when each last asked
+        self._peers: OrderedDict[bytes, float] = OrderedDict()  # time of each one's last request
         try:
             self.address = self._guard.listen(self._socket, address)
         except ValueError:
@@ -74,7 +76,7 @@ class ChunkServer:
             raise
 
     def serve(self, timeout_s: float) -> None:
-        """Answer what has come; waits at most `timeout_s` for the first request."""
+        """Answer the requests that have come; wait at most `timeout_s` for the first."""
         if not self._socket.poll(int(timeout_s * 1e3)):
             return
         for _ in range(MAX_QUEUED):
@@ -85,11 +87,11 @@ class ChunkServer:
             self._answer(peer, frames)
 
     def refusals(self) -> dict[str, int]:
-        """How many connections were refused, by reason."""
+        """Return how many connections were refused, by reason."""
         return self._guard.refusals.counts()
 
     def close(self) -> None:
-        """Give up the socket; what was sent is still delivered within half a second."""
+        """Close the socket; replies that were sent are still delivered within half a second."""
         self._guard.close()
         self._context.destroy(linger=LINGER_MS)
 
@@ -111,7 +113,7 @@ class ChunkServer:
         try:
             self._socket.send_multipart([peer, header + _TOTAL.pack(total), *pieces], zmq.NOBLOCK)
         except zmq.ZMQError as error:
-            # gone, or it asks without reading; whoever still wants the part asks again
+            # the client is gone or does not read; if it still wants the part, it asks again
             self._peers.pop(peer, None)
             self.dropped.add(NOT_TAKEN, error.strerror)
 
@@ -129,7 +131,7 @@ class ChunkServer:
 
 
 class ChunkClient:
-    """Asks one server. Not for several threads."""
+    """Asks one server for parts of files. Only one thread may use it."""
 
     def __init__(self, address: str, keys: Keys) -> None:
         self._context = zmq.Context()
@@ -146,14 +148,15 @@ class ChunkClient:
         self._poller.register(self._monitor, zmq.POLLIN)
 
     def ask(self, digest: bytes, offset: int, length: int) -> None:
-        """For a part of a file; the reply may hold less than `length` bytes."""
+        """Ask for a part of a file; the reply may hold less than `length` bytes."""
         request = _HEADER.pack(_MAGIC, _VERSION, _ASK, digest, offset, length)
         self._socket.send(request, zmq.NOBLOCK)  # the window is smaller than the queue
 
-    def receive(self, timeout_s: float) -> tuple[list[Part], bool]:
-        """Parts that have come, in the order they were asked for, and whether a connection is new.
+    def receive(self, timeout_s: float) -> tuple[list[ChunkReply], bool]:
+        """Return the replies in the order of their requests, and whether a connection is new.
 
-        With a new one, what was asked for before may never come. Waits at most `timeout_s`.
+        After a new connection, replies to earlier requests may never come. Waits at most
+        `timeout_s`.
         """
         self._poller.poll(int(timeout_s * 1e3))
         is_new = False
@@ -173,7 +176,7 @@ class ChunkClient:
         return parts, is_new
 
     def close(self) -> None:
-        """Give up the connection, whatever is under way."""
+        """Close the connection, even with requests in flight."""
         self._guard.close()
         self._socket.disable_monitor()
         self._context.destroy(linger=0)
@@ -181,15 +184,15 @@ class ChunkClient:
 
 def _parse_request(frames: list[bytes]) -> tuple[bytes, int, int]:
     if len(frames) != 1 or len(frames[0]) != _HEADER.size:
-        raise ValueError(f"{len(frames)} frames, needed: 1 of {_HEADER.size} bytes")
+        raise ValueError(f"request of {len(frames)} frames, needed: 1 of {_HEADER.size} bytes")
     magic, version, what, digest, offset, length = _HEADER.unpack(frames[0])
     if (magic, version, what) != (_MAGIC, _VERSION, _ASK) or not 0 < length <= CHUNK_BYTES:
         raise ValueError(f"it asks for {length} bytes in version {version}")
     return digest, offset, length
 
 
-def _parse_reply(frames: list[memoryview]) -> Part | None:
-    """None where it is no reply: what is missing is asked for again."""
+def _parse_reply(frames: list[memoryview]) -> ChunkReply | None:
+    """Return the parsed reply, or None if it is malformed: the client then asks again."""
     if len(frames[0]) != _HEADER.size + _TOTAL.size:
         return None
     magic, version, what, digest, offset, length = _HEADER.unpack_from(frames[0])
@@ -197,7 +200,7 @@ def _parse_reply(frames: list[memoryview]) -> Part | None:
     pieces = frames[1:]
     if (magic, version) != (_MAGIC, _VERSION) or sum(map(len, pieces)) != length:
         return None
-    return Part(
+    return ChunkReply(
         digest=digest,
         offset=offset,
         total=total,

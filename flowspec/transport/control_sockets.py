@@ -1,7 +1,8 @@
 """Control sockets of a cluster: one ROUTER on the head, one DEALER on every device and client.
 
 Both are encrypted and authenticated by the cluster's token (transport/secure/curve.py). A message
-is cut into pieces that the sockets cap before they read them. Nothing here knows what messages say.
+is cut into pieces, whose size the sockets limit before they read them. This module does not know
+what messages mean.
 """
 
 import os
@@ -15,21 +16,22 @@ from zmq.utils.monitor import recv_monitor_message
 from flowspec.system.address import Address, parse_url, resolve, unmapped, zone_of
 from flowspec.transport.secure.curve import MAX_PIECE_BYTES, Guard, ListenError
 from flowspec.transport.secure.keys import Keys
+from flowspec.transport.wake import Wake
 
 MAX_PIECES = 256
 MAX_QUEUED = 1000  # messages per peer and direction
 LINGER_MS = 500
-BURST = 256  # messages taken before whoever asked gets to act on them
+BURST = 256  # messages taken before the caller can act on them
 CONNECT_TIMEOUT_S = 3.0
-MAX_PEERS = 1024  # whose address is remembered
-# So many handshakes must be broken off before the token is blamed: a head that restarts breaks one.
+MAX_PEERS = 1024  # peers whose address is remembered
+# Handshakes that must be broken off before the token is blamed; a restarting head breaks one.
 MAX_BROKEN_OFF = 3
 WRONG_TOKEN = (
-    "the handshake was broken off: the token is not this cluster's, or what listens there is no "
+    "the handshake was broken off: the token belongs to another cluster, or that program is no "
     "FlowSpec head; copy the whole line that `flowspec serve` printed"
 )
 
-NO_HANDSHAKE = "it is there, but the handshake did not end in time; is the network breaking up?"
+NO_HANDSHAKE = "it accepts connections, but the handshake timed out; is the network unstable?"
 BROKEN_OFF = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
@@ -38,13 +40,13 @@ BROKEN_OFF = (
 
 
 class UnreachableError(Exception):
-    """No connection to this peer any more, or it takes nothing."""
+    """The connection to this peer is gone, or the peer accepts nothing."""
 
 
 class ControlServer:
-    """Listens at host:port; peers are named by what `receive` gave with their frames.
+    """Listens at host:port; `receive` gives each peer's name with its messages.
 
-    `host` is the address that it has got, as a number.
+    `host` is the numeric address that it listens at.
     """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
@@ -73,7 +75,7 @@ class ControlServer:
         self._poller.register(self._wake_read, zmq.POLLIN)
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
-        """(peer, message) of what has come; waits at most `timeout_s`, less when woken."""
+        """Return the (peer, message) pairs that have come; wait at most `timeout_s` for one."""
         self._poller.poll(int(timeout_s * 1e3))
         with_wake = True
         while with_wake:
@@ -93,25 +95,25 @@ class ControlServer:
         return messages
 
     def host_of(self, peer: bytes) -> str:
-        """The address from which a peer last sent, with this machine's zone; empty: not known."""
+        """Return the address a peer last sent from, with this machine's zone; empty if unknown."""
         return self._hosts.get(peer, "")
 
     def send(self, peer: bytes, message: bytes) -> None:
-        """Raises UnreachableError; never waits."""
+        """Send a message without waiting. Raises UnreachableError."""
         try:
             self._socket.send_multipart([peer, *_cut(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:
             raise UnreachableError(error.strerror) from None
 
     def wake(self) -> None:
-        """End a `receive` that waits; from any thread."""
+        """End a waiting `receive`; any thread may call this."""
         try:
             os.write(self._wake_write, b".")
         except (BlockingIOError, OSError):
-            return  # it is awake, or closed
+            return  # `receive` is awake already, or the socket is closed
 
     def close(self) -> None:
-        """What was sent is still delivered within half a second."""
+        """Close the socket; messages that were sent are still delivered within half a second."""
         self.guard.close()
         self._context.destroy(linger=LINGER_MS)
         os.close(self._wake_read)
@@ -127,7 +129,7 @@ class ControlServer:
 class ControlClient:
     """A connection to the head's control socket.
 
-    A name may have several addresses; they are tried in their order, and `host` is the one in use.
+    A name may have several addresses. They are tried in order, and `host` is the one in use.
     """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
@@ -151,9 +153,11 @@ class ControlClient:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
+        self._wake = Wake()
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def connect(self, timeout_s: float) -> str:
-        """Why there is no connection to the head within `timeout_s`; empty where there is."""
+        """Connect within `timeout_s`; return the reason of a failure, else an empty text."""
         if self._why_none:
             return self._why_none
         end, num_broken_off = time.monotonic() + timeout_s, 0
@@ -177,8 +181,12 @@ class ControlClient:
         return f"{self._where}: {why}"
 
     def receive(self, timeout_s: float) -> list[bytes]:
-        """Messages that have come; waits at most `timeout_s`. `is_connected` may turn False."""
+        """Return the messages that have come; wait at most `timeout_s`.
+
+        May set `is_connected` False.
+        """
         self._poller.poll(int(timeout_s * 1e3))
+        self._wake.clear()
         while self._monitor.poll(0):
             event = int(recv_monitor_message(self._monitor)["event"])
             self.is_connected = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -191,20 +199,25 @@ class ControlClient:
         return messages
 
     def send(self, message: bytes) -> None:
-        """Raises UnreachableError where too much waits already; never waits."""
+        """Send a message without waiting. Raises UnreachableError when too much waits already."""
         try:
             self._socket.send_multipart(_cut(message), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             raise UnreachableError(error.strerror) from None
 
+    def wake(self) -> None:
+        """End a waiting `receive`; any thread may call this."""
+        self._wake.set()
+
     def close(self) -> None:
-        """What was sent is still delivered within half a second."""
+        """Close the socket; messages that were sent are still delivered within half a second."""
         self._guard.close()
         self._socket.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
+        self._wake.close()
 
     def _try_next(self) -> None:
-        """Go on with the host's next address in place of the one in use."""
+        """Replace the address in use by the host's next one."""
         if not self._left:
             return
         if self._url:
@@ -215,7 +228,7 @@ class ControlClient:
 
 
 def _addresses(host: str, port: int) -> deque[Address]:
-    """Of a host, as numbers; none where it has none."""
+    """Return the host's numeric addresses; none if it has none."""
     try:
         return deque(resolve(host, port))
     except OSError:
@@ -223,25 +236,25 @@ def _addresses(host: str, port: int) -> deque[Address]:
 
 
 def why_unreachable(host: str, port: int, timeout_s: float = CONNECT_TIMEOUT_S) -> str:
-    """Why no TCP connection to host:port can be made, with what to do; empty where it can."""
+    """Return why no TCP connection to host:port is possible and what to do; empty if one is."""
     try:
         socket.create_connection((host, port), timeout_s).close()
     except socket.gaierror as error:
         if zone := zone_of(host):
             return (
-                f"{host} cannot be reached: this device has no interface {zone}; after the % "
-                "stands one of its own, `ip link` lists them"
+                f"{host} cannot be reached: this device has no interface {zone}; after the %, "
+                "write one that `ip link` lists"
             )
         return f"no address is known for {host} ({error.strerror}); give its IP address"
     except ConnectionRefusedError:
         return (
-            f"{host} refuses port {port}: nothing listens there; is `flowspec serve` running, with "
-            "this --port, and without a --host that is another address?"
+            f"{host} refuses port {port}: nothing listens there; is `flowspec serve` running with "
+            "this --port, and not with a --host of another address?"
         )
     except TimeoutError:
         return (
             f"{host} does not answer at port {port} within {timeout_s:.0f} s: a firewall drops it, "
-            "or the address is of a network this device is not in; open the port on the head, or "
+            "or this device is not in that address's network; open the port on the head, or "
             "use an address that `flowspec serve` lists"
         )
     except OSError as error:
@@ -262,5 +275,5 @@ def _cut(message: bytes) -> list[bytes]:
 
 
 def _joined(pieces: list[bytes]) -> bytes:
-    """One message; empty, which is none, where it has more pieces than any message."""
+    """Return one message; it is empty, and so invalid, if there are more pieces than allowed."""
     return b"".join(pieces) if len(pieces) <= MAX_PIECES else b""

@@ -1,8 +1,8 @@
-"""EmulatedTransport: another transport, its messages held back as on an emulated network's lines.
+"""EmulatedTransport: delays the messages of another transport as an emulated network would.
 
-A thread sends each message when it would have left its sender's line and its latency is over;
-whoever hands it over goes on at once. The receiver holds it while its own line is taken by another
-sender's. What the real transport and the machine add comes on top.
+A thread sends each message when it would have left its sender's line and its latency is over; the
+caller continues at once. The receiver holds it while another sender's message takes its own line.
+Delays of the real transport and the machine come on top.
 """
 
 import heapq
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from flowspec.protocol.messages import DATA, WireMessage
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError
 from flowspec.transport.base import Transport
 from flowspec.transport.link_occupancy import Egress, Ingress, Passage
 
@@ -25,21 +25,21 @@ _Letter = tuple[int, WireMessage, float]  # to, message, latency
 
 
 class EmulatedTransport:
-    """Rank `rank`'s `inner` transport, slowed down to what `link` says of each message.
+    """Rank `rank`'s `inner` transport, slowed down to the times of `link` for each message.
 
-    `handed_at` says when the message that is being handed over would be on the emulated device,
-    which may be a little ago: its process was late to wake.
+    `handed_at` returns when the emulated device would send the current message. This may be
+    slightly in the past, because its process was late to wake.
     """
 
     def __init__(self, inner: Transport, rank: int, link: Link) -> None:
         self.inner = inner
         self.rank = rank
         self.handed_at: Callable[[], float] = time.monotonic
-        self.came_at = 0.0  # when the last of those came that `receive` gave last
+        self.came_at = 0.0  # arrival of the last message that `receive` returned
         self._link = link
         self._changed = threading.Condition()
         self._egress: Egress[_Letter] | None = None
-        self._num_held = 0  # handed over and not sent yet
+        self._num_held = 0  # messages accepted and not sent yet
         self._outgoing: list[tuple[float, int, int, WireMessage]] = []  # due, count, to, message
         self._ingress: Ingress | None = None
         self._incoming: list[tuple[float, int, WireMessage]] = []  # due, count, message
@@ -51,7 +51,7 @@ class EmulatedTransport:
         self._sender.start()
 
     def send(self, to: int, message: WireMessage) -> None:
-        """See Transport.send; what the thread could not send is an error of the next call."""
+        """Send a message; the next call raises the error of a message that failed in the thread."""
         passage = self._link(self.rank, to, message)
         with self._changed:
             self._changed.wait_for(
@@ -60,22 +60,22 @@ class EmulatedTransport:
             if self._error is not None:
                 raise self._error
             if self._num_held >= MAX_HELD:
-                raise ClusterError(rank_name(to), f"{MAX_HELD} messages wait for an emulated line")
+                raise ClusterError.of_rank(to, f"{MAX_HELD} messages wait for an emulated line")
             self._collect(time.monotonic())
             handed_at = self.handed_at()
             self._num_held += 1
             if passage.occupies:
                 if self._egress is None:
                     self._egress = Egress(passage.rate_out)
-                lane = (to, isinstance(message, DATA))
+                flow = (to, isinstance(message, DATA))
                 letter = (to, message, passage.latency_s)
-                self._egress.add(handed_at, lane, passage.num_bytes, letter)
+                self._egress.add(handed_at, flow, passage.num_bytes, letter)
             else:
                 self._hold(handed_at + passage.latency_s, to, message)
             self._changed.notify()
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """See Transport.receive."""
+        """Return the messages whose emulated arrival has come, control first."""
         end = time.monotonic() + timeout_s
         while True:
             left = max(0.0, end - time.monotonic())
@@ -95,12 +95,12 @@ class EmulatedTransport:
                 return sorted(due, key=lambda message: isinstance(message, DATA))
 
     def wake(self) -> None:
-        """See Transport.wake."""
+        """End the current or the next wait of `receive`."""
         self._woken.set()
         self.inner.wake()
 
     def close(self) -> None:
-        """See Transport.close."""
+        """Send what is left within a second, then close the inner transport."""
         end = time.monotonic() + CLOSE_TIMEOUT_S
         with self._changed:
             self._changed.wait_for(
@@ -108,15 +108,16 @@ class EmulatedTransport:
             )
             self._closing = True
             self._changed.notify_all()
-        # its sockets are the thread's until it has ended
+        # the thread owns the sockets until it has ended
         self._sender.join(timeout=MAX_WAIT_S + CLOSE_TIMEOUT_S)
         self.inner.close()
 
     def _take_in(self, timeout_s: float) -> None:
-        """Messages of the inner transport, each with the time it has passed this rank's line."""
+        """Take messages in, each with the time at which it has passed this rank's line."""
         for message in self.inner.receive(timeout_s):
             now = time.monotonic()
-            # the receiver's line is the same whoever sends, and its own sender's rate is not asked
+            # this rank's line is the same for all senders, and the sender's rate does not matter
+            # here
             passage = self._link(self.rank, self.rank, message)
             if passage.occupies:
                 if self._ingress is None:
@@ -126,7 +127,7 @@ class EmulatedTransport:
             heapq.heappush(self._incoming, (now, next(self._count), message))
 
     def _run(self) -> None:
-        """The sending thread: one message at a time, none before its time."""
+        """Send messages one at a time, none before its time, in a thread."""
         while True:
             with self._changed:
                 now = time.monotonic()
@@ -153,7 +154,7 @@ class EmulatedTransport:
         return min(due, self._egress.next_end()) if self._egress is not None else due
 
     def _collect(self, now: float) -> None:
-        """What has left the line is due a latency later."""
+        """Make each message that has left the line due one latency later."""
         if self._egress is None:
             return
         for sent in self._egress.done(now):

@@ -1,4 +1,4 @@
-"""torch.distributed transport: gloo, hidden states on a GPU by nccl. For trusted networks only.
+"""torch.distributed transport: gloo, and nccl for hidden states on a GPU; trusted networks only.
 
 Neither encrypts nor authenticates: whoever reaches the ports can read, join and end the cluster.
 """
@@ -19,9 +19,9 @@ from flowspec.protocol.codec import WireError, decode, encode_tensors
 from flowspec.protocol.messages import DATA, HEAD, WireMessage
 from flowspec.request import rank_name
 from flowspec.system.address import local_address_towards
-from flowspec.transport.torch_link import AnyFrame, Link, Meeting
+from flowspec.transport.torch_link import AnyFrame, Meeting, TorchLink
 
-MAX_WAITING_MESSAGES = 1000  # then the links' threads stop taking more
+MAX_WAITING_MESSAGES = 1000  # limit at which the links' threads stop reading
 LINGER_S = 1.0
 STORE_TIMEOUT_S = 120.0
 
@@ -29,8 +29,8 @@ STORE_TIMEOUT_S = 120.0
 class TorchDistTransport:
     """Rank `rank` of ranks 0..num_stages, which all meet at `meeting`, in any order.
 
-    Receiving raises ClusterError when a stage is lost to the head, or the head to a stage; what a
-    stage needs of other stages is told when it sends to them.
+    Receiving raises ClusterError when the head loses a stage or a stage loses the head. A stage
+    that loses another stage learns of it when it sends to it.
     """
 
     def __init__(self, rank: int, num_stages: int, meeting: Meeting) -> None:
@@ -40,17 +40,17 @@ class TorchDistTransport:
         self._closed = threading.Event()
         device = meeting.make_device()
         self._links = {
-            peer: Link(rank, peer, meeting, device, self._deliver, self._broken)
+            peer: TorchLink(rank, peer, meeting, device, self._deliver, self._broken)
             for peer in range(num_stages + 1)
             if peer != rank
         }
 
     def send(self, to: int, message: WireMessage) -> None:
-        """See Transport.send."""
+        """Send a message; raises ClusterError when the peer is gone or takes nothing for long."""
         self._links[to].send(encode_tensors(message), type(message).__name__)
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """See Transport.receive."""
+        """Return the messages that have come, control first; wait at most `timeout_s` for one."""
         control: list[WireMessage] = []
         data: list[WireMessage] = []
         wait = timeout_s > 0 and self._failure is None
@@ -60,18 +60,18 @@ class TorchDistTransport:
             except queue.Empty:
                 break
             wait = False
-            if item is None:  # woken
+            if item is None:  # `wake` was called
                 continue
             if isinstance(item, Exception):
                 self._failure = self._failure or item
             else:
                 (data if isinstance(item, DATA) else control).append(item)
         if self._failure is not None and not control and not data:
-            raise self._failure  # what came before it is served first
+            raise self._failure  # messages that came before the failure are returned first
         return control + data
 
     def wake(self) -> None:
-        """See Transport.wake."""
+        """End the current or the next wait of `receive`."""
         self._inbox.put(None)
 
     def has_lost(self, peer: int) -> bool:
@@ -79,7 +79,7 @@ class TorchDistTransport:
         return self._links[peer].has_ended()
 
     def close(self) -> None:
-        """See Transport.close."""
+        """Close all connections; sent messages are still delivered within a time limit."""
         self._closed.set()
         end = time.monotonic() + LINGER_S
         for link in self._links.values():
@@ -101,9 +101,9 @@ class TorchDistTransport:
 
 
 def meet_in_folder(folder: str, *, gpu: str = "") -> Meeting:
-    """For processes of this machine: a file in a folder that only this user may enter.
+    """Let processes of this machine meet at a file in a folder that only this user may enter.
 
-    Raises ValueError where this torch lacks what is needed, as the next does.
+    Raises ValueError when this torch lacks what is needed, as `meet_by_torchrun` does.
     """
     check_backends(gpu)
     path = str(Path(folder) / "ranks")
@@ -111,10 +111,10 @@ def meet_in_folder(folder: str, *, gpu: str = "") -> Meeting:
 
 
 def meet_by_torchrun(*, gpu: str = "") -> Meeting:
-    """For the processes that torchrun has started, here or on several machines.
+    """Let the processes that torchrun has started meet, on one or several machines.
 
-    On several, each listens at its address on the way to torchrun's master, or on the interface
-    that GLOO_SOCKET_IFNAME names.
+    On several machines, each process listens at its address on the route to torchrun's master, or
+    on the interface that GLOO_SOCKET_IFNAME names.
     """
     check_backends(gpu)
     env = os.environ
@@ -135,12 +135,12 @@ def meet_by_torchrun(*, gpu: str = "") -> Meeting:
 
 
 def tell(meeting: Meeting, key: str, text: str) -> None:
-    """Leave a word for all ranks where they meet."""
+    """Store a text for all ranks at the meeting point."""
     meeting.open_store().set(key, text)
 
 
 def hear(meeting: Meeting, key: str, timeout_s: float) -> str | None:
-    """What a rank has left under `key`; None if nothing within the time."""
+    """Return what a rank has stored under `key`; None if nothing comes within the time."""
     store = meeting.open_store()
     try:
         store.wait([key], timedelta(seconds=timeout_s))
@@ -150,13 +150,13 @@ def hear(meeting: Meeting, key: str, timeout_s: float) -> str | None:
 
 
 def check_backends(gpu: str) -> None:
-    """Raise ValueError where this torch cannot do it; with `gpu`, nccl is needed too."""
+    """Raise ValueError when this torch lacks gloo, or with `gpu` also when it lacks nccl."""
     if not dist.is_available() or not dist.is_gloo_available():
         raise ValueError("this torch is built without torch.distributed gloo; use --transport zmq")
     if gpu and not dist.is_nccl_available():
         raise ValueError("this torch is built without nccl; use --transport gloo or zmq")
     if gpu and torch.device(gpu).index >= torch.cuda.device_count():
         raise ValueError(
-            f"transport nccl needs a GPU for each process, {gpu} here; this machine has "
+            f"transport nccl needs a GPU for each process, {gpu} here, but this machine has "
             f"{torch.cuda.device_count()}: use --transport gloo or zmq"
         )

@@ -1,9 +1,9 @@
-"""The connection of two ranks by torch.distributed: gloo, and nccl for what lies on a GPU.
+"""The connection of two ranks by torch.distributed: gloo, and nccl for tensors on a GPU.
 
-Every two ranks have process groups of their own, so that a broken connection says whose it is and
-harms no other. A message is an envelope (a tensor of bytes: how many frames, their lengths, the
-short frames themselves), then each long frame as a tensor of its own. Some receives of envelopes
-are always posted: a short message is one write, and who takes none holds up its sender alone.
+Every pair of ranks has its own process groups, so that a broken connection identifies its peer and
+harms no other. A message is an envelope (a byte tensor: number of frames, their lengths, and the
+short frames themselves), followed by each long frame as its own tensor. Some receives of envelopes
+are always posted: a short message is one write, and a slow receiver delays only its own sender.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flowspec.protocol.codec import MAX_FRAME_BYTES, Frame, WireError
-from flowspec.request import ClusterError, rank_name
+from flowspec.request import ClusterError
 from flowspec.transport.base import LOST, LostPeer
 
-JOIN_TIMEOUT_S = 120.0  # for the peer's process to start
-CONNECT_TIMEOUT_S = 30.0  # once both are there
+JOIN_TIMEOUT_S = 120.0  # wait for the peer's process to start
+CONNECT_TIMEOUT_S = 30.0  # time limit once both are there
 SEND_TIMEOUT_S = 10.0
-SLOWEST_BYTES_PER_S = 1e6  # what a long frame gets on top
+SLOWEST_BYTES_PER_S = 1e6  # extra time for a long frame
 MAX_QUEUED_MESSAGES = 1000  # before the connection is made
-MAX_UNDER_WAY = 32  # sends whose end has not been looked at; their tensors are kept
-ENVELOPE_BYTES = 524_288  # most segments: one write, no question back
-NUM_POSTED = 4  # receives of envelopes
+MAX_UNDER_WAY = 32  # sends not checked for completion yet; their tensors are kept alive
+ENVELOPE_BYTES = 524_288  # most segments fit: one write without an answer
+NUM_POSTED = 4  # posted receives of envelopes
 MAX_FRAMES = 256
 JOIN_POLL_S = 0.02
-# gloo closes a connection on which a wait runs out: an idle one must have no limit
+# gloo closes a connection whose wait times out, so an idle one must have no limit
 FOREVER = timedelta(days=50 * 365)
 ENVELOPE, LONG_FRAME, NOTHING = 0, 1, 2  # tags
-INSIDE, BY_GLOO, BY_NCCL = range(3)  # ways of a frame
+INSIDE, BY_GLOO, BY_NCCL = range(3)  # how a frame travels
 _COUNT = struct.Struct("<H")
 _FRAME = struct.Struct("<IB")  # bytes, way
 
@@ -47,24 +47,25 @@ AnyFrame: TypeAlias = Frame | Tensor
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Where the ranks of a cluster find one another."""
+    """The place where the ranks of a cluster find each other."""
 
-    open_store: Callable[[], Any]  # a dist.Store for one user: a waiting one locks others out
-    host: str = "127.0.0.1"  # at which the others reach this rank
+    # a dist.Store for one user, because a waiting user locks the others out
+    open_store: Callable[[], Any]
+    host: str = "127.0.0.1"  # address at which the others reach this rank
     interface: str = ""  # network interface to use in place of `host`
-    gpu: str = ""  # what lies on it travels by nccl; empty: gloo alone
+    gpu: str = ""  # its tensors travel by nccl; empty means only gloo
 
     def make_device(self) -> Any:
-        """The listener and event loop that the gloo groups of a rank share."""
+        """Return the listener and event loop that the gloo groups of a rank share."""
         if self.interface:
             return dist.ProcessGroupGloo.create_device(interface=self.interface)
         return dist.ProcessGroupGloo.create_device(hostname=self.host)
 
 
-class Link:
-    """The end of rank `rank` of its connection to `peer`.
+class TorchLink:
+    """Rank `rank`'s end of its connection to `peer`.
 
-    A thread of its own connects, then calls `deliver` with the frames of each message and, once,
+    Its own thread connects, then calls `deliver` with the frames of each message and, once,
     `broken` with the reason why no more will come. An error in `deliver` breaks the link.
     """
 
@@ -81,7 +82,7 @@ class Link:
         self._meeting, self._device = meeting, device
         self._deliver, self._broken = deliver, broken
         self._me = int(rank > peer)  # rank in the groups of two
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._error: Exception | None = None
         self._gloo: Any = None
         self._nccl: list[Any] = []  # by sender: in one group, two sends would wait for each other
@@ -93,9 +94,9 @@ class Link:
         self._thread.start()
 
     def send(self, frames: list[AnyFrame], what: str) -> None:
-        """Hand over a message, named `what` in errors.
+        """Send a message; errors call it `what`.
 
-        Raises ClusterError where the connection is broken or takes nothing for too long.
+        Raises ClusterError when the connection is broken or accepts nothing for too long.
         """
         with self._changed:
             if not self._changed.wait_for(self._has_room, SEND_TIMEOUT_S):
@@ -108,19 +109,19 @@ class Link:
                 self._post(frames, what)
 
     def has_ended(self) -> bool:
-        """Whether nothing more can be sent or will come."""
+        """Whether the link can neither send nor receive any more."""
         return self._error is not None
 
     def say_bye(self, end: float) -> None:
-        """Tell the peer that nothing more will come; waits until `end` (monotonic) to say it."""
+        """Tell the peer that nothing more will come; try until `end` (monotonic clock)."""
         with self._changed:
             if self._backlog:
                 self._changed.wait_for(lambda: not self._backlog or self._error, _left(end))
-            with contextlib.suppress(ClusterError):  # one who is gone needs no farewell
+            with contextlib.suppress(ClusterError):  # the peer may be gone
                 self._bye()
 
     def hang_up(self, end: float) -> None:
-        """Close the connection once the peer has taken all, at `end` at the latest."""
+        """Close the connection once the peer has taken all, or at `end` (monotonic clock)."""
         with self._changed:
             if self._said_bye:
                 self._changed.wait_for(lambda: self._error, _left(end))
@@ -160,15 +161,15 @@ class Link:
     def _bye(self) -> None:
         if self._gloo is not None and self._error is None and not self._said_bye:
             self._said_bye = True
-            self._post([], "goodbye")  # no message is without frames
+            self._post([], "goodbye")  # real messages have frames, so an empty one means the end
 
     def _took_nothing(self, what: str) -> ClusterError:
-        return ClusterError(rank_name(self.peer), f"took no {what} for {SEND_TIMEOUT_S:.0f} s")
+        return ClusterError.of_rank(self.peer, f"took no {what} for {SEND_TIMEOUT_S:.0f} s")
 
     def _lost(self, error: Exception) -> ClusterError:
-        # torch.distributed has but RuntimeError; where in its source it arose helps no user
+        # torch.distributed raises only RuntimeError; its place in the source helps no user
         cause = re.sub(r"^\[[^]]*\]\s*", "", str(error)).partition("\n")[0]
-        return LostPeer(rank_name(self.peer), f"{LOST}: {cause}")
+        return LostPeer.of_rank(self.peer, f"{LOST}: {cause}")
 
     # The link's own thread ----------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Link:
         try:
             if self._connect():
                 self._read()
-            error = LostPeer(rank_name(self.peer), f"{LOST}: it has left the cluster")
+            error = LostPeer.of_rank(self.peer, f"{LOST}: it has left the cluster")
         except (WireError, ClusterError) as named:
             error = named
         except RuntimeError as lost:
@@ -189,7 +190,7 @@ class Link:
             self._broken(self.peer, self._error)
 
     def _connect(self) -> bool:
-        """Meet the peer in the store; False where this end was closed meanwhile."""
+        """Meet the peer in the store; return False if this end was closed meanwhile."""
         pair = f"{min(self.rank, self.peer)}-{max(self.rank, self.peer)}"
         store = dist.PrefixStore(pair, self._meeting.open_store())
         store.set(str(self.rank), "here")
@@ -198,11 +199,11 @@ class Link:
             if self._closing.wait(JOIN_POLL_S):
                 return False
             if time.monotonic() > end:
-                raise ClusterError(rank_name(self.peer), f"not there after {JOIN_TIMEOUT_S:.0f} s")
+                raise ClusterError.of_rank(self.peer, f"not there after {JOIN_TIMEOUT_S:.0f} s")
         gloo = _make_gloo(dist.PrefixStore("gloo", store), self._me, self._device)
         nccl = []
         if self._meeting.gpu:
-            torch.cuda.set_device(self._meeting.gpu)  # of this thread
+            torch.cuda.set_device(self._meeting.gpu)  # applies to this thread
             for sender in range(2):
                 nccl.append(_make_nccl(dist.PrefixStore(f"nccl{sender}", store), self._me))
         with self._changed:
@@ -213,7 +214,7 @@ class Link:
         return True
 
     def _read(self) -> None:
-        """Deliver what comes until the peer says that it was all."""
+        """Deliver messages until the peer says that there are no more."""
         envelopes = [torch.empty(ENVELOPE_BYTES, dtype=torch.uint8) for _ in range(NUM_POSTED)]
         posted = deque((self._expect(envelope, ENVELOPE), envelope) for envelope in envelopes)
         while True:
@@ -233,12 +234,12 @@ class Link:
     def _open(self, envelope: memoryview) -> list[AnyFrame]:
         (count,) = _COUNT.unpack_from(envelope)
         if count > MAX_FRAMES:
-            raise WireError(f"an envelope of {count} frames, at most {MAX_FRAMES} allowed")
+            raise WireError(f"an envelope has {count} frames, at most {MAX_FRAMES} are allowed")
         start = _COUNT.size + count * _FRAME.size
         frames: list[AnyFrame] = []
         for size, way in _FRAME.iter_unpack(envelope[_COUNT.size : start]):
             if size > MAX_FRAME_BYTES:
-                raise WireError(f"a frame of {size} bytes, at most {MAX_FRAME_BYTES} allowed")
+                raise WireError(f"a frame has {size} bytes, at most {MAX_FRAME_BYTES} are allowed")
             if way == BY_GLOO:
                 frame = torch.empty(size, dtype=torch.uint8)
                 self._expect(frame, LONG_FRAME).wait(_limit(size))
@@ -256,16 +257,16 @@ class Link:
         frame = torch.empty(size, dtype=torch.uint8, device=self._meeting.gpu)
         work = self._nccl[1 - self._me].recv([frame], 1 - self._me, LONG_FRAME)
         end = time.monotonic() + _limit(size).total_seconds()
-        while not work.is_completed():  # wait() would hold up the GPU's stream, without a limit
+        while not work.is_completed():  # wait() would block the GPU's stream, without a time limit
             if time.monotonic() > end:
-                raise ClusterError(rank_name(self.peer), f"sent no {size} bytes that it announced")
+                raise ClusterError.of_rank(self.peer, f"sent no {size} bytes that it announced")
             time.sleep(5e-5)
         work.wait()
         return frame
 
 
 def pack(frames: Sequence[AnyFrame], *, with_gpu: bool = False) -> tuple[Tensor, list[Tensor]]:
-    """The envelope of a message, and the frames that follow it by themselves."""
+    """Return a message's envelope, and the long frames that follow it on their own."""
     table = bytearray(_COUNT.pack(len(frames)))
     inside: list[Frame] = []
     following: list[Tensor] = []
@@ -288,7 +289,7 @@ def pack(frames: Sequence[AnyFrame], *, with_gpu: bool = False) -> tuple[Tensor,
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a flat tensor of bytes on the CPU."""
+    """Return the memory of a flat byte tensor on the CPU."""
     array: Any = tensor.numpy()
     return memoryview(array)
 
@@ -308,7 +309,7 @@ def _make_nccl(store: Any, me: int) -> Any:
 
 
 def _close_gloo(group: Any, peer: int) -> None:
-    """Gloo closes a connection, and ends every wait on it, when a wait on it runs out."""
+    """Close a gloo connection: a wait on it that times out also ends every other wait on it."""
     try:
         group.recv([torch.empty(1, dtype=torch.uint8)], peer, NOTHING).wait(
             timedelta(milliseconds=1)

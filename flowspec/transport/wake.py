@@ -5,7 +5,7 @@ import socket
 
 
 class Wake:
-    """Readable from `set` to `clear`."""
+    """A file descriptor that is readable from `set` to `clear`."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair()
@@ -13,21 +13,21 @@ class Wake:
         self._writer.setblocking(False)
 
     def fileno(self) -> int:
-        """For a poller."""
+        """Return the descriptor for a poller."""
         return self._reader.fileno()
 
     def set(self) -> None:
-        """From any thread; harmless once closed."""
+        """Make it readable; any thread may call this, also after `close`."""
         with contextlib.suppress(OSError):  # full: it is readable already
             self._writer.send(b"\0")
 
     def clear(self) -> None:
-        """Until the next `set`."""
+        """Make it unreadable until the next `set`."""
         with contextlib.suppress(BlockingIOError):
             while len(self._reader.recv(1024)) == 1024:
                 pass
 
     def close(self) -> None:
-        """Give up its sockets."""
+        """Close its sockets."""
         self._reader.close()
         self._writer.close()

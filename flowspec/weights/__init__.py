@@ -1,1 +1,1 @@
-"""Checkpoints, splits and their way to devices."""
+"""Checkpoints, splits, and their transfer to devices."""

@@ -1,4 +1,4 @@
-"""Checkpoint: an unsplit HF model, found by id or folder, checked against its own config."""
+"""Checkpoint: an unsplit HF model, found by id or folder and checked against its own config."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "added_tokens.json",
 )
-# Old Llama files carry the RoPE frequencies, which follow from the config.
+# Old Llama files also store the RoPE frequencies, which follow from the config.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -42,16 +42,16 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A whole model on disk: its config and where each tensor that the config asks for lies."""
+    """A whole model on disk: its config and the place of each tensor that the config requires."""
 
     folder: Path
     config: ModelConfig
     hf_config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
-    stored_dtype: str | None  # None where the tensors differ
+    stored_dtype: str | None  # None if the tensors differ
 
     def fingerprint(self) -> str:
-        """Changes when a file of the checkpoint does (by size and time, as `make` sees it)."""
+        """Return a text that changes with any file of the checkpoint (by size and time)."""
         files = {tensor.file for tensor in self.tensors.values()}
         folders = {path.parent for path in files}
         files |= {folder / name for folder in folders for name in TOKENIZER_FILES}
@@ -65,10 +65,10 @@ class Checkpoint:
 
 
 def resolve_model(name_or_path: str, *, offline: bool = False) -> Path:
-    """Folder of a model: the folder itself, else the HF id fetched to (or found in) HF's cache.
+    """Return the folder of a model: the given folder, or the folder of the HF id in HF's cache.
 
-    `offline` (or the environment's HF_HUB_OFFLINE=1) looks only into the cache. Raises ValueError
-    when it is neither.
+    The id is fetched unless it is cached; `offline` (or the variable HF_HUB_OFFLINE=1) looks only
+    into the cache. Raises ValueError when the name is neither a folder nor an available id.
     """
     if (folder := Path(name_or_path)).is_dir():
         return folder
@@ -79,7 +79,7 @@ def resolve_model(name_or_path: str, *, offline: bool = False) -> Path:
 
 
 def check_model(name_or_path: str, *, offline: bool = False) -> None:
-    """Raises ValueError, as `resolve_model` would, where there is none; fetches no weights.
+    """Check that there is such a model, without fetching weights; raise ValueError otherwise.
 
     A folder must have the file that every model, split or not, begins with.
     """
@@ -91,10 +91,10 @@ def check_model(name_or_path: str, *, offline: bool = False) -> None:
 
 
 def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
-    """Folder in HF's cache with these files of the id `name`. Raises ValueError."""
+    """Return the folder in HF's cache with these files of the id `name`. Raises ValueError."""
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name} is neither a folder nor a Hugging Face id (name or owner/name)")
-    # Imported here: a worker that is sent its layers needs no hub client.
+    # Imported here, because a worker that is sent its layers needs no hub client.
     from huggingface_hub import snapshot_download
 
     try:
@@ -109,16 +109,16 @@ def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{name} is no folder here, and as a Hugging Face id it could not be had "
+            f"{name} is not a folder here, and fetching it as a Hugging Face id failed "
             f"({reason}); give a folder, or download it where the hub is reachable "
             "(`hf download`, `hf auth login` for gated models) and set HF_HUB_OFFLINE=1"
         ) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config and headers of a HF model folder; no tensor is read.
+    """Read the config and headers of a HF model folder; no tensor is read.
 
-    Raises ValueError naming the key, file or tensor that is missing, unknown, damaged or of
+    Raises ValueError that names the key, file or tensor that is missing, unknown, damaged or of
     another shape than the config says.
     """
     hf_config = read_json(folder / "config.json")
@@ -147,9 +147,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def part_shapes(
     config: ModelConfig, *, first_layer: int, last_layer: int
 ) -> dict[str, tuple[int, ...]]:
-    """Tensors that the stage of these layers holds, with their shapes.
+    """Return the names and shapes of the tensors of a stage with these layers.
 
-    A tied lm_head is not named where the embedding is.
+    A tied lm_head is left out if the stage has the embedding.
     """
     with torch.device("meta"):
         stage = StageModel(
@@ -184,7 +184,7 @@ def _shards(index: Path) -> list[Path]:
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
         raise ValueError(
-            f"{index.parent} misses {len(missing)} of {len(names)} shards: {_some(missing)}; "
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {_some(missing)}; "
             "fetch them again"
         )
     return [index.parent / name for name in names]
@@ -195,12 +195,12 @@ def _check_tensors(folder: Path, config: ModelConfig, stored: Mapping[str, Store
     allowed = {*expected, LM_HEAD} if config.tie_word_embeddings else set(expected)
     if missing := expected.keys() - stored.keys():
         raise ValueError(
-            f"{folder} lacks {len(missing)} tensors that its config.json asks for: "
+            f"{folder} lacks {len(missing)} tensors that its config.json requires: "
             f"{_some(missing)}; fetch the checkpoint again, or correct config.json"
         )
     if unknown := stored.keys() - allowed:
         raise ValueError(
-            f"{folder} holds {len(unknown)} tensors that {config.architecture} has not: "
+            f"{folder} holds {len(unknown)} tensors that {config.architecture} does not have: "
             f"{_some(unknown)}; is config.json this model's?"
         )
     for name, tensor in stored.items():
@@ -218,7 +218,7 @@ def _check_tensors(folder: Path, config: ModelConfig, stored: Mapping[str, Store
 
 
 def _check_tied(embedding: StoredTensor, lm_head: StoredTensor) -> None:
-    """Both stored though tied: fine as long as they are the same, else the flag is wrong."""
+    """Accept a tied lm_head that is stored too if it equals the embedding; else ValueError."""
     same = embedding.dtype == lm_head.dtype
     with TensorReader() as one, TensorReader() as other:
         same = same and all(

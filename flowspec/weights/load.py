@@ -1,7 +1,7 @@
-"""Weights from disk into modules: a stage of a split model, the whole model, the head's part.
+"""Loads weights from disk into modules: a stage of a split model, the whole model, the head's part.
 
-Modules are made without memory (meta device) and take the mapped tensors as they are. Devices and
-dtypes are as torch names them; `dtype` None keeps the stored one.
+Modules are made without memory (meta device) and use the mapped tensors directly. Devices and
+dtypes are named as in torch; `dtype` None keeps the stored one.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ _REMAP_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadPart:
-    """What the head needs of the target: embed_tokens [V, H], lm_head [V, H] (one when tied)."""
+    """The head's part of the target: embed_tokens [V, H] and lm_head [V, H], the same when tied."""
 
     embed_tokens: Tensor
     lm_head: Tensor
@@ -49,9 +49,10 @@ def load_stage(
     dtype: str | None = None,
     verify: bool = True,
 ) -> StageModel:
-    """Stage 1..N of a split model; `verify` compares the files' sha256 with the manifest.
+    """Load stage 1..N of a split model; `verify` compares the files' sha256 with the manifest.
 
-    Raises ValueError when there is no such stage, or a file is missing, corrupt or another one.
+    Raises ValueError when there is no such stage, or when a file is missing, corrupt or another
+    one.
     """
     first, last = read_manifest(Path(folder)).layer_range(stage)
     return load_stage_range(folder, first, last, device=device, dtype=dtype, verify=verify)
@@ -66,11 +67,11 @@ def load_stage_range(
     dtype: str | None = None,
     verify: bool = True,
 ) -> StageModel:
-    """Layers `first` to `last` (exclusive) of a split model as one stage, whatever its parts are.
+    """Load layers `first` to `last` (exclusive) of a split model as one stage, across its parts.
 
-    The range must begin and end where parts do; a model split into single layers has every range.
-    With the first layer comes the embedding, with the last the norm and the lm_head. Only the
-    folders of these parts need be there. Raises ValueError as `load_stage`.
+    The range must begin and end where parts do; a model split into single layers allows every
+    range. The first layer brings the embedding, the last one the norm and the lm_head. Only the
+    folders of these parts are needed. Raises ValueError as `load_stage` does.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -82,13 +83,13 @@ def load_stage_range(
         path = check_file(folder, manifest, f"{stage_folder(stage)}/{WEIGHTS_NAME}", verify=verify)
         tensors.update(read_tensors(path, device=device, dtype=dtype))
     if configs[0].tie_word_embeddings and EMBEDDING in tensors:
-        tensors.pop(LM_HEAD, None)  # a copy, for a last part that has no embedding
+        tensors.pop(LM_HEAD, None)  # this copy serves only a last part without embedding
     return _fill_stage(model, tensors, folder)
 
 
 def _stage_config(folder: Path, manifest: Manifest, stage: int, *, verify: bool) -> ModelConfig:
     part = stage_folder(stage)
-    # Silent: each of the stages would say again what its head has said.
+    # No warnings here: the head has already printed them.
     config = _part_config(folder, manifest, part, verify=verify, warn=be_silent)
     first, last = manifest.layer_range(stage)
     about = read_json(folder / stage_folder(stage) / "config.json").get("flowspec")
@@ -108,9 +109,9 @@ def load_whole(
     dtype: str | None = None,
     verify: bool = True,
 ) -> StageModel:
-    """The target alone: all layers, embedding and lm_head, of a HF folder or a split model.
+    """Load the target alone: all layers, embedding and lm_head, of a HF folder or a split model.
 
-    Raises ValueError as `open_checkpoint` and `load_stage`.
+    Raises ValueError as `open_checkpoint` and `load_stage` do.
     """
     folder = Path(folder)
     if (folder / MANIFEST_NAME).exists():
@@ -140,7 +141,7 @@ def load_head_part(
     dtype: str | None = None,
     verify: bool = True,
 ) -> HeadPart:
-    """The embedding and lm_head beside the drafter, from `head/` of a split model.
+    """Load the head's embedding and lm_head from `head/` of a split model.
 
     Raises ValueError when a file is missing, corrupt or another one.
     """
@@ -162,7 +163,7 @@ def load_head_part(
 def read_tensors(
     path: Path, *, device: torch.device | str = "cpu", dtype: str | None = None
 ) -> dict[str, Tensor]:
-    """All tensors of a safetensors or `.bin` file, mapped where nothing has to change.
+    """Return all tensors of a safetensors or `.bin` file, mapped where nothing has to change.
 
     Raises ValueError when the file is damaged or `dtype` is not one of DTYPES.
     """
@@ -171,7 +172,7 @@ def read_tensors(
     target = None if dtype is None else getattr(torch, dtype)
 
     def place(tensor: Tensor) -> Tensor:
-        # Integer tables (a vocabulary map, say) keep their type.
+        # Integer tables, such as a vocabulary map, keep their type.
         return tensor.to(device, target if tensor.is_floating_point() else None)
 
     if path.suffix == ".bin":
@@ -185,14 +186,14 @@ def _is_ignored(name: str) -> bool:
 
 
 def _read_safetensors(path: Path, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """All tensors as `place` gives them back: the mapped ones themselves, or copies."""
+    """Return all tensors after `place`: the mapped tensors themselves, or copies."""
     left = [name for name in read_header(path) if not _is_ignored(name)]
     tensors: dict[str, Tensor] = {}
     while left:
         copied_bytes = 0
         try:
             with safe_open(path, framework="pt") as file:
-                # Pages that were copied from count as memory until their mapping goes.
+                # Pages that were copied from count as memory until they are unmapped.
                 while left and copied_bytes < _REMAP_BYTES:
                     name = left.pop()
                     mapped = file.get_tensor(name)
@@ -206,7 +207,7 @@ def _read_safetensors(path: Path, place: Callable[[Tensor], Tensor]) -> dict[str
 def check_tensors(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: Path
 ) -> None:
-    """Same names, same shapes; ValueError names the first that differ."""
+    """Check that names and shapes are equal; ValueError names the first that differ."""
     missing, unknown = (
         sorted(expected.keys() - found.keys()),
         sorted(found.keys() - expected.keys()),
@@ -218,14 +219,17 @@ def check_tensors(
         )
     for name, shape in expected.items():
         if tuple(found[name].shape) != shape:
-            raise ValueError(f"{where}: {name} is {list(found[name].shape)}, needed {list(shape)}")
+            raise ValueError(f"{where}: {name} is {list(found[name].shape)}, needed: {list(shape)}")
 
 
 def fill(model: Net, tensors: Mapping[str, Tensor], where: Path) -> Net:
-    """Make `tensors` the parameters of `model`, for inference; ValueError unless they fit."""
+    """Make `tensors` the parameters of `model`, for inference.
+
+    Raises ValueError unless they fit.
+    """
     expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     check_tensors(expected, tensors, where)
-    # Not strict: of two tied names only one is given, and all names have been compared above.
+    # Not strict: only one of two tied names is given, and all names have been compared above.
     model.load_state_dict(dict(tensors), strict=False, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -245,13 +249,13 @@ def _part_config(
 
 
 def _check_tokenizer_files(folder: Path, manifest: Manifest, *, verify: bool) -> None:
-    """The model's hash is of these too: tokenizers that differ make of one text other tokens."""
+    """Check that the tokenizer's files are those of the manifest: they decide a text's tokens."""
     for name in (f"{HEAD_FOLDER}/{file}" for file in TOKENIZER_FILES):
         if name in manifest.files:
             check_file(folder, manifest, name, verify=verify)
         elif (folder / name).exists():
             raise ValueError(
-                f"{folder / name} is no part of this split, and would change its tokenizer; remove "
+                f"{folder / name} is not part of this split and would change its tokenizer; remove "
                 "it, or put it beside the unsplit model and split that again"
             )
 

@@ -1,4 +1,4 @@
-"""Manifest: what a split model consists of, written last, so that its presence means whole."""
+"""Manifest: the content of a split model, written last, so that its presence means completeness."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ _MAX_LAYERS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:
-    """What one file must be."""
+    """The expected size and hash of one file."""
 
     sha256: str
     bytes: int
@@ -40,11 +40,11 @@ class Manifest:
 
     @property
     def num_stages(self) -> int:
-        """Stages are numbered 1..num_stages; rank 0 is the head."""
+        """Return the number of stages, numbered from 1; rank 0 is the head."""
         return len(self.layers)
 
     def layer_range(self, stage: int) -> tuple[int, int]:
-        """First layer and last layer (exclusive) of a stage; ValueError if there is no such."""
+        """Return a stage's first layer and last layer (exclusive). Raises ValueError if unknown."""
         if not 1 <= stage <= self.num_stages:
             raise ValueError(
                 f"there is no stage {stage}: {self.model_id} was split into {self.num_stages} "
@@ -53,28 +53,28 @@ class Manifest:
         return sum(self.layers[: stage - 1]), sum(self.layers[:stage])
 
     def stages_of(self, first: int, last: int) -> range:
-        """Stages that together hold layers `first` to `last` (exclusive), and no others.
+        """Return the stages that together hold layers `first` to `last` (exclusive), and no others.
 
-        Raises ValueError where the split was cut elsewhere.
+        Raises ValueError when the model was cut elsewhere.
         """
         ends = [sum(self.layers[:k]) for k in range(self.num_stages + 1)]
         if first >= last or first not in ends or last not in ends:
             raise ValueError(
-                f"{self.model_id} was cut at layers {', '.join(map(str, ends))}, which makes no "
+                f"{self.model_id} was cut at layers {', '.join(map(str, ends))}, which gives no "
                 f"layers {first} to {last}; split it again with every layer by itself"
             )
         return range(ends.index(first) + 1, ends.index(last) + 1)
 
 
 def stage_folder(stage: int) -> str:
-    """Name of the folder of stage 1..N."""
+    """Return the name of the folder of stage 1..N."""
     return f"stage_{stage}"
 
 
 def model_hash(
     files: Mapping[str, FileRecord], *, architecture: str, dtype: str, layers: tuple[int, ...]
 ) -> str:
-    """sha256 that two devices compare before they work together: every file, and the plan."""
+    """Return the sha256 of every file and the plan; devices compare it before they cooperate."""
     content = {
         "architecture": architecture,
         "dtype": dtype,
@@ -85,7 +85,7 @@ def model_hash(
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, as hex."""
+    """Return the sha256 of a file's content, as hex."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -94,7 +94,7 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file so that it is there whole or not at all, even after a power cut."""
+    """Write a JSON file atomically: after a power cut it is either complete or unchanged."""
     write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
@@ -104,11 +104,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json` of a split model; ValueError says what is wrong with it."""
+    """Read and check `manifest.json` of a split model.
+
+    Raises ValueError that says what is wrong.
+    """
     path = folder / MANIFEST_NAME
     if not path.exists():
         raise ValueError(
-            f"{folder} has no {MANIFEST_NAME}: it is no split model, or its split was interrupted; "
+            f"{folder} has no {MANIFEST_NAME}: it is not a split model, or was interrupted; "
             "run `flowspec split` (again)"
         )
     content = read_json(path)
@@ -119,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> Path:
-    """Path of one file of a split model, after its size and, with `verify`, its sha256 is checked.
+    """Check the size of a file of a split model, with `verify` also its sha256; return its path.
 
     Raises ValueError when it is missing, of another size or of other content.
     """
@@ -134,20 +137,20 @@ def check_file(folder: Path, manifest: Manifest, name: str, *, verify: bool) -> 
         )
     if verify and file_sha256(path) != record.sha256:
         raise ValueError(
-            f"{path} is corrupt: its sha256 is not the manifest's; copy it again or split again"
+            f"{path} is corrupt: its sha256 differs from the manifest; copy it again or split again"
         )
     return path
 
 
 def parse_files(content: Any) -> dict[str, FileRecord]:
-    """The `files` object of a manifest or journal; ValueError for unsafe paths and bad records."""
+    """Parse the `files` object of a manifest or journal. Raises ValueError for unsafe paths."""
     if not isinstance(content, dict):
         raise ValueError("files must be an object")
     return {_safe(name): _parse_record(name, value) for name, value in content.items()}
 
 
 def parse_manifest(content: Mapping[str, Any]) -> Manifest:
-    """A manifest from JSON, whoever sent it; ValueError says what is wrong with it."""
+    """Parse a manifest from untrusted JSON. Raises ValueError that says what is wrong."""
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}")
@@ -178,7 +181,7 @@ def parse_manifest(content: Mapping[str, Any]) -> Manifest:
         manifest.files, architecture=manifest.architecture, dtype=manifest.dtype, layers=layers
     )
     if manifest.model_hash != expected:
-        raise ValueError("model_hash does not belong to the files listed (was it edited?)")
+        raise ValueError("model_hash does not match the listed files (was it edited?)")
     return manifest
 
 
@@ -203,7 +206,7 @@ _HEX = "0123456789abcdef"
 
 
 def _safe(name: str) -> str:
-    # A manifest may come from another machine: it must not name anything outside its folder.
+    # A manifest may come from another machine, so it must name nothing outside its folder.
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in name:
         raise ValueError(f"files names {name!r}, needed: a path inside the folder")

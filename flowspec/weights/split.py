@@ -1,9 +1,9 @@
-"""Splitting a checkpoint into one folder per stage, tensor by tensor from file to file.
+"""Splits a checkpoint into one folder per stage, tensor by tensor from file to file.
 
 Layout: `head/` (embedding, lm_head, tokenizer), `stage_1/` .. `stage_N/`, `manifest.json`. The
-manifest is written last: a folder with one is whole. Until then a journal names the files that are
-finished, so that a rerun goes on where the last one stopped. `split.lock` lets one process at a
-time write.
+manifest is written last, so a folder that has one is complete. Until then, a journal lists the
+finished files, so that a rerun continues where the last run stopped. `split.lock` lets only one
+process write at a time.
 """
 
 import hashlib
@@ -49,12 +49,12 @@ def run_split(
     on_bytes: OnBytes = lambda _: None,
     on_wait: Callable[[str], None] = lambda _: None,
 ) -> Manifest:
-    """Write `plan` to the folder `out`, or finish what an interrupted run of the same plan left.
+    """Write `plan` to the folder `out`, or finish an interrupted run of the same plan.
 
-    `on_bytes` is called with the number of bytes just done. Nothing is done where the same split is
-    whole already. One process splits into a folder at a time; another one waits for it, which
-    `on_wait` is told. Raises ValueError when `out` holds anything else or the disk is too small,
-    TimeoutError when the other process does nothing any more.
+    `on_bytes` is called with the number of bytes just done. Nothing is done if the same split is
+    already complete. Only one process splits into a folder at a time; another process calls
+    `on_wait` and waits for it. Raises ValueError when `out` holds anything else or the disk is too
+    small, and TimeoutError when the other process makes no progress.
     """
     identity = _identity(plan)
     _check_names(plan, out, identity)
@@ -75,7 +75,7 @@ def run_split(
 
 
 def _split(plan: SplitPlan, out: Path, identity: str, model_id: str, on_bytes: OnBytes) -> Manifest:
-    """`run_split` by the one process that holds the folder's lock."""
+    """Run `run_split` in the one process that holds the folder's lock."""
     _check_names(plan, out, identity)
     _remove_partials(out)
     if (manifest := _whole_split(plan, out, identity)) is not None:
@@ -87,7 +87,7 @@ def _split(plan: SplitPlan, out: Path, identity: str, model_id: str, on_bytes: O
     on_bytes(sum(plan.file_bytes(file) for file in plan.files if file.name in done))
     _check_room(out, needed=sum(plan.file_bytes(file) for file in todo))
     _write_journal(out, identity, done)
-    # Without its manifest the folder is not whole; damaged files were found in it.
+    # Without its manifest the folder is incomplete; damaged files were found in it.
     (out / MANIFEST_NAME).unlink(missing_ok=True)
     with TensorReader() as reader:
         for file in todo:
@@ -111,9 +111,9 @@ def _split(plan: SplitPlan, out: Path, identity: str, model_id: str, on_bytes: O
 
 
 def is_split_of(manifest: Manifest, checkpoint: Checkpoint) -> bool:
-    """Whether the split has the very bytes that this checkpoint would give, wherever it was made.
+    """Whether the split has exactly the bytes that this checkpoint would give.
 
-    Reads the checkpoint where everything else agrees.
+    Reads the checkpoint's tensors only if everything else agrees.
     """
     if sum(manifest.layers) != checkpoint.config.num_layers:
         return False
@@ -140,34 +140,34 @@ def _identity(plan: SplitPlan) -> str:
 
 
 def _check_names(plan: SplitPlan, out: Path, identity: str) -> None:
-    """Raises ValueError when `out` holds anything that this program would not have put there.
+    """Raise ValueError when `out` holds anything that this program would not have put there.
 
-    Whatever moment a run was killed at, what it left is known: its lock comes before all else, and
-    an unfinished file is named after the one that it was to become.
+    What a killed run leaves is always known: its lock exists before all else, and an unfinished
+    file is named after its final one.
     """
     if not out.exists():
         return
     if not out.is_dir():
-        raise ValueError(f"{out} is a file; give --out a folder")
+        raise ValueError(f"{out} is a file, but --out needs a folder")
     marks = {LOCK_NAME, MANIFEST_NAME, JOURNAL_NAME}
     present = {name: whole_name(name) for name in _sizes(out)}
     ours = bool(marks & present.keys())
     own = marks | ({file.name for file in plan.files} if ours else set())
     foreign = sorted(name for name in present if present[name] not in own)
     if foreign and ours:
-        _check_same(_source(out) or identity, identity, out)  # which tells more
-        raise ValueError(f"{out / foreign[0]} is no part of this split; move it away")
+        _check_same(_source(out) or identity, identity, out)  # this error says more
+        raise ValueError(f"{out / foreign[0]} is not part of this split; move it away")
     if foreign:
         raise ValueError(
-            f"{out} is not empty (it has {foreign[0]}) and no split of this program; "
+            f"{out} is not empty (it has {foreign[0]}) and not a split of this program; "
             "give another --out, or empty it"
         )
 
 
 def _whole_split(plan: SplitPlan, out: Path, identity: str) -> Manifest | None:
-    """The manifest where this very split is whole. Raises ValueError where it is another's.
+    """Return the manifest if this split is complete. Raises ValueError for another split.
 
-    Files are only measured, so that asking again is quick; loading checks their hashes.
+    Only the sizes of files are checked, so that this is quick; loading checks their hashes.
     """
     if not (out / MANIFEST_NAME).exists():
         return None
@@ -181,7 +181,7 @@ def _whole_split(plan: SplitPlan, out: Path, identity: str) -> Manifest | None:
 
 
 def _finished_files(plan: SplitPlan, out: Path, identity: str) -> dict[str, FileRecord]:
-    """Files of an earlier run of the same plan that are whole. Raises ValueError as above."""
+    """Return the complete files of an earlier run of the plan. Raises ValueError as above."""
     if (out / MANIFEST_NAME).exists():  # some file was damaged later
         records = read_manifest(out).files
     elif (out / JOURNAL_NAME).exists():
@@ -200,7 +200,7 @@ def _finished_files(plan: SplitPlan, out: Path, identity: str) -> dict[str, File
 
 
 def _source(out: Path) -> str:
-    """What was split into a folder; "" where nothing there tells."""
+    """Return the fingerprint of a folder's checkpoint and plan; empty if unknown."""
     if (out / MANIFEST_NAME).exists():
         return read_manifest(out).source
     return _read_journal(out)[0] if (out / JOURNAL_NAME).exists() else ""
@@ -209,20 +209,20 @@ def _source(out: Path) -> str:
 def _check_same(source: str, identity: str, out: Path) -> None:
     if source != identity:
         raise ValueError(
-            f"{out} has a split of another checkpoint, layer plan or dtype; give another --out, "
+            f"{out} holds a split of another checkpoint, layer plan or dtype; give another --out, "
             f"or remove it"
         )
 
 
 def _remove_partials(out: Path) -> None:
-    """Clear away what killed runs left; the lock is ours, so that no other process writes."""
+    """Remove the partial files of killed runs; holding the lock, no other process writes."""
     for name in _sizes(out):
         if whole_name(name) != name:
             (out / name).unlink(missing_ok=True)
 
 
 def _sizes(out: Path) -> dict[str, int]:
-    """Bytes of each file in a folder, by its path there; files may vanish meanwhile."""
+    """Return the bytes of each file in a folder, by relative path; files may vanish meanwhile."""
     found = {}
     for path in out.rglob("*"):
         with suppress(FileNotFoundError):
@@ -261,9 +261,9 @@ def _write_journal(out: Path, identity: str, done: Mapping[str, FileRecord]) -> 
 def write_file(
     plan: SplitPlan, path: Path, file: OutputFile, reader: TensorReader, on_bytes: OnBytes
 ) -> FileRecord:
-    """Write one file of a plan to `path`, which is there whole or not at all; what it has become.
+    """Write one file of a plan to `path` atomically; return its size and hash.
 
-    Raises ValueError where the checkpoint changes meanwhile, or a value does not fit the dtype.
+    Raises ValueError when the checkpoint changes meanwhile, or a value does not fit the dtype.
     """
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as partial:
@@ -273,7 +273,7 @@ def write_file(
 def write_to(
     plan: SplitPlan, path: Path, file: OutputFile, reader: TensorReader, on_bytes: OnBytes
 ) -> FileRecord:
-    """Write one file of a plan to `path` itself, piece by piece. Raises as `write_file` does."""
+    """Write one file of a plan directly to `path`, piece by piece. Raises as `write_file` does."""
     with HashedWriter(path) as writer:
         for piece in _pieces(plan, file, reader):
             writer.write(piece)

@@ -1,4 +1,4 @@
-"""What a split will write: which tensors and texts go into which file of which stage's folder."""
+"""Plans a split: which tensors and texts go into which file of which stage's folder."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -28,7 +28,7 @@ class OutputFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPlan:
-    """All that a split will write; nothing has been written yet."""
+    """Everything that a split will write; nothing has been written yet."""
 
     checkpoint: Checkpoint
     layers: tuple[int, ...]
@@ -36,7 +36,7 @@ class SplitPlan:
     files: tuple[OutputFile, ...]
 
     def file_bytes(self, file: OutputFile) -> int:
-        """Size of the tensors (or content) of one file, its header left out."""
+        """Return the bytes of one file's tensors or content, without its header."""
         if not file.tensors:
             return len(file.content)
         return sum(
@@ -46,14 +46,14 @@ class SplitPlan:
 
     @property
     def total_bytes(self) -> int:
-        """What will be written, and what the progress adds up to."""
+        """Return the bytes to write, which the progress adds up to."""
         return sum(self.file_bytes(file) for file in self.files)
 
 
 def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage, as even as can be; the last stages, beside the lm_head, get the fewer.
+    """Return the layers per stage, as even as possible; the last stages get fewer.
 
-    Raises ValueError unless 1 <= num_stages <= num_layers.
+    The last stage also has the lm_head. Raises ValueError unless 1 <= num_stages <= num_layers.
     """
     if not 1 <= num_stages <= num_layers:
         raise ValueError(
@@ -65,7 +65,7 @@ def even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """`8+8+8+8` as numbers; ValueError when it is anything else."""
+    """Parse `8+8+8+8` as numbers. Raises ValueError for any other text."""
     parts = text.replace(" ", "").split("+")
     good = (part.isascii() and part.isdigit() and len(part) < 7 and int(part) for part in parts)
     if not all(good):
@@ -78,9 +78,10 @@ def parse_layers(text: str) -> tuple[int, ...]:
 def plan_split(
     checkpoint: Checkpoint, *, layers: tuple[int, ...], dtype: str | None = None
 ) -> SplitPlan:
-    """Decide what goes where; `dtype` None keeps the stored one.
+    """Decide which tensors go into which file; `dtype` None keeps the stored one.
 
-    Raises ValueError when `layers` does not add up to the model, or the dtype cannot be decided.
+    Raises ValueError when `layers` does not add up to the model, or the dtype is unsupported or
+    mixed.
     """
     config = checkpoint.config
     if sum(layers) != config.num_layers or any(count < 1 for count in layers):
@@ -119,7 +120,7 @@ def _stage_files(
     for stage, end in enumerate(accumulate(layers), start=1):
         first = end - layers[stage - 1]
         names = part_shapes(checkpoint.config, first_layer=first, last_layer=end)
-        # A tied lm_head away from the embedding is a copy of it.
+        # A stage without the embedding gets a copy of it as its tied lm_head.
         tensors = {name: stored.get(name) or stored[EMBEDDING] for name in names}
         in_file_order = sorted(tensors, key=lambda n: (tensors[n].file, tensors[n].offset))
         yield OutputFile(

@@ -1,15 +1,15 @@
-"""Reading checkpoint files piece by piece, and writing safetensors files the same way.
+"""Reads checkpoint files piece by piece, and writes safetensors files the same way.
 
-Only headers are parsed; the tensors' bytes pass through one small buffer. `.bin` files are mapped
-by torch (`weights_only=True`: no code in them is run) and re-mapped every so often, because pages
-once touched count as memory of this process until the mapping goes.
+Only headers are parsed; the tensors' bytes pass through one small buffer. torch maps `.bin` files
+(`weights_only=True` runs no code in them); they are mapped anew from time to time, because touched
+pages count as memory of this process until they are unmapped.
 """
 
 import hashlib
 import json
 import math
 import os
-import pickle  # for the name of the error that a refused `.bin` raises; nothing is unpickled
+import pickle  # only for the error of a refused `.bin`; nothing is unpickled
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-# Small enough to stay in the processor's cache between the read and the write; 16 MiB is slower.
+# Small enough for the processor's cache between read and write; 16 MiB is slower.
 CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_DIMENSIONS = 16
@@ -35,7 +35,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies: `offset` into the file for safetensors, 0 for `.bin`."""
+    """The place of one tensor: `offset` into the file for safetensors, 0 for `.bin`."""
 
     name: str
     dtype: str
@@ -45,20 +45,20 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Size as stored (0 for a dtype that no stage can hold)."""
+        """Return the size as stored (0 for a dtype that no stage can hold)."""
         return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 0)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name.
+    """Return the tensors of a safetensors file, by name.
 
-    Raises ValueError when the file is truncated, damaged or no safetensors file.
+    Raises ValueError when the file is truncated, damaged or not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{path} is no safetensors file, or a damaged one; fetch it again")
+            raise ValueError(f"{path} is not a safetensors file, or it is damaged; fetch it again")
         text = file.read(length)
     if len(text) < length:
         raise ValueError(f"{path} is truncated inside its header; fetch it again")
@@ -100,7 +100,7 @@ def _is_size(n: Any) -> bool:
 
 
 def load_bin(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin` file, mapped, not read; ValueError when it holds anything else."""
+    """Map the tensors of a `.bin` file. Raises ValueError when it holds anything else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -111,16 +111,16 @@ def load_bin(path: Path) -> dict[str, Tensor]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{path} is truncated, damaged or of the format before torch 1.6 ({reason}); "
+            f"{path} is truncated, damaged or in the format before torch 1.6 ({reason}); "
             "fetch it again, or re-save it with a current torch"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(f"{path} is no state dict of tensors; use the safetensors version")
+        raise ValueError(f"{path} is not a state dict of tensors; use the safetensors version")
     return content
 
 
 def read_bin_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a `.bin` file, by name; errors as `load_bin`."""
+    """Return the tensors of a `.bin` file, by name. Raises ValueError as `load_bin` does."""
     return {
         name: StoredTensor(
             name=name,
@@ -134,7 +134,7 @@ def read_bin_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class TensorReader:
-    """Gives tensors' bytes in pieces; keeps one source file open at a time."""
+    """Yields tensors' bytes in pieces; keeps one source file open at a time."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -154,9 +154,9 @@ class TensorReader:
         self._open(None)
 
     def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        """Bytes of `tensor` in order, each piece valid until the one after the next is asked for.
+        """Yield the bytes of `tensor` in order; a piece is valid until the next but one is read.
 
-        Raises ValueError when the file got shorter since its header was read.
+        Raises ValueError when the file has become shorter since its header was read.
         """
         if tensor.file != self._path or self._touched_bytes > _REMAP_BYTES:
             self._open(tensor.file)
@@ -196,7 +196,7 @@ def _cut(tensor: Tensor) -> Iterator[memoryview]:
 def converted(
     pieces: Iterator[memoryview], tensor: StoredTensor, dtype: str
 ) -> Iterator[memoryview]:
-    """The same values in another dtype; ValueError where float16 cannot hold one."""
+    """Convert the values to another dtype. Raises ValueError if float16 cannot hold one."""
     source, target = getattr(torch, tensor.dtype), getattr(torch, dtype)
     for piece in pieces:
         values = torch.frombuffer(piece, dtype=source)
@@ -210,7 +210,7 @@ def converted(
 
 
 def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The start of a safetensors file with `tensors` (name -> dtype, shape) in this order."""
+    """Return the header of a safetensors file with `tensors` (name -> dtype, shape) in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -221,13 +221,13 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Aligned data lets a device run straight from the mapped file.
+    # Aligned data lets a device compute directly on the mapped file.
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
 
 
 class HashedWriter:
-    """Writes a file while a second thread hashes it (hashlib lets go of the interpreter lock)."""
+    """Writes a file while a second thread hashes it (hashlib releases the interpreter lock)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -250,7 +250,7 @@ class HashedWriter:
         self._file.close()
 
     def write(self, piece: bytes | memoryview) -> None:
-        """Append `piece`, which must stay as it is until the next call returns."""
+        """Append `piece`, which must not change until the next call returns."""
         self._wait()
         self._pending = self._pool.submit(self._digest.update, piece)
         view = memoryview(piece)
@@ -259,7 +259,7 @@ class HashedWriter:
         self.num_bytes += len(piece)
 
     def finish(self) -> str:
-        """The sha256 of everything written, as hex, once it is on disk for good."""
+        """Sync the file to disk; return the sha256 of everything written, as hex."""
         os.fsync(self._file.fileno())
         self._wait()
         return self._digest.hexdigest()

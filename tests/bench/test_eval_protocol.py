@@ -74,7 +74,7 @@ def tiny(tmp_path) -> list[str]:
     folder = save_checkpoint(tmp_path / "tiny", num_layers=4)
     (folder / "qa.jsonl").write_text(json.dumps({"id": "fox", "prompt": "a fox in a box"}))
     words = ["--datasets", str(folder / "qa.jsonl"), "--questions", "0:1", "--max-tokens", "4"]
-    words += ["--target", str(folder / "target"), "--draft", str(folder / "eagle"), "--jobs", "1"]
+    words += ["--model", str(folder / "target"), "--draft", str(folder / "eagle"), "--jobs", "1"]
     return [*words, "--strategies", "ar,streaming"]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from flowspec.bench.metrics import Activity, Doings, count_rows, measure
-from flowspec.bench.records import Measured, hash_tokens, repeated_share
+from flowspec.bench.records import RunFigures, hash_tokens, repeated_share
 from flowspec.engine.engine import generate
 from flowspec.request import Request, RequestOutput
 from flowspec.speculation.strategies import STRATEGIES
@@ -25,7 +25,7 @@ SLOW_LINK = (
 
 def run(
     strategy: str, asked: Request, num_stages: int = 3, **options: Any
-) -> tuple[Measured, RequestOutput, Timeline]:
+) -> tuple[RunFigures, RequestOutput, Timeline]:
     """One request, measured and recorded."""
     cluster = make_cluster(num_stages, strategy, **{"charges": SLOW_LINK, **options})
     recorders = record(cluster)

@@ -321,7 +321,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
         (["time", "good.jsonl", "--over", "draft_topk", "--out", "x.png"], ["--over"]),
         (["timeline", "good.jsonl", "--out", "x.png"], ["good.jsonl holds", "other plots"]),
         (["timeline", "one.jsonl", "--out", "x.png"], ["one.jsonl holds", "other plots"]),
-        (["timeline", "empty.jsonl", "--out", "x.png"], ["empty.jsonl is no trace"]),
+        (["timeline", "empty.jsonl", "--out", "x.png"], ["empty.jsonl is not a trace"]),
         (["speedup", "trace.json", "--out", "x.png"], ["trace.json is a trace", "timeline"]),
         (["time", "many.jsonl", "--out", "x.png"], ["--only 'cluster=jetson-5 link_mbps=10'"]),
         (["time", "warm.jsonl", "--out", "x.png"], ["temperature: 0, 1", "--only temperature=0"]),

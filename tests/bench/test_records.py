@@ -75,6 +75,18 @@ def test_of_two_samples_with_one_key_the_later_counts(tmp_path):
     assert [(s.key, s.bound_share) for s in read_samples(tmp_path)] == [("other", None), ("k", 0.5)]
 
 
+def test_records_of_older_versions_are_read_by_the_names_of_today(tmp_path):
+    """Published files have the old ones; the same figure stands in one column of a table."""
+    old = asdict(sample(strategy="streaming-grafted", drafter="eagle3+graft+calibrate"))
+    old["parameters"] = {"tree_size": 60, "topk": 4, "graft": True, "segment_size": 8}
+    (tmp_path / FILE_NAME).write_text(json.dumps(old) + "\n")
+    (found,) = read_samples(tmp_path)
+    assert (found.strategy, found.drafter) == ("streaming-merged", "eagle3+merge+calibrate")
+    now = {"num_draft_tokens": 60, "draft_topk": 4, "merge": True, "segment_size": 8}
+    assert found.parameters == now
+    assert found.tree_size == sample().tree_size  # measured, and no parameter
+
+
 @pytest.mark.parametrize(
     ("damage", "names"),
     [

@@ -28,6 +28,7 @@ from flowspec.protocol.control import (
     Decoding,
     Done,
     Figures,
+    ModelCard,
     Note,
     Piece,
     StageFigures,
@@ -349,9 +350,8 @@ def test_what_a_head_refuses_is_told_in_its_words():
 
 def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
     """A cluster as the command sees it."""
-    model = {"model_id": "big", "model_hash": "b" * 64, "dtype": "float32", "stored_dtype": "x"}
-    model |= {"quantization": "none", **card}
-    status = SimpleNamespace(drafter=drafter, draft_hash="d", model=SimpleNamespace(**model))
+    values = {"model_id": "big", "model_hash": "b" * 64, "stored_dtype": "x", **card}
+    status = SimpleNamespace(drafter=drafter, draft_hash="d", model=ModelCard(**values))
     status.max_context, status.code_hash = 100, code
     return SimpleNamespace(status=status, devices=["ada"], num_stages=1, num_kv_tokens=0)
 
@@ -361,6 +361,7 @@ def test_the_drafter_is_the_cluster_s():
     cluster = served_with("eagle3")
     assert cluster_drafters((), ("streaming",), cluster) == ("eagle3",)
     assert cluster_drafters(("eagle3+merge",), ("streaming",), cluster) == ("eagle3+merge",)
+    assert cluster_drafters(("eagle3+graft",), ("streaming",), cluster) == ("eagle3+merge",)
     with pytest.raises(ValueError, match="served with eagle3; give --drafter eagle3.*serve MODEL"):
         cluster_drafters(("eagle",), ("streaming",), cluster)
     assert cluster_drafters((), ("ar",), served_with("none")) == ("none",)

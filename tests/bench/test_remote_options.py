@@ -27,7 +27,10 @@ from tests.bench.test_remote_bench import told as printed
             ["--cluster", "agx-5"],
             "--head names the cluster that answers, --cluster an emulated one",
         ),
-        (["--model", "vicuna-7b"], "--head names the cluster that answers, --model an emulated"),
+        (
+            ["--emulated-model", "vicuna-7b"],
+            "--head names the cluster that answers, --emulated-model an emulated",
+        ),
         (["--stages", "3"], "--stages is the cluster's own: `flowspec serve`"),
         (["--draft", "eagle"], "--draft is the cluster's own: `flowspec serve`"),
     ],

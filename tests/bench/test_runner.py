@@ -110,7 +110,7 @@ def test_a_signal_does_not_wait_for_samples(monkeypatch):
     monkeypatch.setattr(runner, "STOP_S", 40.0)
     before = multiprocessing.active_children()
     start = time.monotonic()
-    with pytest.raises(signals.Ended):
+    with pytest.raises(signals.EndedBySignal):
         work_until(signal.SIGTERM)
     assert time.monotonic() - start < 20
     assert multiprocessing.active_children() == before
@@ -129,7 +129,7 @@ def test_what_is_finished_when_a_signal_comes_is_kept():
         while not signals.received():
             time.sleep(0.01)
         assert {next(work).question, next(work).question} == {"1", "2"}
-        with pytest.raises(signals.Ended):
+        with pytest.raises(signals.EndedBySignal):
             next(work)
         signals._state.received = 0
 

@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(tiny: Path, *flags: str) -> list[str]:
     """The command for the tiny checkpoint."""
-    command = ["bench", "--target", str(tiny / "target"), "--draft", str(tiny / "eagle")]
+    command = ["bench", "--model", str(tiny / "target"), "--draft", str(tiny / "eagle")]
     command += ["--data-dir", str(tiny / "data"), "--datasets", "mt_bench,qa", "--jobs", "1"]
     return [*command, "--max-tokens", "8", "--cluster", "agx-5", "--stages", "2", *flags]
 
@@ -268,7 +268,7 @@ def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypat
         (["--drafter", "oracle"], ["oracle", "ngram"]),
         (["--drafter", "none"], ["needs a drafter"]),
         (["--cluster", "nowhere"], ["nowhere", "jetson-5"]),
-        (["--model", "nothing"], ["nothing", "vicuna-7b"]),
+        (["--emulated-model", "nothing"], ["nothing", "vicuna-7b"]),
         (["--datasets", "gsm8k"], ["gsm8k", "mt_bench, qa"]),
         (["--questions", "9:"], ["none in the range"]),
         (["--temperatures", "warm"], ["--temperatures"]),

@@ -53,6 +53,26 @@ def test_no_line_of_help_is_cut(arguments: str, monkeypatch: pytest.MonkeyPatch)
         assert [tuple(line.split(maxsplit=1)) for line in ours] == listed
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "shown"),
+    [
+        (["--max-requests", "3"], "--max-requests is now called --max-num-seqs", "max_num_seqs: 3"),
+        (["--max-requests=3"], "--max-requests is now called --max-num-seqs", "max_num_seqs: 3"),
+        (["--shape-stable"], "is now called --batch-invariant", "  batch_invariant: true"),
+        (["--no-shape-stable"], "--no-shape-stable is now called --no-batch-invariant", ": false"),
+        (["--set", "tree_size=7"], "tree_size is now called num_draft_tokens", "_tokens: 7"),
+        (["--max-num-seqs", "3", "--prompt", "--shape-stable"], "", "max_num_seqs: 3"),
+    ],
+)
+def test_old_names_of_options_are_understood(words: list[str], said: str, shown: str) -> None:
+    """For this version, with one line on stderr; a value that looks like one stays what it is."""
+    command = [sys.executable, "-m", "flowspec", "run", "--show-config", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr.count("\n") == bool(said)
+    assert said in done.stderr
+    assert shown in done.stdout
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_row_is_a_command(name: str) -> None:
     """The table names modules by their commands; a row that leads nowhere fails here."""

@@ -69,7 +69,7 @@ def command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Comm
         prompts.write_text(json.dumps({"prompt": text}) + "\n")
         given = {
             "verify": ["verify", str(target), "--prompts", str(prompts), "--stages", "1"],
-            "bench": ["bench", "--target", str(target), "--datasets", str(prompts), "--jobs", "1",
+            "bench": ["bench", "--model", str(target), "--datasets", str(prompts), "--jobs", "1",
                       "--cluster", "agx-5", "--stages", "2"],
         }[name]  # fmt: skip
         given += ["--strategies", "ar", "--temperatures", "0", "--max-tokens", "4"]

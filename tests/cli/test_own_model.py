@@ -1,14 +1,13 @@
 """A model of one's own: draft model, split; the bundled one under any name."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowspec.cli.common import BUNDLED, draft_folder, is_bundled, split_folder
 from flowspec.cli.split import split
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.tokenizer import load_tokenizer
 from tests.support.checkpoints import save_checkpoint
 
@@ -28,7 +27,7 @@ def test_the_bundled_model_is_known_under_any_name(tmp_path):
     split(str(copied), stages=3, out=tmp_path / "split")
     for name in ("models/demo/target", str(BUNDLED / "target"), str(tmp_path / "split")):
         assert is_bundled(name)
-        assert Path(draft_folder(RunConfig(model=name))).resolve() == OWN_HEAD
+        assert Path(draft_folder(EngineConfig(model=name))).resolve() == OWN_HEAD
 
 
 def test_a_split_of_another_model_or_dtype_is_told_apart(own, tmp_path):
@@ -55,8 +54,8 @@ def test_the_next_command_is_one_that_works(own, tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert f"Next: flowspec run --model {tmp_path / 'own'} --drafter ngram\n" in printed
     assert "--draft FOLDER" in printed
-    config = RunConfig(model=str(tmp_path / "own"))
-    assert draft_folder(replace(config, drafter="ngram")) == ""
+    config = EngineConfig(model=str(tmp_path / "own"))
+    assert draft_folder(config.changed(drafter="ngram")) == ""
     with pytest.raises(ValueError, match="needs --draft .* --drafter ngram needs none"):
         draft_folder(config)
 
@@ -68,7 +67,7 @@ def test_a_missing_model_is_named_before_a_missing_draft(model, tmp_path, monkey
     (tmp_path / "EMPTY").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=model) as refused:
-        draft_folder(RunConfig(model=model), offline=True)
+        draft_folder(EngineConfig(model=model), offline=True)
     assert "--draft" not in str(refused.value)
 
 
@@ -78,7 +77,7 @@ def test_a_model_without_tokenizer_is_named_by_its_own_folder(own, tmp_path, mon
     shutil.copytree(own, tmp_path / "mute")
     (tmp_path / "mute" / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"mute has no tokenizer \(none of tokenizer\.json, "):
-        split_folder(RunConfig(model="mute"))
+        split_folder(EngineConfig(model="mute"))
     assert not (tmp_path / "out").exists()
     (tmp_path / "mute" / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer in .*mute cannot be loaded: .+") as damaged:
@@ -89,7 +88,7 @@ def test_a_model_without_tokenizer_is_named_by_its_own_folder(own, tmp_path, mon
 def test_a_split_made_on_the_way_is_told_once(own, tmp_path, monkeypatch, capsys):
     """It takes disk, and stays: whoever runs a model should know where."""
     monkeypatch.chdir(tmp_path)
-    folder = split_folder(RunConfig(model=str(own), stages=2))
+    folder = split_folder(EngineConfig(model=str(own), stages=2))
     assert capsys.readouterr().err == f"splitting target into 2 stages of 2+2 layers: {folder}\n"
-    assert split_folder(RunConfig(model=str(own), stages=2)) == folder
+    assert split_folder(EngineConfig(model=str(own), stages=2)) == folder
     assert not capsys.readouterr().err

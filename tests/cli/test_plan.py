@@ -7,7 +7,7 @@ import pytest
 
 from flowspec.bench.experiment import Group, Plan, make_cases, parse_settings, read_table
 from flowspec.bench.prompts import Prompt
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import load_emulation
 from flowspec.speculation.strategies import ABLATIONS, STRATEGIES
 
@@ -179,7 +179,7 @@ def test_options_beat_the_table_which_beats_the_defaults():
     }
     assert (merged.drafter, merged.drafter_name) == ("ngram+merge", "ngram")
     assert merged.parameters["merge"] is True
-    config = merged.config(RunConfig())
+    config = merged.config(EngineConfig())
     assert (config.strategy, config.drafter) == ("streaming", "ngram")
     assert config.decode["draft_topk"] == 5
 

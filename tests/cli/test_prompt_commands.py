@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from flowspec.cluster.controller.requests import request_of
+from flowspec.engine.client import HeadClient
 
 from flowspec.bench.records import read_samples
 from flowspec.cli import generate as generate_module
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
-from flowspec.cluster.controller.requests import request_of
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
-from flowspec.engine.client import HeadClient
 from flowspec.protocol.control import Ask, Done
 from flowspec.transport.secure.token import new_token
 from flowspec.weights.manifest import read_manifest
@@ -174,7 +174,7 @@ def test_a_conversation_goes_on_after_a_line_that_is_no_text(monkeypatch, capsys
     [
         (("run", "--prompt", "now", "--strategy", "ar", "--stages", "2", "--model"), ""),
         (("verify", "--strategies", "ar", "--stages", "2", "--prompts", "ask.jsonl"), ":2"),
-        (("bench", "--strategies", "ar", "--datasets", "ask.jsonl", "--target"), ":2"),
+        (("bench", "--strategies", "ar", "--datasets", "ask.jsonl", "--model"), ":2"),
     ],
 )
 def test_a_template_that_raises(flowspec, tiny, tmp_path, words, where) -> None:
@@ -192,7 +192,7 @@ def test_a_template_that_raises(flowspec, tiny, tmp_path, words, where) -> None:
 def test_a_later_turn_that_a_template_refuses_is_left_out(flowspec, tiny, tmp_path) -> None:
     """The model's answer is in it: that is no fault of the question's, and the others count."""
     (tmp_path / "ask.jsonl").write_text('{"turns": ["one", "two", "three"]}\n{"prompt": "four"}\n')
-    words = ("--target", str(tiny / "target"), "--stages", "2", "--cluster", "agx-5", "--jobs", "1")
+    words = ("--model", str(tiny / "target"), "--stages", "2", "--cluster", "agx-5", "--jobs", "1")
     ended = flowspec(
         "bench", "--strategies", "ar", "--datasets", "ask.jsonl", "--max-tokens", "4", *words
     )
@@ -206,7 +206,7 @@ def test_a_later_turn_that_a_template_refuses_is_left_out(flowspec, tiny, tmp_pa
 def test_a_head_refuses_one_request_and_says_so(flowspec, tiny, tmp_path) -> None:
     """What it raises is for the request alone; the client's file and line stand before it."""
     assert flowspec("split", str(tiny / "target"), "--stages", "1", "--out", "split").code == 0
-    parts = load_head_parts(RunConfig(strategy="ar", drafter="none"), tmp_path / "split")
+    parts = load_head_parts(EngineConfig(strategy="ar", drafter="none"), tmp_path / "split")
     ask = Client().new_ask(turns=[{"role": "user", "content": "now"}])
     with pytest.raises(ValueError, match=REFUSAL):
         request_of(ask, 1, parts)
@@ -268,4 +268,4 @@ def test_tokenizer_files_belong_to_the_models_identity(flowspec, tiny, tmp_path)
     run = ("run", "--drafter", "ngram", "--prompt", "x", "--model")
     assert is_one_sentence(flowspec(*run, "a"), "tokenizer_config.json", "has", "needed")
     (tmp_path / "b" / "head" / "vocab.json").write_text("{}")
-    assert is_one_sentence(flowspec(*run, "b"), "vocab.json is no part of this split")
+    assert is_one_sentence(flowspec(*run, "b"), "vocab.json is not part of this split")

@@ -95,7 +95,7 @@ def test_what_must_be_undone_is_undone() -> None:
                 while True:
                     signals.check()
                     time.sleep(0.01)
-            except signals.Ended as ended:
+            except signals.EndedBySignal as ended:
                 print("undone", file=sys.stderr)
                 raise
     """
@@ -274,7 +274,7 @@ def test_the_last_thing_to_undo_raises_what_came_meanwhile() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             wait_for(signals.received)
 
-    with signals.installed(), pytest.raises(signals.Ended) as caught:
+    with signals.installed(), pytest.raises(signals.EndedBySignal) as caught:
         write()
     assert caught.value.code == 143
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from flowspec.bench.records import read_samples
 from flowspec.bench.sweeps import find_axis, sweep, values_in, with_values
 from flowspec.bench.what_if import emulate, parse_variations, settings_of
+from flowspec.cli.bench_plan import models_of
 from flowspec.cli.main import app, main
 from tests.support.checkpoints import save_checkpoint
 from tests.support.traces import check_trace
@@ -27,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(tiny: Path, *flags: str) -> list[str]:
     """The command for the tiny checkpoint, on the stages that it has layers for."""
-    command = ["simulate", "--target", str(tiny / "target"), "--draft", str(tiny / "eagle")]
+    command = ["simulate", "--model", str(tiny / "target"), "--draft", str(tiny / "eagle")]
     command += ["--datasets", str(tiny / "foxes.jsonl"), "--jobs", "1", "--max-tokens", "6"]
     return [*command, "--cluster", "agx-5", *flags]
 
@@ -35,6 +36,40 @@ def words(tiny: Path, *flags: str) -> list[str]:
 def simulate(tiny: Path, *flags: str) -> Result:
     """Run it."""
     return CliRunner().invoke(app, words(tiny, *flags))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["--model", "{target}", "--emulated-model", "vicuna-13b"],
+        ["--target", "{target}", "--model", "vicuna-13b"],
+        ["--target={target}", "--emulated-model", "vicuna-13b"],
+    ],
+)
+def test_the_models_by_their_old_names(names, tiny, tmp_path, monkeypatch, caplog):
+    """`--model` named the emulated one where `--target` names the one that computes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flowspec.config._told", set())
+    given = [name.format(target=tiny / "target") for name in names]
+    options = words(tiny, "--vary", "stages=2", "--strategies", "ar")
+    result = CliRunner().invoke(app, [options[0], *given, *options[3:]])
+    assert result.exit_code == 0, (result.output, result.exception)
+    (sample,) = read_samples(Path("out/simulate"))
+    assert sample.model == "vicuna-13b"
+    assert not sample.mismatch
+    assert ("--target is now called --model" in caplog.text) == ("--target" in names[0])
+
+
+def test_an_emulated_model_in_the_place_of_the_model(tiny, caplog, monkeypatch, tmp_path):
+    """`--model vicuna-7b` alone has its old meaning: nobody has a model of that name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flowspec.config._told", set())
+    assert models_of("vicuna-13b", None) == (None, "vicuna-13b")
+    assert "--emulated-model" in caplog.text
+    Path("vicuna-13b").mkdir()
+    assert models_of("vicuna-13b", None) == ("vicuna-13b", None)
+    assert models_of("vicuna-7b", "vicuna-13b") == ("vicuna-7b", "vicuna-13b")
+    assert models_of("lmsys/vicuna-7b-v1.3", None) == ("lmsys/vicuna-7b-v1.3", None)
 
 
 def test_a_sweep_prints_a_line_per_value_and_writes_its_records(tiny, tmp_path, monkeypatch):

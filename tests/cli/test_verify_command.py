@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import flowspec.bench.verify
-from flowspec.bench.verify import Combination, Verifier, find_divergence, resolution_of
+from flowspec.bench.verify import Combination, LosslessChecker, find_divergence, resolution_of
 from flowspec.cli.main import app, main
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import Request
@@ -103,7 +103,7 @@ def test_too_short_and_too_long_are_errors(change):
 
 def test_the_verifier_counts_runs_tokens_and_mismatches():
     """The figures of a row are sums over its requests."""
-    verifier = Verifier(local_target())
+    verifier = LosslessChecker(local_target())
     row = Combination("ar", "none", "simulated", 2, 0.0)
     asked = [request(1, max_new_tokens=5), request(2, prompt=PROMPT[:3], max_new_tokens=4)]
     cluster = make_cluster(2, "ar")
@@ -176,13 +176,13 @@ def test_drafters_and_company_change_nothing_but_the_speed(command, tiny):
 
 def test_a_mismatch_ends_with_exit_code_1_and_is_in_the_rows(command, monkeypatch):
     """A verification that cannot fail would prove nothing."""
-    right = Verifier.expected
+    right = LosslessChecker.expected
 
-    def off(self: Verifier, asked: Request) -> Sequence[int]:
+    def off(self: LosslessChecker, asked: Request) -> Sequence[int]:
         tokens = list(right(self, asked))
         return [*tokens[:1], tokens[1] + 1, *tokens[2:]] if asked.sampling.seed == 2 else tokens
 
-    monkeypatch.setattr(flowspec.bench.verify.Verifier, "expected", off)
+    monkeypatch.setattr(flowspec.bench.verify.LosslessChecker, "expected", off)
     words = [*command, "--strategies", "ar,streaming", "--stages", "2"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1, result.output

@@ -4,14 +4,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from pydantic import ValidationError
-
 from flowspec.cluster.controller.epochs import (
     CancelTicket,
     MoreText,
     StageLost,
 )
 from flowspec.cluster.controller.stage_statistics import StageWatch
+from pydantic import ValidationError
+
 from flowspec.engine.build import HeadParts
 from flowspec.protocol.control import (
     MAX_MESSAGE_BYTES,

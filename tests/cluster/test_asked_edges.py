@@ -6,13 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from flowspec.cluster.controller.epochs import PROBE_EVERY_S, Blamed, Ended, StageLost
 from flowspec.cluster.controller.requests import PUT_BACK_S
 from flowspec.cluster.controller.stage_statistics import StageWatch, settled
+
 from flowspec.cluster.controller.status import _device
 from flowspec.cluster.membership.membership import Phase
-from flowspec.cluster.membership.roster import AbandonRequests, Device, Halt, Member, Place
+from flowspec.cluster.membership.roster import Device, FailRequests, Halt, Member, Place
 from flowspec.engine.build import HeadParts
 from flowspec.protocol import messages as wire
 from flowspec.protocol.control import Addresses, DeviceReport, Done
@@ -97,7 +97,7 @@ def test_a_request_may_end_before_its_first_token(head, how, measured):
         head.say(Failed(epoch=epoch, stage=1, request=head.number, text="no room"))
     else:
         head.engine._do(Halt(0, ClusterError("stage 1", "killed")))
-        head.engine._do(AbandonRequests(ClusterError("stage 1", "killed")))
+        head.engine._do(FailRequests(ClusterError("stage 1", "killed")))
     head.say(status(1, 0.0, 0, 0, 1), status(2, 0.0, 0, 0, 1))
     done = head.end(1)
     assert (done.num_tokens, done.tokens_per_s, done.tau) == (0, 0.0, 0.0)

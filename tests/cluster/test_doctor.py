@@ -13,10 +13,10 @@ import pytest
 import flowspec
 from flowspec.cluster.device.report import why_not_computed
 from flowspec.cluster.doctor import (
+    CheckResult,
     Facts,
-    Finding,
-    HeadFacts,
     Level,
+    LinkFacts,
     can_join,
     examine,
     examine_link,
@@ -48,7 +48,7 @@ GOOD = Facts(python=(3, 10), report=REPORT, is_jetson=True, l4t="R36.4.3", cuda_
 LINK = Link(latency_s=0.0003, up_bytes_per_s=1.1e8, down_bytes_per_s=1.1e8)
 
 
-def found(facts: Facts, what: str) -> Finding:
+def found(facts: Facts, what: str) -> CheckResult:
     """The finding about something, the worst where there are several."""
     findings = [one for one in examine(facts) if one.what == what]
     assert findings, f"nothing about {what}"
@@ -142,31 +142,31 @@ def test_jetson_traps_are_not_looked_for_elsewhere():
 @pytest.mark.parametrize(
     ("facts", "level", "words"),
     [
-        (HeadFacts(where="h", why_unreachable="h refuses port 7"), Level.ERROR, "refuses port 7"),
-        (HeadFacts(where="h", link=LINK, version="0.0.1"), Level.ERROR, "0.0.1"),
+        (LinkFacts(where="h", why_unreachable="h refuses port 7"), Level.ERROR, "refuses port 7"),
+        (LinkFacts(where="h", link=LINK, version="0.0.1"), Level.ERROR, "0.0.1"),
         (
-            HeadFacts(where="h", link=LINK, own_address="127.0.0.1"),
+            LinkFacts(where="h", link=LINK, own_address="127.0.0.1"),
             Level.WARNING,
             "cannot reach it at 127.0.0.1",
         ),
         (
-            HeadFacts(where="h", link=LINK, own_address="::1"),
+            LinkFacts(where="h", link=LINK, own_address="::1"),
             Level.WARNING,
             "cannot reach it at ::1",
         ),
         (
-            HeadFacts(where="h", link=LINK, dtype="bfloat16", dtype_error="not implemented"),
+            LinkFacts(where="h", link=LINK, dtype="bfloat16", dtype_error="not implemented"),
             Level.ERROR,
             "computes in bfloat16, this device cannot: not implemented",
         ),
-        (HeadFacts(where="h"), Level.WARNING, "could not be measured"),
+        (LinkFacts(where="h"), Level.WARNING, "could not be measured"),
         (
-            HeadFacts(where="h", link=LINK.model_copy(update={"up_bytes_per_s": 2e6})),
+            LinkFacts(where="h", link=LINK.model_copy(update={"up_bytes_per_s": 2e6})),
             Level.WARNING,
             "2 MB/s to the head",
         ),
         (
-            HeadFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2"),
+            LinkFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2"),
             Level.OK,
             "0.30 ms one way, 110 MB/s to the head",
         ),
@@ -195,7 +195,7 @@ def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
     assert verdict([*device, none]) == verdict(device)
     assert "the way to a head was not checked" in verdict(device)
     assert verdict([*device, wrong]) == "joining would not work"
-    facts = HeadFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
+    facts = LinkFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
     assert verdict([*device, *examine_link(facts)]) == "joining would work"
 
 

@@ -85,7 +85,7 @@ def test_a_head_by_ipv6_is_joined_in_brackets(tmp_path: Path):
         ("head: h\nhosts: ['-F']", "hosts.0"),
         ("head: h\nhosts: ['-F@a']", "hosts.0"),
         ("head: h\nuser: -F\nhosts: [a]", "user"),
-        ("head: h\nhosts: ['a:x']", "hosts.0: 'a:x' is no address"),
+        ("head: h\nhosts: ['a:x']", "hosts.0: 'a:x' is not an address"),
         ("head: h\nhosts: ['fd00::1:22', '[fd00::1]:0']", "hosts.1"),
         ("head: h\nhosts: ['fe80::1']", "link-local"),
         ("head: h\nhosts: [{address: a, folder: '$(boom)'}]", "folder"),

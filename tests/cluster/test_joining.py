@@ -16,6 +16,7 @@ from flowspec.cli.ui.watch import Watch
 from flowspec.cluster.device import agent as joiner_module
 from flowspec.cluster.device.agent import JoinConfig, Joiner
 from flowspec.cluster.device.stage_thread import StageJob, listen
+from flowspec.config import DeviceConfig
 from flowspec.protocol.control import Assign, ModelCard, Serve, Trouble, Welcome
 from flowspec.transport.control_sockets import ControlServer
 from flowspec.transport.secure.token import derive_keys, new_token
@@ -31,7 +32,7 @@ ASSIGN = Assign(
     num_stages=1,
     first_layer=0,
     last_layer=1,
-    model=ModelCard(model_id="m", model_hash="a" * 64, dtype="float32"),
+    model=ModelCard(model_id="m", model_hash="a" * 64),
     manifest_sha256="",
     shards="",
 )
@@ -200,7 +201,7 @@ def test_what_a_stage_lacks_is_told_once_and_without_a_traceback(monkeypatch, ca
     told: list[Any] = []
     for error in (ValueError("not on this device"), KeyError("a bug")):
         source = SimpleNamespace(load=lambda assign, report, error=error: _fail(error))
-        job = StageJob(ASSIGN, source, None, told.append)  # type: ignore[arg-type]
+        job = StageJob(ASSIGN, source, None, told.append, DeviceConfig())  # type: ignore[arg-type]
         job.stop()
     assert [one.cause for one in told] == ["not on this device", "KeyError: 'a bug'"]
     assert [record.exc_info is not None for record in caplog.records] == [True]

@@ -6,14 +6,11 @@ import pytest
 
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.membership.roster import (
-    AbandonRequests,
     Halt,
     Place,
     Placement,
-    Resume,
-    Say,
-    Tell,
 )
+from flowspec.config import NumericsConfig
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Addresses,
@@ -60,7 +57,7 @@ def test_layers_are_given_out_once_they_are_covered():
     serve = world.last(a, Serve)
     assert serve == world.last(b, Serve)
     assert [x.control for x in serve.addresses] == [HEAD.control, "tcp://a/1:1", "tcp://b/2:1"]
-    assert isinstance(world.effects[-2], Resume)
+    assert isinstance(world.effects[-2], ResumeEpoch)
 
 
 def test_it_waits_a_moment_for_further_devices():
@@ -88,14 +85,10 @@ def test_it_waits_a_moment_for_further_devices():
             {"pinned": True, "model": MODEL.model_copy(update={"stored_dtype": "float16"})},
             ("float32", "float16"),
         ),
-        (
-            {"pinned": True, "model": MODEL.model_copy(update={"quantization": "int4"})},
-            ("none", "int4"),
-        ),
     ],
 )
 def test_who_does_not_fit_is_refused_with_both_values(fields, words):
-    """Protocol, package, model hash, dtype, quantization: what is here and what is there."""
+    """Protocol, package, model hash, stored dtype: what is here and what is there."""
     world = World()
     refusal = world.last(world.join("a", **fields), Refuse)
     assert not refusal.retry
@@ -257,7 +250,7 @@ def test_open_requests_end_when_nobody_comes():
     a, b = world.serving(4, 4)
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(40.0, a)
-    ends = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    ends = [e for e in world.effects if isinstance(e, FailRequests)]
     assert len(ends) == 1
     assert "20 s" in ends[0].error.cause
     c = world.join("c")
@@ -270,7 +263,7 @@ def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, 
     """Nothing is wrong with a head that nobody has joined yet."""
     world = World(give_up_s=20.0)
     world.pass_time(25.0, idle=idle)
-    (said,) = [e for e in world.effects if isinstance(e, Say) and "not been covered" in e.text]
+    (said,) = [e for e in world.effects if isinstance(e, LogEvent) and "not been covered" in e.text]
     assert said.level == level
     assert "requests are refused until they are" in said.text
 
@@ -327,8 +320,22 @@ def test_another_model_is_refused_by_both_hashes():
     a, b = world.join("a"), world.join("b")
     world.pass_time(1.5, a, b)
     here = Addresses(control="tcp://x:1", data="tcp://x:2")
-    world.say(a, StageReady(epoch=1, model_hash="c" * 64, addresses=here))
+    other = MODEL.numerics
+    world.say(a, StageReady(epoch=1, model_hash="c" * 64, numerics=other, addresses=here))
     assert "cccccccccccc, needed aaaaaaaaaaaa" in world.last(a, Refuse).why
+
+
+def test_other_numerics_are_refused_by_name():
+    """Every stage computes as the head says, or the cluster does not start with it."""
+    world = World()
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(1.5, a, b)
+    here = Addresses(control="tcp://x:1", data="tcp://x:2")
+    assert world.last(a, Assign).model.numerics == NumericsConfig()
+    other = NumericsConfig(dtype="bfloat16", batch_invariant=True)
+    world.say(a, StageReady(epoch=1, model_hash=MODEL.model_hash, numerics=other, addresses=here))
+    why = world.last(a, Refuse).why
+    assert "dtype is 'bfloat16', needed 'float32'; batch_invariant is True, needed False" in why
 
 
 def test_words_of_an_old_epoch_change_nothing():
@@ -392,7 +399,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     rejoined = 0
-    while not any(isinstance(e, AbandonRequests) for e in world.effects):
+    while not any(isinstance(e, FailRequests) for e in world.effects):
         rejoined += 1
         assert rejoined < 50, "it goes on for ever"
         world.apply(world.members.unreachable(b, world.now))
@@ -400,7 +407,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
         b = world.join("b")
         world.load(a, b)
     assert rejoined <= MAX_ATTEMPTS
-    (end,) = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
     assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
     assert world.members.gave_up
     world.pass_time(1.0, a, b)
@@ -421,7 +428,7 @@ def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
         world.pass_time(2.0, a, b)
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(4.5, a)
-    (end,) = [e for e in world.effects if isinstance(e, AbandonRequests)]
+    (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
     assert "not been covered for 20 s" in end.error.cause
 
 
@@ -435,7 +442,7 @@ def test_a_cluster_that_has_served_begins_to_count_anew():
         world.pass_time(4.5, a)
         b = world.join("b")
         world.load(a, b)
-    assert not any(isinstance(e, AbandonRequests) for e in world.effects)
+    assert not any(isinstance(e, FailRequests) for e in world.effects)
 
 
 def test_a_halt_says_whether_a_request_can_be_its_cause():
@@ -490,7 +497,7 @@ def test_the_end_of_a_cause_is_progress():
         b = world.join("b")
         world.load(a, b)
         world.members.forgive((epoch,), world.now)
-    assert not any(isinstance(e, AbandonRequests) for e in world.effects)
+    assert not any(isinstance(e, FailRequests) for e in world.effects)
     assert world.members.uncovered_since == world.now
 
 
@@ -505,7 +512,7 @@ def test_the_head_hears_of_a_loss_before_stages_leave():
     tells = [
         k
         for k, effect in enumerate(new)
-        if isinstance(effect, Tell) and isinstance(effect.message, Release | Refuse)
+        if isinstance(effect, SendToDevice) and isinstance(effect.message, Release | Refuse)
     ]
     assert len(tells) == 2
     assert halt < min(tells)

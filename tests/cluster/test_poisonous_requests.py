@@ -5,10 +5,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from flowspec.cluster.controller.epochs import Blamed, Crossed, Ended, StageLost
+
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS
-from flowspec.cluster.membership.roster import AbandonRequests, Effect, Halt, Member, Place, Resume
+from flowspec.cluster.membership.roster import (
+    Effect,
+    FailRequests,
+    Halt,
+    Member,
+    Place,
+    ResumeEpoch,
+)
 from flowspec.engine.build import HeadParts
 from flowspec.protocol import messages as wire
 from flowspec.protocol.control import Addresses, Assign, Done, Refuse, Trouble
@@ -82,9 +89,9 @@ class Cluster(Asking):
         """What membership has decided, as the server passes it on."""
         for effect in self.new_effects():
             match effect:
-                case Halt() | AbandonRequests():
+                case Halt() | FailRequests():
                     self.engine._do(effect)
-                case Resume():
+                case ResumeEpoch():
                     self.resume(effect.epoch)
 
     def new_effects(self) -> Iterator[Effect]:
@@ -161,7 +168,7 @@ def test_many_poisonous_requests_end_and_an_innocent_one_is_answered(
         assert ends[ticket].error.startswith(f"stage 2 on b: {cause}; a device was lost 2 times")
     assert (ends[num_poisonous + 1].error, ends[num_poisonous + 1].num_tokens) == ("", 1)
     assert cluster.deaths == num_poisonous + 1, "one together, then each by itself"
-    assert not any(isinstance(effect, AbandonRequests) for effect in cluster.world.effects)
+    assert not any(isinstance(effect, FailRequests) for effect in cluster.world.effects)
     refusals = [m for told in cluster.world.told.values() for m in told if isinstance(m, Refuse)]
     assert refusals
     assert all(refusal.retry for refusal in refusals)

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from flowspec.cluster.device.power import Rapl, find_power_meter
+from flowspec.cluster.device.power import Nvml, Rapl, find_power_meter
 
 
 def chip(root: Path, number: int, name: str, rails: dict[int, tuple[str, int, int]]) -> None:
@@ -79,3 +80,49 @@ def test_rapl_is_energy_over_time_and_wraps(tmp_path: Path):
 def test_no_sensor_is_no_error(tmp_path: Path):
     """A Raspberry Pi 4 has none."""
     assert find_power_meter(tmp_path, tmp_path) is None
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A driver with two cards; milliwatts of each by handle."""
+    milliwatts = {"first": 61_500, "second": 38_250}
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(milliwatts))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda k: list(milliwatts)[k])
+
+    def usage(handle: str) -> int:
+        if milliwatts[handle] < 0:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return milliwatts[handle]
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetPowerUsage", usage)
+    return milliwatts
+
+
+def test_cards_are_added(tmp_path: Path, two_cards: dict[str, int]):
+    """The board's own sensor goes first, then the cards, then the sockets."""
+    package(tmp_path, "intel-rapl:0", 0)
+    meter = find_power_meter(tmp_path / "none", tmp_path)
+    assert isinstance(meter, Nvml)
+    assert (meter.read_w(), meter.scope) == (99.75, "gpus")
+    two_cards["second"] = -1  # it stops telling
+    assert meter.read_w() is None
+
+
+def test_cards_without_a_sensor_are_passed_over(tmp_path: Path, two_cards: dict[str, int]):
+    """As consumer cards of some laptops; the sockets are read then."""
+    two_cards["first"] = -1
+    package(tmp_path, "intel-rapl:0", 0)
+    meter = find_power_meter(tmp_path / "none", tmp_path)
+    assert meter is not None
+    assert meter.name == "RAPL"
+
+
+def test_without_a_driver_there_are_no_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """nvidia-ml-py is installed everywhere, the driver's library is not."""
+
+    def init() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", init)
+    assert find_power_meter(tmp_path / "none", tmp_path / "none") is None

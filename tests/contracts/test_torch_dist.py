@@ -16,7 +16,7 @@ from flowspec.protocol.messages import AddRequest, Started
 from flowspec.request import ClusterError
 from flowspec.transport import torch_dist, torch_link
 from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_in_folder, tell
-from flowspec.transport.torch_link import ENVELOPE_BYTES, Link, Meeting, pack
+from flowspec.transport.torch_link import ENVELOPE_BYTES, Meeting, TorchLink, pack
 from tests.contracts.test_transport import receive, segment
 
 SOON_S = 5.0
@@ -195,7 +195,7 @@ def raw(*numbers: int) -> torch.Tensor:
 def test_bad_envelopes_are_refused_by_name(rank, meeting, envelope, message):
     """Checked before anything is allocated; the error says where it was met."""
     stage = rank(2)
-    stranger = Link(1, 2, meeting, meeting.make_device(), lambda frames: None, lambda *_: None)
+    stranger = TorchLink(1, 2, meeting, meeting.make_device(), lambda frames: None, lambda *_: None)
     end = time.monotonic() + SOON_S
     while stranger._gloo is None:
         assert time.monotonic() < end

@@ -246,5 +246,5 @@ def test_another_number_of_stages():
     """Where all are of one kind; a mixed cluster is what it is."""
     emulation = load_emulation("jetson-5", "vicuna-7b", drafter="eagle", stages=8)
     assert emulation.layers == (4,) * 8
-    with pytest.raises(ValueError, match="4 stages of several kinds, it cannot have 8"):
+    with pytest.raises(ValueError, match="4 stages of several kinds and cannot have 8"):
         load_emulation("mixed-5", "vicuna-7b", drafter="eagle", stages=8)

@@ -70,7 +70,7 @@ def test_a_name_or_a_path_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
         ("source: x\nrate_mbps: fast\nlatency_ms: 1", "rate_mbps: Input should be a valid number"),
         ("source: x\nrate_mbps: 0\nlatency_ms: 1", "rate_mbps must be a positive number"),
         ("source: x\nrate_mbps: .nan\nlatency_ms: 1", "rate_mbps must be a positive number"),
-        ("rate_mbps: {value: 1, source: ''}\nlatency_ms: 1", "its source must say"),
+        ("rate_mbps: {value: 1, source: ''}\nlatency_ms: 1", "its source must name"),
         ("[1, 2]", "must hold a mapping"),
     ],
 )
@@ -95,7 +95,7 @@ def test_an_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("more", "error"),
     [
-        ("links: {7: wifi5}", "links names rank 7, the last is 2"),
+        ("links: {7: wifi5}", "links names rank 7, but the last rank is 2"),
         ("layers: [32]", "layers of 1 stages are given, there are 2"),
         ("links: {1: wifi}", "'wifi' is neither a file nor one of the links"),
     ],

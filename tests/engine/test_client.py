@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from itertools import count
 
 import pytest
+from flowspec.engine.client import FORGOTTEN_AFTER, HeadClient
 
 import flowspec
 from flowspec.engine import client as client_module
-from flowspec.engine.client import FORGOTTEN_AFTER, HeadClient
 from flowspec.protocol.control import (
     Ask,
     AskStatus,
@@ -31,7 +31,7 @@ def status(*, active: int = 0, waiting: int = 0) -> ClusterStatus:
         healthy=True,
         why="",
         epoch=1,
-        model=ModelCard(model_id="m", model_hash="h", dtype="float32"),
+        model=ModelCard(model_id="m", model_hash="h"),
         sizes=ModelSizes(**sizes),
         strategy="ar",
         drafter="none",

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.weights.checkpoint import open_checkpoint
 from flowspec.weights.split import run_split
 from flowspec.weights.split_plan import plan_split
@@ -49,14 +49,14 @@ def whole_split(checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def config(checkpoint: Path, split: Path) -> RunConfig:
+def config(checkpoint: Path, split: Path) -> EngineConfig:
     """A run on the tiny checkpoint that keeps nothing of a finished request and restarts nobody."""
     draft = str(checkpoint / "eagle")
-    return RunConfig(model=str(split), draft=draft, stages=2, kept_prefixes=0, max_restarts=0)
+    return EngineConfig(model=str(split), draft=draft, stages=2, kept_prefixes=0, max_restarts=0)
 
 
 @pytest.fixture(scope="session")
-def parts(config: RunConfig, split: Path) -> HeadParts:
+def parts(config: EngineConfig, split: Path) -> HeadParts:
     """The head's share, loaded once for all clusters."""
     return load_head_parts(config, split)
 
@@ -87,6 +87,6 @@ def all_gone() -> Iterator[Callable[[Iterable[int]], None]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def stage_pids(cluster: LocalCluster) -> list[int]:
+def stage_pids(cluster: LocalEngine) -> list[int]:
     """Process ids of the stages, stage 1 first."""
     return [cluster.children[rank].pid for rank in sorted(cluster.children)]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from flowspec.engine.client import HeadClient
 from safetensors.torch import load_file, save_file
 
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
-from flowspec.engine.client import HeadClient
 from flowspec.transport.secure.token import derive_keys
 from tests.support.devices import Processes, two_devices
 
@@ -163,7 +163,7 @@ def test_a_benchmark_leaves_out_a_second_turn_that_is_refused(
 ):
     """The first turn's answer has no text."""
     monkeypatch.chdir(tmp_path)
-    words = ["bench", "--target", str(refusing / "target"), "--draft", str(refusing / "eagle")]
+    words = ["bench", "--model", str(refusing / "target"), "--draft", str(refusing / "eagle")]
     words += ["--data-dir", str(refusing / "data"), "--datasets", "mt_bench", "--jobs", "1"]
     words += ["--cluster", "agx-5", "--stages", "2", "--max-tokens", "4", "--strategies", "ar"]
     code, lines = ends(words, monkeypatch, capsys)

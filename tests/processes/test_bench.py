@@ -19,7 +19,7 @@ def command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"prompt": f"how many apples are in box {n}?", "id": n}) for n in range(2)]
     Path("apples.jsonl").write_text("\n".join(lines))
-    words = ["bench", "--target", str(checkpoint / "target"), "--draft", str(checkpoint / "eagle")]
+    words = ["bench", "--model", str(checkpoint / "target"), "--draft", str(checkpoint / "eagle")]
     words += ["--datasets", "apples.jsonl", "--max-tokens", "6", "--stages", "2"]
     return [*words, "--strategies", "ar,streaming"]
 

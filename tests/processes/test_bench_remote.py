@@ -70,7 +70,7 @@ def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, m
 def test_the_target_alone_may_be_the_truth(cluster, tmp_path, monkeypatch):
     """Where it is the cluster's model, by hash."""
     monkeypatch.chdir(tmp_path)
-    result = bench(cluster, "--target", str(cluster.checkpoint / "target"), "--limit", "1")
+    result = bench(cluster, "--model", str(cluster.checkpoint / "target"), "--limit", "1")
     assert result.exit_code == 0, result.output
     assert "2 samples (2 run now) in out/bench; 0 differ from the target alone" in result.output
     wrong = bench(cluster, "--drafter", "ngram")

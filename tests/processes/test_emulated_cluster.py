@@ -1,15 +1,14 @@
 """Real processes that keep the pace of an emulated cluster."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import HeadParts, build_stage
 from flowspec.engine.engine import generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request
 from flowspec.speculation.strategies import STRATEGIES
@@ -54,17 +53,14 @@ def ask(parts: HeadParts, number: int) -> Request:
 
 
 def test_processes_are_no_faster_than_the_cluster_they_emulate(
-    config: RunConfig, parts: HeadParts, names: str
+    config: EngineConfig, parts: HeadParts, names: str
 ):
     """The same text as on the virtual clock, and never less time than there."""
     emulation = read_emulation(names, drafter=config.drafter)
-    config = replace(config, emulate=names)
-    stages = [
-        build_stage(parts.folder, rank, device="cpu", dtype="float32", batch_invariant=False)[0]
-        for rank in (1, 2)
-    ]
+    config = config.changed(emulate=names)
+    stages = [build_stage(parts.folder, rank)[0] for rank in (1, 2)]
     simulated = emulated_engine(config, parts, stages, emulation)
-    with LocalCluster(config, parts) as cluster:
+    with LocalEngine(config, parts) as cluster:
         for number, spec in enumerate((STRATEGIES["ar"], STRATEGIES["streaming"]), start=1):
             simulated.configure(spec, spec.defaults)
             cluster.configure(spec, spec.defaults)
@@ -79,10 +75,10 @@ def test_processes_are_no_faster_than_the_cluster_they_emulate(
     assert all(status.busy_s >= 0.012 * status.num_segments for status in statuses)
 
 
-def test_a_cluster_of_another_size_is_refused(config: RunConfig, parts: HeadParts):
+def test_a_cluster_of_another_size_is_refused(config: EngineConfig, parts: HeadParts):
     """Before any process is started."""
     with pytest.raises(ValueError, match="split into 2 stages, cluster jetson-5 has 4; split it"):
-        LocalCluster(replace(config, emulate="jetson-5:vicuna-7b"), parts)
+        LocalEngine(config.changed(emulate="jetson-5:vicuna-7b"), parts)
 
 
 @pytest.mark.parametrize("text", ["jetson-5", ":vicuna-7b", "jetson-5:"])

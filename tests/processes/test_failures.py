@@ -14,9 +14,9 @@ import psutil
 import pytest
 import zmq
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import ClusterError, Request, TokensOut
 from flowspec.runtime import watchdog as silence
@@ -33,14 +33,16 @@ def endless(parts: HeadParts) -> Request:
 
 
 @pytest.fixture
-def single(config: RunConfig, parts: HeadParts, whole_split: Path) -> tuple[RunConfig, HeadParts]:
+def single(
+    config: EngineConfig, parts: HeadParts, whole_split: Path
+) -> tuple[EngineConfig, HeadParts]:
     """A cluster of one stage, where a second process would only cost time."""
     whole = replace(parts, folder=whole_split, manifest=read_manifest(whole_split))
-    return replace(config, model=str(whole_split), stages=1, strategy="ar"), whole
+    return config.changed(model=str(whole_split), stages=1, strategy="ar"), whole
 
 
 def tokens_until_failure(
-    cluster: LocalCluster, request: Request, act: Callable[[], object], *, after: int = 5
+    cluster: LocalEngine, request: Request, act: Callable[[], object], *, after: int = 5
 ) -> tuple[ClusterError, list[int], float]:
     """Stream, call `act` after some tokens; the error, the tokens seen, seconds from act to it."""
     seen: list[int] = []
@@ -59,7 +61,7 @@ def tokens_until_failure(
 
 def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless, all_gone):
     """What was accepted is the user's; the rest of the cluster must not linger."""
-    with LocalCluster(replace(config, strategy="ar"), parts) as cluster:
+    with LocalEngine(config.changed(strategy="ar"), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, endless, lambda: os.kill(pids[1], signal.SIGKILL)
@@ -79,7 +81,7 @@ def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
     """A process that hangs sends no word and ends no socket; the others still answer."""
     monkeypatch.setattr(silence, "ASK_S", 0.2)
     monkeypatch.setattr(silence, "WARN_S", 0.4)
-    with LocalCluster(replace(config, timeout_s=1.0), parts) as cluster:
+    with LocalEngine(config.changed(timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, endless, lambda: os.kill(pids[-1], signal.SIGSTOP)
@@ -96,7 +98,7 @@ def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
 
 def test_garbage_in_a_stages_socket_is_refused_by_name(single, endless, all_gone):
     """Bytes that are no message must not be guessed at, and must not hang anybody."""
-    with LocalCluster(*single) as cluster:
+    with LocalEngine(*single) as cluster:
         pids = stage_pids(cluster)
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
@@ -121,7 +123,7 @@ def test_a_stage_with_a_damaged_file_says_so(config, parts, tmp_path, all_gone):
     content = bytearray(weights.read_bytes())
     content[-5] ^= 0xFF
     weights.write_bytes(content)
-    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    cluster = LocalEngine(config.changed(model=str(folder)), replace(parts, folder=folder))
     with pytest.raises(ClusterError, match=r"stage 2\b.*stage_2/model.safetensors.*corrupt"):
         cluster.__enter__()
     all_gone(stage_pids(cluster))
@@ -134,7 +136,7 @@ def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
     config, parts = single
     shutil.copytree(parts.folder, folder)
     (folder / "stage_1" / "model.safetensors").unlink()
-    cluster = LocalCluster(replace(config, model=str(folder)), replace(parts, folder=folder))
+    cluster = LocalEngine(config.changed(model=str(folder)), replace(parts, folder=folder))
     with pytest.raises(ClusterError, match=r"stage 1\b.*stage_1/model.safetensors is missing"):
         cluster.__enter__()
     all_gone(stage_pids(cluster))
@@ -154,7 +156,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def runs(
-    config: RunConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
+    config: EngineConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[signal.Signals, Running]]:
     """One per signal, started together since starting is slow."""
     folder = tmp_path_factory.mktemp("runs")

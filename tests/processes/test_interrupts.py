@@ -95,22 +95,22 @@ def test_a_signal_during_any_import_ends_the_command(tmp_path: Path) -> None:
 QUESTIONS = '{"question_id": 1, "turns": ["one"]}\n{"question_id": 2, "turns": ["two"]}\n'
 RUN = "run --model TARGET --draft EAGLE --stages 1 --max-new-tokens 4"
 VERIFY = "verify TARGET --strategies ar --stages 1 --limit 2"
-BENCH = "bench --target TARGET --datasets asked.jsonl --strategies ar --max-tokens 4"
+BENCH = "bench --model TARGET --datasets asked.jsonl --strategies ar --max-tokens 4"
 EMULATED = f"{BENCH} --stages 2 --jobs 1"
-WHAT_IF = "simulate --vary stages=2 --target TARGET --strategies ar --datasets asked.jsonl --jobs 1"
+WHAT_IF = "simulate --vary stages=2 --model TARGET --strategies ar --datasets asked.jsonl --jobs 1"
 HEAD = "127.0.0.1:1"
 PHASES = [  # and the function at whose first call the signal comes
     (RUN, "flowspec.cli.run:load_head_parts"),
     (RUN, "flowspec.weights.split:HashedWriter.write"),
-    (RUN, "flowspec.engine.local:LocalCluster._spawn"),
+    (RUN, "flowspec.engine.local:LocalEngine._spawn"),
     (RUN, "flowspec.cli.ui.show:_Screen.add"),
-    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalCluster._spawn"),
+    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalEngine._spawn"),
     ("split TARGET --stages 2", "flowspec.weights.split:_write_journal"),
     (VERIFY, "flowspec.engine.reference:LocalTarget.generate"),
-    (f"{VERIFY} --driver zmq", "flowspec.engine.local:LocalCluster._spawn"),
+    (f"{VERIFY} --driver zmq", "flowspec.engine.local:LocalEngine._spawn"),
     (EMULATED, "flowspec.bench.records:SampleFile.add"),
     (f"{BENCH} --stages 2 --jobs 2", "flowspec.bench.runner:_Pool.work"),
-    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalCluster._await_ready"),
+    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalEngine._await_ready"),
     (WHAT_IF, "flowspec.bench.records:SampleFile.add"),
     ("serve TARGET --strategy ar --drafter none", "flowspec.cli.serve:_planner"),
     (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:Joiner._pause"),
@@ -126,8 +126,8 @@ PHASES = [  # and the function at whose first call the signal comes
 
 
 TWICE = [  # phases in which processes and folders are there
-    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalCluster._await_ready"),
-    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalCluster._await_ready"),
+    (f"{RUN} --trace t.json", "flowspec.engine.local:LocalEngine._await_ready"),
+    (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalEngine._await_ready"),
     (f"{BENCH} --stages 2 --jobs 2", "flowspec.bench.runner:_Pool._arrived"),
 ]
 IN_STAGE = """

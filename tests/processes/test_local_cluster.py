@@ -8,10 +8,10 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import generate, generate_all
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
@@ -26,9 +26,9 @@ NEXT_ID = iter(range(1, 1000))
 
 
 @pytest.fixture(scope="module")
-def cluster(config: RunConfig, parts: HeadParts) -> Iterator[LocalCluster]:
+def cluster(config: EngineConfig, parts: HeadParts) -> Iterator[LocalEngine]:
     """Two stage processes for all tests here."""
-    with LocalCluster(config, parts) as running:
+    with LocalEngine(config, parts) as running:
         yield running
 
 
@@ -105,7 +105,7 @@ def test_waiting_costs_no_cpu(cluster, parts):
     assert max(used) <= MOST_IDLE_CPU * IDLE_S, f"CPU seconds of head and stages: {used}"
 
 
-def wait_idly(cluster: LocalCluster, seconds: float) -> int:
+def wait_idly(cluster: LocalEngine, seconds: float) -> int:
     """Turns of a head that has nothing to do; few, or it is not asleep in them."""
     end, turns = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -132,7 +132,7 @@ def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
 
 def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
     """The second turn's prompt is mostly there; its text is as from nothing."""
-    with LocalCluster(replace(config, kept_prefixes=2), parts) as running:
+    with LocalEngine(config.changed(kept_prefixes=2), parts) as running:
         first = ask(parts, "the lazy dog and the box of apples")
         answer = generate(running, first)
         said = (*first.prompt, *answer.tokens, *parts.tokenizer.encode(" dog"))
@@ -146,7 +146,7 @@ def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
 
 def test_a_request_beyond_the_stages_memory_is_refused_with_both_numbers(config, parts):
     """Said before anything is computed, by the numbers the stages have told."""
-    with LocalCluster(replace(config, kv_memory_mb=1), parts) as running:
+    with LocalEngine(config.changed(kv_memory_mb=1), parts) as running:
         large = generate(running, ask(parts, count=16_000))
         assert "rows of KV cache on every stage, the tightest stage holds" in large.error
         assert generate(running, ask(parts, count=4)).tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import flowspec
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 
 RUN_S = 120.0  # far more than it takes: this machine may be busy
 SITE = f"""
@@ -37,7 +37,7 @@ def optimized(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str
 
 
 def test_a_run_without_asserts_gives_the_same_text(
-    config: RunConfig, whole_split: Path, tmp_path: Path
+    config: EngineConfig, whole_split: Path, tmp_path: Path
 ) -> None:
     """Of several requests, of which some wait: each step of the head and of a stage is done."""
     options = ["--model", str(whole_split), "--draft", config.draft, "--max-num-seqs", "2"]

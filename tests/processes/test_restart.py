@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from flowspec.engine.build import HeadParts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.messages import Status
 from flowspec.request import ClusterError, FinishReason, Request, RequestOutput, SamplingParams
@@ -25,7 +25,7 @@ def ask(parts: HeadParts, number: int, sampling: SamplingParams) -> Request:
 
 
 def answers_with_faults(
-    cluster: LocalCluster, asked: list[Request], faults: dict[int, Callable[[], None]]
+    cluster: LocalEngine, asked: list[Request], faults: dict[int, Callable[[], None]]
 ) -> dict[int, RequestOutput]:
     """The answers; each fault strikes after so many events."""
     done = {}
@@ -46,7 +46,7 @@ def check(parts: HeadParts, asked: list[Request], done: dict[int, RequestOutput]
 def test_all_stages_killed_at_once_end_no_answer(config, parts, all_gone) -> None:
     """Both answers go on, and the restarted stages serve the next request too."""
     asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
-    with LocalCluster(replace(config, max_restarts=2), parts) as cluster:
+    with LocalEngine(config.changed(max_restarts=2), parts) as cluster:
         pids = set(stage_pids(cluster))
         before: dict[int, Status] = {}
 
@@ -67,7 +67,7 @@ def test_all_stages_killed_at_once_end_no_answer(config, parts, all_gone) -> Non
 
 def test_a_stage_that_keeps_dying_is_given_up(config, parts, all_gone) -> None:
     """After as many restarts as allowed: one error, and what was generated."""
-    with LocalCluster(replace(config, max_restarts=2), parts) as cluster:
+    with LocalEngine(config.changed(max_restarts=2), parts) as cluster:
         pids = set(stage_pids(cluster))
         tokens: list[int] = []
 
@@ -88,7 +88,7 @@ def test_a_stage_that_keeps_dying_is_given_up(config, parts, all_gone) -> None:
 def test_a_request_that_kills_a_stage_ends_and_the_others_go_on(config, parts, all_gone) -> None:
     """It is the only one that is served, or begins again alone: after two losses it is known."""
     asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
-    with LocalCluster(replace(config, max_restarts=3), parts) as cluster:
+    with LocalEngine(config.changed(max_restarts=3), parts) as cluster:
         pids = set(stage_pids(cluster))
         done = {}
         for event in cluster.serve(asked):

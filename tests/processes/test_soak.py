@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.head.head import Head
 from flowspec.request import Request, SamplingParams
 from tests.stress.soak import (
@@ -56,10 +56,10 @@ def worst(samples: list[Sample]) -> float:
     return max(max(found.by_slope, found.by_median) for found in growth(samples))
 
 
-def test_short_soak(config: RunConfig, parts: HeadParts, answers: list[list[int]]) -> None:
+def test_short_soak(config: EngineConfig, parts: HeadParts, answers: list[list[int]]) -> None:
     """Requests one after the other, then one long answer, on the same processes."""
     *short, long = cases(parts)
-    with LocalCluster(config, parts) as cluster:
+    with LocalEngine(config, parts) as cluster:
         watch, wrong = soak_requests(cluster, short, answers, NUM_REQUESTS)
         assert (wrong, watch.samples[-1].done) == (0, NUM_REQUESTS)
         assert worst(watch.samples) < BOUND_MIB, watch.samples
@@ -69,7 +69,10 @@ def test_short_soak(config: RunConfig, parts: HeadParts, answers: list[list[int]
 
 
 def test_a_leak_and_a_wrong_answer_are_seen(
-    config: RunConfig, parts: HeadParts, answers: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    config: EngineConfig,
+    parts: HeadParts,
+    answers: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A head that keeps something of every request, and one answer that is not the target's."""
     kept: list[bytes] = []
@@ -81,7 +84,7 @@ def test_a_leak_and_a_wrong_answer_are_seen(
 
     monkeypatch.setattr(Head, "_finish", leaking)
     short = cases(parts)[:2]
-    with LocalCluster(config, parts) as cluster:
+    with LocalEngine(config, parts) as cluster:
         watch, wrong = soak_requests(cluster, short, [answers[0], answers[0]], 24)
     assert wrong == 12
     assert len(kept) == 24

@@ -15,7 +15,7 @@ from flowspec.cli.main import main
 from flowspec.cli.serve import _token
 from flowspec.cli.ui import streams
 from flowspec.cli.ui.faults import describe
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.system.home import home_folder
 from flowspec.transport.secure.token import TOKEN_VARIABLE, new_token
 from tests.support.spawned import spawn
@@ -163,7 +163,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
     raised = shell(f"ulimit -S -n 24; {sys.executable} -c '{code}'", tmp_path)
     assert int(raised.stdout) == (4096 if hard == resource.RLIM_INFINITY else min(4096, hard))
     few = shell(f"ulimit -n 24; {sys.executable} -c '{code}'", tmp_path)
-    assert "this process may have 24 files open, needed: 100; raise the limit" in few.stderr
+    assert "this process may open 24 files, but needs 100; raise the limit" in few.stderr
 
 
 @pytest.mark.parametrize(
@@ -174,13 +174,13 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -
         ("serve", ""),
         ("run --model MODEL --draft DRAFT", "run"),
         ("verify MODEL --draft DRAFT --driver zmq", "verify"),
-        ("bench --real --target MODEL --draft DRAFT --datasets ask.jsonl", "bench_plan"),
+        ("bench --real --model MODEL --draft DRAFT --datasets ask.jsonl", "bench_plan"),
     ],
 )
 def test_too_few_files_are_told_before_anything_starts(
     command: str,
     splits_in: str,
-    config: RunConfig,
+    config: EngineConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -196,7 +196,7 @@ def test_too_few_files_are_told_before_anything_starts(
         monkeypatch.setattr(late, lambda _: pytest.fail("too late"))
     assert run_main(words, monkeypatch) == 3
     *_, error = capsys.readouterr().err.splitlines()
-    assert error.startswith("error: this process may have 24 files open, needed: ")
+    assert error.startswith("error: this process may open 24 files, but needs ")
     assert "ulimit -n 1024" in error
 
 

@@ -6,17 +6,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from flowspec.config import RunConfig, override
+from flowspec.config import EngineConfig, override
 from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import generate
 from flowspec.engine.launch import Launch, find_launch
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.torchrun import fit_to_launch, own_device
 from flowspec.request import Request, SamplingParams
@@ -31,9 +30,9 @@ TORCHRUN_S = 60.0
 
 
 @pytest.fixture(scope="module")
-def gloo(config: RunConfig) -> RunConfig:
+def gloo(config: EngineConfig) -> EngineConfig:
     """A run over gloo."""
-    return replace(config, transport="gloo")
+    return config.changed(transport="gloo")
 
 
 def ask(parts: HeadParts, number: int, count: int, temperature: float = 0.0) -> Request:
@@ -46,7 +45,7 @@ def ask(parts: HeadParts, number: int, count: int, temperature: float = 0.0) -> 
 def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
     """Every strategy; in between, nothing is sent and nothing is computed."""
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
-    with LocalCluster(gloo, parts) as cluster:
+    with LocalEngine(gloo, parts) as cluster:
         for number, name in enumerate(STRATEGIES, start=1):
             cluster.configure(STRATEGIES[name], STRATEGIES[name].defaults)
             request = ask(parts, number, 12, temperature=number % 2)
@@ -67,7 +66,7 @@ def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
 )
 def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, cause):
     """Killed: the broken connection says so at once. Stopped: its silence, within the timeout."""
-    with LocalCluster(replace(gloo, timeout_s=1.0), parts) as cluster:
+    with LocalEngine(gloo.changed(timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
             cluster, ask(parts, 1, 12_000), lambda: os.kill(pids[victim - 1], number)
@@ -82,7 +81,7 @@ def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, ca
 # torchrun ---------------------------------------------------------------------------------------
 
 
-def torchrun(config: RunConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
+def torchrun(config: EngineConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
     """`torchrun --nproc_per_node 3 -m flowspec run --transport gloo`, in a session of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     command += ["-m", "flowspec", "run", "--transport", "gloo"]
@@ -100,7 +99,7 @@ def torchrun(config: RunConfig, folder: Path, *options: str) -> subprocess.Popen
 
 
 @pytest.fixture
-def killed(config: RunConfig, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+def killed(config: EngineConfig, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """A long run under torchrun; whatever is left of it at the end is killed."""
     run = torchrun(config, tmp_path, "--strategy", "ar", "--max-new-tokens", "12000")
     children = []
@@ -151,7 +150,7 @@ def test_the_place_under_torchrun_is_read_from_its_environment():
     """Variables of the same names mean nothing without torchrun."""
     assert find_launch(TORCHRUN) == Launch(rank=3, local_rank=1, num_stages=4)
     assert find_launch({"RANK": "3", "WORLD_SIZE": "5"}) is None
-    config = RunConfig(transport="nccl", device="cuda")
+    config = EngineConfig(transport="nccl", device="cuda")
     assert own_device(config, Launch(3, 1, 4)) == "cuda:1"
 
 
@@ -166,7 +165,7 @@ def test_the_place_under_torchrun_is_read_from_its_environment():
 )
 def test_what_contradicts_torchrun_is_said(size, values, message):
     """Before anything is split or loaded."""
-    config = override(RunConfig(transport="gloo"), values, where="test")
+    config = override(EngineConfig(transport="gloo"), values, where="test")
     with pytest.raises(ValueError, match=message):
         fit_to_launch(config, Launch(0, 0, size - 1))
 
@@ -174,5 +173,5 @@ def test_what_contradicts_torchrun_is_said(size, values, message):
 def test_torchrun_decides_the_number_of_stages():
     """Also where the layers are named, if they are as many."""
     for values in ({}, {"stages": 4}, {"layers": "2+2+2+2"}):
-        config = override(RunConfig(transport="gloo"), values, where="test")
+        config = override(EngineConfig(transport="gloo"), values, where="test")
         assert fit_to_launch(config, Launch(0, 0, 4)).stages == 4

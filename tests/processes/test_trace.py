@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from flowspec.cli.main import main
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.messages import Status
 from flowspec.request import ClusterError, Request
@@ -33,11 +33,11 @@ def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
 
 @pytest.fixture(scope="module")
 def recorded(
-    config: RunConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
+    config: EngineConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[int, Status], list[tuple[int, ...]]]:
     """The records of two requests on two stages, the stages' totals, the texts."""
     folder = tmp_path_factory.mktemp("records")
-    with LocalCluster(config, parts, folder) as cluster:
+    with LocalEngine(config, parts, folder) as cluster:
         texts = [generate(cluster, ask(parts, number)).tokens for number in (1, 2)]
         statuses = cluster.statuses()
     return folder, statuses, texts
@@ -99,14 +99,14 @@ def test_tracing_changes_no_text(recorded, parts):
 
 
 def test_a_failed_run_leaves_its_trace(
-    config: RunConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
+    config: EngineConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
 ) -> None:
     """A killed stage loses its last records alone; the failure is still the error."""
     out = tmp_path / "out.json"
     pids: list[int] = []
 
     def run() -> None:
-        with tracing(str(out)) as folder, LocalCluster(config, parts, folder) as cluster:
+        with tracing(str(out)) as folder, LocalEngine(config, parts, folder) as cluster:
             pids.extend(child.pid for child in cluster.children.values())
             for number, _ in enumerate(cluster.serve([ask(parts, 1, count=5000)])):
                 if number == 100:

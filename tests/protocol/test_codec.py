@@ -1,11 +1,11 @@
 """What leaves is what arrives; what is no message is refused before it costs anything."""
 
-import math
-import struct
+import json
+import re
 import tracemalloc
 from contextlib import suppress
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -37,13 +37,14 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import NodeId, SamplingParams
 
-HEADER_BYTES = 22
-VERSION = codec.PROTOCOL_VERSION
-U16, U32, U64 = (st.integers(0, 2**bits - 1) for bits in (16, 32, 64))
+BEGIN = b"FS" + bytes([codec.PROTOCOL_VERSION])
+U32, COUNT = st.integers(0, 2**32 - 1), st.integers(0, 2**62)
 I32, I64 = st.integers(-(2**31), 2**31 - 1), st.integers(-(2**63), 2**63 - 1)
-F32 = st.floats(0, 2.0**90, width=32)
-F64 = st.floats(0, 1e300)
-TEXT = st.text("aZ \n\0é你😀", max_size=30)
+TIMES = st.floats(0, 1e12)
+TEXT = st.text('aZ \n\0"\\é你😀', max_size=30)
+KINDS = [kind.__dataclass_fields__["kind"].default for kind in get_args(WireMessage)]
+NAMES = sorted({name for kind in get_args(WireMessage) for name in kind.__dataclass_fields__})
+KEYS = st.sampled_from([*NAMES, *KINDS, "frame", "dtype", "shape", "x"])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -75,16 +76,16 @@ SAMPLING = st.builds(
     min_p=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**63 - 1),
 )
-REROOT = st.builds(Reroot, epoch=U32, request=U64, position=U32, parent=I64, token=I32)
+REROOT = st.builds(Reroot, epoch=U32, request=COUNT, position=U32, parent=I64, token=I32)
 OPEN = st.builds(
     AddRequest,
     epoch=U32,
-    request=U64,
+    request=COUNT,
     capacity=U32,
     context=U32,
     sampling=SAMPLING,
     aux_hidden_state_layers=st.lists(I32, max_size=5).map(tuple),
-    reuse=U64,
+    reuse=COUNT,
     num_cached_tokens=U32,
 )
 
@@ -92,49 +93,51 @@ OPEN = st.builds(
 @st.composite
 def closes(draw: st.DrawFn) -> FinishRequest:
     """With and without a verdict, of the same request."""
-    epoch, request, verdict = draw(U32), draw(U64), draw(st.none() | REROOT)
+    epoch, request, verdict = draw(U32), draw(COUNT), draw(st.none() | REROOT)
     known = None if verdict is None else replace(verdict, epoch=epoch, request=request)
     return FinishRequest(epoch=epoch, request=request, keep=draw(st.booleans()), verdict=known)
 
 
 FIXED = st.one_of(
     closes(),
-    st.builds(FreeRequest, epoch=U32, source=U16, number=U32, request=U64),
+    st.builds(FreeRequest, epoch=U32, source=U32, number=U32, request=COUNT),
     st.builds(Reset, epoch=U32),
     REROOT,
-    st.builds(Started, epoch=U32, request=U64, seq_no=U64),
-    st.builds(Exit, epoch=U32, request=U64, seq_no=U64, rows=U32, slowest_rows=U32, slowest_ms=F32),
+    st.builds(Started, epoch=U32, request=COUNT, seq_no=COUNT),
+    st.builds(
+        Exit, epoch=U32, request=COUNT, seq_no=COUNT, rows=U32, slowest_rows=U32, slowest_ms=TIMES
+    ),
     st.builds(
         Status,
         stage=U32,
-        busy_s=F64,
-        num_segments=U64,
-        num_rows_run=U64,
-        num_rows_pruned=U64,
+        busy_s=TIMES,
+        num_segments=COUNT,
+        num_rows_run=COUNT,
+        num_rows_pruned=COUNT,
         num_requests=U32,
-        num_kv_tokens_used=U64,
-        peak_memory_bytes=U64,
-        num_closes=U64,
+        num_kv_tokens_used=COUNT,
+        peak_memory_bytes=COUNT,
+        num_closes=COUNT,
     ),
     st.builds(Ping, rank=I32),
     st.just(Stop()),
 )
 TEXTS = st.one_of(
-    st.builds(Failed, epoch=U32, stage=I32, request=U64, text=TEXT),
-    st.builds(Ready, stage=I32, model=TEXT, num_kv_tokens=U64),
+    st.builds(Failed, epoch=U32, stage=I32, request=COUNT, text=TEXT),
+    st.builds(Ready, stage=I32, model=TEXT, num_kv_tokens=COUNT),
 )
 
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     """Also empty ones, ones without hidden states, with and without a verdict."""
-    epoch, request = draw(U32), draw(U64)
+    epoch, request = draw(U32), draw(COUNT)
     nodes, parents, tokens = draw(rows(I64, I64, I32))
     verdict = draw(st.none() | REROOT)
     return Segment(
         epoch=epoch,
         request=request,
-        seq_no=draw(U64),
+        seq_no=draw(COUNT),
         nodes=tuple(map(NodeId, nodes)),
         parents=tuple(map(NodeId, parents)),
         tokens=tokens,
@@ -142,7 +145,7 @@ def segments(draw: st.DrawFn) -> Segment:
         prefix=draw(st.booleans()),
         verify=draw(st.booleans()),
         slowest_rows=draw(U32),
-        slowest_ms=draw(F32),
+        slowest_ms=draw(TIMES),
         verdict=None if verdict is None else replace(verdict, epoch=epoch, request=request),
     )
 
@@ -153,7 +156,7 @@ def feature_messages(draw: st.DrawFn) -> Features:
     (nodes,) = draw(rows(I64))
     return Features(
         epoch=draw(U32),
-        request=draw(U64),
+        request=draw(COUNT),
         layer=draw(I32),
         nodes=tuple(map(NodeId, nodes)),
         hidden=draw(tensors(len(nodes))),
@@ -231,34 +234,38 @@ def test_every_kind_is_covered() -> None:
         Ready,
         AddRequest,
     }
-    assert set(codec._KINDS) == made | {Segment, Features, Batch}
+    assert set(get_args(WireMessage)) == made | {Segment, Features, Batch}
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 4 must mean the same bytes."""
+    """Two versions that both say protocol 5 must mean the same bytes."""
     frames = as_bytes(
         Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
     )
-    assert [f.hex() for f in frames] == [
-        "4653" "04" "04" "09000000" "0200" "08000000" "0500000000000000"
-        "07000000" "0300000000000000" "0b000000"
-    ]  # fmt: skip
-    header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530402"
-    assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
+    assert frames == [
+        b'FS\x05{"epoch":9,"source":2,"number":8,"kind":"reroot","request":5,"position":7,'
+        b'"parent":3,"token":11}'
+    ]
+    header, hidden = as_bytes(SEGMENT)
+    assert header == (
+        b'FS\x05{"epoch":0,"source":0,"number":0,"kind":"segment","request":1,"seq_no":2,'
+        b'"nodes":[3,4],"parents":[2,3],"tokens":[5,6],'
+        b'"hidden":{"frame":1,"dtype":"bfloat16","shape":[2,4]},"prefix":false,"verify":true,'
+        b'"slowest_rows":0,"slowest_ms":0.0,"verdict":null}'
+    )
     assert hidden == b"\x80\x3f" * 8
 
 
 def test_contiguous_hidden_is_not_copied() -> None:
     """Hidden states are most of the bytes; they go out from where they lie, and come in so too."""
     hidden = torch.randn(4, 8)
-    frame = encode(replace(FEATURES, nodes=(1, 2, 3, 4), hidden=hidden))[2]
+    frame = encode(replace(FEATURES, nodes=(1, 2, 3, 4), hidden=hidden))[1]
     assert np.frombuffer(frame, dtype=np.uint8).ctypes.data == hidden.data_ptr()
     frames = as_bytes(SEGMENT)
     arrived = decode(frames)
     assert isinstance(arrived, Segment)
     assert arrived.hidden is not None
-    assert arrived.hidden.data_ptr() == np.frombuffer(frames[2], dtype=np.uint8).ctypes.data
+    assert arrived.hidden.data_ptr() == np.frombuffer(frames[1], dtype=np.uint8).ctypes.data
 
 
 @given(COUNTED)
@@ -275,23 +282,52 @@ def test_every_truncation_is_refused(message: WireMessage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("byte", "value", "message"),
+    ("old", "new", "message"),
     [
-        (0, b"X", "not a FlowSpec frame"),
-        (2, b"\x01", "protocol version 1"),
-        (3, b"\x00", "unknown message kind 0"),
-        (3, b"\xff", "unknown message kind 255"),
-        (3, b"\x04", "Reroot has 1 frames"),
-        (HEADER_BYTES + 12, b"\x08", "unknown flags"),
-        (HEADER_BYTES + 13, b"\x03", "unknown dtype"),
+        (b"FS", b"XS", "not a FlowSpec frame"),
+        (b"FS\x05", b"FS\x04", "protocol version 4 received, this side speaks 5"),
+        (b"FS\x05", b"FS\xff", "protocol version 255 received, this side speaks 5"),
+        (b"FS\x05{", b"FS\x05", "Invalid JSON"),
+        (b'"segment"', b'"pickle"', "'pickle' found using 'kind'"),
+        (b'"segment"', b'"stop"', "stop.epoch: Unexpected keyword"),
+        (b'"kind":"segment",', b"", "kind"),
+        (b'"seq_no":2,', b"", "segment.seq_no: Field required"),
+        (b'"seq_no":2', b'"seq_no":2,"extra":1', "segment.extra: Unexpected keyword"),
+        (b'"seq_no":2', b'"seq_no":-1', "segment.seq_no: .* greater than or equal to 0"),
+        (b'"seq_no":2', b'"seq_no":2.0', "segment.seq_no: .* valid integer"),
+        (b'"seq_no":2', b'"seq_no":"2"', "segment.seq_no: .* valid integer"),
+        (b'"verify":true', b'"verify":1', "segment.verify: .* valid boolean"),
+        (b'"tokens":[5,6]', b'"tokens":[5,4294967296]', "segment.tokens.1: "),
+        (b'"tokens":[5,6]', b'"tokens":[5]', "2 nodes, 2 parents, 1 tokens"),
+        (b"bfloat16", b"float64", "segment.hidden.dtype: "),
+        (b'"frame":1', b'"frame":0', "segment.hidden.frame: "),
+        (b'"frame":1', b'"frame":2', "frame 2 is named, 1 follow the header"),
+        (b"[2,4]", b"[2,5]", "frame of 16 bytes, 20 expected for bfloat16"),
+        (b"[2,4]", b"[4,2]", r"hidden states of shape \[4, 2\] for 2 nodes"),
+        (b"[2,4]", b"[8]", r"hidden states of shape \[8\] for 2 nodes"),
+        (b'{"frame":1,"dtype":"bfloat16","shape":[2,4]}', b"null", "1 of 1 frames after"),
+        (b"null", b'{"request":2,"position":1,"parent":1,"token":1}', "verdict"),
+        (
+            b'"verdict":null',
+            b'"verdict":{"kind":"reroot","request":2,"position":1,"parent":1,"token":1}',
+            "a verdict on request 2 in a message on 1",
+        ),
     ],
 )
-def test_wrong_header_bytes_are_named(byte: int, value: bytes, message: str) -> None:
+def test_what_is_wrong_in_a_header_is_named(old: bytes, new: bytes, message: str) -> None:
     """The error says which field is wrong, so that a version clash does not look like noise."""
-    header, ids, hidden = as_bytes(SEGMENT)
-    header = header[:byte] + value + header[byte + 1 :]
+    header, hidden = as_bytes(SEGMENT)
+    assert old in header
     with pytest.raises(WireError, match=message):
-        decode([header, ids, hidden])
+        decode([header.replace(old, new, 1), hidden])
+
+
+def test_a_frame_serves_one_tensor() -> None:
+    """Two tensors that look into one frame are refused."""
+    batch = Batch(segments=(SEGMENT, replace(SEGMENT, request=2)))
+    header, first, second = as_bytes(batch)
+    with pytest.raises(WireError, match="frame 1 is named twice"):
+        decode([header.replace(b'"frame":2', b'"frame":1'), first, second])
 
 
 @pytest.mark.parametrize("message", [SEGMENT, FEATURES, Stop()])
@@ -303,56 +339,96 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
             decode(wrong)
 
 
-def oversized(count: int, size: int) -> list[list[bytes]]:
-    """Segment and Features that claim `count` rows of `size` elements and bring a few bytes."""
-    head = struct.Struct("<2sBBIHIQ")
-    segment = head.pack(b"FS", VERSION, 2, 0, 0, 0, 1)
-    segment += struct.pack("<QIBBIIfIqi", 0, count, 2, 0, size, 0, 0.0, 0, 0, 0)
-    features = head.pack(b"FS", VERSION, 7, 0, 0, 0, 1) + struct.pack("<iIBI", 0, count, 0, size)
-    return [[segment, b"\0" * 20, b"\0" * 4], [features, b"\0" * 8, b"\0" * 4]]
-
-
-@pytest.mark.parametrize("kind", [0, 1], ids=["segment", "features"])
+@pytest.mark.parametrize("message", [SEGMENT, FEATURES], ids=["segment", "features"])
 @pytest.mark.parametrize(
-    ("count", "size", "message"),
+    ("shape", "error"),
     [
-        (2**32 - 1, 1, "4294967295 rows"),
-        (codec.MAX_ROWS + 1, 1, "rows, at most"),
-        (1, 2**32 - 1, "hidden size 4294967295"),
-        (1, codec.MAX_HIDDEN + 1, "hidden size"),
-        (codec.MAX_ROWS, codec.MAX_HIDDEN, "expected from its counts"),
-        (1, codec.MAX_HIDDEN, "expected from its counts"),
+        ((2**32 - 1, 1), "hidden.shape.0: "),
+        ((2**80, 1), "hidden.shape.0: "),
+        ((1, codec.MAX_DIMENSION + 1), "hidden.shape.1: "),
+        ((codec.MAX_ROWS, codec.MAX_DIMENSION), "bytes, [0-9]+ expected for"),
+        ((codec.MAX_DIMENSION,) * 4, "bytes, [0-9]+ expected for"),
+        ((1,) * 5, "hidden.shape: Tuple should have at most 4 items"),
     ],
 )
-def test_claimed_sizes_allocate_nothing(kind: int, count: int, size: int, message: str) -> None:
+def test_claimed_sizes_allocate_nothing(
+    message: Segment | Features, shape: tuple[int, ...], error: str
+) -> None:
     """A few bytes that claim gigabytes are refused before any of them is allocated."""
-    frames = oversized(count, size)[kind]
+    header, hidden = as_bytes(message)
+    start, _, rest = header.partition(b'"shape":')
+    header = start + b'"shape":' + str(list(shape)).encode() + rest[rest.index(b"]") + 1 :]
     tracemalloc.start()
     try:
-        with pytest.raises(WireError, match=message):
-            decode(frames)
+        with pytest.raises(WireError, match=error):
+            decode([header, hidden])
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("count", [200, 255])
-def test_open_with_missing_layers(count: int) -> None:
-    """The list of feature layers must be there in full."""
-    (frame,) = as_bytes(AddRequest(request=1, capacity=2, context=3))
-    with pytest.raises(WireError, match="AddRequest"):
-        decode([frame[:-1] + bytes([count])])
+def lists_of(item: bytes, num_bytes: int) -> bytes:
+    """A JSON list of `item` in about `num_bytes`."""
+    return b"[" + b",".join([item] * (num_bytes // (len(item) + 1))) + b"]"
+
+
+START = b'{"kind":"segment","request":1,"seq_no":1,"nodes":'
+LONG = codec.MAX_HEADER_BYTES - 200
 
 
 @pytest.mark.parametrize(
-    ("offset", "value"), [(8, math.nan), (8, -1.0), (28, 0.0), (28, math.nan), (36, 1.0)]
+    ("body", "error"),
+    [
+        (START + lists_of(b"1", LONG), "Tuple should have at most 4096"),
+        (START + lists_of(b'""', LONG), "segment.nodes.0: "),
+        (b'{"kind":"batch","segments":' + lists_of(b"{}", LONG), r"batch.segments.0\."),
+        (
+            b'{"kind":"stop"' + b"".join(b',"%x":0' % n for n in range(LONG // 9)),
+            "are wrong or unk",
+        ),
+        (
+            b'{"kind":"failed","stage":1,"request":0,"text":"' + b"x" * LONG + b'"',
+            "text: String should have at most",
+        ),
+        (b'{"kind":"' + b"x" * LONG + b'"', "Input tag 'xxx"),
+        (b" " * codec.MAX_HEADER_BYTES, "a header of .* bytes, at most"),
+        (b"[" * 5000, "Invalid JSON: recursion limit"),
+        (b'{"kind":"ping","rank":' + b"9" * 5000, "Invalid JSON|rank"),
+    ],
 )
-def test_open_checks_its_sampling(offset: int, value: float) -> None:
-    """Temperature, top-p and min-p from the network are checked as those of a user."""
+def test_long_headers_are_refused_in_one_line(body: bytes, error: str) -> None:
+    """What fails in a hundred thousand places takes memory in proportion and says one thing."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match=error) as caught:
+            decode([BEGIN + body + b"}"])
+        assert tracemalloc.get_traced_memory()[1] < 32 * len(body) + 100_000
+    finally:
+        tracemalloc.stop()
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "NaN"),
+        ("temperature", "-1.0"),
+        ("temperature", "1e999"),
+        ("top_p", "0.0"),
+        ("top_p", "NaN"),
+        ("min_p", "1.0"),
+        ("top_k", str(2**31)),
+        ("seed", str(10**30)),
+        ("seed", "-1"),
+    ],
+)
+def test_open_checks_its_sampling(field: str, value: str) -> None:
+    """Sampling parameters from the network are checked as those of a user."""
     (frame,) = as_bytes(AddRequest(request=1, capacity=2, context=3))
-    at = HEADER_BYTES + offset
-    with pytest.raises(WireError, match="AddRequest"):
-        decode([frame[:at] + struct.pack("<d", value) + frame[at + 8 :]])
+    wrong = re.sub(rf'"{field}":[^,}}]+'.encode(), f'"{field}":{value}'.encode(), frame)
+    assert wrong != frame
+    with pytest.raises(WireError, match=r"add_request\.sampling"):
+        decode([wrong])
 
 
 @given(st.lists(st.binary(max_size=120), max_size=5))
@@ -377,14 +453,39 @@ def test_damaged_messages_raise_nothing_but_wire_errors(
         decode([bytes(frame) for frame in frames])
 
 
-@given(st.binary(max_size=100), st.integers(0, 20), st.integers(1, 3))
-@settings(max_examples=200)
-def test_noise_behind_a_right_beginning(body: bytes, kind: int, count: int) -> None:
-    """The same for random bodies of every kind."""
-    frames = [
-        struct.pack("<2sBBIHIQ", b"FS", VERSION, kind, 0, 0, 0, 7) + body,
-        body,
-        body[:40],
-    ][:count]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(st.binary(max_size=100) | st.dictionaries(KEYS, JSON).map(json.dumps).map(str.encode), U32)
+@settings(max_examples=300)
+def test_noise_behind_a_right_beginning(body: bytes, count: int) -> None:
+    """The same for random bodies: bytes, and JSON with the keys of real messages."""
     with suppress(WireError):
-        decode(frames)
+        decode([BEGIN + body, body, body[:40]][: 1 + count % 3])
+
+
+@given(MESSAGES, st.data())
+@settings(max_examples=300)
+def test_damaged_fields_raise_nothing_but_wire_errors(
+    message: WireMessage, data: st.DataObject
+) -> None:
+    """Right JSON with a field replaced, dropped or added, also deep inside."""
+    header, *rest = as_bytes(message)
+    content = json.loads(header[len(BEGIN) :])
+    inner = content
+    while data.draw(st.booleans()):
+        below = [v for v in inner.values() if isinstance(v, dict)]
+        if not below:
+            break
+        inner = data.draw(st.sampled_from(below))
+    key = data.draw(st.sampled_from(sorted(inner)) | KEYS)
+    if data.draw(st.booleans()):
+        inner.pop(key, None)
+    else:
+        inner[key] = data.draw(JSON)
+    with suppress(WireError):
+        decode([BEGIN + json.dumps(content).encode(), *rest])

@@ -2,14 +2,14 @@
 
 import pytest
 
-from flowspec.runtime.watchdog import ASK_S, WARN_S, Step, Watchdog
+from flowspec.runtime.watchdog import ASK_S, WARN_S, Watchdog, WatchdogAction
 
 TICK_S = 0.25
 
 
 def story(
     limit_s: float, *, answers: dict[int, float], moves: tuple[float, ...] = ()
-) -> list[tuple[float, Step, list[int]]]:
+) -> list[tuple[float, WatchdogAction, list[int]]]:
     """Steps other than WAIT with their times, until it is over.
 
     A rank of `answers` answers what it is asked until then; something moves at each of `moves`.
@@ -20,11 +20,11 @@ def story(
         now = tick * TICK_S
         moved_at = max((at for at in moves if at <= now), default=0.0)
         step, ranks = silence.step(now, moved_at=moved_at, ranks=answers, heard_at=heard_at)
-        if step is Step.ASK:
+        if step is WatchdogAction.ASK:
             heard_at.update({rank: now for rank, until in answers.items() if now < until})
-        if step is not Step.WAIT:
+        if step is not WatchdogAction.WAIT:
             told.append((now, step, ranks))
-        if step is Step.GIVE_UP:
+        if step is WatchdogAction.GIVE_UP:
             break
     return told
 
@@ -35,33 +35,37 @@ ALWAYS = float("inf")
 def test_who_hangs_is_told_about_at_once_and_given_up_later() -> None:
     """One warning, long before the end; those who answer are not in it."""
     assert story(60.0, answers={1: ALWAYS, 2: 0.0, 3: 0.0}) == [
-        (ASK_S, Step.ASK, []),
-        (WARN_S, Step.WARN, [2, 3]),
-        (30.0, Step.ASK, []),
-        (60.0, Step.GIVE_UP, [2, 3]),
+        (ASK_S, WatchdogAction.ASK, []),
+        (WARN_S, WatchdogAction.WARN, [2, 3]),
+        (30.0, WatchdogAction.ASK, []),
+        (60.0, WatchdogAction.GIVE_UP, [2, 3]),
     ]
 
 
 def test_nobody_is_named_where_all_answer() -> None:
     """Slow, or a fault of the head: the stages are not to blame."""
     steps = story(60.0, answers={1: ALWAYS, 2: ALWAYS})
-    assert [step for _, step, _ in steps] == [Step.ASK, Step.ASK, Step.GIVE_UP]
-    assert steps[-1] == (60.0, Step.GIVE_UP, [])
+    assert [step for _, step, _ in steps] == [
+        WatchdogAction.ASK,
+        WatchdogAction.ASK,
+        WatchdogAction.GIVE_UP,
+    ]
+    assert steps[-1] == (60.0, WatchdogAction.GIVE_UP, [])
 
 
 def test_who_hangs_later_is_given_up_without_the_others() -> None:
     """The last question counts."""
     steps = story(60.0, answers={1: ALWAYS, 2: 10.0})
-    assert (WARN_S, Step.WARN, [2]) not in steps
-    assert steps[-1] == (60.0, Step.GIVE_UP, [2])
+    assert (WARN_S, WatchdogAction.WARN, [2]) not in steps
+    assert steps[-1] == (60.0, WatchdogAction.GIVE_UP, [2])
 
 
 @pytest.mark.parametrize("limit_s", [1.0, 2 * ASK_S, 2 * WARN_S])
 def test_a_short_limit_needs_no_warning(limit_s: float) -> None:
     """The error comes as soon."""
     assert story(limit_s, answers={1: 0.0}) == [
-        (limit_s / 2, Step.ASK, []),
-        (limit_s, Step.GIVE_UP, [1]),
+        (limit_s / 2, WatchdogAction.ASK, []),
+        (limit_s, WatchdogAction.GIVE_UP, [1]),
     ]
 
 
@@ -69,12 +73,12 @@ def test_what_moves_begins_anew() -> None:
     """And who hangs again is told about again."""
     steps = story(60.0, answers={1: 0.0}, moves=(20.0,))
     assert [(at, step) for at, step, _ in steps] == [
-        (ASK_S, Step.ASK),
-        (WARN_S, Step.WARN),
-        (20.0 + ASK_S, Step.ASK),
-        (20.0 + WARN_S, Step.WARN),
-        (50.0, Step.ASK),
-        (80.0, Step.GIVE_UP),
+        (ASK_S, WatchdogAction.ASK),
+        (WARN_S, WatchdogAction.WARN),
+        (20.0 + ASK_S, WatchdogAction.ASK),
+        (20.0 + WARN_S, WatchdogAction.WARN),
+        (50.0, WatchdogAction.ASK),
+        (80.0, WatchdogAction.GIVE_UP),
     ]
 
 

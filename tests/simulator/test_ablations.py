@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import check_run
 from flowspec.engine.engine import generate
@@ -225,7 +225,7 @@ def test_the_last_stage_decides_nothing_and_sends_hidden_states():
 def test_no_real_cluster_runs_them(strategy):
     """Real stages have no such switch."""
     with pytest.raises(ValueError, match=f"{strategy} runs on an emulated cluster alone"):
-        check_run(RunConfig(strategy=strategy))
+        check_run(EngineConfig(strategy=strategy))
 
 
 @pytest.mark.parametrize(

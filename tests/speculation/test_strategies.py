@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from flowspec.config import RunConfig
+from flowspec.bench.experiment import parse_settings
+from flowspec.config import EngineConfig
 from flowspec.engine.build import decoding_of
 from flowspec.engine.engine import generate
 from flowspec.request import Decoding
@@ -114,12 +115,12 @@ def test_a_decoding_means_the_first_drafter_unless_it_names_one():
 
 def test_a_run_says_its_decoding():
     """The strategy's parameters come from the file; one that it does not take is an error."""
-    decoding = decoding_of(RunConfig(strategy="flowspec", decode={"num_draft_steps": 3}))
+    decoding = decoding_of(EngineConfig(strategy="flowspec", decode={"num_draft_steps": 3}))
     assert decoding == Decoding(
         strategy="flowspec", parameters={"num_draft_steps": 3}, drafter="eagle"
     )
     with pytest.raises(ValueError, match="decode: num_draft_steps is no parameter of strategy ar"):
-        decoding_of(RunConfig(strategy="ar", decode={"num_draft_steps": 3}))
+        decoding_of(EngineConfig(strategy="ar", decode={"num_draft_steps": 3}))
 
 
 class Listening(ScriptedDrafter):
@@ -145,3 +146,15 @@ def test_streaming_alone_drafts_while_it_absorbs(strategy):
     both = sum(job.absorbs and bool(job.nodes) for job in drafter.jobs)
     assert (both > 3) == (strategy == "streaming"), both
     assert any(job.absorbs for job in drafter.jobs) == (strategy != "ar")
+
+
+def test_settings_of_a_benchmark_reach_the_strategies_that_take_them():
+    """One that is named must take its setting; of all that run, at least one must."""
+    for settings, strategies in (
+        (["streaming.num_draft_steps=3"], ["streaming", "flowspec"]),
+        (["num_draft_steps=3"], ["streaming", "ar"]),
+    ):
+        with pytest.raises(ValueError, match="num_draft_steps is no parameter of .*streaming"):
+            parse_settings(settings, strategies)
+    found = parse_settings(["num_draft_steps=3"], ["streaming", "flowspec"])
+    assert found == {"streaming": {}, "flowspec": {"num_draft_steps": "3"}}

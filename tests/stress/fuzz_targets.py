@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flowspec.config import RunConfig, as_yaml, read_run_config
+from flowspec.config import EngineConfig, as_yaml, read_engine_config
 from flowspec.model.architecture import ModelConfig, read_config
 from flowspec.protocol import codec
 from flowspec.protocol import messages as wire
@@ -108,15 +108,18 @@ def run_wire(data: bytes) -> None:
 
 
 def seeds_wire() -> list[bytes]:
-    """Every kind of the codec's table, with few and with no rows, small and large numbers."""
+    """Every kind of message, with few and with no rows, small and large numbers; broken headers."""
     messages = [
         _example(kind, rows=rows, number=number, given=given)
-        for kind in codec._KINDS
+        for kind in get_args(WireMessage)
         for rows, number, given in ((2, 1, True), (0, 0, False), (3, 7, True), (1, 3, False))
     ]
     frames = [[bytes(frame) for frame in encode(message)] for message in messages]
-    long_text = struct.pack("<2sBBIHIQi", b"FS", codec.PROTOCOL_VERSION, 9, 0, 0, 0, 0, 1)
-    frames += [[long_text + b"\xc3\xa9" * 9, b""], [long_text + b"\xff" * 9]]
+    begin = b"FS" + bytes([codec.PROTOCOL_VERSION])
+    failed = b'{"kind":"failed","stage":1,"request":0,"text":"'
+    frames += [[begin + failed + b'\xc3\xa9"}', b""], [begin + failed + b'\xff"}']]
+    listed = b'{"kind":"segment","request":1,"seq_no":1,"nodes":[' + b"{}," * 9000 + b"{}]}"
+    frames += [[begin + one] for one in [listed, *_broken_json()]]
     return [pack_frames(one) for one in frames]
 
 
@@ -134,11 +137,13 @@ def _example(kind: type, *, rows: int, number: int, given: bool) -> WireMessage:
 
 def _value(hint: Any, name: str, rows: int, number: int, given: bool) -> Any:
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return inner[0]
     if origin in (types.UnionType, Union):
         return _value(inner[0], name, rows, number, given) if given else None
     if origin is tuple and is_dataclass(inner[0]):
         parts = [_value(inner[0], name, rows, number, given) for _ in range(max(rows, 1))]
-        return tuple(replace(part, request=i + 1) for i, part in enumerate(parts))
+        return tuple(_of_request(part, i + 1) for i, part in enumerate(parts))
     if origin is tuple:
         return tuple(range(number, number + rows))
     if hint is Tensor:
@@ -149,6 +154,11 @@ def _value(hint: Any, name: str, rows: int, number: int, given: bool) -> Any:
         return _example(hint, rows=rows, number=number, given=given)
     simple = getattr(hint, "__supertype__", hint)
     return {int: number, float: number / 2, bool: given, str: "é" * rows}[simple]
+
+
+def _of_request(segment: Any, request: int) -> Any:
+    verdict = segment.verdict and replace(segment.verdict, request=request)
+    return replace(segment, request=request, verdict=verdict)
 
 
 # files of a model and of a run
@@ -197,12 +207,12 @@ def run_config(data: bytes) -> None:
     path = _folder() / "run.yaml"
     path.write_bytes(data)
     with suppress(ValueError):
-        config = read_run_config(path)
+        config = read_engine_config(path)
         decode = strategy_config(config.strategy, config.decode, where="decode")
-        effective = replace(config, decode=decode.model_dump())
+        effective = config.changed(decode=decode.model_dump())
         path.write_text(as_yaml(effective), encoding="utf-8")
         try:
-            again = read_run_config(path)
+            again = read_engine_config(path)
         except ValueError as error:
             raise AssertionError(f"what was written is refused: {error}") from error
         assert again == effective, "what was written reads as something else"
@@ -217,7 +227,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 def seeds_config() -> list[bytes]:
     """The defaults, one of each key, and what YAML is infamous for."""
     texts = [
-        as_yaml(RunConfig()),
+        as_yaml(EngineConfig()),
         "stages: 2\nsampling: {temperature: 1, top_p: 0.9}\ndecode: {draft_topk: 3, refresh: no}\n",
         LAUGHS,
         "decode: &a {x: *a}",

@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.control import Done, Note, Piece
@@ -72,9 +72,9 @@ class Alone:
     """What the target says in this process."""
 
     def __init__(self, cluster: NetnsCluster) -> None:
-        config = RunConfig(model=str(cluster.split), draft=str(cluster.draft))
+        config = EngineConfig(model=str(cluster.split), draft=str(cluster.draft))
         self._parts: HeadParts = load_head_parts(config, cluster.split)
-        whole = load_whole(cluster.split, dtype=config.dtype)  # as the stages compute
+        whole = load_whole(cluster.split, dtype=config.numerics.dtype)  # as the stages compute
         self._target = LocalTarget(whole, self._parts.max_context)
         self._known: dict[tuple[str, int, float], list[int]] = {}
 

@@ -25,10 +25,10 @@ from random import Random
 
 import psutil
 
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.engine import Cluster
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import ClusterError, Request, RequestOutput, SamplingParams
 from flowspec.weights.checkpoint import open_checkpoint
@@ -77,7 +77,7 @@ def local_subject(folder: Path, *, num_stages: int = 2) -> Iterator[Subject]:
     split = folder / "split"
     plan = plan_split(open_checkpoint(checkpoint / "target"), layers=(1,) * num_stages, dtype=None)
     run_split(plan, split, model_id="tiny")
-    config = RunConfig(
+    config = EngineConfig(
         model=str(split),
         draft=str(checkpoint / "eagle"),
         stages=num_stages,
@@ -85,7 +85,7 @@ def local_subject(folder: Path, *, num_stages: int = 2) -> Iterator[Subject]:
         max_restarts=1_000_000,
     )
     parts = load_head_parts(config, split)
-    with LocalCluster(config, parts) as cluster:
+    with LocalEngine(config, parts) as cluster:
         yield Subject(
             cluster,
             victims=lambda: {f"stage {r}": child.pid for r, child in cluster.children.items()},

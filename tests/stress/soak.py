@@ -31,10 +31,10 @@ import torch
 
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.engine import generate
-from flowspec.engine.local import LocalCluster
+from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import Request, SamplingParams, TokensOut
 from flowspec.speculation.strategies import find_strategy
@@ -113,7 +113,7 @@ def private_bytes(pid: int) -> int:
 class Watch:
     """Takes the samples of one soak."""
 
-    def __init__(self, cluster: LocalCluster, expected: int) -> None:
+    def __init__(self, cluster: LocalEngine, expected: int) -> None:
         children = cluster.children.items()
         self.pids = {"head": os.getpid(), **{f"stage {rank}": c.pid for rank, c in children}}
         self.expected = expected
@@ -137,7 +137,7 @@ class Watch:
 
 
 def soak_requests(
-    cluster: LocalCluster, cases: Sequence[Request], answers: Sequence[Sequence[int]], count: int
+    cluster: LocalEngine, cases: Sequence[Request], answers: Sequence[Sequence[int]], count: int
 ) -> tuple[Watch, int]:
     """`count` requests, the cases in turn; the samples, and how many answers were wrong."""
     watch, wrong = Watch(cluster, count), 0
@@ -148,9 +148,7 @@ def soak_requests(
     return watch, wrong
 
 
-def soak_tokens(
-    cluster: LocalCluster, request: Request, answer: Sequence[int]
-) -> tuple[Watch, int]:
+def soak_tokens(cluster: LocalEngine, request: Request, answer: Sequence[int]) -> tuple[Watch, int]:
     """One long answer; the samples, and 1 if it was wrong."""
     watch, done = Watch(cluster, request.max_new_tokens), 0
     stream = cluster.submit(request)
@@ -235,10 +233,10 @@ def split_demo(folder: Path, stages: int, context: int) -> Path:
 
 
 @contextmanager
-def _parts(options: argparse.Namespace) -> Iterator[tuple[RunConfig, HeadParts]]:
+def _parts(options: argparse.Namespace) -> Iterator[tuple[EngineConfig, HeadParts]]:
     with tempfile.TemporaryDirectory(prefix="flowspec-soak-") as name:
         split = split_demo(Path(name), options.stages, context=options.tokens + 256)
-        config = RunConfig(
+        config = EngineConfig(
             model=str(split),
             draft=str(BUNDLED / "eagle"),
             strategy=options.strategy,
@@ -291,7 +289,7 @@ def main() -> int:
         if options.requests:
             cases = short_cases(parts, options.max_new_tokens)
             alone = answers_alone(parts.folder, parts.max_context, cases)
-            with LocalCluster(config, parts) as cluster:
+            with LocalEngine(config, parts) as cluster:
                 answers = [one.tokens for one in alone]
                 watch, wrong = soak_requests(cluster, cases, answers, options.requests)
             samples["requests"] = watch.samples
@@ -299,7 +297,7 @@ def main() -> int:
         if options.tokens:
             case = long_case(parts, options.tokens, options.temperature)
             (alone_long,) = answers_alone(parts.folder, parts.max_context, [case])
-            with LocalCluster(config, parts) as cluster:
+            with LocalEngine(config, parts) as cluster:
                 watch, wrong = soak_tokens(cluster, case, alone_long.tokens)
             samples["tokens"] = watch.samples
             good = _report(watch, "tokens", wrong, options.bound_mib) and good

@@ -1,13 +1,14 @@
 """A head without devices, for clients that choose the strategy; and what its stages say."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import flowspec
 from flowspec.cluster.controller.epochs import CancelTicket, Ended, Event, HeadEngine, NewRequest
-from flowspec.config import RunConfig
+
+import flowspec
+from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.protocol.control import Ask, Decoding, Done, Turn, pack, unpack
 from flowspec.protocol.messages import Status
@@ -17,7 +18,7 @@ from flowspec.weights.split import run_split
 from flowspec.weights.split_plan import plan_split
 from tests.support.checkpoints import save_checkpoint
 
-CONFIG = RunConfig(strategy="flowspec", decode={"draft_topk": 7})  # what `serve` was given
+CONFIG = EngineConfig(strategy="flowspec", decode={"draft_topk": 7})  # what `serve` was given
 
 
 def tiny_parts(folder: Path) -> HeadParts:
@@ -26,7 +27,7 @@ def tiny_parts(folder: Path) -> HeadParts:
     plan = plan_split(open_checkpoint(folder / "tiny" / "target"), layers=(1, 1), dtype=None)
     run_split(plan, folder / "split", model_id="tiny")
     draft = str(folder / "tiny" / "eagle")
-    return load_head_parts(replace(CONFIG, draft=draft), folder / "split")
+    return load_head_parts(CONFIG.changed(draft=draft), folder / "split")
 
 
 class Asking:

@@ -9,11 +9,11 @@ from flowspec.cluster.membership.roster import (
     Effect,
     Engage,
     Halt,
+    LogEvent,
     MembershipConfig,
     Place,
     Placement,
-    Say,
-    Tell,
+    SendToDevice,
 )
 from flowspec.protocol.control import (
     Addresses,
@@ -26,7 +26,7 @@ from flowspec.protocol.control import (
 )
 from flowspec.weights.split_plan import even_layers
 
-MODEL = ModelCard(model_id="m", model_hash="a" * 64, dtype="float32", stored_dtype="float32")
+MODEL = ModelCard(model_id="m", model_hash="a" * 64, stored_dtype="float32")
 CONFIG = MembershipConfig(version="1.0", model=MODEL, settle_s=1.0, rejoin_wait_s=5.0)
 NUM_LAYERS = 8
 HEAD = Addresses(control="tcp://0.0.0.0:1", data="tcp://0.0.0.0:2")
@@ -84,7 +84,7 @@ class World:
         """Note them; the head's own sockets are there at once."""
         for effect in effects:
             self.effects.append(effect)
-            if isinstance(effect, Tell):
+            if isinstance(effect, SendToDevice):
                 self.told.setdefault(effect.peer, []).append(effect.message)
             if isinstance(effect, Engage):
                 self.apply(self.members.head_bound(effect.epoch, HEAD))
@@ -126,7 +126,12 @@ class World:
             assign = self.last(peer, Assign)
             assert assign is not None, f"{peer!r} has no layers"
             here = Addresses(control=f"tcp://{peer.decode()}:1", data=f"tcp://{peer.decode()}:2")
-            ready = StageReady(epoch=assign.epoch, model_hash=MODEL.model_hash, addresses=here)
+            ready = StageReady(
+                epoch=assign.epoch,
+                model_hash=MODEL.model_hash,
+                numerics=assign.model.numerics,
+                addresses=here,
+            )
             self.say(peer, ready)
 
     def serving(self, *gigabytes: int, **changes: object) -> list[bytes]:
@@ -139,7 +144,7 @@ class World:
 
     def said(self) -> str:
         """All that was said."""
-        return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, Say))
+        return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, LogEvent))
 
     def halts(self) -> list[Halt]:
         """Epochs that ended."""

@@ -85,11 +85,11 @@ def test_the_command_prints_json(trace, monkeypatch, capsys):
     ("content", "message"),
     [
         (None, "does not exist"),
-        ("half a {", "is no trace"),
-        ("[]", "is no trace"),
+        ("half a {", "is not a trace"),
+        ("[]", "is not a trace"),
         ('{"traceEvents": []}', "format None, needed"),
-        (json.dumps({"traceEvents": 3, "otherData": {"format": FORMAT}}), "is no trace"),
-        (b"\xff\xfe\x00", "is no trace"),
+        (json.dumps({"traceEvents": 3, "otherData": {"format": FORMAT}}), "is not a trace"),
+        (b"\xff\xfe\x00", "is not a trace"),
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path, monkeypatch, capsys, content, message):

@@ -29,7 +29,7 @@ SHAPE = Shape(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=5,
               num_kv_heads=1)  # fmt: skip
 LAYERS = (1, 2, 4)
 STEPS = 4
-PLAN = train_eagle3.Plan(
+PLAN = train_eagle3.Eagle3TrainingPlan(
     layers=LAYERS, draft_vocab=40, minutes=1.0, checkpoint=Path("eagle3.pt"), steps=STEPS
 )
 

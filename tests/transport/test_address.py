@@ -72,7 +72,7 @@ def test_a_host_has_no_port():
     for text, host in (("::1", "::1"), ("[::1]", "::1"), ("*", "*"), ("a.b", "a.b")):
         assert parse_host(text) == host
     for text in ("[::1]:7", "a:7", "", "-x"):
-        with pytest.raises(ValueError, match="is no host"):
+        with pytest.raises(ValueError, match="is not a host"):
             parse_host(text)
     for text in ("fd00::2%eth0", "[::1%lo]"):
         with pytest.raises(ValueError, match="belongs to link-local addresses"):

@@ -148,7 +148,7 @@ def test_a_wrong_token_ends_in_an_error_and_is_counted(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("address", ["ipc:///tmp/x", "tcp://host", "tcp://:1", "tcp://h:99999", ""])
 def test_what_is_no_address_is_told(address: str) -> None:
     """Before a socket is made."""
-    with pytest.raises(ValueError, match="is no address; needed: tcp://HOST:PORT"):
+    with pytest.raises(ValueError, match="is not an address; needed: tcp://HOST:PORT"):
         parse_url(address)
 
 

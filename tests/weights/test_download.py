@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import Part
+from flowspec.transport.chunks import ChunkReply
 from flowspec.weights.transfer import download
 
 
@@ -25,7 +25,7 @@ def test_a_disk_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch):
     """Not a wait without end, neither for what is unwritten nor for the thread."""
     monkeypatch.setattr(download, "STALL_LIMIT_S", 0.1)
     file = HangingFile()
-    part = Part(digest=b"", offset=0, total=1, pieces=[memoryview(b"x")])
+    part = ChunkReply(digest=b"", offset=0, total=1, pieces=[memoryview(b"x")])
     try:
         with download.Writer() as writer:
             writer.put(file, part)

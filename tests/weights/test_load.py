@@ -149,7 +149,7 @@ FILES = {"sha256": "0" * 64, "bytes": 1}
         ({"files": {"x": {**FILES, "bytes": -1}}}, "needed: sha256 and bytes"),
         ({"files": {}}, "lacks head/model.safetensors"),
         ({"extra": 1}, "unknown keys"),
-        ({"model_hash": "0" * 64}, "model_hash does not belong"),
+        ({"model_hash": "0" * 64}, "model_hash does not match"),
     ],
 )
 def test_a_manifest_is_read_strictly(model, changes, named):

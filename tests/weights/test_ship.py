@@ -98,7 +98,7 @@ def test_manifest_comes_by_its_hash(source: Source) -> None:
     assert fetch_manifest(address, KEYS, sha256, SOON_S) == source.manifest
     with pytest.raises(ClusterError, match="has no manifest 0000"):
         fetch_manifest(address, KEYS, "0" * 64, SOON_S)
-    with pytest.raises(ClusterError, match="for the sha256 of its manifest"):
+    with pytest.raises(ClusterError, match="as the sha256 of its manifest"):
         fetch_manifest(address, KEYS, "../../etc/passwd", SOON_S)
 
 
@@ -209,10 +209,10 @@ def test_a_wrong_file_on_the_head_is_refused(
     path.write_bytes(content)
     server = ShardServer(tmp_path / "bad", "tcp://127.0.0.1:0", KEYS)
     try:
-        with pytest.raises(ClusterError, match="head: sent a file of .* whose sha256 is not"):
+        with pytest.raises(ClusterError, match="head: sent a file of .* but its sha256 is not"):
             fetch(replace(source, server=server), cache)
         path.write_bytes(content[:-1])
-        with pytest.raises(ClusterError, match=r"head: has a file of \d+ bytes, \d+ in its"):
+        with pytest.raises(ClusterError, match=r"head: has a file of \d+ bytes, but \d+ in its"):
             fetch(replace(source, server=server), cache)
         path.unlink()
         server._files.clear()

@@ -61,7 +61,7 @@ def test_a_missing_shard_is_named(tmp_path, form):
     families.save(tmp_path, form=form)
     shard = sorted(tmp_path.glob("*model-0*"))[1]
     shard.unlink()
-    with pytest.raises(ValueError, match=rf"misses 1 of \d+ shards: {shard.name}"):
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ shards: {shard.name}"):
         open_checkpoint(tmp_path)
 
 
@@ -104,7 +104,7 @@ def damage(data: bytes) -> dict[str, bytes]:
     return {
         "truncated: ": data[:-5],
         "truncated inside its header": data[: 8 + length // 2],
-        "no safetensors file, or": (1 << 60).to_bytes(8, "little") + data[8:],
+        "not a safetensors file, or": (1 << 60).to_bytes(8, "little") + data[8:],
         "damaged header": data[:8] + b"\xff" * length + data[8 + length :],
         "longer than its header says": data + b"x",
         "overlap or leave a gap": with_header({**header, entries[0]: moved}),
@@ -118,7 +118,7 @@ def damage(data: bytes) -> dict[str, bytes]:
     [
         "truncated: ",
         "truncated inside its header",
-        "no safetensors file, or",
+        "not a safetensors file, or",
         "damaged header",
         "longer than its header says",
         "overlap or leave a gap",
@@ -186,7 +186,7 @@ def test_an_id_goes_to_the_hub_and_its_safetensors_are_preferred(tmp_path, monke
 
 def test_an_id_that_cannot_be_had_names_both_ways_out(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="no folder here.*HF_HUB_OFFLINE=1"):
+    with pytest.raises(ValueError, match="not a folder here.*HF_HUB_OFFLINE=1"):
         resolve_model("nobody/nothing", offline=True)
     with pytest.raises(ValueError, match="neither a folder nor a Hugging Face id"):
         resolve_model("./no/such/folder")

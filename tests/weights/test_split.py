@@ -234,13 +234,13 @@ def test_a_folder_with_other_content_is_left_alone(checkpoint, tmp_path):
 def test_a_foreign_file_in_a_split_is_named(checkpoint, tmp_path):
     split(checkpoint, tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("")
-    with pytest.raises(ValueError, match=r"notes\.txt is no part"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not part"):
         split(checkpoint, tmp_path / "out")
 
 
 def test_an_out_that_is_a_file_is_refused(checkpoint, tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(ValueError, match="give --out a folder"):
+    with pytest.raises(ValueError, match="--out needs a folder"):
         split(checkpoint, tmp_path / "out")
 
 

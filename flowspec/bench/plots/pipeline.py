@@ -24,7 +24,7 @@ HIT, MISS = "verdict: hit", "verdict: miss"
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class TimeWindow:
     """Part of a run, in seconds since its first request came."""
 
     start: float
@@ -115,7 +115,7 @@ def _window(
     marks: Sequence[Mapping[str, Any]],
     start: float | None,
     end: float | None,
-) -> Window:
+) -> TimeWindow:
     begins = min(event["ts"] for event in own) / 1e6
     ends = max(event["ts"] + event["dur"] for event in own) / 1e6
     passes = sorted(event["ts"] / 1e6 for event in own if event["pid"] == 1)
@@ -124,7 +124,7 @@ def _window(
         start = firsts[0] if firsts else begins
         later = [when for when in passes if when >= start]
         end = later[MAX_SEGMENTS] if len(later) > MAX_SEGMENTS else ends
-    window = Window(begins if start is None else start, ends if end is None else end)
+    window = TimeWindow(begins if start is None else start, ends if end is None else end)
     if window.start >= window.end:
         raise ValueError(
             f"the window from {window.start:g} to {window.end:g} s is empty; the request "
@@ -133,7 +133,7 @@ def _window(
     return window
 
 
-def _inside(event: Mapping[str, Any], window: Window) -> bool:
+def _inside(event: Mapping[str, Any], window: TimeWindow) -> bool:
     return bool(
         event["ts"] / 1e6 < window.end and (event["ts"] + event["dur"]) / 1e6 > window.start
     )
@@ -165,7 +165,7 @@ def _legend(theme: Theme, colors: Mapping[str, str]) -> list[tuple[Any, str]]:
     ]
 
 
-def _work(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color: str) -> None:
+def _work(axes: Axes, event: Mapping[str, Any], lane: int, window: TimeWindow, color: str) -> None:
     start, end = event["ts"] / 1e6, (event["ts"] + event["dur"]) / 1e6
     start, end = max(start, window.start), min(end, window.end)
     whole = window.end - window.start
@@ -173,7 +173,7 @@ def _work(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color
     axes.barh(lane, wide, left=start, height=TALL, color=color)
 
 
-def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: Window, color: str) -> None:
+def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: TimeWindow, color: str) -> None:
     """Rows, where there is room."""
     start = max(event["ts"] / 1e6, window.start)
     end = min((event["ts"] + event["dur"]) / 1e6, window.end)
@@ -210,7 +210,7 @@ def _ink_on(color: str) -> str:
 
 
 def _verdicts(
-    axes: Axes, marks: Sequence[Mapping[str, Any]], window: Window, colors: Mapping[str, str]
+    axes: Axes, marks: Sequence[Mapping[str, Any]], window: TimeWindow, colors: Mapping[str, str]
 ) -> None:
     for name, shape in ((HIT, "v"), (MISS, "X")):
         times = [mark["ts"] / 1e6 for mark in marks if mark["name"] == name]

@@ -2,10 +2,12 @@
 
 import logging
 import os
+import queue
 import stat
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TextIO
 
 import typer
@@ -14,43 +16,70 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flowspec.engine.local import LocalCluster
-from flowspec.protocol.messages import Status, Tokens
-from flowspec.request import Completion, Request
+from flowspec.engine.engine import Engine, StageStatus
+from flowspec.engine.stream import Event, Stream
+from flowspec.request import Request, RequestOutput, TokensOut
 from flowspec.runtime import failures
+from flowspec.system import signals
 
 log = logging.getLogger("flowspec")
+POLL_S = 0.2
+STAGES_S = 1.0  # for the stages to say what they did, once an answer is over
 PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
 
 
-def show_answers(
-    cluster: LocalCluster, requests: Sequence[Request]
-) -> tuple[list[Completion], float]:
-    """Serve all at once and show them; the completions in order, and the seconds it took.
+def show_answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[RequestOutput], float]:
+    """Run all at once and show them; the outputs in order, and the seconds it took.
 
-    One answer streams to stdout; of several each is printed when it is complete.
+    One answer streams to stdout; of several each is printed when it is complete. The stages have
+    said what they did when this returns, or have had the time for it.
     """
     start = time.monotonic()
     console = Console()
     screen = _Screen(console, alone=len(requests) == 1)
-    done: dict[int, Completion] = {}
-    line = _LiveLine(cluster, start)
+    line = _LiveLine(engine, start)
     notes = _Notes(screen)
     log.addHandler(notes)
+    streams: dict[int, Stream] = {}
     try:
-        for event in cluster.serve(requests):
-            if isinstance(event, Completion):
-                done[event.request] = event
-                screen.finish(event)
-            else:
-                screen.add(event, line.text(len(requests) - len(done)))
+        for place, request in enumerate(requests, start=1):
+            streams[place] = engine.submit(request)
+        for place, event in _events(streams):
+            if isinstance(event, RequestOutput):
+                screen.finish(place, event)
+            elif isinstance(event, TokensOut):
+                num_open = sum(stream.output is None for stream in streams.values())
+                screen.add(place, event.text, line.text(num_open))
+        elapsed_s = time.monotonic() - start
+        for stream in streams.values():
+            if stream.result().tokens:
+                stream.stage_stats(STAGES_S)
     except BaseException:
+        for stream in streams.values():
+            stream.abort()
         screen.cut_off()
         raise
     finally:
         log.removeHandler(notes)
         screen.close()
-    return [done[request.id] for request in requests], time.monotonic() - start
+    return [stream.result() for stream in streams.values()], elapsed_s
+
+
+def _events(streams: Mapping[int, Stream]) -> Iterator[tuple[int, Event]]:
+    """The events of all streams, each with its stream's number, as they come."""
+    readable: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number, stream in streams.items():
+        stream.listen(partial(readable.put, number))
+    num_open = len(streams)
+    while num_open:
+        signals.check()
+        try:
+            number = readable.get(timeout=POLL_S)
+        except queue.Empty:
+            continue
+        while (event := streams[number].poll()) is not None:
+            num_open -= isinstance(event, RequestOutput)
+            yield number, event
 
 
 class _Notes(logging.Handler):
@@ -84,17 +113,17 @@ class _Screen:
             self.live = Live(console=console, refresh_per_second=8, transient=not alone)
             self.live.start()
 
-    def add(self, event: Tokens, line: str) -> None:
+    def add(self, number: int, text: str, line: str) -> None:
         """More text of one answer."""
-        self.texts[event.request] = self.texts.get(event.request, "") + event.text
+        self.texts[number] = self.texts.get(number, "") + text
         if self.live:
-            text = self.texts[event.request] if self.alone else ""
-            self.live.update(Group(Text(text), Text(line, style="dim")))
+            shown = self.texts[number] if self.alone else ""
+            self.live.update(Group(Text(shown), Text(line, style="dim")))
             return
         if self.alone:
-            typer.echo(event.text, nl=False)
+            typer.echo(text, nl=False)
             sys.stdout.flush()
-            self.mid_line = not (self.texts[event.request] or "\n").endswith("\n")
+            self.mid_line = not (self.texts[number] or "\n").endswith("\n")
         if self.says_speed and time.monotonic() - self.shown_at > PLAIN_INTERVAL_S:
             self.shown_at = time.monotonic()
             typer.echo(f"[{line}]", err=True)
@@ -105,15 +134,15 @@ class _Screen:
         sys.stderr.write(f"{line_end}{text}\n")
         sys.stderr.flush()
 
-    def finish(self, completion: Completion) -> None:
+    def finish(self, number: int, output: RequestOutput) -> None:
         """One answer is complete, or refused: then its error follows at the end."""
-        self.texts.pop(completion.request, None)
+        self.texts.pop(number, None)
         if not self.alone:
-            if completion.tokens:
-                self._print(f"[{completion.request}] {completion.text}\n")
+            if output.tokens:
+                self._print(f"[{number}] {output.text}\n")
         elif self.live:
-            self.live.update(Text(completion.text))
-        elif completion.tokens:
+            self.live.update(Text(output.text))
+        elif output.tokens:
             typer.echo("")
             self.mid_line = False
 
@@ -150,29 +179,27 @@ def _is_file(stream: TextIO) -> bool:
 class _LiveLine:
     """Speed, acceptance, and what share of the time between two reports each stage computed."""
 
-    def __init__(self, cluster: LocalCluster, start: float) -> None:
-        self.cluster, self.start = cluster, start
+    def __init__(self, engine: Engine, start: float) -> None:
+        self.engine, self.start = engine, start
         self._seen: dict[int, tuple[float, float]] = {}  # (when, busy seconds) per stage
         self._shares: dict[int, float] = {}
 
     def text(self, num_open: int) -> str:
         """The line as of now; `num_open` answers are not complete."""
-        now = time.monotonic()
-        served = self.cluster.head.served_stats()
-        tokens = sum(stats.num_tokens for stats in served)
-        begin = min((s.first_token_at for s in served if s.first_token_at), default=now)
-        verdicts = sum(stats.num_verdicts for stats in served)
-        tau = (tokens - len(served)) / verdicts if verdicts else 0.0
-        self._update(self.cluster.statuses(), now)
+        now, status = time.monotonic(), self.engine.status()
+        progress = status.progress
+        self._update(status.stages, now)
         stages = " ".join(f"{rank}:{share:.0%}" for rank, share in sorted(self._shares.items()))
-        rate = (tokens - len(served)) / max(now - max(begin, self.start), 1e-9)
+        tau = progress.num_decoded / progress.num_verdicts if progress.num_verdicts else 0.0
+        begin = max(progress.first_token_at or now, self.start)
+        rate = progress.num_decoded / max(now - begin, 1e-9)
         waiting = f"{num_open} open, " if num_open > 1 else ""
         return (
             f"{waiting}{max(rate, 0.0):.1f} tokens/s, {tau:.2f} tokens per verdict, "
             f"stages busy {stages or '-'}"
         )
 
-    def _update(self, statuses: Mapping[int, Status], now: float) -> None:
+    def _update(self, statuses: Mapping[int, StageStatus], now: float) -> None:
         for rank, status in sorted(statuses.items()):
             when, busy_s = self._seen.get(rank, (now, status.busy_s))
             if status.busy_s != busy_s and now > when:
@@ -182,7 +209,7 @@ class _LiveLine:
 
 
 def show_summary(
-    completions: Sequence[Completion], statuses: Mapping[int, Status], elapsed_s: float
+    completions: Sequence[RequestOutput], statuses: Mapping[int, StageStatus], elapsed_s: float
 ) -> None:
     """A table: per request where there are several, then the cluster's own figures."""
     console = Console(width=100)
@@ -212,7 +239,7 @@ def show_summary(
     console.print(table)
 
 
-def _add_request(table: Table, completion: Completion) -> None:
+def _add_request(table: Table, completion: RequestOutput) -> None:
     stats = completion.stats
     alphas = " ".join(f"{alpha:.2f}" for alpha in stats.acceptance_by_depth()[:8])
     table.add_row("finished", f"{completion.reason.value}, {stats.num_tokens} tokens")
@@ -222,12 +249,12 @@ def _add_request(table: Table, completion: Completion) -> None:
     table.add_row("alpha per depth", alphas or "-")
 
 
-def _requests_table(completions: Sequence[Completion]) -> Table:
+def _requests_table(completions: Sequence[RequestOutput]) -> Table:
     table = Table("request", "finished", "tokens", "first token", "tokens/s", "tau", box=None)
-    for completion in completions:
+    for number, completion in enumerate(completions, start=1):
         stats = completion.stats
         table.add_row(
-            *(str(completion.request), completion.reason.value, str(stats.num_tokens)),
+            *(str(number), completion.reason.value, str(stats.num_tokens)),
             f"{stats.time_to_first_token_s * 1e3:.0f} ms",
             *(f"{stats.tokens_per_s:.1f}", f"{stats.mean_accepted_length:.2f}"),
         )

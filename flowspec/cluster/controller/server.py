@@ -1,40 +1,53 @@
-"""The head as a server: devices and clients in one thread, the core in another."""
+"""The head as a server: devices and clients in one thread, the engine's core in another."""
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
+
+from pydantic import ValidationError
 
 import flowspec
-from flowspec.cluster.controller.epochs import (
-    Blamed,
-    CancelTicket,
-    Crossed,
-    Ended,
-    Event,
-    HeadBound,
-    HeadEngine,
-    MoreText,
-    NewRequest,
-    StageLost,
-    failed,
-)
 from flowspec.cluster.controller.status import HeadFacts, cluster_status
 from flowspec.cluster.membership.membership import Membership, Phase
-from flowspec.cluster.membership.roster import Effect, Engage, GiveUp, Halt, Resume, Say, Tell
+from flowspec.cluster.membership.roster import (
+    Effect,
+    Engage,
+    FailRequests,
+    Halt,
+    LogEvent,
+    ResumeEpoch,
+    SendToDevice,
+)
+from flowspec.engine.cluster import (
+    ClusterEngine,
+    EngineEvent,
+    HeadBound,
+    RequestBlamed,
+    StageLost,
+    TokenCrossed,
+)
+from flowspec.engine.stream import Notice, Stream
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Ask,
+    AskCounts,
     AskStatus,
     Beat,
     Bye,
     Control,
     ControlError,
+    Counts,
     Done,
     Drop,
     Echo,
+    Forget,
+    Forgotten,
     FromDevice,
     Hello,
     ModelSizes,
@@ -42,12 +55,27 @@ from flowspec.protocol.control import (
     Piece,
     Progress,
     Refuse,
+    StageFigures,
     StageReady,
     Trouble,
+    figures_of,
     pack,
+    report_of,
     unpack,
 )
-from flowspec.request import ClusterError
+from flowspec.request import (
+    ClusterError,
+    Failure,
+    FailureKind,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    StageCounts,
+    TokensOut,
+    cause_of,
+)
+from flowspec.tokenizer import PromptError
 from flowspec.transport.control_sockets import ControlServer, UnreachableError
 from flowspec.transport.secure.tally import Tally
 
@@ -55,14 +83,46 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 MAX_OPEN_PER_CLIENT = 64
 DRAIN_POLL_S = 0.05
+MIN_CHARACTERS, CHARACTERS_PER_TOKEN = 262_144, 32  # that a prompt may have, by the context
+MAX_REMEMBERED = 256  # requests that are over, whose stage counts may be asked for
+MAX_WORDS = 4000  # characters of a sentence in a message
+MAX_PIECE, MAX_PIECE_TEXT = 4096, 200_000  # tokens and characters in a message
 
 
-@dataclass(frozen=True, slots=True)
-class _Caller:
-    """Whose request a ticket is: the client's connection and its own number for it."""
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A client's request: its connection, its own number for it, and the stream once it runs."""
 
     peer: bytes
     id: int
+    stream: Stream | None = None
+    is_dropped: bool = False  # the client does not want it any more
+
+
+@dataclass(frozen=True, slots=True)
+class _Submitted:
+    """The engine has taken a request, or refused it."""
+
+    call: _Call
+    outcome: Stream | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class _Readable:
+    """The stream of this call has something to read."""
+
+    call: _Call
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """A message for a client that another thread has prepared."""
+
+    peer: bytes
+    message: Control
+
+
+_Event: TypeAlias = EngineEvent | _Submitted | _Readable | _Answered
 
 
 class HeadServer:
@@ -75,20 +135,22 @@ class HeadServer:
         self,
         control: ControlServer,
         membership: Membership,
-        new_engine: Callable[[Callable[[Event], None]], HeadEngine],
+        new_engine: Callable[[Callable[[EngineEvent], None]], ClusterEngine],
         *,
         sizes: ModelSizes,
-        on_say: Callable[[Say], None] = lambda say: None,
+        on_say: Callable[[LogEvent], None] = lambda say: None,
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.control, self.membership = control, membership
-        self.failure: Exception | None = None  # of one of its threads: nothing is served any more
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.failure: Exception | None = None  # of its thread: nothing is served any more
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self.engine = new_engine(self._hear)
         self._sizes = sizes
         self._on_say, self._on_progress = on_say, on_progress
-        self._callers: dict[int, _Caller] = {}
-        self._next_ticket = 1
+        self._calls: list[_Call] = []  # that are not over
+        self._over: deque[_Call] = deque(maxlen=MAX_REMEMBERED)
+        # Prompts are rendered and slow questions answered here: heartbeats do not wait for them.
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="clients")
         self._num_done = self._num_failed = 0
         self._started_at = time.monotonic()
         self._bad = Tally(log, "dropped control messages")
@@ -104,7 +166,7 @@ class HeadServer:
     def check(self) -> None:
         """Raises ClusterError where one of its threads has failed."""
         if failure := self.failure or self.engine.failure:
-            raise ClusterError("head", f"{type(failure).__name__}: {failure}; see its log")
+            raise ClusterError.of_rank(0, f"{cause_of(failure)}; see its log")
 
     @property
     def is_serving(self) -> bool:
@@ -117,11 +179,11 @@ class HeadServer:
         """Take no new requests and wait for the open ones; whether all have ended."""
         self._draining = why
         end = time.monotonic() + timeout_s
-        while self._callers and self._thread.is_alive() and time.monotonic() < end:
+        while self._calls and self._thread.is_alive() and time.monotonic() < end:
             if in_a_hurry():
                 break
             time.sleep(DRAIN_POLL_S)
-        return not self._callers
+        return not self._calls
 
     def close(self) -> None:
         """Tell everybody and end. Devices keep their layers and wait for a head."""
@@ -130,9 +192,10 @@ class HeadServer:
         self.control.wake()
         self._thread.join(timeout=5.0)
         self.engine.close()
+        self._workers.shutdown(wait=False, cancel_futures=True)
         self.control.close()
 
-    def _hear(self, event: Event) -> None:
+    def _hear(self, event: _Event) -> None:
         self._events.put(event)
         self.control.wake()
 
@@ -142,12 +205,11 @@ class HeadServer:
                 for peer, frame in self.control.receive(TICK_S):
                     self._take(peer, frame)
                 while not self._events.empty():
-                    self._from_engine(self._events.get())
-                self._apply(self.membership.tick(time.monotonic(), idle=not self._callers))
-            for ticket in list(self._callers):
-                self._end(
-                    ticket, Done(id=0, reason="error", error=f"the head ends: {self._draining}")
-                )
+                    self._take_event(self._events.get())
+                self._apply(self.membership.tick(time.monotonic(), idle=not self._calls))
+            for call in list(self._calls):
+                failure = Failure(cause=f"the head ends: {self._draining}", rank=0)
+                self._end(call, _failed_output(failure))
             self._apply(self.membership.close(self._draining))
         except Exception as error:
             log.exception("the control thread failed")
@@ -166,34 +228,7 @@ class HeadServer:
             case _:
                 self._serve_client(peer, message)
 
-    def _serve_client(self, peer: bytes, message: Control) -> None:
-        """What fails here is about this client alone, who is told."""
-        try:
-            self._take_from_client(peer, message)
-        except Exception as error:
-            log.exception("a client's message was not served")
-            if isinstance(message, Ask):
-                for ticket, caller in list(self._callers.items()):
-                    if caller == _Caller(peer, message.id):
-                        del self._callers[ticket]
-                self._send(peer, failed(error).model_copy(update={"id": message.id}))
-            else:
-                self._send(peer, Refuse(why=failed(error).error))
-
-    def _take_from_client(self, peer: bytes, message: Control) -> None:
-        match message:
-            case Ask():
-                self._ask(peer, message)
-            case Drop():
-                for ticket, caller in list(self._callers.items()):
-                    if caller == _Caller(peer, message.id):
-                        self.engine.post(CancelTicket(ticket))
-            case AskStatus():
-                self._status(peer, message)
-            case Echo():
-                self._send(peer, Echo(payload="x" * message.reply_bytes))
-            case _:
-                self._bad.add("not for a head", message.kind)
+    # Devices -------------------------------------------------------------------------------------
 
     def _from_device(self, peer: bytes, message: FromDevice, now: float) -> None:
         if isinstance(message, StageReady):
@@ -208,14 +243,68 @@ class HeadServer:
             return ready
         return ready.model_copy(update={"addresses": ready.addresses.seen_here(host)})
 
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case SendToDevice():
+                    self._send(effect.peer, effect.message)
+                case LogEvent():
+                    self._on_say(effect)
+                case Halt():
+                    self.engine.obey(effect)
+                    left = f"{self.membership.config.give_up_s:g} s"
+                    text = (
+                        f"{effect.failure}; the answer goes on when its layers are held again, "
+                        f"and ends if nobody holds them within {left}"
+                    )
+                    for call in list(self._calls):  # some may leave meanwhile
+                        self._send(call.peer, Note(id=call.id, text=text[:MAX_WORDS]))
+                case Engage() | ResumeEpoch() | FailRequests():
+                    self.engine.obey(effect)
+
+    def _name(self, peer: bytes) -> str:
+        return next((d.name for d in self.membership.devices.values() if d.peer == peer), "?")
+
+    # Clients -------------------------------------------------------------------------------------
+
+    def _serve_client(self, peer: bytes, message: Control) -> None:
+        """Serve one message; what fails here is about this client alone, which is told."""
+        try:
+            self._take_from_client(peer, message)
+        except Exception as error:
+            log.exception("a client's message was not served")
+            failure = Failure(cause=cause_of(error), rank=0)
+            if isinstance(message, Ask):
+                self._calls = [c for c in self._calls if (c.peer, c.id) != (peer, message.id)]
+                self._send(peer, _done(message.id, _failed_output(failure)))
+            else:
+                self._send(peer, Refuse(why=str(failure)[:MAX_WORDS]))
+
+    def _take_from_client(self, peer: bytes, message: Control) -> None:
+        match message:
+            case Ask():
+                self._ask(peer, message)
+            case Drop():
+                for call in list(self._calls):
+                    if (call.peer, call.id) == (peer, message.id):
+                        self._drop(call)
+            case AskCounts():
+                self._ask_counts(peer, message.id)
+            case Forget():
+                self._workers.submit(self._forget, peer, message.id)
+            case AskStatus():
+                self._status(peer, message)
+            case Echo():
+                self._send(peer, Echo(payload="x" * message.reply_bytes))
+            case _:
+                self._bad.add("not for a head", message.kind)
+
     def _ask(self, peer: bytes, ask: Ask) -> None:
         if why := version_refusal(ask.protocol, ask.version):
             self._send(peer, Refuse(why=why))
-            # for a client of a version that waits for this alone
-            self._send(peer, Done(id=ask.id, reason="error", error=why))
             return
         refusal = ""
-        open_here = sum(caller.peer == peer for caller in self._callers.values())
+        open_here = sum(call.peer == peer for call in self._calls)
         if self._draining:
             refusal = f"the head takes no more requests: {self._draining}"
         elif self.membership.gave_up:
@@ -223,58 +312,79 @@ class HeadServer:
         elif open_here >= MAX_OPEN_PER_CLIENT:
             refusal = f"{open_here} requests of this client are open already"
         if refusal:
-            self._send(peer, Done(id=ask.id, reason="error", error=refusal))
+            self._send(peer, _done(ask.id, _failed_output(Failure(cause=refusal, rank=0))))
             return
-        ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        self._callers[ticket] = _Caller(peer, ask.id)
+        call = _Call(peer, ask.id)
+        self._calls.append(call)
         if not self.is_serving:
             text = f"not ready: {self.membership.missing()}"[:3900]
             self._send(peer, Note(id=ask.id, text=f"{text}; the answer comes once it is"))
-        self.engine.post(NewRequest(ticket, ask))
+        self._workers.submit(self._submit, call, ask)
+
+    def _submit(self, call: _Call, ask: Ask) -> None:
+        """In a worker's thread: render the prompt and give the request to the engine."""
+        outcome: Stream | Failure
+        try:
+            outcome = self.engine.submit(request_of(ask, self.engine.parts.max_context))
+        except Exception as error:
+            outcome = refusal_of(error)
+            if outcome.kind is FailureKind.FAILED:
+                log.warning("a request cannot begin: %s", cause_of(error), exc_info=error)
+        self._hear(_Submitted(call, outcome))
+
+    def _drop(self, call: _Call) -> None:
+        """The client has turned away, or cannot be told."""
+        call.is_dropped = True
+        if call.stream is not None:
+            call.stream.abort()
+
+    def _ask_counts(self, peer: bytes, number: int) -> None:
+        """Tell what the stages did for a request that is over, once they have said so."""
+        found = next((c for c in self._over if (c.peer, c.id) == (peer, number)), None)
+        stream = found.stream if found is not None else None
+
+        def answer() -> None:
+            counts = stream.stage_stats() if stream is not None else None
+            stages = None if counts is None else stage_figures(counts)
+            self._hear(_Answered(peer, Counts(id=number, stages=stages)))
+
+        self._workers.submit(answer)
+
+    def _forget(self, peer: bytes, number: int) -> None:
+        """In a worker's thread: have costs learnt anew, where no request is open."""
+        why = ""
+        try:
+            self.engine.forget()
+        except (ValueError, ClusterError) as error:
+            why = str(error)[:MAX_WORDS]
+        self._hear(_Answered(peer, Forgotten(id=number, why=why)))
 
     def _status(self, peer: bytes, message: AskStatus) -> None:
         if refusal := version_refusal(message.protocol, message.version):
             self._send(peer, Refuse(why=refusal))
             return
-        now = time.monotonic()
+        now, parts = time.monotonic(), self.engine.parts
         facts = HeadFacts(
-            strategy=self.engine.strategy,
-            max_context=self.engine.parts.max_context,
-            drafter=self.engine.parts.drafter.name,
-            draft_hash=self.engine.parts.draft_hash,
-            code_hash=self.engine.parts.code_hash,
+            strategy=self.engine.config.strategy,
+            max_context=parts.max_context,
+            drafter=next(iter(parts.drafters), "none"),
+            draft_hash=parts.draft_hash,
+            code_hash=parts.code_hash,
             sizes=self._sizes,
             uptime_s=now - self._started_at,
             epoch_at=self.engine.epoch_at,
             crossed_at=self.engine.crossed_at,
             statuses=dict(self.engine.statuses),
-            num_active=len(self.engine.head.active),
-            num_waiting=len(self.engine.head.admission.waiting),
+            num_active=len(self.engine.head.scheduler.running),
+            num_waiting=len(self.engine.head.scheduler.waiting),
             num_done=self._num_done,
             num_failed=self._num_failed,
         )
         self._send(peer, cluster_status(self.membership, facts, now))
 
-    def _apply(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Tell():
-                    self._send(effect.peer, effect.message)
-                case Say():
-                    self._on_say(effect)
-                case Halt():
-                    self.engine.post(effect)
-                    for caller in list(self._callers.values()):  # who has left goes meanwhile
-                        left = f"{self.membership.config.give_up_s:g} s"
-                        text = (
-                            f"{effect.error}; the answer goes on when its layers are held again, "
-                            f"and ends if nobody holds them within {left}"
-                        )
-                        self._send(caller.peer, Note(id=caller.id, text=text[:4000]))
-                case Engage() | Resume() | GiveUp():
-                    self.engine.post(effect)
+    # What other threads say ----------------------------------------------------------------------
 
-    def _from_engine(self, event: Event) -> None:
+    def _take_event(self, event: _Event) -> None:
         match event:
             case HeadBound():
                 self._apply(self.membership.head_bound(event.epoch, event.addresses))
@@ -282,47 +392,71 @@ class HeadServer:
                 now = time.monotonic()
                 effects = self.membership.stage_lost(event.epoch, event.rank, event.cause, now)
                 self._apply(effects)
-            case Crossed():
+            case TokenCrossed():
                 self.membership.crossed(event.epoch)
-            case Blamed():
+            case RequestBlamed():
                 self.membership.forgive(event.epochs, time.monotonic())
-            case MoreText() | Ended():
-                self._pass_on(event)
+            case _Submitted():
+                self._submitted(event)
+            case _Readable():
+                self._pass_on(event.call)
+            case _Answered():
+                self._send(event.peer, event.message)
 
-    def _pass_on(self, event: MoreText | Ended) -> None:
-        """An answer that cannot be told ends, and no other."""
+    def _submitted(self, event: _Submitted) -> None:
+        call = event.call
+        if isinstance(event.outcome, Failure):
+            self._end(call, _failed_output(event.outcome))
+            return
+        call.stream = event.outcome
+        if call.is_dropped:
+            call.stream.abort()
+        call.stream.listen(lambda: self._hear(_Readable(call)))
+
+    def _pass_on(self, call: _Call) -> None:
+        """Send a client what its stream has; an answer that cannot be told ends, and no other."""
+        assert call.stream is not None, "it is readable"
         try:
-            if isinstance(event, Ended):
-                self._end(event.ticket, event.done)
-            elif caller := self._callers.get(event.ticket):
-                piece = Piece(id=caller.id, tokens=event.tokens, text=event.text)
-                self._send(caller.peer, piece)
+            while call in self._calls and (event := call.stream.poll()) is not None:
+                match event:
+                    case TokensOut():
+                        self._send_tokens(call, event)
+                    case Notice():
+                        self._send(call.peer, Note(id=call.id, text=event.text[:MAX_WORDS]))
+                    case RequestOutput():
+                        self._end(call, event)
         except Exception as error:
             log.exception("an answer could not be told")
-            self._end(event.ticket, failed(error))
-            self.engine.post(CancelTicket(event.ticket))
+            self._drop(call)
+            self._end(call, _failed_output(Failure(cause=cause_of(error), rank=0)))
 
-    def _end(self, ticket: int, done: Done) -> None:
-        caller = self._callers.get(ticket)
-        if caller is None:
+    def _send_tokens(self, call: _Call, event: TokensOut) -> None:
+        """In pieces of a size that a message may have."""
+        tokens, text = event.tokens, event.text
+        while tokens or text:
+            piece = Piece(id=call.id, tokens=tokens[:MAX_PIECE], text=text[:MAX_PIECE_TEXT])
+            self._send(call.peer, piece)
+            tokens, text = tokens[MAX_PIECE:], text[MAX_PIECE_TEXT:]
+
+    def _end(self, call: _Call, output: RequestOutput) -> None:
+        if call not in self._calls:
             return
-        self._send(caller.peer, done.model_copy(update={"id": caller.id}))
-        self._num_done += not done.error
-        self._num_failed += bool(done.error)
-        self._callers.pop(ticket, None)
+        self._calls.remove(call)
+        self._over.append(call)
+        self._num_done += output.error is None
+        self._num_failed += output.error is not None
+        first_epoch = self.engine.first_epoch(output.request)
+        done = _done(call.id, output, epoch=self.engine.epoch, first_epoch=first_epoch)
+        self._send(call.peer, done)
 
     def _send(self, peer: bytes, message: Control) -> None:
         try:
             self.control.send(peer, pack(message))
         except UnreachableError:
             self._apply(self.membership.unreachable(peer, time.monotonic()))
-            for ticket, caller in list(self._callers.items()):
-                if caller.peer == peer:
-                    del self._callers[ticket]
-                    self.engine.post(CancelTicket(ticket))
-
-    def _name(self, peer: bytes) -> str:
-        return next((d.name for d in self.membership.devices.values() if d.peer == peer), "?")
+            for call in [one for one in self._calls if one.peer == peer]:
+                self._calls.remove(call)
+                self._drop(call)
 
 
 def version_refusal(protocol: int, version: str) -> str:
@@ -333,3 +467,80 @@ def version_refusal(protocol: int, version: str) -> str:
     if version != own:
         return f"the head runs FlowSpec {own}, this client {version}; install the same on both"
     return ""
+
+
+def request_of(ask: Ask, max_context: int) -> Request:
+    """What a client asks for. Raises ValueError for what cannot be sampled so.
+
+    Far more text than the context could hold is not made into tokens.
+    """
+    most = max(MIN_CHARACTERS, CHARACTERS_PER_TOKEN * max_context)
+    if (length := sum(len(turn.content) for turn in ask.turns)) > most:
+        raise ValueError(
+            f"the conversation has {length:,} characters, at most {most:,} are taken for the "
+            f"model's context of {max_context:,} tokens; shorten it"
+        )
+    return Request(
+        prompt=ask.prompt or [turn.model_dump() for turn in ask.turns],
+        sampling=SamplingParams(
+            temperature=ask.temperature,
+            top_k=ask.top_k,
+            top_p=ask.top_p,
+            min_p=ask.min_p,
+            seed=ask.seed,
+        ),
+        max_new_tokens=ask.max_new_tokens,
+        stop=ask.stop,
+        eos_token_ids=ask.end_ids,
+        decoding=ask.decoding.decoding() if ask.decoding is not None else None,
+        exclusive=ask.exclusive,
+    )
+
+
+def refusal_of(error: Exception) -> Failure:
+    """Why a request could not begin: a ValueError says what is wrong with it."""
+    if isinstance(error, PromptError):
+        return Failure(cause=str(error), kind=FailureKind.BAD_PROMPT)
+    if isinstance(error, ValueError):
+        return Failure(cause=str(error), kind=FailureKind.REFUSED)
+    if isinstance(error, ClusterError):
+        return Failure(cause=error.cause, rank=error.rank)
+    return Failure(cause=cause_of(error), rank=0)
+
+
+def stage_figures(counts: Mapping[int, StageCounts]) -> tuple[StageFigures, ...] | None:
+    """What the stages did for a request, as a control message has it.
+
+    None where a device says what no message may hold.
+    """
+    try:
+        return tuple(
+            StageFigures(
+                rank=rank,
+                rows_run=one.num_rows_run,
+                rows_pruned=one.num_rows_pruned,
+                busy_s=one.busy_s,
+            )
+            for rank, one in sorted(counts.items())
+        )
+    except ValidationError:
+        return None
+
+
+def _failed_output(failure: Failure) -> RequestOutput:
+    """The end of a request that never came to the core."""
+    return RequestOutput(request=0, reason=FinishReason.ERROR, error=failure)
+
+
+def _done(number: int, output: RequestOutput, *, epoch: int = 0, first_epoch: int = 0) -> Done:
+    """The end of a client's request `number`."""
+    figures = None
+    if output.request:
+        figures = figures_of(output.stats, epoch=epoch, first_epoch=first_epoch)
+    return Done(
+        id=number,
+        reason=output.reason,
+        failure=report_of(output.error) if output.error is not None else None,
+        prompt_tokens=output.num_prompt_tokens,
+        figures=figures,
+    )

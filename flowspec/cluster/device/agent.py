@@ -16,6 +16,7 @@ from flowspec.cluster.device.power import PowerMeter
 from flowspec.cluster.device.report import measure_link
 from flowspec.cluster.device.stage_thread import AddressBook, LayerSource, StageJob, listen
 from flowspec.cluster.network import interfaces
+from flowspec.config import DeviceConfig
 from flowspec.protocol.control import (
     Assign,
     Beat,
@@ -65,6 +66,7 @@ class JoinConfig:
     listen_port: int = 0  # and the next one; 0: any that are free
     once: bool = False  # leave when the head leaves, instead of waiting for it
     pinned: ModelCard | None = None  # offline: the only model it can serve
+    local: DeviceConfig = DeviceConfig()  # of this device, whatever the head's is
 
 
 class JoinRefusedError(RuntimeError):
@@ -221,7 +223,9 @@ class Joiner:
             self._drop_job()
             shards = as_seen_here(message.shards, self._head_host, self._zone)
             assign = message.model_copy(update={"shards": shards})
-            self._job = StageJob(assign, self.source, self._open_transport, self._words.put)
+            self._job = StageJob(
+                assign, self.source, self._open_transport, self._words.put, self.config.local
+            )
         elif self._job is None or self._job.assign.epoch != message.epoch:
             return  # of an epoch that is over
         elif isinstance(message, Serve):

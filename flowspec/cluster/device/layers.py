@@ -50,7 +50,7 @@ class DeviceLayers:
     def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
         """See LayerSource.load. Raises ClusterError or ValueError saying what is missing."""
         card, first, last = assign.model, assign.first_layer, assign.last_layer
-        key = (card.model_hash, card.dtype, first, last)
+        key = (card.model_hash, card.numerics.fingerprint, first, last)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
         self._loaded = None  # before the new ones come, the old ones go
@@ -70,11 +70,11 @@ class DeviceLayers:
             first,
             last,
             device=self._device,
-            dtype=card.dtype,
+            dtype=card.numerics.dtype,
             verify=False,  # all hashes have just been compared
         )
         report(Progress(epoch=assign.epoch, phase="load", done_bytes=size, total_bytes=size))
-        self._loaded, self._converted = (key, model), manifest.dtype != card.dtype
+        self._loaded, self._converted = (key, model), manifest.dtype != card.numerics.dtype
         return model
 
     def _fetch(
@@ -123,7 +123,6 @@ def folder_card(folder: Path | None, may_fetch: bool) -> ModelCard | None:
     return ModelCard(
         model_id=manifest.model_id,
         model_hash=manifest.model_hash,
-        dtype=manifest.dtype,
         stored_dtype=manifest.dtype,
     )
 

@@ -1,15 +1,20 @@
-"""Memory of this machine and process, as the kernel counts it; 0 where it does not say."""
+"""Memory of this machine and process, as the kernel counts it."""
 
 from pathlib import Path
 
+import psutil
 import torch
 
 from flowspec.model.stage_model import StageModel
 
 
 def peak_bytes() -> int:
-    """The most this process has had resident, in bytes."""
-    return _kib(Path("/proc/self/status"), "VmHWM") * 1024
+    """The most this process has had resident, in bytes; 0 where the system is not Linux."""
+    try:  # psutil does not tell; getrusage tells the parent's where that is more
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -18,7 +23,7 @@ def available_bytes(device: torch.device) -> int:
     Boards whose GPU shares the CPU's memory tell it as MemAvailable too: their driver counts the
     page cache, which gives way, as used.
     """
-    free = _kib(Path("/proc/meminfo"), "MemAvailable") * 1024
+    free = int(psutil.virtual_memory().available)
     if device.type != "cuda":
         return free
     shared = bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
@@ -29,7 +34,7 @@ def total_bytes(device: torch.device) -> int:
     """All the memory `device` has."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
-    return _kib(Path("/proc/meminfo"), "MemTotal") * 1024
+    return int(psutil.virtual_memory().total)
 
 
 def num_kv_tokens(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:
@@ -39,11 +44,3 @@ def num_kv_tokens(model: StageModel, *, memory_mb: int, num_sharing: int) -> int
     """
     budget = memory_mb * 1_000_000 or available_bytes(model.device) // (2 * num_sharing)
     return budget // model.kv_bytes_per_row
-
-
-def _kib(file: Path, name: str) -> int:
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pynvml
+
 HWMON, POWERCAP = Path("/sys/class/hwmon"), Path("/sys/class/powercap")
 # The whole module's input, by what boards call it; without one all rails are added.
 _WHOLE_MODULE = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN")
@@ -82,7 +84,6 @@ class Rapl:
 class Nvml:
     """All NVIDIA cards of a PC. Jetson boards up to JetPack 6 have no NVML."""
 
-    library: Any
     handles: Sequence[Any]
     name: str = "NVML"
     scope: str = "gpus"
@@ -90,8 +91,8 @@ class Nvml:
     def read_w(self) -> float | None:
         """See PowerMeter."""
         try:
-            return sum(self.library.nvmlDeviceGetPowerUsage(h) for h in self.handles) / 1e3
-        except self.library.NVMLError:
+            return sum(pynvml.nvmlDeviceGetPowerUsage(one) for one in self.handles) / 1e3
+        except pynvml.NVMLError:
             return None
 
 
@@ -126,14 +127,10 @@ def _ina3221_rails(hwmon: Path) -> list[tuple[str, Path, Path]]:
 
 def _nvml() -> Nvml | None:
     try:
-        import pynvml  # comes with no dependency of this package: used where it is installed
-    except ImportError:
-        return None
-    try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-        meter = Nvml(pynvml, [pynvml.nvmlDeviceGetHandleByIndex(k) for k in range(count)])
-    except pynvml.NVMLError:
+        meter = Nvml([pynvml.nvmlDeviceGetHandleByIndex(k) for k in range(count)])
+    except pynvml.NVMLError:  # most often: no driver, so no library of its own
         return None
     return meter if count and meter.read_w() is not None else None
 

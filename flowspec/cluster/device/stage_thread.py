@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
+from flowspec.config import DeviceConfig
+from flowspec.engine.build import new_stage
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.control import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.request import ClusterError, cause_of, rank_name
@@ -16,7 +18,7 @@ from flowspec.transport.secure.keys import Keys
 from flowspec.transport.zmq import ZmqTransport
 
 log = logging.getLogger(__name__)
-AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> lane -> address; read when needed
+AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> channel -> address; read when needed
 TURN_S = 0.1  # how soon an idle stage notices that its epoch is over
 CAUSE_FIRST_S = 1.0  # for the head to hear of a loss before this stage leaves
 STOP_TIMEOUT_S = 30.0  # a forward may have to end first
@@ -45,8 +47,9 @@ class StageJob:
         source: LayerSource,
         open_transport: Callable[[int, AddressBook], ZmqTransport],
         tell: Callable[[FromDevice], None],
+        local: DeviceConfig,
     ) -> None:
-        self.assign = assign
+        self.assign, self._local = assign, local
         self.stage: Stage | None = None
         self._source, self._open_transport, self._tell = source, open_transport, tell
         self._addresses: Sequence[Addresses] = ()
@@ -120,13 +123,16 @@ class StageJob:
 
     def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
         assign = self.assign
-        stage = Stage(assign.rank, assign.num_stages, model, batch_invariant=assign.batch_invariant)
-        stage.num_kv_tokens = num_kv_tokens(model, memory_mb=assign.kv_memory_mb, num_sharing=1)
+        numerics = assign.model.numerics
+        stage = new_stage(assign.rank, assign.num_stages, model, numerics)
+        memory_mb = self._local.kv_memory_mb or assign.kv_memory_mb
+        stage.num_kv_tokens = num_kv_tokens(model, memory_mb=memory_mb, num_sharing=1)
         stage.peak_memory_bytes = peak_bytes
         own = Addresses(control=transport.bound["control"], data=transport.bound["data"])
         ready = StageReady(
             epoch=assign.epoch,
             model_hash=assign.model.model_hash,
+            numerics=numerics,
             addresses=own,
             num_kv_tokens=stage.num_kv_tokens,
         )

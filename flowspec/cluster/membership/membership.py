@@ -17,16 +17,16 @@ from flowspec.cluster.membership.roster import (
     DoesNotFitError,
     Effect,
     Engage,
-    GiveUp,
+    FailRequests,
     Halt,
+    LogEvent,
     Member,
     MembershipConfig,
     Place,
     Placement,
     Planner,
-    Resume,
-    Say,
-    Tell,
+    ResumeEpoch,
+    SendToDevice,
 )
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
@@ -47,7 +47,7 @@ from flowspec.protocol.control import (
     Welcome,
     WhoAreYou,
 )
-from flowspec.request import ClusterError
+from flowspec.request import Failure
 
 
 def refuse(hello: Hello, config: MembershipConfig) -> Refuse | None:
@@ -85,7 +85,7 @@ def introduce(device: Device) -> str:
 
 
 def _card(card: ModelCard) -> str:
-    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype}, {card.quantization})"
+    return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype})"
 
 
 MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
@@ -135,12 +135,12 @@ class Membership:
             return self._hello(peer, message, now)
         device = next((d for d in self.devices.values() if d.peer == peer), None)
         if device is None:
-            return [Tell(peer, WhoAreYou())]
+            return [SendToDevice(peer, WhoAreYou())]
         device.heard_at = now
         match message:
             case Beat():
                 device.beat = message
-                return [Tell(peer, Beat(sent_at=message.sent_at))]
+                return [SendToDevice(peer, Beat(sent_at=message.sent_at))]
             case Bye():
                 return self._lose(device, f"left: {message.why}", now, in_order=True)
             case Progress() | StageReady() | Trouble() if message.epoch != self.epoch:
@@ -169,7 +169,7 @@ class Membership:
                 effects += self._lose(device, cause, now)
             elif now - device.told_at >= config.heartbeat_s:
                 device.told_at = now
-                effects.append(Tell(device.peer, Beat()))
+                effects.append(SendToDevice(device.peer, Beat()))
         if self.phase is Phase.GATHERING:
             effects += self._try_to_cover(now)
         elif self.phase is Phase.SERVING and idle and self._planned_at < self.joined_at:
@@ -193,10 +193,11 @@ class Membership:
         all_addresses = (addresses, *(d.ready.addresses for d in stages if d.ready is not None))
         self.phase, self.lost_at = Phase.SERVING, None
         effects: list[Effect] = [
-            Tell(device.peer, Serve(epoch=epoch, addresses=all_addresses)) for device in stages
+            SendToDevice(device.peer, Serve(epoch=epoch, addresses=all_addresses))
+            for device in stages
         ]
         layers = ", ".join(f"{p.name} {p.first}-{p.last - 1}" for p in self.places)
-        return [*effects, Resume(epoch, all_addresses), Say(f"serving: layers {layers}")]
+        return [*effects, ResumeEpoch(epoch, all_addresses), LogEvent(f"serving: layers {layers}")]
 
     def crossed(self, epoch: int) -> None:
         """A token has come through every stage of `epoch`: the cluster really serves."""
@@ -224,11 +225,14 @@ class Membership:
 
     def close(self, why: str) -> list[Effect]:
         """The head ends: every device is told."""
-        return [Tell(device.peer, Bye(why=why)) for device in self.devices.values()]
+        return [SendToDevice(device.peer, Bye(why=why)) for device in self.devices.values()]
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Effect]:
         if refusal := refuse(hello, self.config):
-            return [Tell(peer, refusal), Say(f"refused: {refusal.why}", hello.name, "warning")]
+            return [
+                SendToDevice(peer, refusal),
+                LogEvent(f"refused: {refusal.why}", hello.name, "warning"),
+            ]
         effects: list[Effect] = []
         for old in list(self.devices.values()):
             if old.hello.session == hello.session:  # the same process over a new connection
@@ -248,20 +252,25 @@ class Membership:
             dead_after_s=config.dead_after_s,
             clock=max(0.0, now + self._wall_offset_s),
         )
-        effects += [Tell(peer, welcome), Say(introduce(device), name)]
+        effects += [SendToDevice(peer, welcome), LogEvent(introduce(device), name)]
         skew_s = hello.clock - welcome.clock
         if abs(skew_s) > config.clock_skew_s:
             text = f"its clock is {skew_s:+.0f} s off the head's; log times will not compare"
-            effects.append(Say(text, name, "warning"))
+            effects.append(LogEvent(text, name, "warning"))
         if self.phase is not Phase.GATHERING:
             device.about = "came when the layers were covered; takes over when a device is lost"
-            effects += [Tell(peer, Standby(why=device.about)), Say(f"spare: {device.about}", name)]
+            effects += [
+                SendToDevice(peer, Standby(why=device.about)),
+                LogEvent(f"spare: {device.about}", name),
+            ]
         return [*effects, *self._try_to_cover(now)]
 
     def _ready(self, device: Device, message: StageReady, now: float) -> list[Effect]:
         have, needed = message.model_hash, self.config.model.model_hash
         if have != needed:
             cause = f"loaded model {have[:12]}, needed {needed[:12]}"
+            return self._lose(device, cause, now, tell=True)
+        if cause := self.config.model.numerics.refusal(message.numerics.model_dump_json()):
             return self._lose(device, cause, now, tell=True)
         device.ready = message
         stages = self._stages()
@@ -312,21 +321,21 @@ class Membership:
         self.gone[device.name] = cause
         while len(self.gone) > MAX_GONE:
             del self.gone[next(iter(self.gone))]
-        effects: list[Effect] = [Say(cause, device.name, "warning")]
+        effects: list[Effect] = [LogEvent(cause, device.name, "warning")]
         if device.rank:
-            error = ClusterError(f"stage {device.rank} on {device.name}", cause)
-            effects += self._halt(error, now, in_order=in_order)
+            failure = Failure(cause=cause, rank=device.rank, device=device.name)
+            effects += self._halt(failure, now, in_order=in_order)
         if tell:
-            effects.append(Tell(device.peer, Refuse(why=cause, retry=not final)))
+            effects.append(SendToDevice(device.peer, Refuse(why=cause, retry=not final)))
         return [*effects, *self._try_to_cover(now)]
 
-    def _halt(self, error: ClusterError, now: float, *, in_order: bool) -> list[Effect]:
+    def _halt(self, failure: Failure, now: float, *, in_order: bool) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return []
         # the head first: connections break as the stages leave, which must not look like the cause
         effects: list[Effect] = [
-            Halt(self.epoch, error, in_order),
-            *(Tell(device.peer, Release(epoch=self.epoch)) for device in self._stages()),
+            Halt(self.epoch, failure, in_order),
+            *(SendToDevice(device.peer, Release(epoch=self.epoch)) for device in self._stages()),
         ]
         for device in self.devices.values():
             device.rank, device.ready, device.progress = 0, None, None
@@ -393,14 +402,14 @@ class Membership:
             f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
             f"{before * 1e3:.3g} ms as it is"
         )
-        halt = self._halt(ClusterError("head", why), now, in_order=True)
-        return [Say(why), *halt, *self._begin(placement, now)]
+        halt = self._halt(Failure(cause=why, rank=0), now, in_order=True)
+        return [LogEvent(why), *halt, *self._begin(placement, now)]
 
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
         self._planned_at = now
         self.epoch += 1
         self.phase, self.places, self._said = Phase.PREPARING, placement.places, ""
-        effects: list[Effect] = [Say(placement.about)] if placement.about else []
+        effects: list[Effect] = [LogEvent(placement.about)] if placement.about else []
         config = self.config
         for rank, place in enumerate(placement.places, start=1):
             device = self.devices[place.name]
@@ -416,10 +425,9 @@ class Membership:
                 manifest_sha256=config.manifest_sha256,
                 shards=config.shards,
                 kv_memory_mb=config.kv_memory_mb,
-                batch_invariant=config.batch_invariant,
             )
-            effects.append(Tell(device.peer, assign))
-            effects.append(Say(f"gets layers {place.first} to {place.last - 1}", place.name))
+            effects.append(SendToDevice(device.peer, assign))
+            effects.append(LogEvent(f"gets layers {place.first} to {place.last - 1}", place.name))
         return [*effects, *self._stand_by(placement)]
 
     def _stand_by(self, placement: Placement) -> list[Effect]:
@@ -429,7 +437,7 @@ class Membership:
             device = self.devices.get(name)
             if device is not None and not device.rank and device.about != why:
                 device.about = why
-                effects += [Tell(device.peer, Standby(why=why)), Say(why, name)]
+                effects += [SendToDevice(device.peer, Standby(why=why)), LogEvent(why, name)]
         return effects
 
     def _check_given_up(self, now: float, *, idle: bool) -> list[Effect]:
@@ -449,8 +457,8 @@ class Membership:
         self.gave_up = True
         cause = f"{cause}; {self.missing()}"
         level = "info" if idle else "error"  # nobody has lost anything where nobody asked
-        say = Say(f"{cause}; requests are refused until {until}", level=level)
-        return [GiveUp(ClusterError("head", cause)), say]
+        say = LogEvent(f"{cause}; requests are refused until {until}", level=level)
+        return [FailRequests(Failure(cause=cause, rank=0)), say]
 
     def missing(self) -> str:
         """Why the cluster does not serve now, in one line."""
@@ -464,4 +472,4 @@ class Membership:
         if text == self._said:
             return []
         self._said = text
-        return [Say(text, level="warning")]
+        return [LogEvent(text, level="warning")]

@@ -14,7 +14,7 @@ from flowspec.protocol.control import (
     StageReady,
     ToDevice,
 )
-from flowspec.request import ClusterError
+from flowspec.request import Failure
 
 MIN_HEARTBEAT_S = 0.05
 
@@ -41,8 +41,7 @@ class MembershipConfig:
     give_up_s: float = 120.0  # uncovered for longer: open requests end with an error
     stall_s: float = 300.0  # a device that loads and reports nothing for longer is given up
     clock_skew_s: float = 60.0  # warn beyond
-    kv_memory_mb: int = 0
-    batch_invariant: bool = False
+    kv_memory_mb: int = 0  # of a device that was given none of its own
 
     def __post_init__(self) -> None:
         if not MIN_HEARTBEAT_S <= self.heartbeat_s <= 60.0:
@@ -120,7 +119,7 @@ class Device:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class SendToDevice:
     """Send to a device."""
 
     peer: bytes
@@ -128,7 +127,7 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
-class Say:
+class LogEvent:
     """For the log and whoever watches; `level` as in logging, `device` empty: the head."""
 
     text: str
@@ -156,7 +155,7 @@ class Engage:
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
+class ResumeEpoch:
     """Every stage has been told of every other: go on."""
 
     epoch: int
@@ -171,15 +170,15 @@ class Halt:
     """
 
     epoch: int
-    error: ClusterError
+    failure: Failure
     in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class GiveUp:
+class FailRequests:
     """The layers have been uncovered for too long: open requests end with this."""
 
-    error: ClusterError
+    failure: Failure
 
 
-Effect: TypeAlias = Tell | Say | Engage | Resume | Halt | GiveUp
+Effect: TypeAlias = SendToDevice | LogEvent | Engage | ResumeEpoch | Halt | FailRequests

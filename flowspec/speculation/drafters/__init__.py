@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from flowspec.config import new_name
 from flowspec.speculation.drafters.base import Drafter, NoDrafter
 from flowspec.speculation.drafters.checkpoint.kind import refuse_head
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter, check_vocabulary
@@ -84,12 +85,18 @@ def find_drafter(name: str) -> DrafterSpec:
     return DRAFTERS[name]
 
 
+def current_drafter(text: str) -> str:
+    """`text`, as `parse_drafter` takes it, with the names that its switches have now."""
+    name, *switches = text.split("+")
+    return "+".join((name, *map(new_name, switches)))
+
+
 def parse_drafter(text: str) -> tuple[str, dict[str, bool]]:
     """`eagle+merge` is drafter eagle with the decode settings {"merge": True, "calibrate": False}.
 
     Raises ValueError listing the known names.
     """
-    name, *switches = text.split("+")
+    name, *switches = current_drafter(text).split("+")
     find_drafter(name)
     if unknown := sorted(set(switches) - set(SWITCHES)):
         raise ValueError(f"{text}: unknown switch {unknown[0]!a}; known: {', '.join(SWITCHES)}")

@@ -111,19 +111,24 @@ def find_strategy(name: str) -> StrategySpec:
     return STRATEGIES[name]
 
 
+def check_parameter(name: str, parameter: str, *, where: str) -> None:
+    """Raise ValueError naming what strategy `name` takes where `parameter` is not among it."""
+    spec = find_strategy(name)
+    if parameter not in spec.parameters:
+        takes = ", ".join(spec.parameters) or "nothing"
+        raise ValueError(
+            f"{where}: {parameter} is no parameter of strategy {name}; it takes: {takes}"
+        )
+
+
 def strategy_config(name: str, parameters: Mapping[str, Any], *, where: str) -> StrategyConfig:
     """The defaults of strategy `name` with `parameters` set.
 
     Raises ValueError naming `where`, the parameter, and what the strategy takes.
     """
-    spec = find_strategy(name)
-    unknown = sorted(set(parameters) - set(spec.parameters))
-    if unknown:
-        takes = ", ".join(spec.parameters) or "nothing"
-        raise ValueError(
-            f"{where}: {unknown[0]} is no parameter of strategy {name}; it takes: {takes}"
-        )
-    return override(spec.defaults, parameters, where=where)
+    for parameter in parameters:
+        check_parameter(name, parameter, where=where)
+    return override(find_strategy(name).defaults, parameters, where=where)
 
 
 def resolve_decoding(

@@ -1,11 +1,11 @@
 """flowspec: the published algorithm (arXiv 2507.02620, sections 3.2 and 3.3), with its defaults.
 
 A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every
-verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root, with the
-new true features; what is new of it follows as one appended segment. A token outside the tree ends
-the round: the pipe drains and the next tree is drafted before anything is sent. Scores decide ties
-by age, so no node is sent without its parent, and every row is masked to its own path (the official
-code errs in both).
+verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root,
+with the new true hidden states; the new nodes follow as one appended segment. A token outside the
+tree ends the round: the pipe drains and the next tree is drafted before anything is sent. Of equal
+scores the elder node wins, so no node is sent without its parent, and every row is masked to its
+own path (the official code errs in both).
 """
 
 from collections.abc import Sequence

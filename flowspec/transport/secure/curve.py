@@ -1,8 +1,8 @@
-"""CURVE on ZeroMQ sockets: mutual authentication and encryption, and a guard over who knocks.
+"""CURVE on ZeroMQ sockets: mutual authentication and encryption, and a guard over connections.
 
-A listener takes those alone who hold the member key; a caller talks to nobody but the holder of the
-server key. Everybody else is dropped by libzmq before a byte of theirs is a message, counted, and
-told about in a log line now and then.
+A listener accepts only holders of the member key; a caller talks only to the holder of the server
+key. libzmq drops all others before it takes any byte of theirs as a message; they are counted and
+reported in a log line from time to time.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.tally import Tally
 
 HANDSHAKE_LIMIT_MS = 3000
-DOUBT_S = 2 * HANDSHAKE_LIMIT_MS / 1e3  # who is still here by then is a member
-HEARTBEAT_MS, SILENCE_LIMIT_MS = 500, 2500  # by libzmq's own thread: a long forward is no silence
+DOUBT_S = 2 * HANDSHAKE_LIMIT_MS / 1e3  # a connection that lasts this long belongs to a member
+# libzmq's own thread sends heartbeats, even during a long forward
+HEARTBEAT_MS, SILENCE_LIMIT_MS = 500, 2500
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
 CONNECT_LIMIT_MS = 3000
 UNACKNOWLEDGED_LIMIT_MS = 5000
@@ -66,7 +67,7 @@ class ListenError(ValueError):
 class Guard:
     """Answers libzmq's questions about keys (ZAP) and watches the listeners of one context.
 
-    Both in a thread of its own, which starts with the first listener.
+    Its own thread does both; it starts with the first listener.
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", keys: Keys, name: str) -> None:
@@ -82,9 +83,10 @@ class Guard:
         self._thread: threading.Thread | None = None
 
     def listen(self, inbox: "zmq.Socket[bytes]", address: str) -> str:
-        """Bind `inbox` to `tcp://host:port` for holders of the member key; the address it has got.
+        """Bind `inbox` to `tcp://host:port` for holders of the member key; return its address.
 
-        Raises ValueError where the address is none or cannot be had, ListenError for the latter.
+        Raises ValueError for an invalid address, and ListenError when this machine cannot listen at
+        it.
         """
         host, port = parse_url(address)
         try:
@@ -96,7 +98,7 @@ class Guard:
         inbox.setsockopt(zmq.CURVE_SERVER, 1)
         inbox.setsockopt(zmq.CURVE_SECRETKEY, self._keys.server_secret)
         inbox.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        inbox.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # no guard, no entry
+        inbox.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # without the guard, nobody is let in
         inbox.setsockopt(zmq.USE_FD, door.handle())
         monitor = inbox.get_monitor_socket(_EVENTS)
         monitor.set_hwm(MAX_EVENTS)
@@ -117,7 +119,7 @@ class Guard:
         outbox.connect(address)
 
     def close(self) -> None:
-        """End the thread; nobody new is let in any more."""
+        """End the thread; nobody new is let in afterwards."""
         if self._thread is None or self._closing.is_set():
             return
         self._closing.set()
@@ -179,18 +181,18 @@ class Guard:
 
 
 class _Watch:
-    """One listener: who came, who was refused, and why."""
+    """Watches one listener: counts who came, who was refused, and why."""
 
     def __init__(self, monitor: "zmq.Socket[bytes]", door: Door, refusals: Tally) -> None:
         self.monitor, self.door, self._refusals = monitor, door, refusals
-        self._reason: str | None = None  # of the connection that is closed next
-        # libzmq tells that a key was right, and not whose: until nobody else is left, all of these
-        # may be strangers. When each came in, the oldest first.
+        self._reason: str | None = None  # reason for the next connection that closes
+        # libzmq reports that a key was right, but not whose. Until only members are left, each of
+        # these may be a stranger. Times at which they came, oldest first.
         self._in_doubt: dict[int, float] = {}
-        self._num_passed = self._num_denied = 0  # how many of them had a right, a wrong member key
+        self._num_passed = self._num_denied = 0  # how many had a right, a wrong member key
 
     def look(self) -> None:
-        """Take in what has happened since."""
+        """Process the events since the last call."""
         for _ in range(MAX_EVENTS):
             try:
                 event = recv_monitor_message(self.monitor, zmq.NOBLOCK)
@@ -207,7 +209,7 @@ class _Watch:
             self._num_passed += 1
             self._decide()
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._num_denied += 1  # it is told so, and may stay until its time is over
+            self._num_denied += 1  # the peer is told, and may stay until its time is over
         elif event in _REASONS:
             self._reason = _REASONS[event]
         elif event == zmq.EVENT_DISCONNECTED:
@@ -224,18 +226,18 @@ class _Watch:
             self._refusals.add(reason, f"from {address}")
 
     def _guess(self, entered_at: float) -> str | None:
-        """Why one in doubt is gone, None for a member. Who is taken for whom leaves sums right."""
+        """Guess why a doubtful connection ended, None for a member; totals stay right anyway."""
         if self._num_denied:
             self._num_denied -= 1
             return WRONG_MEMBER
         if self._num_passed:
             self._num_passed -= 1
             return None
-        # libzmq says nothing more about who does not even speak its protocol
+        # libzmq says nothing more about peers that do not speak its protocol
         return WRONG_KEY if time.monotonic() - entered_at < DOUBT_S else None
 
     def _decide(self) -> None:
-        """Members are those who outlast a handshake, and all in doubt where all have passed."""
+        """Take as members all that outlast a handshake, or all once every one has passed."""
         latest = time.monotonic() - DOUBT_S
         while self._in_doubt and next(iter(self._in_doubt.values())) < latest:
             del self._in_doubt[next(iter(self._in_doubt))]
@@ -245,35 +247,36 @@ class _Watch:
             self._num_passed = self._num_denied = 0
 
     def close(self) -> None:
-        """Look away."""
+        """Stop watching."""
         self.door.close()
         with contextlib.suppress(zmq.ZMQError):
             self.monitor.close(linger=0)
 
 
 class Line:
-    """An outbox's connection: what breaks it loses what is on its way."""
+    """An outbox's connection; a break loses the messages in flight."""
 
-    def __init__(self, outbox: "zmq.Socket[bytes]", peer: str) -> None:
+    def __init__(self, outbox: "zmq.Socket[bytes]", peer: int) -> None:
         self.monitor = outbox.get_monitor_socket(
             zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
         )
         self._peer, self._is_up = peer, False
 
     def look(self) -> None:
-        """Take in what has happened since. Raises LostPeer where a connection that stood broke."""
+        """Process the events since the last call. Raises LostPeer when an open connection broke."""
         for _ in range(MAX_EVENTS):
             try:
                 event = int(recv_monitor_message(self.monitor, zmq.NOBLOCK)["event"])
             except zmq.Again:
                 return
             if event == zmq.EVENT_DISCONNECTED and self._is_up:
-                raise LostPeer(self._peer, f"{LOST}: it broke, or was closed at the other end")
+                cause = f"{LOST}: it broke, or was closed at the other end"
+                raise LostPeer.of_rank(self._peer, cause)
             self._is_up = self._is_up or event == zmq.EVENT_HANDSHAKE_SUCCEEDED
 
 
 def _set_limits(socket: "zmq.Socket[bytes]") -> None:
-    """Nothing a peer does, or a cable that is pulled, may last or grow without end."""
+    """Limit in time and size what a peer, or a pulled cable, can cause."""
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_PIECE_BYTES + 1024)  # libzmq wraps pieces in commands
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_LIMIT_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

@@ -1,4 +1,4 @@
-"""Keys of a cluster: one key pair for whoever listens, one for whoever connects."""
+"""Keys of a cluster: one key pair for listeners, one for callers."""
 
 from dataclasses import dataclass, field
 
@@ -9,8 +9,8 @@ KEY_BYTES = 32
 class Keys:
     """Two Curve25519 key pairs, 32 bytes each; every member of a cluster has both.
 
-    A listener proves that it knows `server_secret`, a caller `member_secret`. The repr
-    shows neither, so that no traceback or log line can.
+    A listener proves that it knows `server_secret`, a caller `member_secret`. The repr shows
+    neither, so that no traceback or log line can.
     """
 
     server_public: bytes

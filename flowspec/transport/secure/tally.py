@@ -1,4 +1,4 @@
-"""Counts of what was refused, and a log line about it that no flood can multiply."""
+"""Counts of refusals, with log lines that no flood can multiply."""
 
 import logging
 import threading
@@ -9,7 +9,7 @@ LOG_EVERY_S = 10.0
 
 
 class Tally:
-    """Counts by reason (a fixed few); logs the first of a kind at once, then sums now and then."""
+    """Counts by reason (a fixed few); logs the first of each at once, then sums at intervals."""
 
     def __init__(self, logger: logging.Logger, what: str) -> None:
         self._logger, self._what = logger, what
@@ -19,7 +19,7 @@ class Tally:
         self._logged_at: dict[str, float] = {}
 
     def add(self, reason: str, detail: str) -> None:
-        """One more; `detail` says more about this one, in a line."""
+        """Count one more refusal; `detail` describes it in a line."""
         now = time.monotonic()
         with self._lock:
             self._counts[reason] += 1
@@ -33,6 +33,6 @@ class Tally:
         )
 
     def counts(self) -> dict[str, int]:
-        """How many of each reason so far."""
+        """Return the count of each reason so far."""
         with self._lock:
             return dict(self._counts)

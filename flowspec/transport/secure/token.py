@@ -1,7 +1,8 @@
-"""The join token: one short text that lets a device into a cluster, and the keys made from it.
+"""The join token: a short text that lets a device into a cluster; the keys are derived from it.
 
-26 symbols of chance (130 bits) and 4 of checksum, in groups: `a1b2c3-...`. Case, dashes and spaces
-do not matter; `o` reads as 0, `i` and `l` as 1. Keys: HKDF-SHA256 (RFC 5869), X25519 (RFC 7748).
+It has 26 random symbols (130 bits) and 4 of checksum, in groups: `a1b2c3-...`. Case, dashes and
+spaces do not matter; `o` reads as 0, `i` and `l` as 1. Keys: HKDF-SHA256 (RFC 5869), X25519 (RFC
+7748).
 """
 
 import getpass
@@ -25,7 +26,7 @@ _LOOKALIKES = str.maketrans({"o": "0", "i": "1", "l": "1", "-": None, " ": None}
 
 
 class Token(str):
-    """A checked join token. Its repr is hidden; `str()` gives the text to whoever means to."""
+    """A checked join token. Its repr is hidden; only `str()` gives the text."""
 
     __slots__ = ()
 
@@ -34,19 +35,19 @@ class Token(str):
 
 
 def new_token() -> str:
-    """A token nobody else has: 130 bits of the operating system's chance and a checksum."""
+    """Return a new token: 130 random bits of the operating system and a checksum."""
     secret = "".join(secrets.choice(ALPHABET) for _ in range(SECRET_SYMBOLS))
     symbols = secret + _checksum(secret)
     return Token("-".join(symbols[i : i + GROUP] for i in range(0, len(symbols), GROUP)))
 
 
 def check_token(text: str) -> str:
-    """The token in its usual form; ValueError where it cannot be one. Errors never repeat it."""
+    """Return the token in its usual form. Raises ValueError that does not repeat the token."""
     symbols = text.strip().lower().translate(_LOOKALIKES)
     needed = SECRET_SYMBOLS + CHECK_SYMBOLS
     if len(symbols) != needed:
         raise ValueError(
-            f"the token has {len(symbols)} letters and digits, needed: {needed}; copy the whole of "
+            f"the token has {len(symbols)} letters and digits, needed: {needed}; copy all of "
             "it from the line that the head printed"
         )
     if not set(symbols) <= set(ALPHABET):
@@ -63,9 +64,9 @@ def check_token(text: str) -> str:
 
 
 def derive_keys(token: str) -> Keys:
-    """The cluster's key pairs; the same token gives the same on every device.
+    """Return the cluster's key pairs; the same token gives the same pairs on every device.
 
-    Raises ValueError where `token` is none.
+    Raises ValueError when `token` is invalid.
     """
     secret = check_token(token).replace("-", "")[:SECRET_SYMBOLS].encode()
     server_secret, server_public = _key_pair(secret, b"server")
@@ -81,9 +82,9 @@ def derive_keys(token: str) -> Keys:
 def read_token(
     token_file: Path | None = None, env: Mapping[str, str] = os.environ, *, prompt: bool = True
 ) -> str:
-    """The token from `token_file`, else from FLOWSPEC_TOKEN, else typed in at a terminal.
+    """Return the token from `token_file`, else from FLOWSPEC_TOKEN, else typed in at a terminal.
 
-    Raises ValueError where there is none, it has a mistake, or others may read the file.
+    Raises ValueError when there is none, when it has a mistake, or when others may read the file.
     """
     if token_file is not None:
         return check_token(_read_private(token_file))
@@ -101,9 +102,9 @@ def read_token(
 
 
 def write_token(path: Path, token: str) -> None:
-    """Keep a token in a file that this user alone may read.
+    """Write a token to a file that only this user may read.
 
-    A file that another process has made meanwhile stays: read the token from it.
+    If another process has made the file meanwhile, it stays: read the token from it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
@@ -111,7 +112,7 @@ def write_token(path: Path, token: str) -> None:
     with os.fdopen(handle, "w") as file:
         file.write(str(token) + "\n")
     try:
-        os.link(partial, path)  # unlike a rename, it replaces nothing
+        os.link(partial, path)  # unlike a rename, this replaces nothing
     except FileExistsError:
         pass
     except OSError:  # a file system without hard links
@@ -141,7 +142,7 @@ def _checksum(secret: str) -> str:
 
 
 def _key_pair(secret: bytes, role: bytes) -> tuple[bytes, bytes]:
-    # lazily: only a cluster over the network needs cryptography
+    # imported late: only a cluster over the network needs cryptography
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
     from cryptography.hazmat.primitives.hashes import SHA256
     from cryptography.hazmat.primitives.kdf.hkdf import HKDF

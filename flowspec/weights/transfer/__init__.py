@@ -1,1 +1,1 @@
-"""Weights from the head to the devices that hold them."""
+"""Weight transfer from the head to the devices."""

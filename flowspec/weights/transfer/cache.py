@@ -1,7 +1,8 @@
-"""Weights on a device's disk, each file under its own sha256, and models put together from them.
+"""Weight cache on a device's disk: files named by their sha256, and models linked from them.
 
-`shards/<sha256>` are whole files, `shards/<sha256>.partial` what has come of one so far;
-`models/<model hash>/` is laid out as a split folder, of links. Nothing is written elsewhere.
+`shards/<sha256>` are complete files, `shards/<sha256>.partial` the received part of one;
+`models/<model hash>/` is laid out as a split folder and consists of links. Nothing is written
+elsewhere.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from flowspec.weights.split_plan import plan_split
 from flowspec.weights.tensor_files import TensorReader
 
 HERE = "this device"
-RESERVE_BYTES = 64 << 20  # left free for everybody else
+RESERVE_BYTES = 64 << 20  # left free for other programs
 LOCK_NAME = ".lock"  # in `models`: held while links are made
 LOCK_LIMIT_S = 10.0
 _READ_BYTES = 1 << 20
@@ -49,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class WrongHashError(Exception):
-    """A file is not what the manifest says; `resumed`: part of it came in an earlier run."""
+    """A file differs from its manifest; `resumed` means that part of it came in an earlier run."""
 
     def __init__(self, record: FileRecord, *, resumed: bool) -> None:
         super().__init__(record.sha256)
@@ -57,18 +58,18 @@ class WrongHashError(Exception):
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`. Raises ValueError without a home."""
+    """Return `$XDG_CACHE_HOME/flowspec`, else `~/.cache/flowspec`. Raises ValueError if no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # by the XDG specification, a relative path is to be ignored
+    # the XDG specification says to ignore a relative path
     if Path(base).is_absolute():
         return Path(base) / "flowspec"
     return home_folder(instead="XDG_CACHE_HOME") / ".cache" / "flowspec"
 
 
 def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileRecord]:
-    """Name in a split folder -> record, of the files of stages `shards` (from 1).
+    """Return the files of stages `shards` (from 1): name in a split folder -> record.
 
-    Raises ValueError where there is no such stage.
+    Raises ValueError when there is no such stage.
     """
     names = []
     for shard in shards:
@@ -79,7 +80,7 @@ def shard_files(manifest: Manifest, shards: Iterable[int]) -> dict[str, FileReco
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheProblem:
-    """What is in the way of using a cache. `is_fatal`: no layers can be used from it at all."""
+    """A reason why a cache is not usable; `is_fatal` means that no layers can be used from it."""
 
     found: str
     fix: str
@@ -87,14 +88,13 @@ class CacheProblem:
 
 
 def find_problem(root: Path) -> CacheProblem | None:
-    """Try in `root` what getting layers does there: make folders, write, lock, rename, link.
+    """Try all that a transfer does in `root`: make folders, write, lock, rename, link.
 
-    The folders and the lock of `models` stay; other processes may use them by then.
-
-    None where all of it works. A disk that is full is fatal only where no layers are there yet.
+    Returns None if everything works. The folders and the lock of `models` stay, because other
+    processes may use them. A full disk is fatal only if the cache holds no layers yet.
     """
     shards, models = root / "shards", root / "models"
-    elsewhere = "set XDG_CACHE_HOME (or join --cache) to a folder of yours on a disk with room"
+    elsewhere = "set XDG_CACHE_HOME (or join --cache) to a folder that you own on a disk with space"
     failed = _try_out(shards, models)
     if failed is not None and failed.error.errno not in _FULL:
         found = f"the cache {root} cannot be used: {failed.doing} fails: {_why(root, failed)}"
@@ -105,13 +105,13 @@ def find_problem(root: Path) -> CacheProblem | None:
     return CacheProblem(
         found=f"the disk of the cache {root} is full: free {free / 1e6:.0f} MB, needed "
         f"{RESERVE_BYTES / 1e6:.0f} MB and the layers",
-        fix=f"free some, or {elsewhere}",
+        fix=f"free some space, or {elsewhere}",
         is_fatal=not _has_layers(shards),
     )
 
 
 class _Failed(NamedTuple):
-    """What was being done to which path, and the system's answer."""
+    """The step that failed, its path, and the system's error."""
 
     doing: str
     path: Path
@@ -119,7 +119,7 @@ class _Failed(NamedTuple):
 
 
 def _try_out(shards: Path, models: Path) -> _Failed | None:
-    """What failed, and how; the files that were made for it are removed again."""
+    """Try every step; return the one that failed. The test files are removed again."""
     made: list[Path] = []
     handle, doing, path = -1, "making folders", shards
     try:
@@ -130,7 +130,7 @@ def _try_out(shards: Path, models: Path) -> _Failed | None:
         handle, name = tempfile.mkstemp(prefix=".check-", dir=shards)
         made = [Path(name), Path(f"{name}.renamed"), models / f"{Path(name).name}.link"]
         os.write(handle, bytes(4096))
-        os.fsync(handle)  # some disks say only then that they are full
+        os.fsync(handle)  # some disks report only here that they are full
         doing = "locking a file"
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         doing = "renaming a file"
@@ -139,7 +139,8 @@ def _try_out(shards: Path, models: Path) -> _Failed | None:
         made[2].symlink_to(Path("../shards") / made[1].name)
         made[2].stat()
         doing, path = f"opening {models / LOCK_NAME}", models / LOCK_NAME
-        with path.open("w") as lock, contextlib.suppress(BlockingIOError):  # held: it can be locked
+        # if another process holds it, locking works
+        with path.open("w") as lock, contextlib.suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         return _Failed(doing, path, error)
@@ -153,7 +154,7 @@ def _try_out(shards: Path, models: Path) -> _Failed | None:
 
 
 def _why(root: Path, failed: _Failed) -> str:
-    """The system's reason, and whose file or folder it is or what is no folder."""
+    """Return the system's reason, with the owner of the file or folder if that is the cause."""
     error = failed.error
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         paths = (root / "shards", root / "models", root, *root.parents)
@@ -162,7 +163,7 @@ def _why(root: Path, failed: _Failed) -> str:
     if error.errno not in (errno.EACCES, errno.EPERM):
         return str(error.strerror)
     for path in (failed.path, *failed.path.absolute().parents):
-        with contextlib.suppress(OSError):  # it is not there, or hidden from this user
+        with contextlib.suppress(OSError):  # it does not exist, or this user may not see it
             return f"{error.strerror}, {path} belongs to {_user_name(path.stat().st_uid)}"
     return str(error.strerror)
 
@@ -175,7 +176,7 @@ def _user_name(number: int) -> str:
 
 
 def _has_layers(shards: Path) -> bool:
-    """Whether a whole file is in the cache."""
+    """Whether the cache holds a complete file."""
     try:
         return any(len(path.name) == 64 and set(path.name) <= _HEX for path in shards.iterdir())
     except OSError:
@@ -188,9 +189,9 @@ def _make_folders(*folders: Path) -> None:
 
 
 class ShardCache:
-    """The cache in folder `root`. Several processes may use one at the same time.
+    """The cache in folder `root`. Several processes may use it at the same time.
 
-    Raises ValueError where nothing can be kept in it.
+    Raises ValueError when it cannot be used.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -206,11 +207,11 @@ class ShardCache:
         _make_folders(self._shards, self._models)
 
     def folder(self, manifest: Manifest) -> Path:
-        """The split folder of a model; what `link` has put there can be loaded."""
+        """Return the split folder of a model; what `link` has put there can be loaded."""
         return self._models / _hex(manifest.model_hash)
 
     def has(self, record: FileRecord, *, verify: bool = False) -> bool:
-        """Whether a file is here whole; with `verify` one of other content is removed."""
+        """Whether a file is here and complete; `verify` removes a file of other content."""
         path = self._shards / _hex(record.sha256)
         try:
             if path.stat().st_size == record.bytes and not (
@@ -223,7 +224,7 @@ class ShardCache:
         return False
 
     def open_partial(self, record: FileRecord) -> "Partial | None":
-        """What there is of a file, to go on with; None while another process is at it."""
+        """Open the received part of a file, to continue it; None while another process holds it."""
         path = self._shards / f"{_hex(record.sha256)}.partial"
         try:
             return Partial.open(path, record)
@@ -231,16 +232,16 @@ class ShardCache:
             raise _disk_error(path, error) from None
 
     def partial_bytes(self, record: FileRecord) -> int:
-        """How much of a file has come so far, whoever fetches it."""
+        """Return the bytes of a file received so far, by any process."""
         try:
             return (self._shards / f"{_hex(record.sha256)}.partial").stat().st_size
         except OSError:
             return 0
 
     def check_room(self, needed: int) -> None:
-        """Raises ClusterError where the disk is too small for so many bytes more."""
+        """Raise ClusterError when the disk has too little space for so many more bytes."""
         try:
-            self._make_folders()  # somebody may have cleared the cache of a device that runs
+            self._make_folders()  # the cache of a running device may have been cleared
             free = shutil.disk_usage(self._shards).free
         except OSError as error:
             raise _disk_error(self._shards, error) from None
@@ -248,12 +249,12 @@ class ShardCache:
             raise ClusterError(
                 HERE,
                 f"too little disk for its layers in {self.root}: needed {needed / 1e9:.2f} GB and "
-                f"{RESERVE_BYTES / 1e9:.2f} GB to spare, free {free / 1e9:.2f} GB; free some, or "
+                f"{RESERVE_BYTES / 1e9:.2f} GB in reserve, free {free / 1e9:.2f} GB; free some, or "
                 "set XDG_CACHE_HOME to a folder on a larger disk",
             )
 
     def link(self, manifest: Manifest, shards: Iterable[int]) -> Path:
-        """Lay out whole files as a split folder, with its manifest; that folder."""
+        """Link complete files into a split folder with its manifest; return that folder."""
         folder = self.folder(manifest)
         try:
             with (self._models / LOCK_NAME).open("w") as lock:
@@ -279,11 +280,11 @@ class ShardCache:
         shards: Sequence[int],
         on_bytes: Callable[[int], None] = lambda _: None,
     ) -> list[str]:
-        """Take what `folder`, a split of the model or the model itself, has of these shards.
+        """Take these shards, as far as present, from a split of the model or the whole model.
 
-        Files of a split stay where they are; of a whole model, the layers are cut out. All are
-        compared with the manifest by content. Returns the names of the files that it has not;
-        `on_bytes` is told how much is done. Raises ValueError where `folder` is neither.
+        Files of a split stay in place; from a whole model, the layers are cut out. The content of
+        all is compared with the manifest. Returns the names of files that `folder` does not have;
+        `on_bytes` is called with the bytes done. Raises ValueError when `folder` is neither.
         """
         wanted = shard_files(manifest, shards)
         left = {name: record for name, record in wanted.items() if not self.has(record)}
@@ -329,7 +330,7 @@ class ShardCache:
 
 
 class Partial:
-    """A file that is coming, locked against other processes. Bytes are appended in order."""
+    """A partly received file, locked against other processes. Bytes are appended in order."""
 
     def __init__(self, path: Path, record: FileRecord, handle: int) -> None:
         self.record = record
@@ -339,11 +340,11 @@ class Partial:
 
     @classmethod
     def open(cls, path: Path, record: FileRecord) -> "Partial | None":
-        """Open and lock, or None where another process holds the lock."""
+        """Open and lock the file; return None if another process holds the lock."""
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # it may have become the whole file, or been removed, before the lock was had
+            # before it was locked, it may have become complete or been removed
             if os.fstat(handle).st_ino != path.stat().st_ino:
                 raise BlockingIOError
         except (BlockingIOError, FileNotFoundError):
@@ -352,7 +353,7 @@ class Partial:
         return cls(path, record, handle)
 
     def write(self, pieces: Iterable[memoryview]) -> None:
-        """Append. Raises ClusterError where the disk is full; what was written stays."""
+        """Append pieces. Raises ClusterError when the disk is full; what was written stays."""
         for piece in pieces:
             view = piece
             while view:
@@ -365,7 +366,7 @@ class Partial:
                 view = view[count:]
 
     def finish(self) -> None:
-        """Make it the whole file, for good; WrongHashError (and it is removed) where it is not."""
+        """Make it the complete file. If it is another one, remove it and raise WrongHashError."""
         if self.size != self.record.bytes or self._digest.hexdigest() != self.record.sha256:
             self._path.unlink(missing_ok=True)
             raise WrongHashError(self.record, resumed=self.resumed_bytes > 0)
@@ -376,7 +377,7 @@ class Partial:
             raise _disk_error(self._path, error) from None
 
     def close(self) -> None:
-        """Let go of it; what has come stays for the next time."""
+        """Unlock and close it; the received part stays for the next time."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
@@ -396,14 +397,14 @@ def _disk_error(path: Path, error: OSError) -> ClusterError:
     if error.errno in _FULL:
         return ClusterError(
             HERE,
-            f"the disk is full while writing to {path.parent}; what has come is kept: free some "
+            f"the disk is full while writing to {path.parent}; the received part stays: free some "
             "and join again, or set XDG_CACHE_HOME to a folder on a larger disk",
         )
     return ClusterError(HERE, f"cannot write to {path.parent}: {error.strerror}; check the disk")
 
 
 def _await_lock(handle: int) -> None:
-    """Lock a file that others hold for as long as making some links takes."""
+    """Lock a file that others hold only while they make some links."""
     end = time.monotonic() + LOCK_LIMIT_S
     while True:
         try:
@@ -425,7 +426,7 @@ def _put_link(path: Path, target: Path) -> None:
 
 
 def _hex(text: str) -> str:
-    """The text, which is to be a file name, if it is a sha256 and nothing else."""
+    """Return the text if it is a sha256, so that it is safe as a file name; else ValueError."""
     if len(text) != 64 or not set(text) <= _HEX:
-        raise ValueError(f"{text[:80]!r} is no sha256; the manifest is not to be trusted")
+        raise ValueError(f"{text[:80]!r} is not a sha256; do not trust this manifest")
     return text

@@ -1,4 +1,4 @@
-"""A download's two ends: which parts to ask for next, and a thread that hashes and writes them."""
+"""The two ends of a download: which parts to request next, and a thread that hashes and writes."""
 
 import queue
 import threading
@@ -7,35 +7,36 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import CHUNK_BYTES, WINDOW, Part
+from flowspec.transport.chunks import CHUNK_BYTES, WINDOW, ChunkReply
 from flowspec.weights.transfer.cache import Partial
 
 HEAD_NAME = "head"
 TELL_S = 0.2
-STALL_LIMIT_S = 60.0  # longest that a disk may write nothing
+STALL_LIMIT_S = 60.0  # longest time without progress of the disk
 
 
 class Wanted:
-    """Which parts are to be asked for, in order, and what comes next; `num_asked` have not come."""
+    """The parts to request, in order, and the next to arrive; `num_asked` are in flight."""
 
     def __init__(self, partials: deque[Partial]) -> None:
         self._files = partials
-        self._size = partials[0].size if partials else 0  # of the first: written or to be
+        # bytes of the first file, written or to be
+        self._size = partials[0].size if partials else 0
         self._skip_whole()
         self._asked: Iterator[tuple[bytes, int, int]] = iter(())
         self.num_asked = 0
         self.start_over()
 
     def is_done(self) -> bool:
-        """Whether all has come."""
+        """Whether everything has come."""
         return not self._files
 
     def start_over(self) -> None:
-        """What was asked for and has not come is asked for again."""
+        """Request again what was requested and has not come."""
         self._asked, self.num_asked = self._rest(), 0
 
     def next_requests(self, num_unwritten: int) -> Iterator[tuple[bytes, int, int]]:
-        """As many as the window allows; a disk that is behind narrows it."""
+        """Yield as many requests as the window allows; unwritten parts make it smaller."""
         while self.num_asked + num_unwritten < WINDOW:
             request = next(self._asked, None)
             if request is None:
@@ -43,8 +44,8 @@ class Wanted:
             self.num_asked += 1
             yield request
 
-    def take(self, part: Part) -> Partial | None:
-        """The file that a part goes on with; None where it is not the next one."""
+    def take(self, part: ChunkReply) -> Partial | None:
+        """Return the file that a part continues; None if it is not the next part."""
         if not self._files or part.pieces is None:
             return None
         partial = self._files[0]
@@ -55,7 +56,7 @@ class Wanted:
         if part.num_bytes != expected or part.total != record.bytes:
             raise ClusterError(
                 HEAD_NAME,
-                f"has a file of {part.total} bytes, {record.bytes} in its manifest; split the "
+                f"has a file of {part.total} bytes, but {record.bytes} in its manifest; split the "
                 "model again there",
             )
         self.num_asked = max(0, self.num_asked - 1)
@@ -67,7 +68,7 @@ class Wanted:
         return partial
 
     def _skip_whole(self) -> None:
-        """Files of which all had come in an earlier run need but their end."""
+        """Skip files whose bytes all came in an earlier run: they only need to be finished."""
         while self._files and self._files[0].size == self._files[0].record.bytes:
             self._files.popleft().finish()
             self._size = self._files[0].size if self._files else 0
@@ -83,10 +84,10 @@ class Wanted:
 
 
 class Writer:
-    """Hashes and writes beside the network. An error stops it and comes out of `check`."""
+    """Hashes and writes in a thread; an error stops it, and `check` raises that error."""
 
     def __init__(self) -> None:
-        self._queue: queue.Queue[tuple[Partial, Part] | None] = queue.Queue()
+        self._queue: queue.Queue[tuple[Partial, ChunkReply] | None] = queue.Queue()
         self._error: Exception | None = None
         self._unwritten = 0
         self._lock = threading.Lock()
@@ -98,28 +99,29 @@ class Writer:
 
     def __exit__(self, *error: object) -> None:
         self._queue.put(None)
-        self._thread.join(STALL_LIMIT_S)  # a disk that hangs keeps the thread, not the device
+        # if the disk hangs, the thread stays behind, but the device goes on
+        self._thread.join(STALL_LIMIT_S)
 
     @property
     def num_waiting(self) -> int:
-        """Parts that have come and are not yet on disk."""
+        """Return the number of parts that have come and are not on disk yet."""
         return self._unwritten
 
-    def put(self, partial: Partial, part: Part) -> None:
-        """Append a part to its file; the window bounds how many wait."""
+    def put(self, partial: Partial, part: ChunkReply) -> None:
+        """Append a part to its file; the window limits how many wait."""
         with self._lock:
             self._unwritten += 1
         self._queue.put((partial, part))
 
     def check(self) -> None:
-        """Raise what went wrong."""
+        """Raise the error of the thread, if any."""
         if self._error is not None:
             raise self._error
 
     def flush(self, tell: Callable[[], None]) -> None:
-        """Until all is on disk; a slow disk is waited for as long as it writes.
+        """Wait until everything is on disk, as long as the disk makes progress.
 
-        Raises ClusterError where it has written nothing for STALL_LIMIT_S.
+        Raises ClusterError when it has written nothing for STALL_LIMIT_S.
         """
         told_at, left, moved_at = 0.0, self._unwritten, time.monotonic()
         while self._unwritten and self._error is None:
@@ -128,7 +130,7 @@ class Writer:
             elif time.monotonic() - moved_at > STALL_LIMIT_S:
                 raise ClusterError(
                     "this device",
-                    f"its disk has written nothing for {STALL_LIMIT_S:.0f} s; check it (`dmesg`)",
+                    f"the disk has written nothing for {STALL_LIMIT_S:.0f} s; check it (`dmesg`)",
                 )
             if time.monotonic() - told_at > TELL_S:
                 told_at = time.monotonic()
@@ -144,7 +146,7 @@ class Writer:
                     partial.write(part.pieces or ())
                     if partial.size == partial.record.bytes:
                         partial.finish()
-            except Exception as error:  # whatever it was, `check` raises it
+            except Exception as error:  # `check` raises it, whatever it is
                 self._error = error
             finally:
                 with self._lock:

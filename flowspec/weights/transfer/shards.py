@@ -1,7 +1,7 @@
-"""Weights from the head's disk to those of the devices: only what is missing, whole or not at all.
+"""Weight transfer from the head's disk to those of the devices; only missing files are sent.
 
-The head has the model split into single layers; a device asks for files by their sha256, in parts,
-over the cluster's encrypted transport. A file that was cut off goes on where it stopped.
+The head has the model split into single layers. A device requests files by their sha256, in parts,
+over the cluster's encrypted transport. An interrupted file continues where it stopped.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flowspec.request import ClusterError
-from flowspec.transport.chunks import CHUNK_BYTES, ChunkClient, ChunkServer, Part
+from flowspec.transport.chunks import CHUNK_BYTES, ChunkClient, ChunkReply, ChunkServer
 from flowspec.transport.secure.keys import Keys
 from flowspec.transport.secure.tally import Tally
 from flowspec.weights.manifest import FileRecord, Manifest, parse_manifest, read_manifest
@@ -24,7 +24,7 @@ from flowspec.weights.transfer.cache import Partial, ShardCache, WrongHashError,
 from flowspec.weights.transfer.download import HEAD_NAME, Wanted, Writer
 
 TICK_S = 0.2
-UNWRITTEN_WAIT_S = 0.002  # where the disk is behind and nothing is on its way
+UNWRITTEN_WAIT_S = 0.002  # pause while the disk is behind and nothing is in flight
 BUSY_WAIT_S = 1.0
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_OPEN_FILES = 16
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchProgress:
-    """How far a device is; `cached_bytes` of `done_bytes` were there before."""
+    """A device's progress; `cached_bytes` of `done_bytes` were there before."""
 
     done_bytes: int
     total_bytes: int
@@ -46,10 +46,10 @@ OnProgress = Callable[[FetchProgress], None]
 
 
 class ShardServer:
-    """Serves the stage files of a split model, and its manifest, from a thread until `close`.
+    """Serves the stage files of a split model and its manifest, in a thread, until `close`.
 
-    Nothing else on the disk can be asked for: requests name hashes. Raises ValueError where
-    `split_folder` is no split model or the address cannot be had.
+    Requests name hashes, so no other file can be requested. Raises ValueError when `split_folder`
+    is not a split model or the address is not available.
     """
 
     def __init__(self, split_folder: Path, address: str, keys: Keys) -> None:
@@ -70,11 +70,11 @@ class ShardServer:
         self._thread.start()
 
     def refusals(self) -> dict[str, int]:
-        """Connections refused and requests dropped, by reason."""
+        """Return the connections refused and requests dropped, by reason."""
         return {**self._server.refusals(), **self._server.dropped.counts()}
 
     def close(self) -> None:
-        """End the thread; devices that are still fetching keep what they have."""
+        """End the thread; devices that are still fetching keep their received parts."""
         self._closing.set()
         self._thread.join(timeout=5.0)
 
@@ -109,9 +109,9 @@ class ShardServer:
 
 
 def fetch_manifest(address: str, keys: Keys, sha256: str, timeout_s: float) -> Manifest:
-    """The manifest whose sha256 the head has told. Raises ClusterError."""
+    """Fetch the manifest with the sha256 that the head has sent. Raises ClusterError."""
     if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-        raise ClusterError(HEAD_NAME, f"told {sha256[:80]!r} for the sha256 of its manifest")
+        raise ClusterError(HEAD_NAME, f"sent {sha256[:80]!r} as the sha256 of its manifest")
     client, content = ChunkClient(address, keys), b""
     digest, end = bytes.fromhex(sha256), time.monotonic() + timeout_s
     try:
@@ -146,12 +146,13 @@ def fetch_shards(
     on_progress: OnProgress = lambda _: None,
     timeout_s: float = 30.0,
 ) -> None:
-    """Get what `cache` misses of stages `shards` (from 1) of a split model, and link it there.
+    """Fetch what `cache` lacks of stages `shards` (from 1) of a split model, and link it there.
 
-    Then `cache.folder(manifest)` can be loaded; every file's sha256 has been compared, also of
-    those that were there, so loading need not verify. `on_progress` is called at least every second
-    and may raise to end it. Raises ClusterError where the head sends nothing for `timeout_s` or
-    what is no such file, or the disk is full or fails; all that has come stays, for the next try.
+    Afterwards `cache.folder(manifest)` can be loaded; every file's sha256 has been compared, even
+    of those that were there before, so loading need not verify. `on_progress` is called at least
+    every second and may raise to end the transfer. Raises ClusterError when the head sends nothing
+    for `timeout_s` or a wrong file, or when the disk is full or fails; received parts stay for the
+    next try.
     """
     wanted = {record.sha256: record for record in shard_files(manifest, shards).values()}
     fetch = _Fetch(address, keys, cache, on_progress, timeout_s)
@@ -172,7 +173,7 @@ def fetch_shards(
 
 
 class _Fetch:
-    """One call of `fetch_shards`: what is under way, how far it is, when it gives up."""
+    """One call of `fetch_shards`: parts in flight, progress, and the time to give up."""
 
     def __init__(
         self,
@@ -188,13 +189,13 @@ class _Fetch:
         self._moved_at = time.monotonic()
 
     def tell(self) -> None:
-        """Report how far it is."""
+        """Report the progress."""
         self._on_progress(
             FetchProgress(done_bytes=self.done, total_bytes=self.total, cached_bytes=self.cached)
         )
 
     def run(self, missing: Sequence[FileRecord]) -> None:
-        """All of them, by this process or another one that uses the same cache."""
+        """Fetch all files, in this process or by waiting for another that uses the same cache."""
         left = list(missing)
         again: set[str] = set()
         self.cached += sum(min(self._cache.partial_bytes(r), r.bytes) for r in left)
@@ -209,11 +210,11 @@ class _Fetch:
                 if not error.resumed or error.record.sha256 in again:
                     raise ClusterError(
                         HEAD_NAME,
-                        f"sent a file of {error.record.bytes} bytes whose sha256 is not "
-                        f"{error.record.sha256[:12]}..., as its manifest says; split the model "
-                        "again there, or check that disk",
+                        f"sent a file of {error.record.bytes} bytes, but its sha256 is not the "
+                        f"{error.record.sha256[:12]}... of its manifest; split the model "
+                        "again there, or check its disk",
                     ) from None
-                again.add(error.record.sha256)  # the part of an earlier run may be what is wrong
+                again.add(error.record.sha256)  # the part of an earlier run may be the wrong one
             finally:
                 for partial in mine:
                     partial.close()
@@ -254,7 +255,7 @@ class _Fetch:
                     self._moved_at = time.monotonic()
             writer.check()
             now = time.monotonic()
-            # A part can be lost without the connection; on a slow link it is but late.
+            # A part may be lost although the connection stands; on a slow link it may only be late.
             if is_new or now - max(asked_at, self._moved_at) > self._timeout_s / 2:
                 wanted.start_over()
             self._give_up_if_late(now)
@@ -264,11 +265,11 @@ class _Fetch:
             raise ClusterError(
                 HEAD_NAME,
                 f"sent no weights for {self._timeout_s:.0f} s ({self.done} of {self.total} bytes "
-                f"are here and stay); is it still running and reachable at {self._address}?",
+                f"are here and kept); is it still running and reachable at {self._address}?",
             )
 
     def _await_others(self, left: Sequence[FileRecord]) -> None:
-        """Another process fetches these: wait until one is whole, or that process is gone."""
+        """Wait until one of these files is complete, or the process that fetches it is gone."""
         sizes: list[int] = []
         self._moved_at = time.monotonic()
         while True:
@@ -286,18 +287,18 @@ class _Fetch:
                 return
 
 
-def _check_known(part: Part, what: str) -> None:
+def _check_known(part: ChunkReply, what: str) -> None:
     if part.pieces is None and not part.busy:
         raise ClusterError(
-            HEAD_NAME, f"has no {what} {part.digest.hex()[:12]}...; it serves another model by now"
+            HEAD_NAME, f"has no {what} {part.digest.hex()[:12]}...; it now serves another model"
         )
 
 
 def _open_manifest(content: bytes, sha256: str) -> Manifest:
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise ClusterError(HEAD_NAME, "sent another manifest than it told")
+        raise ClusterError(HEAD_NAME, "sent a manifest of another sha256 than announced")
     try:
         fields = json.loads(content)
         return parse_manifest(fields if isinstance(fields, dict) else {})
     except (ValueError, RecursionError) as error:
-        raise ClusterError(HEAD_NAME, f"sent a manifest that is none: {error}") from None
+        raise ClusterError(HEAD_NAME, f"sent an invalid manifest: {error}") from None

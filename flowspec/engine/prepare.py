@@ -1,0 +1,126 @@
+"""What an engine is made from: the model of a configuration, cut into stages, and its draft model.
+
+A split is made where it is not there yet, in the folder `out`. `say` is told of it, since that may
+take a while.
+"""
+
+import filecmp
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from flowspec.config import EngineConfig
+from flowspec.speculation.drafters import find_drafter
+from flowspec.speculation.strategies import find_strategy
+from flowspec.system import signals
+from flowspec.system.bundled import DEMO, find_bundled
+from flowspec.tokenizer import load_tokenizer
+from flowspec.weights.checkpoint import check_model, open_checkpoint, resolve_model
+from flowspec.weights.manifest import MANIFEST_NAME, read_manifest
+from flowspec.weights.split import is_split_of, run_split
+from flowspec.weights.split_plan import even_layers, parse_layers, plan_split
+
+DEFAULT_STAGES = 4
+Say = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+def bundled(name: str) -> str:
+    """`name`, or where the package's own copy of it lies if it does not exist here."""
+    found = find_bundled(name)
+    return name if found == Path(name) else str(found)
+
+
+def draft_folder(config: EngineConfig, *, offline: bool = False) -> str:
+    """Where the draft model lies: as configured, else the drafter's own for the bundled model.
+
+    Raises ValueError where a model of one's own comes without its draft model.
+    """
+    spec = find_drafter(config.drafter)
+    if not spec.bundled or not find_strategy(config.strategy).drafts:
+        return config.draft
+    if not config.draft and not is_bundled(config.model):
+        check_model(config.model, offline=offline)  # what is not there needs no draft model
+        raise ValueError(
+            f"drafter {config.drafter} needs --draft with a model of your own: the folder of a "
+            "draft model made for it; --drafter ngram needs none"
+        )
+    return bundled(config.draft or spec.bundled)
+
+
+def is_bundled(model: str) -> bool:
+    """Whether `model` is the package's own, by name, as a copy of it or as a split of it."""
+    own, folder = DEMO / "target", find_bundled(model)
+    if not folder.is_dir() or not own.is_dir():
+        return False
+    if (folder / MANIFEST_NAME).exists():
+        return is_split_of(read_manifest(folder), open_checkpoint(own))
+    names = ("config.json", "model.safetensors")
+    same, _, _ = filecmp.cmpfiles(folder, own, names, shallow=False)
+    return len(same) == len(names)
+
+
+def count_stages(config: EngineConfig) -> int:
+    """How many stages `split_folder` will find or make; nothing is loaded or split for it.
+
+    A model that has yet to be downloaded is taken for one that is not split.
+    """
+    if config.layers:
+        return len(parse_layers(config.layers))
+    folder = Path(bundled(config.model))
+    if (folder / MANIFEST_NAME).exists():
+        return len(read_manifest(folder).layers)
+    return config.stages or DEFAULT_STAGES
+
+
+def split_folder(config: EngineConfig, *, say: Say = log.info) -> Path:
+    """The split model that `config` names; it is made now where it is not there yet."""
+    folder = resolve_model(bundled(config.model))
+    if (folder / MANIFEST_NAME).exists():
+        have = read_manifest(folder).layers
+        wanted = parse_layers(config.layers) if config.layers else have
+        if wanted != have or config.stages not in (None, len(have)):
+            raise ValueError(
+                f"{folder} is split into {len(have)} stages of {have} layers, not as asked; "
+                "name the unsplit model instead, or split it again with `flowspec split`"
+            )
+        return folder
+    checkpoint = open_checkpoint(folder)
+    if config.layers:
+        layers = parse_layers(config.layers)
+    else:
+        layers = even_layers(checkpoint.config.num_layers, config.stages or DEFAULT_STAGES)
+    name = folder.resolve().name
+    cut = "+".join(str(count) for count in layers)
+    out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
+    if not (out / MANIFEST_NAME).exists():
+        load_tokenizer(folder)  # or say what it lacks by the model's own name, before it is split
+        stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
+        say(f"splitting {name} into {stages} of {cut} layers: {out}")
+    plan = plan_split(checkpoint, layers=layers, dtype=None)
+    with signals.undoing():
+        run_split(
+            plan,
+            out,
+            model_id=name,
+            on_bytes=lambda count: signals.check(),
+            on_wait=say,
+        )
+    return out
+
+
+def layerwise_folder(config: EngineConfig, *, offline: bool = False, say: Say = log.info) -> Path:
+    """The model split with every layer by itself, made now where it is not there yet.
+
+    Raises ValueError where it is cut already, but not so.
+    """
+    folder = resolve_model(bundled(config.model), offline=offline)
+    is_split = (folder / MANIFEST_NAME).exists()
+    layers = read_manifest(folder).layers if is_split else ()
+    if is_split and set(layers) != {1}:
+        raise ValueError(
+            f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; name the "
+            "unsplit model, or one split with every layer by itself"
+        )
+    num_layers = len(layers) or open_checkpoint(folder).config.num_layers
+    return split_folder(config.changed(layers="+".join(["1"] * num_layers)), say=say)
