@@ -11,7 +11,7 @@ from flowspec.engine.engine import EngineStatus, StageStatus
 from flowspec.engine.status import progress_of, stage_status
 from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
-from flowspec.protocol.messages import HEAD, AbortRequest, ForgetCosts, Submit
+from flowspec.protocol.messages import HEAD, AbandonRequests, AbortRequest, ForgetCosts, Submit
 from flowspec.request import ClusterError, Failure, FinishReason, Request, RequestOutput, TokensOut
 from flowspec.runtime.core import Core
 from flowspec.simulator.ablated import arrange
@@ -57,7 +57,9 @@ class SimulatedEngine:
         )
         self._lock = threading.RLock()
         self._newest_id = 0
+        self._newest_at = 0.0  # when the newest request begins
         self._streams: dict[int, Stream] = {}
+        self._begins: dict[int, float] = {}  # when each of them begins
         self._counts_due: dict[int, Stream] = {}
         self._num_finished = self._num_failed = 0
         self._closed = ""
@@ -65,11 +67,18 @@ class SimulatedEngine:
     def submit(self, request: Request, *, at: float | None = None) -> Stream:
         """Begin with a request now, or `at` a later virtual time in seconds.
 
-        A request that brings an id keeps it; it must be above those before.
+        A request that brings an id keeps it; it must be above those before. Raises ValueError
+        where its time is before that of an earlier one: the head takes ids in rising order.
         """
         with self._lock:
             if self._closed:
                 raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
+            when = max(self.simulator.now, at or 0.0)
+            if when < self._newest_at:
+                raise ValueError(
+                    f"the request is to begin at {when:g} s, and one is submitted for "
+                    f"{self._newest_at:g} s already; submit requests in the order of their times"
+                )
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)
@@ -77,13 +86,14 @@ class SimulatedEngine:
             if number in self._streams:
                 raise ValueError(f"request {number} is open already; give each its own id")
             self._streams[number] = stream
-            self.simulator.submit(Submit(request=replace(request, id=number)), at=at)
+            self._newest_at = self._begins[number] = when
+            self.simulator.submit(Submit(request=replace(request, id=number)), at=when)
         return stream
 
     def abort(self, request: int) -> None:
-        """End a request; what is on its way still arrives."""
+        """End a request, at the earliest when it begins; what is on its way still arrives."""
         with self._lock:
-            self.simulator.submit(AbortRequest(request=request))
+            self.simulator.submit(AbortRequest(request=request), at=self._begins.get(request))
             while request in self._streams and self.step():
                 pass
 
@@ -98,12 +108,15 @@ class SimulatedEngine:
             except ClusterError as error:  # it is busy without end
                 self._end_all(Failure(cause=error.cause, rank=0))
                 return False
-            while self.simulator.to_client:
-                self._deliver(self.simulator.to_client.popleft())
+            self._deliver_all()
             self._deliver_counts()
             if not went_on and self._streams:
-                self._end_all(Failure(cause="nothing is left to do", rank=0))
+                self._abandon(Failure(cause="nothing is left to do", rank=0))
             return went_on
+
+    def _deliver_all(self) -> None:
+        while self.simulator.to_client:
+            self._deliver(self.simulator.to_client.popleft())
 
     def _deliver(self, event: object) -> None:
         assert isinstance(event, TokensOut | RequestOutput), "the head speaks to clients so"
@@ -111,7 +124,7 @@ class SimulatedEngine:
         if stream is None:
             return
         if isinstance(event, RequestOutput):
-            del self._streams[event.request]
+            del self._streams[event.request], self._begins[event.request]
             self._num_finished += event.error is None
             self._num_failed += event.error is not None
             self._counts_due[event.request] = stream
@@ -128,9 +141,16 @@ class SimulatedEngine:
                 del self._counts_due[request]
                 stream.put_counts(dict(state.stage_counts))
 
+    def _abandon(self, failure: Failure) -> None:
+        """Open requests end with this failure and with what was generated so far."""
+        self.simulator.deliver(HEAD, AbandonRequests(failure=failure))
+        self._deliver_all()
+        self._end_all(failure)
+
     def _end_all(self, failure: Failure) -> None:
+        """Requests that are still open end with this failure, whatever the head knows of them."""
         for request, stream in list(self._streams.items()):
-            del self._streams[request]
+            del self._streams[request], self._begins[request]
             self._num_failed += 1
             stream.put(RequestOutput(request=request, reason=FinishReason.ERROR, error=failure))
 
@@ -177,7 +197,8 @@ class SimulatedEngine:
         """End open requests."""
         with self._lock:
             self._closed = "it was closed"
-            self._end_all(Failure(cause="the engine was closed", rank=0))
+            if self._streams:
+                self._abandon(Failure(cause="the engine was closed", rank=0))
 
 
 def emulated_engine(

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -123,7 +124,7 @@ class Stream:
         while self.output is None:
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"request {self.request} is not over after {timeout_s:g} s")
-            self._wait(lambda: self.output is not None)
+            self._await(lambda: self.output is not None)
         return self.output
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -139,14 +140,14 @@ class Stream:
     async def _arrival(self) -> None:
         """Until there may be something to read."""
         if self._advance is not None:
-            if not self._advance():
-                raise RuntimeError("nothing is left to happen and the request is not over")
+            self._await(self._has_event)
             await asyncio.sleep(0)
             return
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
 
         def listener() -> None:
-            loop.call_soon_threadsafe(arrived.set)
+            with suppress(RuntimeError):  # the reader's loop has ended
+                loop.call_soon_threadsafe(arrived.set)
 
         self.listen(listener)
         try:
@@ -174,7 +175,7 @@ class Stream:
             event = self.poll()
             if event is not None or self._is_read:
                 return event
-            self._wait(self._has_event)
+            self._await(self._has_event)
 
     def _has_event(self) -> bool:
         is_unread = self.output is not None and not self._is_read
@@ -190,6 +191,14 @@ class Stream:
             self._is_read = True
             return self.output
         return None
+
+    def _await(self, is_there: Callable[[], bool]) -> None:
+        """Wait a little. Raises RuntimeError where nothing can ever come."""
+        if not self._wait(is_there) and not is_there():
+            raise RuntimeError(
+                f"nothing is left to happen and request {self.request} is not over; this is a bug "
+                "of its engine"
+            )
 
     def _wait(self, is_there: Callable[[], bool]) -> bool:
         """Wait a little; False where nothing is left to happen."""

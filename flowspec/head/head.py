@@ -104,7 +104,13 @@ class Head:
 
     def resolve(self, decoding: Decoding | None) -> ResolvedDecoding:
         """What a request's decoding means here. Raises ValueError for what cannot be had."""
-        return resolve_decoding(decoding or self.decoding, self.drafters)
+        decoding, own = decoding or self.decoding, self.decoding.strategy
+        if find_strategy(decoding.strategy).without is not find_strategy(own).without:
+            raise ValueError(
+                f"strategy {decoding.strategy} needs a pipeline that was made for it; this one was "
+                f"made for {own}"
+            )
+        return resolve_decoding(decoding, self.drafters)
 
     def drafter_of(self, decoding: ResolvedDecoding) -> Drafter:
         """The drafter as the decoding wants it, with or without n-gram branches."""

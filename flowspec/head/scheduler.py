@@ -208,7 +208,9 @@ class Scheduler:
         if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
             return []
         offers = self._offers([request for request in requests if request.is_decoding])
-        if any(offer.outgoing.early for offer in offers):
+        # a strategy does not offer a whole segment twice, so others' early rows cannot hold it back
+        must_go = any(not o.outgoing.best_first and not o.outgoing.early for o in offers)
+        if not must_go and any(offer.outgoing.early for offer in offers):
             return []
         segments = self._prefix_segments(requests)
         counts = best_counts(

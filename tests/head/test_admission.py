@@ -1,6 +1,8 @@
 """Scheduler by memory: budgets known before, refusals with both numbers, memory freed at once."""
 
 from flowspec.engine.engine import generate_all
+from flowspec.head.pipeline import Pipeline
+from flowspec.head.request_state import MIN_TREE_TOKENS
 from flowspec.head.scheduler import Scheduler
 from flowspec.protocol.messages import (
     AbortRequest,
@@ -11,10 +13,12 @@ from flowspec.protocol.messages import (
     Segment,
     Submit,
 )
-from flowspec.request import LONGEST_CONTEXT, FinishReason, RequestOutput, TokensOut
+from flowspec.request import LONGEST_CONTEXT, FailureKind, FinishReason, RequestOutput, TokensOut
+from flowspec.speculation.strategy import StrategyConfig
 from flowspec.stage.stage import Stage
 from tests.head.test_requests import check_answers, several
-from tests.support.clusters import check_empty, make_cluster
+from tests.support.clusters import check_empty, make_cluster, serve
+from tests.support.states import running_state
 from tests.support.tiny import MAX_CONTEXT, PROMPT, expected, request
 
 
@@ -34,8 +38,9 @@ def test_what_can_never_fit_is_refused_with_both_numbers():
     answers = generate_all(cluster, [small, large])
     assert list(answers[0].tokens) == expected(small)
     assert answers[1].reason is FinishReason.ERROR
-    assert "367 rows" in answers[1].error
-    assert "300" in answers[1].error
+    assert answers[1].error.kind is FailureKind.TOO_LARGE
+    assert "needs 367 tokens" in answers[1].error.cause
+    assert "holds 300" in answers[1].error.cause
     check_empty(cluster)
 
 
@@ -45,7 +50,7 @@ def test_what_does_not_fit_now_waits():
     asked = several(5)
     most = 0
     done = []
-    for event in cluster.serve(asked):
+    for event in serve(cluster, asked):
         for stage in cluster.stages:
             assert stage.num_kv_tokens_used <= 600
         most = max(most, len(cluster.head.scheduler.running))
@@ -57,16 +62,24 @@ def test_what_does_not_fit_now_waits():
 
 def test_a_large_request_is_not_overtaken_for_ever():
     """Small ones behind it wait, although they would fit."""
-    books = Scheduler(max_context=1000, max_rows=100)
+    pipe = Pipeline(2)
+    scheduler = Scheduler(pipe=pipe, max_context=1000, max_kv_tokens=2 * MIN_TREE_TOKENS + 100)
     for number, new in ((1, 50), (2, 70), (3, 5)):
-        books.submit(request(number, prompt=(1,), max_new_tokens=new), 0.0, num_tree_rows=9)
-    first = books.next_to_begin()
+        asked = request(number, prompt=(1,), max_new_tokens=new)
+        assert scheduler.check(asked, StrategyConfig()) == new
+        scheduler.add(running_state(asked, StrategyConfig(), pipe))
+    first = scheduler.next_to_start()
     assert first is not None
-    books.waiting.popleft()
-    books.rows[1] = first.num_rows
-    assert books.next_to_begin() is None
-    del books.rows[1]
-    assert books.next_to_begin().request.id == 2
+    assert scheduler.start(first).request.id == 1
+    assert scheduler.next_to_start() is None
+    del scheduler.running[1]
+    second = scheduler.next_to_start()
+    assert second is not None
+    assert second.id == 2
+    scheduler.start(second)
+    third = scheduler.next_to_start()
+    assert third is not None
+    assert third.id == 3
 
 
 def test_a_stage_defends_its_memory():
@@ -147,4 +160,4 @@ def test_limits_of_one_request_are_those_of_the_model():
     fits, long = request(1, max_new_tokens=4), request(2, prompt=PROMPT * 40)
     answers = generate_all(cluster, [fits, long])
     assert list(answers[0].tokens) == expected(fits)
-    assert f"holds {MAX_CONTEXT}" in answers[1].error
+    assert f"holds {MAX_CONTEXT}" in answers[1].error.cause

@@ -6,16 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from flowspec.head.answers import Answers
 
 import flowspec.stage.executor
 from flowspec.engine.engine import generate_all
 from flowspec.engine.simulated import SimulatedEngine
+from flowspec.head.losses import MAX_RECENT, MIN_ALONE
 from flowspec.head.request_state import RequestState
-from flowspec.head.scheduler import MAX_RECENT, MIN_ALONE
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import Resume, Submit, Suspend
-from flowspec.request import FinishReason, Request, RequestOutput
+from flowspec.request import (
+    Failure,
+    FailureKind,
+    FinishReason,
+    Request,
+    RequestOutput,
+    TokensOut,
+)
 from flowspec.runtime.failures import Failures, attempt, is_fatal
 from flowspec.simulator.simulator import instant_link
 from flowspec.speculation.drafters.base import DraftJob
@@ -132,25 +138,28 @@ class Text(TextStream):
         return super().flush()
 
 
-def check_only_the_bad_one_ends(cluster: SimulatedEngine, *, where: str) -> None:
+def check_only_the_bad_one_ends(cluster: SimulatedEngine, *, ranks: Sequence[int]) -> None:
     """The others' text is the target's own, nothing is left behind, and the next one is served."""
     several = asked()
     completions = generate_all(cluster, several)
-    check_ends(several, completions, where)
+    check_ends(several, completions, ranks)
     check_empty(cluster)
     (after,) = generate_all(cluster, [request(9)])
     assert list(after.tokens) == expected(request(9))
 
 
-def check_ends(several: list[Request], completions: list[RequestOutput], where: str) -> None:
-    """The bad one's end has its reason."""
+def check_ends(
+    several: list[Request], completions: list[RequestOutput], ranks: Sequence[int]
+) -> None:
+    """The bad one ends with its reason, and the error names one of `ranks` as its place."""
     for one, completion in zip(several, completions, strict=True):
         if one.id != BAD:
-            assert (completion.error, list(completion.tokens)) == ("", expected(one))
+            assert (completion.error, list(completion.tokens)) == (None, expected(one))
             continue
         assert completion.reason is FinishReason.ERROR
-        assert completion.error.startswith(where), completion.error
-        assert "Broken: it broke" in completion.error
+        assert completion.error is not None
+        assert completion.error.rank in ranks, completion.error
+        assert completion.error.cause == "Broken: it broke"
         assert list(completion.tokens) == expected(one)[: len(completion.tokens)]
 
 
@@ -160,7 +169,7 @@ def test_what_fails_in_the_head_ends_one_request(point: str, monkeypatch: Patch)
     HEAD_POINTS[point](monkeypatch)
     drafter = ScriptedDrafter(mixed, aux_hidden_state_layers=(1,))
     cluster = make_cluster(2, drafter=drafter, merge="branches" in point, calibrate=True)
-    check_only_the_bad_one_ends(cluster, where="head: ")
+    check_only_the_bad_one_ends(cluster, ranks=(0,))
 
 
 @pytest.mark.parametrize("point", TEXT_POINTS)
@@ -174,7 +183,7 @@ def test_a_detokenizer_that_fails_ends_one_request(point: str) -> None:
         text.point = point if asked_for.id == BAD else ""
         return text
 
-    check_only_the_bad_one_ends(make_cluster(2, new_text=new_text), where="head: ")
+    check_only_the_bad_one_ends(make_cluster(2, new_text=new_text), ranks=(0,))
 
 
 @pytest.mark.parametrize("point", STAGE_POINTS)
@@ -182,7 +191,7 @@ def test_what_fails_on_a_stage_ends_one_request(point: str, monkeypatch: Patch) 
     """Also where its rows run together with those of others; the error names the stage."""
     STAGE_POINTS[point](monkeypatch)
     cluster = make_cluster(2, drafter=ScriptedDrafter(mixed, aux_hidden_state_layers=(1,)))
-    check_only_the_bad_one_ends(cluster, where="stage ")
+    check_only_the_bad_one_ends(cluster, ranks=(1, 2))
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -211,7 +220,8 @@ def test_a_forward_that_fails_finds_who_is_the_cause(num_stages: int, monkeypatc
     several = asked()
     done = {c.request: c for c in generate_all(cluster, several)}
     assert max(joint) > 1, "it ran with no other"
-    assert done[BAD].error == f"stage {num_stages}: IndexError: index out of range in self"
+    cause = "IndexError: index out of range in self"
+    assert done[BAD].error == Failure(cause=cause, rank=num_stages)
     for one in several:
         if one.id != BAD:
             assert list(done[one.id].tokens) == expected(one)
@@ -275,7 +285,7 @@ def test_a_drafter_that_does_not_say_whose_fault_it_is_ends_those_it_drafted_for
     drafter = Unhelpful(mixed)
     cluster = make_cluster(2, drafter=drafter)
     done = generate_all(cluster, asked())
-    assert {one.error for one in done} == {"head: Broken: it broke"}
+    assert {one.error for one in done} == {Failure(cause="Broken: it broke", rank=0)}
     check_empty(cluster)
     drafter.fails = False
     (after,) = generate_all(cluster, [request(9)])
@@ -300,9 +310,9 @@ def test_a_kept_request_that_fails_is_given_up_and_nobody_ends() -> None:
     (first,) = generate_all(cluster, [request(1)])
     next_prompt = (*PROMPT, *first.tokens)
     (second_turn,) = generate_all(cluster, [request(2, prompt=next_prompt)])
-    assert second_turn.error == ""
+    assert second_turn.error is None
     assert list(second_turn.tokens) == expected(request(2, prompt=next_prompt))
-    assert 1 not in cluster.head.scheduler.kept
+    assert 1 not in cluster.head.scheduler.cache
     assert all(1 not in stage.requests for stage in cluster.stages)
 
 
@@ -315,7 +325,7 @@ def test_a_kept_request_that_a_stage_has_lost_is_given_up() -> None:
         cluster.simulator.deliver(send.to, send.message)
     next_turn = request(2, prompt=(*PROMPT, *first.tokens))
     (done,) = generate_all(cluster, [next_turn])
-    assert (done.error, list(done.tokens)) == ("", expected(next_turn))
+    assert (done.error, list(done.tokens)) == (None, expected(next_turn))
     assert done.stats.num_prompt_reused == 0
 
 
@@ -336,8 +346,10 @@ def test_tokens_that_the_model_has_not_are_refused_by_name(fields: dict[str, Any
     cluster = make_cluster(2, limits=limits)
     (done,) = generate_all(cluster, [request(**fields)])
     assert done.reason is FinishReason.ERROR
-    assert of in done.error
-    assert "vocabulary has 48 tokens" in done.error
+    assert done.error is not None
+    assert done.error.kind is FailureKind.REFUSED
+    assert of in done.error.cause
+    assert "vocabulary has 48 tokens" in done.error.cause
     assert not cluster.stages[0].num_segments
 
 
@@ -351,7 +363,7 @@ def test_proposals_outside_the_vocabulary_never_enter_the_tree(merge: bool) -> N
     limits: dict[str, Any] = {"vocab_size": VOCAB}
     cluster = make_cluster(2, drafter=ScriptedDrafter(beyond), limits=limits, merge=merge)
     (done,) = generate_all(cluster, [request()])
-    assert (done.error, list(done.tokens)) == ("", expected(request()))
+    assert (done.error, list(done.tokens)) == (None, expected(request()))
     assert done.stats.mean_accepted_length > 1.0
 
 
@@ -360,7 +372,7 @@ def test_a_stage_fails_a_row_without_an_embedding_before_it_runs() -> None:
     cluster = make_cluster(2, "ar")  # a head that does not know the vocabulary
     several = [request(1), request(BAD, prompt=(*PROMPT, VOCAB)), request(3, prompt=PROMPT[3:])]
     done = {c.request: c for c in generate_all(cluster, several)}
-    assert done[BAD].error.startswith(f"stage 1: a row has the token id {VOCAB}, the model's")
+    assert str(done[BAD].error).startswith(f"stage 1: a row has the token id {VOCAB}, the model's")
     assert [list(done[n].tokens) for n in (1, 3)] == [expected(several[0]), expected(several[2])]
     check_empty(cluster)
 
@@ -371,7 +383,8 @@ def test_a_stage_fails_a_row_without_an_embedding_before_it_runs() -> None:
 def lose_stage(cluster: SimulatedEngine, *, blames: bool = True) -> None:
     """Stage 2 dies; a fresh one takes its place."""
     simulator = cluster.simulator
-    simulator.deliver(0, Suspend(cause="stage 2 on ada: connection lost", blames=blames))
+    failure = Failure(cause="connection lost", rank=2, device="ada")
+    simulator.deliver(0, Suspend(failure=failure, blames=blames))
     stage = Stage(2, 2, stage_models(2)[1], epoch=cluster.head.pipe.epoch)
     simulator.replace(stage)
     cluster.stages = [cluster.stages[0], stage]
@@ -382,7 +395,7 @@ def serve_with_poison(
     cluster: SimulatedEngine, several: Sequence[Request], poison: int, *, blames: bool = True
 ) -> tuple[dict[int, RequestOutput], int]:
     """Each time rows of `poison` reach stage 2, that dies; the ends, and how often it died."""
-    answers, done, deaths = Answers(cluster.head, several), dict[int, RequestOutput](), 0
+    done, deaths = dict[int, RequestOutput](), 0
     for one in several:
         cluster.simulator.submit(Submit(request=one))
     while cluster.simulator.step():
@@ -391,7 +404,7 @@ def serve_with_poison(
             deaths += 1
             lose_stage(cluster, blames=blames)
         while cluster.simulator.to_client:
-            event = answers.take(cluster.simulator.to_client.popleft())
+            event = cluster.simulator.to_client.popleft()
             if isinstance(event, RequestOutput):
                 done[event.request] = event
     return done, deaths
@@ -405,10 +418,13 @@ def test_a_request_that_kills_a_stage_is_found_after_two_losses(poison: int) -> 
     done, deaths = serve_with_poison(cluster, several, poison)
     assert deaths == 2
     assert done[poison].reason is FinishReason.ERROR
-    assert done[poison].error.startswith("stage 2 on ada: connection lost; a device was lost 2 ")
+    error = done[poison].error
+    assert error is not None
+    assert (error.rank, error.device) == (2, "ada")
+    assert str(error).startswith("stage 2 on ada: connection lost; a device was lost 2 ")
     for one in several:
         if one.id != poison:
-            assert (done[one.id].error, list(done[one.id].tokens)) == ("", expected(one))
+            assert (done[one.id].error, list(done[one.id].tokens)) == (None, expected(one))
     check_empty(cluster)
 
 
@@ -425,16 +441,16 @@ def serve_with_late_losses(
 ) -> tuple[dict[int, RequestOutput], int]:
     """Stage 2 dies with each `every`-th token of `poison`; the ends, and how often it died."""
     cluster = make_cluster(2, "ar", charges=(lambda rank, work: seconds_per_work, instant_link))
-    answers, done = Answers(cluster.head, several), dict[int, RequestOutput]()
+    done = dict[int, RequestOutput]()
     for one in several:
         cluster.simulator.submit(Submit(request=one))
     count, losses = 0, 0
     while cluster.simulator.step():
         while cluster.simulator.to_client:
-            event = answers.take(cluster.simulator.to_client.popleft())
+            event = cluster.simulator.to_client.popleft()
             if isinstance(event, RequestOutput):
                 done[event.request] = event
-            elif event is not None and event.request == poison:
+            elif isinstance(event, TokensOut) and event.request == poison:
                 count += 1
                 if count % every == 0:
                     losses += 1
@@ -448,7 +464,7 @@ def test_a_long_answer_survives_many_losses_far_apart() -> None:
     long = request(max_new_tokens=40)
     done, losses = serve_with_late_losses([long], long.id, seconds_per_work=20.0)
     assert losses > 10
-    assert (done[1].error, list(done[1].tokens)) == ("", expected(long))
+    assert (done[1].error, list(done[1].tokens)) == (None, expected(long))
 
 
 def test_a_request_that_kills_a_stage_some_tokens_later_ends() -> None:
@@ -457,7 +473,7 @@ def test_a_request_that_kills_a_stage_some_tokens_later_ends() -> None:
     done, losses = serve_with_late_losses([long], long.id, seconds_per_work=0.01)
     assert losses == MAX_RECENT
     assert done[1].reason is FinishReason.ERROR
-    assert f"a device was lost {MAX_RECENT} times" in done[1].error
+    assert f"a device was lost {MAX_RECENT} times" in str(done[1].error)
     assert list(done[1].tokens) == expected(long)[: len(done[1].tokens)]
     assert len(done[1].tokens) >= 3 * MAX_RECENT
 
@@ -476,7 +492,7 @@ def test_who_kills_a_stage_later_each_time_is_found_among_others(poison: int) ->
         if one.id == poison:
             assert done[one.id].reason is FinishReason.ERROR
         else:
-            assert (done[one.id].error, list(done[one.id].tokens)) == ("", expected(one))
+            assert (done[one.id].error, list(done[one.id].tokens)) == (None, expected(one))
 
 
 # What is no request's fault ---------------------------------------------------------------------

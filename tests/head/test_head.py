@@ -1,13 +1,14 @@
 """The head: prompts in chunks, stop rules, limits, cancellation, queues, late messages."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import flowspec.head.scheduler
-from flowspec.engine.engine import generate
+from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import (
     CLIENT,
@@ -19,10 +20,17 @@ from flowspec.protocol.messages import (
     Started,
     Submit,
 )
-from flowspec.request import FinishReason, Request, RequestOutput, TokensOut
+from flowspec.request import (
+    Decoding,
+    FailureKind,
+    FinishReason,
+    Request,
+    RequestOutput,
+    TokensOut,
+)
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import TextStream
-from tests.support.clusters import LetterTokenizer, check_empty, make_cluster, run_watched
+from tests.support.clusters import LetterTokenizer, check_empty, make_cluster, run_watched, serve
 from tests.support.scripted import ScriptedDrafter, perfect
 from tests.support.tiny import PROMPT, T0, T1, expected, local_target, request, truth
 
@@ -128,7 +136,7 @@ def test_stop_strings_end_the_text_wherever_tokens_part(strategy, length):
     cluster = make_cluster(
         3, strategy, drafter=ScriptedDrafter(perfect), new_text=new_text, num_draft_tokens=12
     )
-    pieces = [event.text for event in cluster.serve([asked]) if isinstance(event, TokensOut)]
+    pieces = [event.text for event in serve(cluster, [asked]) if isinstance(event, TokensOut)]
     completion = generate(make_cluster(3, strategy, new_text=new_text), asked)
     tokens, reason, text = local_target().generate(asked, new_text)
     assert (list(completion.tokens), completion.reason, completion.text) == (tokens, reason, text)
@@ -140,7 +148,7 @@ def test_text_without_a_stop_is_whole_and_given_out_piece_by_piece():
     """What was held back as a possible stop string appears at the latest with the end."""
     own = letters(own_tokens(9))
     asked = request(max_new_tokens=9, stop=(own[-2:] + "#", "#"))
-    events = list(make_cluster(2, new_text=new_text).serve([asked]))
+    events = list(serve(make_cluster(2, new_text=new_text), [asked]))
     completion = events[-1]
     assert isinstance(completion, RequestOutput)
     assert completion.text == own
@@ -156,8 +164,8 @@ def test_a_prompt_that_fills_the_context_is_refused_with_both_numbers(room):
     cluster = make_cluster(2, max_context=len(PROMPT) + room)
     completion = generate(cluster, request())
     assert completion.reason is FinishReason.ERROR
-    assert f"{len(PROMPT)} tokens" in completion.error
-    assert str(len(PROMPT) + room) in completion.error
+    assert f"{len(PROMPT)} tokens" in str(completion.error)
+    assert str(len(PROMPT) + room) in str(completion.error)
     check_empty(cluster)
 
 
@@ -178,9 +186,9 @@ def test_the_context_ends_an_answer_as_a_length_limit(strategy, room):
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3])
-def test_requests_get_their_own_answers(max_active):
+def test_requests_get_their_own_answers(max_num_seqs):
     """Each has its own prompt, parameters, tree, text and caches, in the queue or beside others."""
-    cluster = make_cluster(3, "streaming", limits={"max_num_seqs": max_active})
+    cluster = make_cluster(3, "streaming", limits={"max_num_seqs": max_num_seqs})
     asked = [
         request(1, sampling=T0, max_new_tokens=9),
         request(2, prompt=PROMPT[::-1], sampling=T1, max_new_tokens=5),
@@ -199,12 +207,13 @@ def test_cancelling_keeps_what_there_is_and_frees_every_stage(strategy):
     """A cancelled request leaves no cache behind, also with segments in flight."""
     cluster = make_cluster(3, strategy)
     tokens: list[int] = []
-    for event in cluster.serve([request(max_new_tokens=40)]):
+    stream = cluster.submit(request(max_new_tokens=40))
+    for event in stream:
         if isinstance(event, RequestOutput):
             break
         tokens.extend(event.tokens)
         if len(tokens) >= 3:
-            cluster.cancel(1)
+            stream.abort()
     assert isinstance(event, RequestOutput)
     assert event.reason is FinishReason.CANCELLED
     assert 3 <= len(event.tokens) < 40
@@ -214,11 +223,13 @@ def test_cancelling_keeps_what_there_is_and_frees_every_stage(strategy):
 
 
 def test_an_abandoned_stream_does_not_leak_into_the_next_answer():
-    """Whoever stops reading without cancelling leaves tokens on the way; they are nobody's."""
+    """Each stream has its own events, also where nobody reads one of them any more."""
     cluster = make_cluster(2)
-    next(iter(cluster.serve([request(1, max_new_tokens=6)])))
+    abandoned = cluster.submit(request(1, max_new_tokens=6))
+    next(iter(abandoned))
     asked = request(2, prompt=PROMPT[::-1], max_new_tokens=6)
     assert list(generate(cluster, asked).tokens) == expected(asked)
+    assert list(abandoned.result().tokens) == own_tokens(6)
     check_empty(cluster)
 
 
@@ -228,7 +239,7 @@ def test_cancelling_during_the_prompt_frees_every_stage():
     cluster.simulator.submit(Submit(request=request()))
     while cluster.simulator.step() and cluster.simulator.now < 2.5:
         pass
-    cluster.cancel(1)
+    cluster.simulator.submit(AbortRequest(request=1))
     assert answers(cluster) == {1: ([], FinishReason.CANCELLED)}
     check_empty(cluster)
 
@@ -255,7 +266,7 @@ def test_the_queue_of_requests_is_bounded():
     assert refusal.to == CLIENT
     assert isinstance(refusal.message, RequestOutput)
     assert refusal.message.reason is FinishReason.ERROR
-    assert "waiting already" in refusal.message.error
+    assert "waiting already" in str(refusal.message.error)
 
 
 def late_messages(number: int) -> Iterator[Message]:
@@ -284,14 +295,45 @@ def test_late_messages_of_a_finished_request_are_ignored(active):
         assert answers(cluster)[2] == (own_tokens(6), FinishReason.LENGTH)
 
 
-def test_the_strategy_changes_between_requests_alone():
-    """`configure` in the middle of a request would mix two strategies' state."""
+def test_requests_with_different_strategies_run_at_once():
+    """Each request names its strategy and parameters; one that names none has the engine's own."""
     cluster = make_cluster(2, "ar")
-    assert list(generate(cluster, request(1, max_new_tokens=4)).tokens) == own_tokens(4)
-    spec = STRATEGIES["streaming"]
-    cluster.configure(spec, spec.defaults)
-    assert list(generate(cluster, request(2, max_new_tokens=4)).tokens) == own_tokens(4)
-    cluster.simulator.submit(Submit(request=request(3)))
-    cluster.simulator.step()
-    with pytest.raises(AssertionError, match="being served"):
-        cluster.configure(spec, spec.defaults)
+    streaming = Decoding(strategy="streaming", parameters={"num_draft_tokens": 12})
+    serial = Decoding(strategy="serial_pp", parameters={"num_draft_tokens": 8, "draft_topk": 3})
+    asked = [
+        request(1, max_new_tokens=12),
+        replace(request(2, prompt=PROMPT[2:], max_new_tokens=12), decoding=streaming),
+        replace(request(3, prompt=PROMPT[::-1], sampling=T1), decoding=serial),
+    ]
+    most = 0
+    done = {}
+    for event in serve(cluster, asked):
+        most = max(most, len(cluster.head.scheduler.running))
+        if isinstance(event, RequestOutput):
+            done[event.request] = event
+    assert most == 3
+    assert [list(done[one.id].tokens) for one in asked] == [expected(one) for one in asked]
+    assert done[1].stats.num_draft_forwards == 0
+    assert min(done[2].stats.num_draft_forwards, done[3].stats.num_draft_forwards) > 0
+    check_empty(cluster)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "why"),
+    [
+        (Decoding(strategy="sreaming"), "unknown strategy 'sreaming'"),
+        (Decoding(parameters={"num_draft_steps": 3}), "num_draft_steps is no parameter of"),
+        (Decoding(parameters={"segment_size": 0}), "segment_size"),
+        (Decoding(drafter="medusa"), "drafter medusa is not loaded; loaded: scripted"),
+        (Decoding(drafter="none"), "needs a drafter"),
+    ],
+)
+def test_a_decoding_that_cannot_be_had_ends_its_request_alone(decoding, why):
+    """The error names what is wrong; the request beside it is answered."""
+    cluster = make_cluster(2)
+    good, bad = request(1, max_new_tokens=5), replace(request(2), decoding=decoding)
+    answered, refused = generate_all(cluster, [good, bad])
+    assert list(answered.tokens) == own_tokens(5)
+    assert refused.error.kind is FailureKind.REFUSED
+    assert why in str(refused.error)
+    check_empty(cluster)

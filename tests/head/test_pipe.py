@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import flowspec.head.scheduler.running
 import pytest
 
+import flowspec.head.request_state
 from flowspec.engine.engine import generate
 from flowspec.protocol.messages import (
     Exit,
@@ -18,7 +18,7 @@ from flowspec.protocol.messages import (
     Status,
     Submit,
 )
-from flowspec.request import FinishReason, RequestOutput
+from flowspec.request import Failure, FinishReason, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
@@ -89,16 +89,16 @@ def test_a_full_cache_ends_the_request_with_the_stages_name(capacity):
     cluster = make_cluster(3, "streaming", wrap=wrap)
     completion = generate(cluster, request(1))
     assert completion.reason is FinishReason.ERROR
-    assert completion.error.startswith("stage 2: ")
-    assert "KV cache" in completion.error
+    assert completion.error.rank == 2
+    assert "KV cache" in completion.error.cause
     check_empty(cluster)
     assert list(generate(cluster, request(2, max_new_tokens=4)).tokens) == own_tokens(4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_caches_never_hold_more_than_the_head_asked_room_for(strategy, monkeypatch):
-    """`Open.capacity` is a promise: a tree as large as it may get must fit at any moment."""
-    monkeypatch.setattr(flowspec.head.scheduler.running, "MIN_ROWS_ALIVE", 8)
+    """`AddRequest.capacity` has room for the largest tree at any moment."""
+    monkeypatch.setattr(flowspec.head.request_state, "MIN_TREE_TOKENS", 8)
     setup = {"num_stages": 3, "strategy": strategy, "num_draft_tokens": 8, "segment_size": 3}
     completion, _ = run_watched({**setup, "num_draft_steps": 5, "draft_topk": 6}, request())
     assert completion.reason is FinishReason.LENGTH
@@ -115,7 +115,7 @@ def test_failures_of_other_requests_do_not_end_this_one():
     assert close.message == FinishRequest(request=5)
     assert free.message == FreeRequest(request=5)
     assert isinstance(end.message, RequestOutput)
-    assert end.message.error == "stage 1: broken"
+    assert end.message.error == Failure(cause="broken", rank=1)
 
 
 def test_statuses_of_the_stages_are_kept_also_between_requests():
@@ -124,9 +124,9 @@ def test_statuses_of_the_stages_are_kept_also_between_requests():
     watch = Watch(cluster.head)
     watch.handle(Status(stage=2, busy_s=1.0, num_segments=1, num_rows_run=2, num_rows_pruned=3,
                         num_requests=0), 0.0)  # fmt: skip
-    assert cluster.statuses()[2].num_rows_pruned == 3
+    assert cluster.status().stages[2].num_rows_pruned == 3
     generate(cluster, request(max_new_tokens=3))
-    held = {rank: status.num_requests for rank, status in cluster.statuses().items()}
+    held = {rank: status.num_requests for rank, status in cluster.status().stages.items()}
     assert held == {1: 0, 2: 0}
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from flowspec.engine.engine import generate, generate_all
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import AddRequest, FinishRequest, Reroot, Segment
+from flowspec.request import Decoding
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.strategies import STRATEGIES
 from tests.support.clusters import Watch, check_features, make_cluster, truth
@@ -137,16 +138,17 @@ def test_a_refused_turn_leaves_nothing_behind():
     answer = generate(cluster, request(1))
     cluster.stages[1].num_kv_tokens = 1
     refused = generate(cluster, request(2, prompt=(*PROMPT, *answer.tokens)))
-    assert "1 are free" in refused.error or "of 1" in refused.error
+    assert refused.error.rank == 2
+    assert "0 of 1 are free" in refused.error.cause
     assert [list(stage.requests) for stage in cluster.stages] == [[], [], []]
 
 
 def test_the_oldest_is_given_up_first():
-    """At most `max_kept`; the stages free what the head gives up."""
+    """At most `max_cached` are kept; the stages free what the head gives up."""
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
     for number in range(1, 5):
         generate(cluster, request(number, prompt=(number, *PROMPT), max_new_tokens=4))
-    assert list(cluster.head.scheduler.kept) == [3, 4]
+    assert list(cluster.head.scheduler.cache.requests) == [3, 4]
     assert [sorted(stage.requests) for stage in cluster.stages] == [[3, 4], [3, 4]]
 
 
@@ -160,18 +162,31 @@ def test_memory_for_a_new_request_goes_before_memory_kept():
     for number, prompt in enumerate([PROMPT, PROMPT[::-1], PROMPT[1:]], start=1):
         asked = request(number, prompt=prompt)
         assert list(generate(cluster, asked).tokens) == expected(asked)
-    assert list(cluster.head.scheduler.kept) == [2, 3]
+    assert list(cluster.head.scheduler.cache.requests) == [2, 3]
 
 
-def test_another_strategy_does_not_use_what_was_kept():
-    """Its drafter's session would be of another kind."""
-    cluster = kept(2, "ar")
-    generate(cluster, request(1))
-    spec = STRATEGIES["streaming"]
-    cluster.configure(spec, replace(spec.defaults, num_draft_tokens=20))
-    completion = generate(cluster, request(2))
+@pytest.mark.parametrize(
+    "other",
+    [
+        Decoding(strategy="ar"),
+        Decoding(parameters={"num_draft_tokens": 20}),
+        Decoding(parameters={"merge": True}),
+        Decoding(drafter="second"),
+    ],
+    ids=["strategy", "parameter", "merge", "drafter"],
+)
+def test_another_decoding_does_not_use_what_was_kept(other):
+    """Its drafter session would be of another kind; a request of equal decoding does use it."""
+    cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
+    cluster.head.drafters["second"] = ScriptedDrafter(perfect)
+    first = generate(cluster, replace(request(1), decoding=Decoding()))
+    said = (*PROMPT, *first.tokens)
+    completion = generate(cluster, replace(request(2, prompt=said), decoding=other))
     assert completion.stats.num_prompt_reused == 0
-    assert list(completion.tokens) == expected(request(2))
+    assert list(completion.tokens) == expected(request(2, prompt=said))
+    again = generate(cluster, replace(request(3, prompt=(*said, 5)), decoding=Decoding()))
+    assert again.stats.num_prompt_reused >= len(PROMPT)
+    assert list(again.tokens) == expected(request(3, prompt=(*said, 5)))
 
 
 def test_a_stage_that_lost_what_was_kept_says_so():
@@ -180,7 +195,7 @@ def test_a_stage_that_lost_what_was_kept_says_so():
     generate(cluster, request(1))
     cluster.stages[0].requests.clear()
     completion = generate(cluster, request(2))
-    assert "rows of request 1 were to be used again, 0 are here" in completion.error
+    assert "rows of request 1 were to be used again, 0 are here" in completion.error.cause
 
 
 def test_close_keeps_by_the_verdict_it_brings():

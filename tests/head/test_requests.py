@@ -12,7 +12,7 @@ from flowspec.engine.reference import LocalTarget
 from flowspec.head.pipeline import Pipeline, SegmentCost
 from flowspec.head.scheduler import best_counts, pays
 from flowspec.protocol.messages import HEAD, Batch, Submit
-from flowspec.request import Request, RequestOutput, TokensOut
+from flowspec.request import FinishReason, Request, RequestOutput, TokensOut
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.drafters.draft_model import DraftModelDrafter
 from flowspec.speculation.strategies import STRATEGIES
@@ -226,12 +226,11 @@ def test_nobody_starves_beside_good_guessers(strategy):
 
     asked = [request(i, prompt=PROMPT[i:], max_new_tokens=24) for i in range(1, 5)]
     cluster = make_cluster(3, strategy, drafter=Unequal(perfect))
-    times = [
-        (cluster.simulator.now, len(event.tokens))
-        for event in cluster.serve(asked)
-        if isinstance(event, TokensOut) and event.request == 1
-    ]
-    waits = [after - before for (before, _), (after, _) in pairwise(times)]
+    times: list[float] = []
+    streams = [cluster.submit(one) for one in asked]
+    streams[0].listen(lambda: times.append(cluster.simulator.now))
+    check_answers(asked, [stream.result() for stream in streams])
+    waits = [after - before for before, after in pairwise(times)]
     alone = make_cluster(3, strategy, drafter=ScriptedDrafter(hostile))
     lone = generate(alone, asked[0]).stats
     mean = (lone.finished_at - lone.first_token_at) / (lone.num_tokens - 1)
@@ -304,11 +303,12 @@ def test_prompts_follow_each_other_without_a_gap():
 
 
 def test_who_turns_away_leaves_nothing_behind():
-    """The requests are over when the caller goes on, so that another strategy may follow."""
+    """The requests are over when the caller goes on."""
     cluster = make_cluster(2, "streaming")
-    events = cluster.serve([request(1, max_new_tokens=40), request(2, max_new_tokens=40)])
-    next(events)
-    events.close()
+    first, second = request(1, max_new_tokens=40), request(2, max_new_tokens=40)
+    with cluster.submit(first) as one, cluster.submit(second) as two:
+        next(iter(one))
+    assert {one.output.reason, two.output.reason} == {FinishReason.CANCELLED}
     check_empty(cluster)
 
 

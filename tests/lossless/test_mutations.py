@@ -64,6 +64,8 @@ def fault_of(seed: int | None, strategy: str, name: str, *, watched: bool) -> st
         else:
             cluster = make_cluster(**setup)
             completion = generate(cluster, asked)
+            if completion.error is not None:
+                return str(completion.error)
             check_empty(cluster)
     except CAUGHT as error:
         return f"{type(error).__name__}: {error}"
@@ -186,11 +188,11 @@ def head_believes_stale_verdicts(patch: Patch) -> None:
     """The head re-roots its tree by an older verdict, too."""
     reroot = Head._reroot
 
-    def gullible(self, active, verdict, now):
-        newest = active.session.verdict
-        active.session.verdict = None
-        sends = reroot(self, active, verdict, now)
-        active.session.verdict = newest or active.session.verdict
+    def gullible(self, request, verdict, now):
+        newest = request.verdict
+        request.verdict = None
+        sends = reroot(self, request, verdict, now)
+        request.verdict = newest or request.verdict
         return sends
 
     patch.setattr(Head, "_reroot", gullible)
@@ -242,8 +244,8 @@ def never_close(patch: Patch) -> None:
     """The head forgets to tell the stages that a request is over."""
     finish = Head._finish
 
-    def silent(self, session, reason, now, error=""):
-        sends: Sequence = finish(self, session, reason, now, error)
+    def silent(self, request, reason, now, error=None):
+        sends: Sequence = finish(self, request, reason, now, error)
         return [send for send in sends if not isinstance(send.message, FinishRequest | FreeRequest)]
 
     patch.setattr(Head, "_finish", silent)

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import pytest
-from flowspec.head.answers import Answers
 
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import (
     AbandonRequests,
     AbortRequest,
+    AddRequest,
     Exit,
     Failed,
     Reroot,
@@ -19,6 +19,8 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import (
     DecodeStats,
+    Failure,
+    FailureKind,
     FinishReason,
     NodeId,
     Request,
@@ -37,8 +39,9 @@ Fault = Callable[[], None]
 
 def lose(cluster: SimulatedEngine, *ranks: int) -> None:
     """The head learns that these stages are lost."""
-    cause = ", ".join(f"stage {rank}" for rank in ranks)
-    cluster.simulator.deliver(0, Suspend(cause=f"{cause}: killed"))
+    for rank in ranks:
+        failure = Failure(cause="killed", rank=rank)
+        cluster.simulator.deliver(0, Suspend(failure=failure))
 
 
 def cover(cluster: SimulatedEngine, num_stages: int, *ranks: int, num_kv_tokens: int = 0) -> None:
@@ -57,7 +60,7 @@ def serve(
     cluster: SimulatedEngine, asked: Sequence[Request], faults: Mapping[int, Fault]
 ) -> dict[int, RequestOutput]:
     """The answers as the client sees them; each fault strikes after so many events."""
-    simulator, answers = cluster.simulator, Answers(cluster.head, asked)
+    simulator = cluster.simulator
     for one in asked:
         simulator.submit(Submit(request=one))
     done: dict[int, RequestOutput] = {}
@@ -66,7 +69,7 @@ def serve(
         count += 1
         faults.get(count, lambda: None)()
         while simulator.to_client:
-            event = answers.take(simulator.to_client.popleft())
+            event = simulator.to_client.popleft()
             if isinstance(event, RequestOutput):
                 done[event.request] = event
     assert count > max(faults), f"over after {count} events, before the fault"
@@ -194,8 +197,10 @@ def test_what_no_longer_fits_ends_with_both_numbers() -> None:
 
     done = serve(cluster, [large, small, request(3, max_new_tokens=40)], {150: fault})
     assert done[1].reason is FinishReason.ERROR
-    assert f"needs {fits + 20} rows" in done[1].error
-    assert f"holds {fits}" in done[1].error
+    assert done[1].error is not None
+    assert done[1].error.kind is FailureKind.TOO_LARGE
+    assert f"needs {fits + 20} tokens of KV cache" in done[1].error.cause
+    assert f"holds {fits}" in done[1].error.cause
     assert 0 < len(done[1].tokens) < 60
     assert list(done[1].tokens) == expected(large)[: len(done[1].tokens)]
     assert list(done[2].tokens) == expected(small)
@@ -207,12 +212,14 @@ def test_giving_up_ends_every_request_with_one_error() -> None:
     """Those that had begun, with what they had, and those that had not."""
     cluster = make_cluster(2, "ar", limits={"max_num_seqs": 1})
 
+    gone = Failure(cause="not back after 60 s", rank=1, device="ada")
+
     def fault() -> None:
         lose(cluster, 1)
-        cluster.simulator.deliver(0, AbandonRequests(failure="stage 1: not back after 60 s"))
+        cluster.simulator.deliver(0, AbandonRequests(failure=gone))
 
     done = serve(cluster, pair(), {40: fault})
-    assert {completion.error for completion in done.values()} == {"stage 1: not back after 60 s"}
+    assert {completion.error for completion in done.values()} == {gone}
     assert list(done[1].tokens) == expected(request())[: len(done[1].tokens)]
     assert done[1].tokens
     assert not done[2].tokens
@@ -226,7 +233,7 @@ def test_kept_prefixes_are_gone_with_the_stages() -> None:
     lose(cluster, 1)
     cover(cluster, 2, 1)
     cluster.simulator.run()
-    assert not cluster.head.scheduler.kept
+    assert not cluster.head.scheduler.cache.requests
     assert not any(stage.requests for stage in cluster.stages)
     turn = request(2, prompt=(*PROMPT, *first.tokens, 5))
     done = serve(cluster, [turn], {1: lambda: None})
@@ -239,7 +246,7 @@ def test_the_head_drops_what_is_of_a_lost_pipeline() -> None:
     cluster = make_cluster(1, "ar")
     head = cluster.head
     head.handle(Submit(request=request()), 0.0)
-    head.handle(Suspend(cause="stage 1: killed"), 0.0)
+    head.handle(Suspend(failure=Failure(cause="killed", rank=1)), 0.0)
     assert head.poll(0.0) is None, "something was sent to a pipeline that is not there"
     head.handle(Resume(num_stages=1), 0.0)
     for _ in range(4):
@@ -260,16 +267,15 @@ def test_a_stage_forgets_at_the_first_message_of_a_newer_epoch() -> None:
     """Be it the Reset or what overtook it; then it drops what is older."""
     cluster = make_cluster(1, "ar")
     stage = cluster.stages[0]
-    opened = next(s.message for s in cluster.head._open(_waiting(cluster), 0.0))
+    cluster.head.handle(Submit(request=request()), 0.0)
+    step = cluster.head.poll(0.0)
+    assert step is not None
+    opened = step.sends[0].message
+    assert isinstance(opened, AddRequest)
     stage.handle(opened, 0.0)
     stage.poll(0.0)
     assert stage.requests
     stage.handle(Reset(epoch=2), 0.0)
     assert not stage.requests
     stage.handle(opened, 0.0)
-    assert stage.poll(0.0) is None, "a late Open was taken for a new one"
-
-
-def _waiting(cluster: SimulatedEngine):  # type: ignore[no-untyped-def]
-    cluster.head.handle(Submit(request=request()), 0.0)
-    return cluster.head.scheduler.next_to_begin()
+    assert stage.poll(0.0) is None, "a late AddRequest was taken for a new one"

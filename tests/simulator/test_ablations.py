@@ -6,26 +6,25 @@ from itertools import pairwise
 
 import pytest
 
-from flowspec.config import DecodeConfig, EngineConfig
+from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.build import check_run
 from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.pipeline import Pipeline
 from flowspec.head.request_state import RequestState
 from flowspec.model.stage_model import FINAL_NORM
 from flowspec.protocol.messages import HEAD, AddRequest, Batch, Features, Message, Reroot, Segment
-from flowspec.request import RequestOutput
+from flowspec.request import Decoding, FailureKind, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
-from flowspec.speculation.drafters.base import NoDraftSession
-from flowspec.speculation.strategies import ABLATIONS, find_strategy
+from flowspec.speculation.strategies import ABLATIONS
 from flowspec.speculation.strategies.ablations import Eager
-from flowspec.speculation.strategies.base import Outgoing
-from flowspec.speculation.strategies.streaming import Streaming
+from flowspec.speculation.strategies.streaming import Streaming, StreamingConfig
+from flowspec.speculation.strategy import Outgoing
 from flowspec.stage.stage import Stage
 from tests.support.clusters import check_empty, make_cluster, run_all_watched
 from tests.support.scripted import ScriptedDrafter, drafter_named, hostile, mixed
+from tests.support.states import decoding_state
 from tests.support.tiny import T0, T1, expected, request, stage_models
 
 PIPELINES = [name for name, spec in ABLATIONS.items() if spec.without is not None]
@@ -224,26 +223,37 @@ def test_the_last_stage_decides_nothing_and_sends_hidden_states():
 
 @pytest.mark.parametrize("strategy", PIPELINES)
 def test_no_real_cluster_runs_them(strategy):
-    """Real stages have no such switch; nor does a simulated cluster turn into another one."""
+    """Real stages have no such switch."""
     with pytest.raises(ValueError, match=f"{strategy} runs on an emulated cluster alone"):
         check_run(EngineConfig(strategy=strategy))
-    spec = find_strategy(strategy)
-    with pytest.raises(ValueError, match="needs a cluster that was made for it"):
-        make_cluster(2).configure(spec, spec.defaults)
+
+
+@pytest.mark.parametrize(
+    ("own", "asked_for"),
+    [("streaming", UNPRUNED), ("ar", HEAD_VERDICT), (UNPRUNED, HEAD_VERDICT), (UNPRUNED, "ar")],
+)
+def test_a_request_cannot_change_what_its_pipeline_lacks(own, asked_for):
+    """A pipeline is made with or without pruning; a request that names another kind is refused."""
+    cluster = make_cluster(2, own)
+    asked = replace(request(1), decoding=Decoding(strategy=asked_for))
+    refused = generate(cluster, asked)
+    assert refused.error is not None
+    assert refused.error.kind is FailureKind.REFUSED
+    assert f"strategy {asked_for} needs a pipeline" in refused.error.cause
+    assert list(generate(cluster, request(2)).tokens) == expected(request(2))
 
 
 def test_chosen_ahead_segments_are_whole():
     """While the first stage computes `streaming` waits; this one sends all that there is."""
-    config = DecodeConfig()
-    session = RequestState(request(), config, Pipeline(4), NoDraftSession())
-    root = session.tree.plant(session.tree.new_id(), token=1, position=5)
+    config = StreamingConfig()
+    session = decoding_state(config, num_stages=4)
     for token in range(4):
-        session.tree.add(root.id, token, -1.0)
+        session.tree.add(session.tree.root.id, token, -1.0)
     session.pipe.cost.record(1, 1000.0)
     session.pipe.depart(1, ((1, 0),))
     session.pipe.start((1, 0))
-    assert Streaming().next_segment(session).early
-    outgoing = Eager().next_segment(session)
+    assert Streaming(config).next_segment(session).early
+    outgoing = Eager(config).next_segment(session)
     assert not outgoing.early
     assert len(outgoing.nodes) == 5
 

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowspec.config import DecodeConfig
 from flowspec.engine.engine import generate
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.request_state import RequestState
@@ -27,9 +26,11 @@ from flowspec.speculation.drafters.merge import (
     merge,
 )
 from flowspec.speculation.strategies import STRATEGIES
+from flowspec.speculation.strategy import DraftingConfig
 from flowspec.speculation.tree import DraftTree, Node
 from tests.support.clusters import make_cluster, run_watched
 from tests.support.scripted import SCRIPTS, ScriptedDrafter, ScriptedSession, drafter_named
+from tests.support.states import running_state
 from tests.support.tiny import PROMPT, T0, T1, expected, request, truth
 
 LOOPING = truth(PROMPT, T0, 40)  # the tiny target repeats itself from here on
@@ -70,16 +71,11 @@ def session_of(
 ) -> tuple[RequestState, MergedSession]:
     """A request whose text so far is `text`, its last token the root; nothing drafted yet."""
     drafter = MergedDrafter(StrictDrafter(SCRIPTS[script]))
-    config = DecodeConfig(merge=True, **decode)
+    config = DraftingConfig(merge=True, **decode)
     asked = request(max_new_tokens=40)
     inner = drafter.open(Opening(request=asked, draft_topk=4, coupled=False))
-    session = RequestState(
-        request=asked,
-        config=config,
-        pipe=Pipeline(2),
-        drafter=inner,
-        context=len(text) + 40,
-    )
+    most = len(text) + 40 - len(asked.prompt_tokens)
+    session = running_state(asked, config, Pipeline(2), drafter=inner, max_new_tokens=most)
     inner.accept(text)
     session.tree.plant(NO_NODE, text[-1], len(text) - 1)
     return session, inner
@@ -208,7 +204,7 @@ def test_merged_branches_change_the_speed_and_not_the_text(strategy, sampling, m
         before = set(session.tree.nodes)
         merge_branches(session)
         offered.extend(set(session.tree.nodes) - before)
-        if session.decoding:
+        if session.is_decoding:
             check_tree(session.tree)
 
     monkeypatch.setattr(RequestState, "merge_branches", watched)

@@ -4,30 +4,28 @@
     python -m tests.stress.fault_campaign --seeds 1 --first 4711   # one of them again
     python -m tests.stress.fault_campaign --real 200               # real processes, real signals
 
-Simulated: a tiny model, random strategy, drafter, requests and delays; stages crash and come back,
-also in another number; connections are cut and lose what is on them; messages are lost, doubled and
-overtaken. Real: see tests/stress/real_faults.py. Wanted: every answer token for token the target's
-own, every request answered, an end in bounded time. Exit code 1: something else happened; the seeds
-are printed.
+Simulated: a tiny model, random drafter, requests and delays, a random strategy for the cluster and
+another one for every second request; stages crash and come back, also in another number;
+connections are cut and lose what is on them; messages are lost, doubled and overtaken. Real: see
+tests/stress/real_faults.py. Wanted: every answer token for token the target's own, every request
+answered, an end in bounded time. Exit code 1: something else happened; the seeds are printed.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from flowspec.head.answers import Answers
-
 from flowspec.protocol.messages import Submit
-from flowspec.request import ClusterError, Request, RequestOutput
+from flowspec.request import ClusterError, Decoding, Request, RequestOutput
 from flowspec.simulator.faults import FaultPlan, FaultySimulator
 from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
-from tests.support.clusters import make_cluster
+from tests.support.clusters import make_cluster, small
 from tests.support.scripted import drafter_named
 from tests.support.tiny import PROMPT, SAMPLINGS, expected, request, stage_models
 
@@ -89,11 +87,11 @@ def run_seed(seed: int) -> Outcome:
         ),
     )
     asked = [_request(random, number) for number in range(1, random.randint(2, 4))]
-    answers = Answers(head, asked)
+    open_ids = {one.id for one in asked}
     simulator.epoch_of_head = lambda: head.pipe.epoch
     simulator.outage_of_head = lambda: head.outage
-    simulator.is_idle = lambda: not answers.open
-    wrong = _serve(simulator, answers, asked)
+    simulator.is_idle = lambda: not open_ids
+    wrong = _serve(simulator, open_ids, asked)
     return Outcome(name, wrong, simulator.totals.counts, simulator.now)
 
 
@@ -102,25 +100,37 @@ def _request(random: Random, number: int) -> Request:
     sampling = random.choice(SAMPLINGS)
     # of a few lengths, so that the target's own answers are computed once
     count = random.choice((6, 14, 24))
-    return request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
+    asked = request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
+    if random.random() < 0.5:
+        return asked
+    strategy = random.choice(sorted(STRATEGIES))
+    parameters = small(strategy, merge=random.random() < 0.3)
+    return replace(asked, decoding=Decoding(strategy=strategy, parameters=parameters))
 
 
-def _serve(simulator: FaultySimulator, answers: Answers, asked: list[Request]) -> str:
+def _serve(simulator: FaultySimulator, open_ids: set[int], asked: list[Request]) -> str:
+    """Serves the requests, taking each out of `open_ids` as it ends; returns what went wrong."""
     for one in asked:
         simulator.submit(Submit(request=one))
     done: dict[int, RequestOutput] = {}
     try:
-        while answers.open and simulator.now < MAX_VIRTUAL_S and simulator.step():
+        while open_ids and simulator.now < MAX_VIRTUAL_S and simulator.step():
             while simulator.to_client:
-                event = answers.take(simulator.to_client.popleft())
+                event = simulator.to_client.popleft()
                 if isinstance(event, RequestOutput):
+                    assert event.request not in done, f"request {event.request}: a second end"
                     done[event.request] = event
+                    open_ids.discard(event.request)
     except (ClusterError, AssertionError, LookupError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    if answers.open:
-        return f"no end after {simulator.now:.0f} virtual s: {sorted(answers.open)} are open"
+    if open_ids:
+        return f"no end after {simulator.now:.0f} virtual s: {sorted(open_ids)} are open"
+    return _find_wrong(asked, done)
+
+
+def _find_wrong(asked: list[Request], done: dict[int, RequestOutput]) -> str:
     for one in asked:
-        if done[one.id].error:
+        if done[one.id].error is not None:
             return f"request {one.id}: {done[one.id].error}"
         if list(done[one.id].tokens) != expected(one):
             return f"request {one.id}: not the target's tokens"

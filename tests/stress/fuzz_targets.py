@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flowspec.config import EngineConfig, as_yaml, read_engine_config
-from flowspec.engine.build import decode_config
 from flowspec.model.architecture import ModelConfig, read_config
 from flowspec.protocol import codec
 from flowspec.protocol import messages as wire
@@ -30,6 +29,7 @@ from flowspec.protocol.codec import WireError, decode, encode
 from flowspec.protocol.messages import WireMessage
 from flowspec.speculation.drafters.eagle.load import load_eagle
 from flowspec.speculation.drafters.eagle.network import EagleNet
+from flowspec.speculation.strategies import strategy_config
 from flowspec.weights.checkpoint import part_shapes
 from flowspec.weights.manifest import (
     FileRecord,
@@ -208,13 +208,15 @@ def run_config(data: bytes) -> None:
     path.write_bytes(data)
     with suppress(ValueError):
         config = read_engine_config(path)
-        effective = config.changed(decode=asdict(decode_config(config)[1]))
+        decode = strategy_config(config.strategy, config.decode, where="decode")
+        effective = config.changed(decode=decode.model_dump())
         path.write_text(as_yaml(effective), encoding="utf-8")
         try:
             again = read_engine_config(path)
         except ValueError as error:
             raise AssertionError(f"what was written is refused: {error}") from error
         assert again == effective, "what was written reads as something else"
+        assert strategy_config(again.strategy, again.decode, where="decode") == decode
 
 
 LAUGHS = "a: &a [x, x]\n" + "".join(

@@ -33,9 +33,10 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED
 from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
+from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import Request, RequestOutput, SamplingParams
+from flowspec.request import Request, SamplingParams, TokensOut
 from flowspec.speculation.strategies import find_strategy
 from flowspec.tokenizer import render_chat
 from flowspec.weights.checkpoint import open_checkpoint
@@ -140,34 +141,22 @@ def soak_requests(
 ) -> tuple[Watch, int]:
     """`count` requests, the cases in turn; the samples, and how many answers were wrong."""
     watch, wrong = Watch(cluster, count), 0
-    first_id = cluster.head.newest_id + 1
     for number in range(count):
         case = number % len(cases)
-        request = replace(cases[case], id=first_id + number)
-        wrong += list(_answer(cluster, request).tokens) != list(answers[case])
+        wrong += list(generate(cluster, cases[case]).tokens) != list(answers[case])
         watch.see(number + 1)
     return watch, wrong
 
 
-def soak_tokens(
-    cluster: LocalEngine, request: Request, answer: Sequence[int]
-) -> tuple[Watch, int]:
+def soak_tokens(cluster: LocalEngine, request: Request, answer: Sequence[int]) -> tuple[Watch, int]:
     """One long answer; the samples, and 1 if it was wrong."""
     watch, done = Watch(cluster, request.max_new_tokens), 0
-    request = replace(request, id=cluster.head.newest_id + 1)
-    for event in cluster.serve([request]):
-        if isinstance(event, RequestOutput):
-            return watch, int(list(event.tokens) != list(answer))
-        done += len(event.tokens)
-        watch.see(done)
-    raise AssertionError("a stream ends with its RequestOutput")
-
-
-def _answer(cluster: LocalEngine, request: Request) -> RequestOutput:
-    for event in cluster.serve([request]):
-        if isinstance(event, RequestOutput):
-            return event
-    raise AssertionError("a stream ends with its RequestOutput")
+    stream = cluster.submit(request)
+    for event in stream:
+        if isinstance(event, TokensOut):
+            done += len(event.tokens)
+            watch.see(done)
+    return watch, int(list(stream.result().tokens) != list(answer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +184,7 @@ def _generate_alone(folder: Path, max_context: int, cases: Sequence[Request]) ->
         for token, _ in target.stream(case):
             tokens.append(token)
             times.append(time.monotonic())
-            if token in case.eos_token_ids or len(tokens) == case.max_new_tokens:
+            if token in (case.eos_token_ids or ()) or len(tokens) == case.max_new_tokens:
                 break
         tenth = max(1, len(tokens) // 10)
         first, last = times[1 + tenth] - times[1] if len(tokens) > tenth else 1.0, times[-1]
@@ -208,7 +197,6 @@ def short_cases(parts: HeadParts, max_new_tokens: int) -> list[Request]:
     prompts = [prompt.turns[0] for prompt in load_prompts(BUNDLED / "prompts.jsonl")]
     return [
         Request(
-            id=1,
             prompt=render_chat(parts.tokenizer, [{"role": "user", "content": prompt}]),
             sampling=SamplingParams(temperature=temperature, seed=seed),
             max_new_tokens=max_new_tokens,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flowspec.engine.engine import generate_all
 from flowspec.engine.simulated import SimulatedEngine
+from flowspec.engine.stream import Event
 from flowspec.head.head import Head
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.scheduler import Scheduler
@@ -43,11 +44,11 @@ class Watch:
 
     @property
     def rank(self) -> int:
-        """See Core."""
+        """The rank of the watched core."""
         return int(self.core.rank)
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Pass the message on and check what follows."""
         self.seen.append(message)
         sends = self.core.handle(message, now)
         self.sent.extend(sends)
@@ -55,7 +56,7 @@ class Watch:
         return sends
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Ask the core, and check before and after."""
         self._check()
         step: Step | None = self.core.poll(now)
         self._check()
@@ -160,7 +161,7 @@ def make_cluster(
 ) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and shape-stable.
+    With `bf16` the stages run in bfloat16 and batch-invariant.
     """
     chunk = decode.pop("chunked_prefill_size", 5)
     head = Head(
@@ -226,6 +227,20 @@ def run_all_watched(
     return completions, watches
 
 
+def serve(cluster: SimulatedEngine, asked: Sequence[Request]) -> Iterator[Event]:
+    """The events of requests that run at once, as they come. Who stops reading aborts the rest."""
+    streams = [cluster.submit(one) for one in asked]
+    try:
+        while any(stream.output is None for stream in streams):
+            cluster.step()
+            for stream in streams:
+                while (event := stream.poll()) is not None:
+                    yield event
+    finally:
+        for stream in streams:
+            stream.abort()
+
+
 def check_empty(cluster: SimulatedEngine) -> None:
     """No trace of a request after its end."""
     assert not cluster.head.pipe.batches
@@ -245,7 +260,7 @@ class LetterTokenizer:
     PIECES = ("ab", "bc", "ca", "abc")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """See Tokenizer."""
+        """The pieces of the tokens, one after the other."""
         del skip_special_tokens
         return "".join(self.piece(token) for token in token_ids)
 

@@ -64,7 +64,7 @@ class ScriptedDrafter(LookupDrafter):
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(self, opening: Opening) -> "ScriptedSession":
-        """See Drafter.open."""
+        """A session that reuses what an earlier one was given."""
         request, reuse, num_cached_tokens = (
             opening.request,
             opening.reuse,
@@ -95,25 +95,25 @@ class ScriptedSession(CountingSession):
 
     @property
     def num_reusable(self) -> int:
-        """See DraftSession: as far as the features of every layer have come."""
+        """Positions as far as the features of every layer have come."""
         most = len(self.tokens)
         for features in self.features.values():
             most = next((p for p in range(most) if p not in features), most)
         return most
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """See DraftSession.accept_features."""
+        """Remember features by layer and position."""
         doubled = self.features[layer].keys() & features.keys()
         assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
         self.features[layer].update(features)
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
+        """Take the due rows; propose children of the root, if there is one."""
         self.take_ready()
         return self._propose(tree.root, tree) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Propose children of each node."""
         assert nodes, "an expansion of nothing"
         return [self._propose(node, tree) for node in nodes]
 
