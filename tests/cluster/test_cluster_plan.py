@@ -163,7 +163,7 @@ def test_the_slowest_are_the_spares_as_far_as_memory_allows():
     assert placement.left_out["b"].startswith("spare")
     tight = [device(name, gb=0.3) for name in "abc"]
     placement = plan_layers(tight, MODEL, NEEDS, spares=2)
-    assert "2 spares were asked for, the layers leave" in placement.about
+    assert "2 spares were asked for, but the layers leave" in placement.about
 
 
 def test_a_device_too_small_for_one_layer_is_left_out():

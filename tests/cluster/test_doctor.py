@@ -193,7 +193,7 @@ def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
         assert "was not checked" in finding.found
         assert fix in finding.fix
     assert verdict([*device, none]) == verdict(device)
-    assert "the way to a head was not checked" in verdict(device)
+    assert "the link to a head was not checked" in verdict(device)
     assert verdict([*device, wrong]) == "joining would not work"
     facts = LinkFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
     assert verdict([*device, *examine_link(facts)]) == "joining would work"

@@ -14,7 +14,7 @@ from flowspec.cli.main import main
 from flowspec.cli.serve import _shard_server
 from flowspec.cli.ui.watch import Watch
 from flowspec.cluster.device import agent as joiner_module
-from flowspec.cluster.device.agent import JoinConfig, Joiner
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig
 from flowspec.cluster.device.stage_thread import StageJob, listen
 from flowspec.protocol.control import Assign, ModelCard, Serve, Trouble, Welcome
 from flowspec.transport.control_sockets import ControlServer
@@ -145,7 +145,7 @@ class _Job:
         """See StageJob.stop."""
 
 
-class _Trying(Joiner):
+class _Trying(DeviceAgent):
     """Its tries end as `story` has them."""
 
     def __init__(self, story: list[str]) -> None:

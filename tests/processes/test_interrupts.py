@@ -113,7 +113,7 @@ PHASES = [  # and the function at whose first call the signal comes
     (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalCluster._await_ready"),
     (WHAT_IF, "flowspec.bench.records:SampleFile.add"),
     ("serve TARGET --strategy ar --drafter none", "flowspec.cli.serve:_planner"),
-    (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:Joiner._pause"),
+    (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:DeviceAgent._pause"),
     (f"chat {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),
     (f"generate --head {HEAD} x", "flowspec.transport.control_sockets:ControlClient.connect"),
     (f"status {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig, JoinRefusedError
 from flowspec.cluster.device.stage_thread import LayerSource
 from flowspec.engine.build import HeadParts
 from flowspec.engine.client import HeadClient
@@ -148,9 +148,9 @@ def test_a_wrong_token_is_said_on_both_sides(cluster):
     def report() -> None:
         raise AssertionError("it is not let in")
 
-    joiner = Joiner(config, derive_keys(new_token()), NoLayers(), report)
+    agent = DeviceAgent(config, derive_keys(new_token()), NoLayers(), report)
     with pytest.raises(JoinRefusedError, match="token is not this cluster's"):
-        joiner.run()
+        agent.run()
     cluster.wait_for("head", r"refused connections: wrong token")
 
 
