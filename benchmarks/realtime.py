@@ -1,15 +1,16 @@
-"""Virtual against real time: the same emulated cluster in the simulator and as real processes.
+"""Compares virtual and real time: one emulated cluster in the simulator and as real processes.
 
     python -m benchmarks.realtime [--cluster jetson-5] [--model vicuna-7b] [--drafter eagle]
         [--strategies ar,...] [--prompts FILE] [--limit 2] [--tokens 48] [--repeats 3]
         [--slowdown 1] [--json FILE]
 
-In real time the head and the stages are processes of this machine that compute and send for
-real, each thing padded to its modelled time (RunConfig.emulate). tokens/s: all tokens after each
-prompt's first over their time; of real time the median of the repeats, lowest and highest. With
---slowdown F both clocks emulate a cluster F times as slow, tokens/s are given times F: a machine
-too busy or too small to keep the pace then still can. Every text is compared with `ar`'s in the
-simulator. Exit code 1 where a text differs or a strategy is more than 5 % apart.
+In real time, the head and the stages are processes of this machine that really compute and send;
+each step is padded to its modelled time (RunConfig.emulate). tokens/s: all tokens after each
+prompt's first, divided by their time; in real time the median of the repeats, with lowest and
+highest. With --slowdown F, both clocks emulate a cluster F times as slow, and tokens/s are
+multiplied by F: a machine that is too busy or too small for the full speed can still keep up. Every
+text is compared with that of `ar` in the simulator. The exit code is 1 if a text differs or a
+strategy is more than 5 % apart.
 """
 
 import argparse
@@ -62,7 +63,7 @@ class Bench:
         self.next_id = 0
 
     def tokens_per_s(self, cluster: Cluster, strategy: str) -> float:
-        """All prompts once, one after the other."""
+        """Answer all prompts once, in turn."""
         cluster.configure(*decode_config(replace(self.config, strategy=strategy)))
         tokens, seconds = 0, 0.0
         for seed, prompt in enumerate(self.prompts, start=1):
@@ -80,7 +81,7 @@ class Bench:
         return tokens / seconds * self.slowdown
 
     def virtual(self, strategy: str) -> float:
-        """On the simulator's clock; the same every time."""
+        """Measure on the simulator's clock; the result is always the same."""
         self.next_id = 0
         stages = [
             build_stage(self.parts.folder, rank, device="cpu", dtype="float32", shape_stable=False)
@@ -91,14 +92,14 @@ class Bench:
         return self.tokens_per_s(cluster, strategy)
 
     def real(self, strategy: str, repeats: int) -> list[float]:
-        """On this machine's clock."""
+        """Measure on this machine's clock."""
         self.next_id = 0
         with LocalCluster(replace(self.config, kept_prefixes=0), self.parts) as cluster:
             return sorted(self.tokens_per_s(cluster, strategy) for _ in range(repeats))
 
 
 def main() -> None:
-    """See the module."""
+    """Print the table; exit with 1 if a text or a speed differs too much."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cluster", default="jetson-5")
     parser.add_argument("--model", default="vicuna-7b")

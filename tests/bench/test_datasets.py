@@ -217,7 +217,7 @@ def test_questions_without_an_id_are_numbered(tmp_path):
         (
             "a.jsonl",
             '{"prompt": "x"}\n[{"role": "user", "content": "x"}, "y"]',
-            ["a.jsonl:2 holds a list whose element 2 is a text, which is no question"],
+            ["a.jsonl:2 holds a list whose element 2 is a text, which is not a question"],
         ),
         (
             "a.jsonl",
@@ -310,7 +310,7 @@ def test_a_set_that_is_not_there_is_refused_by_what_is(data_dir, tmp_path):
     """A typing error shows at once; the hub is not asked where a folder was given."""
     with pytest.raises(ValueError, match="data has no set gsm8k; there: mt_bench, own, sharegpt"):
         load("gsm8k", data_dir)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load("gsm8k", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown set 'gms8k'; known: mt_bench, humaneval"):
         load("gms8k")

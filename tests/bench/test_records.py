@@ -108,7 +108,7 @@ def test_the_rows_of_json_are_no_records(tmp_path):
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     """A file has its name."""
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ValueError, match="--out .*taken: no folder to write to: "):
+    with pytest.raises(ValueError, match="--out .*taken: this folder cannot be written: "):
         SampleFile(tmp_path / "taken")
 
 
