@@ -68,7 +68,7 @@ def test_other_questions_are_not_compared() -> None:
 def test_another_machine_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     """Its last digits may be others."""
     compare(made_up(), made_up() | {"machine": {"host": "b"}})
-    assert "may differ for that alone" in capsys.readouterr().out
+    assert "may differ for this reason alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["record.json", "record.json.gz"])

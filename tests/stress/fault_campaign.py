@@ -1,14 +1,14 @@
-"""Fault campaign: everything that can go wrong on the way, thousands of times; the text must hold.
+"""Fault campaign: thousands of runs with every kind of fault; the text must stay right.
 
     python -m tests.stress.fault_campaign --seeds 2000             # simulated, on a virtual clock
     python -m tests.stress.fault_campaign --seeds 1 --first 4711   # one of them again
     python -m tests.stress.fault_campaign --real 200               # real processes, real signals
 
-Simulated: a tiny model, random strategy, drafter, requests and delays; stages crash and come back,
-also in another number; connections are cut and lose what is on them; messages are lost, doubled and
-overtaken. Real: see tests/stress/real_faults.py. Wanted: every answer token for token the target's
-own, every request answered, an end in bounded time. Exit code 1: something else happened; the seeds
-are printed.
+A simulated run has a tiny model and a random strategy, drafter, requests and delays. Stages crash
+and return, also in another number; connections are cut and lose messages in flight; messages are
+lost, doubled and overtaken. tests/stress/real_faults.py describes the real faults. Every answer
+must be the target's own, token for token; every request must be answered, in bounded time.
+Otherwise the exit code is 1, and the failing seeds are printed.
 """
 
 import argparse
@@ -55,7 +55,7 @@ MAX_VIRTUAL_S = 5_000.0  # an undisturbed run takes a tenth
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One seed's run; `wrong` says what must not have happened, or nothing."""
+    """One seed's run; `wrong` describes a failure, or is empty."""
 
     plan: str
     wrong: str
@@ -64,7 +64,7 @@ class Outcome:
 
 
 def run_seed(seed: int) -> Outcome:
-    """One cluster, a few requests, one plan of faults."""
+    """Run one cluster with a few requests and one plan of faults."""
     random = Random(seed)
     name = list(PLANS)[seed % len(PLANS)]
     num_stages = random.randint(1, 5)
@@ -99,7 +99,7 @@ def run_seed(seed: int) -> Outcome:
 def _request(random: Random, number: int) -> Request:
     length = random.choice((1, 6, 11))
     sampling = random.choice(SAMPLINGS)
-    # of a few lengths, so that the target's own answers are computed once
+    # a few lengths, so that the target's own answers are computed once
     count = random.choice((6, 14, 24))
     return request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
 
@@ -127,7 +127,7 @@ def _serve(simulator: FaultySimulator, answers: Answers, asked: list[Request]) -
 
 
 def run_simulated(first: int, count: int) -> int:
-    """Run the seeds, print totals; the number of runs that went wrong."""
+    """Run the seeds and print totals; return the number of runs that failed."""
     started = time.monotonic()
     totals: Counter[str] = Counter()
     runs: Counter[str] = Counter()
@@ -149,7 +149,7 @@ def run_simulated(first: int, count: int) -> int:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the campaign that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many simulated runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")

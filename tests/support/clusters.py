@@ -1,4 +1,4 @@
-"""Tiny simulated clusters, and the invariants that must hold in them at every moment."""
+"""Tiny simulated clusters, and the invariants that must always hold in them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,11 +43,11 @@ class Watch:
 
     @property
     def rank(self) -> int:
-        """See Core."""
+        """Return the core's rank."""
         return int(self.core.rank)
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Check, pass the message on, and check again."""
         self.seen.append(message)
         sends = self.core.handle(message, now)
         self.sent.extend(sends)
@@ -55,7 +55,7 @@ class Watch:
         return sends
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Check, poll the core, and wrap its work in checks."""
         self._check()
         step: Step | None = self.core.poll(now)
         self._check()
@@ -92,7 +92,7 @@ class Watch:
 
 
 def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
-    """What must hold of a request on a stage whenever nothing of it is being computed."""
+    """Check what must hold for a request on a stage while nothing of it is computed."""
     count = len(state.nodes)
     lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
     assert all(len(column) == count for column in lists), "the row lists are not parallel"
@@ -101,7 +101,7 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
         assert state.rows[node] == row
         if not pruned:
-            continue  # a dead row may stand until the next verdict
+            continue  # a dead row may stay until the next verdict
         if parent == state.tip:
             assert state.positions[row] == state.tip_position + 1
             living = state.next_token in (None, state.tokens[row])
@@ -112,7 +112,7 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
 
 
 def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) -> None:
-    """The committed rows are those that the target alone would have."""
+    """Check that the committed rows are those that the target alone would have."""
     count = state.cache.prefix_length
     keys, values, _ = whole_run(true, ())
     layers = slice(stage.model.first_layer, stage.model.last_layer)
@@ -122,7 +122,7 @@ def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) ->
 
 
 def check_features(session: ScriptedSession) -> None:
-    """What the drafter was given are the target's own hidden states of accepted positions."""
+    """Check that the drafter was given the target's own hidden states of accepted positions."""
     _, _, own = whole_run(session.truth, tuple(session.features))
     for layer, features in session.features.items():
         assert all(position < len(session.tokens) - 1 for position in features), "not accepted"
@@ -135,7 +135,7 @@ def check_features(session: ScriptedSession) -> None:
 def whole_run(
     tokens: tuple[int, ...], layers: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Mapping[int, Tensor]]:
-    """Keys and values [L, g, n, d] of the target alone over tokens [n]; features [n, H] each."""
+    """Return the target's keys, values [L, g, n, d] over tokens [n]; hidden states [n, H] each."""
     model = whole_model()
     cache = model.new_cache(len(tokens))
     rows = torch.tensor(tokens)
@@ -157,9 +157,9 @@ def make_cluster(
     model: ModelConfig = CONFIG,
     **decode: Any,
 ) -> SimulatedCluster:
-    """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
+    """Make a simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and shape-stable.
+    With `bf16`, the stages run in bfloat16 and shape-stable.
     """
     spec = find_strategy(strategy)
     head = Head(
@@ -181,7 +181,7 @@ def make_cluster(
 
 
 def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
-    """A strategy's defaults at the size of these tests."""
+    """Return a strategy's defaults, reduced to the size of these tests."""
     sizes = {
         "segment_size": min(defaults.segment_size, 8),
         "tree_size": min(defaults.tree_size, 24),
@@ -193,7 +193,7 @@ def small(defaults: DecodeConfig, **decode: Any) -> DecodeConfig:
 
 
 def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Completion, list[Watch]]:
-    """One request with every invariant checked on the way and nothing left behind."""
+    """Run one request with all invariants checked; check that nothing is left behind."""
     (completion,), watches = run_all_watched(cluster_args, [asked])
     return completion, watches
 
@@ -201,7 +201,7 @@ def run_watched(cluster_args: Mapping[str, Any], asked: Request) -> tuple[Comple
 def run_all_watched(
     cluster_args: Mapping[str, Any], asked: Sequence[Request]
 ) -> tuple[list[Completion], list[Watch]]:
-    """The same for several at once."""
+    """Run several requests at once, in the same way."""
     watches: list[Watch] = []
     truths = {one.id: truth(one.prompt, one.sampling) for one in asked}
 
@@ -216,7 +216,7 @@ def run_all_watched(
 
 
 def check_empty(cluster: SimulatedCluster) -> None:
-    """No trace of a request after its end."""
+    """Check that no trace of a request is left after its end."""
     assert not cluster.head.active
     assert not cluster.head.pipe.trips
     assert not cluster.head.admission.rows
@@ -230,22 +230,22 @@ def check_empty(cluster: SimulatedCluster) -> None:
 
 
 class LetterTokenizer:
-    """Token i is a letter, a few are longer pieces, so that stop strings cross borders."""
+    """A tokenizer of letters and a few longer pieces, so that stop strings cross tokens."""
 
     PIECES = ("ab", "bc", "ca", "abc")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """See Tokenizer."""
+        """Return the text of the tokens."""
         del skip_special_tokens
         return "".join(self.piece(token) for token in token_ids)
 
     def piece(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         return self.PIECES[token] if token < len(self.PIECES) else chr(ord("a") + token % 26)
 
 
 def grid(*columns: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Every value of the longest column at least once, the shorter ones turning beside it."""
+    """Yield rows with every value of the longest column once; shorter columns repeat."""
     longest = max(len(column) for column in columns)
     for index in range(longest):
         yield tuple(column[index % len(column)] for column in columns)

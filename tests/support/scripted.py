@@ -1,4 +1,4 @@
-"""Drafters that are always right, always wrong or in between, by script."""
+"""Scripted drafters that are always right, always wrong or in between."""
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -19,21 +19,21 @@ Script: TypeAlias = Callable[[Random, int | None, int], list[tuple[int, float]]]
 
 
 def perfect(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
-    """The true token first, and a decoy or two."""
+    """Return the true token first, with one or two decoys."""
     decoys = [(random.randrange(VOCAB), -3.0 - i) for i in range(min(2, topk - 1))]
     first = random.randrange(VOCAB) if true is None else true
     return [(first, -0.05), *(decoy for decoy in decoys if decoy[0] != first)]
 
 
 def hostile(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
-    """Always wrong, sure of it, in deep chains, with doubled and nearly impossible children."""
+    """Return wrong, confident, deep chains, with doubled and nearly impossible children."""
     wrong = [token for token in random.sample(range(VOCAB), 4) if token != true][:3]
     children = [(wrong[0], 0.0), (wrong[0], -0.1), (wrong[1], -1e9), (wrong[2], -0.7)]
     return children[: max(1, min(topk, random.randint(0, 4)))]
 
 
 def mixed(random: Random, true: int | None, topk: int) -> list[tuple[int, float]]:
-    """Right about two times in three, at any rank; sometimes nothing at all."""
+    """Be right about two times in three, at any rank; sometimes propose nothing at all."""
     tokens = random.sample(range(VOCAB), min(topk, random.randint(0, 4)))
     if true is not None and random.random() < 0.66:
         tokens = [*(token for token in tokens if token != true), true][-topk:]
@@ -46,7 +46,7 @@ SCRIPTS: Mapping[str, Script] = {"perfect": perfect, "hostile": hostile, "mixed"
 
 
 class ScriptedDrafter(LookupDrafter):
-    """Proposes what its script says; records the features it is given."""
+    """Proposes what its script returns; records the hidden states that it is given."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class ScriptedDrafter(LookupDrafter):
         self.script = script
         self.aux_hidden_state_layers = aux_hidden_state_layers
         self.seed = seed
-        self.true = true  # the text to be right about, where it is not the tiny model's
+        self.true = true  # the true text, if it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(self, opening: Opening) -> "ScriptedSession":
-        """See Drafter.open."""
+        """Open a session for one request."""
         request, reuse, num_cached_tokens = (
             opening.request,
             opening.reuse,
@@ -82,7 +82,7 @@ class ScriptedDrafter(LookupDrafter):
 
 
 class ScriptedSession(CountingSession):
-    """One request; `features[layer][position]` is what came in, each position once."""
+    """One request; `features[layer][position]` holds what came in, each position once."""
 
     def __init__(self, drafter: ScriptedDrafter, request: Request, topk: int) -> None:
         super().__init__()
@@ -95,25 +95,25 @@ class ScriptedSession(CountingSession):
 
     @property
     def num_reusable(self) -> int:
-        """See DraftSession: as far as the features of every layer have come."""
+        """Return the number of positions whose hidden states of every layer have come."""
         most = len(self.tokens)
         for features in self.features.values():
             most = next((p for p in range(most) if p not in features), most)
         return most
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """See DraftSession.accept_features."""
+        """Record the hidden states of a layer; fail on a repeated position."""
         doubled = self.features[layer].keys() & features.keys()
         assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
         self.features[layer].update(features)
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
+        """Propose children of the newest accepted token."""
         self.take_ready()
         return self._propose(tree.root, tree) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Propose children of these nodes."""
         assert nodes, "an expansion of nothing"
         return [self._propose(node, tree) for node in nodes]
 
@@ -128,7 +128,7 @@ class ScriptedSession(CountingSession):
 
 
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """`ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
+    """Return `ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
     if name == "ngram":
         return NgramDrafter()
     if name in MODEL_DRAFTERS:
