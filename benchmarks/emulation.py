@@ -146,7 +146,7 @@ def check_bandwidth(sets: Sets) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the checks and print their tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checks", default="closed_form,ratios,bandwidth")
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")

@@ -24,7 +24,7 @@ INSTALL_S = 240
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_with_the_pins_of_this_python(name: str, tmp_path: Path) -> None:
-    """See tokenizer_checks.py."""
+    """Run one check of tests/support/tokenizer_checks.py."""
     CHECKS[name](tmp_path)
 
 
