@@ -1,4 +1,4 @@
-"""Head and stages as processes over ZeroMQ: the same text, and nothing while idle."""
+"""Head and stages as processes over ZeroMQ give the same text, and rest while idle."""
 
 import os
 import time
@@ -27,21 +27,21 @@ NEXT_ID = iter(range(1, 1000))
 
 @pytest.fixture(scope="module")
 def cluster(config: RunConfig, parts: HeadParts) -> Iterator[LocalCluster]:
-    """Two stage processes for all tests here."""
+    """Start two stage processes for all tests here."""
     with LocalCluster(config, parts) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def alone(parts: HeadParts) -> LocalTarget:
-    """The target in this process."""
+    """Return the target in this process."""
     return LocalTarget(load_whole(parts.folder), parts.max_context)
 
 
 def ask(
     parts: HeadParts, text: str = "the lazy dog", *, temperature: float = 0.0, count: int = 20
 ) -> Request:
-    """A request for `count` tokens; ids are never used twice in one cluster."""
+    """Return a request for `count` tokens; a cluster never sees the same id twice."""
     return Request(
         id=next(NEXT_ID),
         prompt=tuple(parts.tokenizer.encode(text)),
@@ -54,7 +54,7 @@ def ask(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_text_is_the_targets_own(cluster, alone, parts, strategy, temperature):
-    """Lossless also over sockets, with whatever timing this machine has now."""
+    """Decoding is lossless over sockets, with whatever timing this machine has."""
     spec = STRATEGIES[strategy]
     cluster.configure(spec, spec.defaults)
     request = ask(parts, temperature=temperature)
@@ -65,7 +65,7 @@ def test_text_is_the_targets_own(cluster, alone, parts, strategy, temperature):
 
 
 def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
-    """Caches of one request are freed before the next and do not leak into it."""
+    """The caches of one request are freed before the next and do not affect it."""
     for number in range(4):
         request = ask(parts, "box of apples " * (number + 1), temperature=number % 2, count=9)
         assert list(generate(cluster, request).tokens) == alone.generate(request)[0]
@@ -74,7 +74,7 @@ def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
 
 
 def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, parts):
-    """Thousands of tokens are left to generate; none of them is waited for."""
+    """Thousands of tokens are left to generate; the cancellation does not wait for them."""
     spec = STRATEGIES["streaming"]
     cluster.configure(spec, spec.defaults)
     request = ask(parts, count=10_000)
@@ -95,7 +95,7 @@ def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, p
 
 
 def test_waiting_costs_no_cpu(cluster, parts):
-    """A cluster without a request sleeps: no turn is too short, and next to nothing is computed."""
+    """A cluster without a request sleeps: turns are long, and nearly nothing is computed."""
     generate(cluster, ask(parts, count=2))
     pids = [os.getpid(), *(child.pid for child in cluster.children.values())]
     time.sleep(0.3)
@@ -106,7 +106,7 @@ def test_waiting_costs_no_cpu(cluster, parts):
 
 
 def wait_idly(cluster: LocalCluster, seconds: float) -> int:
-    """Turns of a head that has nothing to do; few, or it is not asleep in them."""
+    """Count the turns of an idle head; they are few if it sleeps in them."""
     end, turns = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         cluster.driver.turn(TURN_S)
@@ -115,13 +115,13 @@ def wait_idly(cluster: LocalCluster, seconds: float) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process."""
+    """Return user and system time of a process."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 
 def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
-    """Batches over sockets: more requests than are served at once, greedy and sampled."""
+    """Batches go over sockets: more requests than run at once, greedy and sampled."""
     asked = [
         ask(parts, "box of apples " * (1 + number % 3), temperature=number % 2, count=9 + number)
         for number in range(10)
@@ -131,7 +131,7 @@ def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
 
 
 def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
-    """The second turn's prompt is mostly there; its text is as from nothing."""
+    """Most of the second turn's prompt is cached; its text is as without the cache."""
     with LocalCluster(replace(config, kept_prefixes=2), parts) as running:
         first = ask(parts, "the lazy dog and the box of apples")
         answer = generate(running, first)
@@ -145,7 +145,7 @@ def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
 
 
 def test_a_request_beyond_the_stages_memory_is_refused_with_both_numbers(config, parts):
-    """Said before anything is computed, by the numbers the stages have told."""
+    """The stages have reported their memory, so the error comes before any computation."""
     with LocalCluster(replace(config, kv_memory_mb=1), parts) as running:
         large = generate(running, ask(parts, count=16_000))
         assert "rows of KV cache on every stage, the tightest stage holds" in large.error

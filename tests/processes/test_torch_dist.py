@@ -1,4 +1,4 @@
-"""Head and stages over torch.distributed gloo, started by us or by torchrun."""
+"""Head and stages over torch.distributed gloo, started by flowspec or by torchrun."""
 
 import os
 import signal
@@ -32,19 +32,19 @@ TORCHRUN_S = 60.0
 
 @pytest.fixture(scope="module")
 def gloo(config: RunConfig) -> RunConfig:
-    """A run over gloo."""
+    """Configure a run over gloo."""
     return replace(config, transport="gloo")
 
 
 def ask(parts: HeadParts, number: int, count: int, temperature: float = 0.0) -> Request:
-    """Request `number`, for `count` tokens."""
+    """Return request `number`, for `count` tokens."""
     prompt = tuple(parts.tokenizer.encode("the lazy dog"))
     sampling = SamplingParams(temperature=temperature, seed=5)
     return Request(id=number, prompt=prompt, sampling=sampling, max_new_tokens=count)
 
 
 def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
-    """Every strategy; in between, nothing is sent and nothing is computed."""
+    """Every strategy runs; in between, nothing is sent or computed."""
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
     with LocalCluster(gloo, parts) as cluster:
         for number, name in enumerate(STRATEGIES, start=1):
@@ -66,7 +66,7 @@ def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
     ("number", "victim", "cause"), [(signal.SIGKILL, 1, "SIGKILL"), (signal.SIGSTOP, 2, "it hangs")]
 )
 def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, cause):
-    """Killed: the broken connection says so at once. Stopped: its silence, within the timeout."""
+    """A killed one breaks its connection at once; a stopped one is silent until the timeout."""
     with LocalCluster(replace(gloo, timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
         error, seen, took_s = tokens_until_failure(
@@ -83,7 +83,7 @@ def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, ca
 
 
 def torchrun(config: RunConfig, folder: Path, *options: str) -> subprocess.Popen[str]:
-    """`torchrun --nproc_per_node 3 -m flowspec run --transport gloo`, in a session of its own."""
+    """Start `torchrun --nproc_per_node 3 -m flowspec run --transport gloo` in its own session."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     command += ["-m", "flowspec", "run", "--transport", "gloo"]
     command += ["--model", config.model, "--draft", config.draft]
@@ -101,7 +101,7 @@ def torchrun(config: RunConfig, folder: Path, *options: str) -> subprocess.Popen
 
 @pytest.fixture
 def killed(config: RunConfig, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A long run under torchrun; whatever is left of it at the end is killed."""
+    """Start a long run under torchrun; kill what is left of it at the end."""
     run = torchrun(config, tmp_path, "--strategy", "ar", "--max-new-tokens", "12000")
     children = []
     try:
@@ -118,7 +118,7 @@ def killed(config: RunConfig, tmp_path: Path) -> Iterator[tuple[subprocess.Popen
 
 
 def test_torchrun_starts_head_and_stages(config, tmp_path):
-    """Every process runs the same command; one of them speaks, and the text is exact."""
+    """Every process runs the same command, one of them prints, and the text is exact."""
     run = torchrun(config, tmp_path, "--max-new-tokens", "12")
     out, _ = run.communicate(timeout=TORCHRUN_S)
     errors = (tmp_path / "errors").read_text()
@@ -148,7 +148,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORL
 
 
 def test_the_place_under_torchrun_is_read_from_its_environment():
-    """Variables of the same names mean nothing without torchrun."""
+    """Variables of the same names have no meaning without torchrun."""
     assert find_launch(TORCHRUN) == Launch(rank=3, local_rank=1, num_stages=4)
     assert find_launch({"RANK": "3", "WORLD_SIZE": "5"}) is None
     config = RunConfig(transport="nccl", device="cuda")
@@ -165,14 +165,14 @@ def test_the_place_under_torchrun_is_read_from_its_environment():
     ],
 )
 def test_what_contradicts_torchrun_is_said(size, values, message):
-    """Before anything is split or loaded."""
+    """The error comes before anything is split or loaded."""
     config = override(RunConfig(transport="gloo"), values, where="test")
     with pytest.raises(ValueError, match=message):
         fit_to_launch(config, Launch(0, 0, size - 1))
 
 
 def test_torchrun_decides_the_number_of_stages():
-    """Also where the layers are named, if they are as many."""
+    """This holds even if the layers are given, as long as their number fits."""
     for values in ({}, {"stages": 4}, {"layers": "2+2+2+2"}):
         config = override(RunConfig(transport="gloo"), values, where="test")
         assert fit_to_launch(config, Launch(0, 0, 4)).stages == 4
