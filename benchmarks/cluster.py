@@ -1,24 +1,24 @@
-"""A cluster on shaped links in network namespaces: how fast it starts, how it bears faults.
+"""A cluster on shaped links in network namespaces: how fast it starts, and how it handles faults.
 
     python -m benchmarks.cluster                    # join to first token, notice and resume
     python -m benchmarks.cluster --only faults --repeat 3
     python -m benchmarks.cluster --faults 200       # the campaign
     python -m benchmarks.cluster --json out.json
 
-Needs root, Linux, `ip`, `tc` and `unshare`. One `flowspec serve` with the bundled model, four
-`flowspec join`, each in a namespace and with a cache of its own, 1 Gbit/s (--mbit). Times are those
-of a client:
+Needs root, Linux, `ip`, `tc` and `unshare`. It runs one `flowspec serve` with the bundled model and
+four `flowspec join`, each in its own namespace and with its own cache, at 1 Gbit/s (--mbit). Times
+are those of a client:
 
-    first token   from the start of the `join` commands, Python's imports included, to the first
-                  token of an answer that was asked for at that moment; all workers serve
-    notice        from a fault in the middle of an answer to the word of it
+    first token   from the start of the `join` commands, including Python's imports, to the first
+                  token of an answer that was requested at that moment; all workers serve
+    notice        from a fault in the middle of an answer to the notice of it
     resume        from the fault to the next token; one worker is a spare
 
-Every answer is compared with the target's alone. The campaign does random faults in all phases
-(tests/stress/netns_cluster.py says which), on devices and on the head, and heals them; wanted: no
-wrong token, no hang, no orphan, no lost request (an answer of a head that was struck may end in an
-error that says so: what came before it must be right). Exit code 1: something of that happened.
-Nothing is left behind, also after Ctrl-C.
+Every answer is compared with the target's own. The campaign causes random faults in all phases
+(tests/stress/netns_cluster.py lists them), on devices and on the head, and heals them. It requires
+no wrong token, no hang, no orphan and no lost request (an answer of a struck head may end in an
+error that says so, but the tokens before it must be right). The exit code is 1 if one of these
+happened. Nothing is left behind, even after Ctrl-C.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NUM_WORKERS = 4
 
 
 def measure_start(cluster: NetnsCluster, alone: Alone, verdicts: Verdicts) -> list[dict[str, Any]]:
-    """Join to first token, with empty caches and with those it filled."""
+    """Measure join to first token, with empty caches and with filled ones."""
     rows = []
     for caches in ("cold", "warm"):
         for name in cluster.names:
@@ -70,18 +70,18 @@ def measure_start(cluster: NetnsCluster, alone: Alone, verdicts: Verdicts) -> li
 
 
 def start_with_spare(cluster: NetnsCluster) -> None:
-    """All but one worker serve."""
+    """Start the cluster with one worker as a spare."""
     cluster.serve(stages=len(cluster.names) - 1)
     for name in cluster.names:
         cluster.join(name)
     if not cluster.wait_whole():
-        raise RuntimeError(f"the cluster does not come up:\n{cluster.log('head')[-3000:]}")
+        raise RuntimeError(f"the cluster did not start:\n{cluster.log('head')[-3000:]}")
 
 
 def measure_faults(
     cluster: NetnsCluster, alone: Alone, verdicts: Verdicts, repeat: int
 ) -> list[dict[str, Any]]:
-    """One fault in the middle of each answer."""
+    """Measure one fault in the middle of each answer."""
     start_with_spare(cluster)
     chance = random.Random(SEED)
     rows = []
@@ -123,7 +123,7 @@ class Campaign:
         self._healers: list[threading.Thread] = []
 
     def run(self, count: int) -> None:
-        """At least `count` faults; ends early where something hangs."""
+        """Cause at least `count` faults; end early if something hangs."""
         start_with_spare(self.cluster)
         number = 0
         while self.faults.total() < count and not self.verdicts.hangs:
@@ -135,7 +135,7 @@ class Campaign:
         self.verdicts.check_end(self.cluster)
 
     def round(self, phase: str, kind: str, temperature: float, where: str) -> None:
-        """One request, one or two faults, and both checked to be over."""
+        """Send one request, cause one or two faults, and check that the cluster recovers."""
         cluster, chance = self.cluster, self.chance
         stages = cluster.stages()
         victim = chance.choice(stages)
@@ -167,7 +167,7 @@ class Campaign:
         self.verdicts.check(Answer(cluster, 1, 20, temperature), self.alone, f"{where}, afterwards")
 
     def strike(self, victim: str, kind: str, phase: str) -> None:
-        """Now; healed after less or more than it takes to be noticed."""
+        """Cause a fault now; heal it after less or more time than its detection takes."""
         self.cluster.strike(victim, kind)
         self.faults[f"{'head, ' * (victim == 'head')}{phase}: {kind}"] += 1
         delay_s = self.chance.uniform(0.2, 6.0)
@@ -180,7 +180,7 @@ class Campaign:
         self._healers[-1].start()
 
     def strike_newcomer(self, victim: str, kind: str) -> None:
-        """A device that comes back is hit while it says hello."""
+        """Strike a returning device while it says hello."""
         self.cluster.strike(victim, "kill")
         self.faults["join: kill, before"] += 1
         self.cluster.heal(victim, "kill")
@@ -188,7 +188,7 @@ class Campaign:
         self.strike(victim, kind, "join")
 
     def strike_loading(self, stages: list[str], kind: str, phase: str) -> None:
-        """The spare is hit while it gets the layers of a stage that was killed."""
+        """Strike the spare while it loads the layers of a stage that was killed."""
         cluster = self.cluster
         spare = next(name for name in cluster.names if name not in stages)
         if phase == "ship":
@@ -201,7 +201,7 @@ class Campaign:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """What was measured."""
+    """Print the measured times."""
     load = results["load_average"]
     print(f"load average {load[0]:.1f} before, {load[1]:.1f} after, {os.cpu_count()} cores")
     for row in results.get("start", ()):
@@ -227,7 +227,7 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path) -> int:
-    """All that is asked for, from inside the namespaces; the exit code."""
+    """Measure what the options ask for, inside the namespaces; return the exit code."""
     before = os.getloadavg()[0]
     cluster = NetnsCluster(folder, NUM_WORKERS, options.mbit)
     alone, verdicts = Alone(cluster), Verdicts()
@@ -260,17 +260,17 @@ def measure(options: argparse.Namespace, folder: Path) -> int:
 
 
 def main() -> int:
-    """Parse, and go on inside."""
+    """Parse the command line, and continue inside the namespaces."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=("start", "faults"), help="one of the two measures")
+    parser.add_argument("--only", choices=("start", "faults"), help="only one of the two parts")
     parser.add_argument("--repeat", type=int, default=1, help="faults of a kind and temperature")
     parser.add_argument("--faults", type=int, default=0, metavar="N", help="campaign of N faults")
-    parser.add_argument("--seed", type=int, default=0, help="of the campaign")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the campaign")
     parser.add_argument("--mbit", type=float, default=1000.0, help="rate of each link")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--logs", type=Path, help="folder for all logs where something went wrong")
+    parser.add_argument("--logs", type=Path, help="folder for all logs if something went wrong")
     options = parser.parse_args()
     if folder := os.environ.get(INSIDE):
         return measure(options, Path(folder))

@@ -1,18 +1,18 @@
-"""Whether two checkouts decode alike: speed, rows, texts and messages, equal to the last digit.
+"""Compares two checkouts: speed, rows, texts and messages must be equal to the last digit.
 
     python benchmarks/compare_behaviour.py run --before CHECKOUT [--quick] --data-dir QUESTIONS
     python benchmarks/compare_behaviour.py record --out before.json.gz --data-dir QUESTIONS
     python benchmarks/compare_behaviour.py compare before.json.gz after.json.gz
 
 Every strategy answers questions of every set on an emulated cluster, at T = 0 and 1: all seven with
-the EAGLE head, some with the other drafters. What is computed depends on the machine and on torch,
-so both records must come from one machine. In each checkout its own benchmarks/record_behaviour.py
-runs; of that this file knows the form of its records alone. `compare` and `run` end with exit code
-1 where a figure differs.
+the EAGLE head, some with the other drafters. The results depend on the machine and on torch, so
+both records must come from one machine. Each checkout runs its own benchmarks/record_behaviour.py;
+this file only knows the form of its records. `compare` and `run` end with exit code 1 if a figure
+differs.
 
 A quick record (one question of a set, 32 tokens) took 6.5 minutes of processor time on a busy
-machine of two cores. A full one (four questions of a set, 64 tokens)
-takes about five times as much.
+machine with two cores. A full one (four questions of a set, 64 tokens) takes about five times as
+long.
 """
 
 import argparse
@@ -39,7 +39,7 @@ RECORDER = Path("benchmarks") / "record_behaviour.py"
 SETS = ("mt_bench", "humaneval", "gsm8k", "alpaca", "sum", "qa")
 KEYS = ("strategy", "drafter", "dataset", "question", "turn", "temperature")
 PART_TIMEOUT_S = 3600.0
-MAX_SHOWN = 10  # records that differ
+MAX_SHOWN = 10  # differing records to print
 Record = Mapping[str, Any]
 
 
@@ -105,7 +105,7 @@ def record(checkout: Path, options: argparse.Namespace, models: Path) -> dict[st
 def _run_part(
     checkout: Path, data_dir: Path | None, models: Path, sets: str, ask: Ask, out: Path
 ) -> None:
-    """Some sets in a process of its own. Ends the run where it fails."""
+    """Record some sets in a new process. Exit if it fails."""
     command = [
         *(sys.executable, str(checkout / RECORDER)),
         *("--datasets", sets, "--strategies", ask.strategies, "--drafters", ask.drafters),
@@ -134,16 +134,16 @@ def _git(checkout: Path, *arguments: str) -> str:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> int:
-    """Print what differs; returns how many records do."""
+    """Print the differences; return the number of records that differ."""
     if before["asked"] != after["asked"]:
         raise SystemExit(
-            f"error: the records are of different questions: {before['asked']} before, "
+            f"error: the records have different questions: {before['asked']} before, "
             f"{after['asked']} after; record both with the same options"
         )
     if before["machine"] != after["machine"]:
         print(
             f"note: recorded on {before['machine']} before, on {after['machine']} after; last "
-            "digits may differ for that alone"
+            "digits may differ for this reason alone"
         )
     one, other = by_key(before["records"]), by_key(after["records"])
     keys = sorted(one.keys() | other.keys())
@@ -172,9 +172,9 @@ def by_key(records: Iterable[Record]) -> dict[tuple[Any, ...], Record]:
 
 
 def differences(before: Record | None, after: Record | None) -> dict[str, str]:
-    """By figure, what it was and what it is; a record that only one has differs as a whole."""
+    """Return old and new value by figure; a record on one side only differs as a whole."""
     if before is None or after is None:
-        return {"record": "recorded after alone" if before is None else "recorded before alone"}
+        return {"record": "recorded only after" if before is None else "recorded before alone"}
     old, new = _flat(before), _flat(after)
     names = [*old, *(name for name in new if name not in old)]
     return {
@@ -185,7 +185,7 @@ def differences(before: Record | None, after: Record | None) -> dict[str, str]:
 
 
 def _flat(record: Record) -> dict[str, Any]:
-    """Counts by kind, bytes by link and the like as figures of their own."""
+    """Flatten counts by kind, bytes by link and the like into single figures."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
         inner = value if isinstance(value, Mapping) else {}
@@ -203,28 +203,28 @@ def _name(key: Sequence[Any]) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record file."""
+    """Read a record file."""
     data = path.read_bytes()
     found: dict[str, Any] = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
     return found
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """A record file, packed where its name ends in .gz."""
+    """Write a record file, compressed if its name ends in .gz."""
     data = json.dumps(found, indent=1).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     print(f"{len(found['records'])} records in {path}, {found['elapsed_s']} s", file=sys.stderr)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     asked = argparse.ArgumentParser(add_help=False)
     asked.add_argument("--data-dir", type=Path, help="folder with SET/question.jsonl")
-    asked.add_argument("--datasets", default=",".join(SETS), help="sets or files, with commas")
+    asked.add_argument("--datasets", default=",".join(SETS), help="comma-separated sets or files")
     asked.add_argument("--quick", action="store_true", help="one question of a set, 32 tokens")
     asked.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes [one per core]")
     asked.add_argument("--models", type=Path, help="folder with target, eagle, eagle3 and draft")
@@ -241,12 +241,12 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """See the head of this file."""
+    """Run the command that the options name."""
     options = parse()
     if options.command == "compare":
         sys.exit(compare(read(options.before), read(options.after)) > 0)
     first = (options.checkout if options.command == "record" else options.before).resolve()
-    # both checkouts compute with the same weights, whatever became of the bundled ones
+    # both checkouts use the same weights, even if the bundled ones have changed
     models = (options.models or first / "models" / "demo").resolve()
     if options.command == "record":
         write(options.out, record(first, options, models))

@@ -1,4 +1,4 @@
-"""Drafters side by side: accepted length and streaming speed on an emulated cluster.
+"""Compares drafters: accepted length and streaming speed on an emulated cluster.
 
     python -m benchmarks.drafters [--drafters eagle,eagle+merge,ngram] [--prompts FILE|FOLDER]
         [--limit 3] [--draft NAME=FOLDER ...] [--cluster NAME|FILE] [--model NAME|FILE]
@@ -6,9 +6,9 @@
 
 A drafter is its name, with `+merge` and `+calibrate` where these are to be on. All forwards are
 really computed (bundled model); time is virtual, that of the emulated model on the emulated
-cluster, where each kind of drafter costs what it weighs there. tau: tokens per verdict of
-serial_pp, one verdict per round. tokens/s: streaming, all tokens after each prompt's first over
-their time. Every text must be the same whatever drafted it; exit code 1 if one is not.
+cluster, where each kind of drafter has its own cost. tau: tokens per verdict of serial_pp, one
+verdict per round. tokens/s: streaming, all tokens after each prompt's first divided by their time.
+Every text must be the same for all drafters; the exit code is 1 if one is not.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Row:
     prompts: int = 0
 
     def count(self, serial: DecodeStats, streaming: DecodeStats) -> None:
-        """One prompt's two runs."""
+        """Add one prompt's two runs."""
         self.prompts += 1
         self.tokens += serial.num_tokens - 1
         self.verdicts += serial.num_verdicts
@@ -55,7 +55,7 @@ class Row:
         self.rows += streaming.num_rows_sent
 
     def figures(self) -> dict[str, str | float]:
-        """What is reported."""
+        """Return the reported figures."""
         return {
             "drafter": self.drafter,
             "T": self.temperature,
@@ -68,7 +68,7 @@ class Row:
 
 
 def requests(parts: HeadParts, options: argparse.Namespace, temperature: float) -> list[Request]:
-    """The prompts that leave room for the answer; the seed is the prompt's place."""
+    """Return the prompts that leave room for the answer; the seed is the prompt's position."""
     found = []
     for seed, prompt in enumerate(load_prompts(options.prompts, limit=options.limit), start=1):
         ids = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
@@ -97,7 +97,7 @@ def cluster_of(config: EngineConfig, parts: HeadParts, emulation: Emulation) -> 
 def run(
     name: str, options: argparse.Namespace, texts: dict[tuple[float, int], tuple[int, ...]]
 ) -> Iterator[Row]:
-    """A row per temperature; `texts` holds what the first drafter gave."""
+    """Yield a row per temperature; `texts` holds the first drafter's answers."""
     drafter, decode = parse_drafter(name)
     folders = dict(pair.split("=", 1) for pair in options.draft)
     emulation = load_emulation(
@@ -125,7 +125,7 @@ def run(
 
 
 def main() -> None:
-    """See the module."""
+    """Print the table of all drafters."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--drafters", default=DEFAULT)
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")

@@ -1,14 +1,14 @@
-"""Emulated clusters against what can be known of them: a closed form, and the published testbed.
+"""Checks emulated clusters against a closed form and the published testbed.
 
     python -m benchmarks.emulation [--checks closed_form,ratios,bandwidth]
         [--prompts FILE|FOLDER] [--limit 2] [--tokens 96] [--temperatures 0,1]
         [--cluster jetson-5] [--model vicuna-7b] [--strategies naive_pp,pipedec,flowspec]
 
-Bundled models, EAGLE head, virtual clock, parameters of the main table of config/eval.yaml.
-closed_form: seconds per token of plain decoding, run and computed (cost_model/emulation.py:
-ar_seconds_per_token). ratios: strategies on one cluster, by
-default the reference testbed with Vicuna-7B, tokens/s from the submission to the last token as the
-publication counts them, and over naive_pp; means over the sets. bandwidth: the same at 125 to 1000
+It uses the bundled models, the EAGLE head, the virtual clock, and the main table of
+config/eval.yaml. closed_form: seconds per token of plain decoding, run and computed
+(cost_model/emulation.py: ar_seconds_per_token). ratios: strategies on one cluster, by default the
+reference testbed with Vicuna-7B; tokens/s from the submission to the last token, as the publication
+counts them, and their ratio to naive_pp; means over the sets. bandwidth: the same at 125 to 1000
 Mbit/s, on the set named mt_bench, else the first. Prompts that leave no room for the answer are
 left out.
 """
@@ -78,7 +78,7 @@ def speed(completions: Sequence[RequestOutput]) -> float:
 
 
 def request_of(prompt: Prompt, number: int, tokens: int, temperature: float) -> Request:
-    """End tokens are ignored: every answer has the same length."""
+    """Make a request that ignores end tokens, so that every answer has the same length."""
     _, parts, _ = loaded(4)
     ids = render_chat(parts.tokenizer, [{"role": "user", "content": prompt.turns[0]}])
     sampling = SamplingParams(temperature=temperature, seed=number)
@@ -86,7 +86,7 @@ def request_of(prompt: Prompt, number: int, tokens: int, temperature: float) -> 
 
 
 def sets_of(prompts: Sequence[Prompt], tokens: int, temperature: float) -> Sets:
-    """Requests by the name of their set."""
+    """Group requests by the name of their set."""
     _, parts, _ = loaded(4)
     found: dict[str, list[Request]] = {}
     for number, prompt in enumerate(prompts, start=1):
@@ -97,7 +97,7 @@ def sets_of(prompts: Sequence[Prompt], tokens: int, temperature: float) -> Sets:
 
 
 def check_closed_form(prompt: Prompt) -> None:
-    """Print run and computed seconds per token."""
+    """Print measured and computed seconds per token."""
     print("\n| cluster | model | layers | run, s/token | closed form | difference |")
     print("|---|---|---|---|---|---|")
     for cluster, model in CLOSED_FORM:
@@ -144,7 +144,7 @@ def check_bandwidth(sets: Sets) -> None:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the checks and print their tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checks", default="closed_form,ratios,bandwidth")
     parser.add_argument("--prompts", type=Path, default=BUNDLED / "prompts.jsonl")

@@ -1,10 +1,10 @@
-"""What encryption costs a segment: one hop of 32 x 4096 fp16 between two processes, on and off.
+"""The cost of encryption per segment: one hop of 32 x 4096 fp16 between two processes, on and off.
 
     python -m benchmarks.encryption [--trips 500] [--rows 32] [--hidden 4096] [--json FILE]
 
-A hop is half of a trip there and back, encoding and decoding included: over ipc:// as in a local
-run, over tcp:// in the clear, and over tcp:// with CURVE. All take turns, so that the machine is
-alike to each. Median, 90th and 99th percentile in milliseconds, the first tenth left out.
+A hop is half of a round trip, including encoding and decoding: over ipc:// as in a local run, over
+tcp:// without encryption, and over tcp:// with CURVE. All take turns on the machine. Median, 90th
+and 99th percentile are in milliseconds, without the first tenth.
 """
 
 import argparse
@@ -30,7 +30,7 @@ Book = dict[int, dict[str, str]]
 
 
 def open_transport(way: str, rank: int, book: Book, token: str) -> ZmqTransport:
-    """One end of a way."""
+    """Open one end of a connection of this kind."""
     return ZmqTransport(rank, book, derive_keys(token) if way == "tcp+curve" else None)
 
 
@@ -46,7 +46,7 @@ def echo(way: str, book: Book, token: str) -> None:
 
 
 def addresses(way: str, folder: str) -> Book:
-    """Where the two ends listen."""
+    """Return the addresses of the two ends."""
     if way == "ipc":
         return local_addresses(folder, 1)
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(4)]
@@ -58,7 +58,7 @@ def addresses(way: str, folder: str) -> Book:
 
 
 def trip_ms(here: ZmqTransport, segment: Segment) -> float:
-    """There and back."""
+    """Return the milliseconds of one round trip."""
     start = time.perf_counter()
     here.send(1, segment)
     while not here.receive(1.0):
@@ -68,14 +68,14 @@ def trip_ms(here: ZmqTransport, segment: Segment) -> float:
 
 
 def summary(trips: Sequence[float]) -> dict[str, float]:
-    """Of half a trip."""
+    """Return percentiles of half a round trip."""
     hops = sorted(ms / 2 for ms in trips[len(trips) // 10 :])
     parts = statistics.quantiles(hops, n=100)
     return {"p50_ms": parts[49], "p90_ms": parts[89], "p99_ms": parts[98]}
 
 
 def main() -> None:
-    """Measure all ways and print a line each."""
+    """Measure all kinds of connections and print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--trips", type=int, default=500)
     parser.add_argument("--rows", type=int, default=32)

@@ -1,14 +1,14 @@
-"""A model of full size on this machine: make one, split it, run it stage by stage, measure.
+"""Tests a model of full size on this machine: creates, splits, runs and measures it.
 
     python -m benchmarks.full_size --folder /somewhere/with/room [--layers-total 32] [--stages 4]
 
 Writes a Llama checkpoint with the shapes of a 7B model and random bf16 weights (13.5 GB), splits it
 with `flowspec split`, starts head and stages as `flowspec run` does and generates a few tokens with
-strategy `ar`. Prints the time of each step and the memory of each process: its peak, and how much
-of what it holds is its own (anonymous) and how much is pages of the weight files, which the system
-may take back and which processes of one machine share with its file cache. Then the target alone
-generates the same tokens from the same files, for comparison. Needs twice the model's size on disk
-for a while; what it wrote is removed at the end unless --keep is given. Linux only.
+strategy `ar`. Prints the time of each step and the memory of each process: its peak, its own
+(anonymous) memory, and the pages of the weight files, which the system may take back and which the
+processes of one machine share. Then the target alone generates the same tokens from the same files,
+for comparison. Needs twice the model's size on disk for a while; all files are removed at the end
+unless --keep is given. Linux only.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from flowspec.weights.load import load_whole
 from flowspec.weights.tensor_files import header_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = ROOT / "models" / "demo" / "target"  # any will do: the answers mean nothing
+TOKENIZER = ROOT / "models" / "demo" / "target"  # any will do: the answers have no meaning
 SHARD_BYTES = 2 << 30
 CHUNK = 1 << 22  # weights written at a time
 HF_CONFIG = {
@@ -54,7 +54,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def make_checkpoint(folder: Path, num_layers: int) -> int:
-    """Write the checkpoint shard by shard, some MB in memory at a time; returns its bytes."""
+    """Write the checkpoint shard by shard with little memory; return its bytes."""
     folder.mkdir(parents=True)
     hf = {**HF_CONFIG, "num_hidden_layers": num_layers}
     (folder / "config.json").write_text(json.dumps(hf))
@@ -74,7 +74,7 @@ def make_checkpoint(folder: Path, num_layers: int) -> int:
 
 
 def cut_in_shards(shapes: Shapes) -> Iterator[Shapes]:
-    """Tensors in runs of about SHARD_BYTES."""
+    """Group tensors into shards of about SHARD_BYTES."""
     shard: Shapes = {}
     size = 0
     for name, shape in shapes.items():
@@ -88,10 +88,10 @@ def cut_in_shards(shapes: Shapes) -> Iterator[Shapes]:
 
 
 def write_shard(path: Path, shapes: Shapes) -> int:
-    """Random bf16 weights at the scale that keeps activations alive; returns the bytes written.
+    """Write random bf16 weights at a scale that keeps activations alive; return the bytes written.
 
-    Runs of a few million values drawn once, each from another start: drawing billions takes longer
-    than all the rest.
+    Every tensor repeats a few million values that were drawn once, from its own offset, because
+    drawing billions takes longer than everything else.
     """
     noise = torch.randn(2 * CHUNK, generator=torch.Generator().manual_seed(0))
     random = Random(path.name)
@@ -110,14 +110,14 @@ def write_shard(path: Path, shapes: Shapes) -> int:
 
 
 def memory(pid: int | str) -> dict[str, int]:
-    """Bytes by name from /proc: VmHWM (peak), RssAnon, RssFile."""
+    """Return bytes by name from /proc: VmHWM (peak), RssAnon, RssFile."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     values = dict(line.split(":", 1) for line in lines)
     return {key: int(values[key].split()[0]) << 10 for key in ("VmHWM", "RssAnon", "RssFile")}
 
 
 def show_memory(name: str, figures: dict[str, int]) -> None:
-    """One line of the report."""
+    """Print one line of the report."""
     peak, own, mapped = (figures[key] / 1e9 for key in ("VmHWM", "RssAnon", "RssFile"))
     print(f"  {name:8} peak {peak:6.2f} GB   own {own:5.2f} GB   files {mapped:6.2f} GB")
 
@@ -131,14 +131,14 @@ def timed(step: str) -> Iterator[None]:
 
 
 def split(source: Path, out: Path, stages: int) -> dict[str, int]:
-    """`flowspec split` in a process of its own; its memory when last seen."""
+    """Run `flowspec split` as a process; return its last known memory."""
     command = [sys.executable, "-m", "flowspec", "split", str(source), "--stages", str(stages)]
     child = subprocess.Popen([*command, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL)
     seen: dict[str, int] = {}
     while child.poll() is None:
         try:
             seen = memory(child.pid)
-        except (FileNotFoundError, KeyError):  # it has just ended
+        except (FileNotFoundError, KeyError):  # the process has just ended
             break
         time.sleep(0.1)
     if child.wait(timeout=60):
@@ -166,15 +166,15 @@ def run(config: EngineConfig, out: Path, request: Request) -> RequestOutput:
 
 
 def main() -> None:
-    """Parse the command line and go through the steps."""
+    """Parse the command line and run the steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where to work; made if need be")
+    parser.add_argument("--folder", type=Path, required=True, help="working folder; may be new")
     parser.add_argument("--layers-total", type=int, default=32, help="fewer for a quick try [32]")
     parser.add_argument("--stages", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=4, help="to generate [4]")
+    parser.add_argument("--tokens", type=int, default=4, help="tokens to generate [4]")
     parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=2, help="per process [2]")
-    parser.add_argument("--keep", action="store_true", help="leave checkpoint and split there")
+    parser.add_argument("--threads", type=int, default=2, help="threads per process [2]")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoint and split")
     options = parser.parse_args()
     source, out = options.folder / "checkpoint", options.folder / "split"
     if source.exists() or out.exists():

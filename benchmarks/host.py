@@ -1,29 +1,29 @@
-"""What the head and the stages cost per segment, in processor time: real processes, tiny model.
+"""Processor time of head and stages per segment: real processes, tiny model.
 
     python -m benchmarks.host [--tokens 300] [--num-draft-tokens 320] [--segment-size 64]
         [--cost flat|measured] [--draft-ms 1] [--profile FILE] [--json FILE]
         [--least-segments-per-s 200] [--most-core 0.5]
 
-One head drives four stage processes over ZeroMQ with `streaming`; a random model of 4 layers, so
-that the host's own work shows. Two things are not what a real run has:
+One head drives four stage processes over ZeroMQ with `streaming` and a random model of 4 layers, so
+that the host's own work dominates. Two things differ from a real run:
 
-- The drafter is a script that knows the truth and is right about it as often as a good head is
-  (first child 0.7, any child 0.9). The time in its calls is subtracted: what a real one takes is
-  the draft model's, not the host's. Each draft takes `--draft-ms` in a thread of its own, asleep,
-  as that of a small model on an accelerator would; the next one begins as soon as it can. With 0
-  it is a look-up, as an n-gram drafter's, in the head's own thread, and the head never rests.
-- With `--cost flat`, the default, the head's cost model is replaced by one where any number of rows
-  costs the same, as on a stage that is bound by its memory. On this tiny model rows do cost, and
-  segments are small (`--cost measured`); full ones are what the host has most work with.
+- The drafter is a script that knows the true text and is right as often as a good head (first child
+  0.7, any child 0.9). The time in its calls is subtracted, because a real drafter's time belongs to
+  the draft model, not to the host. Each draft sleeps `--draft-ms` in its own thread, as the forward
+  of a small model on an accelerator would; the next one begins as soon as possible. With 0, it is a
+  look-up in the head's own thread, as an n-gram drafter's, and the head never rests.
+- With `--cost flat`, the default, the head's cost model is one in which any number of rows costs
+  the same, as on a memory-bound stage. On this tiny model, rows do have a cost, which makes
+  segments small (`--cost measured`); full segments give the host the most work.
 
-"head": processor time of the head's process per segment sent, all threads and everything between
-the first token and the last, less the drafter's calls. "stage": that of each stage process, the
-forwards included. Processor time hardly depends on what else the machine runs; segments/s does.
+"head": processor time of the head's process per segment sent, over all threads, between the first
+token and the last, without the drafter's calls. "stage": that of each stage process, including the
+forwards. Processor time hardly depends on other programs on the machine; segments/s does.
 `--profile` writes cProfile's figures of the head (which then costs more).
 
-Wanted of the head are 200 segments/s with half a core, on a machine that does nothing else. Neither
-is checked unless asked for, as above: on busy cores segments/s says more about the neighbours.
-Exit code 1 where the text is not the target's own, or a given threshold is missed.
+The goal for the head is 200 segments/s with half a core, on an idle machine. Neither is checked by
+default, because segments/s on busy cores depends on the other programs. The exit code is 1 if the
+text is not the target's own, or if a given threshold is missed.
 """
 
 import argparse
@@ -72,26 +72,26 @@ SIZES = {
     "num_hidden_layers": STAGES,
     "max_position_embeddings": CONTEXT,
 }
-FIRST_RIGHT, ANY_RIGHT = 0.7, 0.9  # how often the truth is the drafter's first child, any child
+FIRST_RIGHT, ANY_RIGHT = 0.7, 0.9  # chance that the truth is the drafter's first child, any child
 LOGPROBS = tuple(-0.4 - 0.9 * rank for rank in range(64))  # of its children by rank
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class FlatCost(SegmentCost):
-    """t(n) left of the knee: as many rows as a segment holds are worth sending."""
+    """t(n) left of the knee: a full segment of rows is always worth sending."""
 
     def milliseconds(self, rows: int) -> float:
-        """The same for any `rows`."""
+        """Return the same time for any `rows`."""
         return 1.0
 
 
 class ScriptedDrafter:
-    """Right about `truth` as often as the constants say; counts what its own calls cost."""
+    """Right about `truth` as often as the constants say; measures the cost of its own calls."""
 
     name = "scripted"
     aux_hidden_state_layers = (
         -1,
-    )  # what an EAGLE head asks for: the verdicts' features travel too
+    )  # as an EAGLE head, so that the verdicts' hidden states travel too
 
     def __init__(self, truth: Sequence[int], vocab_size: int, *, draft_s: float) -> None:
         self.truth = truth
@@ -104,7 +104,7 @@ class ScriptedDrafter:
         return ScriptedSession(self, opening.draft_topk)
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
+        """Return a draft of these jobs, which only sleeps or looks up."""
         start = time.thread_time()
         found = Forward(jobs, self.draft_s) if self.draft_s else Lookup(jobs)
         self.cpu_s += time.thread_time() - start
@@ -112,7 +112,7 @@ class ScriptedDrafter:
 
 
 class Forward(Lookup):
-    """Takes its time, in the thread that a model's forward runs in."""
+    """A draft that takes its time, in the thread of a model's forward."""
 
     looked_up = False
 
@@ -121,12 +121,12 @@ class Forward(Lookup):
         self._draft_s = draft_s
 
     def run(self) -> None:
-        """See Draft."""
+        """Sleep for the time of a forward, then propose."""
         time.sleep(self._draft_s)
 
 
 class ScriptedSession:
-    """One request's."""
+    """The drafter's state of one request."""
 
     num_reusable = 0
 
@@ -136,19 +136,19 @@ class ScriptedSession:
         self._true: set[int] = set()  # nodes on the true path
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
+        """Take the accepted tokens."""
         self.num_rows_ready += len(tokens)
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """They are asked for as an EAGLE head would; the script needs none."""
+        """Ignore the hidden states, which an EAGLE head would need."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """See DraftSession.num_rows."""
+        """Return the number of rows that a real head would compute."""
         del tree
         return self.num_rows_ready if nodes is None else len(nodes)
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
+        """Propose children of the newest accepted token."""
         self.num_rows_ready = 0
         if not len(tree):
             return None
@@ -156,7 +156,7 @@ class ScriptedSession:
         return self._propose(tree.root)
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Propose children of these nodes."""
         del tree
         return [self._propose(node) for node in nodes]
 
@@ -174,7 +174,7 @@ class ScriptedSession:
 
 
 def make_split(folder: Path) -> Path:
-    """A random model with the bundled tokenizer, split in `folder`, a layer per stage."""
+    """Split a random model with the bundled tokenizer in `folder`, one layer per stage."""
     target = folder / "target"
     target.mkdir()
     for name in TOKENIZER_FILES:
@@ -197,7 +197,7 @@ def make_split(folder: Path) -> Path:
 
 
 class Meter:
-    """Processor time of the head between the segments it sends, and of the stages."""
+    """Measures the processor time of the head between segments, and of the stages."""
 
     def __init__(self, cluster: LocalEngine, drafter: ScriptedDrafter) -> None:
         self.cluster, self.drafter = cluster, drafter
@@ -212,18 +212,18 @@ class Meter:
             self.marks.append(self.head_s())
 
     def head_s(self) -> float:
-        """Processor seconds of this process, all threads, less the drafter's calls."""
+        """Return processor seconds of this process, all threads, without the drafter's calls."""
         return time.process_time() - self.drafter.cpu_s
 
     def stages_s(self) -> list[float]:
-        """Processor seconds of each stage."""
+        """Return the processor seconds of each stage."""
         return [sum(stage.cpu_times()[:2]) for stage in self.stages]
 
 
 def measure(
     cluster: LocalEngine, meter: Meter, request: Request, profile: cProfile.Profile | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Figures of one request from its first token to its last, and its tokens."""
+    """Return the figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
     events: Iterator[TokensOut | RequestOutput] = cluster.serve([request])
     next(events)
@@ -257,7 +257,7 @@ def measure(
 def missed(
     figures: dict[str, Any], *, least_segments_per_s: float | None, most_core: float | None
 ) -> list[str]:
-    """A sentence for each threshold that the figures do not meet; None: no threshold."""
+    """Return a sentence for each threshold that the figures miss; None means no threshold."""
     found = []
     rate, share = figures["segments_per_s"], figures["head_share_of_a_core"]
     if least_segments_per_s is not None and not rate >= least_segments_per_s:
@@ -268,7 +268,7 @@ def missed(
 
 
 def main() -> int:
-    """See the module."""
+    """Measure, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=300, help="of the answer [300]")
     parser.add_argument("--num-draft-tokens", type=int, default=320, help="[320]")
@@ -278,18 +278,18 @@ def main() -> int:
         "--cost", choices=("flat", "measured"), default="flat", help="of a segment's rows [flat]"
     )
     parser.add_argument(
-        "--draft-ms", type=float, default=1.0, help="of a drafter forward; 0: a look-up [1]"
+        "--draft-ms", type=float, default=1.0, help="of a drafter forward; 0: look-up [1]"
     )
     parser.add_argument("--profile", type=Path, help="write cProfile's figures of the head")
     parser.add_argument("--json", type=Path)
     parser.add_argument(
-        "--least-segments-per-s", type=float, metavar="N", help="exit 1 where fewer [not checked]"
+        "--least-segments-per-s", type=float, metavar="N", help="exit 1 if fewer [not checked]"
     )
     parser.add_argument(
         "--most-core",
         type=float,
         metavar="SHARE",
-        help="exit 1 where the head takes more of a core, as in 0.5 [not checked]",
+        help="exit 1 if the head takes more of a core, such as 0.5 [not checked]",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,8 +1,8 @@
 """Messages between ranks as lines of text, in words that stay when the code is renamed.
 
 Two checkouts, or a checkout and a committed file, are compared by these lines. The two tables below
-say which class and which attribute is meant; after a rename they are all that changes here. Times
-and hidden states are left out: they depend on the machine.
+map classes and attributes to words; a rename in the code only changes these tables. Times and
+hidden states are left out, because they depend on the machine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,31 +70,31 @@ SEGMENT: Mapping[str, str] = {
 
 
 class MessageLog:
-    """The messages of one run in the order in which they were sent, a line each.
+    """The messages of one run in the order in which they were sent, one line each.
 
-    A line has sender and receiver (0 is the head), the number on its lane, the epoch, the kind and
-    its fields. The position of a row is its parent's and one more, so it follows from the lines
-    before; `at` shows it, so that a reader need not count.
+    A line has sender and receiver (0 is the head), the number in its sequence, the epoch, the kind
+    and the fields. The position of a row is its parent's plus one, so it follows from the lines
+    before; `at` shows it for the reader.
     """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.counts: dict[str, int] = {}  # of messages by kind
+        self.counts: dict[str, int] = {}  # number of messages by kind
         self._lanes: dict[int, Lanes] = {}
         self._positions: dict[tuple[int, int, int], int] = {}  # by epoch, request and node
 
     @property
     def text(self) -> str:
-        """All lines."""
+        """Return all lines."""
         return "".join(f"{line}\n" for line in self.lines)
 
     @property
     def digest(self) -> str:
-        """Equal for the same messages in the same order."""
+        """Return a hash that is equal for the same messages in the same order."""
         return sha256(self.text.encode()).hexdigest()
 
     def add(self, source: int, to: int, message: Any) -> None:
-        """Note a message that rank `source` sends to rank `to`."""
+        """Record a message that rank `source` sends to rank `to`."""
         numbered: Any = self._lanes.setdefault(source, Lanes(source)).number(to, message)
         segments = wire.segments_of(message)
         if segments:
@@ -114,7 +114,8 @@ class MessageLog:
 
     def _segment(self, segment: Any, epoch: int) -> str:
         for node, parent in zip(segment.nodes, segment.parents, strict=True):
-            above = self._positions.get((epoch, segment.request, parent), parent)  # of a prompt
+            # the parent of a prompt row is a position
+            above = self._positions.get((epoch, segment.request, parent), parent)
             self._positions[epoch, segment.request, node] = above + 1
         return f"{_fields(segment, SEGMENT)} at={_numbers(self._at(segment, epoch))}"
 
@@ -137,7 +138,7 @@ def _value(value: Any) -> str:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    """Numbers with commas; those that rise one by one as first..last."""
+    """Join numbers with commas; consecutive ones become first..last."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:

@@ -2,12 +2,12 @@
 
     python -m benchmarks.overhead [--segments 300] [--json FILE]
 
-A tiny random model (2 layers, hidden 256) so that the engine shows. The bare forward is the layers
-and the lm_head over 32 rows with a ready mask. "simulated": wall time of one stage core's turn on a
-segment, less the bare forward's median. "zmq", "gloo": the time from handing a segment to a stage
-behind that transport (head and stage are threads of one process) to its Exit, less the same; the
-two take turns. "link": a segment with hidden states from process to process and an Exit back, with
-no model. Median and 99th percentile in milliseconds.
+It uses a tiny random model (2 layers, hidden 256), so that the engine's time is visible. The bare
+forward is the layers and the lm_head over 32 rows with a ready mask. "simulated": wall time of one
+stage core's turn on a segment, minus the bare forward's median. "zmq", "gloo": the time from
+sending a segment to a stage behind that transport (head and stage are threads of one process) to
+its Exit, minus the same; the two take turns. "link": a segment with hidden states between two
+processes and an Exit back, without a model. Median and 99th percentile are in milliseconds.
 """
 
 import argparse
@@ -48,7 +48,7 @@ CONFIG = ModelConfig(
 
 
 def make_stage() -> Stage:
-    """The only stage of a random model, with its request opened and a prompt of 256 tokens in."""
+    """Return the only stage of a random model, with an open request and a prompt of 256 tokens."""
     torch.manual_seed(0)
     model = StageModel(CONFIG, first_layer=0, last_layer=2, with_embedding=True, with_head=True)
     stage = Stage(1, 1, model.requires_grad_(False))
@@ -63,7 +63,7 @@ def make_stage() -> Stage:
 
 
 def feed(stage: Stage, message: Message) -> float:
-    """Give a message to the core and run what follows; milliseconds it took."""
+    """Give a message to the core and run the work that follows; return the milliseconds."""
     start = time.perf_counter()
     stage.handle(message, start)
     while (step := stage.poll(start)) is not None:
@@ -74,7 +74,7 @@ def feed(stage: Stage, message: Message) -> float:
 
 
 def bare_forward_ms(count: int) -> float:
-    """Median of layers and lm_head over 32 rows behind 256, nothing else."""
+    """Return the median milliseconds of layers and lm_head over 32 rows after 256."""
     stage = make_stage()
     cache = stage.requests[1].cache
     tokens = torch.full((ROWS,), 7)
@@ -91,10 +91,10 @@ def bare_forward_ms(count: int) -> float:
 
 
 def tree_segment(number: int, tip: int, token: int) -> tuple[Segment, int]:
-    """32 rows below the newest accepted node, none of which goes on; and the next free id."""
+    """Return 32 rows below the newest accepted node, all of them wrong, and the next id."""
     first = 1000 + number * ROWS
     nodes = tuple(NodeId(first + i) for i in range(ROWS))
-    # a root that is true, then a comb of guesses below it
+    # a true root, then a comb of guesses below it
     parents = (NodeId(tip), *(NodeId(first + (i - 1) // 2) for i in range(1, ROWS)))
     tokens = (token, *(4000 + i for i in range(1, ROWS)))
     segment = Segment(request=1, seq_no=number, nodes=nodes, parents=parents, tokens=tokens)
@@ -102,7 +102,7 @@ def tree_segment(number: int, tip: int, token: int) -> tuple[Segment, int]:
 
 
 def bench_simulated(count: int, bare_ms: float) -> list[float]:
-    """Milliseconds a core spends on a segment besides its forward."""
+    """Return the milliseconds that a core spends on a segment besides its forward."""
     stage = make_stage()
     state = stage.requests[1]
     overheads = []
@@ -114,7 +114,7 @@ def bench_simulated(count: int, bare_ms: float) -> list[float]:
 
 
 class Served:
-    """A stage behind a transport, in a thread of its own, and the head's end of it."""
+    """A stage behind a transport, in its own thread, and the head's end of the transport."""
 
     def __init__(self, transport: str, folder: str, bare_ms: float) -> None:
         self.stage, self.bare_ms = make_stage(), bare_ms
@@ -134,7 +134,7 @@ class Served:
         self.tip, self.token = 255, int(self.stage.requests[1].next_token or 0)
 
     def overhead_ms(self, number: int) -> float:
-        """From sending segment `number` to its Exit, besides the forward itself."""
+        """Return milliseconds from sending segment `number` to its Exit, minus the forward's."""
         self.stage.requests[1].cache.prefix_length = 256
         segment, _ = tree_segment(number, self.tip, self.token)
         start = time.perf_counter()
@@ -156,7 +156,7 @@ class Served:
 
 
 def bench_transports(count: int, bare_ms: float) -> dict[str, list[float]]:
-    """Milliseconds per segment behind each transport, in turns: the machine is alike to both."""
+    """Return milliseconds per segment behind each transport; they take turns on the machine."""
     with tempfile.TemporaryDirectory() as folder:
         served = {name: Served(name, folder, bare_ms) for name in TRANSPORTS}
         overheads: dict[str, list[float]] = {name: [] for name in TRANSPORTS}
@@ -180,7 +180,7 @@ def echo(transport: str, folder: str) -> None:
 
 
 def bench_links(count: int) -> dict[str, list[float]]:
-    """Milliseconds of a round trip between two processes, by transport and bytes of hidden."""
+    """Return milliseconds of a round trip of two processes, by transport and hidden bytes."""
     times: dict[str, list[float]] = {}
     segment, _ = tree_segment(1, 0, 1)
     context = multiprocessing.get_context("spawn")
@@ -210,7 +210,7 @@ def bench_links(count: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Run all three and print a line each."""
+    """Run all measurements and print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--segments", type=int, default=300)
     parser.add_argument("--json", type=Path)

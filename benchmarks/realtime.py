@@ -1,4 +1,4 @@
-"""Virtual against real time: the same emulated cluster in the simulator and as real processes.
+"""Compares virtual and real time: one emulated cluster in the simulator and as real processes.
 
     python -m benchmarks.realtime [--cluster jetson-5] [--model vicuna-7b] [--drafter eagle]
         [--strategies ar,...] [--prompts FILE] [--limit 2] [--tokens 48] [--repeats 3]
@@ -79,7 +79,7 @@ class Bench:
         return tokens / seconds * self.slowdown
 
     def virtual(self, strategy: str) -> float:
-        """On the simulator's clock; the same every time."""
+        """Measure on the simulator's clock; the result is always the same."""
         self.next_id = 0
         stages = [
             build_stage(self.parts.folder, rank)
@@ -90,14 +90,14 @@ class Bench:
         return self.tokens_per_s(cluster, strategy)
 
     def real(self, strategy: str, repeats: int) -> list[float]:
-        """On this machine's clock."""
+        """Measure on this machine's clock."""
         self.next_id = 0
         with LocalEngine(self.config.changed(kept_prefixes=0), self.parts) as cluster:
             return sorted(self.tokens_per_s(cluster, strategy) for _ in range(repeats))
 
 
 def main() -> None:
-    """See the module."""
+    """Print the table; exit with 1 if a text or a speed differs too much."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cluster", default="jetson-5")
     parser.add_argument("--model", default="vicuna-7b")

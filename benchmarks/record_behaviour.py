@@ -1,10 +1,10 @@
-"""What this checkout's emulated benchmark gives, as records that another checkout's compare with.
+"""Records this checkout's emulated benchmark, for comparison with another checkout's records.
 
     python benchmarks/record_behaviour.py --datasets gsm8k --data-dir QUESTIONS --out FILE.json ...
 
-`compare_behaviour.py` starts it, in each checkout that checkout's own. It runs `flowspec bench` in
-this process with every message noted, and gives the samples words of its own: FIGURES is the table
-to change when the benchmark names a figure otherwise. The form of FILE is what must stay.
+`compare_behaviour.py` starts the version of this file in each checkout. It runs `flowspec bench` in
+this process, logs every message, and translates the samples' fields to fixed words: change the
+table FIGURES when the benchmark renames a figure. The form of FILE must stay.
 """
 
 import argparse
@@ -51,11 +51,11 @@ FIGURES: Mapping[str, str] = {
     "tree_nodes": "tree_size",
     "link_bytes": "link_bytes",
 }
-LOGS: list[MessageLog] = []  # of the requests so far, in their order
+LOGS: list[MessageLog] = []  # logs of the requests so far, in order
 
 
 class NotingRecorder(Recorder):
-    """A recorder of the simulator that also notes every message in the newest of LOGS.
+    """A recorder of the simulator that also logs every message in the newest of LOGS.
 
     The benchmark gives each request a recorder per process, the head's first.
     """
@@ -66,7 +66,7 @@ class NotingRecorder(Recorder):
             LOGS.append(MessageLog())
 
     def sent(self, now: float, to: int, message: Message) -> None:
-        """See Trace."""
+        """Record and log a sent message."""
         if to != CLIENT:
             LOGS[-1].add(self.rank, to, message)
         super().sent(now, to, message)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def bench_arguments(options: argparse.Namespace, out: Path) -> list[str]:
-    """Of `flowspec bench`."""
+    """Return the arguments of `flowspec bench`."""
     names = {drafter.partition("+")[0] for drafter in options.drafters.split(",")}
     folders = [f"{name}={options.models / FOLDERS[name]}" for name in sorted(names & set(FOLDERS))]
     given = {
@@ -117,7 +117,7 @@ def bench_arguments(options: argparse.Namespace, out: Path) -> list[str]:
 
 
 def run_bench(arguments: Sequence[str]) -> None:
-    """The command; ends this process where it fails. A text that differs is in its record."""
+    """Run the command; exit if it fails. A wrong text shows in its record."""
     sys.argv = ["flowspec", *arguments]
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -128,7 +128,7 @@ def run_bench(arguments: Sequence[str]) -> None:
 
 
 def records(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A record per sample, with its messages; both are in the order in which they were run."""
+    """Return a record per sample, with its messages; both lists have the order of the runs."""
     assert len(samples) == len(LOGS), f"{len(samples)} samples, {len(LOGS)} recorded requests"
     return [
         {

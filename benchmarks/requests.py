@@ -1,13 +1,13 @@
-"""How much more a cluster gives when several requests share its pipeline (virtual clock, emulated).
+"""Gain of sharing one pipeline between several requests (virtual clock, emulated cluster).
 
     python -m benchmarks.requests [--requests 1,2,4,8] [--strategies streaming,serial_pp,ar]
         [--temperatures 0,1] [--tokens 96] [--prompts FILE]
         [--cluster NAME|FILE] [--model NAME|FILE] [--json FILE]
 
-The bundled models run for real and are charged the times of an emulated cluster, by default the
-reference testbed with Vicuna-7B (config/clusters/jetson-5.yaml). Every answer has the same length:
-end tokens are ignored. Of the prompts, each group of R is served at once; "alone" is the same
-requests one after the other, on the same clock. Total: tokens of the group over the time from its
+The bundled models really run and are charged the times of an emulated cluster, by default the
+reference testbed with Vicuna-7B (config/clusters/jetson-5.yaml). End tokens are ignored, so every
+answer has the same length. Each group of R prompts is decoded at the same time; "alone" is the same
+requests in turn, on the same clock. Total: tokens of the group divided by the time from its
 submission to its last token. Slowest: the smallest ratio of a request's decode speed to its own
 alone. Every text is compared with its text alone.
 """
@@ -48,7 +48,7 @@ class Bench:
         return emulated_engine(config, self.parts, self.stages, self.emulation)
 
     def requests(self, prompts: Sequence[str], temperature: float, tokens: int) -> list[Request]:
-        """The same length for all; the seed is the prompt's place."""
+        """Make requests of equal answer length; the seed is the prompt's position."""
         return [
             Request(
                 id=number,

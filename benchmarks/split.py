@@ -1,9 +1,9 @@
-"""Measure the splitter: peak memory, and speed beside a plain copy of the same files.
+"""Measures the splitter: its peak memory, and its speed compared with a plain copy of the files.
 
     python -m benchmarks.split --gigabytes 3.2 --stages 4 --folder /somewhere/with/room
 
-Makes a Llama checkpoint of random bytes in two shards, then copies and splits it in turns, each in
-a process of its own, and prints the medians. Nothing is left behind.
+It writes a Llama checkpoint of random bytes in two shards, then copies and splits it in turns, each
+in its own process, and prints the medians. Nothing is left behind.
 """
 
 import argparse
@@ -29,18 +29,18 @@ MODES = ("copy", "split", "split without hashing")
 
 
 class NoHash:
-    """Stands in for hashlib.sha256 where hashing is left out of the measurement."""
+    """Replaces hashlib.sha256 when hashing is excluded from the measurement."""
 
     def update(self, piece: bytes) -> None:
         """Do nothing."""
 
     def hexdigest(self) -> str:
-        """A well-formed hash of nothing."""
+        """Return a well-formed hash of nothing."""
         return "0" * 64
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> None:
-    """A bf16 Llama of about this size in two shards; values are random bytes, not weights."""
+    """Write a bf16 Llama of about this size in two shards; its values are random bytes."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": HIDDEN,
@@ -66,7 +66,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> None:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """One safetensors file of random bytes."""
+    """Write one safetensors file of random bytes."""
     noise = os.urandom(1 << 20)
     with path.open("wb") as file:
         file.write(tensor_files.header_bytes({n: ("bfloat16", s) for n, s in shapes.items()}))
@@ -79,7 +79,7 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def measure(mode: str, source: Path, out: Path, stages: int) -> dict[str, float]:
-    """Run one mode in this process; seconds, bytes written, peak resident bytes."""
+    """Run one mode in this process; return seconds, bytes written, peak resident bytes."""
     if mode == "split without hashing":
         tensor_files.hashlib = SimpleNamespace(sha256=NoHash)  # type: ignore[assignment]
     start = time.perf_counter()
@@ -102,7 +102,7 @@ def measure(mode: str, source: Path, out: Path, stages: int) -> dict[str, float]
 
 
 def peak_resident_bytes() -> int:
-    """VmHWM of this process (getrusage would count the parent's before exec)."""
+    """Return VmHWM of this process (getrusage would count the parent's before exec)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
@@ -110,7 +110,7 @@ def peak_resident_bytes() -> int:
 
 
 def run_child(mode: str, source: Path, out: Path, stages: int) -> dict[str, float]:
-    """One measurement in a fresh process, after earlier writes have reached the disk."""
+    """Measure once in a new process, after earlier writes have reached the disk."""
     os.sync()
     command = [sys.executable, "-m", "benchmarks.split", "--child", mode, str(source), str(out)]
     done = subprocess.run(

@@ -1,12 +1,12 @@
-"""What one decoded token passes through: modules and executed lines in head and stages.
+"""The path of one decoded token: modules and executed lines in head and stages.
 
     python benchmarks/token_path.py [--stages 2] [--tokens 96] [--json FILE]
 
-Runs `flowspec run` with streaming, the EAGLE head and ZeroMQ, and notes every line of the package
-that any of its processes executes, and when. A token's lines are those between two pieces of text
-on standard output, once decoding is steady. Tracing slows the run, so rare work (statuses, pings)
-is seen more often than it would be: the medians over tokens are the figures to compare, and the
-union over all of them tells how far these are from complete.
+Runs `flowspec run` with streaming, the EAGLE head and ZeroMQ, and records every line of the package
+that any of its processes executes, with its time. A token's lines are those between two pieces of
+text on standard output, once decoding is steady. Tracing slows the run, so rare work (statuses,
+pings) is more frequent than usual: compare the medians over tokens; the union over all tokens shows
+what the medians leave out.
 """
 
 import argparse
@@ -25,15 +25,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "flowspec"
 PROBE = Path(__file__).resolve().parent / "line_probe"
-WARM_UP = 8  # pieces of text
-FEWEST = 5  # of them to take medians over
+WARM_UP = 8  # pieces of text to skip
+FEWEST = 5  # fewest pieces for a median
 TIMEOUT_S = 300.0
 Line = tuple[str, int]  # file below the package, line
-Ticks = Mapping[Line, Sequence[int]]  # when it was executed
+Ticks = Mapping[Line, Sequence[int]]  # times at which a line was executed
 
 
 def pieces(command: Sequence[str], environment: Mapping[str, str]) -> list[int]:
-    """Run the command; when each piece of its output came, in ticks."""
+    """Run the command; return the time of each piece of its output, in ticks."""
     came = []
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -53,12 +53,12 @@ def pieces(command: Sequence[str], environment: Mapping[str, str]) -> list[int]:
 
 
 def tick() -> int:
-    """Now, as the probe counts."""
+    """Return the current time as the probe counts it."""
     return time.monotonic_ns() // 1_000_000
 
 
 def read(folder: Path) -> dict[str, Ticks]:
-    """By process (its command, or its rank), what it executed and when."""
+    """Return, by process (its command or its rank), the executed lines with their times."""
     found: dict[str, Ticks] = {}
     for file in folder.glob("*.json"):
         data = json.loads(file.read_text())
@@ -73,12 +73,12 @@ def read(folder: Path) -> dict[str, Ticks]:
 
 
 def between(ticks: Ticks, start: int, end: int) -> set[Line]:
-    """Lines executed from `start` until `end`."""
+    """Return the lines executed from `start` until `end`."""
     return {line for line, when in ticks.items() if any(start <= t <= end for t in when)}
 
 
 def describe(lines: Iterable[Line]) -> dict[str, int]:
-    """How many modules, executed lines, and lines that these modules have."""
+    """Return the numbers of modules, of executed lines, and of lines in these modules."""
     executed = set(lines)
     modules = {path for path, _ in executed}
     total = sum(len((PACKAGE / path).read_text().splitlines()) for path in modules)
@@ -86,13 +86,13 @@ def describe(lines: Iterable[Line]) -> dict[str, int]:
 
 
 def medians(windows: Sequence[set[Line]]) -> dict[str, int]:
-    """Of each figure over the tokens."""
+    """Return the median of each figure over the tokens."""
     found = [describe(window) for window in windows]
     return {name: int(statistics.median(one[name] for one in found)) for name in found[0]}
 
 
 def measure(stages: int, tokens: int) -> dict[str, list[set[Line]]]:
-    """By process, and for all of them, the lines of each piece of text in steady decoding."""
+    """Return, by process and for all, the lines of each piece of text in steady decoding."""
     with tempfile.TemporaryDirectory(prefix="flowspec-path-") as name:
         environment = {
             **os.environ,

@@ -1,11 +1,11 @@
-"""What tracing costs: a driver's turn with tracing off and on, and whole runs with and without.
+"""The cost of tracing: an event loop's turn, and whole runs, each with tracing off and on.
 
     python -m benchmarks.trace [--pairs 5] [--json FILE]
 
-"turn": processor time of a driver that takes a segment in, runs no model and hands it on; the
-least of many repeats, so that other programs on the machine do not show. "run": `streaming` on the
-bundled model, two stage processes, with and without a trace in turn; tokens per second of each, and
-the median of the pairs' ratios.
+"turn": processor time of an event loop that takes a segment in, runs no model and sends it on; the
+least of many repeats, to exclude other programs on the machine. "run": `streaming` on the bundled
+model, two stage processes, with and without a trace in turn; tokens per second of each, and the
+median of the pairs' ratios.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROMPT = "Anna has 3 boxes with 12 apples in each box. How many apples does Anna
 
 
 class Echo:
-    """A core that runs no model and hands every segment on."""
+    """A core that runs no model and sends every segment on."""
 
     rank = 1
 
@@ -43,12 +43,12 @@ class Echo:
         self.waiting: list[Message] = []
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """Keep it for the next turn."""
+        """Keep the message for the next turn."""
         self.waiting.append(message)
         return ()
 
     def poll(self, now: float) -> Step | None:
-        """One piece of work per segment."""
+        """Return one piece of work per segment."""
         if not self.waiting:
             return None
         message = self.waiting.pop()
@@ -58,28 +58,28 @@ class Echo:
 
 
 def _nothing() -> None:
-    """No model."""
+    """Run no model."""
 
 
 class Loop:
-    """A transport that brings the same segment again and again."""
+    """A transport that delivers the same segment again and again."""
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
 
     def send(self, to: int, message: Message) -> None:
-        """Nobody listens."""
+        """Drop the message."""
 
     def receive(self, timeout_s: float) -> Sequence[Segment]:
-        """A segment where there is time to wait for one."""
+        """Return a segment if there is time to wait for one."""
         return [self.segment] if timeout_s else []
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no socket is open."""
 
 
 def turn_us(trace: Trace, count: int = 2000, repeats: int = 30) -> float:
-    """Microseconds of processor time per segment: two turns, one that waits and one that works."""
+    """Return microseconds of processor time per segment: one turn that waits, one that works."""
     nodes = tuple(NodeId(i) for i in range(ROWS))
     segment = Segment(
         request=1,
@@ -117,7 +117,7 @@ def bench_runs(pairs: int) -> list[tuple[float, float]]:
             request = Request(id=number, prompt=prompt, max_new_tokens=150)
             pair = [generate(cluster, request).stats for cluster in (plain, traced)]
             speeds.append((pair[0].tokens_per_s, pair[1].tokens_per_s))
-    return speeds[1:]  # the first pair warms up
+    return speeds[1:]  # the first pair is the warm-up
 
 
 def main() -> None:

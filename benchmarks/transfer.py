@@ -1,13 +1,13 @@
-"""Shipping weights, encrypted, hashed and written, against raw TCP over the same link.
+"""Compares weight transfer (encrypted, hashed, written) with raw TCP over the same link.
 
     python -m benchmarks.transfer [--link loopback|namespaces] [--mbit 1000] [--workers 1,4]
 
-Raw TCP is plain sockets that throw away what comes, as iperf3 does; one stream per worker. Both go
-in turns, so that the machine is alike to both, and the median of the runs is told. `namespaces`
-(root, Linux) puts the workers behind a veth pair shaped by `tc tbf` to --mbit in both directions.
-Every worker gets --mb of random weights into an empty cache in --folder; put that in memory
-(/dev/shm) to measure the network alone, on a disk to measure a device's life. Processor seconds per
-GB say how fast a link one core could fill; they do not depend on what else runs.
+Raw TCP is plain sockets that discard what they receive, as iperf3 does, with one stream per worker.
+Both run in turns on the machine; the median of the runs is printed. `namespaces` (root, Linux) puts
+the workers behind a veth pair that `tc tbf` shapes to --mbit in both directions. Every worker gets
+--mb of random weights into an empty cache in --folder: put that in memory (/dev/shm) to measure
+only the network, or on a disk to measure a real device. Processor seconds per GB show how fast a
+link one core could fill; they do not depend on other programs.
 """
 
 import argparse
@@ -50,7 +50,7 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def make_split(folder: Path, num_bytes: int) -> Manifest:
-    """A split of random weights in equal shards."""
+    """Write a split of random weights in equal shards."""
     files = {}
     for part in (HEAD_FOLDER, *(stage_folder(k + 1) for k in range(NUM_SHARDS))):
         (folder / part).mkdir(parents=True)
@@ -71,7 +71,7 @@ def make_split(folder: Path, num_bytes: int) -> Manifest:
 
 
 def enter(pid: int | None) -> None:
-    """Work in the network namespace of process `pid` from now on."""
+    """Enter the network namespace of process `pid`."""
     if pid is not None:
         handle = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY)
         if ctypes.CDLL(None, use_errno=True).setns(handle, CLONE_NEWNET):
@@ -80,7 +80,7 @@ def enter(pid: int | None) -> None:
 
 
 def raw_worker(host: str, port: int, pid: int | None, ready: Any, go: Any) -> None:
-    """Read a stream to its end and throw it away."""
+    """Read a stream to its end and discard it."""
     enter(pid)
     buffer = bytearray(BUFFER_BYTES)
     ready.release()
@@ -91,7 +91,7 @@ def raw_worker(host: str, port: int, pid: int | None, ready: Any, go: Any) -> No
 
 
 def raw_sender(listener: socket.socket, num_bytes: int) -> None:
-    """Send to whoever connects."""
+    """Send to every client that connects."""
     connection, _ = listener.accept()
     content = memoryview(os.urandom(BUFFER_BYTES))
     with connection:
@@ -102,7 +102,7 @@ def raw_sender(listener: socket.socket, num_bytes: int) -> None:
 def ship_worker(
     address: str, token: str, manifest: Manifest, cache: str, pid: int | None, meet: Any
 ) -> None:
-    """Fetch all shards into an empty cache; processor seconds go to the queue."""
+    """Fetch all shards into an empty cache; put processor seconds into the queue."""
     ready, go, used = meet
     enter(pid)
     keys, store = derive_keys(token), ShardCache(Path(cache))
@@ -115,7 +115,7 @@ def ship_worker(
 
 
 def timed(workers: list[Any], ready: Any, go: Any) -> float:
-    """Seconds from the start of the transfer to the end of the last worker."""
+    """Return seconds from the start of the transfer to the end of the last worker."""
     for worker in workers:
         worker.start()
     for _ in workers:
@@ -131,7 +131,7 @@ def timed(workers: list[Any], ready: Any, go: Any) -> float:
 
 
 def raw_run(host: str, count: int, num_bytes: int, pid: int | None) -> float:
-    """Megabytes per second of raw TCP, all streams together."""
+    """Return megabytes per second of raw TCP, all streams together."""
     ready, go = SPAWN.Semaphore(0), SPAWN.Event()
     fork = multiprocessing.get_context("fork")
     with socket.create_server((host, 0)) as listener:
@@ -154,7 +154,7 @@ def raw_run(host: str, count: int, num_bytes: int, pid: int | None) -> float:
 def ship_run(
     host: str, count: int, split: Path, manifest: Manifest, folder: Path, pid: int | None
 ) -> tuple[float, float, float]:
-    """Megabytes per second of shipping, all together; processor seconds per GB, head and worker."""
+    """Return megabytes/s of all transfers together, and processor seconds per GB: head, worker."""
     ready, go, token = SPAWN.Semaphore(0), SPAWN.Event(), str(new_token())
     used = SPAWN.Queue()
     server = ShardServer(split, f"tcp://{host}:0", derive_keys(token))
@@ -181,7 +181,7 @@ def ship_run(
 
 @contextlib.contextmanager
 def other_end(mbit: int) -> Iterator[int]:
-    """A process in a network namespace behind a shaped link; its id."""
+    """Start a process in a network namespace behind a shaped link; yield its id."""
     with subprocess.Popen(["unshare", "-n", "sleep", "3600"]) as there:
         try:
             time.sleep(0.5)
@@ -205,7 +205,7 @@ def other_end(mbit: int) -> Iterator[int]:
 
 
 def bench(options: argparse.Namespace, host: str, pid: int | None) -> dict[str, Any]:
-    """All counts of workers, in turns; prints a line each."""
+    """Measure all counts of workers, in turns; print a line each."""
     results: dict[str, Any] = {"link": options.link, "mb": options.mb, "repeat": options.repeat}
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="bench-ship-", dir=options.folder))
@@ -233,13 +233,13 @@ def bench(options: argparse.Namespace, host: str, pid: int | None) -> dict[str, 
 
 
 def main() -> int:
-    """Measure as asked."""
+    """Measure as the options say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--link", choices=("loopback", "namespaces"), default="loopback")
-    parser.add_argument("--mbit", type=int, default=1000, help="of the shaped link [1000]")
+    parser.add_argument("--mbit", type=int, default=1000, help="rate of the shaped link [1000]")
     parser.add_argument("--mb", type=int, default=512, help="MiB per worker [512]")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--workers", default="1,4", help="how many at once [1,4]")
+    parser.add_argument("--workers", default="1,4", help="workers at the same time [1,4]")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -247,7 +247,7 @@ def main() -> int:
         if os.geteuid() != 0 or not shutil.which("unshare") or not shutil.which("tc"):
             print("error: --link namespaces needs root, unshare and tc", file=sys.stderr)
             return 2
-        if INSIDE not in os.environ:  # this machine's own network is left alone
+        if INSIDE not in os.environ:  # leave this machine's own network unchanged
             return subprocess.run(
                 ["unshare", "-n", sys.executable, *sys.orig_argv[1:]],
                 env={**os.environ, INSIDE: "1"},

@@ -1,4 +1,4 @@
-"""Fixtures that every test may take: tiny models with random weights that matter, in fp32."""
+"""Fixtures for every test: tiny models with random weights that matter, in fp32."""
 
 import signal
 from pathlib import Path
@@ -22,30 +22,30 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of tests/simulator/test_message_traces.py."""
+    """Add the options of tests/simulator/test_message_traces.py."""
     group = parser.getgroup("flowspec")
     group.addoption("--update-golden", action="store_true", help="rewrite tests/golden")
     group.addoption("--write-traces", type=Path, help="folder to write every message trace to")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real processes come first: some measure this process while it is small."""
+    """Put tests of real processes first, because some measure this process while it is small."""
     items.sort(key=lambda item: "processes" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")
 def tiny_config() -> ModelConfig:
-    """4 layers, grouped-query attention."""
+    """Return a config of 4 layers with grouped-query attention."""
     return TINY
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> StageModel:
-    """The whole tiny target in fp32."""
+    """Return the whole tiny target in fp32."""
     return make_model()
 
 
 @pytest.fixture(scope="session")
 def tiny_drafter(tiny_model: StageModel) -> EagleDrafter:
-    """A random EAGLE head for `tiny_model`."""
+    """Return a random EAGLE head for `tiny_model`."""
     return make_drafter(tiny_model)

@@ -1,4 +1,4 @@
-"""Names of files that come with the package: from any folder, and one's own before them."""
+"""Bundled files are found by name from any folder, and a user's own files come first."""
 
 import shutil
 from pathlib import Path
@@ -17,13 +17,13 @@ CLUSTER = "source: my desk\nhead: {0}\nstages: [{0}]\nlink: 1gbe\n"
 
 @pytest.fixture(autouse=True)
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder."""
+    """Change to an empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_bundled_names_work_in_an_empty_folder() -> None:
-    """As the README, the docs and the defaults use them."""
+    """The README, the docs and the defaults use these names."""
     assert find_bundled("models/demo/target") == DEMO / "target"
     assert read_engine_config(Path("config/demo.yaml")).model == EngineConfig().model
     assert read_table(Path("config/eval.yaml"), "main")["streaming"]["segment_size"] == 80
@@ -33,13 +33,13 @@ def test_bundled_names_work_in_an_empty_folder() -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "config", "models/../x", "/config/x", "config/x"])
 def test_other_names_are_paths(name: str) -> None:
-    """Nothing is looked for outside the package's data, or under another name."""
+    """No other place or name is searched."""
     found = find_bundled(name)
     assert found == (DATA / "config" if name == "config" else Path(name))
 
 
 def test_a_file_in_the_working_folder_comes_first(empty: Path) -> None:
-    """By the package's name, and by a new one, which the lists show; its boards likewise."""
+    """This holds for the package's names and for new ones, which the lists show."""
     own = read_device("reference-board")
     for kind in ("clusters", "devices"):
         (empty / "config" / kind).mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_a_file_in_the_working_folder_comes_first(empty: Path) -> None:
 
 
 def test_a_model_of_ones_own_under_the_bundled_name_needs_its_own_head(empty: Path) -> None:
-    """The bundled head was not made for it; an unchanged copy keeps its head."""
+    """The bundled head does not fit another model; an unchanged copy keeps its head."""
     shutil.copytree(DEMO / "target", empty / "models/demo/target")
     assert is_bundled("models/demo/target")
     assert draft_folder(EngineConfig()) == str(DEMO / "eagle")

@@ -1,4 +1,4 @@
-"""Whole files and locks between processes: what a kill leaves, who waits and for how long."""
+"""Atomic files, and locks between processes: leftovers of kills, and bounded waits."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ from flowspec.transport.secure.token import new_token, read_token, write_token
 
 
 def test_an_unfinished_file_is_known_by_its_name() -> None:
-    """Those of this version, of any process, and those of versions before; nothing else."""
+    """It knows names of this version and of earlier ones, of any process, and no others."""
     made = partial_path(Path("out/manifest.json"))
     assert made.parent == Path("out")
     assert whole_name(made.name) == "manifest.json"
@@ -30,12 +30,12 @@ def test_an_unfinished_file_is_known_by_its_name() -> None:
 
 
 def test_names_of_unfinished_files_differ() -> None:
-    """Also between threads of one process, and between machines whose processes have one number."""
+    """They differ between threads of a process, and between machines with equal process ids."""
     assert len({partial_path(Path("a")) for _ in range(100)}) == 100
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    """A reader sees the old content until the new one is whole."""
+    """A reader sees the old content until the new one is complete."""
     path = tmp_path / "journal.json"
     write_whole(path, "old")
 
@@ -52,7 +52,7 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
 
 
 def test_only_old_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    """What another process is writing stays, and so does a download that will go on."""
+    """Files that another process writes stay, and so does a download that will continue."""
     live, dead = partial_path(tmp_path / "a"), partial_path(tmp_path / "b")
     download, other = tmp_path / "c.partial", tmp_path / "d"
     for path in (live, dead, download, other):
@@ -64,7 +64,7 @@ def test_only_old_unfinished_files_of_dead_processes_are_removed(tmp_path: Path)
 
 
 def test_a_free_lock_is_taken_in_silence(tmp_path: Path) -> None:
-    """And it is free again afterwards, also after an error."""
+    """It is free again afterwards, even after an error."""
     said: list[str] = []
     for _ in range(2):
         with (
@@ -76,7 +76,7 @@ def test_a_free_lock_is_taken_in_silence(tmp_path: Path) -> None:
 
 
 def test_whoever_waits_for_a_lock_says_so_and_gets_it(tmp_path: Path) -> None:
-    """One sentence, before the wait."""
+    """There is one sentence before the wait."""
     said: list[str] = []
     holder = FileLock(tmp_path / "lock", thread_local=False)
     holder.acquire()
@@ -90,7 +90,7 @@ def test_whoever_waits_for_a_lock_says_so_and_gets_it(tmp_path: Path) -> None:
 
 
 def test_a_holder_that_does_nothing_is_not_awaited_for_ever(tmp_path: Path) -> None:
-    """The error names the lock; one that goes on working is waited for longer than the limit."""
+    """The error names the lock; a holder that works is waited for beyond the limit."""
     steps = iter(range(4))
     with FileLock(tmp_path / "lock"):
         began = time.monotonic()
@@ -105,7 +105,7 @@ def test_a_holder_that_does_nothing_is_not_awaited_for_ever(tmp_path: Path) -> N
 
 
 def test_two_heads_that_start_together_have_one_token(tmp_path: Path) -> None:
-    """Each has looked and found none; the first one's stays, the second one reads it."""
+    """Both find no token; the first one's stays, and the second one reads it."""
     path = tmp_path / "state" / "token"
     first, second = new_token(), new_token()
     write_token(path, first)

@@ -1,4 +1,4 @@
-"""The house: who may import whom, what no file may contain, how long a function may be."""
+"""The house rules: imports, forbidden content, names, and the length of functions."""
 
 import ast
 import builtins
@@ -97,12 +97,12 @@ NOT_IN_CORES = (
 
 
 def python_files(*folders: str) -> list[Path]:
-    """Every Python file below these folders of the repository."""
+    """Return every Python file below these folders of the repository."""
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
-    """flowspec/model/attention_metadata.py -> flowspec.model.attention_metadata."""
+    """Return a path's module: flowspec/model/rope.py -> flowspec.model.rope."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -112,13 +112,13 @@ MODULES = {module_name(path): path for path in python_files("flowspec")}
 
 @cache
 def syntax(path: Path) -> ast.Module:
-    """The parsed file."""
+    """Return the parsed file."""
     return ast.parse(path.read_text(), str(path))
 
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Dotted names of all that a module imports, anywhere in it; for flowspec, of the modules."""
+    """Return the dotted names that a module imports, anywhere in it; for flowspec, of modules."""
     found: set[str] = set()
     for node in ast.walk(syntax(MODULES[module])):
         if isinstance(node, ast.Import):
@@ -136,7 +136,7 @@ def imports(module: str) -> frozenset[str]:
 
 
 def reaches(module: str) -> set[str]:
-    """`module` and all flowspec modules it imports, directly or not."""
+    """Return `module` and all flowspec modules that it imports, directly or not."""
     seen: set[str] = set()
     waiting = [module]
     while waiting:
@@ -148,7 +148,7 @@ def reaches(module: str) -> set[str]:
 
 
 def family(module: str) -> str:
-    """The longest entry of LEVELS that holds the module."""
+    """Return the longest entry of LEVELS that holds the module."""
     holders = [
         name
         for name in LEVELS
@@ -164,14 +164,14 @@ def is_within(name: str, package: str) -> bool:
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """Every call in a file by the dotted name it is written with."""
+    """Yield every call in a file with the dotted name that it is written with."""
     for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func), node
 
 
 def core_modules() -> list[str]:
-    """The state machines and all that they compute with."""
+    """Return the state machines and all modules that they compute with."""
     families = {m for m in MODULES if any(is_within(m, f) for f in CORE_FAMILIES)}
     # the drafters' table, and what it loads them with, read files
     loads = re.compile(r"flowspec\.speculation\.drafters(\.checkpoint.*|\.eagle3?\.load)?")
@@ -188,7 +188,7 @@ def test_imports_go_down_only(module: str) -> None:
 
 
 def test_imports_have_no_cycle() -> None:
-    """Within a family too, a module can be read after those it imports."""
+    """Even within a family, a module can be read after those that it imports."""
     for module in MODULES:
         for used in imports(module):
             if used in MODULES and used != module:
@@ -197,7 +197,7 @@ def test_imports_have_no_cycle() -> None:
 
 @pytest.mark.parametrize("module", core_modules())
 def test_cores_do_no_input_or_output(module: str) -> None:
-    """No socket, thread, sleep, wall clock or chance in a core, nor in anything it imports."""
+    """A core and its imports have no socket, thread, sleep, wall clock or random source."""
     for reached in reaches(module):
         for used in imports(reached):
             assert not any(is_within(used, bad) for bad in NOT_IN_CORES), (
@@ -206,7 +206,7 @@ def test_cores_do_no_input_or_output(module: str) -> None:
 
 
 def test_simulator_knows_cores_by_their_interface() -> None:
-    """What schedules the cores must not know what they are; two modules put them together."""
+    """The scheduler of the cores must not know what they are; two modules put them together."""
     together = {"flowspec.engine.simulated", "flowspec.simulator.ablated"}
     known = ("protocol", "request", "runtime", "system.bundled", "transport.link_occupancy")
     for module in MODULES:
@@ -220,7 +220,7 @@ def test_simulator_knows_cores_by_their_interface() -> None:
 
 
 def test_transformers_stay_out_of_the_pure_modules() -> None:
-    """tree, wire, request and acceptance run where transformers is not installed."""
+    """tree, messages, request and acceptance run where transformers is not installed."""
     pure = [m for m in MODULES if is_within(m, "flowspec.speculation.acceptance")]
     for module in [
         *pure,
@@ -233,7 +233,7 @@ def test_transformers_stay_out_of_the_pure_modules() -> None:
 
 
 def test_stage_knows_no_head() -> None:
-    """A stage is a filter: no tree of the head, no strategy, no drafter, however indirectly."""
+    """A stage is a filter: it imports no tree, strategy or drafter, even indirectly."""
     for reached in reaches("flowspec.stage.stage"):
         for bad in ("speculation.tree", "speculation.strategies", "speculation.drafters", "head"):
             assert not is_within(reached, f"flowspec.{bad}"), f"stage reaches {reached}"
@@ -250,7 +250,7 @@ def test_stage_knows_no_head() -> None:
     ],
 )
 def test_package_is_imported_at_home_alone(package: str, home: str) -> None:
-    """What can be swapped is known in one place."""
+    """A package that can be swapped is imported in one place."""
     for module in MODULES:
         if not is_within(module, home):
             assert not any(is_within(used, package) for used in imports(module)), module
@@ -258,14 +258,14 @@ def test_package_is_imported_at_home_alone(package: str, home: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_only_the_cli_prints(module: str) -> None:
-    """Output belongs to whoever talks to a person; the others log or return."""
+    """Only the command line talks to a person; other modules log or return."""
     if not is_within(module, "flowspec.cli"):
         assert "print" not in {name for name, _ in calls(MODULES[module])}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_executes_data(module: str) -> None:
-    """No pickle, eval, exec or shell anywhere; torch.load reads weights and nothing else."""
+    """No pickle, eval, exec or shell is used; torch.load reads only weights."""
     for used in imports(module):
         # the error that torch.load(weights_only=True) raises is defined in pickle
         harmless = used == "pickle" and pickle_uses(module) <= {"pickle.UnpicklingError"}
@@ -280,7 +280,7 @@ def test_nothing_executes_data(module: str) -> None:
 
 
 def meanings(path: Path) -> dict[str, str]:
-    """The names that a file's imports, functions and classes bind, each with its dotted origin."""
+    """Return the names that a file binds by imports, functions and classes, with their origin."""
     found = {}
     for node in ast.walk(syntax(path)):
         if isinstance(node, ast.Import):
@@ -297,7 +297,7 @@ def meanings(path: Path) -> dict[str, str]:
 
 
 def origin(called: ast.expr, names: dict[str, str]) -> str:
-    """The dotted name of what is called."""
+    """Return the dotted name of what is called."""
     first, dot, rest = ast.unparse(called).partition(".")
     known = names.get(first) or (f"builtins.{first}" if hasattr(builtins, first) else first)
     return f"{known}{dot}{rest}"
@@ -317,7 +317,7 @@ PURE = {
     "path", python_files("flowspec", "scripts"), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_no_assert_has_an_effect(path: Path) -> None:
-    """The same happens without asserts."""
+    """The program does the same without asserts."""
     effects = ast.NamedExpr | ast.Await | ast.Yield | ast.YieldFrom
     names = meanings(path)
     classes = [node for node in ast.walk(syntax(path)) if isinstance(node, ast.ClassDef)]
@@ -335,7 +335,7 @@ def test_no_assert_has_an_effect(path: Path) -> None:
     "path", python_files("flowspec", "scripts"), ids=lambda p: str(p.relative_to(ROOT))
 )
 def test_docstrings_may_be_missing(path: Path) -> None:
-    """`python -OO` has none, so what a program says of itself is not taken from there blindly."""
+    """`python -OO` has no docstrings, so programs must not depend on them."""
     guarded = {
         id(node.values[0])
         for node in ast.walk(syntax(path))
@@ -347,7 +347,7 @@ def test_docstrings_may_be_missing(path: Path) -> None:
 
 
 def pickle_uses(module: str) -> set[str]:
-    """All that a module takes from pickle."""
+    """Return everything that a module takes from pickle."""
     names = {ast.unparse(n) for n in ast.walk(syntax(MODULES[module])) if type(n) is ast.Attribute}
     return {name for name in names if name.startswith("pickle.")}
 
@@ -363,6 +363,43 @@ def test_functions_stay_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or 0) - node.body[0].lineno + 1
             assert lines <= MAX_BODY_LINES, f"{node.name}, line {node.lineno}: {lines} lines"
+
+
+# Families whose docstrings have been rewritten as plain sentences.
+PLAIN = (
+    *("system", "runtime", "transport", "weights", "tracing", "cost_model", "simulator"),
+    *("training", "bench", "cluster.membership", "cluster.device"),
+    *("cluster.doctor", "cluster.discovery", "cluster.hosts", "cluster.network"),
+)
+NOT_PLAIN = (  # modules of these families that are still to be rewritten
+    *("bench.answering", "bench.answering_remote", "bench.runner", "bench.statistics"),
+    *("cluster.device.power", "cluster.device.memory", "transport.secure.door"),
+)
+
+
+def first_lines(module: str) -> Iterator[tuple[int, str]]:
+    """Yield the line number and first line of every docstring in a module."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(syntax(MODULES[module])):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield node.body[0].lineno, text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        module
+        for module in MODULES
+        if any(is_within(module, f"flowspec.{name}") for name in PLAIN)
+        and not any(is_within(module, f"flowspec.{name}") for name in NOT_PLAIN)
+    ],
+)
+def test_docstrings_begin_with_a_sentence(module: str) -> None:
+    """The first sentence stands alone on the first line, and is no reference or fragment."""
+    for line, text in first_lines(module):
+        assert text.endswith((".", "?", ":")), f"line {line}: the first line is no sentence: {text}"
+        fragment = re.match(r"(See|Of|As|By|From|Until|Also|And|But|Where) ", text)
+        assert not fragment, f"line {line}: write a plain sentence: {text}"
 
 
 # Class names that still stand for two things; none may be added.
@@ -385,7 +422,7 @@ def test_class_names_are_unique() -> None:
     "name", ["split_and_save_models.py", "run_pipe.sh", "run_jetson.sh", "scripts/run_eval.sh"]
 )
 def test_wrappers_are_thin(name: str) -> None:
-    """The entry points of the paper's repository are kept; what they do lives in the package."""
+    """The entry points of the paper's repository are kept; their code is in the package."""
     text = (ROOT / name).read_text()
     assert len(text.splitlines()) <= MAX_WRAPPER_LINES
     assert not re.search(r"^\s*class\s", text, re.MULTILINE)
@@ -393,12 +430,12 @@ def test_wrappers_are_thin(name: str) -> None:
 
 @pytest.mark.parametrize("folder", ["benchmarks", "config", "scripts", "tp"])
 def test_no_package_outside_the_package(folder: str) -> None:
-    """These hold data and wrappers; code with a home is in flowspec."""
+    """These folders hold data and wrappers; library code is in flowspec."""
     assert not list((ROOT / folder).rglob("__init__.py"))
 
 
 def test_no_absolute_home_paths() -> None:
-    """What runs here runs on any machine."""
+    """The files work on any machine."""
     pattern = re.compile(r"/(?:home|Users)/[A-Za-z]|/roo[t]/|/wor[k]/(?:main|shared)|C:\\Users")
     kinds = {".py", ".sh", ".yaml", ".yml", ".md", ".toml", ".txt", ".json", ".cfg"}
     folders = ("flowspec", "benchmarks", "scripts", "tests", "config", "tp", "docs", ".ci")

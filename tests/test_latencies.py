@@ -1,4 +1,4 @@
-"""Quantiles from a histogram of bounded size."""
+"""Quantiles come from a histogram of bounded size."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from flowspec.request import ACCURACY, LONGEST_S, SHORTEST_S, Latencies
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95, 0.99, 1.0])
 def test_quantiles_are_off_by_at_most_a_hundredth(spread, share):
-    """Of the time that NumPy finds in the whole list."""
+    """They are compared with NumPy's quantiles of the complete list."""
     times = np.random.default_rng(3).lognormal(-3.0, spread, size=5000)
     found = Latencies()
     for time in times:
@@ -20,7 +20,7 @@ def test_quantiles_are_off_by_at_most_a_hundredth(spread, share):
 
 
 def test_tokens_that_come_together_count():
-    """Nine of ten came with another one."""
+    """Nine of ten tokens come together with another one."""
     found = Latencies()
     found.add(0.0, 9)
     found.add(0.25)
@@ -29,7 +29,7 @@ def test_tokens_that_come_together_count():
 
 
 def test_memory_does_not_grow_with_what_is_counted():
-    """Ten thousand times over twelve orders of magnitude, and some beyond."""
+    """Ten thousand values cover twelve orders of magnitude and more."""
     found = Latencies()
     for time in np.geomspace(SHORTEST_S / 10, LONGEST_S * 10, 10_000):
         found.add(float(time))
@@ -39,5 +39,5 @@ def test_memory_does_not_grow_with_what_is_counted():
 
 
 def test_nothing_has_no_latency():
-    """An answer of one token."""
+    """This is the case for an answer of one token."""
     assert Latencies().quantile(0.99) == 0.0

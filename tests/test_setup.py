@@ -45,7 +45,7 @@ PACKAGE = "def main():\n    print(__file__)\n"
 
 
 def new_project(folder: Path) -> Path:
-    """The set-up's own files, and a package of one function."""
+    """Make the set-up's own files, and a package of one function."""
     (folder / "scripts").mkdir(parents=True)
     for name in ("setup.sh", "make_venv.py"):
         shutil.copy(ROOT / "scripts" / name, folder / "scripts")
@@ -58,7 +58,7 @@ def new_project(folder: Path) -> Path:
 
 
 def start(project: Path, **variables: str) -> "subprocess.Popen[str]":
-    """The set-up, in a process group of its own, as a terminal would start it."""
+    """Start the set-up in its own process group, as a terminal would."""
     dropped = ("FLOWSPEC_VENV", "PYTHONPATH", "VIRTUAL_ENV")
     environment = {k: v for k, v in os.environ.items() if k not in dropped}
     return subprocess.Popen(
@@ -73,14 +73,14 @@ def start(project: Path, **variables: str) -> "subprocess.Popen[str]":
 
 
 def set_up(project: Path, **variables: str) -> tuple[int, str, str]:
-    """The set-up as a whole: exit code, stdout, stderr."""
+    """Run the whole set-up; return exit code, stdout, stderr."""
     process = start(project, **variables)
     out, err = process.communicate(timeout=LIMIT_S)
     return process.returncode, out, err
 
 
 def check_works(project: Path, done: tuple[int, str, str]) -> None:
-    """Its python is printed, and the command starts this project's code by this very python."""
+    """Check that its python is printed, and that the command runs this project's code by it."""
     assert done[:2] == (0, ".venv/bin/python\n"), done[2]
     command = project / ".venv" / "bin" / "flowspec"
     assert command.read_text().splitlines()[0] == f"#!{project.resolve()}/.venv/bin/python"
@@ -90,9 +90,9 @@ def check_works(project: Path, done: tuple[int, str, str]) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project whose first set-up was ended by Ctrl-C in its first step.
+    """Make a project whose first set-up was ended by Ctrl-C in its first step.
 
-    Then the system's Python went elsewhere, as with an upgrade. The second set-up begins anew.
+    Then the system's Python moved, as in an upgrade, and the second set-up starts again.
     """
     project = new_project(tmp_path_factory.mktemp("setup") / "made")
     first = start(project)
@@ -116,14 +116,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy_of(made: Path, folder: Path) -> Path:
-    """The project with its environment in another folder."""
+    """Copy the project with its environment to another folder."""
     shutil.copytree(made, folder, symlinks=True)
     return folder
 
 
 @pytest.mark.parametrize("venv", ["/proc/x", "FILE", ""])
 def test_what_is_in_the_way_is_named_and_nothing_is_left(tmp_path: Path, venv: str) -> None:
-    """A folder that cannot be made, a file in its place, a requirements file that is not there."""
+    """The obstacle is a folder that cannot be made, a file, or a missing requirements file."""
     project, file = new_project(tmp_path / "p"), tmp_path / "file"
     file.touch()
     said = {
@@ -142,16 +142,16 @@ def test_what_is_in_the_way_is_named_and_nothing_is_left(tmp_path: Path, venv: s
 
 
 def test_a_finished_set_up_is_not_repeated(made: Path) -> None:
-    """Nothing is said, and nothing is written."""
+    """Nothing is printed or written."""
     before = (made / ".venv" / "bin" / "flowspec").stat().st_mtime_ns
     assert set_up(made) == (0, ".venv/bin/python\n", "")
     assert (made / ".venv" / "bin" / "flowspec").stat().st_mtime_ns == before
 
 
 def test_a_moved_project_is_mended_without_its_old_folder(made: Path, tmp_path: Path) -> None:
-    """Else its commands start another folder's code, or nothing at all; no package comes anew.
+    """Its commands must not start another folder's code; no package is installed again.
 
-    First to a path that no first line of a script can hold: a shell starts python there.
+    The first path does not fit the first line of a script, so a shell starts python there.
     """
     long = copy_of(made, tmp_path / "with a space" / ("long" * 40))
     kept = long / ".venv" / "lib" / "kept"
@@ -175,7 +175,7 @@ def test_a_moved_project_is_mended_without_its_old_folder(made: Path, tmp_path: 
 
 
 def test_two_set_ups_at_once_on_an_environment_without_pip(made: Path, tmp_path: Path) -> None:
-    """As one leaves it that was made without ensurepip: one mends it, the other one waits."""
+    """The environment was made without ensurepip: one set-up repairs it, the other one waits."""
     project = copy_of(made, tmp_path / "two")
     for path in (project / ".venv").glob("flowspec-*.ok"):
         path.unlink()
@@ -193,7 +193,7 @@ def test_two_set_ups_at_once_on_an_environment_without_pip(made: Path, tmp_path:
 
 @pytest.fixture
 def without_ensurepip(tmp_path: Path) -> str:
-    """A Python as Debian has it before `apt install python3-venv`."""
+    """Make a Python like Debian's before `apt install python3-venv`."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
@@ -218,7 +218,7 @@ def without_ensurepip(tmp_path: Path) -> str:
 def test_the_missing_system_package_is_named(
     tmp_path: Path, without_ensurepip: str, half_made: bool
 ) -> None:
-    """Each time, also where an earlier set-up had left an environment without pip."""
+    """It is named each time, even if an earlier set-up left an environment without pip."""
     project = new_project(tmp_path / "bare")
     if half_made:
         made = [without_ensurepip, "-m", "venv", "--without-pip", str(project / ".venv")]
@@ -234,7 +234,7 @@ def test_the_missing_system_package_is_named(
 
 @pytest.mark.parametrize("kind", ["documents", "dead and somebody's"])
 def test_what_the_set_up_did_not_make_is_not_removed(tmp_path: Path, kind: str) -> None:
-    """FLOWSPEC_VENV may name any folder, and a .venv made by hand may hold a torch of one's own."""
+    """FLOWSPEC_VENV may name any folder, and a .venv made by hand may hold the user's torch."""
     project, folder = new_project(tmp_path / "p"), tmp_path / "theirs"
     (folder / "lib" / "python3.1" / "site-packages" / "torch-2.0.dist-info").mkdir(parents=True)
     kept = folder / "thesis.tex"

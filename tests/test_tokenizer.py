@@ -1,4 +1,4 @@
-"""Tokenizers from folders, in every form, with the pins of this Python and of Python 3.10."""
+"""Tokenizers from folders in every form, with the pins of this Python and of Python 3.10."""
 
 import hashlib
 import os
@@ -24,19 +24,19 @@ INSTALL_S = 240
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_with_the_pins_of_this_python(name: str, tmp_path: Path) -> None:
-    """See tokenizer_checks.py."""
+    """Run one check of tests/support/tokenizer_checks.py."""
     CHECKS[name](tmp_path)
 
 
 def test_a_long_text_is_no_matter_for_the_tokenizer(capfd: pytest.CaptureFixture[str]) -> None:
-    """How much fits is the context's to say; the library would warn of indexing errors."""
+    """The context decides how much fits; the library would warn of indexing errors."""
     tokenizer = load_tokenizer(BUNDLED / "target")
     assert len(tokenizer.encode("one two three four " * 2000)) > 4096
     assert capfd.readouterr().err == ""
 
 
 def test_with_the_pins_of_python_3_10(pytestconfig: pytest.Config) -> None:
-    """The same checks in an environment of its own; by this Python where there is no 3.10."""
+    """The same checks run in a separate environment, by this Python if there is no 3.10."""
     pins = pins_of(OLDEST)
     python = find_python(OLDEST) or sys.executable
     inside = environment_of(python, [*pins, "jinja2"], pytestconfig)
@@ -55,9 +55,9 @@ def test_with_the_pins_of_python_3_10(pytestconfig: pytest.Config) -> None:
 
 
 def environment_of(python: str, packages: list[str], config: pytest.Config) -> Path:
-    """The interpreter of an environment with these packages, which pytest's cache keeps.
+    """Return the interpreter of an environment with these packages, kept in pytest's cache.
 
-    Skips the test where they cannot be fetched.
+    Skips the test when the packages cannot be fetched.
     """
     name = hashlib.sha256(" ".join([python, *packages]).encode()).hexdigest()[:16]
     folder = config.cache.mkdir(f"pins-{name}")  # type: ignore[union-attr]
@@ -81,7 +81,7 @@ def environment_of(python: str, packages: list[str], config: pytest.Config) -> P
 
 
 def pins_of(python: str) -> list[str]:
-    """`NEEDED` as requirements.txt pins them for this Python, in the order of NEEDED."""
+    """Return `NEEDED` as requirements.txt pins them for this Python, in the same order."""
     found: dict[str, str] = {}
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if not (requirement := line.partition("#")[0].strip()):
@@ -93,7 +93,7 @@ def pins_of(python: str) -> list[str]:
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of this version, on the path or where pyenv keeps them."""
+    """Return an interpreter of this version, on the path or in pyenv's folders."""
 
     def candidates() -> Iterator[str]:
         if found := shutil.which(f"python{version}"):

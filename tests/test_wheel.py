@@ -1,7 +1,7 @@
-"""The wheel: it holds the package and its data alone, and every command of the README runs with it.
+"""The wheel holds only the package and its data, and runs every command of the README.
 
-It is built from the tracked files, put into an environment of its own and run in an empty folder,
-where neither this clone nor its `config` and `models` can be found.
+It is built from the tracked files, installed into a separate environment and run in an empty
+folder, where neither this clone nor its `config` and `models` can be found.
 """
 
 import json
@@ -107,13 +107,13 @@ DRIVER = textwrap.dedent(
 
 
 def table_commands() -> set[str]:
-    """Names of the commands in the README's table."""
+    """Return the names of the commands in the README's table."""
     cells = re.findall(r"^\| (`flowspec [^|]*)\|", README, re.MULTILINE)
     return {name for cell in cells for name in re.findall(r"`flowspec ([a-z-]+)", cell)}
 
 
 def examples() -> Iterator[str]:
-    """Command lines in the README's blocks of code; of shell alone those that are ours."""
+    """Return the command lines in the README's blocks of code; of shell code only flowspec's."""
     for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip()
@@ -128,14 +128,14 @@ def examples() -> Iterator[str]:
 
 
 def small(example: str) -> list[str]:
-    """The arguments of an example, with what makes it quick."""
+    """Return the arguments of an example, with options that make it quick."""
     words = [THEIRS.get(word, word) for word in shlex.split(example, comments=True)[1:]]
     return words if "--help" in words else words + shlex.split(SMALLER.get(words[0], ""))
 
 
 @dataclass(frozen=True)
 class Installed:
-    """The wheel, the source distribution, and the environment with the former in it."""
+    """The wheel, the source distribution, and the environment in which the wheel is installed."""
 
     wheel: Path
     sdist: Path
@@ -144,14 +144,14 @@ class Installed:
 
 
 def tracked_files() -> list[str]:
-    """Of the repository."""
+    """Return the tracked files of the repository."""
     command = ["git", "-C", str(ROOT), "ls-files", "-z"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [name for name in done.stdout.split("\0") if name and (ROOT / name).exists()]
 
 
 def call(*command: object, **options: object) -> None:
-    """Run a command; its output is shown where it fails."""
+    """Run a command; show its output if it fails."""
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
@@ -192,7 +192,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 
 def test_the_wheel_is_the_package_and_nothing_else(installed: Installed) -> None:
-    """All of flowspec/ that is tracked, no test, no output, no leftover of an editor."""
+    """It holds all tracked files of flowspec/, and no test, output or editor file."""
     with zipfile.ZipFile(installed.wheel) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == {name for name in installed.tracked if name.startswith("flowspec/")}
@@ -200,7 +200,7 @@ def test_the_wheel_is_the_package_and_nothing_else(installed: Installed) -> None
 
 
 def test_the_source_distribution_makes_the_same_wheel(installed: Installed) -> None:
-    """All of the package is in it, and neither tests nor junk."""
+    """It holds the whole package, without tests and other files."""
     with tarfile.open(installed.sdist) as sdist:
         names = {m.name.partition("/")[2] for m in sdist.getmembers() if not m.isdir()}
     assert {name for name in installed.tracked if name.startswith("flowspec/")} <= names
@@ -209,7 +209,7 @@ def test_the_source_distribution_makes_the_same_wheel(installed: Installed) -> N
 
 
 def test_every_command_of_the_readme_is_tried() -> None:
-    """A new one needs a line above; examples with a model of one's own use the bundled one here."""
+    """A new one needs a line above; examples with a user's model use the bundled one here."""
     assert table_commands() == set(COMMANDS)
     tried = {small(example)[0] for example in examples()}
     assert {"run", "split", "verify", "bench"} <= tried
@@ -218,7 +218,7 @@ def test_every_command_of_the_readme_is_tried() -> None:
 def start_cluster(
     installed: Installed, folder: Path, environment: Mapping[str, str]
 ) -> tuple[list["subprocess.Popen[str]"], str, str]:
-    """A head and a device by the line it prints; the processes, port and token."""
+    """Start a head and a device by the line it prints; yield the processes, port and token."""
     serve = "serve --host 127.0.0.1 --port 0 --no-mdns --no-prompt --reserve-mb 50 --settle 0.1"
     command = [str(installed.bin / "flowspec"), *serve.split()]
     options = {"cwd": folder, "env": environment, "text": True}
@@ -239,7 +239,7 @@ def run_all(
     environment: Mapping[str, str],
     commands: Sequence[Sequence[str]],
 ) -> list[tuple[list[str], object, float, str]]:
-    """Run commands one after the other in one process: arguments, exit code, seconds, output."""
+    """Run commands in one process, in turn; return arguments, exit code, seconds, output."""
     asked, told = folder.parent / "asked.json", folder.parent / "told.json"
     asked.write_text(json.dumps([list(words) for words in commands]))
     (folder.parent / "driver.py").write_text(DRIVER)
@@ -249,7 +249,7 @@ def run_all(
 
 
 def test_every_command_runs_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
-    """With the wheel alone: profiles, default model, prompts and parameters come with it."""
+    """The wheel brings profiles, default model, prompts and parameters."""
     folder = tmp_path / "empty"
     folder.mkdir()
     dropped = ("PYTHONPATH", "FLOWSPEC_TOKEN", "VIRTUAL_ENV")

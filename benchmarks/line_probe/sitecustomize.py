@@ -1,8 +1,8 @@
-"""Notes which lines of a package a process executes, and when; Python imports this at its start.
+"""Records which lines of a package a process executes, and when; Python imports this at its start.
 
-Every process with this folder on PYTHONPATH does so, those that it starts too. At its end it writes
-a file into LINE_PROBE_OUT: its arguments and, by file below LINE_PROBE_PACKAGE, each line with the
-milliseconds of the monotonic clock at which it ran. That clock is the same in all processes.
+This applies to every process with this folder on PYTHONPATH, and to its children. At its end, it
+writes a file into LINE_PROBE_OUT: its arguments and, by file below LINE_PROBE_PACKAGE, each line
+with the milliseconds of the monotonic clock at which it ran. All processes share that clock.
 """
 
 import atexit

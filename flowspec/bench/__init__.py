@@ -1,1 +1,1 @@
-"""Benchmarks: questions, experiments, records, and what is made of them."""
+"""Benchmarks: questions, experiments, records, and their analysis."""

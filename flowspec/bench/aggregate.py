@@ -1,8 +1,8 @@
-"""Sample records added up: one row per strategy and set, and their mean over the sets.
+"""Aggregates sample records: one row per strategy and set, and their mean over the sets.
 
-Within a set a speed is all tokens after the first by all the seconds they took, tau all tokens by
-all verdicts, alpha all accepted runs; shares of time weigh by the time they are shares of. In a
-mean all sets weigh alike.
+Within a set, a speed is all tokens after the first divided by all the seconds that they took; tau
+is all tokens divided by all verdicts; alpha covers all accepted runs; shares of time are weighted
+by that time. In a mean, all sets have the same weight.
 """
 
 from collections import defaultdict
@@ -30,23 +30,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One strategy on one set, or the mean of its sets; None where no sample says."""
+    """One strategy on one set, or the mean of its sets; None if no sample has the value."""
 
     setting: Setting
     strategy: str
     dataset: str
-    num_sets: int  # 1, but in a mean
+    num_sets: int  # 1, except in a mean
     prompts: int
     samples: int
     tokens: int
     mismatches: int
-    tokens_per_s: float  # of several repeats the median
-    by_repeat: Mapping[int, float]  # tokens/s, of whole repeats
+    tokens_per_s: float  # the median of several repeats
+    by_repeat: Mapping[int, float]  # tokens/s of complete repeats
     end_to_end_tokens_per_s: float
-    speedup: Interval | None  # None: no prompt in common with the baseline
-    pairs: Sequence[Pairs]  # per set: questions in common with the baseline, both sides' speeds
+    speedup: Interval | None  # None: no question in common with the baseline
+    pairs: Sequence[Pairs]  # per set: questions in common with the baseline, with both speeds
     tau: float
-    depths: Sequence[tuple[float, float]]  # runs that got there and that tried, by all runs
+    # per depth: runs that reached it and that tried, as shares of all runs
+    depths: Sequence[tuple[float, float]]
     mu: float
     mu_not_drafted: float
     mu_not_in_flight: float
@@ -56,26 +57,26 @@ class Row:
     drafter_busy: float | None
     stage_busy: tuple[float, ...]
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share, by stage
-    ttft_s: float | None  # of answers that waited for no devices
+    ttft_s: float | None  # of answers that did not wait for devices
     inter_token_ms: Mapping[str, float]
     tree_size: float
     bound_share: float | None
 
     @property
     def alpha(self) -> tuple[float, ...]:
-        """By depth: of the runs that tried, the share that got there; as deep as any got."""
+        """Return, by depth, the share of runs that reached it among those that tried."""
         return tuple(hits / tried for hits, tried in self.depths if hits)
 
     @property
     def paired(self) -> int:
-        """How many questions are compared."""
+        """Return the number of questions that are compared."""
         return sum(map(len, self.pairs))
 
 
 def summarize(samples: Sequence[Sample], *, baseline: str = "ar") -> dict[Setting, list[Row]]:
-    """Rows of each setting: strategies as they are listed, sets in order, then their mean.
+    """Return the rows of each setting: strategies in their order, sets in order, then their mean.
 
-    Raises ValueError where there is no sample, or in a setting none of the baseline.
+    Raises ValueError when there is no sample, or a setting lacks the baseline.
     """
     if not samples:
         raise ValueError("there are no records")
@@ -105,7 +106,7 @@ def _rows(setting: Setting, samples: Sequence[Sample], baseline: str) -> list[Ro
 
 
 def pair_up(own: Iterable[Sample], base: Iterable[Sample]) -> Pairs:
-    """Per question what both ran: the same turns with the same seeds, each side added up."""
+    """Sum up each question that both ran: the same turns with the same seeds, per side."""
     sides = [_speeds(own), _speeds(base)]
     found: dict[str, list[tuple[Speed, Speed]]] = defaultdict(list)
     for key in sorted(sides[0].keys() & sides[1].keys()):
@@ -117,7 +118,7 @@ def pair_up(own: Iterable[Sample], base: Iterable[Sample]) -> Pairs:
 
 
 def _speeds(samples: Iterable[Sample]) -> dict[tuple[str, int, int], Speed]:
-    """By (question, turn, seed); of repeats the median time, so that each counts once."""
+    """Return speeds by (question, turn, seed); repeats count once, by their median time."""
     repeats: dict[tuple[str, int, int], list[Speed]] = defaultdict(list)
     for s in samples:
         speed = Speed(max(s.tokens - 1, 0), s.decode_s)
@@ -143,14 +144,14 @@ def _ratio(sets: Sequence[Pairs]) -> Interval | None:
 
 
 def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
-    """One strategy's samples of one set, beside the baseline's of that set."""
+    """Return the row of one strategy's samples of one set, compared with the baseline's."""
     pairs = pair_up(own, base)
     tokens = sum(s.tokens for s in own)
     repeats = _repeats(own)
     by_time = _Weights(own, lambda s: s.decode_s)
     by_token = _Weights(own, lambda s: s.tokens)
     alike = _Weights(own, lambda s: 1.0)
-    timed = [s for s in own if s.decode_s > 0]  # an answer of one token has no speed, nor a bound
+    timed = [s for s in own if s.decode_s > 0]  # an answer of one token has neither speed nor bound
     verdicts = sum((s.tokens - 1) / s.tau for s in own if s.tau)
     seconds = sum(s.tokens / s.end_to_end_tokens_per_s for s in own if s.end_to_end_tokens_per_s)
     return Row(
@@ -186,7 +187,7 @@ def add_up(own: Sequence[Sample], base: Iterable[Sample]) -> Row:
 
 
 def _repeats(samples: Iterable[Sample]) -> dict[int, float]:
-    """Speed by repeat; one that was interrupted lacks answers, and is no repeat of the others."""
+    """Return the speed by repeat, without incomplete repeats."""
     found: dict[int, list[Sample]] = defaultdict(list)
     for sample in samples:
         found[sample.repeat].append(sample)
@@ -200,7 +201,7 @@ def _repeats(samples: Iterable[Sample]) -> dict[int, float]:
 
 
 def mean_of(rows: Sequence[Row]) -> Row:
-    """Over sets; counts are sums."""
+    """Return the mean over sets; counts are sums."""
     pairs = [of_set for row in rows for of_set in row.pairs]
 
     alike = _Weights(rows, lambda row: 1.0)
@@ -234,14 +235,15 @@ def mean_of(rows: Sequence[Row]) -> Row:
 
 
 def ended_runs(sample: Sample) -> tuple[int, ...]:
-    """Runs that ended with a miss; the one that the answer's end cut off is left out."""
+    """Return the runs that ended with a miss, without the run that the answer's end cut off."""
     return sample.runs[: round(sample.mu_not_drafted * max(1, sample.tokens - 1))]
 
 
 def _depths(samples: Iterable[Sample]) -> list[tuple[float, float]]:
-    """Of the runs of all samples, at depth 1, 2, ... and the first that none got to.
+    """Return, at depth 1, 2, ..., the shares of runs that reached it and that tried.
 
-    The run that an answer's end cut off did not try further than it got.
+    The last depth is the first that no run reached. The run that an answer's end cut off counts as
+    tried only as far as it got.
     """
     listed = list(samples)
     ended = [run for s in listed for run in ended_runs(s)]
@@ -256,7 +258,7 @@ def _depths(samples: Iterable[Sample]) -> list[tuple[float, float]]:
 
 
 def _mean_depths(sets: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
-    """The mean of both; where runs of a set failed, and none of it got, counts too."""
+    """Return the mean over sets of both shares; sets without runs of that depth count as 0."""
     return [
         (fmean(hits for hits, _ in depth), fmean(tried for _, tried in depth))
         for depth in zip_longest(*sets, fillvalue=(0.0, 0.0))
@@ -264,7 +266,7 @@ def _mean_depths(sets: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
 
 
 def mean_idle(row: Row, cause: str) -> float:
-    """A cause's share of the stages' time."""
+    """Return a cause's share of the stages' time."""
     shares = [stage.get(cause, 0.0) for stage in row.stage_idle]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -277,13 +279,13 @@ def _per_token(samples: Sequence[Sample], count: Callable[[Sample], float]) -> f
 def _per_token_known(
     samples: Sequence[Sample], count: Callable[[Sample], int | None]
 ) -> float | None:
-    """Over the answers of which it is known; None where there is none."""
+    """Return the mean per token over answers with a known count; None if there are none."""
     known = [s for s in samples if count(s) is not None]
     return _per_token(known, lambda s: count(s) or 0) if known else None
 
 
 def _clean_ttft(sample: Sample) -> float | None:
-    """None where it may hold the time that devices were not there."""
+    """Return the time to first token, or None if it may include waiting for devices."""
     return None if sample.resumes or sample.rebuilt else sample.ttft_s
 
 
@@ -292,24 +294,24 @@ def _mean_known(
     value: Callable[[Sample], float | None],
     weight: Callable[[Sample], float],
 ) -> float | None:
-    """Over the answers of which it is known; None where there is none."""
+    """Return the weighted mean over answers with a known value; None if there are none."""
     known = [s for s in samples if value(s) is not None]
     return _Weights(known, weight).mean(lambda s: value(s) or 0.0) if known else None
 
 
 class _Weights(Generic[T]):
-    """Weighted means over things; all weigh alike where none weighs anything."""
+    """Weighted means over things; if all weights are 0, they are equal."""
 
     def __init__(self, things: Sequence[T], weight: Callable[[T], float]) -> None:
         self.things = things
         self.weights = [weight(thing) for thing in things]
 
     def mean(self, value: Callable[[T], float]) -> float:
-        """Of a number."""
+        """Return the mean of a number."""
         return _weighted([value(thing) for thing in self.things], self.weights)
 
     def lists(self, values: Callable[[T], Sequence[float]]) -> tuple[float, ...]:
-        """Place by place, over those that are long enough."""
+        """Return the mean per position, over the lists that are long enough."""
         columns: list[list[tuple[float, float]]] = []
         for thing, weight in zip(self.things, self.weights, strict=True):
             for place, value in enumerate(values(thing)):
@@ -319,7 +321,7 @@ class _Weights(Generic[T]):
         return tuple(_weighted(*zip(*column, strict=True)) for column in columns)
 
     def mapping(self, values: Callable[[T], Mapping[str, float]]) -> dict[str, float]:
-        """Name by name; what is missing is 0."""
+        """Return the mean per key; a missing key counts as 0."""
         found = [values(thing) for thing in self.things]
         names = dict.fromkeys(name for one in found for name in one)
         return {n: _weighted([one.get(n, 0.0) for one in found], self.weights) for n in names}
@@ -327,7 +329,7 @@ class _Weights(Generic[T]):
     def mappings(
         self, values: Callable[[T], Sequence[Mapping[str, float]]]
     ) -> tuple[dict[str, float], ...]:
-        """Place by place, name by name."""
+        """Return the mean per position and key."""
         places = max((len(values(thing)) for thing in self.things), default=0)
         return tuple(self.mapping(_at(values, place)) for place in range(places))
 
@@ -339,7 +341,7 @@ def _at(
 
 
 def _if_all(values: Iterable[float | None], weights: Sequence[float]) -> float | None:
-    """Their mean; None where one is missing, or there is none."""
+    """Return the weighted mean; None if a value is missing or there are none."""
     listed = list(values)
     known = [value for value in listed if value is not None]
     return _weighted(known, weights) if known and len(known) == len(listed) else None

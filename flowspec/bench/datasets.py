@@ -1,7 +1,7 @@
 """Evaluation sets by name: where their questions are, and which of them are asked.
 
-The six sets of the published tables, from a folder in the public form (`<set>/question.jsonl`) or
-the hub; and any file or folder of prompts by its path, of any form that `prompts` reads.
+The six sets of the published tables come from a folder in the public form (`<set>/question.jsonl`)
+or from the hub. A path names any other file or folder of prompts, in any form that `prompts` reads.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,18 @@ DATASETS = tuple(TITLES)
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Questions by their place in the set's file: from `first` up to, not including, `last`."""
+    """The questions from position `first` up to, but not including, `last` in the set's file."""
 
     first: int = 0
     last: int | None = None
 
     def of(self, prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-        """At most `limit` of those in the range."""
+        """Return at most `limit` of the prompts in the range."""
         return prompts[self.first : self.last][:limit]
 
 
 def parse_range(text: str) -> Range:
-    """`30:50`, `30:`, `:30` or all (empty). Raises ValueError for anything else."""
+    """Parse `30:50`, `30:`, `:30` or all (empty). Raises ValueError for anything else."""
     first, colon, last = text.partition(":")
     parts = [part for part in (first, last) if part]
     if text and (not colon or not all(part.isdecimal() for part in parts)):
@@ -49,7 +49,7 @@ def parse_range(text: str) -> Range:
 
 
 def check_datasets(names: Sequence[str], *, data_dir: Path | None) -> None:
-    """Raises ValueError naming all that is missing to load these sets; asks the hub for nothing."""
+    """Raise ValueError that names everything missing to load these sets; do not contact the hub."""
     elsewhere = [name for name in names if _find(name, data_dir) is None]
     of_hub = [name for name in elsewhere if name in HUB_SETS and data_dir is None]
     unknown = [name for name in elsewhere if name not in of_hub]
@@ -61,11 +61,11 @@ def check_datasets(names: Sequence[str], *, data_dir: Path | None) -> None:
 def load_dataset(
     name: str, *, data_dir: Path | None, chosen: Range, limit: int | None
 ) -> list[Prompt]:
-    """The chosen questions of a set, at most `limit`; their `source` is `name`'s last part.
+    """Load the chosen questions of a set, at most `limit`.
 
-    `name` is a folder or file in `data_dir`, a path, or, without `data_dir`, a set of the hub.
-    Raises ValueError naming what was looked for, where a question is missing its text, and where
-    the range holds none.
+    Their `source` is the last part of `name`, which is a folder or file in `data_dir`, a path, or,
+    without `data_dir`, a set of the hub. Raises ValueError when the set is not found, a question
+    has no text, or the range is empty.
     """
     path = _find(name, data_dir)
     if path is not None:
@@ -79,7 +79,7 @@ def load_dataset(
         raise ValueError(_not_there([name], data_dir))
     prompts = chosen.of(everything, limit)
     if not prompts:
-        raise ValueError(f"set {name} has {len(everything)} questions, none in the range asked for")
+        raise ValueError(f"set {name} has {len(everything)} questions, but none in the given range")
     first: dict[str, Prompt] = {}
     for prompt in prompts:
         other = first.setdefault(prompt.id, prompt)
@@ -92,7 +92,7 @@ def load_dataset(
 
 
 def _find(name: str, data_dir: Path | None) -> Path | None:
-    """A file or folder of this name; None where there is none."""
+    """Return the file or folder of this name, or None."""
     if data_dir is not None:
         folder = data_dir / name
         found = [folder / "question.jsonl", folder]
@@ -111,7 +111,7 @@ def _not_there(names: Sequence[str], data_dir: Path | None) -> str:
         unknown = ", ".join(map(repr, names))
         return f"unknown set {unknown}; known: {known}, or a file or folder of prompts"
     if not data_dir.is_dir():
-        return f"--data-dir {data_dir} is no folder"
+        return f"--data-dir {data_dir} is not a folder"
     there = sorted(
         path.stem for path in data_dir.iterdir() if path.is_dir() or path.suffix in SUFFIXES
     )

@@ -1,8 +1,8 @@
-"""Plan of a benchmark: strategies with their parameters over questions, and a sample's key.
+"""Plan of a benchmark: strategies with their parameters, the questions, and the samples' keys.
 
-Parameters come from a table of config/eval.yaml: `main`, where all strategies have the same head
-and published baselines draft as published, or `all`, where everything is on that a strategy can
-use. A sample's key covers whatever could change its figures, so that a resumed run never mixes.
+Parameters come from a table of config/eval.yaml: in `main`, all strategies have the same head and
+published baselines draft as published; in `all`, each strategy uses everything that it can. A
+sample's key covers whatever could change its figures, so that a resumed run never mixes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ from flowspec.speculation.strategies import (
 )
 from flowspec.system.bundled import find_bundled
 
-FIGURES = 2  # raise where a figure of the records changes its meaning
-HASH_CHARS = 16  # of the hashes in a sample
+FIGURES = 2  # increase when a figure of the records changes its meaning
+HASH_CHARS = 16  # length of the hashes in a sample
 EVERY = "every"  # the table's entry for all strategies
 
 
@@ -43,7 +43,7 @@ class Case:
 
     @property
     def drafter_name(self) -> str:
-        """Without its switches."""
+        """Return the drafter without its switches."""
         return parse_drafter(self.drafter)[0]
 
     @property
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Questions that one cluster answers one after the other, at one temperature and seed."""
+    """Questions that one cluster answers in order, at one temperature and seed."""
 
     dataset: str
     prompts: tuple[Prompt, ...]
@@ -73,7 +73,7 @@ class Group:
 class Plan:
     """A benchmark, on the emulated cluster's virtual clock unless `real`.
 
-    `real`: on processes here, or with `remote` on a cluster of devices, which that describes.
+    A `real` one runs on processes here, or on a cluster of devices that `remote` describes.
     """
 
     cluster: str
@@ -85,20 +85,21 @@ class Plan:
     temperatures: tuple[float, ...]
     seeds: tuple[int, ...]
     max_tokens: int
-    context: int = 0  # most tokens of a prompt and its answer; 0: what the model was made for
-    # split folder of the model that computes; None: a remote cluster's plain decoding is the truth
+    context: int = 0  # most tokens of a prompt and its answer; 0: the model's own limit
+    # split folder of the model that computes; None: compare with a remote cluster's plain decoding
     target: Path | None
-    drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model by drafter
-    emulations: Mapping[str, Emulation] = field(default_factory=dict)  # by drafter; real: none
+    drafts: Mapping[str, str] = field(default_factory=dict)  # folder of the draft model, by drafter
+    # by drafter; empty for real runs
+    emulations: Mapping[str, Emulation] = field(default_factory=dict)
     real: bool = False
     remote: Mapping[str, Any] | None = None  # what a cluster of devices' figures depend on
     num_kv_tokens: int = 0  # that the tightest device of these holds; 0: not known
     warm: bool = False
-    repeats: int = 1  # of everything; more than one tells something of real runs alone
+    repeats: int = 1  # of everything; more than one is useful only for real runs
     sources: Mapping[str, str] = field(default_factory=dict)  # hashes of code and models
 
     def groups(self) -> Iterator[Group]:
-        """All there is to ask; a seed means nothing at temperature 0, so one is enough there."""
+        """Yield all groups; at temperature 0, the seed has no effect, so one is enough."""
         for temperature in self.temperatures:
             for seed in self.seeds if temperature > 0 else self.seeds[:1]:
                 for dataset, prompts in self.datasets.items():
@@ -107,7 +108,7 @@ class Plan:
                         yield Group(dataset, together, temperature, seed, repeat)
 
     def hashes(self, case: Case) -> dict[str, str]:
-        """What a sample says of the code, models and figures it comes from."""
+        """Return the hashes of the code, models and figures behind a sample."""
         emulation = self.emulations.get(case.drafter_name)
         whole = {
             "code": self.sources.get("code", ""),
@@ -119,7 +120,7 @@ class Plan:
         return {name: value[:HASH_CHARS] for name, value in whole.items()}
 
     def keys(self, case: Case, group: Group) -> dict[tuple[str, int], str]:
-        """Of each question's turns in the group."""
+        """Return the key of each turn of the group's questions."""
         emulation = self.emulations.get(case.drafter_name)
         common = {
             "figures": FIGURES,
@@ -143,9 +144,9 @@ class Plan:
         }
         if self.remote is not None:
             common["remote"] = self.remote
-        if group.repeat:  # the first has the key of a run without repeats
+        if group.repeat:  # the first repeat has the key of a run without repeats
             common["repeat"] = group.repeat
-        before = sha256()  # all that the cluster has been asked so far
+        before = sha256()  # everything that the cluster has been asked so far
         found = {}
         for prompt in group.prompts:
             before.update(repr((prompt.id, prompt.turns)).encode())
@@ -156,9 +157,9 @@ class Plan:
         return found
 
     def question_keys(self, group: Group) -> dict[str, str]:
-        """By question: of all that the target's own answers depend on, whatever the strategy.
+        """Return a key per question, of all that the target's own answers depend on.
 
-        And of what decides on whether a cluster of devices can hold it.
+        It also covers what decides whether a cluster of devices can hold the question.
         """
         common: dict[str, Any] = {
             "dataset": group.dataset,
@@ -184,9 +185,9 @@ def _hash(emulation: Emulation) -> str:
 
 
 def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
-    """Overrides by strategy from table `name` of an evaluation file, `every` merged in.
+    """Return overrides by strategy from table `name` of an evaluation file, with `every` merged in.
 
-    Raises ValueError naming an unknown table, strategy or parameter.
+    Raises ValueError that names an unknown table, strategy or parameter.
     """
     path = find_bundled(path)
     data = read_yaml(path)
@@ -220,10 +221,10 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`streaming.segment_size=48`, or `segment_size=48` for all that take it, by strategy.
+    """Parse `streaming.segment_size=48`, or `segment_size=48` for all strategies that take it.
 
-    Raises ValueError for what has not this form, names a strategy that is not run, or changes
-    nothing.
+    Raises ValueError for a text of another form, a strategy that is not run, or a setting without
+    effect.
     """
     found: dict[str, dict[str, str]] = {strategy: {} for strategy in strategies}
     for setting in settings:
@@ -255,7 +256,8 @@ def make_cases(
 ) -> tuple[Case, ...]:
     """Every strategy with every drafter (`eagle+merge` switches merging on); ar needs none.
 
-    `options` gave the settings. Raises ValueError naming what is unknown; nothing has been loaded.
+    `options` names the flag of the settings. Raises ValueError that names what is unknown, before
+    anything is loaded.
     """
     cases = []
     for strategy in strategies:

@@ -1,7 +1,7 @@
-"""Evaluation sets from the Hugging Face hub, where no folder with questions is given.
+"""Evaluation sets from the Hugging Face hub, used when no folder with questions is given.
 
-The first rows of each set's test split, asked in the words that are usual for it. They are not the
-questions of the published FlowSpec tables, which are a selection of their own.
+The questions are the first rows of each set's test split, in the usual words of that set. They
+differ from the questions of the published FlowSpec tables, which are a selection of their own.
 """
 
 import json
@@ -21,12 +21,12 @@ PARQUET_READER = "pyarrow>=15"  # the extra `hub`: large, and only these sets ne
 
 @dataclass(frozen=True, slots=True)
 class HubSet:
-    """Where a set lies on the hub, and what of a row is asked."""
+    """The place of a set on the hub, and the question that a row gives."""
 
     repo: str
     file: str  # .parquet, .json or .jsonl
     turns: Callable[[Row], list[str]]
-    name: str = ""  # the column with the question's id; none: its place
+    name: str = ""  # column of the question's id; empty: its position
 
 
 HUB_SETS: dict[str, HubSet] = {
@@ -61,7 +61,7 @@ HUB_SETS: dict[str, HubSet] = {
 
 
 def missing_readers(names: Iterable[str]) -> str:
-    """What must be installed to read these sets of HUB_SETS, and how; "" where nothing must."""
+    """Return what must be installed to read these sets of HUB_SETS, and how; "" if nothing."""
     packed = [name for name in names if HUB_SETS[name].file.endswith(".parquet")]
     if not packed:
         return ""
@@ -77,10 +77,9 @@ def missing_readers(names: Iterable[str]) -> str:
 
 
 def load_from_hub(name: str, *, limit: int) -> list[Prompt]:
-    """The first `limit` questions of a set of HUB_SETS, from the hub or its cache.
+    """Load the first `limit` questions of a set of HUB_SETS, from the hub or its cache.
 
-    Raises ValueError where the file could not be read, the hub cannot be reached, or the file is
-    not what it was.
+    Raises ValueError when the hub cannot be reached, or the file cannot be read or has changed.
     """
     if missing := missing_readers([name]):
         raise ValueError(missing)
@@ -102,14 +101,14 @@ def load_from_hub(name: str, *, limit: int) -> list[Prompt]:
 
 
 def _download(source: HubSet, name: str) -> Path:
-    from huggingface_hub import hf_hub_download  # here: only this needs a hub client
+    from huggingface_hub import hf_hub_download  # imported here: only this needs a hub client
 
     try:
         return Path(hf_hub_download(source.repo, source.file, repo_type="dataset"))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"set {name} could not be had from the hub as {source.repo} ({reason}); give "
+            f"set {name} could not be loaded from the hub as {source.repo} ({reason}); give "
             f"--data-dir, a folder with {name}/question.jsonl"
         ) from error
 

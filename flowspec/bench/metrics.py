@@ -1,7 +1,7 @@
-"""What one request of a benchmark gave, from the head's statistics and the records of its run.
+"""Figures of one request of a benchmark, from the head's statistics and the records of its run.
 
-Decode time runs from the first token to the last; prefill is apart, and nothing after the end of
-the text counts. Times in seconds of the driver's clock.
+The decode time runs from the first token to the last; prefill is separate, and nothing after the
+end of the text counts. Times are in seconds of the event loop's clock.
 """
 
 from collections import defaultdict
@@ -35,7 +35,7 @@ def count_rows(counts: Mapping[int, StageCounts] | None) -> RowCounts | None:
 
 @dataclass(frozen=True, slots=True)
 class Doings:
-    """What the processes did in the decode time, as shares; empty or None where nobody tells."""
+    """The processes' activity in the decode time, as shares; empty or None if unknown."""
 
     drafter_busy: float | None = None
     stage_busy: tuple[float, ...] = ()
@@ -44,7 +44,7 @@ class Doings:
 
 
 class Activity:
-    """What every process of a recorded run did, looked up by time."""
+    """The activity of every process of a recorded run, looked up by time."""
 
     def __init__(self, timeline: Timeline) -> None:
         self._timeline = timeline
@@ -52,11 +52,11 @@ class Activity:
 
     @property
     def stages(self) -> list[int]:
-        """Ranks, the head's left out."""
+        """Return the ranks of the stages."""
         return sorted(rank for rank in self._timeline.processes if rank != HEAD)
 
     def shares(self, rank: int, start: float, end: float) -> tuple[float, dict[str, float]]:
-        """Of the time from `start` to `end`: the share at work, and of the rest by cause."""
+        """Return the share of work between `start` and `end`, and of other time by cause."""
         if rank not in self._tracks:
             self._tracks[rank] = track(self._timeline, rank)
         busy, idle = 0.0, defaultdict[str, float](float)
@@ -72,7 +72,7 @@ class Activity:
         return busy / whole, {cause: seconds / whole for cause, seconds in sorted(idle.items())}
 
     def during(self, start: float, end: float) -> Doings:
-        """From an answer's first token, at `start`, to its last."""
+        """Return the activity from an answer's first token, at `start`, to its last."""
         stages: list[tuple[float, dict[str, float]]] = [(0.0, {}) for _ in self.stages]
         drafter_busy = 0.0
         if end > start:
@@ -86,7 +86,7 @@ class Activity:
         )
 
     def link_bytes(self, start: float, end: float) -> dict[str, float]:
-        """Bytes handed over from one rank to another, as "from-to", from `start` up to `end`."""
+        """Return the bytes sent from rank to rank, as "from-to", from `start` up to `end`."""
         sums = defaultdict[str, float](float)
         for process in self._timeline.processes.values():
             for note in process.sent:
@@ -104,9 +104,9 @@ def measure(
     doings: Doings,
     rows: RowCounts | None,
 ) -> RunFigures:
-    """The figures of one finished request of `num_prompt` prompt tokens.
+    """Return the figures of one finished request of `num_prompt` prompt tokens.
 
-    `rows` are those of its time, None where nobody tells; `expected` is the truth.
+    `rows` are those of its time, or None if unknown; `expected` are the target's own tokens.
     """
     assert completion.reason in (FinishReason.STOP, FinishReason.LENGTH), completion.error
     stats = completion.stats
@@ -151,5 +151,5 @@ def measure(
 
 
 def accepted_runs(stats: DecodeStats) -> list[int]:
-    """Tokens found in the tree between misses; the run that the end cut off comes last."""
+    """Return the numbers of tokens accepted between misses; the run cut off by the end is last."""
     return [*stats.runs, stats.run_length] if stats.run_length else list(stats.runs)

@@ -1,4 +1,4 @@
-"""Predicted speed of a cluster: the bundled model stands in for the emulated one (emulation)."""
+"""Predicts the speed of a cluster: the bundled model stands in for the emulated one."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from flowspec.weights.split_plan import even_layers
 
 
 def stand_in_stages(folder: Path, num_layers: int, num_stages: int) -> list[Stage]:
-    """The bundled model's layers (each a shard of `folder`) as so many stages.
+    """Build `num_stages` stages from the bundled model's layers (each a shard of `folder`).
 
-    Raises ValueError where it has fewer layers.
+    Raises ValueError when it has fewer layers.
     """
     stages, first = [], 0
     for rank, count in enumerate(even_layers(num_layers, num_stages), start=1):
@@ -37,7 +37,7 @@ def predict_speeds(
     *,
     num_tokens: int,
 ) -> Mapping[str, float]:
-    """Tokens/s after the first token, by strategy: greedy, all prompts together, emulated."""
+    """Return tokens/s after the first token, by strategy; greedy, all prompts together."""
     speeds = {}
     for strategy in strategies:
         cluster = emulated_engine(config.changed(strategy=strategy), parts, stages, emulation)
@@ -47,7 +47,8 @@ def predict_speeds(
                 id=number,
                 prompt=parts.prompt_of([{"role": "user", "content": prompt}]),
                 sampling=SamplingParams(temperature=0.0),
-                max_new_tokens=num_tokens,  # end tokens are ignored: all answers are as long
+                # end tokens are ignored, so all answers have the same length
+                max_new_tokens=num_tokens,
             )
             stats = generate(cluster, request).stats
             tokens += stats.num_tokens - 1

@@ -1,8 +1,8 @@
-"""Prompts from files of the usual forms; which form a file has is seen from its content.
+"""Reads prompts from files of the usual forms; the content shows which form a file has.
 
-JSON lines or one JSON list: an entry is an object with `turns`, `prompt`, `messages`,
-`conversations` (ShareGPT), `instruction` (Alpaca) or `question`, a list of messages, or a text.
-Any other file is one prompt, lines and all.
+In JSON lines or one JSON list, an entry is an object with `turns`, `prompt`, `messages`,
+`conversations` (ShareGPT), `instruction` (Alpaca) or `question`, a list of messages, or a text. Any
+other file is one prompt, including its line ends.
 """
 
 import codecs
@@ -23,7 +23,7 @@ MAX_PROMPT_CHARS = 1_000_000
 PROMPTS_HELP = "JSON lines or a list (a prompt each), a text (one prompt), or a folder of them."
 _KEYS = ("turns", "prompt", "messages", "conversations", "instruction", "question")
 _NEEDED = f"needed: an object with {', '.join(_KEYS[:-1])} or {_KEYS[-1]}"
-_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 _ASKING = ("user", "human")
 _UNASKED = ("system", "developer", "tool")  # neither a question nor an answer
 _KINDS = {
@@ -43,22 +43,22 @@ class Prompt:
     source: str  # name of its file or folder
     turns: tuple[str, ...]
     where: str = field(default="", compare=False)  # file and line, for messages
-    numbered: bool = field(default=False, compare=False)  # it has no id but its place
+    numbered: bool = field(default=False, compare=False)  # its id is only its position
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A value of a file of questions."""
+    """One value of a file of questions."""
 
     where: str  # file and line
-    number: int  # of its line, or its place in a list
+    number: int  # number of its line, or its position in a list
     value: Any
 
 
 def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
-    """The first `limit` prompts of each file at `path` (a file, or a folder searched for them).
+    """Return the first `limit` prompts of each file at `path` (a file, or a folder to search).
 
-    Raises ValueError naming file, line and what was found where something is not a prompt.
+    Raises ValueError that names file, line and the value if something is not a prompt.
     """
     path = find_bundled(path)
     if path.is_dir():
@@ -75,14 +75,14 @@ def load_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     found = (_prompt_of(entry, source) for entry in _entries(text, path))
     prompts = list(islice((prompt for prompt in found if prompt is not None), limit))
     if not prompts:
-        raise ValueError(f"{path} has no conversation that a user begins or joins")
+        raise ValueError(f"{path} has no conversation with a message of a user")
     return _tell_apart(prompts)
 
 
 def make_prompt(
     name: str, source: str, turns: Sequence[Any], where: str, *, numbered: bool = False
 ) -> Prompt:
-    """A prompt of texts of acceptable length. Raises ValueError naming `where`."""
+    """Make a prompt of texts of acceptable length. Raises ValueError that names `where`."""
     for turn in turns:
         if not isinstance(turn, str) or not turn:
             found = "an empty text" if turn == "" else _kind(turn)
@@ -95,7 +95,7 @@ def make_prompt(
 
 
 def first_turn(render: Render, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of its first question. Raises PromptError naming file and line."""
+    """Return the token ids of its first question. Raises PromptError that names file and line."""
     try:
         return render([{"role": "user", "content": prompt.turns[0]}])
     except PromptError as error:
@@ -103,9 +103,9 @@ def first_turn(render: Render, prompt: Prompt) -> tuple[int, ...]:
 
 
 def question_id(given: Mapping[str, Any], keys: Sequence[str], where: str) -> str | None:
-    """The first of these keys that is given, as text; None where none is.
+    """Return the first of these keys that is present, as text; None if there is none.
 
-    Raises ValueError naming `where` for an id that is neither a text nor a number.
+    Raises ValueError that names `where` for an id that is neither a text nor a number.
     """
     for key in keys:
         found = given.get(key)
@@ -118,9 +118,9 @@ def question_id(given: Mapping[str, Any], keys: Sequence[str], where: str) -> st
 
 
 def decode_file(raw: bytes, name: Path | str, *, remedy: str = "save it as UTF-8") -> str:
-    """Text of a file's bytes, without a byte order mark, lines ended by newlines.
+    """Decode a file's bytes without byte order mark, with newlines as line ends.
 
-    Raises ValueError naming file, line, byte and the remedy where it is not UTF-8.
+    Raises ValueError that names file, line, byte and the remedy if it is not UTF-8.
     """
     try:
         text = raw.decode("utf-8-sig")
@@ -144,8 +144,8 @@ def _read(path: Path) -> str:
 
 
 def _entries(text: str, path: Path) -> Iterator[_Entry]:
-    """JSON lines where there are several lines and the first is a value by itself; else one."""
-    # not splitlines: a JSON text may hold the line ends of Unicode as they are
+    """Yield JSON lines if there are several and the first is a value by itself; else one value."""
+    # not splitlines: JSON texts may contain Unicode's line ends
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     first_number, first_line = lines[0]
     if len(lines) > 1 and _is_json(first_line):
@@ -156,16 +156,16 @@ def _entries(text: str, path: Path) -> Iterator[_Entry]:
         entries = _entries_of(text, path)
     except (ValueError, RecursionError):
         if path.suffix == ".jsonl":
-            _parse(first_line, path, first_number)  # what is wrong with its first line
+            _parse(first_line, path, first_number)  # raises the error of its first line
         _parse(text, path, 1)
         raise
     yield from entries
 
 
 def _entries_of(text: str, path: Path) -> list[_Entry]:
-    """Of a text that is one JSON value: it is one question, or a list of them.
+    """Return the entries of a text that is one JSON value: one question, or a list of them.
 
-    Raises ValueError or RecursionError where it is no JSON.
+    Raises ValueError or RecursionError if it is not JSON.
     """
     start = _skip(text, 0)
     line = 1 + text.count("\n", 0, start)
@@ -181,9 +181,9 @@ def _entries_of(text: str, path: Path) -> list[_Entry]:
 
 
 def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
-    """Where each value of the JSON list at `start` begins, and the value.
+    """Yield the start of each value of the JSON list at `start`, and the value.
 
-    Raises ValueError where there is no JSON list, or more follows it.
+    Raises ValueError if there is no JSON list, or if text follows it.
     """
     decoder, place = json.JSONDecoder(), _skip(text, start + 1)
     while not text.startswith("]", place):
@@ -201,7 +201,7 @@ def _elements(text: str, start: int) -> Iterator[tuple[int, Any]]:
 
 
 def _skip(text: str, start: int) -> int:
-    """Where what is no white space begins."""
+    """Return the position of the first character that is not white space."""
     found = _SPACE.match(text, start)
     assert found is not None, "it matches nothing too"
     return found.end()
@@ -216,18 +216,19 @@ def _is_json(text: str) -> bool:
 
 
 def _parse(text: str, path: Path, line: int) -> Any:
-    """The value of `text`, which begins in `line`. Raises ValueError naming file and line."""
+    """Parse `text`, which begins in `line`. Raises ValueError that names file and line."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{line + error.lineno - 1}"
         raise ValueError(f"{where} is not JSON: {error.msg} (column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # numbers too long to be read, endless brackets
+    # numbers that are too long, brackets that are nested too deep
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}:{line} is not JSON that can be read: {error}") from None
 
 
 def _prompt_of(entry: _Entry, source: str) -> Prompt | None:
-    """Raises ValueError for what is no question; None: a conversation in which none is asked."""
+    """Return the prompt, or None if nobody asks in the conversation. Raises ValueError."""
     turns = _turns_of(entry.value, entry.where)
     if not turns:
         return None
@@ -238,13 +239,13 @@ def _prompt_of(entry: _Entry, source: str) -> Prompt | None:
 
 
 def _turns_of(value: Any, where: str) -> list[str]:
-    """What is asked. Raises ValueError naming the form that was found."""
+    """Return the questions. Raises ValueError that names the form that was found."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and _is_conversation(value):
         return _asked(value, where)
     if not isinstance(value, dict):
-        raise ValueError(f"{where} holds {_form(value)}, which is no question; {_NEEDED}")
+        raise ValueError(f"{where} holds {_form(value)}, which is not a question; {_NEEDED}")
     if _is_message(value):
         raise ValueError(
             f"{where} holds one message of a conversation (role and content); put the messages of "
@@ -252,10 +253,10 @@ def _turns_of(value: Any, where: str) -> list[str]:
         )
     key = next((key for key in _KEYS if value.get(key) not in (None, "", [])), None)
     if key is None and [] in (value.get("messages"), value.get("conversations")):
-        return []  # public files hold some
+        return []  # public files contain some
     if key is None:
         keys = ", ".join(str(key)[:40] for key in [*value][:8]) or "nothing"
-        raise ValueError(f"{where} holds an object with {keys}, which is no question; {_NEEDED}")
+        raise ValueError(f"{where} holds an object with {keys}, which is not a question; {_NEEDED}")
     found = value[key]
     if isinstance(found, str):
         more = value.get("input") if key == "instruction" else None
@@ -279,9 +280,9 @@ def _is_conversation(values: Sequence[Any]) -> bool:
 
 
 def _asked(messages: Sequence[Mapping[str, Any]], where: str) -> list[str]:
-    """The user's messages; only the first one where another's answers stand between them.
+    """Return the user's messages; only the first one if others' answers stand between them.
 
-    Instructions of the system are left out.
+    System instructions are left out.
     """
     asked, is_answered = [], False
     for message in messages:
@@ -296,7 +297,7 @@ def _asked(messages: Sequence[Mapping[str, Any]], where: str) -> list[str]:
 
 
 def _content(content: Any, where: str) -> str:
-    """A message's text, whole or in parts. Raises ValueError for anything else."""
+    """Return a message's text, whole or in parts. Raises ValueError for anything else."""
     parts = [content] if isinstance(content, str) or content is None else content
     if not isinstance(parts, list):
         raise ValueError(f"{where}: a message's content is {_kind(content)}, needed: a text")
@@ -311,7 +312,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _tell_apart(prompts: list[Prompt]) -> list[Prompt]:
-    """Numbers that are another prompt's id too get their file's name before them."""
+    """Prefix ids that are only positions with their file's name if another prompt has that id."""
     ids = Counter(prompt.id for prompt in prompts)
     return [
         replace(prompt, id=f"{prompt.source}:{prompt.id}")
@@ -322,7 +323,7 @@ def _tell_apart(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _form(value: Any) -> str:
-    """The kind of a value that is neither texts nor messages; of a list, what is wrong in it."""
+    """Describe a value that is neither texts nor messages; for a list, its first wrong element."""
     if not isinstance(value, list) or not value:
         return _kind(value)
     fits = _is_message if _is_message(value[0]) else _is_text

@@ -1,4 +1,4 @@
-"""Where figures come from: hashes of code and models, versions, the revision of the source tree."""
+"""The origin of figures: hashes of code and models, versions, revision of the source tree."""
 
 import platform
 import subprocess
@@ -10,8 +10,8 @@ import flowspec
 from flowspec import __version__
 
 ROOT = Path(flowspec.__file__).resolve().parent
-NOT_TIMED = ("bench", "cli", "tracing")  # parts of the package that no measured run goes through
-MEASURING = tuple(  # files of these that one does
+NOT_TIMED = ("bench", "cli", "tracing")  # parts of the package that no measured run executes
+MEASURING = tuple(  # files of these parts that a measured run executes
     f"{name}.py"
     for name in (
         *("bench/answering", "bench/answering_remote", "bench/metrics"),
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20
 
 
 def code_hash() -> str:
-    """Of the sources that a measured run goes through, wherever they are installed."""
+    """Return the hash of the sources that a measured run executes, wherever they are installed."""
     total = sha256()
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT)
@@ -35,7 +35,7 @@ def code_hash() -> str:
 
 
 def folder_hash(folder: Path) -> str:
-    """Of the files right in a folder, names and contents."""
+    """Return the hash of the files directly in a folder, names and contents."""
     total = sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         total.update(f"{path.name}\0".encode())
@@ -46,13 +46,13 @@ def folder_hash(folder: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, Python and what computes."""
+    """Return the versions of this package, Python and the computing libraries."""
     own = {"flowspec": __version__, "python": platform.python_version()}
     return own | {name: version(name) for name in PACKAGES}
 
 
 def revision() -> str:
-    """Of the source tree under git, `+` where files differ from it; empty where there is none."""
+    """Return the git revision of the source tree, with `+` if files differ; empty without git."""
     if not (ROOT.parent / ".git").exists():
         return ""
     try:

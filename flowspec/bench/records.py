@@ -1,4 +1,4 @@
-"""Records of a benchmark: a JSON line per sample, appended as it is finished, read to resume.
+"""Records of a benchmark: a JSON line per sample, appended when it is finished, read to resume.
 
 A sample is one turn of one question under one strategy. Its key is a hash of all that defines it
 (the question, the parameters, the code, the models, the emulated devices); a sample whose key is in
@@ -27,47 +27,47 @@ MAX_LINE_CHARS = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFigures:
-    """What one run of one request gave. Times in seconds of the driver's clock, prefill apart."""
+    """Figures of one run of one request; times in seconds by the event loop's clock, no prefill."""
 
     prompt_tokens: int
     tokens: int  # generated, EOS included, nothing after it
-    token_hash: str  # equal for equal tokens, see `hash_tokens`
-    mismatch: bool  # they differ from what the target alone gives
+    token_hash: str  # equal for equal tokens; made by `hash_tokens`
+    mismatch: bool  # the tokens differ from those of the target alone
     finish: str  # stop or length
     ttft_s: float
-    decode_s: float  # from the first token to the last, less outages
-    decode_tokens_per_s: float  # tokens after the first, by decode_s; 0 where there is one token
+    decode_s: float  # from the first token to the last, without outages
+    decode_tokens_per_s: float  # tokens after the first, by decode_s; 0 with one token
     end_to_end_tokens_per_s: float
     inter_token_ms: Mapping[str, float]  # p50, p95, p99; tokens that come together are 0 apart
     tau: float
-    runs: tuple[int, ...]  # lengths of accepted runs, the one cut off by the end last
+    runs: tuple[int, ...]  # lengths of accepted runs; last, the one cut off by the end
     alpha: tuple[float, ...]  # per depth
     mu: float  # share of tokens after the first that were in no branch in flight
     mu_not_drafted: float
     mu_not_in_flight: float  # drafted, but not sent yet
     rows_sent: int
-    rows_pruned: int | None  # dropped in flight, before some stage ran them; None: nobody tells
-    rows_wasted: int | None  # run by the last stage, but not accepted; None: nobody tells
+    rows_pruned: int | None  # dropped in flight, before some stage ran them; None: unknown
+    rows_wasted: int | None  # run by the last stage, but not accepted; None: unknown
     segments: int
     draft_forwards: int
-    drafter_busy: float | None  # share; None: nobody tells
-    # the next three are empty where nobody tells
-    stage_busy: tuple[float, ...]  # shares, of stage 1 to N
+    drafter_busy: float | None  # share; None: unknown
+    # the next three are empty if unknown
+    stage_busy: tuple[float, ...]  # shares of stages 1 to N
     stage_idle: tuple[Mapping[str, float], ...]  # cause -> share; host overhead is one of them
     link_bytes: Mapping[str, float]  # "from-to" -> bytes sent while decoding
-    tree_size: float  # nodes alive when a verdict came, on average
-    repeated: float | None = None  # see `repeated_share`; None in records of before
-    resumes: int = 0  # how often stages were lost and the answer went on
-    outage_s: float = 0.0  # from such a loss to the next token; no decode time
+    tree_size: float  # mean number of living nodes when a verdict came
+    repeated: float | None = None  # made by `repeated_share`; None in old records
+    resumes: int = 0  # times that stages were lost and the answer continued
+    outage_s: float = 0.0  # from such losses to the next tokens; not part of decode_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample(RunFigures):
-    """A line of the file."""
+    """One line of the file."""
 
     key: str
     cluster: str
-    model: str  # the emulated one's name
+    model: str  # name of the emulated model
     drafter: str
     strategy: str
     dataset: str
@@ -76,64 +76,66 @@ class Sample(RunFigures):
     temperature: float
     seed: int
     stages: int
-    table: str  # which set of parameters: main or all
+    table: str  # main or all
     parameters: Mapping[str, Any]  # the effective DecodeConfig
     max_tokens: int
-    warm: bool  # the cluster had answered the set's questions before this one
+    warm: bool  # the cluster had answered the set's earlier questions
     emulated: bool
-    bound_tokens_per_s: float | None  # decode speed of the same course, see bound.py; emulated
-    bound_share: float | None  # of it reached, at most 1
+    bound_tokens_per_s: float | None  # emulated: upper bound of the decode speed (bound.py)
+    bound_share: float | None  # share of the bound that was reached, at most 1
     versions: Mapping[str, str]
-    revision: str  # of the source tree, if it is one under git
+    revision: str  # of the source tree, if it is under git
     host: str
     started_at: str  # ISO 8601, UTC
-    code: str = ""  # a hash, as are the next three: of the sources; empty in records of before
-    target: str = ""  # of the model that computed, and where it is cut
-    draft: str = ""  # of the draft model that computed; empty where there is none
-    repeat: int = 0  # of a run on real processes, from 0
-    emulation: str = ""  # of the emulated cluster's and model's figures, whatever the drafter; of
-    # a cluster of devices: of these, their layers and the dtype
-    devices: tuple[str, ...] = ()  # of a cluster of devices: which held what, in order
-    alone: bool = True  # nobody else's request was served meanwhile
-    rebuilt: bool = False  # the devices were lost or planned anew since the answer before: the time
-    # to the first token may hold the wait for them
-    relearnt: bool = False  # somebody asked in between, so costs and scores were learnt anew
+    code: str = ""  # hash of the sources; empty in old records
+    target: str = ""  # hash of the model that computed, and of its cuts
+    draft: str = ""  # hash of the draft model that computed; empty if none
+    repeat: int = 0  # repeat of a run on real processes, from 0
+    # hash of the emulated cluster's and model's figures, without the drafter; or, of a cluster of
+    # devices, of these, their layers and the dtype
+    emulation: str = ""
+    devices: tuple[str, ...] = ()  # of a cluster of devices: their layers, in order
+    alone: bool = True  # no other request was served meanwhile
+    # devices were lost or placed again since the answer before, so the time to the first token may
+    # include waiting for them
+    rebuilt: bool = False
+    relearnt: bool = False  # another request came in between, so costs and scores were learnt again
 
 
 @dataclass(frozen=True, slots=True)
 class TooLong:
-    """A turn that is left out, and those after it: its prompt and answer exceed the context.
+    """A turn that is left out, with those after it: its prompt and answer exceed the context.
 
-    Or, with `reason`, the memory of a cluster of devices, or the chat template refuses it.
+    With `reason`, they exceed the memory of a cluster of devices, or the chat template refuses it.
     """
 
-    key: str  # of its question, see Plan.question_keys
+    key: str  # key of its question, from Plan.question_keys
     dataset: str
     question: str
     turn: int
-    num_turns: int  # left out with it
+    num_turns: int  # turns left out with it
     prompt_tokens: int
     reason: str = ""
 
 
 def hash_tokens(tokens: Sequence[int]) -> str:
-    """SHA-256 of the token ids as i32, least significant byte first."""
+    """Return the SHA-256 of the token ids as i32, least significant byte first."""
     return sha256(np.array(tokens, "<i4").tobytes()).hexdigest()
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of a text's 4-grams that stood in it before; above 0.3 or so it loops."""
+    """Return the share of 4-grams that came before in the text; above about 0.3, it loops."""
     grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def as_text(value: Any) -> str:
-    """A sample's value as `--only` takes it."""
+    """Return a sample's value in the form that `--only` takes."""
     return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def hash_of(definition: Mapping[str, Any]) -> str:
-    """Equal for equal definitions, whatever the order of their keys."""
+    """Return a hash that does not depend on the order of the keys."""
     text = json.dumps(definition, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return sha256(text.encode()).hexdigest()[:24]
 
@@ -144,22 +146,21 @@ _NAMES = {field.name for field in fields(Sample)}
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file, or of the folder it lies in; of two with one key the later one.
+    """Return the samples of a file or folder; of two with one key, the later one.
 
-    A last line that an interrupted run left half written is left out. Raises ValueError naming file
-    and line for anything else that is no sample.
+    A last line that an interrupted run left incomplete is left out. Raises ValueError that names
+    file and line for anything else that is not a sample.
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        lines = list(StringIO(file.read_text(encoding="utf-8-sig")))  # by "\n" alone
+        lines = list(StringIO(file.read_text(encoding="utf-8-sig")))  # split at "\n" only
     except FileNotFoundError:
         raise ValueError(f"{file} does not exist; `flowspec bench` writes it") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     if lines and lines[0].startswith("{") and '"traceEvents"' in lines[0]:
         raise ValueError(
-            f"{file} is a trace, no records; `flowspec plot timeline` and `flowspec trace summary` "
-            "take it"
+            f"{file} is a trace; `flowspec plot timeline` and `flowspec trace summary` take it"
         )
     if lines and lines[0].startswith("["):
         raise ValueError(
@@ -184,7 +185,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 def _parse(line: str, where: str) -> Sample:
     if len(line) > MAX_LINE_CHARS:
-        raise ValueError(f"{where} is longer than {MAX_LINE_CHARS} characters: no sample")
+        raise ValueError(f"{where} is longer than {MAX_LINE_CHARS} characters: not a sample")
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -198,7 +199,7 @@ def _parse(line: str, where: str) -> Sample:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where} is no sample: {name}: {first['msg']}") from None
+        raise ValueError(f"{where} is not a sample: {name}: {first['msg']}") from None
 
 
 def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -214,9 +215,9 @@ def _renamed(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class SampleFile:
-    """The samples of a folder, to be added to; one process at a time. Use with `with`.
+    """The samples of a folder, open for adding; one process at a time. Use it with `with`.
 
-    Beside them, in a file of its own, what was left out, since no sample tells.
+    A second file holds the turns that were left out, because no sample records them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -226,7 +227,7 @@ class SampleFile:
             self._file = self.path.open("a+b")
         except OSError as error:
             why = "it is a file" if folder.is_file() else error.strerror
-            raise ValueError(f"--out {folder}: no folder to write to: {why}") from None
+            raise ValueError(f"--out {folder}: this folder cannot be written: {why}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -261,14 +262,14 @@ class SampleFile:
         return self._samples[key]
 
     def add(self, sample: Sample) -> None:
-        """Append a line; it is with the operating system when this returns."""
+        """Append a line; the operating system has it when this returns."""
         line = json.dumps(asdict(sample), separators=(",", ":"), allow_nan=False)
         self._file.write(line.encode() + b"\n")
         self._file.flush()
         self._samples[sample.key] = sample
 
     def leave_out(self, one: TooLong) -> None:
-        """Remember it, by its question's key; of two turns the earlier one."""
+        """Record a left-out turn by its question's key; of two turns, the earlier one."""
         before = self.left_out.get(one.key)
         if before is None or one.turn < before.turn:
             self.left_out[one.key] = one
@@ -276,11 +277,11 @@ class SampleFile:
             self.path.with_name(LEFT_OUT_NAME).write_text(lines)
 
     def select(self, keys: Iterable[str]) -> Iterator[Sample]:
-        """Those of `keys` that are here, in the order of `keys`."""
+        """Yield the samples of `keys` that are here, in that order."""
         return (self._samples[key] for key in keys if key in self._samples)
 
     def _cut_half_line(self) -> None:
-        """What an interrupted run left without an end."""
+        """Remove an incomplete last line of an interrupted run."""
         self._file.seek(0)
         end = 0
         for line in self._file:
@@ -291,7 +292,7 @@ class SampleFile:
 
 
 def _read_left_out(file: Path) -> dict[str, TooLong]:
-    """By key; a line that is none is left out, since the question is only asked once more."""
+    """Return the turns by key; ignore invalid lines, whose questions are only asked again."""
     found = {}
     for line in file.read_text().split("\n") if file.exists() else ():
         try:

@@ -1,8 +1,8 @@
-"""Reliability: how often what a drafter calls p probable comes true, before and after calibration.
+"""Reliability of a drafter's probabilities, before and after calibration.
 
-Forecasts are of children (given their parent is true) and of whole paths from the root. Each is
-taken as it was made, before its outcome was known. Expected calibration error: the mean distance
-between what was said and what came true, over equal-width bins (Naeini et al., AAAI 2015); Brier
+Forecasts are of children (given that their parent is true) and of whole paths from the root. Each
+is recorded as it was made, before its outcome was known. Expected calibration error: the mean
+distance between forecast and outcome, over equal-width bins (Naeini et al., AAAI 2015). Brier
 score: the mean squared error of single forecasts.
 """
 
@@ -19,14 +19,14 @@ NUM_BINS = 20
 class Bin:
     """Forecasts of about the same probability."""
 
-    predicted: float  # mean of what was said
+    predicted: float  # mean of the forecasts
     happened: float  # share that came true
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class Reliability:
-    """Of one set of forecasts."""
+    """The reliability of one set of forecasts."""
 
     bins: tuple[Bin, ...]  # those with forecasts in them, least probable first
     brier: float
@@ -38,12 +38,12 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error."""
+        """Return the expected calibration error."""
         off = sum(b.count * abs(b.predicted - b.happened) for b in self.bins)
         return off / self.count if self.count else 0.0
 
     def as_json(self) -> dict[str, object]:
-        """All of it."""
+        """Return all figures as plain data."""
         return {
             "count": self.count,
             "expected_calibration_error": round(self.error, 6),
@@ -60,7 +60,7 @@ class Reliability:
 
 
 def reliability(forecasts: Iterable[tuple[float, bool]]) -> Reliability:
-    """Of (log-probability, whether it came true)."""
+    """Compute the reliability of (log-probability, whether it came true) pairs."""
     members: list[list[tuple[float, bool]]] = [[] for _ in range(NUM_BINS)]
     for logprob, happened in forecasts:
         p = exp(logprob)
@@ -78,7 +78,7 @@ def reliability(forecasts: Iterable[tuple[float, bool]]) -> Reliability:
 
 
 def settled(paths: Iterable[PathForecast], text: Sequence[int]) -> list[Outcome]:
-    """What became of path forecasts in `text` (prompt and answer); those beyond its end are out."""
+    """Return the outcomes of path forecasts in `text` (prompt and answer), except beyond it."""
     outcomes = []
     for path in paths:
         start = path.position + 1
@@ -89,7 +89,7 @@ def settled(paths: Iterable[PathForecast], text: Sequence[int]) -> list[Outcome]
 
 
 def before_and_after(outcomes: Sequence[Outcome]) -> tuple[Reliability, Reliability]:
-    """The drafter's own word, and the calibrated one."""
+    """Return the reliability of the drafter's raw probabilities, and of the calibrated ones."""
     return (
         reliability((outcome.raw, outcome.happened) for outcome in outcomes),
         reliability((outcome.calibrated, outcome.happened) for outcome in outcomes),

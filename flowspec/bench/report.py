@@ -1,4 +1,4 @@
-"""Reports on sample records: speeds, what was accepted, where the time went."""
+"""Reports on sample records: speeds, acceptance, and where the time went."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -16,9 +16,10 @@ DEPTHS = 4  # alphas shown; the CSV has all
 def tables(
     samples: Sequence[Sample], *, baseline: str = "ar", per_set: bool = False
 ) -> list[Table]:
-    """Per setting: speed-ups, tokens/s, acceptance and time; the last two by set if asked.
+    """Make the tables of each setting: speed-ups, tokens/s, acceptance and time.
 
-    Raises ValueError where the baseline is missing or there are no samples.
+    `per_set` splits the last two by set. Raises ValueError when the baseline is missing or there
+    are no samples.
     """
     found: list[Table] = []
     for setting, rows in summarize(samples, baseline=baseline).items():
@@ -36,7 +37,7 @@ def tables(
 
 
 def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
-    """In words, but for the fields in `without`; what is emulated says so first."""
+    """Describe a setting in words, without the fields in `without`; "emulated" comes first."""
     words = {
         "emulated": "Emulated" if setting.emulated else "Measured",
         "cluster": setting.cluster,
@@ -54,7 +55,7 @@ def describe(setting: Setting, *, without: Collection[str] = ()) -> str:
 def _by_set(
     rows: Sequence[Row], sets: Sequence[str], cell: Callable[[Row], str]
 ) -> tuple[list[list[str]], bool]:
-    """A line per strategy with a cell per set; whether a mean is over fewer sets than there are."""
+    """Return a line per strategy with a cell per set, and whether a mean covers too few sets."""
     lines, partial = [], False
     for strategy in dict.fromkeys(row.strategy for row in rows):
         own = {row.dataset: row for row in rows if row.strategy == strategy}
@@ -112,7 +113,7 @@ def _names(sets: Iterable[str]) -> list[str]:
 
 
 def has_intervals(rows: Iterable[Row]) -> bool:
-    """Whether any speed-up has one."""
+    """Whether any speed-up has an interval."""
     ratios = (row.speedup for row in rows)
     return any(ratio is not None and ratio.low is not None for ratio in ratios)
 
@@ -166,12 +167,12 @@ def _time(title: str, rows: Sequence[Row]) -> Table:
 
 
 def stages_busy(row: Row) -> str:
-    """Per cent of each stage: 61/60/62/71."""
+    """Return the per cent of each stage: 61/60/62/71."""
     return "/".join(f"{100 * share:.0f}" for share in row.stage_busy) or NO_FIGURE
 
 
 def causes_of(rows: Iterable[Row]) -> list[str]:
-    """Causes of idleness of any stage, the one with the most time first."""
+    """Return the causes of idleness of any stage, the one with the most time first."""
     totals: dict[str, float] = {}
     for row in rows:
         for stage in row.stage_idle:
@@ -185,7 +186,7 @@ def _percent(share: float | None) -> str:
 
 
 def csv_report(samples: Sequence[Sample], *, baseline: str = "ar") -> str:
-    """Everything, a line per setting, strategy and set; shares from 0 to 1."""
+    """Write everything as CSV: a line per setting, strategy and set; shares from 0 to 1."""
     found = [row for rows in summarize(samples, baseline=baseline).values() for row in rows]
     records = [flat(row) for row in found]
     columns = list(dict.fromkeys(name for record in records for name in record))
@@ -193,7 +194,7 @@ def csv_report(samples: Sequence[Sample], *, baseline: str = "ar") -> str:
 
 
 def flat(row: Row) -> dict[str, object]:
-    """A row's figures by name; lists and mappings spread over several."""
+    """Return a row's figures by name; lists and mappings become several columns."""
     record: dict[str, object] = {f.name: getattr(row.setting, f.name) for f in fields(Setting)}
     for field in fields(Row):
         value = getattr(row, field.name)

@@ -1,7 +1,7 @@
-"""Settings: what samples that may be compared have in common, and refusing what may not be.
+"""Settings: what comparable samples have in common; samples that must not be compared are refused.
 
-A title says most of a setting. Code, models and emulated figures are known by hashes, which no
-title shows: where only these differ, the records are no repeats of one another and are refused.
+A title shows most of a setting. Code, models and emulated figures are known by hashes, which no
+title shows: records that differ only in these are not repeats of each other and are refused.
 """
 
 import shlex
@@ -23,7 +23,7 @@ HASHED = {  # field -> what it is a hash of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What samples that may be compared have in common: all but strategy and prompt."""
+    """What comparable samples have in common: everything but strategy and prompt."""
 
     emulated: bool
     cluster: str
@@ -41,12 +41,12 @@ class Setting:
 
     @classmethod
     def of(cls, sample: Sample) -> "Setting":
-        """A sample's own."""
+        """Return a sample's setting."""
         return cls(**{f.name: getattr(sample, f.name) for f in fields(cls)})
 
     @property
     def order(self) -> tuple[object, ...]:
-        """By name, the main table first."""
+        """Sort by name, the main table first."""
         whole = (self.emulated, self.cluster, self.model, self.stages, self.drafter)
         table = (self.table != "main", self.table, self.max_tokens)
         hashes = (self.code, self.target, self.draft, self.emulation)
@@ -54,7 +54,7 @@ class Setting:
 
 
 def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
-    """Samples apart by setting. What drafts nothing belongs to every drafter's and table's.
+    """Group samples by setting; those without a draft belong to every drafter's and table's.
 
     Where a strategy ran with several parameters, its name says which: "streaming draft_topk=4".
     Raises ValueError where settings differ in what no title shows.
@@ -69,7 +69,7 @@ def by_setting(samples: Iterable[Sample]) -> dict[Setting, list[Sample]]:
 
 
 def _check_titles(found: Mapping[Setting, Sequence[Sample]]) -> None:
-    """Settings with one title must be one; what drafts nothing is under every drafter's title."""
+    """Check that settings of one title are equal; those without draft fit every drafter."""
     newest = sorted(found, key=lambda at: max(s.started_at for s in found[at]), reverse=True)
     by_title: dict[Setting, list[Setting]] = defaultdict(list)
     whatever_drafts: dict[Setting, list[Setting]] = defaultdict(list)
@@ -85,7 +85,7 @@ def _check_titles(found: Mapping[Setting, Sequence[Sample]]) -> None:
 
 
 def check_one(settings: Iterable[Setting], where: str = "", *, free: Sequence[str] = ()) -> None:
-    """Raises ValueError naming what differs, but for the fields in `free`."""
+    """Raise ValueError that names the differences, except in the fields in `free`."""
     listed = list(settings)
     for field in fields(Setting):
         if field.name not in free:
@@ -94,13 +94,13 @@ def check_one(settings: Iterable[Setting], where: str = "", *, free: Sequence[st
 
 
 def _check_field(name: str, settings: Iterable[Setting], where: str = "") -> None:
-    """Suggests the first one's value."""
+    """Raise ValueError for different values, with the first one as the suggestion."""
     there = list(dict.fromkeys(as_text(getattr(setting, name)) for setting in settings))
     if len(there) < 2:
         return
     about = f" (a hash of {HASHED[name]})" if name in HASHED else ""
-    and_none = "," if name == "draft" else ""  # what drafts nothing has none
-    choice = shlex.quote(f"{name}={there[0]}{and_none}")  # to be pasted
+    and_none = "," if name == "draft" else ""  # strategies without draft have none
+    choice = shlex.quote(f"{name}={there[0]}{and_none}")  # ready to be pasted
     raise ValueError(
         f"the records differ {where}in {name}{about}: "
         f"{', '.join(text or 'none kept' for text in there)}; choose with --only {choice}"
@@ -108,7 +108,7 @@ def _check_field(name: str, settings: Iterable[Setting], where: str = "") -> Non
 
 
 def _share_undrafted(found: dict[Setting, list[Sample]]) -> None:
-    """Give samples of settings without any draft to all that differ in the draft alone."""
+    """Add samples of settings without any draft to all settings that differ only in the draft."""
     drafting = [at for at, own in found.items() if any(drafts(s.strategy) for s in own)]
     for setting in [at for at in found if at not in drafting]:
         takers = [at for at in drafting if _undrafted(at) == _undrafted(setting)]
@@ -138,12 +138,12 @@ def _named_apart(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def sets_of(samples: Iterable[Sample]) -> list[str]:
-    """Their sets: the known ones in the papers' order, then others by name."""
+    """Return their sets: the known ones in the papers' order, then others by name."""
     return sorted({s.dataset for s in samples}, key=lambda name: (_place(name, DATASETS), name))
 
 
 def strategies_of(samples: Iterable[Sample]) -> list[str]:
-    """Their strategies, in the order of the table of strategies, then others by name."""
+    """Return their strategies, in the order of the strategy table, then others by name."""
     known = tuple(STRATEGIES)
     names = {sample.strategy for sample in samples}
     return sorted(names, key=lambda name: (_place(name.split(" ")[0], known), name))
@@ -154,6 +154,6 @@ def _place(name: str, known: Sequence[str]) -> int:
 
 
 def drafts(strategy: str) -> bool:
-    """Whether a strategy, or one of the variants of `by_setting`, has a tree."""
+    """Whether a strategy, or one of its variants from `by_setting`, drafts a tree."""
     name = strategy.split(" ")[0]
     return name not in STRATEGIES or STRATEGIES[name].drafts

@@ -1,8 +1,8 @@
 """A benchmark's table: one row per strategy and set, and one for the mean over the sets.
 
-Speed: all tokens after each answer's first, by all the time they took. Speed-up: that of the
-strategy by that of plain decoding (ar) on the same questions and seeds, with a bootstrap interval
-over questions (statistics.py). The mean over sets weighs every set alike.
+Speed: all tokens after each answer's first, divided by all the time that they took. Speed-up: that
+of the strategy divided by that of plain decoding (ar) on the same questions and seeds, with a
+bootstrap interval over questions (statistics.py). In the mean, every set has the same weight.
 """
 
 from collections import defaultdict
@@ -18,7 +18,7 @@ BASELINE = "ar"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeShares:
-    """Of all stages' decode time: at work, and idle by cause, as far as that is known."""
+    """Shares of all stages' decode time: work, and idle time by cause, as far as known."""
 
     busy: float | None
     by_stage: tuple[float, ...]
@@ -30,13 +30,13 @@ Line = tuple[str, str, float]  # strategy, drafter, temperature
 
 
 def line_of(found: Row | Sample) -> Line:
-    """What it is a figure of, whatever the set."""
+    """Return the line of the table that a figure belongs to, for any set."""
     setting = found.setting if isinstance(found, Row) else found
     return found.strategy, setting.drafter, setting.temperature
 
 
 def rows_of_run(samples: Sequence[Sample]) -> list[Row]:
-    """Rows in the order of the samples, the mean after its sets. All of one plan."""
+    """Return rows in the order of the samples, each mean after its sets. All are of one plan."""
     lines: dict[Line, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         lines[line_of(sample)][sample.dataset].append(sample)
@@ -50,7 +50,7 @@ def rows_of_run(samples: Sequence[Sample]) -> list[Row]:
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """What `--json` writes; `samples` are turns, once per seed and repeat, `tokens` of them all."""
+    """Return what `--json` writes; `samples` counts turns, once per seed and repeat."""
     ratio, setting = row.speedup, row.setting
     speeds = list(row.by_repeat.values()) or [row.tokens_per_s]
     return {
@@ -68,7 +68,7 @@ def as_json(row: Row) -> dict[str, object]:
         "repeats": len(speeds),
         "lowest": min(speeds),
         "highest": max(speeds),
-        "speedup_over_ar": ratio.value if ratio else None,  # None where ar was not run
+        "speedup_over_ar": ratio.value if ratio else None,  # None if ar was not run
         "ci_low": ratio.low if ratio else None,
         "ci_high": ratio.high if ratio else None,
         "tau": row.tau,
@@ -79,7 +79,7 @@ def as_json(row: Row) -> dict[str, object]:
 
 
 def time_shares(row: Row) -> TimeShares:
-    """Where the stages' decode time went, of a set weighed by each answer's."""
+    """Return where the stages' decode time went; in a set, each answer is weighted by its time."""
     causes = sorted({cause for idle in row.stage_idle for cause in idle})
     return TimeShares(
         busy=fmean(row.stage_busy) if row.stage_busy else None,

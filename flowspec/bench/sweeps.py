@@ -1,7 +1,7 @@
-"""Sweeps: records of runs that differ in one thing, put in its order.
+"""Sweeps: records of runs that differ in one value, sorted by it.
 
-What was varied of an emulated cluster or model stands in its name ("jetson-5 link_mbps=125"); what
-was varied of the decoding, in the parameters.
+A varied value of an emulated cluster or model is part of its name ("jetson-5 link_mbps=125"); a
+varied value of the decoding is in the parameters.
 """
 
 from collections import defaultdict
@@ -22,26 +22,26 @@ Value = float
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Something to vary. `moves`: the fields of a setting that change with it."""
+    """A value to vary. `moves` are the fields of a setting that change with it."""
 
     name: str
     label: str
     moves: tuple[str, ...]
-    of: Callable[[Sample], Value | None]  # None: the sample does not say
+    of: Callable[[Sample], Value | None]  # None: the sample does not have it
 
 
 def with_values(name: str, values: Mapping[str, Value]) -> str:
-    """A cluster's or model's name that says what was changed: "jetson-5 link_mbps=125"."""
+    """Return a cluster's or model's name with the changed values: "jetson-5 link_mbps=125"."""
     return " ".join([name, *(f"{key}={value:g}" for key, value in values.items())])
 
 
 def values_in(name: str) -> dict[str, Value]:
-    """What `with_values` put into a name."""
+    """Return the values that `with_values` put into a name."""
     pairs = (word.partition("=") for word in name.split(" ")[1:])
     return {key: float(value) for key, equals, value in pairs if equals}
 
 
-@cache  # one reading for all samples
+@cache  # read once for all samples
 def _profile(name: str) -> ClusterProfile:
     return read_cluster(name)
 
@@ -97,12 +97,12 @@ _PARAMETERS = {
 }
 assert set(_PARAMETERS) <= {name for one in STRATEGIES.values() for name in one.parameters}
 
-_CLUSTER = ("cluster", "emulation")  # its name, and what is in it
+_CLUSTER = ("cluster", "emulation")  # its name, and its content
 
 AXES: dict[str, Axis] = {
     axis.name: axis
     for axis in (
-        # the target's hash covers where it is cut
+        # the target's hash covers its cuts
         Axis("stages", "stages", (*_CLUSTER, "stages", "target"), lambda sample: sample.stages),
         Axis(
             "link_mbps",
@@ -138,7 +138,7 @@ class Sweep:
     """Means over the sets by strategy, then by the axis's value, in order."""
 
     axis: Axis
-    about: str  # all that its points have in common
+    about: str  # what all its points have in common
     lines: Mapping[str, Mapping[Value, Row]]
     has_baseline: bool
 
@@ -152,9 +152,9 @@ def find_axis(name: str) -> Axis:
 
 
 def sweep(samples: Sequence[Sample], axis: Axis, *, baseline: str = "ar") -> Sweep:
-    """Records in the order of `axis`. What does not depend on it counts at every value.
+    """Sort records by the value of `axis`; those that do not depend on it count at every value.
 
-    Raises ValueError where fewer than two values are there, or other things differ too.
+    Raises ValueError when there are fewer than two values, or other fields differ too.
     """
     at: dict[Value, list[Sample]] = defaultdict(list)
     everywhere: list[Sample] = []
@@ -185,7 +185,7 @@ def sweep(samples: Sequence[Sample], axis: Axis, *, baseline: str = "ar") -> Swe
 
 
 def _in_common(settings: Iterable[Setting]) -> str:
-    """A cluster's or model's own name stays where all have it; other things that move go."""
+    """Return the title without values that vary; a name that all have in common stays."""
     plain = [
         replace(s, cluster=s.cluster.split(" ")[0], model=s.model.split(" ")[0]) for s in settings
     ]

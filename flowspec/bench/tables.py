@@ -1,4 +1,4 @@
-"""Tables as Markdown, LaTeX and CSV. A line break in a cell is a space where there are none."""
+"""Tables as Markdown, LaTeX and CSV; line breaks in cells become spaces where unsupported."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ _MARKDOWN = str.maketrans({"|": r"\|", "\n": " ", "*": r"\*", "_": r"\_"})
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The first column names a row; the others hold figures."""
+    """A table; the first column names a row, the others hold figures."""
 
     title: str
     columns: Sequence[str]
@@ -37,7 +37,7 @@ class Table:
         assert all(len(row) == len(self.columns) for row in self.rows), self.title
 
     def without_empty(self) -> "Table":
-        """The same but for columns in which no row has a figure."""
+        """Return the table without the columns in which no row has a figure."""
         kept = [0, *(k for k in range(1, len(self.columns)) if self._has_figures(k))]
         columns = [self.columns[k] for k in kept]
         return replace(self, columns=columns, rows=[[row[k] for k in kept] for row in self.rows])
@@ -47,7 +47,7 @@ class Table:
 
 
 def to_markdown(tables: Iterable[Table]) -> str:
-    """Pipe tables below bold titles, notes below them."""
+    """Write pipe tables below bold titles, with notes below them."""
     return "\n".join(map(_markdown, tables))
 
 
@@ -64,7 +64,7 @@ def _markdown(table: Table) -> str:
 
 
 def to_latex(tables: Iterable[Table]) -> str:
-    """`table` environments; they need \\usepackage{booktabs}."""
+    """Write `table` environments; they need \\usepackage{booktabs}."""
     return "\n".join(map(_latex, tables))
 
 
@@ -92,7 +92,7 @@ def _latex(table: Table) -> str:
 
 
 def to_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """One header, one line per row; what is None stays empty."""
+    """Write one header and one line per row; None becomes an empty cell."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

@@ -1,4 +1,4 @@
-"""Verification: every strategy's tokens against the target alone, same prompt, parameters, seed."""
+"""Verification: compares every strategy's tokens with the target alone, at the same seed."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Combination:
     driver: str
     stages: int
     temperature: float
-    requests: int = 1  # served at once
+    requests: int = 1  # requests decoded at the same time
     runs: int = 0
     mismatches: int = 0
     near_ties: int = 0
@@ -45,18 +45,20 @@ class Combination:
 
     @property
     def tokens_sha256(self) -> str:
-        """Of all runs' tokens in order (each: their count and ids as i32): equal on machines whose
-        models, prompts and seeds are, whatever the strategy, drafter, driver or company.
+        """Return the hash of all runs' tokens in order (each: their count and ids as i32).
+
+        It is equal on machines with the same models, prompts and seeds, for any strategy, drafter,
+        event loop and other requests.
         """
         return str(self._hash.hexdigest())
 
     @property
     def tau(self) -> float:
-        """Mean tokens per verdict over all runs."""
+        """Return the mean tokens per verdict over all runs."""
         return (self.tokens - self.runs) / self.verdicts if self.verdicts else 0.0
 
     def as_json(self) -> dict[str, object]:
-        """The record written by --json."""
+        """Return the record that --json writes."""
         return {
             "strategy": self.strategy,
             "drafter": self.drafter,
@@ -76,7 +78,7 @@ class Combination:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Where two token sequences part: the reference's preference there, in logits."""
+    """The first difference of two token sequences, with the reference's preference in logits."""
 
     position: int  # index into the generated tokens
     expected: int | None
@@ -98,7 +100,7 @@ class Divergence:
 
 
 def resolution_of(dtype: torch.dtype, largest_logit: float) -> float:
-    """Logit gaps below this are rounding: NEAR_TIE_EPS steps of a 16-bit dtype; 0 in fp32."""
+    """Return the logit gap that rounding explains: 0 in fp32, else NEAR_TIE_EPS steps."""
     if dtype == torch.float32:
         return 0.0
     return NEAR_TIE_EPS * torch.finfo(dtype).eps * max(1.0, abs(largest_logit))
@@ -107,7 +109,7 @@ def resolution_of(dtype: torch.dtype, largest_logit: float) -> float:
 def find_divergence(
     alone: LocalTarget, request: Request, expected: Sequence[int], found: Sequence[int]
 ) -> Divergence | None:
-    """None where the sequences are equal; else the first difference and how close it was."""
+    """Return the first difference and how close it was; None if the sequences are equal."""
     if list(expected) == list(found):
         return None
     pairs = zip(expected, found, strict=False)
@@ -132,7 +134,7 @@ def find_divergence(
 
 
 class LosslessChecker:
-    """Keeps the reference answers, so that each is computed once for all strategies."""
+    """Compares runs with the target alone; computes each reference answer only once."""
 
     def __init__(self, alone: LocalTarget) -> None:
         self.alone = alone
@@ -148,7 +150,7 @@ class LosslessChecker:
     def check(
         self, engine: Engine, requests: Sequence[Request], row: Combination
     ) -> Iterator[Divergence | None]:
-        """Run the requests, `row.requests` at once; add to `row`, give each one's divergence."""
+        """Run the requests, `row.requests` at once; add to `row`; yield each one's divergence."""
         for start in range(0, len(requests), row.requests):
             group = requests[start : start + row.requests]
             for request, completion in zip(group, generate_all(engine, group), strict=True):

@@ -1,6 +1,6 @@
-"""What if the cluster, the model or the tree were another: profiles changed in one or more figures.
+"""What-if predictions: profiles of a cluster, model or tree with one or more figures changed.
 
-The changed cluster's or model's name says what was changed (sweeps.py reads it back).
+The changed cluster's or model's name contains the changes (sweeps.py reads them back).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ BASELINE = "ar"
 def what_if_table(
     found: Sequence[tuple[Mapping[str, Value], Sequence[Sample]]], strategies: Sequence[str]
 ) -> Table:
-    """`found`: values and what was run with them, in order. Means over the sets."""
+    """Make the table of `found`: values and their samples, in order; means over the sets."""
     varied = list(found[0][0])
     compared = [name for name in strategies if BASELINE in strategies and name != BASELINE]
     columns = [*varied, *(f"{name} tokens/s" for name in strategies)]
@@ -54,16 +54,16 @@ def what_if_table(
 
 
 Values = Mapping[str, Value]
-BITS = (4.5, 16)  # per weight in all, as in config/models: quantized weights have scales
+BITS = (4.5, 16)  # per weight in total, as in config/models: quantized weights have scales
 PARAMETERS = tuple(name for name, axis in AXES.items() if not axis.moves)
 _OF_CLUSTER = ("link_mbps", "latency_ms", "drafter_speed")
 _OF_MODEL = ("weight_bits",)
 
 
 def parse_variations(texts: Sequence[str]) -> list[dict[str, Value]]:
-    """`link_mbps=125,1000` and more: every combination, the last one varying fastest.
+    """Parse `link_mbps=125,1000` and more: every combination, the last one varying fastest.
 
-    Raises ValueError for what cannot be varied and what is no number.
+    Raises ValueError for names that cannot be varied and values that are not numbers.
     """
     axes: dict[str, list[Value]] = {}
     for text in texts:
@@ -91,19 +91,19 @@ def _check(name: str, value: Value) -> None:
             f"weight_bits must be 16, or 4.5 for 4-bit weights and their scales, not {value:g}"
         )
     least = {"link_mbps": 0.001, "drafter_speed": 0.001, "latency_ms": 0.0}.get(name)
-    if least is not None and not least <= value <= 1e6:  # NaN and infinity too
+    if least is not None and not least <= value <= 1e6:  # also excludes NaN and infinity
         raise ValueError(f"{name} must be from {least:g} to 1e6, not {value:g}")
 
 
 def settings_of(values: Values) -> dict[str, str]:
-    """Those of `values` that are parameters of the decoding."""
+    """Return those of `values` that are parameters of the decoding."""
     return {name: f"{value:g}" for name, value in values.items() if name in PARAMETERS}
 
 
 def emulate(cluster: str, model: str, values: Values, *, drafter: str) -> Emulation:
-    """An emulation of named profiles with `values` in place of theirs.
+    """Return an emulation of named profiles in which `values` replace theirs.
 
-    Raises ValueError naming what is unknown, inconsistent or does not fit.
+    Raises ValueError that names what is unknown, inconsistent or too large.
     """
     changed = _cluster(read_cluster(cluster), values)
     sizes = _model(read_model(model), values)
@@ -126,7 +126,7 @@ def _cluster(cluster: ClusterProfile, values: Values) -> ClusterProfile:
 
 
 def _faster(device: DeviceProfile, factor: Value) -> DeviceProfile:
-    """`factor` times the speed of forwards; the head runs the drafter's alone."""
+    """Multiply the speed of forwards by `factor`; the head runs only the drafter's."""
     return replace(
         device,
         bandwidth_gb_s=device.bandwidth_gb_s * factor,

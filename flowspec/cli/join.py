@@ -8,7 +8,7 @@ import typer
 
 import flowspec
 from flowspec.cli.ui.watch import Watch
-from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig, JoinRefusedError
 from flowspec.cluster.device.layers import DeviceLayers, folder_card
 from flowspec.cluster.device.power import find_power_meter
 from flowspec.cluster.device.report import default_name, report_device
@@ -107,7 +107,7 @@ def join(
         free = found.memory_available_bytes + layers.held_bytes  # new layers replace the old
         return found.model_copy(update={"memory_available_bytes": free})
 
-    joiner = Joiner(
+    agent = DeviceAgent(
         config,
         keys,
         layers,
@@ -117,7 +117,7 @@ def join(
     )
     name_process(f"join {name}")
     try:
-        joiner.run()
+        agent.run()
     except JoinRefusedError as error:
         raise ValueError(str(error)) from None
     finally:

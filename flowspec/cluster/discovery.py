@@ -1,7 +1,7 @@
-"""Finding a head on the local network by mDNS: a convenience; explicit addresses always work.
+"""Finds a head on the local network by mDNS; explicit addresses always work.
 
-What is announced is an address and a version, never the token: who finds the head still has to
-prove that it knows it.
+The head announces an address and a version, never the token: a device that finds the head must
+still prove that it knows the token.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ class FoundHead:
 
 @contextlib.contextmanager
 def announced(name: str, addresses: Sequence[str], port: int, model: str) -> Iterator[str]:
-    """Announce a head while inside; gives why that is impossible, empty where it is not."""
+    """Announce a head inside the block; yield why that is impossible, or an empty text."""
     from zeroconf import Error as ZeroconfError
-    from zeroconf import ServiceInfo, Zeroconf  # here: only who uses mDNS needs it
+    from zeroconf import ServiceInfo, Zeroconf  # imported here: only users of mDNS need it
 
     info = ServiceInfo(
         SERVICE,
@@ -44,7 +44,7 @@ def announced(name: str, addresses: Sequence[str], port: int, model: str) -> Ite
     )
     try:
         network = Zeroconf(interfaces=list(addresses))
-    except (OSError, RuntimeError) as error:  # the latter where an address has just gone
+    except (OSError, RuntimeError) as error:  # RuntimeError when an address has just gone
         yield f"mDNS cannot be used here: {getattr(error, 'strerror', None) or error}"
         return
     why = ""
@@ -61,16 +61,16 @@ def announced(name: str, addresses: Sequence[str], port: int, model: str) -> Ite
 
 
 def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
-    """Heads that answer within the time, by name. Raises ValueError where mDNS cannot be used."""
+    """Return the heads that answer in time, by name. Raises ValueError when mDNS cannot be used."""
     from zeroconf import ServiceBrowser, ServiceListener, Zeroconf
 
     found: dict[str, FoundHead] = {}
 
     class Listener(ServiceListener):
-        """Called by the browser's thread."""
+        """Receives the events of the browser's thread."""
 
         def add_service(self, zc: Any, type_: str, name: str) -> None:
-            """A head has answered."""
+            """Add a head that has answered."""
             info = zc.get_service_info(type_, name, timeout=int(timeout_s * 1e3))
             if info is None:
                 return
@@ -83,7 +83,7 @@ def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
         update_service = add_service
 
         def remove_service(self, zc: Any, type_: str, name: str) -> None:
-            """A head has left."""
+            """Remove a head that has left."""
             del zc, type_
             found.pop(name, None)
 
@@ -104,16 +104,16 @@ def find_heads(timeout_s: float = BROWSE_S) -> list[FoundHead]:
 
 
 def choose_host(addresses: Sequence[str], port: int) -> str:
-    """The first of a head's addresses that this device has a route to; empty where none has.
+    """Return the first of a head's addresses that this device has a route to; empty if none.
 
-    A link-local address comes last: it reaches no further than one cable.
+    Link-local addresses come last: they reach no further than one cable.
     """
     ordered = sorted(addresses, key=is_link_local)
     return next((host for host in ordered if local_address_towards(host, port)), "")
 
 
 def choose_head(heads: Sequence[FoundHead]) -> FoundHead:
-    """The only one. Raises ValueError where there is none, or a choice."""
+    """Return the only head. Raises ValueError when there is none, or more than one."""
     if not heads:
         raise ValueError(
             "no head was found on this network: mDNS may be filtered, or switched off there; give "

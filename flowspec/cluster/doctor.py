@@ -1,6 +1,6 @@
-"""Checks of a device before it joins, or when it does not work: findings with their fixes.
+"""Checks of a device before it joins, or when it does not work; every problem comes with a fix.
 
-The rules are pure functions of what was found out; finding it out is at the end.
+The rules are pure functions of facts; the last part of the file collects the facts.
 """
 
 import importlib.metadata
@@ -19,25 +19,25 @@ from flowspec.transport.secure.token import TOKEN_VARIABLE
 from flowspec.weights.transfer.cache import CacheProblem
 
 MIN_PYTHON, MAX_PYTHON = (3, 10), (3, 13)
-MIN_MEMORY_BYTES = 0.5e9  # for less than a layer and the runtime nothing is gained
+MIN_MEMORY_BYTES = 0.5e9  # less does not hold a layer and the runtime
 MIN_DISK_BYTES = 1e9
 SLOW_LINK_BYTES_PER_S, SLOW_LATENCY_S = 20e6, 0.01
-HEAD = "head"  # what the way to it is found under
+HEAD = "head"  # name of the checks of the link to the head
 NVMAP_ERROR = "NvMapMemAllocInternalTagged"
 EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 
 
 class Level(str, Enum):
-    """What a finding means for joining."""
+    """What a check's result means for joining."""
 
     OK = "ok"
-    WARNING = "warning"  # it works, worse than it could
+    WARNING = "warning"  # it works, but worse than possible
     ERROR = "error"  # it does not work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
-    """One thing looked at. `fix`: what to do, where something is to be done."""
+    """The result of one check. `fix` says what to do, if anything."""
 
     what: str
     level: Level
@@ -47,18 +47,18 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What was found out on this device. None: there was nothing to find out."""
+    """Facts about this device; None means not applicable."""
 
     python: tuple[int, int]
     report: DeviceReport
     is_jetson: bool = False
-    l4t: str = ""  # as in R36.4.7
+    l4t: str = ""  # such as R36.4.7
     cuda_available: bool = False
     has_desktop: bool = False  # a graphical session takes memory on a board
     num_swap_bytes: int = 0
-    allocator: str = ""  # PYTORCH_CUDA_ALLOC_CONF
+    allocator: str = ""  # value of PYTORCH_CUDA_ALLOC_CONF
     has_bitsandbytes: bool = False
-    cuda_error: str = ""  # what a small allocation and kernel said
+    cuda_error: str = ""  # error of a small allocation and kernel
     has_curve: bool = True
     missing: tuple[str, ...] = ()  # packages
     cache_problem: CacheProblem | None = None
@@ -66,19 +66,19 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkFacts:
-    """What was found out about the way to a head."""
+    """Facts about the link to a head."""
 
     where: str
     why_unreachable: str = ""
     own_address: str = ""
     link: Link = Link()
-    version: str = ""  # of its package, where it let us in
+    version: str = ""  # of its package, if it let us in
     dtype: str = ""  # of its model
-    dtype_error: str = ""  # what this device says of computing in it
+    dtype_error: str = ""  # this device's error when it computes in that dtype
 
 
 def examine(facts: Facts) -> Iterator[CheckResult]:
-    """Everything about the device itself."""
+    """Check the device itself."""
     report = facts.report
     yield _python(facts)
     yield CheckResult(what="FlowSpec", level=Level.OK, found=flowspec.__version__)
@@ -107,7 +107,7 @@ def examine(facts: Facts) -> Iterator[CheckResult]:
 
 
 def examine_link(facts: LinkFacts) -> Iterator[CheckResult]:
-    """The way to the head."""
+    """Check the link to the head."""
     if facts.why_unreachable:
         yield CheckResult(
             what=HEAD, level=Level.ERROR, found=facts.why_unreachable, fix="see there"
@@ -125,8 +125,8 @@ def examine_link(facts: LinkFacts) -> Iterator[CheckResult]:
         yield CheckResult(
             what="address",
             level=Level.WARNING,
-            found=f"this device is the head's own: others cannot reach it at {facts.own_address}",
-            fix="where other devices join too, join by the head's network address",
+            found=f"this is the head's own machine: others cannot reach it at {facts.own_address}",
+            fix="if other devices join too, use the head's network address",
         )
     if facts.dtype_error:
         yield CheckResult(
@@ -140,33 +140,33 @@ def examine_link(facts: LinkFacts) -> Iterator[CheckResult]:
 
 
 def examine_token(why_wrong: str) -> CheckResult:
-    """Instead of the way to the head, which cannot be looked at: no token, or why it is none."""
+    """Report why the link to the head was not checked: no token, or an invalid one."""
     if not why_wrong:
         return CheckResult(
             what="token",
             level=Level.WARNING,
-            found="none given: the way to the head was not checked",
+            found="none given, so the link to the head was not checked",
             fix=f"give --token-file FILE or set {TOKEN_VARIABLE}; `flowspec serve` prints it",
         )
     return CheckResult(
         what="token",
         level=Level.ERROR,
-        found="cannot be used: the way to the head was not checked",
+        found="cannot be used, so the link to the head was not checked",
         fix=why_wrong,
     )
 
 
 def verdict(findings: Sequence[CheckResult]) -> str:
-    """All findings in one line."""
+    """Sum up all results in one line."""
     if not can_join(findings):
         return "joining would not work"
     if any(finding.what == HEAD for finding in findings):
         return "joining would work"
-    return "nothing on this device is in the way of joining; the way to a head was not checked"
+    return "nothing on this device prevents joining; the link to a head was not checked"
 
 
 def can_join(findings: Iterable[CheckResult]) -> bool:
-    """Whether nothing found makes joining impossible."""
+    """Whether no result makes joining impossible."""
     return all(finding.level is not Level.ERROR for finding in findings)
 
 
@@ -190,7 +190,7 @@ def _torch(facts: Facts) -> Iterator[CheckResult]:
         yield CheckResult(
             what="torch",
             level=Level.WARNING,
-            found=f"{report.torch} finds no CUDA: it is a build for other machines",
+            found=f"{report.torch} finds no CUDA: it was built for other machines",
             fix="install NVIDIA's build for this JetPack (docs/deployment.md), then "
             "requirements_jetson.txt with a constraint that keeps it",
         )
@@ -209,8 +209,7 @@ def _cuda_error(facts: Facts) -> CheckResult:
     fix = "see the error; run on the CPU with --device cpu meanwhile"
     if NVMAP_ERROR in error or "error 12" in error:
         fix = (
-            f"memory is fragmented though free (known from L4T 36.4.7 on): export {EXPANDABLE}, or "
-            "reboot"
+            f"free memory is fragmented (known from L4T 36.4.7 on): export {EXPANDABLE}, or reboot"
         )
     elif "no kernel image" in error or "named symbol not found" in error:
         fix = "this torch was built for another GPU; install NVIDIA's build for this JetPack"
@@ -234,7 +233,7 @@ def _memory(report: DeviceReport) -> CheckResult:
 
 
 def _cache(facts: Facts) -> CheckResult:
-    """Whether layers can be kept where `join` keeps them, by the same check as join's."""
+    """Check that layers can be stored in the cache, as `join` checks it."""
     report, problem = facts.report, facts.cache_problem
     if problem is not None:
         level = Level.ERROR if problem.is_fatal else Level.WARNING
@@ -263,7 +262,7 @@ def _interfaces(report: DeviceReport) -> CheckResult:
             "get an address by DHCP or from the router; without one only a head on the same cable "
             f"can be joined, as in flowspec join '[fe80::1%{real[0].name}]:7000'"
         )
-        found = f"{text}: link-local alone"
+        found = f"{text}: only link-local"
         return CheckResult(what="network", level=Level.WARNING, found=found, fix=fix)
     if slow and len(slow) == len(real):
         fix = f"{slow[0].name} runs at {slow[0].rate_mbps} Mbit/s: check cable and switch"
@@ -274,7 +273,7 @@ def _interfaces(report: DeviceReport) -> CheckResult:
 def _speed(link: Link) -> Iterator[CheckResult]:
     rate = min(link.up_bytes_per_s, link.down_bytes_per_s)
     if not rate:
-        fix = "the head is busy or the link loses much: try again"
+        fix = "the head is busy or the link loses many packets: try again"
         yield CheckResult(what="link", level=Level.WARNING, found="could not be measured", fix=fix)
         return
     found = (
@@ -287,8 +286,8 @@ def _speed(link: Link) -> Iterator[CheckResult]:
 
 
 def _jetson(facts: Facts) -> Iterator[CheckResult]:
-    """What goes wrong on Jetson boards though everything is installed."""
-    release = facts.l4t or "not known"
+    """Check known problems of Jetson boards."""
+    release = facts.l4t or "unknown"
     yield CheckResult(what="Jetson Linux", level=Level.OK, found=f"L4T {release}")
     if "MAXN" not in facts.report.power_mode.upper() and facts.report.power_mode:
         yield CheckResult(
@@ -303,7 +302,7 @@ def _jetson(facts: Facts) -> Iterator[CheckResult]:
         yield CheckResult(
             what="CUDA allocator",
             level=Level.WARNING,
-            found="large allocations may fail with NvMap error 12 though memory is free",
+            found="large allocations may fail with NvMap error 12 although memory is free",
             fix=f"export {EXPANDABLE}",
         )
     if facts.has_desktop:
@@ -343,7 +342,7 @@ def find_facts(
     cache_problem: CacheProblem | None = None,
     root: Path = Path("/"),
 ) -> Facts:
-    """What there is to know about this device; `check_cuda`: is it there, what is wrong with it."""
+    """Collect the facts about this device; `check_cuda` returns (has CUDA, its error)."""
     available, error = check_cuda()
     return Facts(
         python=sys.version_info[:2],
@@ -364,7 +363,7 @@ def find_facts(
 
 
 def _l4t(file: Path) -> str:
-    """`# R36 (release), REVISION: 4.7, ...` as R36.4.7."""
+    """Parse `# R36 (release), REVISION: 4.7, ...` as R36.4.7."""
     try:
         text = file.read_text()
     except OSError:

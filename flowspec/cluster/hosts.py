@@ -1,7 +1,7 @@
-"""A list of hosts and what to run on each over ssh: one device, one stage.
+"""A list of hosts, and the ssh command that makes each one a device of the cluster.
 
-The token goes through ssh's standard input, never through a command line. Passwords have no place:
-ssh is told to ask for none, so that keys must be set up.
+The token goes through ssh's standard input, never through a command line. ssh is told not to ask
+for passwords, so keys must be set up.
 """
 
 import shlex
@@ -23,7 +23,7 @@ from flowspec.config import read_yaml
 from flowspec.system.address import Address, is_ipv6, parse_address, parse_host
 from flowspec.system.bundled import find_bundled
 
-# none begins with a dash: it would be an option of ssh
+# none begins with a dash, which ssh would take as an option
 Word = Annotated[
     str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9_.~/:@+][A-Za-z0-9_.~/:@+-]*$")
 ]
@@ -38,21 +38,21 @@ class _Plain(BaseModel):
 
 
 class Host(_Plain):
-    """One device. What is left out is the file's own default."""
+    """One device; missing fields use the file's defaults."""
 
     address: Place  # [USER@]HOST[:PORT] as ssh reaches it; an IPv6 address with a port in brackets
     user: Word | None = None
-    folder: Word | None = None  # of the project there
+    folder: Word | None = None  # of the project on that host
     device: Word = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
 
     @property
     def name(self) -> str:
-        """Its host alone, by name or by number."""
+        """Return its host alone, by name or by number."""
         return self._where().host
 
     def destination(self, user: str | None) -> list[str]:
-        """What ssh is told of it; `user` where nothing here names one."""
+        """Return ssh's arguments for it; `user` applies if the entry names none."""
         host, port = self._where()
         own, _, _ = self.address.rpartition("@")
         user = own or self.user or user
@@ -65,7 +65,7 @@ class Host(_Plain):
         return self
 
     def _where(self) -> Address:
-        """Host and port; port 0: ssh knows. Raises ValueError."""
+        """Return host and port; port 0 leaves it to ssh. Raises ValueError."""
         _, _, place = self.address.rpartition("@")
         if is_ipv6(place) or ":" not in place.rpartition("]")[2]:
             return Address(parse_host(place), 0)
@@ -75,27 +75,27 @@ class Host(_Plain):
 class Hosts(_Plain):
     """A head and its devices."""
 
-    head: Annotated[Place, AfterValidator(parse_host)]  # this machine, as the devices reach it
+    head: Annotated[Place, AfterValidator(parse_host)]  # address of this machine for the devices
     port: Annotated[int, Field(ge=1, le=65535)] = 7000
     user: Word | None = None
     folder: Word = "flowspec"
     hosts: Annotated[tuple[Host, ...], Field(min_length=1, max_length=256)]
 
     def command(self, host: Host) -> list[str]:
-        """The ssh command that makes `host` a device of the cluster; it reads the token."""
+        """Return the ssh command that makes `host` a device of the cluster; it reads the token."""
         folder = host.folder or self.folder
         join = [
             *(f"{folder}/.venv/bin/flowspec", "join", str(Address(self.head, self.port)), "--once"),
             *("--name", host.name, "--device", host.device, "--threads", str(host.threads)),
         ]
-        # a ~ at the front is the other side's home
+        # a leading ~ is the home folder on that host
         words = [word if word.startswith("~") else shlex.quote(word) for word in join]
         script = f"IFS= read -r FLOWSPEC_TOKEN && export FLOWSPEC_TOKEN && exec {' '.join(words)}"
         return [*SSH, *host.destination(self.user), script]
 
 
 def read_hosts(path: Path) -> Hosts:
-    """Raises ValueError naming file and key."""
+    """Read and check the file. Raises ValueError that names file and key."""
     content = read_yaml(path)
     if not isinstance(content, dict):
         example = find_bundled("config/hosts.example.yaml")
@@ -114,7 +114,7 @@ def read_hosts(path: Path) -> Hosts:
 
 
 def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]"]:
-    """One ssh per host, its output in `logs`. Raises ValueError where there is no ssh."""
+    """Start one ssh per host, its output in `logs`. Raises ValueError when ssh is missing."""
     logs.mkdir(parents=True, exist_ok=True)
     started = []
     for host in hosts.hosts:
@@ -125,10 +125,10 @@ def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,
-                    start_new_session=True,  # Ctrl-C is this process's to handle
+                    start_new_session=True,  # only this process handles Ctrl-C
                 )
             except FileNotFoundError:
-                raise ValueError("there is no ssh here; install openssh-client") from None
+                raise ValueError("ssh is not installed here; install openssh-client") from None
         assert process.stdin is not None
         process.stdin.write(f"{token}\n".encode())
         process.stdin.close()
@@ -137,7 +137,7 @@ def start(hosts: Hosts, token: str, logs: Path) -> list["subprocess.Popen[bytes]
 
 
 def stop(processes: Sequence["subprocess.Popen[bytes]"], timeout_s: float) -> None:
-    """Devices end by themselves when the head has; what is left after the time is ended here."""
+    """Wait until the devices end, as they do after the head; kill the rest after the time."""
     for process in processes:
         try:
             process.wait(timeout=timeout_s)

@@ -1,4 +1,4 @@
-"""This machine's addresses, those first by which other devices are likely to reach it."""
+"""This machine's addresses, ordered by how likely other devices can reach them."""
 
 import ipaddress
 import re
@@ -26,21 +26,21 @@ _VIRTUAL = re.compile(
 _TUNNEL = re.compile(r"tailscale|wg|tun|tap|zt|ppp|ipsec|utun|nordlynx")
 _TUNNEL_TYPES = ("512", "768", "769", "776", "778", "65534")  # PPP, IP in IP, SIT, GRE, none
 _ROUTE_REJECTS = 0x0200
-_TEMPORARY, _DAD_FAILED, _DEPRECATED = 0x01, 0x08, 0x20  # of an IPv6 address
+_TEMPORARY, _DAD_FAILED, _DEPRECATED = 0x01, 0x08, 0x20  # flags of an IPv6 address
 
 
 class Kind(IntEnum):
-    """What an interface is; the lower, the likelier other devices are behind it."""
+    """The kind of an interface; a lower one more likely leads to other devices."""
 
-    DEFAULT = 0  # the default route leaves by it
-    DIRECT = 1  # a card, or what stands on one: a bond, a VLAN, a bridge with a card in it
+    DEFAULT = 0  # the default route uses it
+    DIRECT = 1  # a card, or a bond, VLAN or bridge over one
     TUNNEL = 2  # a VPN
     VIRTUAL = 3  # of containers and virtual machines on this machine
     LOOPBACK = 4
 
 
 def interfaces() -> list[Interface]:
-    """Addresses of those that are up, the likeliest to be reached by others first."""
+    """Return the addresses of active interfaces, those that others most likely reach first."""
     found = list(_addresses())
     names = {one.name for one in found}
     return order(found, {name: kind_of(name) for name in names}, default_routes())[:MAX_INTERFACES]
@@ -51,9 +51,9 @@ def order(
     kinds: Mapping[str, Kind],
     routes: Mapping[tuple[str, bool], int],
 ) -> list[Interface]:
-    """`found` by kind, then by the metric of the default route: IPv4 before IPv6, link-local last.
+    """Sort by kind, then by the metric of the default route: IPv4 before IPv6, link-local last.
 
-    `routes`: the metric of the default route by interface and whether it is IPv6's.
+    `routes` has the metric of the default route by interface and whether it is IPv6's.
     """
 
     def key(one: Interface) -> tuple[int, int, bool, bool]:
@@ -62,7 +62,7 @@ def order(
             kind = Kind.LOOPBACK
         elif (one.name, is_ipv6(one.address)) in routes and kind is not Kind.TUNNEL:
             kind = Kind.DEFAULT
-        # an interface has one place for both families, IPv4's where it has both
+        # an interface has one place for both families: IPv4's if it has both
         metric = routes.get((one.name, False), routes.get((one.name, True), 0))
         return kind, metric, is_link_local(one.address), is_ipv6(one.address)
 
@@ -70,10 +70,10 @@ def order(
 
 
 def reached_at(host: str, bound: str) -> list[Interface]:
-    """By which addresses a process that listens at `bound` is reached, the likeliest first.
+    """Return the addresses that reach a process listening at `bound`, the likeliest first.
 
-    `host` is what was asked for, which may be the name of `bound`. Loopback and link-local
-    addresses are given where there are no others.
+    `host` is what the user asked for, which may be the name of `bound`. Loopback and link-local
+    addresses are returned only if there are no others.
     """
     every = interfaces()
     if bound not in WILDCARDS:
@@ -86,14 +86,14 @@ def reached_at(host: str, bound: str) -> list[Interface]:
 
 
 def own_host(bound: str, port: int) -> str:
-    """At which address this machine itself reaches a process that listens at `bound`."""
+    """Return the address at which this machine itself reaches a process listening at `bound`."""
     if bound not in WILDCARDS:
         return bound
     return next((h for h in _LOOPBACKS if local_address_towards(h, port)), _LOOPBACKS[0])
 
 
 def kind_of(name: str, sysfs: Path = _SYSFS) -> Kind:
-    """By what the kernel tells of it, and by the names that tools give to theirs."""
+    """Return an interface's kind, from the kernel's data and from common name patterns."""
     if name == "lo":
         return Kind.LOOPBACK
     if _VIRTUAL.match(name):
@@ -105,7 +105,7 @@ def kind_of(name: str, sysfs: Path = _SYSFS) -> Kind:
 
 
 def default_routes(proc: Path = _PROC) -> dict[tuple[str, bool], int]:
-    """Metric of the default route by interface and whether it is IPv6's."""
+    """Return the metric of the default route by interface and whether it is IPv6's."""
     found: dict[tuple[str, bool], int] = {}
     for line in _read(proc / "route").splitlines()[1:]:
         name, target, _, flags, _, _, metric, mask, *_ = line.split()
@@ -119,7 +119,7 @@ def default_routes(proc: Path = _PROC) -> dict[tuple[str, bool], int]:
 
 
 def _addresses() -> Iterator[Interface]:
-    """Of all interfaces that are up, without IPv6 addresses of the past; temporary ones last."""
+    """Yield the active interfaces, without expired IPv6 addresses; temporary ones come last."""
     import psutil
 
     states, flags = psutil.net_if_stats(), _ipv6_flags()
@@ -142,7 +142,7 @@ def _addresses() -> Iterator[Interface]:
 
 
 def _ipv6_flags(proc: Path = _PROC) -> dict[str, int]:
-    """The kernel's flags of each IPv6 address."""
+    """Return the kernel's flags of each IPv6 address."""
     found = {}
     for line in _read(proc / "if_inet6").splitlines():
         number, _, _, _, flags, _ = line.split()
@@ -151,7 +151,7 @@ def _ipv6_flags(proc: Path = _PROC) -> dict[str, int]:
 
 
 def _is_physical(about: Path) -> bool:
-    """Whether a card is behind the interface that sysfs tells of at `about`."""
+    """Whether a card is behind the interface that sysfs describes at `about`."""
     if (about / "device").exists():
         return True
     return any(_is_physical(lower.resolve()) for lower in about.glob("lower_*"))
@@ -162,7 +162,7 @@ def _keep_least(found: dict[tuple[str, bool], int], key: tuple[str, bool], metri
 
 
 def _read(file: Path) -> str:
-    """The content; empty where there is none, as on other systems than Linux."""
+    """Return the content; empty if there is none, as on systems other than Linux."""
     try:
         return file.read_text()
     except OSError:

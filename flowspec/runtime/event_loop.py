@@ -1,4 +1,4 @@
-"""Event loop: runs one core over a transport and the wall clock; the simulator is the other one."""
+"""Event loop: runs one core over a transport and the wall clock. The simulator is another one."""
 
 import time
 from collections import deque
@@ -157,7 +157,7 @@ class EventLoop:
             self._paced_until = None
             if self._beside is None:
                 self.trace.waited(start, time.monotonic())
-        if messages and self._line is not None:  # none came before the wait began
+        if messages and self._line is not None:  # none begins before it came
             self._paced_until = max(self._paced_until or 0.0, self._line.came_at)
         for arrived in messages:
             now = time.monotonic()

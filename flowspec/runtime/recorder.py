@@ -64,12 +64,14 @@ OFF = Trace()
 class Recorder(Trace):
     """Records of one process, in memory or, with `path`, in a file of JSON lines.
 
-    The first is ["process", rank, process id, clock]. Then, in order of their end, follow ["work",
-    start, end, kind, rows, context, requests, nodes, segments], ["wait", start, end], ["host",
-    start, end], ["send", when, to, key, bytes, details], ["receive", when, key, details], and last
-    ["end", records dropped]. A segment is [request, seq_no, nodes] where it ran and [request,
-    seq_no, nodes, parents, tokens, prefix] where the head sent it. `size_of` gives the bytes of a
-    message on an emulated link; by default they are those of its frames.
+    The first is ["process", rank, process id, clock]. Then follow, in order of their end:
+    ["work", start, end, kind, rows, context, requests, nodes, segments],
+    ["wait", start, end], ["host", start, end], ["send", when, to, key, bytes, details],
+    ["receive", when, key, details], and last ["end", records dropped].
+
+    A segment is [request, seq_no, nodes] where it ran, and [request, seq_no, nodes, parents,
+    tokens, prefix] where the head sent it. `size_of` gives the bytes of a message on an emulated
+    link; by default they are those of its frames.
     """
 
     def __init__(

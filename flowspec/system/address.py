@@ -185,7 +185,7 @@ def _with_zone(host: str) -> str:
     """Return the host. Raises ValueError for a link-local address without zone or a wrong zone."""
     if zone_of(host) and not is_link_local(host):
         raise ValueError(
-            f"{host!r} has a zone, which only belongs to link-local addresses (fe80::/10): leave "
+            f"{host!r} has a zone, but zones belong to link-local addresses (fe80::/10): leave "
             f"out %{zone_of(host)}"
         )
     if is_link_local(host) and not zone_of(host):

@@ -128,9 +128,10 @@ class Hold:
 
 @contextlib.contextmanager
 def undoing(at_once: Callable[[], object] | None = None) -> Iterator[None]:
-    """Run a block that undoes its work itself; `EndedBySignal` is raised at its end at the latest.
+    """Run a block that undoes its own work.
 
-    `at_once` is that of Hold.
+    After a signal, `check` raises EndedBySignal inside it, or its end does. `at_once` is that of
+    Hold.
     """
     hold = Hold(at_once)
     try:

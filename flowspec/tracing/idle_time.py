@@ -1,4 +1,4 @@
-"""Where each process's time went: work by kind, host overhead, and idle time with its cause.
+"""Splits each process's time into work by kind, host overhead, and idle time with its cause.
 
 The causes need the records of all processes: a stage's wait is explained by the journey of the
 segment that it ran next, the head's by the messages that made it act again. Times are in seconds.

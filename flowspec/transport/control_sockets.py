@@ -27,11 +27,11 @@ MAX_PEERS = 1024  # peers whose address is remembered
 # Handshakes that must be broken off before the token is blamed; a restarting head breaks one.
 MAX_BROKEN_OFF = 3
 WRONG_TOKEN = (
-    "the handshake was broken off: the token belongs to another cluster, or that program is no "
+    "the handshake was broken off: the token is not this cluster's, or that program is no "
     "FlowSpec head; copy the whole line that `flowspec serve` printed"
 )
 
-NO_HANDSHAKE = "it accepts connections, but the handshake timed out; is the network unstable?"
+NO_HANDSHAKE = "it answers, but the handshake did not end in time; is the network unstable?"
 BROKEN_OFF = (
     zmq.EVENT_HANDSHAKE_FAILED_AUTH,
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,

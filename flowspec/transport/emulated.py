@@ -116,8 +116,7 @@ class EmulatedTransport:
         """Take messages in, each with the time at which it has passed this rank's line."""
         for message in self.inner.receive(timeout_s):
             now = time.monotonic()
-            # this rank's line is the same for all senders, and the sender's rate does not matter
-            # here
+            # this rank's line is the same for all senders, whose own rate does not matter here
             passage = self._link(self.rank, self.rank, message)
             if passage.occupies:
                 if self._ingress is None:

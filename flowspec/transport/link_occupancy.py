@@ -58,7 +58,7 @@ class Egress(Generic[T]):
         self._flows: dict[Hashable, deque[_Transfer[T]]] = {}
 
     def add(self, now: float, flow: Hashable, num_bytes: float, item: T) -> None:
-        """Queue `item`. Take what is `done` by `now` first; times must not decrease."""
+        """Queue `item`. Take what is `done` by `now` first. Time never goes back."""
         assert self.next_end() >= now, "take what is done first"
         now = max(now, self._now)
         if self._flows:

@@ -1,4 +1,4 @@
-"""Records added up: sums worked out by hand, what may be compared, what is refused."""
+"""Aggregated records: sums worked out by hand, comparable samples, and refusals."""
 
 from dataclasses import replace
 
@@ -13,19 +13,19 @@ from tests.support.samples import sample
 
 
 def rows(samples, **options) -> dict[tuple[str, str], Row]:
-    """By strategy and set, of the one setting."""
+    """Return the rows of the one setting by strategy and set."""
     ((_, found),) = summarize(samples, **options).items()
     return {(row.strategy, row.dataset): row for row in found}
 
 
 def ran(strategy: str, question: str, tokens: int, decode_s: float, **changes):
-    """A sample with these times."""
+    """Return a sample with these times."""
     changes = {"strategy": strategy, "tokens": tokens, "decode_s": decode_s} | changes
     return sample(question=question, **changes)
 
 
 def test_speed_is_all_tokens_by_all_seconds_and_the_mean_is_of_sets():
-    """Each token after the first counts; a long answer weighs more, a set with more answers not."""
+    """Each token after the first counts: long answers weigh more, sets with more answers do not."""
     found = rows(
         [
             ran("ar", "1", 11, 10.0),
@@ -50,7 +50,7 @@ def test_speed_is_all_tokens_by_all_seconds_and_the_mean_is_of_sets():
 
 
 def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
-    """Pooled, not averaged over answers."""
+    """They are pooled, not averaged over answers."""
     found = rows(
         [
             ran("ar", "1", 11, 1.0, tau=1.0, stage_busy=(0.4,), bound_share=0.4, mismatch=True),
@@ -65,7 +65,7 @@ def test_shares_of_time_weigh_by_time_and_tau_by_verdicts():
 
 
 def test_of_repeats_the_median_counts_with_the_lowest_and_the_highest():
-    """A repeat that was interrupted has no speed of its own; a repeat is no further question."""
+    """An interrupted repeat has no speed of its own; a repeat is not another question."""
     samples = [
         ran(strategy, question, 11, seconds * factor, dataset=name, repeat=repeat)
         for strategy, factor in (("ar", 2.0), ("streaming", 1.0))
@@ -88,7 +88,7 @@ def test_of_repeats_the_median_counts_with_the_lowest_and_the_highest():
 
 
 def test_alpha_pools_the_runs_of_all_answers():
-    """A short answer counts where it did not get to; the run that the end cut off did not fail."""
+    """A short answer counts where it did not reach; the run that the end cut off did not fail."""
     samples = [
         # two misses and the end: 0, 3, and 1 cut off; tokens after the first are runs and misses
         ran("serial_pp", "1", 7, 1.0, runs=(0, 3, 1), mu_not_drafted=2 / 6),
@@ -104,7 +104,7 @@ def test_alpha_pools_the_runs_of_all_answers():
 
 
 def test_alpha_of_many_answers_is_the_chance_that_a_draft_is_accepted():
-    """At every depth, however short the answers; a mean over answers would rise with depth."""
+    """This holds at every depth for short answers; a mean over answers would rise with depth."""
     random = np.random.default_rng(3)
     samples = []
     for number in range(400):
@@ -123,7 +123,7 @@ def test_alpha_of_many_answers_is_the_chance_that_a_draft_is_accepted():
 
 
 def test_only_what_both_ran_is_compared():
-    """The same question, turn and seed; repeats count once; what one side lacks is left out."""
+    """Question, turn and seed must match; repeats count once; unmatched samples are left out."""
     found = rows(
         [
             ran("ar", "1", 11, 10.0, seed=1, key="a"),
@@ -141,13 +141,13 @@ def test_only_what_both_ran_is_compared():
 
 
 def test_nothing_in_common_is_no_speedup():
-    """Not 1, not 0."""
+    """The speed-up is neither 1 nor 0."""
     found = rows([ran("ar", "1", 11, 10.0), ran("streaming", "2", 11, 1.0)])
     assert found["streaming", "gsm8k"].speedup is None
 
 
 def test_emulated_and_real_never_meet_nor_do_settings():
-    """Each has rows and a baseline of its own."""
+    """Each setting has its own rows and baseline."""
     samples = [
         ran(strategy, "1", 11, 1.0, **changes)
         for strategy in ("ar", "streaming")
@@ -170,7 +170,7 @@ def test_emulated_and_real_never_meet_nor_do_settings():
 )
 @pytest.mark.parametrize("strategy", ["ar", "streaming"])
 def test_what_no_title_shows_is_not_averaged(field, what, strategy):
-    """A record of other code is no repeat, nor any baseline; the newest is what is suggested."""
+    """A record of other code is no repeat and no baseline; the error suggests the newest."""
     samples = [ran("ar", "1", 11, 1.0, drafter="none", draft=""), ran("streaming", "1", 11, 1.0)]
     later = "2026-01-02T00:00:00+00:00"
     (old,) = (one for one in samples if one.strategy == strategy)
@@ -180,7 +180,7 @@ def test_what_no_title_shows_is_not_averaged(field, what, strategy):
 
 
 def test_a_draft_model_is_told_apart_within_its_drafter():
-    """Each drafter has its own, and `ar` none."""
+    """Each drafter has its own draft model, and `ar` has none."""
     samples = [
         ran("ar", "1", 11, 10.0, drafter="none", draft=""),
         ran("streaming", "1", 11, 5.0, drafter="eagle", draft="a"),
@@ -190,7 +190,7 @@ def test_a_draft_model_is_told_apart_within_its_drafter():
 
 
 def test_warm_and_cold_are_settings_of_their_own():
-    """They have titles of their own, too."""
+    """They also have different titles."""
     samples = [ran(name, "1", 11, 1.0, warm=w) for name in ("ar", "flowspec") for w in (0, 1)]
     cold, warm = summarize(samples)
     assert describe(warm) == f"{describe(cold)}, warm"
@@ -223,7 +223,7 @@ def test_parameters_that_differ_are_told_apart():
 
 
 def test_sets_and_strategies_come_in_their_usual_order():
-    """As papers have them; what is new comes last."""
+    """They have the papers' order; new ones come last."""
     names = ("zebra", "qa", "mt_bench")
     assert sets_of(sample(dataset=name) for name in names) == ["mt_bench", "qa", "zebra"]
     names = ("streaming", "newest", "ar")

@@ -1,4 +1,4 @@
-"""Evaluation sets: folders, single files, the hub, and what is refused."""
+"""Evaluation sets come from folders, single files or the hub; invalid ones are refused."""
 
 import json
 import sys
@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(name: str, data_dir: Path | None = None, chosen: Range = EVERYTHING, limit=None):
-    """Shorter here."""
+    """Load a set with fewer arguments."""
     return load_dataset(name, data_dir=data_dir, chosen=chosen, limit=limit)
 
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """Six questions of two turns, and single files of other forms."""
+    """Return six questions of two turns, and single files of other forms."""
     folder = tmp_path / "data"
     (folder / "mt_bench").mkdir(parents=True)
     lines = [
@@ -44,7 +44,7 @@ def data_dir(tmp_path: Path) -> Path:
 
 
 def test_a_text_is_one_prompt_and_json_lines_are_one_each(tmp_path):
-    """A question may have paragraphs: lines of a text are not taken apart."""
+    """A question may have paragraphs, so the lines of a text stay together."""
     text = "Read this.\n\nThen answer: why?"
     (tmp_path / "ask.txt").write_text(text + "\n")
     (tmp_path / "ask.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
@@ -56,7 +56,7 @@ LINE_ENDS = "one\u2028two\u2029three\u0085four"
 
 
 def test_a_text_may_hold_the_line_ends_of_unicode(tmp_path):
-    """A JSON text may, as it is; only the newline ends a line."""
+    """JSON texts may contain them; only the newline ends a line."""
     path = tmp_path / "ask.jsonl"
     line = json.dumps({"prompt": LINE_ENDS}, ensure_ascii=False)
     path.write_text(line + '\n\n{"prompt": "x"}', encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_text_may_hold_the_line_ends_of_unicode(tmp_path):
 
 
 def test_a_set_of_a_folder_keeps_ids_and_turns(data_dir):
-    """As the public question.jsonl has them."""
+    """They are read from the public question.jsonl."""
     found = load("mt_bench", data_dir)
     assert [prompt.id for prompt in found] == ["81", "82", "83", "84", "85", "86"]
     assert found[2].turns == ("ask 2", "and 2")
@@ -83,13 +83,13 @@ def test_a_set_of_a_folder_keeps_ids_and_turns(data_dir):
     ],
 )
 def test_questions_are_chosen_by_place(data_dir, text, limit, ids):
-    """A range is held against the file's order, then cut to the limit."""
+    """A range refers to the file's order and is then cut to the limit."""
     assert [p.id for p in load("mt_bench", data_dir, parse_range(text), limit)] == ids
 
 
 @pytest.mark.parametrize("text", ["30", "a:b", "5:5", "7:3", "-1:4", "1:2:3", "1.5:2"])
 def test_what_is_no_range_is_refused(text):
-    """Rather than read as something else."""
+    """The text is not read as something else."""
     with pytest.raises(ValueError, match="--questions"):
         parse_range(text)
 
@@ -101,7 +101,7 @@ def test_a_range_beyond_the_set_is_refused(data_dir):
 
 
 def test_plain_lines_and_sharegpt(data_dir):
-    """Prompts with an id or their line's number; the user's first message of a conversation."""
+    """They give an id or a line number, and the user's first message of a conversation."""
     found = load("own", data_dir)
     assert [(p.id, p.turns) for p in found] == [("a", ("one",)), ("3", ("two", "2"))]
     found = load("sharegpt", data_dir)
@@ -146,7 +146,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[list[Any]], str]]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_usual_form_is_read(tmp_path, form, layout):
-    """In every layout, with a byte order mark as Windows writes it and without."""
+    """This holds for every layout, with a byte order mark as Windows writes it or without."""
     (entry, turns), (suffix, write) = FORMS[form], LAYOUTS[layout]
     text = write([entry, {"prompt": "last", "id": "own"}])
     for number, mark in enumerate(("", "\ufeff")):
@@ -157,7 +157,7 @@ def test_every_usual_form_is_read(tmp_path, form, layout):
 
 
 def test_a_file_may_be_one_conversation(tmp_path):
-    """As an API's request has it; or one entry alone."""
+    """It may be the messages of an API request, or a single entry."""
     for content in (ASKED_ONCE, {"messages": ASKED_ONCE}):
         for suffix in (".json", ".jsonl"):
             path = tmp_path / f"talk{suffix}"
@@ -173,7 +173,7 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
 
 
 def test_conversations_that_ask_nothing_are_left_out(tmp_path):
-    """Public files hold some; a file of nothing else is refused."""
+    """Public files contain some; a file with nothing else is refused."""
     path = tmp_path / "talk.jsonl"
     rows: list[Any] = [{"conversations": []}, {"conversations": [{"from": "gpt", "value": "x"}]}]
     rows += [{"messages": [{"role": "user", "content": " "}]}]
@@ -185,7 +185,7 @@ def test_conversations_that_ask_nothing_are_left_out(tmp_path):
 
 
 def test_questions_without_an_id_are_numbered(tmp_path):
-    """Apart from the ids that are given, and from another file's."""
+    """The numbers differ from given ids, and from those of another file."""
     rows = [{"prompt": "a", "question_id": None}, {"prompt": "b", "question_id": None, "id": None}]
     rows += [{"prompt": "c", "id": "1"}, {"prompt": "d", "question_id": 0, "id": 7}]
     path = tmp_path / "ask.jsonl"
@@ -217,7 +217,7 @@ def test_questions_without_an_id_are_numbered(tmp_path):
         (
             "a.jsonl",
             '{"prompt": "x"}\n[{"role": "user", "content": "x"}, "y"]',
-            ["a.jsonl:2 holds a list whose element 2 is a text, which is no question"],
+            ["a.jsonl:2 holds a list whose element 2 is a text, which is not a question"],
         ),
         (
             "a.jsonl",
@@ -265,7 +265,7 @@ def test_questions_without_an_id_are_numbered(tmp_path):
     ],
 )
 def test_what_is_no_question_is_told_by_form_file_and_line(tmp_path, name, text, words):
-    """Not by the key that one form among several would have."""
+    """The error does not name the key of one form among several."""
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"a\.json") as error:
         load(str(tmp_path / name))
@@ -273,7 +273,7 @@ def test_what_is_no_question_is_told_by_form_file_and_line(tmp_path, name, text,
 
 
 def test_a_list_is_decoded_once(tmp_path, monkeypatch):
-    """A file of questions may be large; lines are counted along the way."""
+    """A file of questions may be large; lines are counted on the way."""
     rows = [{"prompt": f"{n} [,] ]"} for n in range(30)]
     decoded, decode = [], json.JSONDecoder.raw_decode
 
@@ -296,7 +296,7 @@ def test_a_list_is_decoded_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["ask.txt", "ask.jsonl"])
 def test_what_is_no_utf_8_is_told_by_line_and_byte(tmp_path, name):
-    """And what Windows calls Unicode by its name."""
+    """UTF-16, which Windows calls Unicode, is named as such."""
     path = tmp_path / name
     path.write_bytes(b'{"prompt": "x"}\n{"prompt": "caf\xe9"}\n')
     with pytest.raises(ValueError, match=rf"{name}:2 is not UTF-8 text: it has the byte 0xe9"):
@@ -307,17 +307,17 @@ def test_what_is_no_utf_8_is_told_by_line_and_byte(tmp_path, name):
 
 
 def test_a_set_that_is_not_there_is_refused_by_what_is(data_dir, tmp_path):
-    """A typing error shows at once; the hub is not asked where a folder was given."""
+    """A typing error shows at once; with a given folder, the hub is not contacted."""
     with pytest.raises(ValueError, match="data has no set gsm8k; there: mt_bench, own, sharegpt"):
         load("gsm8k", data_dir)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         load("gsm8k", tmp_path / "nowhere")
     with pytest.raises(ValueError, match="unknown set 'gms8k'; known: mt_bench, humaneval"):
         load("gms8k")
 
 
 def test_two_questions_with_one_id_are_refused(tmp_path):
-    """Their samples could not be told apart."""
+    """Their samples could not be distinguished."""
     (tmp_path / "twice.jsonl").write_text('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n')
     with pytest.raises(ValueError, match="twice has two questions with the id 1"):
         load("twice", tmp_path)
@@ -344,7 +344,7 @@ ASKED = {
 
 
 class FakeHub:
-    """Writes the file that is asked for; what it was asked."""
+    """Writes the requested file, and records the requests."""
 
     def __init__(self, folder: Path, rows: list[dict[str, Any]]) -> None:
         self.folder, self.rows = folder, rows
@@ -361,13 +361,13 @@ class FakeHub:
 
 
 class FakeParquet:
-    """Of pyarrow: reads JSON instead."""
+    """Replaces pyarrow: reads JSON instead."""
 
     def __init__(self, path: Path) -> None:
         self.rows = json.loads(path.read_text())
 
     def iter_batches(self, batch_size: int):
-        """Batches of rows."""
+        """Yield batches of rows."""
         for start in range(0, len(self.rows), batch_size):
             batch = type("Batch", (), {})()
             batch.to_pylist = lambda start=start: self.rows[start : start + batch_size]
@@ -375,7 +375,7 @@ class FakeParquet:
 
 
 def use_hub(monkeypatch, tmp_path, rows) -> FakeHub:
-    """Instead of the network and the parquet library."""
+    """Replace the network and the parquet library."""
     hub = FakeHub(tmp_path, rows)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub)
     module = type(sys)("pyarrow.parquet")
@@ -387,7 +387,7 @@ def use_hub(monkeypatch, tmp_path, rows) -> FakeHub:
 
 @pytest.mark.parametrize("name", DATASETS)
 def test_each_set_of_the_hub_is_asked_in_its_own_words(name, monkeypatch, tmp_path):
-    """One row of each, under its own id or its place."""
+    """One row of each set is read, with its own id or its position."""
     hub = use_hub(monkeypatch, tmp_path, [ROWS[name]])
     (found,) = load(name)
     assert (found.id, found.turns) == ASKED[name]
@@ -397,14 +397,14 @@ def test_each_set_of_the_hub_is_asked_in_its_own_words(name, monkeypatch, tmp_pa
 
 
 def test_an_id_of_the_hub_is_a_text_or_a_number(monkeypatch, tmp_path):
-    """As in a file of one's own."""
+    """The same holds for a user's own file."""
     use_hub(monkeypatch, tmp_path, [{"question_id": {"a": 1}, "turns": ["x"]}])
     with pytest.raises(ValueError, match='row 0: "question_id" holds an object, needed: a text'):
         load("mt_bench")
 
 
 def test_a_row_of_the_hub_may_hold_the_line_ends_of_unicode(monkeypatch, tmp_path):
-    """In a set of JSON lines."""
+    """The set has JSON lines."""
     file = tmp_path / "question.jsonl"
     row = {"question_id": 81, "turns": [LINE_ENDS]}
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -421,7 +421,7 @@ def test_of_the_hub_no_more_is_read_than_asked_for(monkeypatch, tmp_path):
 
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
-    """The set, the reason and the option."""
+    """The error has the set, the reason and the option."""
 
     def fail(*args: Any, **options: Any) -> str:
         raise OSError("We have no connection\nand more")
@@ -432,7 +432,7 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch):
 
 
 def test_a_set_that_has_changed_is_refused(monkeypatch, tmp_path):
-    """By row and column."""
+    """The error names row and column."""
     use_hub(monkeypatch, tmp_path, [{"query": "?"}])
     with pytest.raises(ValueError, match=r"row 0 has no 'question'"):
         load("gsm8k")
@@ -443,14 +443,14 @@ def test_a_set_that_has_changed_is_refused(monkeypatch, tmp_path):
 
 @pytest.fixture
 def hub_alone(monkeypatch, tmp_path) -> FakeHub:
-    """A hub, and no library for parquet files: it is no requirement of the package."""
+    """Provide a hub without the optional library for parquet files."""
     hub = use_hub(monkeypatch, tmp_path, [ROWS["mt_bench"]])
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     return hub
 
 
 def test_without_the_parquet_library_nothing_is_downloaded(hub_alone):
-    """One sentence names every set that needs it, this Python's command, and the way around."""
+    """One sentence names every set that needs it, the command for this Python, and a way out."""
     with pytest.raises(ValueError, match="parquet") as error:
         load_sets("all", None, "", None)
     assert "the hub has humaneval, gsm8k, sum, qa as parquet files" in str(error.value)
@@ -463,7 +463,7 @@ def test_without_the_parquet_library_nothing_is_downloaded(hub_alone):
 
 
 def test_sets_that_need_no_library_load_without_it(hub_alone, data_dir):
-    """From the hub, and any from a folder: there the hub is not asked."""
+    """This holds for the hub, and for any set from a folder, without contacting the hub."""
     assert list(load_sets("mt_bench", None, "", None)) == ["mt_bench"]
     assert len(hub_alone.asked) == 1
     (data_dir / "qa.txt").write_text("who?")
@@ -472,7 +472,7 @@ def test_sets_that_need_no_library_load_without_it(hub_alone, data_dir):
 
 
 def test_all_that_is_missing_is_named_at_once(hub_alone, data_dir):
-    """Not one at a time, after the download of what stands before it."""
+    """They are not reported one at a time, after a download."""
     with pytest.raises(ValueError, match="unknown set 'gms8k', 'qq'; .*the hub has sum as parquet"):
         check_datasets(["mt_bench", "gms8k", "sum", "qq"], data_dir=None)
     with pytest.raises(ValueError, match="data has no set sum, qa; there: mt_bench, own"):

@@ -1,4 +1,4 @@
-"""The published experiments of scripts/run_eval.sh: their commands, and a short run of some."""
+"""The published experiments of scripts/run_eval.sh: their commands, and some short runs."""
 
 import json
 import os
@@ -25,13 +25,13 @@ QUESTIONS = {"table": "30:50", "table-t1": "30:38", "eagle3": "30:50"}
 
 
 def options(words: list[str]) -> dict[str, str]:
-    """The last value of each option, which is the one that counts."""
+    """Return the last value of each option, which is the one that counts."""
     return {word: words[n + 1] for n, word in enumerate(words[:-1]) if word.startswith("--")}
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_run_is_the_published_protocol(name, tmp_path):
-    """Warm, 96 tokens, held-out questions; no seed is lost; what is given replaces it."""
+    """Runs are warm, with 96 tokens and held-out questions; all seeds run; options override."""
     *runs, report = [words for words in commands(name, tmp_path, []) if words[0] != "plot"]
     assert report[:2] == ["report", str(tmp_path)]
     for words in runs:
@@ -47,7 +47,7 @@ def test_every_run_is_the_published_protocol(name, tmp_path):
 
 
 def test_the_ablations_are_all_there_are(tmp_path):
-    """Those that sampling alone shows at temperature 1, beside streaming each time."""
+    """At temperature 1, only those that affect sampling run, with streaming beside them."""
     greedy, sampled, _ = commands("ablations", tmp_path, [])
     named = [options(words)["--strategies"].split(",") for words in (greedy, sampled)]
     assert [names[0] for names in named] == ["streaming", "streaming"]
@@ -56,7 +56,7 @@ def test_the_ablations_are_all_there_are(tmp_path):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Commands run in this process: each start of another takes seconds."""
+    """Run commands in this process, because starting another takes seconds."""
 
     def flowspec(words: list[str]) -> int:
         done = CliRunner().invoke(app, words)
@@ -70,7 +70,7 @@ def here(monkeypatch):
 
 @pytest.fixture
 def tiny(tmp_path) -> list[str]:
-    """Options for one short question of a tiny model."""
+    """Return options for one short question of a tiny model."""
     folder = save_checkpoint(tmp_path / "tiny", num_layers=4)
     (folder / "qa.jsonl").write_text(json.dumps({"id": "fox", "prompt": "a fox in a box"}))
     words = ["--datasets", str(folder / "qa.jsonl"), "--questions", "0:1", "--max-tokens", "4"]
@@ -79,7 +79,7 @@ def tiny(tmp_path) -> list[str]:
 
 
 def test_a_short_run_of_the_sweep_writes_records_tables_and_picture(here, tiny, tmp_path, capsys):
-    """Whole, and every file is named at the end."""
+    """The run is complete, and every file is named at the end."""
     out = tmp_path / "out"
     assert main(["bandwidth", "--out", str(out), *tiny]) == 0
     samples = read_samples(out)
@@ -92,21 +92,21 @@ def test_a_short_run_of_the_sweep_writes_records_tables_and_picture(here, tiny, 
 
 
 def test_a_wrong_text_gives_tables_and_exit_code_1(here, tiny, tmp_path, monkeypatch):
-    """The table says how many there are."""
+    """The table has their number."""
     monkeypatch.setattr("flowspec.cli.bench.run_shown", one_wrong)
     assert main(["table", "--out", str(tmp_path / "out"), *tiny]) == 1
     assert (tmp_path / "out" / "report.md").exists()
 
 
 def one_wrong(plan: Plan, out: Path, jobs: int | None, *, bench: None) -> Outcome:
-    """As it is, but that the command is told of a mismatch."""
+    """Run the benchmark, but report a mismatch."""
     outcome = run_shown(plan, out, jobs, bench=bench)
     first, *others = outcome.samples
     return replace(outcome, samples=[replace(first, mismatch=True), *others])
 
 
 def test_what_the_benchmark_refuses_ends_it(here, tmp_path):
-    """With its exit code, and no table of nothing."""
+    """It keeps the exit code and prints no table."""
     out = tmp_path / "out"
     assert main(["table", "--out", str(out), "--strategies", "warp", "--data-dir", "."]) == 2
     assert list(out.iterdir()) == []
@@ -115,7 +115,7 @@ def test_what_the_benchmark_refuses_ends_it(here, tmp_path):
 
 
 def test_the_wrapper_names_every_experiment():
-    """And what they cost."""
+    """It also shows their cost."""
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "run_eval.sh"), "--help"],
         env={**os.environ, "FLOWSPEC_PYTHON": sys.executable},

@@ -1,4 +1,4 @@
-"""Figures of a benchmark's sample, against what the run's own records say."""
+"""The figures of a benchmark's sample agree with the run's own records."""
 
 from typing import Any
 
@@ -48,9 +48,9 @@ def run(
 @pytest.mark.parametrize("sampling", [T0, T1])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_books_balance(strategy, sampling):
-    """Rows are pruned, wasted or accepted; a stage works or has a cause not to; misses are missed.
+    """Rows are pruned, wasted or accepted; a stage works or has a cause of idleness.
 
-    The totals of the trace are counted from messages, the sample's in head and stages.
+    The totals of the trace are counted from messages, those of the sample in head and stages.
     """
     asked = request(sampling=sampling, max_new_tokens=24)
     found, completion, timeline = run(strategy, asked)
@@ -78,7 +78,7 @@ def test_the_books_balance(strategy, sampling):
 
 
 def test_plain_decoding_misses_every_token():
-    """Nothing is drafted; all the time of a token is one trip, and it is known where it went."""
+    """Nothing is drafted, so a token takes one trip, whose causes are known."""
     found, _, _ = run("ar", request(max_new_tokens=11), num_stages=2)
     assert (found.mu_not_drafted, found.mu_not_in_flight, found.tau) == (1.0, 0.0, 1.0)
     trip_s = 2 * 1.0 + 3 * 0.4
@@ -92,7 +92,7 @@ def test_plain_decoding_misses_every_token():
 
 
 def test_what_was_drafted_but_not_sent_is_told_from_what_was_not_drafted():
-    """A drafter that is always right, and a pipe that takes one row at a time."""
+    """The drafter is always right, and the pipe takes one row at a time."""
     options = {"segment_size": 1, "max_in_flight": 1, "drafter": ScriptedDrafter(perfect)}
     found, _, _ = run("streaming", request(max_new_tokens=20), **options)
     assert found.mu_not_in_flight > 0.5
@@ -103,7 +103,7 @@ def test_what_was_drafted_but_not_sent_is_told_from_what_was_not_drafted():
 
 
 def test_nothing_after_the_end_counts():
-    """The end token is the last one, also where more was accepted in the same verdict."""
+    """The end token is the last one, even if more was accepted in the same verdict."""
     whole = expected(request(max_new_tokens=20))
     asked = request(max_new_tokens=20, eos=(whole[6],))
     truth = expected(asked)
@@ -116,7 +116,7 @@ def test_nothing_after_the_end_counts():
 
 
 def test_a_single_token_has_no_decode_time():
-    """And no division by it."""
+    """There is no division by zero."""
     found, _, _ = run("streaming", request(max_new_tokens=1))
     assert (found.decode_s, found.decode_tokens_per_s, found.tau) == (0.0, 0.0, 0.0)
     assert found.ttft_s > 0
@@ -124,7 +124,7 @@ def test_a_single_token_has_no_decode_time():
 
 
 def test_another_text_is_a_mismatch():
-    """Whatever else is right."""
+    """All other figures stay right."""
     asked = request(max_new_tokens=6)
     completion = generate(make_cluster(2, "ar"), asked)
     truth = expected(asked)
@@ -146,7 +146,7 @@ def test_link_bytes_are_those_of_the_decode_time():
 
 
 def test_the_hosts_own_time_is_neither_work_nor_waiting():
-    """A simulator may charge it; it appears as host overhead, and the rest still adds up."""
+    """A simulator may charge it: it appears as host overhead, and the rest still adds up."""
     cluster = make_cluster(2, "ar", charges=SLOW_LINK)
     cluster.simulator._host_time = lambda rank, message: 0.05
     recorders = record(cluster)

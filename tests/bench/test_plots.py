@@ -1,4 +1,4 @@
-"""`flowspec plot`: each kind in each format and theme, colours, and what is refused."""
+"""`flowspec plot` draws each kind in each format and theme, and refuses invalid input."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ LIGHT = THEMES["light"]
 
 
 def sweep_samples() -> list[Sample]:
-    """Three link rates, of which one is the cluster's own, and two depths of the tree."""
+    """Return samples of three link rates, one of them the cluster's own, and two tree depths."""
     found = []
     for name in ("jetson-5 link_mbps=125", "jetson-5-250mbit", "jetson-5"):
         own = benchmark(FEW, SETS, questions=2, cluster=name)
@@ -56,7 +56,7 @@ def depth_samples() -> list[Sample]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Records and a trace to plot."""
+    """Return records and a trace to plot."""
     folder = tmp_path_factory.mktemp("plots")
     stages = [
         replace(one, stages=number, key=f"{number} {one.key}")
@@ -95,7 +95,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     ],
 )
 def test_a_picture_of_each_kind_is_written(files, tmp_path, kind, suffix, theme):
-    """In the format that the ending names, in both themes."""
+    """The ending names the format; both themes work."""
     out = tmp_path / f"plot{suffix}"
     words = ["plot", kind, str(files[kind]), "--out", str(out), "--theme", theme]
     words += ["--over", "num_draft_steps"] if kind == "sweep" else []
@@ -109,7 +109,7 @@ def test_a_picture_of_each_kind_is_written(files, tmp_path, kind, suffix, theme)
 
 
 def test_the_same_records_give_the_same_bytes(files, tmp_path):
-    """No date, no chance: a picture under version control changes when its figures do."""
+    """A picture has no date or random part, so it changes only with its figures."""
     outs = [tmp_path / f"{number}.svg" for number in (1, 2)]
     for out in outs:
         words = ["plot", "time", str(files["time"]), "--out", str(out)]
@@ -118,7 +118,7 @@ def test_the_same_records_give_the_same_bytes(files, tmp_path):
 
 
 def test_bars_are_as_high_as_the_figures():
-    """One for each strategy but the baseline, for each set and the mean."""
+    """There is one for each strategy but the baseline, for each set and the mean."""
     samples = list(benchmark(FEW, SETS, questions=3))
     rows = summarize(samples)
     with drawing(LIGHT):
@@ -132,7 +132,7 @@ def test_bars_are_as_high_as_the_figures():
 
 
 def test_a_sweep_draws_what_was_run_in_order():
-    """The link rate comes from what was varied, else from the cluster's profile."""
+    """The link rate is the varied value, else that of the cluster's profile."""
     with drawing(LIGHT):
         figure = PLOTS["bandwidth"](sweep_samples(), LIGHT, "ar")
     speeds, ratios = figure.axes
@@ -141,7 +141,7 @@ def test_a_sweep_draws_what_was_run_in_order():
 
 
 def test_what_does_not_depend_on_the_sweep_counts_everywhere():
-    """`ar` has no tree: one run is the baseline of every depth."""
+    """`ar` has no tree, so one run is the baseline of every depth."""
     with drawing(LIGHT):
         figure = over("num_draft_steps")(depth_samples(), LIGHT, "ar")
     ar = figure.axes[0].lines[0]
@@ -150,7 +150,7 @@ def test_what_does_not_depend_on_the_sweep_counts_everywhere():
 
 
 def test_shares_of_time_fill_the_bar(files):
-    """Busy and causes add up to the whole of every stage's time."""
+    """Busy time and causes add up to the whole of every stage's time."""
     samples = list(benchmark(FEW, SETS, questions=2))
     with drawing(LIGHT):
         (axes,) = PLOTS["time"](samples, LIGHT, "ar").axes
@@ -163,7 +163,7 @@ def test_shares_of_time_fill_the_bar(files):
 
 
 def test_the_timeline_shows_each_forward_where_it_ran(files):
-    """As many boxes in a lane as the process did works; a window leaves the others out."""
+    """A process has one box per computation; a window leaves the others out."""
     trace = read_trace(files["timeline"])
     works = [e for e in trace["traceEvents"] if e.get("cat") == "work"]
     with drawing(LIGHT):
@@ -182,7 +182,7 @@ def test_the_timeline_shows_each_forward_where_it_ran(files):
 
 
 def test_short_work_is_seen_and_no_two_counts_run_together(files):
-    """A real stage's forward may take a thousandth of what is shown."""
+    """A real stage's forward may take a thousandth of the plot's range."""
     trace = read_trace(files["timeline"])
     ends: dict[int, float] = {}  # by lane: one work right after the other
     for place, event in enumerate(e for e in trace["traceEvents"] if e.get("cat") == "work"):
@@ -201,7 +201,7 @@ def test_short_work_is_seen_and_no_two_counts_run_together(files):
 
 
 def test_a_timeline_without_hits_has_no_other_margins(files):
-    """A mark that is not there takes no room."""
+    """A missing mark takes no room."""
     trace = read_trace(files["timeline"])
     lefts = []
     for kinds in (("verdict: hit", "verdict: miss"), ("verdict: miss",), ()):
@@ -216,7 +216,7 @@ def test_a_timeline_without_hits_has_no_other_margins(files):
 
 
 def test_what_a_panel_of_lengths_says_covers_nothing():
-    """Neither a bar nor the mean, which may lie beyond the last bar."""
+    """It covers neither a bar nor the mean, which may lie beyond the last bar."""
     runs = {"streaming": [15] * 9 + [60], "flowspec": [0, 1, 1, 2], "pipedec": [14, 15, 15]}
     with drawing(LIGHT):
         figure = length_histogram(runs, LIGHT, "")
@@ -252,7 +252,7 @@ TO_XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 
 
 
 def lab(color: str, blindness: Sequence[Sequence[float]]) -> np.ndarray:
-    """CIELAB of a colour as it is seen."""
+    """Return the CIELAB values of a colour as it is seen."""
     rgb = np.array([int(color[place : place + 2], 16) / 255 for place in (1, 3, 5)])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     seen = np.clip(np.array(blindness) @ linear, 0, 1)
@@ -264,7 +264,7 @@ def lab(color: str, blindness: Sequence[Sequence[float]]) -> np.ndarray:
 @pytest.mark.parametrize("theme", THEMES)
 @pytest.mark.parametrize("kind", BLINDNESS)
 def test_colors_stay_apart_for_everybody(theme, kind):
-    """Strategies, and parts of a stage's time: a CIELAB distance that none can overlook."""
+    """Strategies, and parts of a stage's time, have clearly visible CIELAB distances."""
     look = THEMES[theme]
     for palette in (look.strategies, look.parts):
         seen = {name: lab(color, BLINDNESS[kind]) for name, color in palette.items()}
@@ -275,7 +275,7 @@ def test_colors_stay_apart_for_everybody(theme, kind):
 
 @pytest.mark.parametrize("questions", [2, 3])
 def test_intervals_are_named_where_there_are_any(questions):
-    """Two questions say too little of how questions differ, and nothing is drawn."""
+    """Two questions are too few for an interval, and none is drawn."""
     with drawing(LIGHT):
         for kind, samples in (
             (PLOTS["speedup"], list(benchmark(FEW, SETS, questions=questions))),
@@ -289,7 +289,7 @@ def test_intervals_are_named_where_there_are_any(questions):
 
 
 def test_every_strategy_has_its_color_and_variants_have_others():
-    """The same in every plot."""
+    """The colours are the same in every plot."""
     for theme in THEMES.values():
         assert set(STRATEGIES) <= set(theme.strategies)
         names = [*STRATEGIES, *(f"streaming draft_topk={number}" for number in range(4))]
@@ -328,7 +328,7 @@ def test_every_strategy_has_its_color_and_variants_have_others():
     ],
 )
 def test_what_cannot_be_plotted_ends_with_one_line(tmp_path, monkeypatch, capsys, words, names):
-    """And leaves no picture behind."""
+    """No picture is left behind."""
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
     good = list(benchmark(FEW, SETS, questions=2))

@@ -1,4 +1,4 @@
-"""What figures come from: hashes that change with what matters, and with nothing else."""
+"""The hashes behind figures change with everything that matters, and with nothing else."""
 
 import subprocess
 from pathlib import Path
@@ -11,7 +11,7 @@ from flowspec.bench.provenance import code_hash, folder_hash, revision, versions
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A source tree of its own."""
+    """Return a source tree."""
     package = tmp_path / "tree" / "package"
     for name in (
         "core.py",
@@ -46,19 +46,19 @@ def test_the_code_that_is_timed_counts(tree, name, changes):
 
 
 def test_what_measures_is_there():
-    """By its present name."""
+    """The files exist under their present names."""
     assert all((provenance.ROOT / name).is_file() for name in provenance.MEASURING)
 
 
 def test_a_moved_source_counts(tree):
-    """Names are part of it."""
+    """Names are part of the hash."""
     before = code_hash()
     (tree / "core.py").rename(tree / "heart.py")
     assert code_hash() != before
 
 
 def test_a_folder_is_its_files(tmp_path):
-    """Names and contents, not where or when."""
+    """Names and contents count, not path or time."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_bytes(b"123")
@@ -68,7 +68,7 @@ def test_a_folder_is_its_files(tmp_path):
 
 
 def test_the_revision_says_where_files_differ_from_it(tree):
-    """None where there is no git."""
+    """It is empty without git."""
     assert revision() == ""
     root = tree.parent
 
@@ -87,7 +87,7 @@ def test_the_revision_says_where_files_differ_from_it(tree):
 
 
 def test_versions_are_of_what_computes():
-    """Each of them a version."""
+    """Each of them is a version."""
     found = versions()
     assert set(found) == {"flowspec", "python", "torch", "transformers", "numpy"}
     assert all(text[0].isdigit() for text in found.values())

@@ -1,4 +1,4 @@
-"""A benchmark's records: appended as finished, read back whole, damage told from interruption."""
+"""A benchmark's records are appended when finished and read back; damage is reported."""
 
 import json
 from dataclasses import asdict, fields
@@ -28,12 +28,12 @@ repeat repeated resumes outage_s devices alone rebuilt relearnt"""
 
 
 def test_the_schema_is_what_readers_rely_on():
-    """Every name, and no other."""
+    """It has exactly these names."""
     assert {field.name for field in fields(Sample)} == set(KEYS.split())
 
 
 def test_what_is_written_is_read_back(tmp_path):
-    """Also by a second process, and through the folder's name."""
+    """This also works in a second process, and with the folder's name."""
     one, two = sample(), sample(question="31", bound_share=0.9, bound_tokens_per_s=11.0)
     with SampleFile(tmp_path / "new") as file:
         file.add(one)
@@ -47,14 +47,14 @@ def test_what_is_written_is_read_back(tmp_path):
 
 
 def test_a_line_is_there_as_soon_as_its_sample_is_finished(tmp_path):
-    """An interrupted run loses nothing that it had."""
+    """An interrupted run loses no finished sample."""
     with SampleFile(tmp_path) as file:
         file.add(sample())
         assert read_samples(tmp_path) == [sample()]
 
 
 def test_a_half_written_line_is_left_out_and_overwritten(tmp_path):
-    """What a killed run leaves behind."""
+    """A killed run leaves such a line."""
     with SampleFile(tmp_path) as file:
         file.add(sample())
     path = tmp_path / FILE_NAME
@@ -67,7 +67,7 @@ def test_a_half_written_line_is_left_out_and_overwritten(tmp_path):
 
 
 def test_of_two_samples_with_one_key_the_later_counts(tmp_path):
-    """A bound is added to what was measured without one."""
+    """A bound may be added to an earlier sample."""
     with SampleFile(tmp_path) as file:
         file.add(sample(key="k"))
         file.add(sample(key="other"))
@@ -97,7 +97,7 @@ def test_records_of_older_versions_are_read_by_the_names_of_today(tmp_path):
     ],
 )
 def test_what_is_no_sample_is_refused_by_file_and_line(tmp_path, damage, names):
-    """Rather than left out of a table silently."""
+    """It is not silently left out of a table."""
     record = json.loads(json.dumps(asdict(sample())))
     damage(record)
     good = json.dumps(asdict(sample()))
@@ -110,7 +110,7 @@ def test_what_is_no_sample_is_refused_by_file_and_line(tmp_path, damage, names):
 
 
 def test_the_rows_of_json_are_no_records(tmp_path):
-    """Nothing is to be deleted: the records lie elsewhere."""
+    """The error does not advise to delete anything: the records are elsewhere."""
     (tmp_path / "rows.json").write_text('[\n {"cluster": "jetson-5"}\n]\n')
     with pytest.raises(ValueError, match=r"rows\.json is a list, as .*--json.*of --out") as caught:
         read_samples(tmp_path / "rows.json")
@@ -120,26 +120,26 @@ def test_the_rows_of_json_are_no_records(tmp_path):
 def test_a_folder_that_cannot_be_is_refused(tmp_path):
     """A file has its name."""
     (tmp_path / "taken").write_text("")
-    with pytest.raises(ValueError, match="--out .*taken: no folder to write to: "):
+    with pytest.raises(ValueError, match="--out .*taken: this folder cannot be written: "):
         SampleFile(tmp_path / "taken")
 
 
 @pytest.mark.parametrize("line", ["nonsense", "1", '"text"'])
 def test_what_is_not_even_an_object_is_refused(tmp_path, line):
-    """Other people's files."""
+    """Such lines come from other programs."""
     (tmp_path / FILE_NAME).write_text(line + "\n")
     with pytest.raises(ValueError, match=f"{FILE_NAME}:1 .*if `flowspec bench` .*wrote this file"):
         read_samples(tmp_path)
 
 
 def test_a_missing_file_says_what_writes_it(tmp_path):
-    """The name of the command."""
+    """The error names the command."""
     with pytest.raises(ValueError, match="flowspec bench"):
         read_samples(tmp_path / "nowhere.jsonl")
 
 
 def test_what_was_left_out_is_remembered_apart_from_the_samples(tmp_path):
-    """Damage to it costs a question asked once more, no sample."""
+    """Damage to it only costs asking a question again, not a sample."""
     one, two = (TooLong(key, "qa", key, 1, 2, 900) for key in "ab")
     with SampleFile(tmp_path) as file:
         for known in (one, two, one):
@@ -154,7 +154,7 @@ def test_what_was_left_out_is_remembered_apart_from_the_samples(tmp_path):
 
 
 def test_another_program_may_write_unicode_as_it_is(tmp_path):
-    """Such as jq, which escapes no line end but the newline."""
+    """For instance, jq escapes no line end but the newline."""
     one = sample(question="a\u2028b")
     (tmp_path / FILE_NAME).write_text(json.dumps(asdict(one), ensure_ascii=False) + "\n")
     assert read_samples(tmp_path) == [one]
@@ -167,7 +167,7 @@ def test_two_benches_do_not_write_one_file(tmp_path):
 
 
 def test_hashes_depend_on_content_alone():
-    """Not on the order of keys; on every token and where it stands."""
+    """They depend on every token and its position, but not on the order of keys."""
     assert hash_of({"a": 1, "b": {"c": 2, "d": 3}}) == hash_of({"b": {"d": 3, "c": 2}, "a": 1})
     assert hash_of({"a": 1}) != hash_of({"a": 2})
     assert len({hash_tokens(t) for t in ([], [0], [0, 0], [1, 0], [0, 1])}) == 5

@@ -1,4 +1,4 @@
-"""`flowspec reliability` and its figures: forecasts against what came true."""
+"""`flowspec reliability` compares forecasts with what came true."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ from tests.support.checkpoints import save_checkpoint
 
 
 def test_figures_of_forecasts_counted_by_hand():
-    """Two bins: 0.2 said twice and true once, 0.9 said twice and always true."""
+    """There are two bins: 0.2 was forecast twice and true once, 0.9 twice and always true."""
     forecasts = [(log(0.2), True), (log(0.2), False), (log(0.9), True), (log(0.9), True)]
     found = reliability(forecasts)
     assert [(b.predicted, b.happened, b.count) for b in found.bins] == [
@@ -30,13 +30,13 @@ def test_figures_of_forecasts_counted_by_hand():
 
 
 def test_nothing_forecast_has_no_error():
-    """Rather than a division by zero."""
+    """There is no division by zero."""
     found = reliability([])
     assert (found.count, found.error, found.brier) == (0, 0.0, 0.0)
 
 
 def test_paths_come_true_as_a_whole_or_not_at_all():
-    """A path that parts from the text before it ends is decided; one that outlasts it is not."""
+    """A path that differs from the text before its end is decided; one that is longer is not."""
     text = [9, 9, 1, 2, 3]
     paths = [
         PathForecast(1, (1, 2), -0.1, -0.2),
@@ -54,7 +54,7 @@ def test_paths_come_true_as_a_whole_or_not_at_all():
 
 
 def test_before_is_the_drafters_word_and_after_the_calibrated_one():
-    """They are not mixed up."""
+    """The two are not mixed up."""
     before, after = before_and_after([Outcome("x", log(0.9), log(0.1), False)])
     assert before.error == pytest.approx(0.9)
     assert after.error == pytest.approx(0.1)
@@ -65,7 +65,7 @@ def test_before_is_the_drafters_word_and_after_the_calibrated_one():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`target/`, `eagle/` and a prompt."""
+    """Make `target/`, `eagle/` and a prompt."""
     folder = save_checkpoint(tmp_path_factory.mktemp("reliability") / "tiny", num_layers=2)
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": "a fox in a box, a fox in a"}))
     return folder
@@ -73,7 +73,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command for the tiny checkpoint, in a folder of its own (it writes to ./out)."""
+    """Run the command for the tiny checkpoint in its own folder (it writes to ./out)."""
     monkeypatch.chdir(tmp_path)
     words = ["reliability", str(tiny / "target"), "--draft", str(tiny / "eagle")]
     words += ["--prompts", str(tiny / "prompts.jsonl"), "--max-tokens", "6"]
@@ -82,7 +82,7 @@ def command(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
 
 @pytest.mark.parametrize("flags", [[], ["--merge", "--temperature", "1"]])
 def test_the_figures_are_printed_and_written(command, flags):
-    """Children and paths, before and after, with the bins a plot is made of."""
+    """They cover children and paths, before and after, with the bins of a plot."""
     result = CliRunner().invoke(app, [*command, *flags, "--out", "figures.json"])
     assert result.exit_code == 0, result.output
     figures = json.loads(Path("figures.json").read_text())
@@ -98,21 +98,21 @@ def test_the_figures_are_printed_and_written(command, flags):
 
 
 def test_the_text_alone_needs_no_draft_folder(tiny, command):
-    """The ngram drafter goes with any model."""
+    """The ngram drafter works with any model."""
     words = [word for word in command if word not in ("--draft", str(tiny / "eagle"))]
     result = CliRunner().invoke(app, [*words, "--drafter", "ngram", "--max-tokens", "40"])
     assert result.exit_code == 0, result.output
 
 
 def test_a_plot_is_drawn(command):
-    """An SVG holds its labels as shapes: that it is a picture of some size will do."""
+    """An SVG holds its labels as shapes, so the test only checks for a picture of some size."""
     result = CliRunner().invoke(app, [*command, "--out", "plot.svg"])
     assert result.exit_code == 0, result.output
     assert "<svg" in Path("plot.svg").read_text()
 
 
 def test_the_legend_of_a_plot_covers_no_line():
-    """It stands above the axes, each in its own column of the figure."""
+    """It is above the axes, each entry in its own column of the figure."""
     forecasts = [(log(0.05 + 0.1 * k), k % 3 > 0) for k in range(10) for _ in range(5)]
     found = {"before": reliability(forecasts), "after": reliability(forecasts)}
     figure = _figure({"child": found, "path": found}, "eagle")
@@ -137,7 +137,7 @@ def test_the_legend_of_a_plot_covers_no_line():
     ],
 )
 def test_wrong_flags_end_with_exit_code_2_and_one_line(command, monkeypatch, capsys, flags, names):
-    """The line names what was wrong; there is no traceback for what a user typed."""
+    """The line names the mistake; a user's mistake gives no traceback."""
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["flowspec", *command, *flags])
     with pytest.raises(SystemExit) as end:

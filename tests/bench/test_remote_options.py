@@ -1,4 +1,4 @@
-"""Options of `flowspec bench --real --head`, what it leaves out, what it knows of the sources."""
+"""Options of `flowspec bench --real --head`, left-out turns, and the hashes of the sources."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from tests.bench.test_remote_bench import told as printed
     ],
 )
 def test_what_a_running_cluster_has_of_its_own_is_refused(tmp_path, monkeypatch, flags, words):
-    """Before anybody is asked anything."""
+    """The error comes before any question is asked."""
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["bench", "--real", "--head", "127.0.0.1:1", *flags])
     assert isinstance(done.exception, ValueError)
@@ -45,21 +45,21 @@ def test_what_a_running_cluster_has_of_its_own_is_refused(tmp_path, monkeypatch,
 
 
 def assembled(cluster: Any, *, max_tokens: int = 8) -> Plan:
-    """Of nothing."""
+    """Make a plan without questions."""
     asked: dict[str, Any] = {"datasets": {}, "temperatures": (0.0,), "seeds": (1,)}
     asked |= {"head": "here", "table": "main", "target": None}
     return assemble_remote((), cluster, max_tokens=max_tokens, **asked)
 
 
 def test_answers_that_no_question_leaves_room_for_are_refused_at_once():
-    """A prompt has a token at least."""
+    """A prompt has at least one token."""
     assert assembled(served_with("eagle"), max_tokens=99).max_tokens == 99
     with pytest.raises(ValueError, match=r"--max-tokens 100: .* holds 100 tokens"):
         assembled(served_with("eagle"), max_tokens=100)
 
 
 def test_samples_have_the_hash_of_the_head_s_sources():
-    """And no revision of this machine's, where those are others."""
+    """They lack this machine's revision if the sources differ."""
     plan = assembled(served_with("eagle", code="another"))
     assert (plan.sources["code"], plan.sources["revision"]) == ("another", "")
     assert "the head runs other sources, another, than this machine" in other_code(plan)
@@ -69,7 +69,7 @@ def test_samples_have_the_hash_of_the_head_s_sources():
 
 
 def test_what_the_devices_memory_cannot_hold_is_left_out(tmp_path, monkeypatch, capsys):
-    """Under one strategy is under all, with those after it; the reason is told, and kept."""
+    """A turn left out under one strategy is left out under all, with its later turns and reason."""
     plan = make_plan("ar", "streaming", "serial_pp")
     cluster = Cluster(too_large=[("streaming", "what?")])
     outcome = run(plan, cluster, tmp_path)
@@ -97,7 +97,7 @@ def test_plain_decoding_may_be_too_large_already(tmp_path):
 
 
 def test_of_two_turns_that_do_not_fit_the_earlier_one_counts(tmp_path):
-    """The second exceeds the context, the first the memory under another strategy."""
+    """The second turn exceeds the context, the first the memory under another strategy."""
     cluster = Cluster(too_long=["and then?"], too_large=[("streaming", "what?")])
     outcome = run(make_plan("ar", "streaming"), cluster, tmp_path)
     assert [(s.strategy, s.question) for s in outcome.samples] == [("ar", "1"), ("streaming", "1")]
@@ -108,7 +108,7 @@ def test_of_two_turns_that_do_not_fit_the_earlier_one_counts(tmp_path):
 
 
 def test_a_head_says_that_its_devices_cannot_hold_it():
-    """Of the devices that the plan is of."""
+    """The refusal is about the devices of the plan."""
     end = Done(id=1, reason="error", error="it needs 90 rows", prompt_tokens=9, too_large=True)
     assert ask(Client(end)) == LongPrompt(9, "it needs 90 rows")
     client = Client(

@@ -1,4 +1,4 @@
-"""`flowspec report`: what the tables hold in every format, and what is refused."""
+"""`flowspec report` writes its tables in every format, and refuses invalid records."""
 
 import csv
 import io
@@ -20,26 +20,26 @@ SETS = ("gsm8k", "qa")
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three strategies, two sets, three questions each."""
+    """Return records of three strategies, two sets and three questions each."""
     file = tmp_path_factory.mktemp("report") / "samples.jsonl"
     return write(file, benchmark(STRATEGIES, SETS, questions=3))
 
 
 def report(*words: str) -> str:
-    """What the command prints."""
+    """Return the output of the command."""
     result = CliRunner().invoke(app, ["report", *words])
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def expected(records: Path) -> dict[tuple[str, str], object]:
-    """Rows by strategy and set."""
+    """Return the rows by strategy and set."""
     ((_, rows),) = summarize(list(benchmark(STRATEGIES, SETS, questions=3))).items()
     return {(row.strategy, row.dataset): row for row in rows}
 
 
 def test_csv_holds_every_figure(records):
-    """A line per strategy and set and one for the mean; numbers as they are."""
+    """There is a line per strategy and set and one for the mean; numbers are not rounded."""
     lines = list(csv.DictReader(io.StringIO(report(str(records), "--format", "csv"))))
     rows = expected(records)
     assert [(line["strategy"], line["dataset"]) for line in lines] == list(rows)
@@ -58,7 +58,7 @@ def test_csv_holds_every_figure(records):
 
 
 def test_markdown_has_a_line_per_strategy_in_every_table(records):
-    """Pipes line up: as many cells as the head has."""
+    """Every line has as many cells as the header."""
     tables = report(str(records), "--format", "markdown").split("**Emulated, ")[1:]
     assert len(tables) == 4
     for table in tables:
@@ -72,7 +72,7 @@ def test_markdown_has_a_line_per_strategy_in_every_table(records):
 
 
 def test_latex_is_balanced_and_escaped(records):
-    """It compiles with booktabs: environments closed, ampersands as columns are, signs escaped."""
+    """With booktabs it compiles: environments are closed, columns match, signs are escaped."""
     text = report(str(records), "--format", "latex", "--only", "strategy=ar,flowspec")
     assert text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
     assert text.count("{") == text.count("}")
@@ -93,7 +93,7 @@ def test_signs_that_mean_something_are_escaped():
 
 
 def test_text_shows_all_and_folds_no_figure(records):
-    """Emulated is said in every title; every strategy is in every table."""
+    """Every title says "emulated", and every strategy is in every table."""
     text = report(str(records))
     assert text.count("Emulated, testbed, vicuna-7b, 4 stages, drafter eagle") == 4
     row = expected(records)["streaming", "gsm8k"]
@@ -103,7 +103,7 @@ def test_text_shows_all_and_folds_no_figure(records):
 
 
 def test_per_set_has_acceptance_and_time_of_each(records):
-    """Beside the mean's."""
+    """The tables come beside those of the mean."""
     text = report(str(records), "--per-set")
     for where in ("GSM8K", "Natural Questions", "mean over the sets"):
         assert f"what was accepted, {where}" in text
@@ -111,14 +111,14 @@ def test_per_set_has_acceptance_and_time_of_each(records):
 
 
 def test_another_baseline_and_a_choice_of_records(records):
-    """Speed-ups are over what was named."""
+    """Speed-ups are over the named baseline."""
     text = report(str(records), "--baseline", "flowspec", "--only", "dataset=qa")
     assert "speed-up over flowspec" in text
     assert "GSM8K" not in text
 
 
 def test_emulated_and_measured_have_tables_of_their_own(tmp_path):
-    """With a baseline each; neither is ever compared with the other."""
+    """Each has its own baseline; they are never compared with each other."""
     real = [
         replace(one, emulated=False, cluster="local", key=f"real {one.key}", decode_s=1.0)
         for one in benchmark(STRATEGIES, SETS, questions=2)
@@ -134,7 +134,7 @@ def test_emulated_and_measured_have_tables_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("field", ["code", "target", "draft", "emulation"])
 def test_records_of_other_code_or_models_are_refused_until_one_is_chosen(tmp_path, field):
-    """What the error suggests is taken, and leaves a baseline."""
+    """The suggestion of the error works and leaves a baseline."""
     ar = list(benchmark(("ar",), SETS, drafter="none", draft=""))
     samples = [*ar, *benchmark(("streaming",), SETS)]
     others = [
@@ -161,7 +161,7 @@ def test_a_mean_of_fewer_sets_is_marked(tmp_path):
 
 
 def test_what_no_row_has_takes_no_column(tmp_path):
-    """A bound that was not run, intervals of single questions; and no column stands there twice."""
+    """Bounds that were not run and intervals of single questions have none; none comes twice."""
     once = [
         replace(one, dataset="prompts", bound_share=None)
         for one in benchmark(("ar", "serial_pp"), ("qa",), questions=1)
@@ -178,14 +178,14 @@ def test_what_no_row_has_takes_no_column(tmp_path):
 
 
 def test_the_table_goes_to_a_file(records, tmp_path):
-    """Instead of the terminal."""
+    """It is not printed."""
     out = tmp_path / "table.md"
     assert report(str(records), "--format", "markdown", "--out", str(out)) == ""
     assert out.read_text() == report(str(records), "--format", "markdown")
 
 
 def test_what_drafts_nothing_has_every_drafter(tmp_path):
-    """Records of two drafters: `--only` of one keeps its baseline."""
+    """`--only` with one of two drafters keeps its baseline."""
     both = [
         replace(one, drafter="none" if one.strategy == "ar" else drafter)
         for drafter in ("eagle", "ngram")
@@ -200,7 +200,7 @@ def test_what_drafts_nothing_has_every_drafter(tmp_path):
 
 
 def test_answers_that_do_not_loop_are_chosen_by_a_range(tmp_path):
-    """Both ends count; the text is every strategy's, so the pairs stay."""
+    """Both ends count; the text is the same for every strategy, so the pairs stay."""
     everything = [
         replace(one, repeated={"0": 0.0, "1": 0.25}.get(one.question, 0.9))
         for one in benchmark(("ar", "streaming"), ("qa",), questions=3)
@@ -232,7 +232,7 @@ def test_answers_that_do_not_loop_are_chosen_by_a_range(tmp_path):
     ],
 )
 def test_what_cannot_be_reported_ends_with_one_line(tmp_path, monkeypatch, capsys, words, names):
-    """It names the file or the option, and what there is instead."""
+    """The line names the file or the option, and valid alternatives."""
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("")
     Path("text.jsonl").write_text("hello\n")

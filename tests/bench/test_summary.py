@@ -1,4 +1,4 @@
-"""A benchmark's rows, worked out by hand."""
+"""A benchmark's rows agree with those worked out by hand."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ emulated"""
 
 
 def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **changes):
-    """The same answer by ar and by streaming, with their decode times."""
+    """Return the same answer by ar and by streaming, with their decode times."""
     common = {"dataset": dataset, "question": question, **changes}
     return [
         sample(strategy="ar", drafter="none", decode_s=ar_s, tau=1.0, **common),
@@ -24,20 +24,20 @@ def pair(question: str, ar_s: float, own_s: float, *, dataset: str = "gsm8k", **
 
 
 def rows_of(samples):
-    """What `--json` writes, by strategy and set."""
+    """Return the output of `--json`, by strategy and set."""
     rows = [SimpleNamespace(**as_json(row)) for row in rows_of_run(samples)]
     return {(row.strategy, row.dataset): row for row in rows}
 
 
 def test_the_keys_are_those_that_are_promised():
-    """In this order."""
+    """They come in this order."""
     (row, mean) = rows_of_run([sample()])
     assert list(as_json(row)) == list(as_json(mean)) == KEYS.split()
     assert (row.dataset, mean.dataset) == ("gsm8k", "mean")
 
 
 def test_a_set_is_all_its_tokens_by_all_its_time_and_sets_count_alike():
-    """Three questions of one set, and three of another that is decoded faster."""
+    """There are three questions of one set, and three of another that is decoded faster."""
     samples = [
         *pair("1", ar_s=10.0, own_s=2.0),
         *pair("2", ar_s=10.0, own_s=3.0, tokens=41),
@@ -66,13 +66,13 @@ def test_a_set_is_all_its_tokens_by_all_its_time_and_sets_count_alike():
 
 
 def test_a_single_question_has_no_interval():
-    """Nothing is known of how questions differ."""
+    """Nothing is known about how questions differ."""
     row = rows_of(pair("1", 10.0, 2.0))["streaming", "mean"]
     assert (row.speedup_over_ar, row.ci_low, row.ci_high) == (pytest.approx(5.0), None, None)
 
 
 def test_only_what_both_have_run_is_compared():
-    """A turn or seed that one side lacks has no partner; without ar there is no speed-up."""
+    """A turn or seed that one side lacks is left out; without ar there is no speed-up."""
     samples = [
         *pair("1", 10.0, 2.0),
         sample(question="1", turn=1, decode_s=100.0),
@@ -86,7 +86,7 @@ def test_only_what_both_have_run_is_compared():
 
 
 def test_temperatures_and_drafters_are_lines_of_their_own():
-    """And each temperature has its own baseline."""
+    """Each temperature has its own baseline."""
     samples = [*pair("1", 10.0, 2.0), *pair("1", 30.0, 3.0, temperature=1.0)]
     samples.append(sample(question="1", drafter="eagle3", decode_s=1.0))
     rows = [row for row in rows_of_run(samples) if row.strategy == "streaming"]
@@ -102,7 +102,7 @@ def test_temperatures_and_drafters_are_lines_of_their_own():
 
 
 def test_mismatches_and_tau_are_of_all_answers():
-    """tau: tokens by verdicts, not a mean of means."""
+    """tau is tokens by verdicts, not a mean of means."""
     samples = [
         sample(question="1", tokens=21, tau=2.0, mismatch=True),
         sample(question="2", tokens=41, tau=4.0),
@@ -115,7 +115,7 @@ def test_mismatches_and_tau_are_of_all_answers():
 
 
 def test_the_share_of_the_bound_is_of_the_whole_time():
-    """The time that the bound would take, by the time it took; of every sample or of none.
+    """The bound's time is divided by the real time, over every sample or none.
 
     An answer of one token takes no time and has no share.
     """
@@ -135,7 +135,7 @@ def test_the_share_of_the_bound_is_of_the_whole_time():
 
 
 def test_time_shares_weigh_by_decode_time_within_a_set_and_sets_alike():
-    """Busy and idle of all stages add up to the whole; `flowspec report` says the same."""
+    """Busy and idle shares of all stages add up to 1 and agree with `flowspec report`."""
     samples = [
         sample(decode_s=3.0, drafter_busy=0.4),
         sample(

@@ -1,4 +1,4 @@
-"""What benchmarks/host.py makes of its figures."""
+"""The thresholds of benchmarks/host.py."""
 
 import pytest
 
@@ -19,7 +19,7 @@ FIGURES = {"segments_per_s": 180.0, "head_share_of_a_core": 0.6}
     ],
 )
 def test_a_threshold_that_is_missed_is_a_sentence(least, most, words):
-    """None where none was given; a threshold that nothing meets is never met."""
+    """Without a threshold there is none; one that no figure reaches is always missed."""
     found = bench_host.missed(FIGURES, least_segments_per_s=least, most_core=most)
     assert len(found) == len(words)
     for sentence, part in zip(found, words, strict=True):

@@ -1,4 +1,4 @@
-"""benchmarks/compare_behaviour.py: a record of this checkout, and what a comparison says."""
+"""benchmarks/compare_behaviour.py records this checkout and compares records."""
 
 import json
 import os
@@ -19,7 +19,7 @@ BUNDLED = ROOT / "models" / "demo"
 
 
 def made_up() -> dict[str, Any]:
-    """Three records of one machine."""
+    """Return three records of one machine."""
     key = dict.fromkeys(KEYS, "x")
     records = [
         {**key, "question": str(n), "tokens_per_s": 0.1 * n, "messages": {"segment": n}}
@@ -35,7 +35,7 @@ def made_up() -> dict[str, Any]:
 
 
 def test_what_is_equal_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
-    """The order of the records means nothing."""
+    """The order of the records does not matter."""
     after = made_up()
     after["records"].reverse()
     assert compare(made_up(), after) == 0
@@ -43,7 +43,7 @@ def test_what_is_equal_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_last_digit_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    """A figure, a count of messages, a record that is gone, a figure that is new."""
+    """A changed figure or message count, a missing record, and a new figure are differences."""
     after = deepcopy(made_up())
     first, second, _ = after["records"]
     first["tokens_per_s"] = 0.10000000000000002
@@ -59,16 +59,16 @@ def test_the_last_digit_counts(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_questions_are_not_compared() -> None:
-    """They would all differ, and nothing would follow from it."""
+    """All records would differ, without any meaning."""
     after = made_up() | {"asked": {"quick": False}}
     with pytest.raises(SystemExit, match="different questions"):
         compare(made_up(), after)
 
 
 def test_another_machine_is_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its last digits may be others."""
+    """Its last digits may differ."""
     compare(made_up(), made_up() | {"machine": {"host": "b"}})
-    assert "may differ for that alone" in capsys.readouterr().out
+    assert "may differ for this reason alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["record.json", "record.json.gz"])
@@ -79,12 +79,12 @@ def test_a_record_is_read_as_it_was_written(name: str, tmp_path: Path) -> None:
 
 
 def test_it_asks_of_every_set() -> None:
-    """The script knows their names without the package, which differs between checkouts."""
+    """The script has its own list of sets, because the package differs between checkouts."""
     assert set(SETS) == set(DATASETS)
 
 
 def test_this_checkout_can_be_recorded(tmp_path: Path) -> None:
-    """A moved class or a renamed figure breaks the recorder here, and not when it is needed."""
+    """A moved class or a renamed figure breaks this test, not a later comparison."""
     out = tmp_path / "records.json"
     command = [
         *(sys.executable, str(ROOT / compare_behaviour.RECORDER)),

@@ -1,4 +1,4 @@
-"""benchmarks/token_path.py: its probe notes the lines of every process; its counts are right."""
+"""The probe of benchmarks/token_path.py records the lines of every process, and counts right."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def start():
 def test_the_probe_notes_lines_of_threads_and_of_their_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the package alone; a line that was not executed is not there."""
+    """It records only lines of the package that were executed."""
     package = tmp_path / "inner"
     package.mkdir()
     (package / "__init__.py").write_text(INNER)

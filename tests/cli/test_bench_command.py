@@ -270,7 +270,7 @@ def test_a_second_turn_that_does_not_fit_leaves_the_first(bench, tiny, monkeypat
         (["--cluster", "nowhere"], ["nowhere", "jetson-5"]),
         (["--emulated-model", "nothing"], ["nothing", "vicuna-7b"]),
         (["--datasets", "gsm8k"], ["gsm8k", "mt_bench, qa"]),
-        (["--questions", "9:"], ["none in the range"]),
+        (["--questions", "9:"], ["none in the given range"]),
         (["--temperatures", "warm"], ["--temperatures"]),
         (["--seeds", "1,1"], ["--seeds", "twice"]),
         (["--set", "ar.speed=9"], ["--set", "speed", "segment_size"]),

@@ -1,4 +1,4 @@
-"""Placing layers on devices: an exact search, memory never exceeded, refusals in numbers."""
+"""The placement of layers is exact, never exceeds memory, and explains refusals with numbers."""
 
 from itertools import permutations
 
@@ -40,7 +40,7 @@ NEEDS = needs_of("float16", context=512, requests=1, reserve_bytes=0.1e9)
 def device(
     name: str, *, gb: float = 8.0, gb_s: float = 50.0, mbps: float = 1000.0, ms: float = 0.3
 ) -> Candidate:
-    """A board."""
+    """Return a board."""
     return Candidate(
         name=name,
         device=DeviceProfile(
@@ -57,12 +57,12 @@ def device(
 
 
 def counts(placement: Placement) -> dict[str, int]:
-    """Layers by device, in order."""
+    """Return the layers by device, in order."""
     return {place.name: place.last - place.first for place in placement.places}
 
 
 def compositions(total: int, parts: int):
-    """All ways to write `total` as `parts` positive numbers."""
+    """Yield all ways to write `total` as `parts` positive numbers."""
     if parts == 1:
         yield (total,)
         return
@@ -72,7 +72,7 @@ def compositions(total: int, parts: int):
 
 
 def best_by_trying_all(candidates: list[Candidate], weights: Weights) -> float:
-    """The least predicted time over every order, subset and split that fits."""
+    """Return the least predicted time over every order, subset and split that fits."""
     best = float("inf")
     for size in range(1, len(candidates) + 1):
         for order in permutations(candidates, size):
@@ -99,7 +99,7 @@ def best_by_trying_all(candidates: list[Candidate], weights: Weights) -> float:
     ],
 )
 def test_the_search_finds_what_trying_everything_finds(candidates, miss):
-    """Unequal memory, speed and links; plain decoding (miss 1) to perfect drafts (miss 0)."""
+    """Memory, speed and links differ; `miss` goes from plain decoding (1) to perfect drafts (0)."""
     weights = Weights(miss=miss)
     placement = plan_layers(candidates, MODEL, NEEDS, weights=weights)
     by_name = {one.name: one for one in candidates}
@@ -122,7 +122,7 @@ def test_the_search_finds_what_trying_everything_finds(candidates, miss):
 
 
 def test_faster_devices_get_more_layers():
-    """Weighted by bandwidth, not by memory."""
+    """They are weighted by bandwidth, not by memory."""
     fast, slow = device("fast", gb_s=100), device("slow", gb=32, gb_s=25)
     model = read_model("vicuna-7b")
     placement = plan_layers([fast, slow], model, Needs(), weights=Weights(miss=0.1))
@@ -131,7 +131,7 @@ def test_faster_devices_get_more_layers():
 
 
 def test_plain_decoding_does_not_gain_from_a_second_device():
-    """Every token visits every stage: hops only cost; it is said."""
+    """Every token visits every stage, so hops only cost time; the placement says so."""
     placement = plan_layers([device("a"), device("b")], MODEL, NEEDS, weights=Weights(miss=1.0))
     assert len(placement.places) == 1
     assert "one device alone" in placement.about
@@ -139,13 +139,13 @@ def test_plain_decoding_does_not_gain_from_a_second_device():
 
 
 def test_identical_boards_share_a_large_model():
-    """Four boards of 8 GB and a 7B model in fp16, as in the published testbed."""
+    """They are four boards of 8 GB with a 7B model in fp16, as in the published testbed."""
     boards = [device(f"board-{k}", gb=7.4, gb_s=55) for k in range(4)]
     assert sorted(counts(plan_layers(boards, read_model("vicuna-7b"), Needs())).values()) == [8] * 4
 
 
 def test_what_does_not_fit_is_explained_in_numbers():
-    """Needed, available, on which device."""
+    """The error has the needed and the available memory of each device."""
     boards = [device("one", gb=4.0), device("two", gb=2.0)]
     with pytest.raises(DoesNotFitError) as raised:
         plan_layers(boards, read_model("vicuna-7b"), Needs())
@@ -156,25 +156,25 @@ def test_what_does_not_fit_is_explained_in_numbers():
 
 
 def test_the_slowest_are_the_spares_as_far_as_memory_allows():
-    """And where not, how many there are is said."""
+    """If memory does not allow all spares, the placement says how many there are."""
     boards = [device("a", gb_s=50), device("b", gb_s=5), device("c", gb_s=50)]
     placement = plan_layers(boards, MODEL, NEEDS, spares=1, weights=Weights(miss=0.0))
     assert "b" not in counts(placement)
     assert placement.left_out["b"].startswith("spare")
     tight = [device(name, gb=0.3) for name in "abc"]
     placement = plan_layers(tight, MODEL, NEEDS, spares=2)
-    assert "2 spares were asked for, the layers leave" in placement.about
+    assert "2 spares were asked for, but the layers leave" in placement.about
 
 
 def test_a_device_too_small_for_one_layer_is_left_out():
-    """With the sum that makes it so."""
+    """The reason has the numbers."""
     placement = plan_layers([device("a"), device("dust", gb=0.01)], MODEL, NEEDS)
     assert placement.left_out["dust"].startswith("too small: one layer")
     assert too_small(device("a"), MODEL, NEEDS) == ""
 
 
 def test_chosen_counts_are_kept():
-    """--layers overrides the search, not the memory."""
+    """--layers overrides the search, but not the memory limits."""
     boards = [device("a", gb=1.0), device("b", gb=0.25), device("c")]
     placement = fixed_layers(boards, MODEL, NEEDS, (1, 5))
     assert list(counts(placement).values()) == [1, 5]
@@ -186,7 +186,7 @@ def test_chosen_counts_are_kept():
 
 
 def test_context_and_requests_cost_memory():
-    """Caches are part of what a stage needs."""
+    """Caches are part of a stage's memory."""
     more = needs_of("float16", context=4096, requests=4, reserve_bytes=0.1e9)
     small, large = (needed_bytes(MODEL, n, 3, first=False, last=False) for n in (NEEDS, more))
     rows = 4096 * 4 - 512
@@ -194,7 +194,7 @@ def test_context_and_requests_cost_memory():
 
 
 def test_reports_become_candidates():
-    """Measured figures where there are some, cautious ones elsewhere."""
+    """Measured figures are used if present, cautious ones otherwise."""
     report = DeviceReport(
         hostname="x",
         kind="board",
@@ -216,7 +216,7 @@ def test_reports_become_candidates():
 
 
 def test_ten_devices_of_different_speed():
-    """Forty layers: the search is polynomial, or this would never end."""
+    """With forty layers, the search ends in time only because it is polynomial."""
     model = read_model("llama-2-13b")
     boards = [device(f"d{k}", gb=7.4, gb_s=30 + 5 * k) for k in range(10)]
     placement = plan_layers(boards, model, Needs())

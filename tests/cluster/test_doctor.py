@@ -1,4 +1,4 @@
-"""The doctor's rules: what is wrong, how bad, what to do; all from facts, no device needed."""
+"""The doctor's rules find problems, their severity and their fixes from facts alone."""
 
 import errno
 import fcntl
@@ -49,19 +49,19 @@ LINK = Link(latency_s=0.0003, up_bytes_per_s=1.1e8, down_bytes_per_s=1.1e8)
 
 
 def found(facts: Facts, what: str) -> CheckResult:
-    """The finding about something, the worst where there are several."""
+    """Return the result of a check, the worst if there are several."""
     findings = [one for one in examine(facts) if one.what == what]
     assert findings, f"nothing about {what}"
     return max(findings, key=lambda one: list(Level).index(one.level))
 
 
 def with_report(**changes: object) -> Facts:
-    """A good board but for this."""
+    """Return a good board with one change."""
     return replace(GOOD, report=REPORT.model_copy(update=changes))
 
 
 def test_a_good_board_can_join():
-    """No finding asks for anything."""
+    """No check asks for anything."""
     findings = list(examine(GOOD))
     assert can_join(findings)
     assert {one.level for one in findings} == {Level.OK}
@@ -119,7 +119,7 @@ def test_a_good_board_can_join():
     ],
 )
 def test_each_trap_has_its_fix(facts, what, level, fix):
-    """Errors stop joining, warnings do not."""
+    """Errors prevent joining, warnings do not."""
     finding = found(facts, what)
     assert finding.level is level
     assert fix in finding.fix
@@ -127,7 +127,7 @@ def test_each_trap_has_its_fix(facts, what, level, fix):
 
 
 def test_the_allocator_is_no_trap_before_its_time_or_once_set():
-    """Known from one release on, and cured by one variable."""
+    """It is known from one release on, and one variable cures it."""
     names = [one.what for one in examine(GOOD)]
     cured = replace(GOOD, l4t="R36.4.7", allocator="expandable_segments:True")
     assert "CUDA allocator" not in [*names, *(one.what for one in examine(cured))]
@@ -173,7 +173,7 @@ def test_jetson_traps_are_not_looked_for_elsewhere():
     ],
 )
 def test_the_way_to_the_head(facts, level, words):
-    """Unreachable, another version, slow, or fine."""
+    """The head is unreachable, of another version, slow, or fine."""
     findings = list(examine_link(facts))
     worst = max(findings, key=lambda one: list(Level).index(one.level))
     assert worst.level is level
@@ -182,7 +182,7 @@ def test_the_way_to_the_head(facts, level, words):
 
 
 def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
-    """What could not be looked at is told, with what to do, and not taken for good."""
+    """The result says what was not checked and what to do."""
     none, wrong = examine_token(""), examine_token("the token has a typing mistake; copy it")
     device = list(examine(GOOD))
     for finding, level, fix in (
@@ -193,7 +193,7 @@ def test_without_a_token_the_way_to_the_head_is_not_said_to_work():
         assert "was not checked" in finding.found
         assert fix in finding.fix
     assert verdict([*device, none]) == verdict(device)
-    assert "the way to a head was not checked" in verdict(device)
+    assert "the link to a head was not checked" in verdict(device)
     assert verdict([*device, wrong]) == "joining would not work"
     facts = LinkFacts(where="h", link=LINK, version=flowspec.__version__, own_address="10.0.0.2")
     assert verdict([*device, *examine_link(facts)]) == "joining would work"
@@ -216,7 +216,7 @@ def test_an_ipv6_address_is_a_network():
     ],
 )
 def test_a_disk_that_lacks_one_thing_is_no_cache(tmp_path, monkeypatch, owner, name, number, words):
-    """A network folder without locks, a card without links; join refuses with the same words."""
+    """`join` refuses a network folder without locks, or a card without links, in the same words."""
 
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -232,7 +232,7 @@ def test_a_disk_that_lacks_one_thing_is_no_cache(tmp_path, monkeypatch, owner, n
 
 
 def test_a_full_disk_is_fatal_only_without_layers(tmp_path, monkeypatch):
-    """What is there can be served; what is missing is told when it is fetched."""
+    """Cached layers can be served; missing ones are reported when they are fetched."""
     assert find_problem(tmp_path) is None
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(ValueError, match="is full: free 1 MB, needed 67 MB"):
@@ -252,7 +252,7 @@ def test_what_the_device_cannot_compute_in_is_found_by_trying():
 
 
 def test_facts_are_read_from_the_system(tmp_path: Path):
-    """Release, swap and what a small kernel said."""
+    """They include the release, swap, and the error of a small kernel."""
     (tmp_path / "etc").mkdir()
     (tmp_path / "proc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text("# R36 (release), REVISION: 4.7, GCID: 1\n")

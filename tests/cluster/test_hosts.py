@@ -1,4 +1,4 @@
-"""A cluster over ssh: what is run where, the token through standard input alone."""
+"""A cluster over ssh: the commands per host; the token only goes through standard input."""
 
 import os
 import stat
@@ -33,14 +33,14 @@ echo "$FLOWSPEC_TOKEN: $*"
 
 
 def executable(path: Path, text: str) -> None:
-    """A script at `path`."""
+    """Write a script to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def test_each_host_joins_and_the_token_is_in_no_command_line(tmp_path: Path, monkeypatch):
-    """With a stand-in for ssh that runs the command here."""
+    """A stand-in for ssh runs the command here."""
     executable(tmp_path / "bin/ssh", SSH)
     executable(tmp_path / "there/.venv/bin/flowspec", REMOTE)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -66,7 +66,7 @@ def test_each_host_joins_and_the_token_is_in_no_command_line(tmp_path: Path, mon
 
 
 def test_a_head_by_ipv6_is_joined_in_brackets(tmp_path: Path):
-    """However the file writes it."""
+    """The file may write it in any form."""
     for head in ("fd00::1", "[fd00::1]"):
         file = tmp_path / "hosts.yaml"
         file.write_text(f"head: '{head}'\nhosts: [a]")
@@ -93,7 +93,7 @@ def test_a_head_by_ipv6_is_joined_in_brackets(tmp_path: Path):
     ],
 )
 def test_bad_files_are_refused_by_key(tmp_path: Path, text, words):
-    """Also what a shell would take for more than a word, and passwords."""
+    """This includes shell metacharacters and passwords."""
     file = tmp_path / "hosts.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=words):
@@ -101,7 +101,7 @@ def test_bad_files_are_refused_by_key(tmp_path: Path, text, words):
 
 
 def test_the_example_is_good():
-    """What people copy must work."""
+    """People copy it, so it must work."""
     hosts = read_hosts(ROOT / "config/hosts.example.yaml")
     assert len(hosts.hosts) == 4
 

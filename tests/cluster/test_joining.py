@@ -1,4 +1,4 @@
-"""What goes wrong on the way into a cluster is told once, in a sentence, with one exit code."""
+"""Problems on the way into a cluster are reported once, in a sentence, with one exit code."""
 
 import logging
 import socket
@@ -14,7 +14,7 @@ from flowspec.cli.main import main
 from flowspec.cli.serve import _shard_server
 from flowspec.cli.ui.watch import Watch
 from flowspec.cluster.device import agent as joiner_module
-from flowspec.cluster.device.agent import JoinConfig, Joiner
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig
 from flowspec.cluster.device.stage_thread import StageJob, listen
 from flowspec.config import DeviceConfig
 from flowspec.protocol.control import Assign, ModelCard, Serve, Trouble, Welcome
@@ -41,7 +41,7 @@ WELCOME = Welcome(name="a", version="1", heartbeat_s=0.5, dead_after_s=2.5, cloc
 
 @pytest.fixture
 def head() -> Iterator[ControlServer]:
-    """It lets in whoever has its token."""
+    """Run a head that accepts peers with its token."""
     server = ControlServer("127.0.0.1", 0, KEYS)
     yield server
     server.close()
@@ -49,13 +49,13 @@ def head() -> Iterator[ControlServer]:
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that somebody has."""
+    """Return a port that is in use."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
 def exit_code(words: list[str], monkeypatch: Any) -> int:
-    """Of `flowspec WORDS`."""
+    """Return the exit code of `flowspec WORDS`."""
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the handlers outlive the command
     monkeypatch.setattr(sys, "argv", ["flowspec", *words])
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
@@ -69,7 +69,7 @@ def exit_code(words: list[str], monkeypatch: Any) -> int:
     ["join HEAD", "status HEAD", "chat HEAD", "generate --head HEAD hi", "plan --head HEAD"],
 )
 def test_another_token_is_the_user_s_to_mend_whatever_the_command(words, head, monkeypatch, capsys):
-    """2, as for all that trying again cannot help; a script can rely on it."""
+    """The exit code is 2, as for all problems that retries cannot solve; scripts rely on it."""
     monkeypatch.setenv("FLOWSPEC_TOKEN", new_token())
     words = words.replace("HEAD", f"127.0.0.1:{head.port}")
     assert exit_code(words.split(), monkeypatch) == 2
@@ -80,7 +80,7 @@ def test_another_token_is_the_user_s_to_mend_whatever_the_command(words, head, m
 
 @pytest.mark.parametrize("words", ["status HEAD", "generate --head HEAD hi"])
 def test_a_head_that_is_not_there_is_a_failure_of_the_cluster(words, taken, monkeypatch, capsys):
-    """3: it may come back."""
+    """The exit code is 3: the head may come back."""
     monkeypatch.setenv("FLOWSPEC_TOKEN", new_token())
     monkeypatch.setattr("flowspec.engine.client.HANDSHAKE_TIMEOUT_S", 0.5)
     assert exit_code(words.replace("HEAD", f"127.0.0.1:{taken}").split(), monkeypatch) == 3
@@ -93,7 +93,7 @@ def test_a_head_that_is_not_there_is_a_failure_of_the_cluster(words, taken, monk
 def test_a_copy_of_the_model_that_is_none_is_refused_at_once(
     model, names, tmp_path, monkeypatch, capsys
 ):
-    """A device that joined with it would hold nothing."""
+    """A device that joined with it would hold no layers."""
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FLOWSPEC_TOKEN", new_token())
@@ -102,18 +102,18 @@ def test_a_copy_of_the_model_that_is_none_is_refused_at_once(
 
 
 class _Watch:
-    """Keeps what is said."""
+    """Keeps the log lines."""
 
     def __init__(self) -> None:
         self.said: list[tuple[str, str]] = []
 
     def say(self, text: str, *, level: str = "info") -> None:
-        """See Watch.say."""
+        """Keep a log line."""
         self.said.append((level, text))
 
 
 def test_a_port_for_layers_that_is_taken_is_told_with_the_one_used_instead(taken, tmp_path):
-    """A firewall that is open for the one alone keeps everybody out."""
+    """A firewall may be open only for the first one."""
     checkpoint = open_checkpoint(save_checkpoint(tmp_path / "own") / "target")
     run_split(plan_split(checkpoint, layers=(2, 2)), tmp_path / "split", model_id="m")
     watch = _Watch()
@@ -126,7 +126,7 @@ def test_a_port_for_layers_that_is_taken_is_told_with_the_one_used_instead(taken
 
 
 def test_data_ports_that_are_taken_are_told_with_those_used_instead(taken, caplog):
-    """The same for the head's and a device's own."""
+    """The same holds for the head's and a device's own ports."""
     transport = listen(1, "127.0.0.1", taken, {}, KEYS)
     transport.close()
     used = [bound.rpartition(":")[2] for bound in transport.bound.values()]
@@ -135,19 +135,19 @@ def test_data_ports_that_are_taken_are_told_with_those_used_instead(taken, caplo
 
 
 class _Job:
-    """Of epoch 1."""
+    """A job of epoch 1."""
 
     assign = SimpleNamespace(epoch=1)
 
     def serve(self, addresses: object) -> None:
-        """See StageJob.serve."""
+        """Do nothing."""
 
     def stop(self) -> None:
-        """See StageJob.stop."""
+        """Do nothing."""
 
 
-class _Trying(Joiner):
-    """Its tries end as `story` has them."""
+class _Trying(DeviceAgent):
+    """An agent whose tries end as in `story`."""
 
     def __init__(self, story: list[str]) -> None:
         super().__init__(
@@ -169,11 +169,11 @@ class _Trying(Joiner):
         return reason
 
     def _pause(self, seconds: float) -> None:
-        """No time passes."""
+        """Let no time pass."""
 
 
 def test_why_it_tries_again_is_told_once(monkeypatch, caplog):
-    """Not at every try: a log of a night would hold nothing else."""
+    """It is not reported at every try, or it would fill the log of a night."""
     _Trying(["no head"] * 50 + ["other"] + ["no head"] * 50).run()
     told = [record.message.partition(";")[0] for record in caplog.records]
     assert told == ["no head", "other", "no head"]
@@ -190,7 +190,7 @@ def test_why_it_tries_again_is_told_once(monkeypatch, caplog):
 
 
 def test_what_a_stage_lacks_is_told_once_and_without_a_traceback(monkeypatch, caplog):
-    """The device tries again with the same copy, and the same is missing."""
+    """The device tries again with the same copy, and lacks the same file."""
     monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])
     watch = Watch(log_json=False, device="a")
     logging.getLogger().handlers[:] = [caplog.handler]

@@ -1,4 +1,4 @@
-"""Membership as a state machine: joins, refusals, losses, spares, new plans; no sockets."""
+"""Membership as a state machine: joins, refusals, losses, spares and new placements."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ from tests.support.membership_world import (
 
 
 def test_layers_are_given_out_once_they_are_covered():
-    """One device is not enough; with the second both get layers, and each other's addresses."""
+    """One device is not enough; with the second, both get layers and each other's addresses."""
     world = World()
     a = world.join("a")
     world.pass_time(3.0, a)
@@ -61,7 +61,7 @@ def test_layers_are_given_out_once_they_are_covered():
 
 
 def test_it_waits_a_moment_for_further_devices():
-    """Devices that are started together are planned together."""
+    """Devices that start together are placed together."""
     world = World(settle_s=2.0)
     a = world.join("a", 8)
     world.pass_time(1.0, a)
@@ -98,7 +98,7 @@ def test_who_does_not_fit_is_refused_with_both_values(fields, words):
 
 
 def test_an_offline_copy_serves_whatever_is_computed_in():
-    """The files are the same; the dtype of the run is the head's to choose."""
+    """The files are the same; the head chooses the dtype of the run."""
     world = World()
     stored = MODEL.model_copy(update={"dtype": "bfloat16"})
     peer = world.join("a", pinned=True, model=stored)
@@ -106,7 +106,7 @@ def test_an_offline_copy_serves_whatever_is_computed_in():
 
 
 def test_two_devices_of_one_name_are_told_apart():
-    """Boards of one image have one host name."""
+    """Boards with one image have one host name."""
     world = World()
     peers = [world.join("orin") for _ in range(3)]
     assert [world.last(peer, Welcome).name for peer in peers] == ["orin", "orin-2", "orin-3"]
@@ -117,7 +117,7 @@ def test_two_devices_of_one_name_are_told_apart():
     [("silence", "no heartbeat"), ("broken", "connection lost"), ("bye", "left: power off")],
 )
 def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
-    """However it goes, one ClusterError, and the others are released."""
+    """Every kind of loss gives one ClusterError, and the others are released."""
     world = World()
     a, b = world.serving(4, 4)
     if how == "silence":
@@ -137,7 +137,7 @@ def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
 
 
 def test_a_spare_takes_over_at_once_and_the_others_keep_their_layers():
-    """Nothing has to be planned or moved but what was lost."""
+    """Only the lost layers move."""
     world = World()
     a, b, c = world.serving(4, 4, 4)
     assert world.last(c, Assign) is None
@@ -153,7 +153,7 @@ def test_a_spare_takes_over_at_once_and_the_others_keep_their_layers():
 
 
 def test_a_late_device_is_a_spare_and_is_told_so():
-    """It must not disturb what runs."""
+    """It must not disturb the running pipeline."""
     world = World()
     world.serving(4, 4)
     late = world.join("late")
@@ -162,10 +162,10 @@ def test_a_late_device_is_a_spare_and_is_told_so():
 
 
 class AsManyAsThereAre(OneLayerPerGigabyte):
-    """Spreads the layers over all devices."""
+    """A planner that spreads the layers over all devices."""
 
     def place(self, reports, *, spares):
-        """Even layers over all of them, in order of their names."""
+        """Return even layers over all devices, in order of their names."""
         layers = even_layers(NUM_LAYERS, len(reports))
         starts = [sum(layers[:k]) for k in range(len(layers))]
         return Placement(
@@ -176,12 +176,12 @@ class AsManyAsThereAre(OneLayerPerGigabyte):
         )
 
     def accepts(self, places):
-        """Nobody has chosen."""
+        """Accept any counts: the user has chosen none."""
         return True
 
 
 def test_devices_that_come_late_share_the_layers_once_nobody_waits_for_an_answer():
-    """One line per device, pasted one after the other: the first must not keep it all."""
+    """Devices that a user starts one after the other must share the layers in the end."""
     world = World()
     world.members.planner = AsManyAsThereAre()
     a = world.join("a", 8)
@@ -201,7 +201,7 @@ def test_devices_that_come_late_share_the_layers_once_nobody_waits_for_an_answer
 
 
 def test_layers_do_not_move_for_little():
-    """Loading takes longer than a few percent will ever bring back."""
+    """Loading takes longer than a gain of a few percent would bring back."""
     world = World()
     world.members.planner = AsManyAsThereAre()
     world.members.planner.seconds_per_token = lambda reports, places: 10.0 - 0.5 * len(places)
@@ -214,7 +214,7 @@ def test_layers_do_not_move_for_little():
 
 
 def test_a_returning_device_takes_its_own_layers_back():
-    """Within the wait nobody else is asked; the other one's layers stay where they are."""
+    """During the wait no other device is asked, and the other one's layers stay."""
     world = World()
     a, b = world.serving(4, 4)
     world.apply(world.members.unreachable(b, world.now))
@@ -225,7 +225,7 @@ def test_a_returning_device_takes_its_own_layers_back():
 
 
 def test_without_a_return_the_rest_is_planned_anew():
-    """Once the wait is over; a device that was of no use before may be now."""
+    """After the wait, a device that was not needed before may be needed now."""
     world = World()
     a, b, c = world.serving(3, 3, 3)
     world.apply(world.members.unreachable(a, world.now))
@@ -238,14 +238,14 @@ def test_without_a_return_the_rest_is_planned_anew():
 
 
 def test_too_small_devices_are_told_in_numbers():
-    """They stay, for the memory may become free."""
+    """They stay, because the memory may become free."""
     world = World()
     peers = world.serving(4, 4, 0)
     assert "1 GB needed, 0 there" in world.last(peers[2], Standby).why
 
 
 def test_open_requests_end_when_nobody_comes():
-    """Once, with the reason; a later device still starts the cluster again."""
+    """They end once, with the reason; a later device still starts the cluster again."""
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     world.apply(world.members.unreachable(b, world.now))
@@ -260,7 +260,7 @@ def test_open_requests_end_when_nobody_comes():
 
 @pytest.mark.parametrize(("idle", "level"), [(True, "info"), (False, "error")])
 def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, level):
-    """Nothing is wrong with a head that nobody has joined yet."""
+    """A head without any device so far has no problem."""
     world = World(give_up_s=20.0)
     world.pass_time(25.0, idle=idle)
     (said,) = [e for e in world.effects if isinstance(e, LogEvent) and "not been covered" in e.text]
@@ -269,7 +269,7 @@ def test_a_head_that_waits_for_devices_has_no_error_unless_somebody_asked(idle, 
 
 
 def test_a_stage_that_names_another_loses_that_one():
-    """The one that cannot be reached is at fault, and the errors say who saw it."""
+    """The unreachable stage is at fault, and the error says who saw it."""
     world = World()
     a, b = world.serving(4, 4)
     world.say(a, Trouble(epoch=1, cause="took no Segment for 10 s", lost=2))
@@ -292,7 +292,7 @@ def test_who_fails_again_and_again_need_not_come_back():
 
 
 def test_faults_that_lie_far_apart_are_forgiven():
-    """A device that runs out of memory once a day is worth having."""
+    """A device that runs out of memory once a day is still useful."""
     world = World()
     a = world.join("a")
     for _ in range(MAX_STRIKES + 1):
@@ -305,7 +305,7 @@ def test_faults_that_lie_far_apart_are_forgiven():
 
 
 def test_connections_that_break_as_an_epoch_ends_cost_nobody_its_place():
-    """The others leave the data plane when one is lost, and whoever is slow sees them go."""
+    """Other devices leave the data plane after a loss, and a slow device sees that."""
     world = World(rejoin_wait_s=5.0)
     a, b, c = world.serving(3, 3, 3)
     world.apply(world.members.unreachable(b, world.now))
@@ -315,7 +315,7 @@ def test_connections_that_break_as_an_epoch_ends_cost_nobody_its_place():
 
 
 def test_another_model_is_refused_by_both_hashes():
-    """What was loaded decides, not what was said."""
+    """The loaded model decides, not the announced one."""
     world = World()
     a, b = world.join("a"), world.join("b")
     world.pass_time(1.5, a, b)
@@ -339,7 +339,7 @@ def test_other_numerics_are_refused_by_name():
 
 
 def test_words_of_an_old_epoch_change_nothing():
-    """A device that was slow to hear of the new plan."""
+    """They come from a device that was slow to hear of the new placement."""
     world = World()
     a, b, c = world.serving(4, 4, 4)
     world.apply(world.members.unreachable(b, world.now))
@@ -350,7 +350,7 @@ def test_words_of_an_old_epoch_change_nothing():
 
 
 def test_after_a_restart_of_the_head_devices_keep_what_they_hold():
-    """Whatever order they come back in, nobody has to load anything."""
+    """In any order of their return, no device has to load anything."""
     world = World()
     b = world.join("b", 8, model=MODEL, layers=(5, 8))
     c = world.join("c", 8)
@@ -365,14 +365,14 @@ def test_after_a_restart_of_the_head_devices_keep_what_they_hold():
 
 
 def test_a_stranger_is_asked_for_its_name():
-    """After a restart of the head, heartbeats come from devices it does not know."""
+    """After a restart of the head, heartbeats come from unknown devices."""
     world = World()
     world.say(b"who", Beat())
     assert world.told[b"who"] == [WhoAreYou()]
 
 
 def test_the_device_count_is_waited_for_and_then_not():
-    """Fewer than configured: after the wait it starts with those that came."""
+    """After the wait, it starts with the devices that came."""
     world = World(devices=3, wait_for_devices_s=10.0)
     a, b = world.join("a"), world.join("b")
     world.pass_time(5.0, a, b)
@@ -382,20 +382,20 @@ def test_the_device_count_is_waited_for_and_then_not():
 
 
 def test_a_wrong_clock_is_told():
-    """It harms nothing but the comparison of logs."""
+    """It only affects the comparison of logs."""
     world = World()
     world.join("a", clock=5000.0)
     assert "clock is +4900 s off" in world.said()
 
 
 def test_impossible_rhythms_are_refused():
-    """One late heartbeat would count as a death."""
+    """One late heartbeat would count as a loss."""
     with pytest.raises(ValueError, match="two heartbeats"):
         replace(CONFIG, heartbeat_s=1.0, dead_after_s=1.5)
 
 
 def test_quick_returns_do_not_put_off_the_end_for_ever():
-    """A device that dies at its first forward and rejoins at once: no token ever comes through."""
+    """A device may die at its first forward and rejoin at once, so that no token ever comes."""
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     rejoined = 0
@@ -417,7 +417,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
 
 
 def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
-    """Covered for a moment between two losses is not served."""
+    """Being covered for a moment between two losses does not count as served."""
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     for _ in range(3):
@@ -446,7 +446,7 @@ def test_a_cluster_that_has_served_begins_to_count_anew():
 
 
 def test_a_halt_says_whether_a_request_can_be_its_cause():
-    """Not where a device leaves in order."""
+    """A device that leaves in order is not a request's doing."""
     world = World()
     a, b = world.serving(4, 4)
     world.say(b, Bye(why="stopped"))
@@ -459,7 +459,7 @@ def test_a_halt_says_whether_a_request_can_be_its_cause():
 
 
 def test_failures_that_a_request_caused_are_no_strikes():
-    """Else whoever asks three bad questions has sent a device away for good."""
+    """Otherwise a client with three bad requests could exclude a device for good."""
     world = World()
     a = world.join("a")
     for number in range(2 * MAX_STRIKES):
@@ -473,7 +473,7 @@ def test_failures_that_a_request_caused_are_no_strikes():
 
 
 def test_what_a_request_caused_is_forgiven_to_the_device_it_hit_alone():
-    """Another one's own faults still count, and who has waited begins to wait anew."""
+    """Another device's own failures still count, and the wait starts again."""
     world = World(give_up_s=20.0)
     a = world.join("a")
     for _ in range(MAX_STRIKES):  # of its own
@@ -487,7 +487,7 @@ def test_what_a_request_caused_is_forgiven_to_the_device_it_hit_alone():
 
 
 def test_the_end_of_a_cause_is_progress():
-    """As a token is: neither the attempts nor the time in vain go on to count."""
+    """As after a token, attempts and waiting time start from zero."""
     world = World(give_up_s=20.0)
     a, b = world.serving(4, 4)
     for _ in range(3 * MAX_ATTEMPTS):
@@ -502,7 +502,7 @@ def test_the_end_of_a_cause_is_progress():
 
 
 def test_the_head_hears_of_a_loss_before_stages_leave():
-    """Their connections break as they leave, which must not look like the cause."""
+    """Their connections break when they leave, which must not look like the cause."""
     world = World()
     a, _ = world.serving(4, 4)
     count = len(world.effects)

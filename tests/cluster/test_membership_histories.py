@@ -1,4 +1,4 @@
-"""Random histories of a cluster: whatever happens, each layer has one living holder."""
+"""In random histories of a cluster, each layer always has one living holder."""
 
 import random
 
@@ -11,7 +11,7 @@ from tests.support.membership_world import NUM_LAYERS, World
 
 @pytest.mark.parametrize("seed", range(60))
 def test_whatever_happens_each_layer_has_one_living_holder(seed):
-    """Joins, silences, broken connections, failures and late words, in any order."""
+    """The events are joins, silences, broken connections, failures and late messages."""
     chance = random.Random(seed)
     world = World(rejoin_wait_s=chance.choice([0.0, 2.0]), spares=chance.choice([0, 1]))
     alive: list[bytes] = []
@@ -43,7 +43,7 @@ def test_whatever_happens_each_layer_has_one_living_holder(seed):
 
 
 def check(world: World) -> None:
-    """Of the epoch at work: consecutive layers, ranks in order, holders that are there."""
+    """Check the serving epoch: consecutive layers, ranks in order, living holders."""
     members = world.members
     if members.phase is Phase.GATHERING:
         assert all(device.rank == 0 for device in members.devices.values())

@@ -1,4 +1,4 @@
-"""This machine's addresses in the order in which others are likely to reach them."""
+"""This machine's addresses come in the order in which others are likely to reach them."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ ROUTES_6 = f"""fd00{"0" * 28} 40 {ZEROS} 00 {ZEROS} 00000100 00000001 00000000 0
 
 
 def at(name: str, address: str) -> Interface:
-    """One that is up."""
+    """Return an active interface."""
     return Interface(name=name, address=address)
 
 
 def test_default_routes_are_read(tmp_path: Path) -> None:
-    """The least metric of each interface, without those that reject."""
+    """Each interface has its least metric, without rejecting routes."""
     (tmp_path / "route").write_text(ROUTES)
     assert default_routes(tmp_path) == {("eth0", False): 100, ("wlan0", False): 600}
     (tmp_path / "ipv6_route").write_text(ROUTES_6)
@@ -38,7 +38,7 @@ def test_default_routes_are_read(tmp_path: Path) -> None:
 
 
 def test_the_default_route_comes_first_and_what_is_virtual_last() -> None:
-    """Whatever the order of their indices."""
+    """This holds for any order of their indices."""
     ordered = [
         at("eth0", "192.168.1.2"),
         at("wlan0", "192.168.1.3"),
@@ -83,7 +83,7 @@ def test_the_default_route_comes_first_and_what_is_virtual_last() -> None:
     ],
 )
 def test_kinds_of_interfaces(tmp_path: Path, name: str, kind: Kind) -> None:
-    """A card makes what stands on it physical; others are known by their type or name."""
+    """A card makes the interfaces on it physical; others are known by type or name."""
     for one in ("eth0", "bond0", "br0", "mybridge", "company-vpn", "l4tbr0", "rndis0"):
         (tmp_path / one).mkdir()
         (tmp_path / one / "type").write_text("65534\n" if one == "company-vpn" else "1\n")
@@ -95,7 +95,7 @@ def test_kinds_of_interfaces(tmp_path: Path, name: str, kind: Kind) -> None:
 
 
 def test_a_listener_is_reached_at_what_it_listens_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All interfaces of the family, else the one address, by the name that was given for it."""
+    """It has all addresses of the family, or one address under the name that was given."""
     every = [at("eth0", "10.0.0.2"), at("eth0", "fd00::2"), at("eth0", "fe80::2%eth0")]
     every.append(at("lo", "127.0.0.1"))
     monkeypatch.setattr(network, "interfaces", lambda: every)
@@ -111,6 +111,6 @@ def test_a_listener_is_reached_at_what_it_listens_at(monkeypatch: pytest.MonkeyP
 
 
 def test_the_prompt_of_serve_reaches_its_own_head() -> None:
-    """Also where --host is one address alone."""
+    """This also holds if --host is a single address."""
     assert own_host("192.168.1.2", 7000) == "192.168.1.2"
     assert own_host("::", 7000) == "127.0.0.1"

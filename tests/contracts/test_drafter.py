@@ -1,6 +1,6 @@
-"""What every drafter promises, whatever comes when: the same proposals as from a fresh start.
+"""Every drafter gives the same proposals as a fresh one, in any order of events.
 
-Texts, trees and features are random; nothing of a drafter's own mathematics is used here.
+Texts, trees and hidden states are random; nothing depends on a drafter's own mathematics.
 """
 
 from collections.abc import Sequence
@@ -32,13 +32,13 @@ ALL_DRAFTERS = (*MODEL_DRAFTERS, *SCRIPTS)
 
 @lru_cache(maxsize=1024)
 def feature(layer: int, position: int) -> Tensor:
-    """What the target might give there."""
+    """Return a possible hidden state of the target at that position."""
     generator = torch.Generator().manual_seed(1000 * (layer + 2) + position)
     return torch.randn(CONFIG.hidden_size, generator=generator)
 
 
 class Play:
-    """A request being drafted: text and tree are the test's, the session is the drafter's."""
+    """A request being drafted: the test decides text and tree, the drafter provides the session."""
 
     def __init__(
         self,
@@ -68,22 +68,22 @@ class Play:
         self.session.accept(prompt)
 
     def plant(self, token: int) -> None:
-        """The prompt's verdict."""
+        """Give the prompt's verdict."""
         self.tree.plant(NO_NODE, token, len(self.tokens))
         self.take([token])
 
     def take(self, tokens: Sequence[int]) -> None:
-        """More truth."""
+        """Add true tokens."""
         self.tokens += tokens
         self.session.accept(tokens)
 
     def verdict(self, parent: Node, token: int) -> None:
-        """The path to `parent` and then `token` are true; features come later."""
+        """Make the path to `parent` and then `token` true; hidden states come later."""
         path, _ = self.tree.reroot(parent.id, token)
         self.take([*(node.token for node in path[1:]), token])
 
     def give(self, count: int | None = None, *, random: Random | None = None) -> None:
-        """Features of the next `count` positions (None: all), in any order."""
+        """Give hidden states of the next `count` positions (None: all), in any order."""
         end = len(self.tokens) - 1
         end = end if count is None else min(end, self.num_known + count)
         due = [
@@ -98,7 +98,7 @@ class Play:
         self.num_known = max(self.num_known, end)
 
     def absorb(self) -> list[Proposal]:
-        """All that is ready."""
+        """Absorb all that is ready."""
         found = []
         while self.session.num_rows_ready:
             before = self.session.num_rows_ready
@@ -107,12 +107,12 @@ class Play:
         return found
 
     def grow(self, parent: Node, tokens: Sequence[int]) -> list[Node]:
-        """Children by the test's own choice."""
+        """Add children that the test chooses."""
         parent.expanded = True
         return [self.tree[self.tree.add(parent.id, token, -1.0).id] for token in tokens]
 
     def expand(self, nodes: Sequence[Node]) -> list[Proposal]:
-        """One forward."""
+        """Run one forward."""
         return draft(self.drafter, [DraftJob(self.session, self.tree, nodes)])[0]
 
     def fresh(self) -> "Play":
@@ -143,7 +143,7 @@ def check_shape(proposal: Proposal, node: Node, draft_topk: int) -> None:
 
 
 def check_same(got: Sequence[Proposal], want: Sequence[Proposal]) -> None:
-    """Equal children and scores; ids may differ."""
+    """Check that children and scores are equal; ids may differ."""
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         mine, theirs = dict(one.children), dict(other.children)
@@ -152,7 +152,7 @@ def check_same(got: Sequence[Proposal], want: Sequence[Proposal]) -> None:
 
 
 def check_fresh(play: Play) -> None:
-    """From here on it drafts as if nothing had been before: root, children, grandchildren."""
+    """Check that it drafts like a fresh session: root, children, grandchildren."""
     play.give()
     other = play.fresh()
     (got,), (want,) = play.absorb()[-1:], other.absorb()
@@ -192,7 +192,7 @@ def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingPara
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_absorbing_in_pieces_is_absorbing_at_once(name: str) -> None:
-    """Features and tokens in any order and portion; the root comes up exactly once."""
+    """Hidden states and tokens come in any order and portion; the root comes up exactly once."""
     for seed in range(6):
         random = Random(seed)
         play = Play(drafter_named(name), PROMPT, sampling=T1)
@@ -211,7 +211,7 @@ def test_absorbing_in_pieces_is_absorbing_at_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
-    """And ends where one that is absorbed as the features come does."""
+    """The end state equals that of absorbing as the hidden states come."""
     play = Play(drafter_named(name), [(5 * n) % VOCAB for n in range(200)])
     play.plant(8)
     play.give()
@@ -231,7 +231,7 @@ def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
 @pytest.mark.parametrize("hit", [True, False])
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int) -> None:
-    """A hit or a miss, at the root or far below it, with and without drafted siblings."""
+    """The verdict is a hit or a miss, at the root or far below, with and without siblings."""
     play = Play(drafter_named(name), PROMPT, sampling=T1)
     play.plant(8)
     play.give()
@@ -252,7 +252,7 @@ def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int)
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_true_rows_beside_guesses_change_neither(name: str) -> None:
-    """The root's word is that of absorbing alone, a guess's the one it had before the verdict."""
+    """The root's proposal equals that of absorbing alone, a guess's equals the one before."""
     joint, apart = (Play(drafter_named(name), PROMPT, sampling=T1) for _ in range(2))
     found = []
     for play in (joint, apart):
@@ -279,7 +279,7 @@ def test_true_rows_beside_guesses_change_neither(name: str) -> None:
 
 
 def act(play: Play, seed: int) -> DraftJob | None:
-    """A random event of a generation; the forward it asks for, if it does."""
+    """Cause a random event of a generation; return its forward, if any."""
     random = Random(seed)
     kind = random.choice(["grow", "grow", "verdict", "some features", "features"])
     if kind == "verdict" and len(play.tokens) < len(play.asked.prompt) + MAX_NEW_TOKENS - 8:
@@ -305,7 +305,7 @@ def act(play: Play, seed: int) -> DraftJob | None:
 
 
 def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) -> None:
-    """The head's part after a forward: nodes get children."""
+    """Do the head's part after a forward: give nodes their children."""
     random = Random(seed)
     expanded = [n.id for n in job.nodes]
     assert [p.node for p in proposals][len(proposals) - len(expanded) :] == expanded
@@ -318,7 +318,7 @@ def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> None:
-    """Absorbing, expanding or both, in any mixture; after it each is as good as fresh."""
+    """Absorbing and expanding are mixed; afterwards each request drafts like a fresh one."""
     drafter = drafter_named(name)
     prompts = [PROMPT, PROMPT[:2], (9, 9, 4, 1), tuple(range(20))]
     plays = [[Play(drafter, own, sampling=T1) for own in prompts] for _ in range(2)]
@@ -352,7 +352,7 @@ def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 @pytest.mark.parametrize("late", [0, 3])
 def test_the_next_turn_goes_on_where_the_last_ended(name: str, late: int) -> None:
-    """Features from `num_cached_tokens` on are enough, wherever the texts part."""
+    """Hidden states from `num_cached_tokens` on are enough, wherever the texts differ."""
     first = Play(drafter_named(name), PROMPT)
     first.plant(8)
     first.give()

@@ -1,4 +1,4 @@
-"""The emulated network between real processes: messages come no earlier than its lines allow."""
+"""Over the emulated network, messages arrive no earlier than its lines allow."""
 
 import time
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ DATA_BYTES = 100.0  # a tenth of a second
 
 
 class Wire:
-    """A transport that loops what is sent back to whoever receives."""
+    """A transport that records what is sent and returns given messages."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[float, int, WireMessage]] = []
@@ -25,25 +25,25 @@ class Wire:
         self.closed = False
 
     def send(self, to: int, message: WireMessage) -> None:
-        """See Transport.send."""
+        """Record the message, or raise `error`."""
         if self.error is not None:
             raise self.error
         self.sent.append((time.monotonic(), to, message))
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """See Transport.receive."""
+        """Return the given messages."""
         messages, self.waiting = self.waiting, []
         if not messages:
             time.sleep(timeout_s)
         return messages
 
     def close(self) -> None:
-        """See Transport.close."""
+        """Record that it was closed."""
         self.closed = True
 
 
 def line(source: int, to: int, message: WireMessage) -> Passage:
-    """Data occupies the line for a tenth of a second, control for hardly anything."""
+    """Data occupies the line for a tenth of a second, control for nearly no time."""
     del source, to
     size = DATA_BYTES if isinstance(message, FinishRequest) else 1.0
     return Passage(latency_s=0.05, num_bytes=size, rate_out=RATE, rate_in=RATE)
@@ -51,13 +51,13 @@ def line(source: int, to: int, message: WireMessage) -> Passage:
 
 @pytest.fixture
 def wire() -> Wire:
-    """What lies below."""
+    """Return the transport below."""
     return Wire()
 
 
 @pytest.fixture
 def transport(wire: Wire) -> EmulatedTransport:
-    """Rank 1 over it."""
+    """Return rank 1 over it."""
     return EmulatedTransport(wire, 1, line)
 
 
@@ -70,7 +70,7 @@ def until(condition: object, timeout_s: float = 5.0) -> None:
 
 
 def test_messages_take_the_lines_time_and_a_latency(wire, transport):
-    """Three that occupy a tenth of a second each: the last leaves after three tenths."""
+    """Three messages occupy a tenth of a second each, so the last leaves after three tenths."""
     start = time.monotonic()
     for number in range(1, 4):
         transport.send(2, FinishRequest(request=number))
@@ -82,7 +82,7 @@ def test_messages_take_the_lines_time_and_a_latency(wire, transport):
 
 
 def test_control_shares_the_line_with_data(wire, transport):
-    """A verdict does not wait for the segments that were handed over before it."""
+    """A verdict does not wait for the segments that were sent before it."""
     for number in range(1, 4):
         transport.send(2, FinishRequest(request=number))
     transport.send(2, Ping(rank=0))
@@ -92,7 +92,7 @@ def test_control_shares_the_line_with_data(wire, transport):
 
 
 def test_a_receivers_line_takes_one_message_after_another(wire, transport):
-    """Two senders at once, each at the line's full rate: the second waits for the first."""
+    """Two senders send at the line's full rate; the second message waits for the first."""
     wire.waiting = [FinishRequest(request=1), FinishRequest(request=2)]
     start = time.monotonic()
     got: list[WireMessage] = []
@@ -104,7 +104,7 @@ def test_a_receivers_line_takes_one_message_after_another(wire, transport):
 
 
 def test_what_could_not_be_sent_is_an_error_of_the_next_call(wire, transport):
-    """The thread has nobody to tell; the next to send hears of it."""
+    """The sending thread has no caller, so the next `send` raises the error."""
     wire.error = ClusterError("stage 2", "took no Ping for 10 s")
     transport.send(2, Ping(rank=0))
 
@@ -121,7 +121,7 @@ def test_what_could_not_be_sent_is_an_error_of_the_next_call(wire, transport):
 
 
 def test_no_more_is_held_than_a_bound(wire, transport, monkeypatch):
-    """A line slower than its sender is noticed; memory does not fill up."""
+    """A line that is slower than its sender is noticed, and memory does not fill up."""
     monkeypatch.setattr(emulated, "MAX_HELD", 3)
     monkeypatch.setattr(emulated, "SEND_TIMEOUT_S", 0.0)
     for number in range(1, 4):
@@ -132,7 +132,7 @@ def test_no_more_is_held_than_a_bound(wire, transport, monkeypatch):
 
 
 def test_closing_sends_what_was_handed_over(wire, transport):
-    """A stage's last words reach the head."""
+    """A stage's last messages reach the head."""
     transport.send(0, Ping(rank=1))
     transport.close()
     assert len(wire.sent) == 1

@@ -1,4 +1,4 @@
-"""What is torch.distributed's own: connections that break, envelopes, no limit on idle time."""
+"""Properties of torch.distributed alone: broken connections, envelopes, no limit on idle time."""
 
 import shutil
 import tempfile
@@ -25,7 +25,7 @@ MakeRank = Callable[[int], TorchDistTransport]
 
 @pytest.fixture
 def meeting() -> Iterator[Meeting]:
-    """A folder where ranks meet."""
+    """Return a folder where ranks meet."""
     folder = tempfile.mkdtemp(prefix="fs")
     yield meet_in_folder(folder)
     shutil.rmtree(folder)
@@ -33,7 +33,7 @@ def meeting() -> Iterator[Meeting]:
 
 @pytest.fixture
 def rank(meeting: Meeting) -> Iterator[MakeRank]:
-    """Makes rank 0, 1 or 2 of one cluster."""
+    """Return a factory for rank 0, 1 or 2 of one cluster."""
     made = []
 
     def make(number: int) -> TorchDistTransport:
@@ -46,7 +46,7 @@ def rank(meeting: Meeting) -> Iterator[MakeRank]:
 
 
 def connected(rank: MakeRank, *numbers: int) -> list[TorchDistTransport]:
-    """These ranks, each having heard of every other."""
+    """Return these ranks once each has heard from every other."""
     ranks = [rank(number) for number in numbers]
     for here in ranks:
         for there in ranks:
@@ -58,14 +58,14 @@ def connected(rank: MakeRank, *numbers: int) -> list[TorchDistTransport]:
 
 
 def crash(transport: TorchDistTransport) -> None:
-    """End its connections without a word, as the kernel does for a killed process."""
+    """Close its connections silently, as the kernel does for a killed process."""
     for link in transport._links.values():
         if link._gloo is not None:
             torch_link._close_gloo(link._gloo, 1 - link._me)
 
 
 def test_the_head_hears_of_a_lost_stage_after_its_last_words(rank):
-    """No send is needed; and why a stage failed must not be lost in that it is gone."""
+    """The head needs to send nothing to notice, and it still receives the cause of the failure."""
     head, stage = connected(rank, 0, 1)
     stage.send(0, Started(request=1, seq_no=7))
     time.sleep(0.2)
@@ -94,7 +94,7 @@ def test_a_stage_hears_of_a_lost_head_but_of_other_stages_only_when_it_needs_the
 
 
 def test_other_connections_outlive_a_broken_one(rank):
-    """Each two ranks have groups of their own."""
+    """Every pair of ranks has its own groups."""
     head, one, two = connected(rank, 0, 1, 2)
     two.close()
     one.send(0, Started(request=1, seq_no=3))
@@ -107,7 +107,7 @@ def test_other_connections_outlive_a_broken_one(rank):
 
 
 def test_a_peer_that_takes_nothing_is_named(rank, monkeypatch):
-    """It is there but stuck: what is queued for it is bounded, and so is the wait."""
+    """The peer exists but hangs: its queue is bounded, and so is the wait."""
     monkeypatch.setattr(torch_link, "SEND_TIMEOUT_S", 0.2)
     monkeypatch.setattr(torch_dist, "MAX_WAITING_MESSAGES", 10)
     head, stage = connected(rank, 0, 1)
@@ -122,7 +122,7 @@ def test_a_peer_that_takes_nothing_is_named(rank, monkeypatch):
 
 
 def test_idle_time_is_no_error(rank, monkeypatch):
-    """Longer than the timeout of the groups, in both directions."""
+    """Idle time may exceed the timeout of the groups, in both directions."""
     monkeypatch.setattr(torch_link, "CONNECT_TIMEOUT_S", 0.5)
     head, stage = connected(rank, 0, 1)
     assert list(head.receive(1.2)) == []
@@ -133,7 +133,7 @@ def test_idle_time_is_no_error(rank, monkeypatch):
 
 
 def test_who_never_comes_is_named(rank, monkeypatch):
-    """Starting is bounded too."""
+    """The wait for a peer that never starts is bounded."""
     monkeypatch.setattr(torch_link, "JOIN_TIMEOUT_S", 0.2)
     with pytest.raises(ClusterError, match=r"stage \d: not there after"):
         rank(0).receive(SOON_S)
@@ -141,7 +141,7 @@ def test_who_never_comes_is_named(rank, monkeypatch):
 
 @pytest.mark.parametrize(("rows", "size"), [(1, 8), (128, 1000), (128, 1024), (4096, 64)])
 def test_frames_of_every_size_arrive(rank, rows, size):
-    """Below, around and above what an envelope holds."""
+    """Frames below, around and above the size of an envelope arrive."""
     head, stage = connected(rank, 0, 1)
     sent = segment(1, torch.arange(float(size * rows)).view(rows, size))
     head.send(1, sent)
@@ -154,7 +154,7 @@ def test_frames_of_every_size_arrive(rank, rows, size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_stay_tensors_where_they_lie(dtype):
-    """That is what nccl sends: the memory itself, not a copy on the host."""
+    """nccl sends the memory itself, not a copy on the host."""
     sent = segment(1, torch.arange(12.0).view(4, 3).to(dtype))
     *_, hidden = frames = encode_tensors(sent)
     assert hidden.data_ptr() == sent.hidden.data_ptr()
@@ -166,7 +166,7 @@ def test_hidden_states_stay_tensors_where_they_lie(dtype):
 
 
 def test_an_envelope_is_full_to_the_last_byte():
-    """What does not fit follows by itself; the table counts."""
+    """Frames that do not fit follow on their own; the table counts towards the size."""
     table = 2 + 2 * 5
     for size, follows in ((ENVELOPE_BYTES - table - 3, 0), (ENVELOPE_BYTES - table - 2, 1)):
         envelope, following = pack([b"abc", bytes(size)])
@@ -175,7 +175,7 @@ def test_an_envelope_is_full_to_the_last_byte():
 
 
 def raw(*numbers: int) -> torch.Tensor:
-    """Bytes that no honest peer sends."""
+    """Send bytes that no honest peer sends."""
     return torch.tensor(numbers, dtype=torch.uint8)
 
 
@@ -193,7 +193,7 @@ def raw(*numbers: int) -> torch.Tensor:
     ],
 )
 def test_bad_envelopes_are_refused_by_name(rank, meeting, envelope, message):
-    """Checked before anything is allocated; the error says where it was met."""
+    """They are checked before anything is allocated, and the error names the receiver."""
     stage = rank(2)
     stranger = TorchLink(1, 2, meeting, meeting.make_device(), lambda frames: None, lambda *_: None)
     end = time.monotonic() + SOON_S
@@ -214,7 +214,7 @@ def test_bad_envelopes_are_refused_by_name(rank, meeting, envelope, message):
 
 
 def test_a_word_for_all_is_heard_in_time(meeting):
-    """The head tells what it has prepared; who waits for nothing gives up."""
+    """The head announces what it has prepared; a rank that hears nothing gives up in time."""
     assert hear(meeting, "split", 0.2) is None
     later = threading.Timer(0.2, lambda: tell(meeting, "split", "out/here"))
     later.start()
@@ -223,7 +223,7 @@ def test_a_word_for_all_is_heard_in_time(meeting):
 
 
 def test_what_torch_lacks_is_said(monkeypatch):
-    """Boards have builds without it."""
+    """Some boards have builds of torch without it."""
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(ValueError, match="without nccl; use --transport"):
         meet_in_folder("anywhere", gpu="cuda:0")
@@ -237,7 +237,7 @@ def test_what_torch_lacks_is_said(monkeypatch):
     reason="needs two CUDA devices and a torch with nccl",
 )
 def test_nccl_keeps_hidden_states_on_the_gpu(meeting):
-    """From one device to the other, with no copy on the host."""
+    """Hidden states go from device to device, without a copy on the host."""
     ranks = [
         TorchDistTransport(number, 1, replace(meeting, gpu=f"cuda:{number}")) for number in range(2)
     ]

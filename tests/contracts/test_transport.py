@@ -1,4 +1,4 @@
-"""What every transport promises: order, two lanes, bounded waits, errors that name a device."""
+"""Every transport keeps order, has two channels, bounded waits, and errors that name a device."""
 
 import shutil
 import socket
@@ -37,14 +37,14 @@ SOON_S = 5.0
 
 @pytest.fixture
 def folder() -> Iterator[str]:
-    """Short, since ipc paths are limited to about 100 bytes."""
+    """Return a short path: ipc paths are limited to about 100 bytes."""
     path = tempfile.mkdtemp(prefix="fs")
     yield path
     shutil.rmtree(path)
 
 
 def fast_line(source: int, to: int, message: WireMessage) -> Passage:
-    """A line that one does not notice."""
+    """Return an emulated line with nearly no delay."""
     del source, to, message
     return Passage(latency_s=1e-4, num_bytes=100, rate_out=1e9, rate_in=1e9)
 
@@ -54,7 +54,7 @@ KEYS = derive_keys(new_token())
 
 @cache
 def tcp_addresses(folder: str) -> dict[int, dict[str, str]]:
-    """Free ports of this machine, the same ones for one folder."""
+    """Return free ports of this machine, the same ones for one folder."""
     held = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
     ports = [one.getsockname()[1] for one in held]
     for one in held:
@@ -80,7 +80,7 @@ MAKERS: dict[str, Callable[[int, str], Transport]] = {
 
 @pytest.fixture(params=MAKERS)
 def peer(request: pytest.FixtureRequest, folder: str) -> Iterator[MakePeer]:
-    """Makes rank 0, 1 or 2 of one cluster; all are closed at the end."""
+    """Return a factory for rank 0, 1 or 2 of one cluster; all are closed at the end."""
     made: list[Transport] = []
 
     def make(rank: int) -> Transport:
@@ -93,7 +93,7 @@ def peer(request: pytest.FixtureRequest, folder: str) -> Iterator[MakePeer]:
 
 
 def segment(seq_no: int, hidden: torch.Tensor | None = None) -> Segment:
-    """A data message that can be told from others."""
+    """Return a data message that can be told from others."""
     rows = 0 if hidden is None else hidden.shape[0]
     nodes = tuple(NodeId(node) for node in range(rows))
     return Segment(
@@ -102,7 +102,7 @@ def segment(seq_no: int, hidden: torch.Tensor | None = None) -> Segment:
 
 
 def receive(transport: Transport, count: int) -> list[WireMessage]:
-    """The next `count` messages, in order."""
+    """Return the next `count` messages, in order."""
     messages: list[WireMessage] = []
     end = time.monotonic() + SOON_S
     while len(messages) < count:
@@ -112,14 +112,14 @@ def receive(transport: Transport, count: int) -> list[WireMessage]:
 
 
 def settle(transport: Transport, send: Callable[[], None]) -> Sequence[WireMessage]:
-    """What one `receive` gives once all that `send` sent has come."""
+    """Return the result of one `receive` once all sent messages have come."""
     send()
     time.sleep(0.3)
     return transport.receive(SOON_S)
 
 
 def test_data_keeps_its_order(peer: MakePeer) -> None:
-    """Open, segments and close of a request must not overtake one another."""
+    """The messages of a request must not overtake each other."""
     head, stage = peer(0), peer(1)
     sent: list[WireMessage] = [AddRequest(request=1, capacity=2, context=3)]
     sent += [segment(seq_no) for seq_no in range(300)]
@@ -130,7 +130,7 @@ def test_data_keeps_its_order(peer: MakePeer) -> None:
 
 
 def test_control_is_served_first(peer: MakePeer) -> None:
-    """A verdict passes the segments that wait: that is in-flight pruning."""
+    """A verdict overtakes waiting segments, which makes in-flight pruning possible."""
     head, stage = peer(0), peer(1)
     head.send(1, Started(request=1, seq_no=0))  # the control lane is connected
     head.send(1, segment(0))
@@ -160,7 +160,7 @@ def test_both_directions_and_several_senders(peer: MakePeer) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_big_hidden_states_arrive_intact(peer: MakePeer, dtype: torch.dtype) -> None:
-    """Megabytes, sent without a copy, and the tensor may be gone right after."""
+    """Megabytes are sent without a copy, and the tensor may be deleted right after."""
     head, stage = peer(0), peer(1)
     generator = torch.Generator().manual_seed(0)
     wanted = [torch.randn(512, 2048, generator=generator).to(dtype) for _ in range(3)]
@@ -174,7 +174,7 @@ def test_big_hidden_states_arrive_intact(peer: MakePeer, dtype: torch.dtype) -> 
 
 
 def test_views_of_hidden_states_arrive_intact(peer: MakePeer) -> None:
-    """The living rows of a segment, or a column slice, do not lie contiguous."""
+    """The living rows of a segment, or a column slice, are not contiguous."""
     head, stage = peer(0), peer(1)
     hidden = torch.arange(600.0).view(20, 30)
     for seq_no, view in enumerate((hidden[::2], hidden[:, 3:9], hidden.t(), hidden[5:5])):
@@ -195,7 +195,7 @@ def test_receiving_waits_no_longer_than_asked(peer: MakePeer) -> None:
 
 
 def test_a_message_ends_the_wait(peer: MakePeer) -> None:
-    """Latency is the link's, not the poll interval's."""
+    """The latency is that of the link, not of a poll interval."""
     head, stage = peer(0), peer(1)
     head.send(1, Started(request=1, seq_no=0))
     receive(stage, 1)
@@ -214,7 +214,7 @@ def test_a_message_ends_the_wait(peer: MakePeer) -> None:
 )
 @pytest.mark.parametrize("lane", [zmq_sockets.CONTROL, zmq_sockets.DATA_LANE])
 def test_bad_frames_name_the_device(folder: str, frames: list[bytes], lane: str) -> None:
-    """Whoever speaks another protocol is refused; the error says where it was met."""
+    """A peer of another protocol is refused, and the error names the receiver."""
     addresses = local_addresses(folder, 2)
     stage = ZmqTransport(2, addresses)
     context = zmq.Context()
@@ -233,7 +233,7 @@ def test_bad_frames_name_the_device(folder: str, frames: list[bytes], lane: str)
 def test_a_dead_peer_is_noticed(
     peer: MakePeer, monkeypatch: pytest.MonkeyPatch, was_alive: bool
 ) -> None:
-    """Sending to one that takes nothing ends in one error that names it, within the time limit."""
+    """Sending to a hanging peer ends within the time limit, in one error that names it."""
     monkeypatch.setattr(zmq_sockets, "SEND_TIMEOUT_MS", 200)
     monkeypatch.setattr(torch_link, "SEND_TIMEOUT_S", 0.2)
     for module in (zmq_sockets, torch_link):
@@ -260,7 +260,7 @@ def test_a_dead_peer_is_noticed(
 
 
 def test_a_late_peer_gets_what_was_sent(peer: MakePeer) -> None:
-    """Processes start in any order."""
+    """Processes may start in any order."""
     head = peer(0)
     head.send(1, segment(4))
     (message,) = receive(peer(1), 1)
@@ -269,7 +269,7 @@ def test_a_late_peer_gets_what_was_sent(peer: MakePeer) -> None:
 
 
 def test_closing_delivers_first(peer: MakePeer) -> None:
-    """A stage's last words must reach the head."""
+    """A stage's last messages must reach the head."""
     head, stage = peer(0), peer(1)
     stage.send(0, Started(request=1, seq_no=8))
     stage.close()
@@ -277,7 +277,7 @@ def test_closing_delivers_first(peer: MakePeer) -> None:
 
 
 def test_closing_does_not_hang_on_the_dead(peer: MakePeer) -> None:
-    """Within about a second, whatever is queued for a peer that never came."""
+    """Closing ends within about a second, even with messages for a peer that never came."""
     head = peer(0)
     head.send(1, segment(0))
     start = time.monotonic()
@@ -286,7 +286,7 @@ def test_closing_does_not_hang_on_the_dead(peer: MakePeer) -> None:
 
 
 def test_another_thread_ends_a_wait(peer: MakePeer):
-    """Once for each wake at most; what comes afterwards is received as ever."""
+    """Each wake ends at most one wait; later messages are received as usual."""
     stage, head = peer(1), peer(0)
     waker = threading.Timer(0.05, head.wake)
     waker.start()

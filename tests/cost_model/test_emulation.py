@@ -1,4 +1,4 @@
-"""Emulation: the reference testbed's times, the closed form, and what each part adds."""
+"""Emulation gives the reference testbed's times, agrees with the closed form, and adds up."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -21,19 +21,19 @@ from tests.support.tiny import VOCAB, request
 
 @lru_cache
 def reference(drafter: str = "eagle", cluster: str = "jetson-5") -> Emulation:
-    """Vicuna-7B in fp16 on the reference testbed."""
+    """Return Vicuna-7B in fp16 on the reference testbed."""
     return load_emulation(cluster, "vicuna-7b", drafter=drafter)
 
 
 def work(kind: str, rows: int, context: int = 0) -> Work:
-    """A piece of work of these sizes."""
+    """Return a piece of work of these sizes."""
     return Work(kind, rows, context, lambda: None, lambda now, elapsed: ())
 
 
 def segment(
     rows: int, *, prefix: bool = False, verify: bool = True, hidden: bool = True
 ) -> Segment:
-    """A segment of `rows` rows."""
+    """Return a segment of `rows` rows."""
     return Segment(
         request=1,
         seq_no=1,
@@ -64,7 +64,7 @@ def emulated(
 
 
 def test_reference_testbed_has_the_published_times():
-    """A quarter of Vicuna-7B at 55 GB/s, rows free up to 80, drafter 14 ms, lm_head 5 ms."""
+    """A stage takes a quarter of Vicuna-7B at 55 GB/s, a draft 14 ms, the lm_head 5 ms."""
     bed = reference()
     assert bed.layers == (8, 8, 8, 8)
     assert 8 * bed.model.layer_bytes == pytest.approx(3.24e9, rel=0.001)
@@ -77,14 +77,14 @@ def test_reference_testbed_has_the_published_times():
 
 
 def test_context_costs_its_keys_and_values():
-    """Each row of the cache is read once, by every layer of the stage."""
+    """Every layer of the stage reads each row of the cache once."""
     bed = reference()
     more = bed.work(1, work("forward", 1, 1000)) - bed.work(1, work("forward", 1, 0))
     assert more == pytest.approx(8 * 1000 * 2 * 4096 * 2 / 55e9)
 
 
 def test_requests_that_share_a_forward_read_their_own_caches():
-    """Every cache is read once; a row computes over its own request's alone."""
+    """Every cache is read once; a row attends only to its own request's cache."""
     bed = reference()
     one, both = (bed.forward_s(1, 1, 1000, requests) for requests in (1, 2))
     assert both - one == pytest.approx(8 * 1000 * 2 * 4096 * 2 / 55e9)
@@ -92,7 +92,7 @@ def test_requests_that_share_a_forward_read_their_own_caches():
 
 
 def test_a_drafter_pays_for_the_prompt_too():
-    """It attends to all of the text, not to what was generated alone."""
+    """It attends to the whole text, not only to generated tokens."""
     contexts = []
 
     def charge(rank: int, work: Work) -> float:
@@ -125,7 +125,7 @@ def test_streaming_backs_off_where_guessing_does_not_pay(cluster):
 
 
 def test_a_piece_of_the_prompt_pays_no_lm_head():
-    """Only rows whose next token is asked for do: of a prompt's last piece one."""
+    """Only rows whose next token is needed use it: the last row of a prompt."""
     bed = reference()
     plain = bed.forward_s(4, 16, 0)
     for seg, head in (
@@ -138,7 +138,7 @@ def test_a_piece_of_the_prompt_pays_no_lm_head():
 
 
 def test_messages_weigh_what_the_emulated_model_would_send():
-    """Hidden states of 4096 numbers in 16 bits, whatever the model that stands in has."""
+    """Hidden states count as 4096 numbers of 16 bits, whatever the stand-in model has."""
     bed = reference()
     assert bed.message_bytes(segment(10)) == 64 + 10 * (20 + 8192)
     assert bed.message_bytes(segment(10, hidden=False)) == 64 + 10 * 20
@@ -150,7 +150,7 @@ def test_messages_weigh_what_the_emulated_model_would_send():
 
 
 def test_a_head_has_room_for_its_drafter():
-    """Its layer, its lm_head, the embedding, and the system's share."""
+    """The head's memory holds the draft layer, lm_head, embedding, and the system's share."""
     bed = reference()
     devices = bed.cluster.devices
     for name, memory_gb, fits in (
@@ -170,7 +170,7 @@ def test_a_head_has_room_for_its_drafter():
 
 
 def test_drafters_cost_what_they_weigh():
-    """Look-ups only the host's time, a small model less than a head on a large one."""
+    """Look-ups cost only the host's time; a small model costs less than a head on a large one."""
     cost = {name: reference(name).draft_s(10, 100) for name in ("ngram", "draft_model", "eagle3")}
     assert cost["ngram"] == 0.0
     half = replace(reference(), draft_scale=0.5)
@@ -180,7 +180,7 @@ def test_drafters_cost_what_they_weigh():
 
 
 def test_four_bit_stages_read_less_and_compute_as_much():
-    """Faster while the weights are what takes time; no faster for many rows."""
+    """They are faster while reading weights takes the time, but not for many rows."""
     full, small = reference(), load_emulation("jetson-5", "vicuna-7b-4bit", drafter="eagle")
     assert small.forward_s(2, 1, 0) < 0.55 * full.forward_s(2, 1, 0)
     assert small.forward_s(2, 300, 0) == pytest.approx(full.forward_s(2, 300, 0))
@@ -191,7 +191,7 @@ def test_four_bit_stages_read_less_and_compute_as_much():
     "cluster", ["jetson-5", "jetson-5-125mbit", "jetson-9", "mixed-5", "wifi-5"]
 )
 def test_plain_decoding_takes_what_the_closed_form_says(cluster: str):
-    """Within one percent, on every kind of cluster."""
+    """The difference is below one percent on every kind of cluster."""
     emulation = reference(cluster=cluster)
     _, completion = emulated(emulation, "ar")
     stats = completion.stats
@@ -201,7 +201,7 @@ def test_plain_decoding_takes_what_the_closed_form_says(cluster: str):
 
 
 def test_hosts_and_links_are_accounted_for():
-    """Bytes per link and host seconds per device, for whoever asks where the time goes."""
+    """The simulator reports bytes per link and host seconds per device."""
     cluster, _ = emulated(reference(), "ar")
     simulator = cluster.simulator
     assert all(0.0 < seconds < simulator.now for seconds in simulator.host_s.values())
@@ -211,7 +211,7 @@ def test_hosts_and_links_are_accounted_for():
 
 
 def test_a_slow_link_slows_wide_segments_down():
-    """Rows have a price on the wire; a single row nearly none."""
+    """Many rows take time on the wire; a single row takes nearly none."""
     for strategy, least, most in (("ar", 1.0, 1.03), ("serial_pp", 1.05, 3.0)):
         fast, slow = (
             emulated(reference(cluster=name), strategy)[1].stats.tokens_per_s
@@ -221,7 +221,7 @@ def test_a_slow_link_slows_wide_segments_down():
 
 
 def test_a_mixed_cluster_is_split_by_speed():
-    """The faster a device, the more layers it has; the slowest decides, so times are alike."""
+    """A faster device gets more layers, so that all stage times are alike."""
     emulation = reference(cluster="mixed-5")
     times = [emulation.forward_s(rank, 1, 0) for rank in range(1, 5)]
     assert emulation.layers[2] == max(emulation.layers)
@@ -231,7 +231,7 @@ def test_a_mixed_cluster_is_split_by_speed():
 
 
 def test_what_does_not_fit_is_refused():
-    """The numbers, and what to do."""
+    """The error has the numbers and the remedy."""
     with pytest.raises(ValueError, match="llama-3.1-70b needs 131.4 GiB .* 4-bit model"):
         load_emulation("jetson-5", "llama-3.1-70b", drafter="eagle")
     with pytest.raises(ValueError, match="29 layers of vicuna-7b need .* on stage 4"):
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_another_number_of_stages():
-    """Where all are of one kind; a mixed cluster is what it is."""
+    """This works if all stages are alike, but not on a mixed cluster."""
     emulation = load_emulation("jetson-5", "vicuna-7b", drafter="eagle", stages=8)
     assert emulation.layers == (4,) * 8
     with pytest.raises(ValueError, match="4 stages of several kinds and cannot have 8"):

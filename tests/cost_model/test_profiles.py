@@ -1,4 +1,4 @@
-"""Profiles: all that are bundled can be read, and mistakes in one's own are named."""
+"""All bundled profiles can be read, and mistakes in a user's profile are named."""
 
 from pathlib import Path
 
@@ -26,19 +26,19 @@ READERS = {
     ("kind", "name"), [(kind, name) for kind in READERS for name in profile_names(kind)]
 )
 def test_every_bundled_profile_can_be_read(kind: str, name: str):
-    """What the package brings along must not be the first thing that fails."""
+    """The package's own profiles must work."""
     assert READERS[kind](name).name == name
 
 
 @pytest.mark.parametrize("cluster", profile_names("clusters"))
 def test_every_bundled_cluster_holds_a_small_model(cluster: str):
-    """A 7B model in 4 bits fits everywhere; every layer has its stage."""
+    """A 7B model in 4 bits fits everywhere, and every layer has a stage."""
     emulation = load_emulation(cluster, "vicuna-7b-4bit", drafter="eagle")
     assert sum(emulation.layers) == emulation.model.layers
 
 
 def test_model_sizes_are_those_of_the_checkpoints():
-    """Numbers of weights as published: 6.7, 8.0 and 70.6 thousand millions."""
+    """The published numbers of weights are 6.7, 8.0 and 70.6 billion."""
     for name, published in (("vicuna-7b", 6.74e9), ("llama-3.1-8b", 8.03e9), ("qwen3-8b", 8.19e9)):
         model = read_model(name)
         total = model.layers * model.layer_weights + 2 * model.lm_head_weights
@@ -46,7 +46,7 @@ def test_model_sizes_are_those_of_the_checkpoints():
 
 
 def test_a_name_or_a_path_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """jetson-5, config/clusters/jetson-5.yaml and a copy of one's own are the same."""
+    """jetson-5, config/clusters/jetson-5.yaml and a user's copy are the same."""
     monkeypatch.chdir(tmp_path)
     bundled = read_cluster("jetson-5")
     assert read_cluster("config/clusters/jetson-5.yaml") == bundled
@@ -75,7 +75,7 @@ def test_a_name_or_a_path_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
     ],
 )
 def test_mistakes_in_a_link_are_named(tmp_path: Path, text: str, error: str):
-    """The file and the key, in one line."""
+    """The error names the file and the key in one line."""
     file = tmp_path / "mine.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=error) as raised:
@@ -85,7 +85,7 @@ def test_mistakes_in_a_link_are_named(tmp_path: Path, text: str, error: str):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    """A typing error is the commonest mistake."""
+    """A typing error is the most common mistake."""
     with pytest.raises(
         ValueError, match="'jetson' is neither a file nor one of the clusters: .*jetson-5"
     ):
@@ -101,7 +101,7 @@ def test_an_unknown_name_lists_the_known_ones():
     ],
 )
 def test_mistakes_in_a_cluster_are_named(tmp_path: Path, more: str, error: str):
-    """Ranks and counts that do not match."""
+    """Ranks and counts that do not match are named."""
     file = tmp_path / "mine.yaml"
     stages = "[reference-board, reference-board]"
     file.write_text(f"source: x\nhead: reference-board\nstages: {stages}\nlink: 1gbe\n{more}\n")
@@ -110,7 +110,7 @@ def test_mistakes_in_a_cluster_are_named(tmp_path: Path, more: str, error: str):
 
 
 def test_paths_in_a_cluster_are_from_its_folder(tmp_path: Path):
-    """A folder with a cluster and its boards can lie and be named anywhere."""
+    """A folder with a cluster and its boards can be moved and named freely."""
     board = (BUNDLED / "devices" / "orin-nx-16gb.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(board)
     file = tmp_path / "cluster.yaml"
@@ -122,7 +122,7 @@ def test_paths_in_a_cluster_are_from_its_folder(tmp_path: Path):
 
 
 def test_a_device_of_ones_own_link(tmp_path: Path):
-    """One device on Wi-Fi, the others wired."""
+    """One device uses Wi-Fi, the others are wired."""
     file = tmp_path / "mine.yaml"
     stages = "[reference-board, reference-board]"
     file.write_text(

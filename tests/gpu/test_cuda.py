@@ -1,4 +1,4 @@
-"""The same code on a CUDA device; skipped, saying so, where there is none."""
+"""The same code on a CUDA device; skipped with a message without one."""
 
 import copy
 
@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("sampling", [T0, T1])
 def test_cuda_equals_the_target_alone_on_cuda(strategy, sampling):
-    """Stages, drafter and reference on the device: no tensor may be left behind on the CPU."""
+    """Stages, drafter and reference are on the device, so no tensor may stay on the CPU."""
     whole = copy.deepcopy(whole_model()).to("cuda")
     net = copy.deepcopy(eagle_drafter().net).to("cuda")
     assert whole.lm_head is not None

@@ -1,4 +1,4 @@
-"""Real processes on a tiny checkpoint, made and split once."""
+"""Fixtures for real processes on a tiny checkpoint, made and split once."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ GONE_WITHIN_S = 15.0  # far more than it takes: this machine may be busy
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`target/` and `eagle/`."""
+    """Make `target/` and `eagle/`."""
     torch.set_num_threads(1)
     return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", num_layers=2)
 
 
 def split_target(checkpoint: Path, layers: tuple[int, ...]) -> Path:
-    """The target split as `layers` says."""
+    """Split the target as `layers` says."""
     out = checkpoint / f"split-{len(layers)}"
     plan = plan_split(open_checkpoint(checkpoint / "target"), layers=layers, dtype=None)
     run_split(plan, out, model_id="tiny")
@@ -38,13 +38,13 @@ def split_target(checkpoint: Path, layers: tuple[int, ...]) -> Path:
 
 @pytest.fixture(scope="session")
 def split(checkpoint: Path) -> Path:
-    """The target in two stages."""
+    """Return the target in two stages."""
     return split_target(checkpoint, (1, 1))
 
 
 @pytest.fixture(scope="session")
 def whole_split(checkpoint: Path) -> Path:
-    """The target in one stage."""
+    """Return the target in one stage."""
     return split_target(checkpoint, (2,))
 
 
@@ -62,7 +62,7 @@ def parts(config: EngineConfig, split: Path) -> HeadParts:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process still exists; one that nobody has buried yet does not count."""
+    """Return whether a process still runs; a zombie does not count."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -71,7 +71,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture
 def all_gone() -> Iterator[Callable[[Iterable[int]], None]]:
-    """Asserts that processes end in time; whatever a failed test leaves is killed."""
+    """Assert that processes end in time; kill those that a failed test leaves."""
     known: set[int] = set()
 
     def check(pids: Iterable[int]) -> None:

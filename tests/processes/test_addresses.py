@@ -1,4 +1,4 @@
-"""serve and join where there is no IPv4, and beside Docker's bridge: in namespaces, as commands."""
+"""`serve` and `join` without IPv4, and beside Docker's bridge, as commands in namespaces."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(bool(no_namespaces), reason=no_namespaces or "th
 
 @pytest.fixture(scope="module")
 def told(checkpoint: Path) -> dict[str, Any]:
-    """What the commands said."""
+    """Return the output of the commands."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.netns_addresses", str(ROOT), str(checkpoint)],
         capture_output=True,
@@ -42,7 +42,7 @@ def told(checkpoint: Path) -> dict[str, Any]:
 
 
 def test_a_cluster_without_ipv4_answers(told: dict[str, Any], parts: HeadParts) -> None:
-    """One device came by mDNS, one by a link-local address, the question by a name."""
+    """One device came by mDNS, one by a link-local address, the client by a name."""
     ipv6 = told["ipv6"]
     assert ipv6["line"].startswith("flowspec join '[fd00:f1::1]:7000' --token ")
     assert "the address is that of lan0" in ipv6["log"]
@@ -62,7 +62,7 @@ def test_a_cluster_without_ipv4_answers(told: dict[str, Any], parts: HeadParts) 
 
 
 def test_the_doctor_knows_a_network_without_ipv4(told: dict[str, Any]) -> None:
-    """It asks for no cable, and finds the head and this device's address on the way to it."""
+    """It does not ask for a cable, and finds the head and this device's address on the route."""
     for (code, findings), own in zip(
         told["ipv6"]["doctors"], ("fd00:f1::2", "fe80::3%wlan0"), strict=True
     ):
@@ -75,7 +75,7 @@ def test_the_doctor_knows_a_network_without_ipv4(told: dict[str, Any]) -> None:
 
 
 def test_what_cannot_be_reached_is_told_by_its_address(told: dict[str, Any]) -> None:
-    """An interface that is not there, and a port."""
+    """One interface does not exist, and one port is closed."""
     code, said = told["ipv6"]["no_such_interface"]
     assert code == 3
     assert "no interface eth7" in said
@@ -85,7 +85,7 @@ def test_what_cannot_be_reached_is_told_by_its_address(told: dict[str, Any]) -> 
 
 
 def test_the_line_to_paste_has_the_address_of_the_default_route(told: dict[str, Any]) -> None:
-    """Not Docker's, though its bridge has the lower index; the others come with their interface."""
+    """Docker's bridge has the lower index; other addresses come with their interface."""
     log = told["docker"]["log"]
     assert "flowspec join 10.9.0.5:7000 --token" in log
     assert "the address is that of eth0" in log
@@ -96,6 +96,6 @@ def test_the_line_to_paste_has_the_address_of_the_default_route(told: dict[str, 
 
 
 def test_serve_is_there_by_both_families(told: dict[str, Any]) -> None:
-    """Without --host, at every address."""
+    """`serve` without --host listens at every address."""
     for said in told["docker"]["status"]:
         assert "waiting for devices to join" in said

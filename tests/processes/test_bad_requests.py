@@ -1,6 +1,6 @@
-"""Conversations and prompts that cannot be served, through the commands: a sentence, no more.
+"""Commands answer conversations and prompts that cannot be served with one sentence.
 
-The tiny model says nothing but its end token, its chat template refuses an assistant's turn without
+The tiny model only generates its end token, its chat template refuses an assistant's turn without
 text, and its tokenizer knows a token for which the model has no embedding.
 """
 
@@ -34,7 +34,7 @@ QUESTION = {"question_id": 1, "turns": ["a fox", "and a dog"]}
 
 @pytest.fixture(scope="module")
 def refusing(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`target/`, `eagle/` and `data/`."""
+    """Make `target/`, `eagle/` and `data/`."""
     folder = tmp_path_factory.mktemp("refusing")
     for part in ("target", "eagle"):
         shutil.copytree(checkpoint / part, folder / part)
@@ -61,20 +61,20 @@ def refusing(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def cluster(refusing: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A head and the two devices that it needs."""
+    """Start a head and the two devices that it needs."""
     with two_devices(tmp_path_factory.mktemp("bad"), refusing) as processes:
         yield processes
 
 
 @pytest.fixture
 def client(cluster: Processes) -> Iterator[HeadClient]:
-    """A connection."""
+    """Return a connection."""
     with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
         yield one
 
 
 def check_serves(cluster: Processes, client: HeadClient) -> None:
-    """In its first epoch still, and nobody was lost."""
+    """Check that the first epoch still serves and no device was lost."""
     status = client.status()
     assert status.epoch == 1
     assert not [one for one in status.devices if one.state == "lost"]
@@ -83,7 +83,7 @@ def check_serves(cluster: Processes, client: HeadClient) -> None:
 
 
 def test_a_conversation_that_the_template_refuses_ends_nothing_else(cluster, client, capsys):
-    """The second line comes after an answer without text; a conversation begun anew is answered."""
+    """The second line follows an answer without text; a new conversation is answered."""
     lines = iter(["a fox", "and a dog", "/new", "a fox", "[PAD]", "/quit"])
     chat_loop(client, ChatOptions(max_new_tokens=4), read=lambda prompt: next(lines))
     said = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_a_conversation_that_the_template_refuses_ends_nothing_else(cluster, cli
     ],
 )
 def test_generate_says_why_and_the_cluster_goes_on(cluster, client, prompt, said, code):
-    """One line, the exit code of a user's mistake, and no device is any the worse."""
+    """It prints one line with a user error's exit code, and no device is affected."""
     name = f"ask {prompt[:9]} {len(prompt)}"
     cluster.start(name, "generate", "--head", f"127.0.0.1:{cluster.port}", prompt)
     process = cluster.running[name]
@@ -131,7 +131,7 @@ COMMANDS = {
 
 
 def ends(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Exit code and what was said on stderr."""
+    """Return the exit code and the lines on stderr."""
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
     monkeypatch.setattr(sys, "argv", ["flowspec", *words])
     with pytest.raises(SystemExit) as ended:
@@ -147,7 +147,7 @@ def ends(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 def test_a_prompt_that_cannot_be_served_is_one_sentence(
     command, prompt, said, refusing, tmp_path, monkeypatch, capsys
 ):
-    """Before any process starts: nothing is restarted, nothing is tried again."""
+    """The error comes before any process starts; nothing is restarted or repeated."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text(prompt)
     words = [word.format(target=refusing / "target") for word in COMMANDS[command]]

@@ -1,4 +1,4 @@
-"""`flowspec bench` on several processes: the same figures, and real stages."""
+"""`flowspec bench` gives the same figures on several processes, and runs real stages."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from flowspec.cli.main import app
 
 @pytest.fixture
 def command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command for the tiny checkpoint, in a folder of its own."""
+    """Run the command for the tiny checkpoint in its own folder."""
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps({"prompt": f"how many apples are in box {n}?", "id": n}) for n in range(2)]
     Path("apples.jsonl").write_text("\n".join(lines))
@@ -25,14 +25,14 @@ def command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def figures(folder: str) -> list[dict[str, Any]]:
-    """All but when they were taken, in one order."""
+    """Return all fields except times, in a fixed order."""
     found = [{**asdict(sample), "started_at": ""} for sample in read_samples(Path(folder))]
     return sorted(found, key=lambda one: one["key"])
 
 
 @pytest.mark.parametrize("warm", [[], ["--warm"]])
 def test_the_number_of_processes_changes_no_figure(command, warm):
-    """Nor what is written, but for the order."""
+    """The records are also the same, except for their order."""
     for jobs in ("1", "2"):
         flags = ["--jobs", jobs, "--out", f"jobs{jobs}", "--json", f"{jobs}.json", *warm]
         result = CliRunner().invoke(app, [*command, *flags])
@@ -43,7 +43,7 @@ def test_the_number_of_processes_changes_no_figure(command, warm):
 
 
 def test_a_real_set_that_fails_keeps_the_turns_before(command, monkeypatch):
-    """Their records are whole once the processes have ended."""
+    """Their records are complete once the processes have ended."""
     original = Workbench._answer
 
     def failing(self, cluster, number, one, group):
@@ -64,7 +64,7 @@ def test_a_real_set_that_fails_keeps_the_turns_before(command, monkeypatch):
 
 
 def test_real_processes_give_the_same_texts(command):
-    """Labelled as measured, with where the time of each process went."""
+    """They are labelled as measured, and show where the time of each process went."""
     words = [*command, "--real", "--repeats", "2", "--out", "real", "--json", "rows.json"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""`flowspec bench --real --head` on joined devices: the table, its records, what ends it."""
+"""`flowspec bench --real --head` on joined devices writes the table and its records."""
 
 import json
 import re
@@ -23,13 +23,13 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Two devices."""
+    """Start a head and two devices."""
     with two_devices(tmp_path_factory.mktemp("bench"), checkpoint) as processes:
         yield processes
 
 
 def bench(cluster: Processes, *flags: str) -> Result:
-    """In the folder of the test."""
+    """Run the benchmark in the folder of the test."""
     Path("asked.jsonl").write_text("\n".join(json.dumps(one) for one in QUESTIONS))
     words = ["bench", "--real", "--head", f"127.0.0.1:{cluster.port}", "--max-tokens", "24"]
     words += ["--datasets", "asked.jsonl", "--strategies", "ar,streaming", *flags]
@@ -37,7 +37,7 @@ def bench(cluster: Processes, *flags: str) -> Result:
 
 
 def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, monkeypatch):
-    """Without a restart; every row is accounted for, and what is there is not asked again."""
+    """The cluster does not restart; every row is accounted for, and finished samples stay."""
     monkeypatch.chdir(tmp_path)
     result = bench(cluster, "--out", "out", "--json", "rows.json", "--temperatures", "0,1")
     assert result.exit_code == 0, result.output
@@ -68,7 +68,7 @@ def test_a_running_cluster_is_measured_strategy_by_strategy(cluster, tmp_path, m
 
 
 def test_the_target_alone_may_be_the_truth(cluster, tmp_path, monkeypatch):
-    """Where it is the cluster's model, by hash."""
+    """It is used if it is the cluster's model, by hash."""
     monkeypatch.chdir(tmp_path)
     result = bench(cluster, "--model", str(cluster.checkpoint / "target"), "--limit", "1")
     assert result.exit_code == 0, result.output
@@ -79,7 +79,7 @@ def test_the_target_alone_may_be_the_truth(cluster, tmp_path, monkeypatch):
 
 
 def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, monkeypatch):
-    """A spare takes over in the middle; the same command then measures what is there."""
+    """A spare takes over in the middle; the same command then measures the new devices."""
     monkeypatch.chdir(tmp_path)
     before = cluster.stages()
     cluster.join("cyd")
@@ -111,7 +111,7 @@ def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, m
 
 
 def test_a_head_that_goes_away_ends_it_with_what_there_is(cluster, tmp_path, monkeypatch):
-    """One sentence, and nothing lost."""
+    """There is one sentence, and no sample is lost."""
     monkeypatch.chdir(tmp_path)
     original = flowspec.bench.answering_remote.RemoteBench._answer
 

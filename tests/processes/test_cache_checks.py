@@ -1,4 +1,4 @@
-"""`doctor` and `join` look at the cache folder alike: as commands, on folders of many kinds."""
+"""`doctor` and `join` check the cache folder in the same way, for many kinds of folders."""
 
 import ctypes
 import json
@@ -25,7 +25,7 @@ as_root = pytest.mark.skipif(
 
 
 def _obey_permissions() -> None:
-    """Give up what lets root write where its permissions say no."""
+    """Drop the capabilities with which root ignores permissions."""
     header = (ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0)
     sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice 32 of them
     libc = ctypes.CDLL(None, use_errno=True)
@@ -35,7 +35,7 @@ def _obey_permissions() -> None:
 
 
 def _run(arguments: list[str], log: str, folder: str, mounts: list[list[str]]) -> None:
-    """`flowspec *arguments` with mounts of its own and without root's exceptions."""
+    """Run `flowspec *arguments` with its own mounts and without root's capabilities."""
     from flowspec.cluster.device import report as device
 
     device._BENCH_S, device._BENCH_BYTES = 0.01, 1 << 20
@@ -52,7 +52,7 @@ def _run(arguments: list[str], log: str, folder: str, mounts: list[list[str]]) -
 def said_by(
     words: list[str], folder: Path, mounts: list[list[str]], until: str = ""
 ) -> tuple[int | None, str]:
-    """Exit code and output of a command; None for one that has said `until`, and goes on."""
+    """Return a command's exit code and output; the code is None if it logs `until` and stays."""
     log = folder / f"{words[0]}.log"
     process = CONTEXT.Process(target=_run, args=(words, str(log), str(folder), mounts), daemon=True)
     process.start()
@@ -69,7 +69,7 @@ def said_by(
 
 
 def _nothing(cache: Path) -> None:
-    """It is made when it is needed."""
+    """Prepare nothing: the cache is made when it is needed."""
 
 
 def _below_a_file(cache: Path) -> None:
@@ -93,7 +93,7 @@ def _foreign(cache: Path) -> None:
 
 
 def _foreign_lock(cache: Path) -> None:
-    """As `sudo flowspec join` leaves it."""
+    """Leave a lock file as `sudo flowspec join` does."""
     lock = cache / "models" / ".lock"
     lock.parent.mkdir(parents=True)
     lock.touch(0o644)
@@ -132,7 +132,7 @@ def test_doctor_finds_what_join_would_refuse(
     mount: list[str] | None,
     words: str,
 ) -> None:
-    """The same sentence, a fix, and the exit codes of both; nothing where nothing is wrong."""
+    """Both print the same sentence, with a fix and their exit codes; without problems, none."""
     cache = tmp_path / "some" / "cache"
     prepare(cache)
     mounts = [[*mount, str(cache)]] if mount else []

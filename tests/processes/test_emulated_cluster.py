@@ -1,4 +1,4 @@
-"""Real processes that keep the pace of an emulated cluster."""
+"""Real processes run at the speed of an emulated cluster."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ SIZES = """layers: 1
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A cluster of two slow devices and a tiny model."""
+    """Name a cluster of two slow devices and a tiny model."""
     folder: Path = tmp_path_factory.mktemp("profiles")
     device, link, cluster, model = (folder / f"{n}.yaml" for n in ("device", "link", "c", "m"))
     device.write_text(DEVICE)
@@ -47,7 +47,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ask(parts: HeadParts, number: int) -> Request:
-    """Nine tokens."""
+    """Ask for nine tokens."""
     prompt = tuple(parts.tokenizer.encode("the lazy dog"))
     return Request(id=number, prompt=prompt, max_new_tokens=9)
 
@@ -55,7 +55,7 @@ def ask(parts: HeadParts, number: int) -> Request:
 def test_processes_are_no_faster_than_the_cluster_they_emulate(
     config: EngineConfig, parts: HeadParts, names: str
 ):
-    """The same text as on the virtual clock, and never less time than there."""
+    """The text is that of the virtual clock, and the time is never less than there."""
     emulation = read_emulation(names, drafter=config.drafter)
     config = config.changed(emulate=names)
     stages = [build_stage(parts.folder, rank)[0] for rank in (1, 2)]
@@ -83,6 +83,6 @@ def test_a_cluster_of_another_size_is_refused(config: EngineConfig, parts: HeadP
 
 @pytest.mark.parametrize("text", ["jetson-5", ":vicuna-7b", "jetson-5:"])
 def test_what_to_emulate_is_a_cluster_and_a_model(text: str):
-    """Half of it is a mistake."""
+    """One of the two alone is a mistake."""
     with pytest.raises(ValueError, match="emulate takes CLUSTER:MODEL, such as"):
         read_emulation(text, drafter="eagle")

@@ -1,4 +1,4 @@
-"""Killed, stopped, broken: an error that names the stage, soon, and no process left behind."""
+"""A killed, stopped or broken stage gives an error that names it soon, and no process is left."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from tests.processes.conftest import GONE_WITHIN_S, stage_pids
 
 @pytest.fixture
 def endless(parts: HeadParts) -> Request:
-    """A request that is still being served when something happens."""
+    """Return a request that lasts long enough for a fault."""
     return Request(id=1, prompt=tuple(parts.tokenizer.encode("the fox")), max_new_tokens=12_000)
 
 
@@ -44,7 +44,7 @@ def single(
 def tokens_until_failure(
     cluster: LocalEngine, request: Request, act: Callable[[], object], *, after: int = 5
 ) -> tuple[ClusterError, list[int], float]:
-    """Stream, call `act` after some tokens; the error, the tokens seen, seconds from act to it."""
+    """Stream, call `act` after some tokens; return the error, the tokens, and the delay."""
     seen: list[int] = []
     acted_at = 0.0
     try:
@@ -78,7 +78,7 @@ def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless,
 def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
     config, parts, endless, all_gone, monkeypatch, caplog
 ):
-    """A process that hangs sends no word and ends no socket; the others still answer."""
+    """A hanging process sends nothing and closes no socket; the others still answer."""
     monkeypatch.setattr(silence, "ASK_S", 0.2)
     monkeypatch.setattr(silence, "WARN_S", 0.4)
     with LocalEngine(config.changed(timeout_s=1.0), parts) as cluster:
@@ -116,7 +116,7 @@ def test_garbage_in_a_stages_socket_is_refused_by_name(single, endless, all_gone
 
 
 def test_a_stage_with_a_damaged_file_says_so(config, parts, tmp_path, all_gone):
-    """Before any request: which stage, which file, what is wrong with it."""
+    """The error comes before any request, and names the stage, the file and the damage."""
     folder = tmp_path / "split"
     shutil.copytree(parts.folder, folder)
     weights = folder / "stage_2" / "model.safetensors"
@@ -131,7 +131,7 @@ def test_a_stage_with_a_damaged_file_says_so(config, parts, tmp_path, all_gone):
 
 
 def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
-    """A copy that was interrupted must not look like a hang."""
+    """An interrupted copy must not look like a hang."""
     folder = tmp_path / "split"
     config, parts = single
     shutil.copytree(parts.folder, folder)
@@ -158,7 +158,7 @@ class Running:
 def runs(
     config: EngineConfig, whole_split: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[signal.Signals, Running]]:
-    """One per signal, started together since starting is slow."""
+    """Start one run per signal, all together, because starting is slow."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
         signal.SIGKILL: str(whole_split),
@@ -190,7 +190,7 @@ def runs(
 
 
 def in_the_middle(process: subprocess.Popen[bytes], errors: Path) -> Running:
-    """Waits for the answer's first byte."""
+    """Wait for the answer's first byte."""
     assert process.stdout is not None
     assert process.stdout.read(1), f"ended early with exit code {process.wait()}"
     stages = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
@@ -200,7 +200,7 @@ def in_the_middle(process: subprocess.Popen[bytes], errors: Path) -> Running:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_ending_the_head_ends_every_process(runs, all_gone, number):
-    """Politely, by Ctrl-C, a closed terminal or the kernel: no stage outlives its head."""
+    """No stage outlives its head after a request to stop, Ctrl-C, a closed terminal or SIGKILL."""
     run = runs[number]
     run.process.send_signal(number)
     all_gone(run.stages)

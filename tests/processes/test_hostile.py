@@ -1,4 +1,4 @@
-"""Hostile peers against a real process: a counted line in the log, and nothing else."""
+"""Hostile peers against a real process cause a counted log line, and nothing else."""
 
 import ipaddress
 import socket
@@ -24,7 +24,7 @@ linux_only = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def victim() -> Iterator[Stand]:
-    """One process that suffers all of them, one after the other."""
+    """Run one process that all attacks hit in turn."""
     with stand() as made:
         yield made
 
@@ -32,7 +32,7 @@ def victim() -> Iterator[Stand]:
 @linux_only
 @pytest.mark.parametrize("attack", [*STRANGERS, *MEMBERS])
 def test_an_attack_is_counted_and_nothing_else(victim: Stand, attack: str) -> None:
-    """It lives, does not grow, logs a few lines; members of old and new are served meanwhile."""
+    """It lives, does not grow and logs a few lines; old and new members are served meanwhile."""
     outcome = victim.suffer(attack, SECONDS, seed=1)
     assert judge(outcome, MAX_GROWTH_MB, SECONDS) == "", outcome
 
@@ -48,7 +48,7 @@ def test_nothing_readable_travels(victim: Stand) -> None:
 
 
 def knock(door: Door, source: str) -> bool:
-    """Whether somebody from `source` is let in."""
+    """Return whether a connection from `source` is let in."""
     with socket.socket(socket.AF_INET6 if ":" in source else socket.AF_INET) as raw:
         raw.settimeout(0.3)
         raw.bind((source, 0))
@@ -61,7 +61,7 @@ def knock(door: Door, source: str) -> bool:
 
 @linux_only
 def test_who_comes_too_often_is_kept_out_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel, for a while; who is inside stays."""
+    """The kernel blocks them for a while; members that are connected stay."""
     monkeypatch.setattr(door_module, "MAX_PER_ADDRESS", 2)
     now = [0.0]
     door = Door("127.0.0.1", 0, clock=lambda: now[0])
@@ -102,7 +102,7 @@ def test_who_comes_too_often_is_kept_out_and_nobody_else(monkeypatch: pytest.Mon
 def test_each_family_is_kept_out_by_its_own_addresses(
     monkeypatch: pytest.MonkeyPatch, often: str
 ) -> None:
-    """At one socket for both, the filter finds the address in either header, whole."""
+    """On one socket for both, the filter finds the whole address in either header."""
     monkeypatch.setattr(door_module, "MAX_PER_ADDRESS", 0)
     door = Door("*", 0)
     near_misses = [str(ipaddress.IPv6Address(1 << 96 | 1)), "::2", "::1:0:0:1", "127.0.1.5"]

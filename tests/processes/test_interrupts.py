@@ -1,7 +1,7 @@
-"""A signal at every import and in every phase of every command.
+"""A signal may come at every import and in every phase of every command.
 
-One line, exit code 128 + n, no process and no folder is left. Where a process would have to be
-started for each import, one is forked there instead, to which the signal is sent.
+The command prints one line, exits with 128 + n, and leaves no process and no folder. Instead of
+starting a process for each import, the test forks one and sends it the signal.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ for words in sys.stdin.read().split(", "):
 
 
 def test_a_signal_during_any_import_ends_the_command(tmp_path: Path) -> None:
-    """No import eats it, nor does the destructor of what an import drops."""
+    """No import loses it, nor does a destructor."""
     (tmp_path / "sitecustomize.py").write_text(AT_IMPORTS)
     done = subprocess.run(
         [sys.executable, "-c", IN_TURN],
@@ -113,7 +113,7 @@ PHASES = [  # and the function at whose first call the signal comes
     (f"{BENCH} --stages 1 --real", "flowspec.engine.local:LocalEngine._await_ready"),
     (WHAT_IF, "flowspec.bench.records:SampleFile.add"),
     ("serve TARGET --strategy ar --drafter none", "flowspec.cli.serve:_planner"),
-    (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:Joiner._pause"),
+    (f"join {HEAD} --device cpu", "flowspec.cluster.device.agent:DeviceAgent._pause"),
     (f"chat {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),
     (f"generate --head {HEAD} x", "flowspec.transport.control_sockets:ControlClient.connect"),
     (f"status {HEAD}", "flowspec.transport.control_sockets:ControlClient.connect"),
@@ -149,7 +149,7 @@ main()
 
 
 def left_by(mark: str) -> list[psutil.Process]:
-    """Processes that run with this variable in their environment."""
+    """Return the processes with this variable in their environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -162,7 +162,7 @@ def left_by(mark: str) -> list[psutil.Process]:
 def test_a_signal_in_any_phase_ends_the_command(
     turn: int, checkpoint: Path, whole_split: Path, tmp_path: Path
 ) -> None:
-    """What was begun is undone: no process, no folder, no half of a file is left."""
+    """Unfinished work is undone: no process, no folder, no incomplete file is left."""
     words, place = PHASES[turn]
     number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[turn % 3]
     for name in ("target", "eagle", "split-1"):
@@ -203,7 +203,7 @@ def test_a_signal_in_any_phase_ends_the_command(
 def test_a_second_signal_leaves_no_process_and_no_folder(
     turn: int, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """It waits for nothing, and whatever the first had not undone yet goes."""
+    """It waits for nothing, and removes what the first signal had not undone yet."""
     words, place = TWICE[turn]
     for name in ("target", "eagle"):
         words = words.replace(name.upper(), str(checkpoint / name))
@@ -240,7 +240,7 @@ def test_a_second_signal_leaves_no_process_and_no_folder(
     sys.platform != "linux", reason="only Linux tells a process of its parent's end"
 )
 def test_a_stage_ends_with_its_head_before_it_imports_torch() -> None:
-    """Which takes seconds, in which it would go on."""
+    """The import takes seconds, in which the stage must not stay."""
     child = subprocess.Popen([sys.executable, "-c", IN_STAGE], stdin=subprocess.PIPE)
     try:
         assert child.wait(END_S) == signal.SIGKILL

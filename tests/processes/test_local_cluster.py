@@ -1,4 +1,4 @@
-"""Head and stages as processes over ZeroMQ: the same text, and nothing while idle."""
+"""Head and stages as processes over ZeroMQ give the same text, and rest while idle."""
 
 import os
 import time
@@ -34,14 +34,14 @@ def cluster(config: EngineConfig, parts: HeadParts) -> Iterator[LocalEngine]:
 
 @pytest.fixture(scope="module")
 def alone(parts: HeadParts) -> LocalTarget:
-    """The target in this process."""
+    """Return the target in this process."""
     return LocalTarget(load_whole(parts.folder), parts.max_context)
 
 
 def ask(
     parts: HeadParts, text: str = "the lazy dog", *, temperature: float = 0.0, count: int = 20
 ) -> Request:
-    """A request for `count` tokens; ids are never used twice in one cluster."""
+    """Return a request for `count` tokens; a cluster never sees the same id twice."""
     return Request(
         id=next(NEXT_ID),
         prompt=tuple(parts.tokenizer.encode(text)),
@@ -54,7 +54,7 @@ def ask(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_text_is_the_targets_own(cluster, alone, parts, strategy, temperature):
-    """Lossless also over sockets, with whatever timing this machine has now."""
+    """Decoding is lossless over sockets, with whatever timing this machine has."""
     spec = STRATEGIES[strategy]
     cluster.configure(spec, spec.defaults)
     request = ask(parts, temperature=temperature)
@@ -75,7 +75,7 @@ def test_ps_tells_the_stages_apart(cluster):
 
 
 def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
-    """Caches of one request are freed before the next and do not leak into it."""
+    """The caches of one request are freed before the next and do not affect it."""
     for number in range(4):
         request = ask(parts, "box of apples " * (number + 1), temperature=number % 2, count=9)
         assert list(generate(cluster, request).tokens) == alone.generate(request)[0]
@@ -84,7 +84,7 @@ def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
 
 
 def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, parts):
-    """Thousands of tokens are left to generate; none of them is waited for."""
+    """Thousands of tokens are left to generate; the cancellation does not wait for them."""
     spec = STRATEGIES["streaming"]
     cluster.configure(spec, spec.defaults)
     request = ask(parts, count=10_000)
@@ -105,7 +105,7 @@ def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, p
 
 
 def test_waiting_costs_no_cpu(cluster, parts):
-    """A cluster without a request sleeps: no turn is too short, and next to nothing is computed."""
+    """A cluster without a request sleeps: turns are long, and nearly nothing is computed."""
     generate(cluster, ask(parts, count=2))
     pids = [os.getpid(), *(child.pid for child in cluster.children.values())]
     time.sleep(0.3)
@@ -125,13 +125,13 @@ def wait_idly(cluster: LocalEngine, seconds: float) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process."""
+    """Return user and system time of a process."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
 
 
 def test_requests_at_once_get_their_own_answers(cluster, alone, parts):
-    """Batches over sockets: more requests than are served at once, greedy and sampled."""
+    """Batches go over sockets: more requests than run at once, greedy and sampled."""
     asked = [
         ask(parts, "box of apples " * (1 + number % 3), temperature=number % 2, count=9 + number)
         for number in range(10)

@@ -1,4 +1,4 @@
-"""Namespaces for clusters under test: what a cut does, and that nothing stays."""
+"""Namespaces for clusters under test: the effect of a cut, and that nothing is left behind."""
 
 import os
 import subprocess
@@ -48,7 +48,7 @@ print(os.environ[INSIDE])
 
 @pytest.mark.skipif(bool(missing()), reason=missing() or "namespaces are there")
 def test_a_cut_link_is_silent_and_comes_back():
-    """Half-open leaves the carrier, a cable does not; the listener that is left ends with all."""
+    """Half-open keeps the carrier, a cut cable does not; the remaining listener ends with all."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", INSIDE],

@@ -1,6 +1,6 @@
-"""`python -O` leaves out asserts, and -OO docstrings too: nothing else may change.
+"""`python -O` removes asserts, and -OO also docstrings: nothing else may change.
 
-Compiling torch anew with such an option takes a minute, so the package alone is compiled so here.
+Compiling torch again with such an option takes a minute, so only the package is compiled.
 """
 
 import os
@@ -27,7 +27,7 @@ SourceFileLoader.get_code = get_code
 
 
 def optimized(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """`flowspec *arguments` as under -OO, and all that it starts."""
+    """Run `flowspec *arguments`, and all its children, as under -OO."""
     (folder / "sitecustomize.py").write_text(SITE)
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "flowspec", *arguments]
@@ -50,7 +50,7 @@ def test_a_run_without_asserts_gives_the_same_text(
 
 @pytest.mark.parametrize("arguments", ["--help", "status --help"])
 def test_help_without_docstrings_is_no_error(arguments: str, tmp_path: Path) -> None:
-    """What a command is for is then missing; its options are there."""
+    """The command's description is missing then, but its options are shown."""
     done = optimized(tmp_path, *arguments.split())
     assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout

@@ -1,4 +1,4 @@
-"""A dozen real faults in all phases: right answers, no orphan; the hundreds are a command."""
+"""A dozen real faults in all phases give right answers and no orphan; a command runs hundreds."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.stress.real_faults import campaign
 
 @pytest.mark.timeout(600)
 def test_a_dozen_real_faults(tmp_path: Path) -> None:
-    """See tests/stress/real_faults.py for the phases and kinds."""
+    """tests/stress/real_faults.py describes the phases and faults."""
     report = campaign(12, 3, tmp_path)
     assert not report.wrong
     assert report.faults.total() >= 12

@@ -1,4 +1,4 @@
-"""Stage processes that die are restarted: the answers go on, token for token, up to a limit."""
+"""Dead stage processes are restarted, and answers continue token for token, up to a limit."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
 
 
 def ask(parts: HeadParts, number: int, sampling: SamplingParams) -> Request:
-    """A request that is served for a while."""
+    """Return a request that takes a while."""
     prompt = tuple(parts.tokenizer.encode("the fox")) * number
     return Request(id=number, prompt=prompt, sampling=sampling, max_new_tokens=120)
 
@@ -44,7 +44,7 @@ def check(parts: HeadParts, asked: list[Request], done: dict[int, RequestOutput]
 
 
 def test_all_stages_killed_at_once_end_no_answer(config, parts, all_gone) -> None:
-    """Both answers go on, and the restarted stages serve the next request too."""
+    """Both answers continue, and the restarted stages serve the next request too."""
     asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
     with LocalEngine(config.changed(max_restarts=2), parts) as cluster:
         pids = set(stage_pids(cluster))
@@ -86,7 +86,7 @@ def test_a_stage_that_keeps_dying_is_given_up(config, parts, all_gone) -> None:
 
 
 def test_a_request_that_kills_a_stage_ends_and_the_others_go_on(config, parts, all_gone) -> None:
-    """It is the only one that is served, or begins again alone: after two losses it is known."""
+    """It runs alone, or starts again alone, so it is identified after two losses."""
     asked = [ask(parts, 1, T0), ask(parts, 2, T1)]
     with LocalEngine(config.changed(max_restarts=3), parts) as cluster:
         pids = set(stage_pids(cluster))

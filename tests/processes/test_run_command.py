@@ -20,13 +20,13 @@ SUMMARY = (
 
 
 def flowspec_run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs in an empty folder, piped, as a script would."""
+    """Run the command in an empty folder, with pipes, as a script would."""
     command = [sys.executable, "-m", "flowspec", "run", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
 def test_the_bundled_model_answers_and_the_summary_is_whole(tmp_path):
-    """The main job: every line of the closing summary, and the proof that the text is exact."""
+    """The summary has every line, and the proof that the text is exact."""
     options = ("--prompt", "What is the capital of Norway?", "--strategy", "pipedec")
     sampled = ("--stages", "2", "--temperature", "1", "--seed", "7", "--max-new-tokens", "24")
     done = flowspec_run(tmp_path, *options, *sampled)
@@ -38,7 +38,7 @@ def test_the_bundled_model_answers_and_the_summary_is_whole(tmp_path):
 
 
 def test_a_stretched_model_answers_and_warns_once(checkpoint, tmp_path):
-    """A key that its RoPE does not have is told by the command alone, not by each stage again.
+    """Only the command warns of a key that its RoPE does not have, not each stage again.
 
     The prompt is longer than the context before scaling.
     """
@@ -70,7 +70,7 @@ def test_a_stretched_model_answers_and_warns_once(checkpoint, tmp_path):
     ],
 )
 def test_wrong_options_are_one_clear_line(tmp_path, monkeypatch, capsys, options, message):
-    """No traceback, exit code 2, and what to do; said before any process starts."""
+    """There is no traceback; the exit code is 2, and the error comes before any process starts."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
     monkeypatch.setattr(sys, "argv", ["flowspec", "run", *options])
@@ -84,7 +84,7 @@ def test_wrong_options_are_one_clear_line(tmp_path, monkeypatch, capsys, options
 
 
 def test_first_runs_started_together_in_one_folder_all_answer(tmp_path):
-    """One splits the model, the others wait for it; no run sees another one's unfinished files."""
+    """One splits the model, and the others wait; no run sees another one's unfinished files."""
     options = ("--stages", "1", "--strategy", "ar", "--max-tokens", "2", "--no-check")
     logs = [tmp_path / f"{number}.log" for number in range(3)]
     runs = [spawn(["run", *options], log, tmp_path, {}) for log in logs]

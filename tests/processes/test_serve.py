@@ -1,4 +1,4 @@
-"""serve and join as commands over the loopback: join, answer, a device dies, the answer goes on."""
+"""`serve` and `join` as commands over the loopback: an answer continues after a device's death."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flowspec.cluster.device.agent import JoinConfig, Joiner, JoinRefusedError
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig, JoinRefusedError
 from flowspec.cluster.device.stage_thread import LayerSource
 from flowspec.engine.build import HeadParts
 from flowspec.engine.client import HeadClient
@@ -23,7 +23,7 @@ PROMPT = "the quick brown fox"
 
 @pytest.fixture(scope="module")
 def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """A head and three devices: two serve, one is a spare."""
+    """Start a head and three devices: two serve, one is a spare."""
     processes = Processes(tmp_path_factory.mktemp("serve"), checkpoint, str(new_token()))
     try:
         processes.serve()
@@ -38,13 +38,13 @@ def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.fixture(scope="module")
 def client(cluster: Processes) -> Iterator[HeadClient]:
-    """A connection that outlives single tests."""
+    """Return a connection for several tests."""
     with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
         yield one
 
 
 def alone(parts: HeadParts, *, count: int, temperature: float) -> list[int]:
-    """What the target says in this process."""
+    """Return the target in this process."""
     prompt = render_chat(parts.tokenizer, [{"role": "user", "content": PROMPT}])
     request = Request(
         id=1,
@@ -82,7 +82,7 @@ def ask(
 
 
 def test_the_head_says_how_to_ask_and_the_token_once(cluster):
-    """Whoever reads from the start knows what to do next; the secret is in the join line alone."""
+    """The output explains the next step; only the join line shows the secret."""
     said, head = cluster.log("head"), f"127.0.0.1:{cluster.port}"
     for line in (
         f"once devices hold all 2 layers: flowspec chat {head}",
@@ -105,7 +105,7 @@ def test_ps_tells_the_processes_apart(cluster):
 
 
 def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
-    """Nothing was configured on them: layers came over the network, by hash."""
+    """They need no configuration: layers come over the network, by hash."""
     tokens, done, _ = ask(client, count=24, temperature=1.0)
     assert tokens == alone(parts, count=24, temperature=1.0)
     assert (done.reason, done.resumed) == ("length", 0)
@@ -119,14 +119,14 @@ def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
 
 
 def test_a_prompt_beyond_the_context_is_told_how_to_raise_it(client):
-    """`--context` of `serve` is the limit of a request, not only what the plan counts on."""
+    """`--context` of `serve` limits a request, and not only the placement."""
     turns = [{"role": "user", "content": "fox " * CONTEXT}]
     *_, done = client.ask(client.new_ask(turns=turns, max_new_tokens=4))
     assert f"the context holds {CONTEXT}; shorten the prompt, or raise --context" in done.error
 
 
 def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client, parts):
-    """SIGKILL after some tokens; the spare takes the layers, the text is the same."""
+    """After SIGKILL, the spare takes the layers, and the text is the same."""
     victim = cluster.stages()[1]
 
     def kill(count: int) -> None:
@@ -143,11 +143,11 @@ def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client,
 
 
 class NoLayers(LayerSource):
-    """For a device that never gets any."""
+    """A source for a device that never gets layers."""
 
 
 def test_a_wrong_token_is_said_on_both_sides(cluster):
-    """The device ends with what to do, the head counts a stranger."""
+    """The device ends with advice, and the head counts a stranger."""
     config = JoinConfig(
         host="127.0.0.1",
         port=cluster.port,
@@ -159,9 +159,9 @@ def test_a_wrong_token_is_said_on_both_sides(cluster):
     def report() -> None:
         raise AssertionError("it is not let in")
 
-    joiner = Joiner(config, derive_keys(new_token()), NoLayers(), report)
+    agent = DeviceAgent(config, derive_keys(new_token()), NoLayers(), report)
     with pytest.raises(JoinRefusedError, match="token is not this cluster's"):
-        joiner.run()
+        agent.run()
     cluster.wait_for("head", r"refused connections: wrong token")
 
 

@@ -1,4 +1,4 @@
-"""A short soak (tests/stress/soak.py): right answers, flat memory, and a leak is seen."""
+"""A short soak (tests/stress/soak.py) gives right answers and flat memory, and detects a leak."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +31,7 @@ LEAK_BYTES = 2 * MIB  # per request: 40 MiB over the last half
 
 
 def cases(parts: HeadParts) -> list[Request]:
-    """Two short requests, greedy and sampled, and a long one that no token ends."""
+    """Return two short requests, greedy and sampled, and a long one that no token ends."""
     short = [
         Request(
             id=1,
@@ -47,12 +47,12 @@ def cases(parts: HeadParts) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def answers(parts: HeadParts) -> list[list[int]]:
-    """What the target alone says to each case."""
+    """Return the target's own answer to each case."""
     return [alone.tokens for alone in answers_alone(parts.folder, parts.max_context, cases(parts))]
 
 
 def worst(samples: list[Sample]) -> float:
-    """The largest growth of any process, in MiB."""
+    """Return the largest growth of any process, in MiB."""
     return max(max(found.by_slope, found.by_median) for found in growth(samples))
 
 
@@ -74,7 +74,7 @@ def test_a_leak_and_a_wrong_answer_are_seen(
     answers: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A head that keeps something of every request, and one answer that is not the target's."""
+    """The head keeps something of every request, and one answer is not the target's."""
     kept: list[bytes] = []
     finish = Head._finish
 
@@ -104,19 +104,19 @@ def test_a_leak_and_a_wrong_answer_are_seen(
     ],
 )
 def test_what_counts_as_flat(memory: Callable[[int], float], flat: bool) -> None:
-    """The start may grow, the last half may not."""
+    """Memory may grow at the start, but not in the last half."""
     samples = [Sample(n, float(n), {"head": int(memory(n) * MIB)}) for n in range(1, 101)]
     (found,) = growth(samples)
     assert found.is_flat(4.0) is flat
 
 
 def test_too_few_samples_are_refused() -> None:
-    """Three points make any slope."""
+    """Three points allow any slope."""
     with pytest.raises(ValueError, match="at least 12 needed"):
         growth([Sample(n, 1.0, {"head": 1}) for n in range(3)])
 
 
 def test_a_process_that_is_gone_is_named() -> None:
-    """The memory of none is no memory of 0."""
+    """A missing process must not count as 0 bytes."""
     with pytest.raises(ValueError, match="cannot be read"):
         private_bytes(2**30)

@@ -1,4 +1,4 @@
-"""Closed and broken streams, folders that cannot be used, too few files: one sentence each."""
+"""Closed and broken streams, unusable folders, and too few files give one sentence each."""
 
 import errno
 import io
@@ -25,7 +25,7 @@ LOST = "standard output is closed: what this command prints there is lost\n"
 
 
 def shell(line: str, folder: Path, **options: object) -> "subprocess.CompletedProcess[str]":
-    """A line of bash in which FLOWSPEC is the command."""
+    """Run a line of bash in which FLOWSPEC is the command."""
     line = line.replace("FLOWSPEC", f"{sys.executable} -m flowspec")
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         ["bash", "-c", line],
@@ -52,7 +52,7 @@ def shell(line: str, folder: Path, **options: object) -> "subprocess.CompletedPr
 def test_a_stream_that_is_none_is_one_sentence(
     line: str, code: int, said: str, tmp_path: Path
 ) -> None:
-    """Nothing is said where nobody can hear it."""
+    """Nothing is printed if nobody can read it."""
     folder = tmp_path / "folder"
     folder.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
@@ -63,7 +63,7 @@ def test_a_stream_that_is_none_is_one_sentence(
 
 
 def test_who_reads_no_further_ends_the_command_quietly(tmp_path: Path) -> None:
-    """As SIGPIPE ends other programs; 1 would be a wrong answer."""
+    """The exit code is that of SIGPIPE, as for other programs; 1 would mean a wrong answer."""
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
@@ -78,7 +78,7 @@ def test_who_reads_no_further_ends_the_command_quietly(tmp_path: Path) -> None:
 def test_an_answer_that_cannot_be_written_ends_the_run(
     ending: str, checkpoint: Path, whole_split: Path, tmp_path: Path
 ) -> None:
-    """Its stage too; `flowspec run | head -1` is the former."""
+    """The stage ends too; `flowspec run | head -1` ends quietly instead."""
     log = Path("/dev/full")
     if ending == "reader gone":
         log = tmp_path / "pipe"
@@ -99,7 +99,7 @@ def test_an_answer_that_cannot_be_written_ends_the_run(
 
 
 def test_no_character_is_an_error() -> None:
-    """A terminal of an old encoding shows what it has no character for by its number."""
+    """A terminal of an old encoding shows a missing character by its number."""
     buffer = io.BytesIO()
     ascii_only = io.TextIOWrapper(buffer, "ascii", "strict")
     read_end, write_end = os.pipe()
@@ -111,7 +111,7 @@ def test_no_character_is_an_error() -> None:
 
 
 def run_main(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> object:
-    """The exit code of `flowspec *words` in this process."""
+    """Return the exit code of `flowspec *words` in this process."""
     monkeypatch.setattr(sys, "argv", ["flowspec", *words])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -121,7 +121,7 @@ def run_main(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> object:
 def test_a_folder_that_cannot_be_made_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which one, why, and what to do."""
+    """The error has the folder, the reason and a fix."""
     monkeypatch.chdir(tmp_path)
     Path("out").write_text("a file is in the way")
     assert run_main(["run", "--stages", "1"], monkeypatch) == 2
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_named(
     ],
 )
 def test_an_error_of_the_system_is_a_sentence(error: OSError, code: int, said: str) -> None:
-    """Without its number, which helps nobody."""
+    """It does not show the error's number, which helps nobody."""
     text, found = describe(error)
     assert said in text
     assert "Errno" not in text
@@ -156,7 +156,7 @@ def test_an_error_of_the_system_is_a_sentence(error: OSError, code: int, said: s
 
 
 def test_the_limit_of_open_files_is_raised_as_far_as_it_may_be(tmp_path: Path) -> None:
-    """The library for messages would abort the process at the first socket too many."""
+    """libzmq would abort the process at the first socket beyond the limit."""
     soft = "import resource as r; print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
     code = f"from flowspec.system.open_files import check_open_files as c; c(100); {soft}"
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -185,7 +185,7 @@ def test_too_few_files_are_told_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With exit code 3, as for all that the machine lacks; no model has been split or loaded."""
+    """The exit code is 3, as for all that the machine lacks; no model is split or loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(TOKEN_VARIABLE, new_token())
     monkeypatch.setattr(resource, "getrlimit", lambda what: (24, 24))
@@ -203,7 +203,7 @@ def test_too_few_files_are_told_before_anything_starts(
 def test_without_a_home_folder_the_fix_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A service's user may have none; one that cannot be written to is told too."""
+    """A service's user may have none; a folder without write permission is named too."""
 
     def nowhere() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -1,4 +1,4 @@
-"""Head and stages over torch.distributed gloo, started by us or by torchrun."""
+"""Head and stages over torch.distributed gloo, started by flowspec or by torchrun."""
 
 import os
 import signal
@@ -36,14 +36,14 @@ def gloo(config: EngineConfig) -> EngineConfig:
 
 
 def ask(parts: HeadParts, number: int, count: int, temperature: float = 0.0) -> Request:
-    """Request `number`, for `count` tokens."""
+    """Return request `number`, for `count` tokens."""
     prompt = tuple(parts.tokenizer.encode("the lazy dog"))
     sampling = SamplingParams(temperature=temperature, seed=5)
     return Request(id=number, prompt=prompt, sampling=sampling, max_new_tokens=count)
 
 
 def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
-    """Every strategy; in between, nothing is sent and nothing is computed."""
+    """Every strategy runs; in between, nothing is sent or computed."""
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
     with LocalEngine(gloo, parts) as cluster:
         for number, name in enumerate(STRATEGIES, start=1):
@@ -117,7 +117,7 @@ def killed(config: EngineConfig, tmp_path: Path) -> Iterator[tuple[subprocess.Po
 
 
 def test_torchrun_starts_head_and_stages(config, tmp_path):
-    """Every process runs the same command; one of them speaks, and the text is exact."""
+    """Every process runs the same command, one of them prints, and the text is exact."""
     run = torchrun(config, tmp_path, "--max-new-tokens", "12")
     out, _ = run.communicate(timeout=TORCHRUN_S)
     errors = (tmp_path / "errors").read_text()
@@ -147,7 +147,7 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "3", "LOCAL_RANK": "1", "WORL
 
 
 def test_the_place_under_torchrun_is_read_from_its_environment():
-    """Variables of the same names mean nothing without torchrun."""
+    """Variables of the same names have no meaning without torchrun."""
     assert find_launch(TORCHRUN) == Launch(rank=3, local_rank=1, num_stages=4)
     assert find_launch({"RANK": "3", "WORLD_SIZE": "5"}) is None
     config = EngineConfig(transport="nccl", device="cuda")
@@ -171,7 +171,7 @@ def test_what_contradicts_torchrun_is_said(size, values, message):
 
 
 def test_torchrun_decides_the_number_of_stages():
-    """Also where the layers are named, if they are as many."""
+    """This holds even if the layers are given, as long as their number fits."""
     for values in ({}, {"stages": 4}, {"layers": "2+2+2+2"}):
         config = override(EngineConfig(transport="gloo"), values, where="test")
         assert fit_to_launch(config, Launch(0, 0, 4)).stages == 4

@@ -1,4 +1,4 @@
-"""Tracing real processes: one clock, nothing lost, nothing changed."""
+"""Traces of real processes use one clock, lose nothing and change nothing."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ from tests.support.traces import check_trace, hop_times_ms, shifted
 
 
 def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
-    """A request of a few tokens."""
+    """Return a request of a few tokens."""
     return Request(
         id=number, prompt=tuple(parts.tokenizer.encode("the lazy dog")), max_new_tokens=count
     )
@@ -35,7 +35,7 @@ def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
 def recorded(
     config: EngineConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[int, Status], list[tuple[int, ...]]]:
-    """The records of two requests on two stages, the stages' totals, the texts."""
+    """Return the records of two requests on two stages, the stages' totals, and the texts."""
     folder = tmp_path_factory.mktemp("records")
     with LocalEngine(config, parts, folder) as cluster:
         texts = [generate(cluster, ask(parts, number)).tokens for number in (1, 2)]
@@ -44,7 +44,7 @@ def recorded(
 
 
 def test_a_trace_of_real_processes_is_whole(recorded, tmp_path):
-    """Valid, every process closed its records, and its totals are those the stages counted."""
+    """It is valid, every process closed its records, and the totals are those of the stages."""
     folder, statuses, _ = recorded
     save_trace(folder, tmp_path / "out.json")
     data = check_trace(tmp_path / "out.json")
@@ -71,7 +71,7 @@ def test_a_trace_of_real_processes_is_whole(recorded, tmp_path):
 
 
 def test_clocks_of_other_machines_make_no_difference(recorded):
-    """Stage clocks started at other boots and drifting: every hop within the error it says."""
+    """Stage clocks have other starts and drift; every hop lies within the stated error."""
     folder, _, _ = recorded
     records = [list(read_records(trace_path(folder, rank))) for rank in range(3)]
     same = make_timeline(records)
@@ -91,7 +91,7 @@ def test_clocks_of_other_machines_make_no_difference(recorded):
 
 
 def test_tracing_changes_no_text(recorded, parts):
-    """The target's own tokens, as without."""
+    """The tokens are the target's own, as without a trace."""
     _, _, texts = recorded
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
     own = alone.generate(ask(parts, 1))[0]
@@ -101,7 +101,7 @@ def test_tracing_changes_no_text(recorded, parts):
 def test_a_failed_run_leaves_its_trace(
     config: EngineConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
 ) -> None:
-    """A killed stage loses its last records alone; the failure is still the error."""
+    """A killed stage only loses its last records; its failure is still the error."""
     out = tmp_path / "out.json"
     pids: list[int] = []
 
@@ -123,7 +123,7 @@ def test_a_failed_run_leaves_its_trace(
 
 @pytest.mark.parametrize("out", ["", "nowhere/out.json", "."])
 def test_where_a_trace_cannot_be_written(tmp_path, monkeypatch, out):
-    """Said before the run; without a name nothing is recorded."""
+    """The error comes before the run; without a name, nothing is recorded."""
     monkeypatch.chdir(tmp_path)
     if not out:
         with tracing(out) as folder:
@@ -134,7 +134,7 @@ def test_where_a_trace_cannot_be_written(tmp_path, monkeypatch, out):
 
 
 def test_the_command_traces_and_tells(tmp_path, monkeypatch, capsys):
-    """`flowspec run --trace` on the bundled model, then `flowspec trace summary`."""
+    """It runs `flowspec run --trace` on the bundled model, then `flowspec trace summary`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # pytest keeps its own
     options = ["--stages", "2", "--max-new-tokens", "16", "--no-check", "--trace", "out.json"]

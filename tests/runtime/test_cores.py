@@ -1,4 +1,4 @@
-"""How many segments one machine keeps in flight."""
+"""Tests the number of segments that one machine keeps in flight."""
 
 import os
 
@@ -18,13 +18,13 @@ from tests.support.tiny import request
 def test_a_core_for_the_head_and_one_for_each_segment(
     cores: int, stages: int, threads: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """0: every stage has cores of its own, and the pipeline's own limit is enough."""
+    """0 means that every stage has its own cores, and the pipeline's own limit applies."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     assert segments_at_once(stages, threads=threads) == wanted
 
 
 def test_the_known_token_takes_guesses_along_where_nothing_may_follow_it() -> None:
-    """With one segment in flight; with two, it goes at once and its guesses follow."""
+    """This holds for one segment in flight; with two, the token goes before its guesses."""
 
     def sizes(max_in_flight: int) -> list[int]:
         setup = {"num_stages": 3, "drafter": drafter_named("mixed")}

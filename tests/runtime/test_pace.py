@@ -1,4 +1,4 @@
-"""A driver on an emulated device: it makes up for waking late, never for time that did not pass."""
+"""An event loop on an emulated device makes up for waking late, and for nothing else."""
 
 import time
 from collections.abc import Sequence
@@ -16,44 +16,44 @@ WORK_S = 0.1
 
 
 class Wire:
-    """A transport that notes what is sent, and gives what it is told to."""
+    """A transport that records what is sent, and delivers given messages."""
 
     def __init__(self) -> None:
         self.sent: list[float] = []
         self.incoming: list[WireMessage] = []
 
     def send(self, to: int, message: WireMessage) -> None:
-        """See Transport.send."""
+        """Record the message."""
         self.sent.append(time.monotonic())
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """See Transport.receive."""
+        """Return the given messages."""
         messages, self.incoming = self.incoming, []
         if not messages:
             time.sleep(timeout_s)
         return messages
 
     def wake(self) -> None:
-        """Nobody waits for long."""
+        """Do nothing: no wait is long."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no socket is open."""
 
 
 class Device:
-    """Every computation takes WORK_S, everything else no time."""
+    """Every computation takes WORK_S, everything else takes no time."""
 
     def work(self, rank: int, work: Work) -> float:
-        """See Pace."""
+        """Return WORK_S."""
         return WORK_S
 
     def host(self, rank: int, message: Message) -> float:
-        """See Pace."""
+        """Return 0."""
         return 0.0
 
 
 class Core:
-    """Computes once for each message, for `slow_s`, then sends."""
+    """A core that computes for `slow_s` per message, then sends."""
 
     rank = 1
 
@@ -63,12 +63,12 @@ class Core:
         self.finished: list[float] = []
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Count the message."""
         self.num_waiting += 1
         return [Send(2, FinishRequest(request=1))] if isinstance(message, FinishRequest) else []
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Compute once per message."""
         if not self.num_waiting:
             return None
         self.num_waiting -= 1
@@ -81,13 +81,13 @@ class Core:
 
 
 def passage(source: int, to: int, message: WireMessage) -> Passage:
-    """Latency alone."""
+    """Return a passage of latency only."""
     return Passage(latency_s=LATENCY_S)
 
 
 @pytest.fixture
 def make():
-    """A driver of a core on an emulated device with emulated lines."""
+    """Return an event loop of a core on an emulated device with emulated lines."""
     made: list[EmulatedTransport] = []
 
     def build(core: Core) -> tuple[EventLoop, Wire]:
@@ -109,7 +109,7 @@ def until_sent(wire: Wire, count: int) -> None:
 
 
 def test_a_pause_is_no_time_to_spare(make):
-    """What a client asks for after a while takes the line as long as ever."""
+    """A request after a pause takes the line as long as ever."""
     driver, wire = make(Core())
     wire.incoming.append(Ping(rank=0))
     driver.turn(0.0)
@@ -122,7 +122,7 @@ def test_a_pause_is_no_time_to_spare(make):
 
 
 def test_nothing_begins_before_it_came(make):
-    """A message for a device that is behind waits for its own coming at least."""
+    """A message for a device that is behind is handled after its own arrival at the earliest."""
     core = Core()
     driver, wire = make(core)
     wire.incoming.append(Ping(rank=0))
@@ -136,7 +136,7 @@ def test_nothing_begins_before_it_came(make):
 
 
 def test_a_machine_that_is_too_slow_is_seen_to_be(make):
-    """Work that takes longer here than on the device makes the answer late, all but a moment."""
+    """Work that is slower here than on the device delays the answer by all but a moment."""
     core = Core(slow_s=2 * WORK_S)
     driver, wire = make(core)
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""A stage that hangs: asked, told about within seconds, given up when it always was."""
+"""A hanging stage is asked, reported within seconds, and given up after the usual limit."""
 
 import pytest
 
@@ -10,9 +10,9 @@ TICK_S = 0.25
 def story(
     limit_s: float, *, answers: dict[int, float], moves: tuple[float, ...] = ()
 ) -> list[tuple[float, WatchdogAction, list[int]]]:
-    """Steps other than WAIT with their times, until it is over.
+    """Return the actions other than WAIT with their times, until the end.
 
-    A rank of `answers` answers what it is asked until then; something moves at each of `moves`.
+    A rank of `answers` answers until the given time; something moves at each of `moves`.
     """
     silence, heard_at = Watchdog(limit_s), dict.fromkeys(answers, 0.0)
     told = []
@@ -33,7 +33,7 @@ ALWAYS = float("inf")
 
 
 def test_who_hangs_is_told_about_at_once_and_given_up_later() -> None:
-    """One warning, long before the end; those who answer are not in it."""
+    """One warning comes long before the end, and does not name ranks that answer."""
     assert story(60.0, answers={1: ALWAYS, 2: 0.0, 3: 0.0}) == [
         (ASK_S, WatchdogAction.ASK, []),
         (WARN_S, WatchdogAction.WARN, [2, 3]),
@@ -43,7 +43,7 @@ def test_who_hangs_is_told_about_at_once_and_given_up_later() -> None:
 
 
 def test_nobody_is_named_where_all_answer() -> None:
-    """Slow, or a fault of the head: the stages are not to blame."""
+    """The stages are not to blame for a slow or faulty head."""
     steps = story(60.0, answers={1: ALWAYS, 2: ALWAYS})
     assert [step for _, step, _ in steps] == [
         WatchdogAction.ASK,
@@ -54,7 +54,7 @@ def test_nobody_is_named_where_all_answer() -> None:
 
 
 def test_who_hangs_later_is_given_up_without_the_others() -> None:
-    """The last question counts."""
+    """The last question decides."""
     steps = story(60.0, answers={1: ALWAYS, 2: 10.0})
     assert (WARN_S, WatchdogAction.WARN, [2]) not in steps
     assert steps[-1] == (60.0, WatchdogAction.GIVE_UP, [2])
@@ -62,7 +62,7 @@ def test_who_hangs_later_is_given_up_without_the_others() -> None:
 
 @pytest.mark.parametrize("limit_s", [1.0, 2 * ASK_S, 2 * WARN_S])
 def test_a_short_limit_needs_no_warning(limit_s: float) -> None:
-    """The error comes as soon."""
+    """The error comes just as soon."""
     assert story(limit_s, answers={1: 0.0}) == [
         (limit_s / 2, WatchdogAction.ASK, []),
         (limit_s, WatchdogAction.GIVE_UP, [1]),
@@ -70,7 +70,7 @@ def test_a_short_limit_needs_no_warning(limit_s: float) -> None:
 
 
 def test_what_moves_begins_anew() -> None:
-    """And who hangs again is told about again."""
+    """A stage that hangs again is reported again."""
     steps = story(60.0, answers={1: 0.0}, moves=(20.0,))
     assert [(at, step) for at, step, _ in steps] == [
         (ASK_S, WatchdogAction.ASK),
@@ -83,6 +83,6 @@ def test_what_moves_begins_anew() -> None:
 
 
 def test_work_in_long_steps_is_no_silence() -> None:
-    """Each is over before anybody is asked."""
+    """Each step ends before any stage is asked."""
     moves = tuple(2.5 * count for count in range(80))
     assert story(60.0, answers={1: 0.0}, moves=moves) == []

@@ -1,4 +1,4 @@
-"""The recorder: what it keeps, where, how much, and that off means off."""
+"""The recorder keeps the right records in bounded space, and costs nothing when off."""
 
 import json
 from dataclasses import replace
@@ -46,7 +46,7 @@ WORK = Work("forward", 2, 8, lambda: None, lambda now, elapsed: (), {"segments":
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_a_message_is_known_by_the_same_key_at_both_ends(message):
-    """Otherwise no hop would be found; and size and content of what was sent are told."""
+    """Otherwise no hop would be found; the sender also records size and content."""
     frames = encode(message)
     assert message_key(decode(frames)) == message_key(message)
     recorder = Recorder(1)
@@ -59,7 +59,7 @@ def test_a_message_is_known_by_the_same_key_at_both_ends(message):
 
 
 def test_segments_are_told_with_their_rows():
-    """Whole where the head sent them, for verdicts to be looked up; by their counts elsewhere."""
+    """The head's record is complete, to look verdicts up; other records only have counts."""
     sent = {}
     for rank in (0, 1):
         recorder = Recorder(rank)
@@ -71,7 +71,7 @@ def test_segments_are_told_with_their_rows():
 
 
 def test_a_file_holds_what_memory_would(tmp_path):
-    """JSON lines, closed with the number of dropped records; closing twice changes nothing."""
+    """It has JSON lines, the last with the number of dropped records; closing twice is safe."""
     path = trace_path(tmp_path, 1)
     recorder, memory = open_trace(path, 1), Recorder(1)
     for each in (recorder, memory):
@@ -97,7 +97,7 @@ def test_records_are_bounded_and_the_rest_is_counted(tmp_path):
 
 
 def test_a_resting_process_writes_and_a_killed_one_leaves_what_it_wrote(tmp_path):
-    """Only the tail is lost; a half line is no record."""
+    """Only the last records are lost; an incomplete line is ignored."""
     path = tmp_path / "rank"
     recorder = Recorder(1, path=path)
     for number in range(300):
@@ -110,7 +110,7 @@ def test_a_resting_process_writes_and_a_killed_one_leaves_what_it_wrote(tmp_path
 
 
 def test_off_keeps_nothing():
-    """What a driver calls when nobody asked for a trace."""
+    """An event loop calls these methods when no trace is wanted."""
     OFF.received(0.0, SEGMENT)
     OFF.sent(0.0, 1, SEGMENT)
     OFF.worked(0.0, 1.0, WORK)
@@ -122,7 +122,7 @@ def test_off_keeps_nothing():
 
 
 def test_the_driver_records_all_that_passes_through_it():
-    """Waits, messages in and out, work; tracing off or on, the core sees the same."""
+    """It records waits, messages and work; the core behaves the same with tracing on or off."""
 
     class Wire:
         def __init__(self) -> None:
@@ -138,7 +138,7 @@ def test_the_driver_records_all_that_passes_through_it():
             return messages
 
         def close(self):
-            """Nothing is open."""
+            """Do nothing: no file is open."""
 
     class Core:
         rank = 1
@@ -169,7 +169,7 @@ def test_the_driver_records_all_that_passes_through_it():
 
 
 def test_a_recorded_run_says_the_same_text():
-    """Looking on changes nothing, not even the virtual clock."""
+    """Recording changes nothing, not even the virtual clock."""
     runs = []
     for traced in (False, True):
         cluster = make_cluster(3, "streaming")
@@ -181,7 +181,7 @@ def test_a_recorded_run_says_the_same_text():
 
 
 def test_nothing_recorded_is_an_error():
-    """Said before an empty picture is drawn."""
+    """The error comes before an empty picture is drawn."""
     with pytest.raises(ValueError, match="no request was served"):
         make_timeline([Recorder(0).records])
     with pytest.raises(ValueError, match="head left no trace"):

@@ -1,4 +1,4 @@
-"""Pipelines without a mechanism: the mechanism is gone, its price is paid, the text stays."""
+"""An ablated pipeline lacks its mechanism, pays the price, and keeps the text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ HEAD_VERDICT, UNPRUNED = "streaming-head-verdict", "streaming-unpruned"
 @pytest.mark.parametrize("drafter", ["eagle", "eagle3", "perfect", "hostile"])
 @pytest.mark.parametrize("strategy", PIPELINES)
 def test_texts_are_the_targets_own_and_nothing_is_left(strategy, drafter):
-    """For one request and for several in one segment, whatever the number of stages."""
+    """This holds for one request and for several in one segment, with any number of stages."""
     batches: list[Batch] = []
     for num_stages, count in ((1, 1), (2, 3), (4, 2)):
         asked = [
@@ -67,7 +67,7 @@ def answered(
 
 
 def test_without_pruning_every_row_is_computed_to_the_end():
-    """All that is sent is run by every stage and weighs on every link; with pruning it is not."""
+    """Every stage and link handles all rows that are sent; with pruning, they do not."""
     pruned, with_it = answered("streaming")
     unpruned, without = answered(UNPRUNED)
     assert without.tokens == with_it.tokens
@@ -84,7 +84,7 @@ def test_without_pruning_every_row_is_computed_to_the_end():
 
 
 def test_dead_rows_go_on_and_find_room():
-    """Below a dead parent, beside the verdict, more than the head has made room for."""
+    """There are rows below a dead parent and beside the verdict, more than the head counts."""
     stage = UnprunedStage(1, 2, stage_models(2)[0])
     prompt = Segment(
         request=1, seq_no=0, nodes=(0, 1), parents=(-1, 0), tokens=(3, 14), prefix=True
@@ -110,7 +110,7 @@ def test_dead_rows_go_on_and_find_room():
 
 
 def run(stage: Stage, *messages: Message) -> list[Send]:
-    """Messages in, everything that follows out."""
+    """Feed messages; return everything that follows."""
     sends: list[Send] = []
     for message in messages:
         sends += stage.handle(message, 0.0)
@@ -127,7 +127,7 @@ def run(stage: Stage, *messages: Message) -> list[Send]:
 
 @dataclass(slots=True)
 class Clocked:
-    """A core that notes when its first verdict came, and what it sends."""
+    """A core that records when its first verdict came, and what it sends."""
 
     core: Core
     first_verdict_at: float = 0.0
@@ -135,17 +135,17 @@ class Clocked:
 
     @property
     def rank(self) -> int:
-        """See Core."""
+        """Return the core's rank."""
         return self.core.rank
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Record the first verdict, and pass the message on."""
         if isinstance(message, Reroot) and not self.first_verdict_at:
             self.first_verdict_at = now
         return self.core.handle(message, now)
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Record the sends of the core's step."""
         step = self.core.poll(now)
         if step is None or step.work is None:
             return step
@@ -160,7 +160,7 @@ class Clocked:
 
 
 def first_verdicts(emulation: Emulation, strategy: str) -> tuple[list[float], float]:
-    """When each stage hears of the prompt's verdict, and the client of its token."""
+    """Return when each stage receives the prompt's verdict, and the client its token."""
     cores: list[Clocked] = []
 
     def wrap(core: Core) -> Core:
@@ -175,7 +175,7 @@ def first_verdicts(emulation: Emulation, strategy: str) -> tuple[list[float], fl
 
 
 def test_a_verdict_on_the_head_is_late_by_the_hop_and_the_heads_lm_head():
-    """The hidden row instead of the verdict, the head's lm_head instead of the stage's, a hop."""
+    """The hidden row travels instead of the verdict: one hop and the head's lm_head more."""
     bed = load_emulation("jetson-5-125mbit", "vicuna-7b", drafter="eagle")
     at_stages, at_client = first_verdicts(bed, "streaming")
     late_at_stages, late_at_client = first_verdicts(bed, HEAD_VERDICT)
@@ -191,7 +191,7 @@ def test_a_verdict_on_the_head_is_late_by_the_hop_and_the_heads_lm_head():
 
 
 def test_the_lm_head_competes_with_the_drafter():
-    """On one device one after the other: no two computations of the head overlap."""
+    """They share one device, so no two computations of the head overlap."""
     cluster, with_it = answered(HEAD_VERDICT)
     assert cluster.simulator.work_log is not None
     log = [entry for entry in cluster.simulator.work_log if entry[2] == HEAD]
@@ -202,7 +202,7 @@ def test_the_lm_head_competes_with_the_drafter():
 
 
 def test_the_last_stage_decides_nothing_and_sends_hidden_states():
-    """No verdict, no lm_head and no last feature of its own; those of its layers stay with it."""
+    """It sends no verdict, no lm_head and no last hidden state; those of its layers stay."""
     cores: list[Clocked] = []
 
     def wrap(core: Core) -> Core:
@@ -260,7 +260,7 @@ def test_chosen_ahead_segments_are_whole():
 
 @pytest.mark.parametrize(("num_stages", "most"), [(1, 2), (2, 2), (4, 4)])
 def test_there_is_one_segment_per_stage(monkeypatch, num_stages, most):
-    """Of one stage two, lest it waits for the head; with more, `streaming-queued` has one wait."""
+    """One stage has two, so that it never waits; with more, `streaming-queued` queues one."""
     seen: dict[str, list[int]] = {}
     choose = Streaming.next_segment
 

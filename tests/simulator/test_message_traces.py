@@ -1,7 +1,7 @@
-"""Head and stages say the same things in the same order as when the traces were committed.
+"""Head and stages send the same messages in the same order as the committed traces.
 
 Each case is a strategy in a situation (message_traces.py) with 1 or 4 stages. tests/golden holds a
-hash of its messages for each, and two of the traces in full. Where one differs on purpose:
+hash of the messages of each, and two of the traces in full. After an intended change, run:
 
     pytest tests/simulator/test_message_traces.py --update-golden
 
@@ -30,14 +30,14 @@ MAX_SHOWN = 40  # lines of a difference
 
 
 def entry(pipeline: Pipeline) -> dict[str, object]:
-    """What is kept of a case."""
+    """Return the committed form of a case."""
     counts = dict(sorted(pipeline.log.counts.items()))
     return {"sha256": sha256(pipeline.text().encode()).hexdigest(), "messages": counts}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_messages_are_those_of_before(case: str, request: pytest.FixtureRequest) -> None:
-    """Number, order and contents; what the client is given; what is counted."""
+    """Number, order, contents, client output and statistics are compared."""
     pipeline = run_case(case)
     folder = request.config.getoption("--write-traces")
     if folder is not None:
@@ -56,7 +56,7 @@ def test_messages_are_those_of_before(case: str, request: pytest.FixtureRequest)
 
 
 def test_every_case_is_kept_and_no_other() -> None:
-    """A strategy or situation that is gone takes its hashes along."""
+    """A removed strategy or situation must be removed from the hashes."""
     assert json.loads(HASHES.read_text()).keys() == set(CASES)
 
 

@@ -1,4 +1,4 @@
-"""The simulator itself: repeatable to the last event, and it charges what it is told."""
+"""The simulator repeats a run to the last event, and charges the given costs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from tests.support.tiny import T1, expected, request
 
 
 def history(seed: int) -> tuple[list[Any], tuple[int, ...], float]:
-    """Every message, every computation, the tokens and the end of one adversarial run."""
+    """Return every message, computation and token of one adversarial run."""
     work, link = adversarial(seed)
     events: list[Any] = []
 
@@ -36,12 +36,12 @@ def history(seed: int) -> tuple[list[Any], tuple[int, ...], float]:
 
 
 def test_the_same_seed_gives_the_same_history():
-    """A failure found by seed can be looked at again and again."""
+    """A failure can be reproduced from its seed."""
     assert history(4) == history(4)
 
 
 def test_another_seed_gives_another_history_and_the_same_text():
-    """Otherwise the seeds would test one schedule only."""
+    """Otherwise the seeds would test only one schedule."""
     one, other = history(4), history(5)
     assert one[0] != other[0]
     assert one[1] == other[1]
@@ -49,7 +49,7 @@ def test_another_seed_gives_another_history_and_the_same_text():
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
 def test_a_plain_pipeline_takes_a_trip_per_token(num_stages):
-    """Closed form: N forwards of t and N + 1 links of d per token, nothing else."""
+    """The closed form is N forwards of t and N + 1 links of d per token, nothing else."""
     took, delay = 0.25, 0.125
     charges = (lambda rank, work: took, lambda source, to, message: Passage(latency_s=delay))
     cluster = make_cluster(num_stages, "ar", charges=charges)
@@ -70,7 +70,7 @@ def test_each_rank_is_charged_its_own_cost():
 
 
 def test_right_guesses_buy_time():
-    """With a drafter that is always right, streaming leaves the plain pipeline far behind."""
+    """With a drafter that is always right, streaming is far faster than the plain pipeline."""
     speeds = {}
     for strategy in ("ar", "streaming"):
         cluster = make_cluster(4, strategy, drafter=ScriptedDrafter(perfect))
@@ -80,26 +80,26 @@ def test_right_guesses_buy_time():
 
 @dataclass(slots=True)
 class Sender:
-    """Sends what it is given, once, when it is told to."""
+    """Sends its messages once, when it receives one."""
 
     rank: int
     outgoing: list[Send] = field(default_factory=list)
     received: list[tuple[float, Message]] = field(default_factory=list)
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Record the message; return the waiting sends."""
         self.received.append((now, message))
         sends, self.outgoing = self.outgoing, []
         return sends
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Return no step."""
         del now
         return None
 
 
 def test_data_keeps_its_order_and_control_overtakes_it():
-    """As two ZeroMQ sockets do: a slow segment delays those behind it, not a verdict."""
+    """A slow segment delays later segments, but not a verdict, as over two ZeroMQ sockets."""
     data = [FinishRequest(request=number) for number in range(4)]
     verdict = Reroot(request=9, position=1, parent=0, token=0)
     head = Sender(0, [*(Send(1, message) for message in data), Send(1, verdict)])
@@ -125,7 +125,7 @@ def test_broadcasts_reach_every_stage_but_the_sender():
 
 
 def test_messages_wait_while_a_core_computes():
-    """A device does one thing at a time; what comes meanwhile is handled afterwards."""
+    """A device does one thing at a time; messages that come meanwhile are handled afterwards."""
 
     class Worker(Sender):
         def poll(self, now: float) -> Step | None:

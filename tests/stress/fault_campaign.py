@@ -1,4 +1,4 @@
-"""Fault campaign: everything that can go wrong on the way, thousands of times; the text must hold.
+"""Fault campaign: thousands of runs with every kind of fault; the text must stay right.
 
     python -m tests.stress.fault_campaign --seeds 2000             # simulated, on a virtual clock
     python -m tests.stress.fault_campaign --seeds 1 --first 4711   # one of them again
@@ -54,7 +54,7 @@ MAX_VIRTUAL_S = 5_000.0  # an undisturbed run takes a tenth
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One seed's run; `wrong` says what must not have happened, or nothing."""
+    """One seed's run; `wrong` describes a failure, or is empty."""
 
     plan: str
     wrong: str
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_seed(seed: int) -> Outcome:
-    """One cluster, a few requests, one plan of faults."""
+    """Run one cluster with a few requests and one plan of faults."""
     random = Random(seed)
     name = list(PLANS)[seed % len(PLANS)]
     num_stages = random.randint(1, 5)
@@ -98,7 +98,7 @@ def run_seed(seed: int) -> Outcome:
 def _request(random: Random, number: int) -> Request:
     length = random.choice((1, 6, 11))
     sampling = random.choice(SAMPLINGS)
-    # of a few lengths, so that the target's own answers are computed once
+    # a few lengths, so that the target's own answers are computed once
     count = random.choice((6, 14, 24))
     asked = request(number, prompt=PROMPT[:length], sampling=sampling, max_new_tokens=count)
     if random.random() < 0.5:
@@ -138,7 +138,7 @@ def _find_wrong(asked: list[Request], done: dict[int, RequestOutput]) -> str:
 
 
 def run_simulated(first: int, count: int) -> int:
-    """Run the seeds, print totals; the number of runs that went wrong."""
+    """Run the seeds and print totals; return the number of runs that failed."""
     started = time.monotonic()
     totals: Counter[str] = Counter()
     runs: Counter[str] = Counter()
@@ -160,7 +160,7 @@ def run_simulated(first: int, count: int) -> int:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the campaign that the command line names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, default=1000, help="how many simulated runs")
     parser.add_argument("--first", type=int, default=0, help="the first seed")

@@ -1,11 +1,12 @@
-"""Coverage-guided fuzzing (atheris, libFuzzer) of all that reads bytes from elsewhere.
+"""Coverage-guided fuzzing (atheris, libFuzzer) of all code that reads foreign bytes.
 
     python -m tests.stress.fuzz [wire|manifest|config|model|eagle|tensors|all] [--seconds 60]
-    [--seed 1] python -m tests.stress.fuzz wire --replay out/fuzz/wire-crash-...
+        [--seed 1]
+    python -m tests.stress.fuzz wire --replay out/fuzz/wire-crash-...
 
-Each target runs in a process of its own, from seeds made here. An input that breaks the target's
-contract (tests/stress/fuzz_targets.py), takes over 10 s or over 4 GiB ends it, is kept in --out,
-and the exit code is 1.
+Each target runs in its own process, from seeds made here. An input that breaks the target's
+contract (tests/stress/fuzz_targets.py), or takes over 10 s or over 4 GiB, ends the run: it is kept
+in --out, and the exit code is 1.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from pathlib import Path
 NAMES = ("wire", "manifest", "config", "model", "eagle", "tensors")
 INPUT_TIMEOUT_S = 10
 MEMORY_MB = 4096
-START_S = 300  # importing torch on a busy machine, seeds included
+START_S = 300  # importing torch on a busy machine, and making the seeds
 MIN_LENGTH = 4096
 
 
 def fuzz(options: argparse.Namespace) -> int:
-    """Every target asked for, one after the other; 1 if any failed."""
+    """Fuzz the given targets in turn; return 1 if any failed."""
     if importlib.util.find_spec("atheris") is None:
         print(
             "error: fuzzing needs atheris, which is not installed; on Linux x86_64: "
@@ -48,7 +49,7 @@ def _fuzz_one(name: str, options: argparse.Namespace) -> int:
     command += ["--seed", str(options.seed)]
     limit = options.seconds + INPUT_TIMEOUT_S + START_S
     with tempfile.TemporaryDirectory(prefix="flowspec-fuzz-") as scratch:
-        # libFuzzer ends its process without any clearing up: what it writes lies in there
+        # libFuzzer ends its process without cleaning up, so its files go there
         environment = {**os.environ, "TMPDIR": scratch}
         try:
             done = subprocess.run(
@@ -72,7 +73,7 @@ def _fuzz_one(name: str, options: argparse.Namespace) -> int:
 
 
 def _fuzz_inside(name: str, options: argparse.Namespace) -> None:
-    """The fuzzed process: it ends inside libFuzzer."""
+    """Run the fuzzed process, which ends inside libFuzzer."""
     import atheris
 
     with atheris.instrument_imports(include=["flowspec", "yaml"]):
@@ -113,7 +114,7 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Fuzz as asked; 0 when no contract was broken."""
+    """Fuzz as the options say; return 0 if no contract was broken."""
     options = _options()
     if options.replay:
         importlib.import_module("tests.stress.fuzz_targets").TARGETS[options.target].run(

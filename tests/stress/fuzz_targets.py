@@ -1,8 +1,8 @@
-"""What is fuzzed: readers of bytes that come from elsewhere, each with its seeds and its contract.
+"""The fuzz targets: readers of foreign bytes, each with its seeds and its contract.
 
-A target takes bytes and returns, or raises what is a bug: a reader may refuse input by its own
-error (WireError, else ValueError) and by nothing else, and what it accepts it must be able to
-write and read again. Used by tests/stress/fuzz.py and tests/stress/test_fuzz.py.
+A target takes bytes and returns, or raises to report a bug: a reader may refuse input only by its
+own error (WireError, else ValueError), and what it accepts it must be able to write and read again.
+tests/stress/fuzz.py and tests/stress/test_fuzz.py use them.
 """
 
 import json
@@ -40,16 +40,17 @@ from flowspec.weights.manifest import (
 )
 from flowspec.weights.tensor_files import header_bytes, read_header
 
-BYTES_PER_BYTE = 256  # memory a decoder may take per byte of input: Python's integers are large
+# memory per byte of input that a decoder may take: Python's integers are large
+BYTES_PER_BYTE = 256
 SPARE_BYTES = 200_000
 MAX_FRAMES = 64
-DEEP = 3000  # nesting that no parser in recursion survives unguarded
+DEEP = 3000  # nesting that breaks an unguarded recursive parser
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`run` raises where the contract is broken; `seeds` are inputs to begin with."""
+    """`run` raises if the contract is broken; `seeds` are the first inputs."""
 
     run: Callable[[bytes], None]
     seeds: Callable[[], list[bytes]]
@@ -57,7 +58,7 @@ class Target:
 
 @cache
 def _folder() -> Path:
-    """A scratch folder of this process, removed with it."""
+    """Return a scratch folder of this process, removed at its end."""
     _folder_owner.append(tempfile.TemporaryDirectory(prefix="flowspec-fuzz-"))
     return Path(_folder_owner[0].name)
 
@@ -69,12 +70,12 @@ _folder_owner: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def pack_frames(frames: list[bytes]) -> bytes:
-    """Frames of a message as one input."""
+    """Pack the frames of a message into one input."""
     return b"".join(struct.pack("<I", len(frame)) + frame for frame in frames)
 
 
 def unpack_frames(data: bytes) -> list[bytes]:
-    """The frames in an input, whatever it is."""
+    """Return the frames in any input."""
     frames, at = [], 0
     while at + 4 <= len(data) and len(frames) < MAX_FRAMES:
         (length,) = struct.unpack_from("<I", data, at)
@@ -96,7 +97,7 @@ def _memory_bound(num_bytes: int) -> Iterator[None]:
 
 
 def run_wire(data: bytes) -> None:
-    """A message or WireError, memory in proportion, and a message that survives the wire again."""
+    """Check that input gives WireError or a message that survives the wire, in bounded memory."""
     frames = unpack_frames(data)
     with _memory_bound(len(data)):
         try:
@@ -124,7 +125,7 @@ def seeds_wire() -> list[bytes]:
 
 
 def _example(kind: type, *, rows: int, number: int, given: bool) -> WireMessage:
-    """A message of `kind` from its fields' types alone, so that new kinds come by themselves."""
+    """Make a message of `kind` from its fields' types alone, so that new kinds are covered."""
     # the module itself has the name of tensors for its checker alone
     hints = get_type_hints(kind, {**vars(wire), "Tensor": Tensor})
     values = {
@@ -165,7 +166,7 @@ def _of_request(segment: Any, request: int) -> Any:
 
 
 def run_manifest(data: bytes) -> None:
-    """A manifest that can be written and read again, or ValueError."""
+    """Check that input gives ValueError or a manifest that can be written and read again."""
     folder = _folder() / "manifest"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_bytes(data)
@@ -176,7 +177,7 @@ def run_manifest(data: bytes) -> None:
 
 
 def seeds_manifest() -> list[bytes]:
-    """Whole ones, damaged ones and brackets without end."""
+    """Return complete and damaged manifests, and brackets without end."""
     names = [f"{part}/{name}" for part in ("head", "stage_1", "stage_2")
              for name in ("model.safetensors", "config.json")]  # fmt: skip
     files = {name: FileRecord(sha256="0f" * 32, bytes=5) for name in names}
@@ -203,7 +204,7 @@ def _broken_json() -> list[bytes]:
 
 
 def run_config(data: bytes) -> None:
-    """A run whose printed configuration repeats it, or ValueError."""
+    """Check that input gives ValueError or a run whose printed configuration repeats it."""
     path = _folder() / "run.yaml"
     path.write_bytes(data)
     with suppress(ValueError):
@@ -214,7 +215,7 @@ def run_config(data: bytes) -> None:
         try:
             again = read_engine_config(path)
         except ValueError as error:
-            raise AssertionError(f"what was written is refused: {error}") from error
+            raise AssertionError(f"its own output is refused: {error}") from error
         assert again == effective, "what was written reads as something else"
         assert strategy_config(again.strategy, again.decode, where="decode") == decode
 
@@ -225,7 +226,7 @@ LAUGHS = "a: &a [x, x]\n" + "".join(
 
 
 def seeds_config() -> list[bytes]:
-    """The defaults, one of each key, and what YAML is infamous for."""
+    """Return the defaults, each key once, and YAML's known traps."""
     texts = [
         as_yaml(EngineConfig()),
         "stages: 2\nsampling: {temperature: 1, top_p: 0.9}\ndecode: {draft_topk: 3, refresh: no}\n",
@@ -266,19 +267,19 @@ LLAMA3 = {
 
 
 def run_model(data: bytes) -> None:
-    """A config whose tensors can be listed, or ValueError."""
+    """Check that input gives ValueError or a config whose tensors can be listed."""
     folder = _folder() / "model"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_bytes(data)
     with suppress(ValueError):
         config = read_config(folder)
-        # each layer has the same tensors: four tell as much as ten thousand
+        # all layers have the same tensors, so four are enough
         few = replace(config, num_layers=min(config.num_layers, 4))
         assert part_shapes(few, first_layer=0, last_layer=few.num_layers)
 
 
 def seeds_model() -> list[bytes]:
-    """Both families, old and new RoPE keys, sizes beyond all measure."""
+    """Return both families, old and new RoPE keys, and absurd sizes."""
     changes: list[Mapping[str, Any]] = [
         {},
         {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
@@ -306,7 +307,7 @@ def _eagle_folder() -> Path:
 
 
 def run_eagle(data: bytes) -> None:
-    """A draft head under any config.json: loaded, or ValueError."""
+    """Check that a draft head under any config.json is loaded, or ValueError."""
     folder = _eagle_folder()
     (folder / "config.json").write_bytes(data)
     with suppress(ValueError):
@@ -314,7 +315,7 @@ def run_eagle(data: bytes) -> None:
 
 
 def seeds_eagle() -> list[bytes]:
-    """The fields that decide how the tensors are read."""
+    """Return the fields that decide how the tensors are read."""
     changes: list[Mapping[str, Any]] = [
         {},
         {"num_attention_heads": "2"},
@@ -328,7 +329,7 @@ def seeds_eagle() -> list[bytes]:
 
 
 def run_tensors(data: bytes) -> None:
-    """The tensors of a safetensors file, all of them within it, or ValueError."""
+    """Check that input gives ValueError or tensors that all lie within the file."""
     path = _folder() / "fuzz.safetensors"
     path.write_bytes(data)
     with suppress(ValueError):
@@ -338,7 +339,7 @@ def run_tensors(data: bytes) -> None:
 
 
 def seeds_tensors() -> list[bytes]:
-    """Whole files, holes, overlaps, sizes beyond all measure."""
+    """Return complete files, holes, overlaps, and absurd sizes."""
     plain = header_bytes({"a": ("float32", (2, 3)), "b": ("bfloat16", (5,))})
     huge = {"dtype": "X", "shape": [10**4000] * 60, "data_offsets": [0, 4]}
     odd: list[Any] = [

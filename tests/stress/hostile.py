@@ -1,4 +1,4 @@
-"""Hostile peers against a listening process: what they can cause, in numbers.
+"""Measures the effect of hostile peers on a listening process.
 
     python -m tests.stress.hostile [--seconds 10] [--only wrong_token,slow_loris] [--json FILE]
 
@@ -48,7 +48,7 @@ LANES = ("control", "data")
 
 @dataclass
 class Outcome:
-    """What one attack came to."""
+    """The result of one attack."""
 
     attack: str
     strikes: int = 0
@@ -57,7 +57,7 @@ class Outcome:
     descriptors: int = 0  # more than before, after it
     peak_descriptors: int = 0  # at the worst moment
     log_lines: int = 0
-    trips: int = 0  # of the member's messages, there and back, during it
+    trips: int = 0  # round trips of the member's messages during it
     slowest_trip_ms: float = 0.0
     new_member_ms: float = 0.0
     failure: str = ""
@@ -102,7 +102,7 @@ def victim(token: str, split: str, pipe: Any) -> None:
 
 
 def vitals(counts: Iterable[dict[str, int]]) -> dict[str, Any]:
-    """Memory, descriptors and the sums of what was counted."""
+    """Return memory, descriptors and the sums of the counts."""
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)
@@ -113,12 +113,12 @@ def vitals(counts: Iterable[dict[str, int]]) -> dict[str, Any]:
 
 
 def peak_mb() -> float:
-    """The most memory this process had since it was last asked; 0 where only Linux could tell."""
+    """Return the most memory since the last call; 0 on systems other than Linux."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0.0
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    Path("/proc/self/clear_refs").write_text("5")  # begins anew, see proc(5)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, see proc(5)
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -142,17 +142,17 @@ class Stand:
         self.trip(self.member)
 
     def new_member(self) -> tuple[int, ZmqTransport]:
-        """Another member, with an inbox of its own, which the victim is told about."""
+        """Add another member, with its own inbox, and tell the victim."""
         rank = self._next_rank
         self._next_rank += 1
         there = {lane: self.addresses[lane] for lane in LANES}
         own = dict.fromkeys(LANES, f"tcp://{HOST}:0")
         transport = ZmqTransport(rank, {rank: own, 1: there}, self.keys)
-        self._talk({rank: transport.bound})  # it answers only those whom it knows
+        self._talk({rank: transport.bound})  # it answers only members that it knows
         return rank, transport
 
     def trip(self, member: tuple[int, ZmqTransport]) -> float:
-        """Seconds of a message there and back on each lane; RuntimeError where one is lost."""
+        """Return the seconds of a round trip on each channel; RuntimeError if a message is lost."""
         rank, transport = member
         start = time.monotonic()
         transport.send(1, Started(request=rank, seq_no=1))
@@ -165,7 +165,7 @@ class Stand:
         raise RuntimeError("no answer within 30 s")
 
     def ask(self) -> dict[str, Any]:
-        """What the victim tells of itself."""
+        """Return the victim's report on itself."""
         told: dict[str, Any] = self._talk("tell")
         return told
 
@@ -176,7 +176,7 @@ class Stand:
         return self.pipe.recv()
 
     def suffer(self, name: str, seconds: float, seed: int = 0) -> Outcome:
-        """Let one attack go on for so long, a member's messages beside it."""
+        """Run one attack for `seconds`, with a member's messages beside it."""
         attack = {**STRANGERS, **MEMBERS}[name]
         address = self.addresses["shards" if name == "fuzzed_requests" else "data"]
         port = int(address.rpartition(":")[2])
@@ -235,7 +235,7 @@ class Stand:
 
 @contextlib.contextmanager
 def stand() -> Iterator[Stand]:
-    """A victim for the time of the block."""
+    """Yield a victim for the time of the block."""
     with tempfile.TemporaryDirectory(prefix="hostile-") as folder:
         made = Stand(Path(folder))
         try:
@@ -245,7 +245,7 @@ def stand() -> Iterator[Stand]:
 
 
 def judge(outcome: Outcome, max_growth_mb: float, seconds: float) -> str:
-    """What is wrong, in words; empty where nothing is."""
+    """Return what is wrong, in words; empty if nothing is."""
     lines = MAX_LOG_LINES * (1 + int(seconds // 10))
     if outcome.failure:
         return outcome.failure
@@ -262,15 +262,15 @@ def judge(outcome: Outcome, max_growth_mb: float, seconds: float) -> str:
     if outcome.peak_descriptors > MAX_DESCRIPTORS:
         return f"it held {outcome.peak_descriptors} descriptors, at most {MAX_DESCRIPTORS} allowed"
     if outcome.descriptors > 8:
-        return f"{outcome.descriptors} descriptors were not given back"
+        return f"{outcome.descriptors} descriptors were not closed"
     return ""
 
 
 def main() -> int:
-    """All attacks, one after the other on one victim, a line each."""
+    """Run all attacks in turn on one victim, and print a line each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each attack [10]")
-    parser.add_argument("--only", help="some of them, by name, joined by commas")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of each attack [10]")
+    parser.add_argument("--only", help="comma-separated names of some attacks")
     parser.add_argument("--max-growth-mb", type=float, default=30.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -296,7 +296,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
     total = sum(outcome.strikes for outcome in outcomes)
-    print(f"{len(outcomes)} attacks, {total} strikes, {bad} not as promised")
+    print(f"{len(outcomes)} attacks, {total} strikes, {bad} failed")
     return int(bad > 0)
 
 

@@ -1,7 +1,7 @@
-"""What a hostile peer may try against a listening port, one function each; see hostile.py.
+"""Attacks of a hostile peer on a listening port, one function each; hostile.py runs them.
 
-`attack(target, end)` goes on until `end` (monotonic seconds) and returns how often it struck.
-Strangers come from an address of their own each, members from another, as on a network.
+`attack(target, end)` continues until `end` (monotonic seconds) and returns how often it struck.
+Each stranger has its own address, and members have another one, as on a network.
 """
 
 import os
@@ -29,7 +29,7 @@ PAUSE_S = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A cluster's port; `keys` are for the attacks that begin behind a valid key."""
+    """A cluster's port; `keys` are for attacks with a valid key."""
 
     host: str
     port: int
@@ -39,7 +39,7 @@ class Target:
 
 
 def dial(target: Target, source: str = "") -> socket.socket | None:
-    """A TCP connection, None where it is not let in."""
+    """Open a TCP connection; return None if it is refused."""
     raw = socket.socket()
     raw.settimeout(0.3)
     try:
@@ -52,7 +52,7 @@ def dial(target: Target, source: str = "") -> socket.socket | None:
 
 
 def repeat(target: Target, end: float, say: Callable[[socket.socket], None]) -> int:
-    """Connect, `say` something and hang up, as fast as it goes."""
+    """Connect, `say` something and hang up, as fast as possible."""
     count = 0
     while time.monotonic() < end:
         count += 1
@@ -73,24 +73,24 @@ def connect_flood(target: Target, end: float) -> int:
 
 
 def http(target: Target, end: float) -> int:
-    """A browser or a scanner."""
+    """Send a request as a browser or a scanner does."""
     request = b"GET / HTTP/1.1\r\nHost: there\r\n\r\n" + b"x" * 100
     return repeat(target, end, lambda raw: listen_after(raw, request))
 
 
 def noise(target: Target, end: float) -> int:
-    """Bytes that are no protocol at all."""
+    """Send bytes of no protocol."""
     return repeat(target, end, lambda raw: listen_after(raw, os.urandom(2000)))
 
 
 def handshake_flood(target: Target, end: float) -> int:
-    """The greeting as it should be, then a HELLO that no key has made."""
+    """Send a correct greeting, then a HELLO without a valid key."""
     hello = b"\x04\xc8\x05HELLO\x01\0" + b"\0" * 72 + os.urandom(120)
     return repeat(target, end, lambda raw: listen_after(raw, GREETING + hello))
 
 
 def oversize_frame(target: Target, end: float) -> int:
-    """A first frame that claims 1 GiB, and as much of it as the other side takes."""
+    """Announce a first frame of 1 GiB, and send as much of it as the other side takes."""
     content = b"\0" * 65536
 
     def say(raw: socket.socket) -> None:
@@ -102,14 +102,14 @@ def oversize_frame(target: Target, end: float) -> int:
 
 
 def listen_after(raw: socket.socket, content: bytes) -> None:
-    """Say it all, and see how the other side hangs up."""
+    """Send all content, and wait until the other side hangs up."""
     raw.sendall(content)
     while raw.recv(4096):
         pass
 
 
 def hold_open(target: Target, end: float, drip: bytes, sources: list[str]) -> int:
-    """As many connections as can be had, each fed a byte of `drip` now and then."""
+    """Open as many connections as possible; send each a byte of `drip` from time to time."""
     count, held = 0, []
     while time.monotonic() < end:
         if len(held) < MAX_OPEN:
@@ -132,17 +132,17 @@ def hold_open(target: Target, end: float, drip: bytes, sources: list[str]) -> in
 
 
 def silent_connections(target: Target, end: float) -> int:
-    """Connections that never say a word."""
+    """Open connections that send nothing."""
     return hold_open(target, end, b"", [target.source])
 
 
 def slow_loris(target: Target, end: float) -> int:
-    """The greeting, a byte at a time."""
+    """Send the greeting one byte at a time."""
     return hold_open(target, end, GREETING, [target.source])
 
 
 def many_addresses(target: Target, end: float) -> int:
-    """Silent connections from two hundred addresses."""
+    """Open silent connections from two hundred addresses."""
     return hold_open(target, end, b"", [f"127.0.7.{k}" for k in range(1, 201)])
 
 
@@ -170,7 +170,7 @@ def descriptor_flood(target: Target, end: float) -> int:
 def _zmq_attack(
     target: Target, end: float, make: Callable[["zmq.Socket[bytes]"], None], kind: int = zmq.PUSH
 ) -> int:
-    """ZeroMQ's own client with whatever `make` sets, over and over."""
+    """Connect ZeroMQ's own client with the settings of `make`, again and again."""
     context, count = zmq.Context(), 0
     try:
         while time.monotonic() < end:
@@ -190,33 +190,33 @@ def _zmq_attack(
 
 
 def with_keys(outbox: "zmq.Socket[bytes]", server: bytes, public: bytes, secret: bytes) -> None:
-    """Be a CURVE client with these keys."""
+    """Make a CURVE client with these keys."""
     outbox.setsockopt(zmq.CURVE_SERVERKEY, server)
     outbox.setsockopt(zmq.CURVE_PUBLICKEY, public)
     outbox.setsockopt(zmq.CURVE_SECRETKEY, secret)
 
 
 def plaintext(target: Target, end: float) -> int:
-    """ZeroMQ without encryption."""
+    """Connect ZeroMQ without encryption."""
     return _zmq_attack(target, end, lambda outbox: None)
 
 
 def wrong_token(target: Target, end: float) -> int:
-    """A member of another cluster."""
+    """Connect as a member of another cluster."""
     other = derive_keys(new_token())
     keys = (other.server_public, other.member_public, other.member_secret)
     return _zmq_attack(target, end, lambda outbox: with_keys(outbox, *keys))
 
 
 def stolen_public_key(target: Target, end: float) -> int:
-    """Who knows the server's public key but not the members' secret one."""
+    """Connect with the server's public key but without the members' secret key."""
     other = derive_keys(new_token())
     keys = (target.keys.server_public, other.member_public, other.member_secret)
     return _zmq_attack(target, end, lambda outbox: with_keys(outbox, *keys))
 
 
 def replay(target: Target, end: float) -> int:
-    """All that a member once said, recorded on the way and said again."""
+    """Replay the recorded bytes of a member."""
     begun = time.monotonic()
     said = record_member(target)
     end += time.monotonic() - begun
@@ -225,7 +225,7 @@ def replay(target: Target, end: float) -> int:
 
 
 def record_member(target: Target) -> bytes:
-    """What a member's client sends through a relay until its first message has passed."""
+    """Record what a member's client sends through a relay, up to its first message."""
     context, said = zmq.Context(), bytearray()
     keys = target.keys
     try:
@@ -257,7 +257,7 @@ def record_member(target: Target) -> bytes:
 
 
 def fuzzed_frames(target: Target, end: float) -> int:
-    """Behind a valid key: messages with bits, frames and lengths changed."""
+    """Send, with a valid key, messages with changed bits, frames and lengths."""
     chance = random.Random(target.seed)
     nodes = tuple(NodeId(k) for k in range(8))
     good = [
@@ -290,7 +290,7 @@ def fuzzed_frames(target: Target, end: float) -> int:
 
 
 def fuzzed_requests(target: Target, end: float) -> int:
-    """Behind a valid key: requests for parts of files that are none."""
+    """Send, with a valid key, requests for parts of files that do not exist."""
     chance = random.Random(target.seed)
 
     def make() -> list[bytes]:

@@ -1,4 +1,4 @@
-"""Requests to a cluster in network namespaces, and whether their answers are the target's own."""
+"""Requests to a cluster in network namespaces, compared with the target's own answers."""
 
 import threading
 import time
@@ -15,25 +15,25 @@ from tests.stress.netns_cluster import NetnsCluster, count_others, wait_until
 
 SENTENCE = "Give three tips for staying healthy, and say why each of them helps. "
 SEED = 7
-MAX_ANSWER_S = 90.0  # far beyond what a fault and a slow machine cost
+MAX_ANSWER_S = 90.0  # far beyond the delay of a fault and a slow machine
 
 
 class Answer(threading.Thread):
-    """One request to the head, followed in a thread of its own."""
+    """One request to the head, followed in its own thread."""
 
     def __init__(self, cluster: NetnsCluster, words: int, count: int, temperature: float) -> None:
         super().__init__(daemon=True)
         self.prompt = SENTENCE * words
         self.count, self.temperature = count, temperature
         self.tokens: list[int] = []
-        self.pieces: list[float] = []  # when they came
+        self.pieces: list[float] = []  # times of the pieces
         self.notes: list[tuple[float, str]] = []
         self.error: str | None = None  # None until the end
         self._client = cluster.client()
         self.start()
 
     def run(self) -> None:
-        """Collect what comes."""
+        """Collect the events."""
         ask = self._client.new_ask(
             turns=[{"role": "user", "content": self.prompt}],
             max_new_tokens=self.count,
@@ -56,20 +56,20 @@ class Answer(threading.Thread):
             self.error = str(error)
 
     def wait_for(self, count: int) -> bool:
-        """Until there are so many tokens; whether that came before the end."""
+        """Wait for `count` tokens; return whether they came before the end."""
         wait_until(
             lambda: len(self.tokens) >= count or self.error is not None, MAX_ANSWER_S, poll_s=0.002
         )
         return self.error is None
 
     def end(self) -> bool:
-        """Whether it has ended in time."""
+        """Wait for the end; return whether it came in time."""
         self.join(MAX_ANSWER_S)
         return not self.is_alive()
 
 
 class Alone:
-    """What the target says in this process."""
+    """The target's own answers, computed in this process."""
 
     def __init__(self, cluster: NetnsCluster) -> None:
         config = EngineConfig(model=str(cluster.split), draft=str(cluster.draft))
@@ -79,7 +79,7 @@ class Alone:
         self._known: dict[tuple[str, int, float], list[int]] = {}
 
     def tokens(self, answer: Answer) -> list[int]:
-        """For the same request."""
+        """Return the tokens for the same request."""
         key = (answer.prompt, answer.count, answer.temperature)
         if key not in self._known:
             turns = [{"role": "user", "content": answer.prompt}]
@@ -96,7 +96,7 @@ class Alone:
 
 @dataclass(slots=True)
 class Verdicts:
-    """What must not happen, with where it did."""
+    """The failures, each with the place where it happened."""
 
     wrong_tokens: list[str] = field(default_factory=list)
     lost_requests: list[str] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Verdicts:
     answers: int = 0
 
     def check(self, answer: Answer, alone: Alone, where: str) -> None:
-        """An answer must end, without error, with the target's tokens."""
+        """Check that an answer ends, without error, with the target's tokens."""
         self.answers += 1
         if not answer.end():
             self.hangs.append(f"{where}: no end of an answer; notes {answer.notes}")
@@ -115,7 +115,7 @@ class Verdicts:
             self.wrong_tokens.append(where)
 
     def check_cut(self, answer: Answer, alone: Alone, where: str) -> None:
-        """The head itself was struck: an answer may end in an error that says so, not in lies."""
+        """Check a struck head's answer: it may end in an error, but its tokens must be right."""
         self.answers += 1
         if not answer.end():
             self.hangs.append(f"{where}: no end of an answer; notes {answer.notes}")
@@ -127,18 +127,18 @@ class Verdicts:
             self.lost_requests.append(f"{where}: {len(answer.tokens)} of {answer.count} tokens")
 
     def check_end(self, cluster: NetnsCluster) -> None:
-        """All processes end when they are told to."""
+        """Check that all processes end when they are told to."""
         self.orphans += [f"{name} did not end by SIGTERM" for name in cluster.stop()]
         if not wait_until(lambda: count_others() == 0, 10.0):
             self.orphans.append(f"{count_others()} processes are left")
 
     @property
     def bad(self) -> list[str]:
-        """All of them."""
+        """Return all failures."""
         return [*self.wrong_tokens, *self.lost_requests, *self.hangs, *self.orphans]
 
     def line(self) -> str:
-        """The counts."""
+        """Return the counts in one line."""
         return (
             f"{self.answers} answers checked: {len(self.wrong_tokens)} with wrong tokens, "
             f"{len(self.lost_requests)} lost, {len(self.hangs)} hangs, {len(self.orphans)} orphans"

@@ -1,14 +1,14 @@
 """A cluster of `flowspec serve` and `flowspec join` in network namespaces, and faults on it.
 
-Used by benchmarks/cluster.py. The script runs in namespaces of its own for network, mounts and
-processes (`run_inside`): when it ends, however it ends, the kernel ends all processes in it and
-takes down all links. Every device is in a network namespace behind a veth pair, shaped by `tc tbf`
-in both directions, and all pairs end in one bridge. The faults:
+benchmarks/cluster.py uses it. The script runs in its own namespaces for network, mounts and
+processes (`run_inside`): whenever it ends, the kernel ends all processes in them and removes all
+links. Every device is in a network namespace behind a veth pair, shaped by `tc tbf` in both
+directions, and all pairs end in one bridge. The faults:
 
     kill        SIGKILL
-    stop        SIGSTOP: it hangs, its sockets stay open
+    stop        SIGSTOP: the process hangs, its sockets stay open
     link down   the cable: the bridge's end of the pair goes down
-    half-open   the bridge forwards nothing any more; links are up and nobody is told
+    half-open   the bridge forwards nothing any more; links are up and nobody is notified
 """
 
 import ctypes
@@ -43,15 +43,15 @@ KINDS = ("kill", "stop", "link down", "half-open")
 CLONE_NEWNET = 0x40000000
 INSIDE = "FLOWSPEC_NETNS_INSIDE"
 BRIDGE, SUBNET, HEAD_ADDRESS, PORT = "fs-bridge", "10.213.0", "10.213.0.1", 7000
-START_S = 120.0  # far more than it takes: the machine may be busy
+START_S = 120.0  # far more than needed: the machine may be busy
 POLL_S = 0.02
-NO_END_TOKEN = 3  # never said: answers are as long as they were asked to be
+NO_END_TOKEN = 3  # never sampled, so answers have the requested length
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
 
 
 def missing() -> str:
-    """What is in the way of namespaces here; empty where nothing is."""
+    """Return why namespaces are not possible here; empty if they are."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     lacking = [name for name in ("ip", "tc", "unshare", "nsenter") if not shutil.which(name)]
@@ -74,7 +74,7 @@ def missing() -> str:
 
 
 def run_inside(arguments: Sequence[str]) -> int:
-    """This script again in namespaces of its own, with a folder that is removed; its exit code."""
+    """Run this script again in its own namespaces and temporary folder; return its exit code."""
 
     def end(number: int, frame: FrameType | None) -> None:
         del frame
@@ -94,7 +94,7 @@ def run_inside(arguments: Sequence[str]) -> int:
 
 
 def new_namespace() -> int:
-    """A network namespace that lives as long as the descriptor that is returned."""
+    """Make a network namespace that lives as long as the returned descriptor."""
     made: list[int] = []
 
     def make() -> None:
@@ -110,7 +110,7 @@ def new_namespace() -> int:
 
 
 def tool(*command: str) -> None:
-    """Run a command. Raises RuntimeError with what it said where it fails."""
+    """Run a command. Raises RuntimeError with its output if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
@@ -119,7 +119,7 @@ def tool(*command: str) -> None:
 def enter_and_run(
     namespace: str, arguments: Sequence[str], log: str, environment: Mapping[str, str]
 ) -> None:
-    """`flowspec *arguments` in a process that was forked."""
+    """Run `flowspec *arguments` in a forked process."""
     handle = os.open(namespace, os.O_RDONLY)
     if ctypes.CDLL(None, use_errno=True).setns(handle, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
@@ -146,7 +146,7 @@ class Network:
         tool("ip", "link", "set", BRIDGE, "up")
 
     def add(self, name: str, address: str) -> None:
-        """A namespace with a shaped link to the bridge."""
+        """Add a namespace with a shaped link to the bridge."""
         path = self.paths[name] = f"/proc/{os.getpid()}/fd/{new_namespace()}"
         inside = ("nsenter", f"--net={path}")
         shape = ("root", "tbf", "rate", f"{self.rate_mbit}mbit", "burst", "256kb")
@@ -163,12 +163,12 @@ class Network:
         tool(*inside, "tc", "qdisc", "add", "dev", "far", *shape)
 
     def cut(self, name: str, kind: str) -> None:
-        """`link down` or `half-open`."""
+        """Cut a link: `link down` or `half-open`."""
         state = ("down",) if kind == "link down" else ("nomaster",)
         tool("ip", "link", "set", f"v-{name}", *state)
 
     def restore(self, name: str) -> None:
-        """The link as it was."""
+        """Restore the link."""
         tool("ip", "link", "set", f"v-{name}", "master", BRIDGE, "up")
 
 
@@ -186,12 +186,12 @@ class NetnsCluster:
         self.keys = derive_keys(token)
         write_token(folder / "token", token)
         self.pids: dict[str, int] = {}
-        self._num_serving = 0  # stages, as the head was last told
-        self._children: list[object] = []  # handles, so that what ends is reaped
+        self._num_serving = 0  # number of stages in the head's last report
+        self._children: list[object] = []  # handles, so that ended children are reaped
         self._save_model()
 
     def _save_model(self) -> None:
-        """The bundled target, one shard per layer, without its end token."""
+        """Save the bundled target, one shard per layer, without its end token."""
         model = self.folder / "model"
         shutil.copytree(ROOT / "models" / "demo" / "target", model)
         for name in ("config.json", "generation_config.json"):
@@ -205,7 +205,7 @@ class NetnsCluster:
         self.draft = ROOT / "models" / "demo" / "eagle"
 
     def serve(self, stages: int, *, fresh: bool = False) -> None:
-        """The head, until it listens; its layers are spread over `stages` workers."""
+        """Start the head and wait until it listens; `stages` workers share its layers."""
         self._num_serving = stages
         base, more = divmod(self.num_layers, stages)
         layers = "+".join(str(base + (rank < more)) for rank in range(stages))
@@ -218,7 +218,7 @@ class NetnsCluster:
         self.wait_for("head", r"flowspec join [\d.]+:\d+")
 
     def join(self, name: str, *, fresh: bool = False) -> None:
-        """A worker; `fresh` as a command of its own, which imports everything anew."""
+        """Start a worker; `fresh` starts a new command, which imports everything."""
         options = ["--name", name, "--threads", "1"]
         self._start(name, ["join", f"{HEAD_ADDRESS}:{PORT}", *options], fresh=fresh)
 
@@ -253,40 +253,43 @@ class NetnsCluster:
         self._children.append(process)
 
     def cache(self, name: str) -> Path:
-        """A device's cache folder."""
+        """Return a device's cache folder."""
         return self.folder / "caches" / name
 
     def log(self, name: str) -> str:
-        """What a process has said."""
+        """Return the output of a process."""
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for(self, name: str, pattern: str, *, count: int = 1) -> float:
-        """Until the log holds the pattern so often; when that was seen. Raises RuntimeError."""
+        """Wait until the log holds the pattern `count` times; return the time.
+
+        Raises RuntimeError.
+        """
 
         def has_said() -> bool:
             return len(re.findall(pattern, self.log(name))) >= count
 
         if not wait_until(lambda: has_said() or not self.is_alive(name)) or not has_said():
-            raise RuntimeError(f"{name} did not say {pattern!r}:\n{self.log(name)[-3000:]}")
+            raise RuntimeError(f"{name} did not log {pattern!r}:\n{self.log(name)[-3000:]}")
         return time.monotonic()
 
     def client(self) -> HeadClient:
-        """A connection of a client that sits at the bridge."""
+        """Connect a client that is at the bridge."""
         return HeadClient(HEAD_ADDRESS, PORT, self.keys)
 
     def status(self) -> ClusterStatus:
-        """As the head tells it. Raises ClusterError."""
+        """Return the head's status. Raises ClusterError."""
         with self.client() as client:
             return client.status()
 
     def stages(self) -> list[str]:
-        """Names of the workers that serve, by rank."""
+        """Return the names of the workers that serve, by rank."""
         serving = [one for one in self.status().devices if one.state == "serving"]
         return [one.name for one in sorted(serving, key=lambda one: one.rank)]
 
     def wait_whole(self, timeout_s: float = START_S) -> bool:
-        """Whether every worker is back in time, and a token has crossed the stages."""
+        """Wait for all workers and a token that has passed the stages; return whether in time."""
 
         def is_whole() -> bool:
             with suppress(ClusterError):
@@ -302,7 +305,7 @@ class NetnsCluster:
         return is_running(self.pids[name])
 
     def strike(self, name: str, kind: str) -> float:
-        """One fault now; when it was done."""
+        """Cause one fault now; return its time."""
         if kind in ("kill", "stop"):
             with suppress(ProcessLookupError):
                 os.kill(self.pids[name], signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
@@ -311,7 +314,7 @@ class NetnsCluster:
         return time.monotonic()
 
     def heal(self, name: str, kind: str) -> None:
-        """The device as before; one that was killed is started again."""
+        """Undo the fault; a killed device is started again."""
         if kind == "stop":
             with suppress(ProcessLookupError):
                 os.kill(self.pids[name], signal.SIGCONT)
@@ -325,7 +328,7 @@ class NetnsCluster:
             self.network.restore(name)
 
     def stop(self, timeout_s: float = 20.0) -> list[str]:
-        """SIGTERM to all; names of those that had to be killed."""
+        """Send SIGTERM to all; return the names of those that had to be killed."""
         for name in [*self.names, "head"]:
             if name in self.pids and self.is_alive(name):
                 os.kill(self.pids[name], signal.SIGTERM)
@@ -338,18 +341,18 @@ class NetnsCluster:
 
 
 def count_others() -> int:
-    """Processes in this process namespace that neither are this one nor serve it."""
+    """Count the processes in this process namespace, except this one and its servers."""
     own = {os.getpid()}
     for one in psutil.process_iter():
         with suppress(psutil.Error):
-            # Python's own helpers, by which processes are forked
+            # Python's own processes, from which others are forked
             if "multiprocessing" in " ".join(one.cmdline()) and one.ppid() == os.getpid():
                 own.add(one.pid)
     return sum(is_running(pid) for pid in psutil.pids() if pid not in own)
 
 
 def is_running(pid: int) -> bool:
-    """Whether it is there and no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -359,7 +362,7 @@ def is_running(pid: int) -> bool:
 def wait_until(
     is_true: Callable[[], bool], timeout_s: float = START_S, poll_s: float = POLL_S
 ) -> bool:
-    """Whether it becomes true in time."""
+    """Wait until the condition is true; return whether that was in time."""
     end = time.monotonic() + timeout_s
     while not is_true():
         if time.monotonic() > end:

@@ -1,14 +1,14 @@
-"""Real faults on real processes: kill, stop and freeze stages in every phase; the text must hold.
+"""Real faults on real processes: kill, stop and freeze stages in every phase.
 
-Used by tests/stress/fault_campaign.py. A cluster under test is whatever `Subject` says: something
-that serves requests, and the processes that may be hurt. The phases:
+tests/stress/fault_campaign.py uses it; the text must stay right. A `Subject` is a cluster under
+test: it serves requests and names the processes that may be hurt. The phases:
 
-    idle      nothing is being served
-    prefill   a long prompt is on its way
-    decode    after some tokens
-    load      a stage that takes the place of a killed one dies while it loads
+    idle      no request is open
+    prefill   a long prompt is in the pipe
+    decode    some tokens have come
+    load      a stage that replaces a killed one dies while it loads
 
-and the faults: SIGKILL, SIGSTOP for ever (the process hangs), SIGSTOP and SIGCONT a little later.
+The faults are SIGKILL, SIGSTOP for ever (the process hangs), and SIGSTOP with a later SIGCONT.
 """
 
 import os
@@ -44,8 +44,8 @@ PHASES = ("idle", "prefill", "decode", "load")
 KINDS = ("kill", "stop", "pause")
 PAUSE_S = 0.3
 GONE_WITHIN_S = 20.0
-TIMEOUT_S = 3.0  # of a stage's silence
-MAX_ANSWER_S = 180.0  # far beyond what several restarts take on a busy machine
+TIMEOUT_S = 3.0  # limit on a stage's silence
+MAX_ANSWER_S = 180.0  # far beyond several restarts on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Subject:
     """A running cluster under test."""
 
     cluster: Cluster
-    victims: Callable[[], Mapping[str, int]]  # process ids by name, as they are now
+    victims: Callable[[], Mapping[str, int]]  # current process ids by name
     alone: LocalTarget
     prompt: tuple[int, ...]
     num_recoveries: Callable[[], int]
@@ -61,7 +61,7 @@ class Subject:
 
 @dataclass(slots=True)
 class Report:
-    """What was done, and what went wrong."""
+    """The faults caused, and the failures."""
 
     faults: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ class Report:
 
 @contextmanager
 def local_subject(folder: Path, *, num_stages: int = 2) -> Iterator[Subject]:
-    """A tiny model over local stage processes that are restarted."""
+    """Yield a tiny model over local stage processes that are restarted."""
     checkpoint = save_checkpoint(folder / "tiny", num_layers=2)
     split = folder / "split"
     plan = plan_split(open_checkpoint(checkpoint / "target"), layers=(1,) * num_stages, dtype=None)
@@ -96,7 +96,7 @@ def local_subject(folder: Path, *, num_stages: int = 2) -> Iterator[Subject]:
 
 
 class Striker:
-    """Hurts a random process of a subject; remembers every process it ever saw."""
+    """Hurts random processes of a subject; remembers every process it ever saw."""
 
     def __init__(self, subject: Subject, random: Random, report: Report) -> None:
         self.subject, self.random, self.report = subject, random, report
@@ -104,7 +104,7 @@ class Striker:
         self._timers: list[threading.Timer] = []
 
     def strike(self, kind: str, phase: str) -> None:
-        """One fault now; in phase `load` a second one on whoever comes next."""
+        """Cause a fault now; in phase `load`, also hurt the replacement."""
         victims = self.subject.victims()
         self.seen.update(victims.values())
         name = self.random.choice(sorted(victims))
@@ -117,7 +117,7 @@ class Striker:
             self._later(0.05, lambda: self._strike_next(name, victims[name]))
 
     def close(self) -> None:
-        """No more faults."""
+        """Cause no more faults."""
         for timer in self._timers:
             timer.join()
         self.seen.update(self.subject.victims().values())
@@ -144,7 +144,7 @@ class Striker:
 
 
 def run_round(subject: Subject, striker: Striker, first: int, kind: str, phase: str) -> None:
-    """Two requests and one fault in the phase; checks both answers."""
+    """Send two requests, cause one fault in the phase, and check both answers."""
     random, report = striker.random, striker.report
     asked = [
         Request(
@@ -186,7 +186,7 @@ def check_answers(
     report: Report,
     where: str,
 ) -> None:
-    """Every request is answered, token for token as by the target alone."""
+    """Check that every request is answered with the target's own tokens."""
     for one in asked:
         if one.id not in done:
             report.wrong.append(f"{where}: request {one.id} has no answer")
@@ -200,7 +200,7 @@ def check_answers(
 
 
 def count_left(pids: set[int]) -> int:
-    """Processes that are still there after a while."""
+    """Count the processes that still exist after a while."""
     end = time.monotonic() + GONE_WITHIN_S
     left = pids
     while left and time.monotonic() < end:
@@ -217,7 +217,7 @@ def _is_running(pid: int) -> bool:
 
 
 def campaign(count: int, seed: int, folder: Path) -> Report:
-    """At least `count` faults on a local cluster."""
+    """Cause at least `count` faults on a local cluster."""
     random, report = Random(seed), Report()
     with local_subject(folder) as subject:
         striker = Striker(subject, random, report)
@@ -237,7 +237,7 @@ def campaign(count: int, seed: int, folder: Path) -> Report:
 
 
 def run_real(count: int, seed: int = 0) -> int:
-    """The campaign and its totals; the number of things that went wrong."""
+    """Run the campaign and print its totals; return the number of failures."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = campaign(count, seed, Path(folder))

@@ -3,13 +3,12 @@
     python -m tests.stress.soak --requests 1000
     python -m tests.stress.soak --tokens 10000 [--temperature 1] [--json FILE]
 
-The bundled model in processes on this machine. Every answer must be the target's own, computed
-alone in a process of its own before anything is measured. Sampled is RssAnon, the memory that a
-process owns alone, of the head (this process) and of each stage, while glibc is told to give freed
-memory back at once, so that what is seen is held. Memory is flat when neither the
-line fitted through the last half of the samples nor the median of the last samples against that of
-the middle ones grows by more than --bound-mib. Exit code 1: a wrong answer, or memory that grows.
-Linux only.
+It runs the bundled model in processes on this machine. Every answer must be the target's own, which
+another process computes before the measurement. It samples RssAnon, the memory that a process owns
+alone, of the head (this process) and of each stage; glibc is told to return freed memory at once,
+so that the figure is memory in use. Memory is flat if neither the line fitted through the last half
+of the samples, nor the median of the last samples against that of the middle ones, grows by more
+than --bound-mib. The exit code is 1 for a wrong answer or growing memory. Linux only.
 """
 
 import argparse
@@ -45,7 +44,7 @@ from flowspec.weights.split import run_split
 from flowspec.weights.split_plan import even_layers, plan_split
 
 MIB = 1 << 20
-MIN_SAMPLES = 12  # fewer say nothing about a slope
+MIN_SAMPLES = 12  # fewer are too few for a slope
 NUM_SAMPLES = 100  # over a soak
 ALONE_TIMEOUT_S = 3600.0
 GIVE_BACK = {
@@ -59,7 +58,7 @@ DTYPE = "float32"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """RssAnon in bytes by process after `done` requests or tokens, and when."""
+    """RssAnon in bytes by process, after `done` requests or tokens, and the time."""
 
     done: int
     seconds: float
@@ -68,14 +67,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Of one process: MiB at start, middle and end, and growth over the last half, two ways."""
+    """A process's MiB at start, middle and end, and its growth over the last half, in two ways."""
 
     process: str
     start: float
     middle: float
     end: float
     by_slope: float  # the fitted line's rise
-    by_median: float  # last samples less middle ones
+    by_median: float  # last samples minus middle ones
 
     def is_flat(self, bound_mib: float) -> bool:
         """Whether neither of the two exceeds the bound."""
@@ -83,7 +82,7 @@ class Growth:
 
 
 def growth(samples: Sequence[Sample]) -> list[Growth]:
-    """Each process's memory over the last half. Raises ValueError for too few samples."""
+    """Return each process's memory over the last half. Raises ValueError for too few samples."""
     if len(samples) < MIN_SAMPLES:
         raise ValueError(f"{len(samples)} samples, at least {MIN_SAMPLES} needed; soak longer")
     half = len(samples) // 2
@@ -100,14 +99,14 @@ def growth(samples: Sequence[Sample]) -> list[Growth]:
 
 
 def private_bytes(pid: int) -> int:
-    """RssAnon of a process. Raises ValueError where the system does not tell."""
+    """Return RssAnon of a process. Raises ValueError when the system does not report it."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
     except OSError as error:
         raise ValueError(f"memory of process {pid} cannot be read: {error}") from None
-    raise ValueError("this system does not tell RssAnon; the soak needs Linux")
+    raise ValueError("this system does not report RssAnon; the soak needs Linux")
 
 
 class Watch:
@@ -122,14 +121,14 @@ class Watch:
         self.samples: list[Sample] = []
 
     def see(self, done: int) -> None:
-        """A sample, if one is due."""
+        """Take a sample if one is due."""
         if self.samples and done < min(self.samples[-1].done + self.every, self.expected):
             return
         memory = {name: private_bytes(pid) for name, pid in self.pids.items()}
         self.samples.append(Sample(done, time.monotonic() - self.start, memory))
 
     def rates(self) -> tuple[float, float]:
-        """Units per second over the first and over the last tenth of the samples."""
+        """Return units per second over the first and the last tenth of the samples."""
         tenth = max(1, len(self.samples) // 10)
         pairs = (self.samples[0], self.samples[tenth]), (self.samples[-1 - tenth], self.samples[-1])
         first, last = ((b.done - a.done) / (b.seconds - a.seconds) for a, b in pairs)
@@ -139,7 +138,7 @@ class Watch:
 def soak_requests(
     cluster: LocalEngine, cases: Sequence[Request], answers: Sequence[Sequence[int]], count: int
 ) -> tuple[Watch, int]:
-    """`count` requests, the cases in turn; the samples, and how many answers were wrong."""
+    """Send `count` requests, the cases in turn; return the samples and count of wrong answers."""
     watch, wrong = Watch(cluster, count), 0
     for number in range(count):
         case = number % len(cases)
@@ -161,7 +160,7 @@ def soak_tokens(cluster: LocalEngine, request: Request, answer: Sequence[int]) -
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """The target alone on one request: its tokens, and tokens per second at start and end."""
+    """The target's own answer to a request: its tokens, and tokens per second at start and end."""
 
     tokens: list[int]
     first_rate: float
@@ -169,7 +168,7 @@ class Alone:
 
 
 def answers_alone(folder: Path, max_context: int, cases: Sequence[Request]) -> list[Alone]:
-    """What the target alone says to each case, from a process that is gone afterwards."""
+    """Compute the target's own answers in a process that ends afterwards."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         job = pool.submit(_generate_alone, folder, max_context, cases)
         return job.result(timeout=ALONE_TIMEOUT_S)
@@ -193,7 +192,7 @@ def _generate_alone(folder: Path, max_context: int, cases: Sequence[Request]) ->
 
 
 def short_cases(parts: HeadParts, max_new_tokens: int) -> list[Request]:
-    """The bundled prompts, each greedy and sampled."""
+    """Return the bundled prompts, each greedy and sampled."""
     prompts = [prompt.turns[0] for prompt in load_prompts(BUNDLED / "prompts.jsonl")]
     return [
         Request(
@@ -208,7 +207,7 @@ def short_cases(parts: HeadParts, max_new_tokens: int) -> list[Request]:
 
 
 def long_case(parts: HeadParts, max_new_tokens: int, temperature: float) -> Request:
-    """One prompt whose answer no end token ends."""
+    """Return one prompt whose answer no end token ends."""
     return replace(
         short_cases(parts, max_new_tokens)[0],
         sampling=SamplingParams(temperature=temperature, seed=1),
@@ -217,9 +216,9 @@ def long_case(parts: HeadParts, max_new_tokens: int, temperature: float) -> Requ
 
 
 def split_demo(folder: Path, stages: int, context: int) -> Path:
-    """The bundled target split in `folder`, its context limit raised to `context` where lower.
+    """Split the bundled target in `folder`, with its context limit raised to at least `context`.
 
-    RoPE goes on beyond the trained positions: the text there is nonsense, but the target's own.
+    RoPE continues beyond the trained positions: the text there is nonsense, but the target's own.
     """
     copy = folder / "target"
     shutil.copytree(BUNDLED / "target", copy)
@@ -265,12 +264,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--requests", type=int, default=0, help="short requests, one by one")
     parser.add_argument("--tokens", type=int, default=0, help="length of one long answer")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a short request [16]")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the long answer [0]")
+    parser.add_argument("--max-new-tokens", type=int, default=16, help="of a short answer [16]")
+    parser.add_argument("--temperature", type=float, default=0.0, help="T of the long answer [0]")
     parser.add_argument("--strategy", default="streaming", help="[streaming]")
     parser.add_argument("--stages", type=int, default=2, help="stage processes [2]")
     parser.add_argument("--bound-mib", type=float, default=4.0, help="growth allowed, MiB [4]")
-    parser.add_argument("--json", type=Path, help="write every sample there")
+    parser.add_argument("--json", type=Path, help="write every sample to this file")
     options = parser.parse_args()
     if options.requests < 1 and options.tokens < 1:
         parser.error("give --requests, --tokens or both")
@@ -278,10 +277,10 @@ def _options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Soak as asked; 0 when every answer was right and the memory flat."""
+    """Soak as the options say; return 0 if every answer was right and the memory flat."""
     options = _options()
     find_strategy(options.strategy)
-    if not os.environ.keys() >= GIVE_BACK.keys():  # read by glibc when a process starts
+    if not os.environ.keys() >= GIVE_BACK.keys():  # glibc reads it when a process starts
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **GIVE_BACK})
     torch.set_num_threads(1)
     good, samples = True, {}

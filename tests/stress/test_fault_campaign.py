@@ -1,4 +1,4 @@
-"""Crashes, cuts, lost, doubled and overtaken messages: no wrong token, no hang, no lost request."""
+"""Under crashes, cuts and lost, doubled or overtaken messages, every answer stays right."""
 
 import pytest
 
@@ -11,13 +11,13 @@ FIRST = 700  # of every plan two runs
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + 2 * len(PLANS)))
 def test_whatever_fails_every_answer_is_the_targets_own(seed: int) -> None:
-    """Devices come back, in the same number or another; connections lose what is on them."""
+    """Devices return, in the same number or another; connections lose messages in flight."""
     outcome = run_seed(seed)
     assert not outcome.wrong, f"seed {seed} ({outcome.plan}): {outcome.wrong}"
 
 
 def test_the_campaign_notices_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without numbered lanes, doubled messages must show, or the runs above prove nothing."""
+    """Without sequence numbers, doubled messages must show, or the runs above prove nothing."""
     monkeypatch.setattr(Lanes, "take", lambda self, message: message)
     doubling = list(PLANS).index("duplicate")
     seeds = range(FIRST + doubling, FIRST + doubling + 4 * len(PLANS), len(PLANS))
@@ -25,7 +25,7 @@ def test_the_campaign_notices_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_lane_takes_each_message_once_and_in_order() -> None:
-    """What comes twice is dropped; after a gap nothing more is taken until the next epoch."""
+    """A doubled message is dropped; after a gap, nothing is taken until the next epoch."""
     ours, theirs = Lanes(2), Lanes(1)
 
     def sent(request: int, epoch: int = 0) -> Message:
@@ -49,7 +49,7 @@ def test_a_lane_takes_each_message_once_and_in_order() -> None:
 
 
 def test_lanes_are_counted_apart() -> None:
-    """By receiver, by sender, and control apart from data; a process's own words not at all."""
+    """Receivers, senders, control and data have separate numbers; local messages have none."""
     ours, theirs = Lanes(1), Lanes(0)
     verdict = Reroot(request=1, position=3, parent=2, token=5)
     assert ours.number(2, verdict) == ours.number(0, verdict)

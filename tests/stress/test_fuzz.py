@@ -1,4 +1,4 @@
-"""Readers of foreign bytes keep their contract: on seeds, on mutations, under a guided fuzzer."""
+"""Readers of foreign bytes keep their contract on seeds, mutations, and under a guided fuzzer."""
 
 import importlib.util
 import subprocess
@@ -37,7 +37,7 @@ PIECES = (
 
 @st.composite
 def mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A seed with bytes changed, cut out, doubled or put in, or grown together with another."""
+    """Draw a seed with bytes changed, cut out, doubled or added, or joined with another seed."""
     data = bytearray(draw(st.sampled_from(seeds)))
     for _ in range(draw(st.integers(1, 4))):
         at, size = draw(st.integers(0, len(data))), draw(st.integers(0, 8))
@@ -49,7 +49,7 @@ def mutated(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 def test_the_command_knows_every_target() -> None:
-    """Its list stands alone: it must be known before anything is imported."""
+    """The command lists its targets itself, so that it knows them before any import."""
     assert tuple(TARGETS) == NAMES
 
 
@@ -64,20 +64,20 @@ def test_every_kind_of_message_is_a_seed() -> None:
 @given(st.lists(st.binary(max_size=20), max_size=6))
 @settings(derandomize=True, max_examples=30)
 def test_frames_are_packed_without_loss(frames: list[bytes]) -> None:
-    """What is fuzzed is what was seeded."""
+    """The fuzzed input equals the seed."""
     assert unpack_frames(pack_frames(frames)) == frames
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_seeds_keep_the_contract(name: str) -> None:
-    """Among them every input that once broke it."""
+    """The seeds include every input that once broke the contract."""
     for seed in SEEDS[name]:
         TARGETS[name].run(seed)
 
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_mutations_keep_the_contract(name: str) -> None:
-    """The same examples each time: a failure here is a failure everywhere."""
+    """The examples are the same each time: a failure here is a failure everywhere."""
 
     @given(mutated(SEEDS[name]))
     @settings(
@@ -93,12 +93,12 @@ def test_mutations_keep_the_contract(name: str) -> None:
 
 
 def broken_reader(*args: object, **kwargs: object) -> None:
-    """Stands in for a reader with a bug."""
+    """Fail as a reader with a bug."""
     raise KeyError("a")
 
 
 def hungry_reader(*args: object, **kwargs: object) -> None:
-    """Takes memory that no message of its size needs, then refuses."""
+    """Take far more memory than the message needs, then refuse."""
     bytearray(50_000_000)
     raise codec.WireError("no")
 
@@ -128,7 +128,7 @@ def test_a_broken_reader_is_found_out(name, reader, replacement, error, monkeypa
 )
 @pytest.mark.parametrize("name", ["wire", "tensors"])
 def test_the_guided_fuzzer_runs(name: str, tmp_path: Path) -> None:
-    """A short run of the command; longer ones are tests/stress/fuzz.py's to do."""
+    """Run the command for a short time; tests/stress/fuzz.py makes longer runs."""
     command = [sys.executable, "-m", "tests.stress.fuzz", name, "--runs", "3000"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)],
@@ -142,7 +142,7 @@ def test_the_guided_fuzzer_runs(name: str, tmp_path: Path) -> None:
 
 
 def test_without_atheris_the_command_says_what_to_do(tmp_path: Path) -> None:
-    """One line with the remedy, no traceback."""
+    """The error is one line with the remedy, without traceback."""
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util as u\nfind = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'atheris' else find(name, *a)\n"

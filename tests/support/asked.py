@@ -1,4 +1,4 @@
-"""A head without devices, for clients that choose the strategy; and what its stages say."""
+"""A head without devices, for clients that choose the strategy, and its stages' statuses."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ CONFIG = EngineConfig(strategy="flowspec", decode={"draft_topk": 7})  # what `se
 
 
 def tiny_parts(folder: Path) -> HeadParts:
-    """The head's share of a tiny model."""
+    """Load the head's part of a tiny model."""
     save_checkpoint(folder / "tiny", num_layers=2)
     plan = plan_split(open_checkpoint(folder / "tiny" / "target"), layers=(1, 1), dtype=None)
     run_split(plan, folder / "split", model_id="tiny")
@@ -31,7 +31,7 @@ def tiny_parts(folder: Path) -> HeadParts:
 
 
 class Asking:
-    """A head without devices: requests wait, which is enough to choose what will answer them."""
+    """A head without devices: requests wait, which suffices to check what will answer them."""
 
     def __init__(self, parts: HeadParts) -> None:
         self.told: list[Event] = []
@@ -40,7 +40,7 @@ class Asking:
         self.tickets = 0
 
     def ask(self, decoding: Decoding | None, **fields: Any) -> Done | None:
-        """Its end, where it has come at once."""
+        """Send a request; return its end if it has come at once."""
         self.tickets += 1
         ask = Ask(
             **{
@@ -57,23 +57,23 @@ class Asking:
         return ends[0] if ends else None
 
     def cancel(self) -> None:
-        """The newest."""
+        """Cancel the newest request."""
         self.engine._do(CancelTicket(self.tickets))
 
     @property
     def chosen(self) -> tuple[Any, Any]:
-        """What answers the next request."""
+        """Return the strategy and drafter of the next request."""
         return self.engine.head.spec, self.engine.head.config
 
 
 def decoding(strategy: str = "streaming", run: str = "1", **parameters: Any) -> Decoding:
-    """All parameters of the strategy, but for some."""
+    """Return all parameters of the strategy, some of them changed."""
     effective = {**asdict(STRATEGIES[strategy].defaults), **parameters}
     return Decoding(strategy=strategy, parameters=effective, run=run)
 
 
 def status(stage: int, busy_s: float, rows: int, pruned: int, num_closes: int = 0) -> Status:
-    """A stage's totals."""
+    """Return a stage's totals."""
     return Status(
         stage=stage,
         busy_s=busy_s,
@@ -86,7 +86,7 @@ def status(stage: int, busy_s: float, rows: int, pruned: int, num_closes: int = 
 
 
 def watched(*before: Status) -> Any:
-    """A head of two stages that has heard so far."""
+    """Return a head of two stages that has received these statuses."""
     return SimpleNamespace(
         statuses={one.stage: one for one in before},
         heard_at={one.stage: 0.0 for one in before},
@@ -96,6 +96,6 @@ def watched(*before: Status) -> Any:
 
 
 def hear(head: Any, *statuses: Status) -> None:
-    """New totals."""
+    """Send new totals to the head."""
     for one in statuses:
         head.statuses[one.stage], head.heard_at[one.stage] = one, float("inf")

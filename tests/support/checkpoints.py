@@ -20,7 +20,7 @@ _CORPUS = (
 
 
 def save_checkpoint(folder: Path, *, num_layers: int = 4) -> Path:
-    """A tiny Hugging Face checkpoint with tokenizer, and `eagle/` beside it under public names."""
+    """Save a tiny Hugging Face checkpoint with tokenizer, and an EAGLE head in its `eagle/`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, *, num_layers: int = 4) -> Path:
     )
     randomize(model, seed=3)
     assert model.lm_head is not None
-    model.lm_head.weight[1] = 0.0  # `</s>`: never the likeliest, so that answers are long
+    model.lm_head.weight[1] = 0.0  # `</s>` is never the likeliest, so that answers are long
     target = folder / "target"
     target.mkdir(parents=True)
     save_file(model.state_dict(), target / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Tiny simulated clusters, and the invariants that must hold in them at every moment."""
+"""Tiny simulated clusters, and the invariants that must always hold in them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,7 +93,7 @@ class Watch:
 
 
 def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
-    """What must hold of a request on a stage whenever nothing of it is being computed."""
+    """Check what must hold for a request on a stage while nothing of it is computed."""
     count = len(state.nodes)
     lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
     assert all(len(column) == count for column in lists), "the row lists are not parallel"
@@ -102,7 +102,7 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
         assert state.rows[node] == row
         if not pruned:
-            continue  # a dead row may stand until the next verdict
+            continue  # a dead row may stay until the next verdict
         if parent == state.tip:
             assert state.positions[row] == state.tip_position + 1
             living = state.next_token in (None, state.tokens[row])
@@ -113,7 +113,7 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
 
 
 def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) -> None:
-    """The committed rows are those that the target alone would have."""
+    """Check that the committed rows are those that the target alone would have."""
     count = state.cache.prefix_length
     keys, values, _ = whole_run(true, ())
     layers = slice(stage.model.first_layer, stage.model.last_layer)
@@ -123,7 +123,7 @@ def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) ->
 
 
 def check_features(session: ScriptedSession) -> None:
-    """What the drafter was given are the target's own hidden states of accepted positions."""
+    """Check that the drafter was given the target's own hidden states of accepted positions."""
     _, _, own = whole_run(session.truth, tuple(session.features))
     for layer, features in session.features.items():
         assert all(position < len(session.tokens) - 1 for position in features), "not accepted"
@@ -136,7 +136,7 @@ def check_features(session: ScriptedSession) -> None:
 def whole_run(
     tokens: tuple[int, ...], layers: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Mapping[int, Tensor]]:
-    """Keys and values [L, g, n, d] of the target alone over tokens [n]; features [n, H] each."""
+    """Return the target's keys, values [L, g, n, d] over tokens [n]; hidden states [n, H] each."""
     model = whole_model()
     cache = model.new_cache(len(tokens))
     rows = torch.tensor(tokens)
@@ -255,7 +255,7 @@ def check_empty(cluster: SimulatedEngine) -> None:
 
 
 class LetterTokenizer:
-    """Token i is a letter, a few are longer pieces, so that stop strings cross borders."""
+    """A tokenizer of letters and a few longer pieces, so that stop strings cross tokens."""
 
     PIECES = ("ab", "bc", "ca", "abc")
 
@@ -265,12 +265,12 @@ class LetterTokenizer:
         return "".join(self.piece(token) for token in token_ids)
 
     def piece(self, token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         return self.PIECES[token] if token < len(self.PIECES) else chr(ord("a") + token % 26)
 
 
 def grid(*columns: Sequence[Any]) -> Iterator[tuple[Any, ...]]:
-    """Every value of the longest column at least once, the shorter ones turning beside it."""
+    """Yield rows with every value of the longest column once; shorter columns repeat."""
     longest = max(len(column) for column in columns)
     for index in range(longest):
         yield tuple(column[index % len(column)] for column in columns)

@@ -11,8 +11,8 @@ from pathlib import Path
 from flowspec.transport.secure.token import new_token
 from tests.support.spawned import spawn
 
-CONTEXT = 600  # tokens of a request; the tiny model was made for more
-START_S = 120.0  # far more than it takes: this machine may be busy
+CONTEXT = 600  # most tokens of a request; the tiny model allows more
+START_S = 120.0  # far more than needed: this machine may be busy
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Processes:
     running: dict[str, ForkServerProcess] = field(default_factory=dict)
 
     def start(self, name: str, *arguments: str) -> None:
-        """`flowspec ...`, its output in a file."""
+        """Start `flowspec ...` with its output in a file."""
         environment = {
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "FLOWSPEC_TOKEN": self.token,
@@ -35,7 +35,7 @@ class Processes:
         self.running[name] = spawn(arguments, log, self.folder, environment)
 
     def serve(self) -> None:
-        """The head; port 0 the first time, the same again afterwards."""
+        """Start the head; port 0 the first time, the same port again afterwards."""
         target, eagle = (str(self.checkpoint / name) for name in ("target", "eagle"))
         options = ["--host", "127.0.0.1", "--port", str(self.port), "--layers", "1+1"]
         options += ["--settle", "0.1", "--dead-after", "2", "--reserve-mb", "50"]
@@ -45,16 +45,16 @@ class Processes:
         self.port = int(line[1])
 
     def join(self, name: str) -> None:
-        """A device; where one is already, one of the same name."""
+        """Start a device; it replaces one of the same name."""
         self.start(name, "join", f"127.0.0.1:{self.port}", "--name", name, "--threads", "1")
 
     def log(self, name: str) -> str:
-        """What a process has said."""
+        """Return the output of a process."""
         log = self.folder / f"{name}.log"
         return log.read_text() if log.exists() else ""
 
     def wait_for(self, name: str, pattern: str, *, count: int = 1) -> re.Match[str]:
-        """Until the log holds the pattern so many times; its last occurrence."""
+        """Wait until the log holds the pattern `count` times; return its last occurrence."""
         end = time.monotonic() + START_S
         while True:
             found = list(re.finditer(pattern, self.log(name)))
@@ -66,12 +66,12 @@ class Processes:
             time.sleep(0.05)
 
     def stages(self) -> list[str]:
-        """Names of the devices that serve, as the head last said."""
+        """Return the names of the devices that serve, from the head's last line about them."""
         line = self.wait_for("head", r"serving: layers (.*)")
         return [part.split()[0] for part in line[1].split(", ")]
 
     def close(self) -> None:
-        """Nothing stays."""
+        """End all processes."""
         for process in self.running.values():
             process.kill()
             process.join(timeout=10)
@@ -79,7 +79,7 @@ class Processes:
 
 @contextmanager
 def two_devices(folder: Path, checkpoint: Path) -> Iterator[Processes]:
-    """A head and the two devices that it needs, ready to answer."""
+    """Yield a head and the two devices that it needs, ready to answer."""
     processes = Processes(folder, checkpoint, str(new_token()))
     try:
         processes.serve()

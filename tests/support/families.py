@@ -1,6 +1,6 @@
 """Tiny random HF checkpoints of every supported family, made with transformers, for any test.
 
-`save(...)` writes one to a folder; `FAMILIES` names what differs between the families, `MATRIX`
+`save(...)` writes one to a folder. `FAMILIES` lists the differences between the families, `MATRIX`
 every family with every kind of RoPE, with and without a sliding window.
 """
 
@@ -95,7 +95,7 @@ MATRIX = [
 
 
 def make(family: str, *, seed: int = 0) -> PreTrainedModel:
-    """A random model in fp32, with biases and norms that are not trivial.
+    """Return a random model in fp32, with biases and norms that are not trivial.
 
     `family` is one of FAMILIES, or as in MATRIX: family-rope or family-rope-window.
     """

@@ -1,4 +1,4 @@
-"""EAGLE-3 checkpoints as the official code, SpecForge and speculators write them, at tiny sizes."""
+"""Tiny EAGLE-3 checkpoints as the official code, SpecForge and speculators write them."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from flowspec.speculation.drafters.eagle3.network import Eagle3Layout, Eagle3Net
 from tests.support.tiny import randomize
 
 ORIGINS = ("official", "specforge", "speculators", "speculators-0.1", "eagle3.1")
-ROPE_BASE = 500000.0  # of heads in the form of speculators; that of the others is the default
-IDS = (0, 2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # the draft vocabulary, target's ids
+ROPE_BASE = 500000.0  # of heads in the form of speculators; other forms use the default
+IDS = (0, 2, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # the draft vocabulary, as ids of the target
 
 
 def save_eagle3(
@@ -28,15 +28,15 @@ def save_eagle3(
     drop: tuple[str, ...] = (),
     add: dict[str, Tensor] | None = None,
 ) -> Eagle3Net:
-    """A random head with `origin`'s names and config; returns the net that was stored.
+    """Save a random head with `origin`'s names and config; return the net that was stored.
 
-    `layers` are output-of-layer ids, None leaves them out of the config; `ids` None is the target's
-    whole vocabulary, without maps. `hf`, `drop` and `add` change what is written.
+    `layers` are output-of-layer ids, None leaves them out of the config; `ids` None means the
+    target's whole vocabulary, without maps. `hf`, `drop` and `add` change what is written.
     """
     wanted = layers or (1, target.num_layers // 2 - 1, target.num_layers - 4)
     known = torch.tensor(ids) if ids else torch.arange(target.vocab_size)
     speculators, newest = origin.startswith("speculators"), origin == "eagle3.1"
-    norms = origin == "speculators"  # its first version knew none of these
+    norms = origin == "speculators"  # its first version did not have these
     layout = Eagle3Layout(
         aux_hidden_state_layers=wanted,
         target_hidden_size=target.hidden_size,
@@ -63,7 +63,7 @@ def save_eagle3(
 
 
 def head_sizes(target: ModelConfig) -> ModelConfig:
-    """Sizes that differ from the target's where they may."""
+    """Return sizes that differ from the target's where this is allowed."""
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=target.vocab_size,
@@ -105,7 +105,7 @@ def _config(net: Eagle3Net, origin: str, layers: tuple[int, ...] | None) -> dict
 def _speculators(
     net: Eagle3Net, origin: str, layers: tuple[int, ...] | None, sizes: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the library writes beside `draft_vocab_size`, in its first version and in newer ones."""
+    """Return the library's config without `draft_vocab_size`, of its first and newer versions."""
     whole: dict[str, Any] = {
         "speculators_model_type": "eagle3",
         "norm_before_residual": net.layout.norm_before_residual,

@@ -1,8 +1,8 @@
-"""A target and a drafter of whole numbers: the same on every machine, to the last bit.
+"""A target and a drafter of whole numbers: equal on every machine, to the last bit.
 
 The next token is a function of a token and its position. A hidden state is that pair, and logits
 are one at the next token and zero elsewhere, so no sum is ever rounded. The drafter knows the
-function, and a rule says where it is wrong. Scores are eighths: their sums are exact.
+function, and a rule decides where it is wrong. Scores are eighths, so their sums are exact.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -17,17 +17,17 @@ from flowspec.weights.split_plan import even_layers
 from tests.support.lookups import CountingSession, LookupDrafter
 from tests.support.tiny import CONFIG, VOCAB
 
-HIDDEN_LAYERS = (1, 5, -1)  # that the drafter asks for; -1: after the last norm
-MISS_EVERY = 9  # the drafter does not know the token at every ninth position
+HIDDEN_LAYERS = (1, 5, -1)  # layers that the drafter reads; -1: after the last norm
+MISS_EVERY = 9  # at every ninth position, the drafter does not know the token
 
 
 def next_token(token: int, position: int) -> int:
-    """What the target says after `token` at `position`."""
+    """Return the target's token after `token` at `position`."""
     return (7 * token + 3 * position + 5) % VOCAB
 
 
 class IntegerStage:
-    """A StageModel's interface over (token, position) pairs."""
+    """A stage model over (token, position) pairs."""
 
     config = CONFIG
     device = torch.device("cpu")
@@ -42,19 +42,19 @@ class IntegerStage:
         return self.last_layer == CONFIG.num_layers
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
-        """A cache of one number per row, in which nothing is written."""
+        """Return a cache of one number per row, in which nothing is written."""
         del stable_context
         return TreeKVCache(num_layers=1, num_kv_heads=1, head_dim=1, capacity=capacity)
 
     def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
-        """See StageModel."""
+        """Return the layers among `layers` that this stage computes."""
         ends = (self.first_layer, self.last_layer)
         return tuple(n for n in layers if ends[0] <= n < ends[1] or (n == -1 and self.is_last))
 
     def __call__(
         self, x: Tensor, positions: Tensor, window: object, *, features: Collection[int] = ()
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Tokens [n] or pairs [n, 2] in, pairs out; every layer's hidden state is the pair."""
+        """Map tokens [n] or pairs [n, 2] to pairs; every layer's hidden state is the pair."""
         del window
         if x.dtype == torch.int64:
             x = torch.stack([x, positions], dim=1).float()
@@ -62,7 +62,7 @@ class IntegerStage:
         return x, dict.fromkeys(self.owned_features(features), x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """One at the next token: [n, 2] -> [n, V]."""
+        """Return logits with one at the next token: [n, 2] -> [n, V]."""
         found = torch.zeros(len(hidden), VOCAB)
         for row, (token, position) in enumerate(hidden.tolist()):
             found[row, next_token(int(token), int(position))] = 1.0
@@ -70,7 +70,7 @@ class IntegerStage:
 
 
 def integer_stages(count: int) -> list[IntegerStage]:
-    """The model in so many pieces."""
+    """Split the model into `count` stages."""
     stages, first = [], 0
     for layers in even_layers(CONFIG.num_layers, count):
         stages.append(IntegerStage(first, first + layers))
@@ -81,7 +81,7 @@ def integer_stages(count: int) -> list[IntegerStage]:
 def children(token: int, position: int, draft_topk: int) -> list[tuple[int, float]]:
     """What the drafter proposes after `token` at `position`, best first.
 
-    The true token is first, second or (every MISS_EVERY positions) not among them.
+    The true token is first, second or (every MISS_EVERY positions) missing.
     """
     true = next_token(token, position)
     decoys = [(true + 1 + step) % VOCAB for step in range(draft_topk)]
@@ -119,24 +119,24 @@ class IntegerSession(CountingSession):
 
     @property
     def num_reusable(self) -> int:
-        """Leading positions of which every layer's hidden state has come."""
+        """Return the number of leading positions whose hidden states of all layers have come."""
         complete = set.intersection(*self.hidden.values())
         return next(p for p in range(len(self.tokens) + 1) if p not in complete)
 
     def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """See DraftSession.accept_features."""
+        """Check and count the hidden states of a layer."""
         for position, hidden in features.items():
             assert position not in self.hidden[layer], f"layer {layer}: {position} came twice"
             self.hidden[layer].add(position)
             assert int(hidden[1]) == position, "a hidden state of another position"
 
     def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
+        """Propose children of the newest accepted token."""
         self.take_ready()
         return self._propose(tree.root) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Propose children of these nodes."""
         del tree
         return [self._propose(node) for node in nodes]
 

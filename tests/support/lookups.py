@@ -1,4 +1,4 @@
-"""What drafters have in common that compute nothing: a drafter of lookups, and its sessions."""
+"""A base for drafters that compute nothing: look-up drafts and sessions that count rows."""
 
 from collections.abc import Sequence
 
@@ -7,31 +7,31 @@ from flowspec.speculation.tree import DraftTree, Node
 
 
 class LookupDrafter:
-    """Its drafts are there at once."""
+    """A drafter whose drafts are ready at once."""
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
+        """Return a draft that only looks children up."""
         return Lookup(jobs)
 
 
 class CountingSession:
-    """Counts the rows that a real drafter would compute."""
+    """A session that counts the rows that a real drafter would compute."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.num_rows_ready = 0
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
+        """Take the accepted tokens."""
         self.tokens.extend(tokens)
         self.num_rows_ready += len(tokens)
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """See DraftSession."""
+        """Return the rows that a forward would compute."""
         del tree
         return self.num_rows_ready if nodes is None else len(nodes)
 
     def take_ready(self) -> None:
-        """Absorb what was ready."""
+        """Count the ready rows as computed."""
         assert self.num_rows_ready > 0, "nothing was ready to absorb"
         self.num_rows_ready = 0

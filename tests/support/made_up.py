@@ -1,4 +1,4 @@
-"""A whole benchmark's records, made up: what differs between strategies differs here too."""
+"""The records of a made-up benchmark, in which strategies differ as in a real one."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +24,7 @@ def benchmark(
     temperatures: Sequence[float] = (0.0,),
     **changes: Any,
 ) -> Iterator[Sample]:
-    """A sample for each; `changes` go to all."""
+    """Yield a sample for each combination; `changes` apply to all."""
     for temperature in temperatures:
         for strategy in strategies:
             for place, dataset in enumerate(datasets):
@@ -74,6 +74,6 @@ def _sample(
 
 
 def write(path: Path, samples: Iterable[Sample]) -> Path:
-    """As a benchmark writes them."""
+    """Write the samples as a benchmark does."""
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in samples))
     return path

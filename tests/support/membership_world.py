@@ -1,4 +1,4 @@
-"""A head's membership under test: a planner, devices that speak, what was told to whom."""
+"""A head's membership under test, with a planner, devices, and a log of all effects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,12 +33,12 @@ HEAD = Addresses(control="tcp://0.0.0.0:1", data="tcp://0.0.0.0:2")
 
 
 class OneLayerPerGigabyte:
-    """Even layers over the first devices that can hold them all."""
+    """A planner that spreads layers evenly over the first devices that can hold them all."""
 
     num_layers = NUM_LAYERS
 
     def place(self, reports: Mapping[str, DeviceReport], *, spares: int) -> Placement:
-        """As few devices as possible, the largest first."""
+        """Return a placement on as few devices as possible, the largest first."""
         names = [n for n, report in reports.items() if not self.too_small(report, 1)]
         names.sort(key=lambda n: -reports[n].memory_available_bytes)
         for count in range(1, len(names) - spares + 1):
@@ -55,23 +55,23 @@ class OneLayerPerGigabyte:
         raise DoesNotFitError(f"{NUM_LAYERS} layers, {len(names)} devices")
 
     def accepts(self, places: Sequence[Place]) -> bool:
-        """Any counts."""
+        """Accept any counts."""
         return bool(places)
 
     def seconds_per_token(
         self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
     ) -> float:
-        """The stage with the most layers is the slowest."""
+        """Return the time of the stage with the most layers, the slowest."""
         return float(max(place.last - place.first for place in places))
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
-        """One layer takes one GB."""
+        """Refuse more layers than gigabytes."""
         have = report.memory_available_bytes // 10**9
         return "" if have >= num_layers else f"too small: {num_layers} GB needed, {have} there"
 
 
 class World:
-    """A head's membership and what it has told whom."""
+    """A head's membership and the messages that it has sent."""
 
     def __init__(self, **changes: object) -> None:
         self.now = 100.0
@@ -81,7 +81,7 @@ class World:
         self._sessions = 0
 
     def apply(self, effects: list[Effect]) -> None:
-        """Note them; the head's own sockets are there at once."""
+        """Record the effects; open the head's own sockets at once."""
         for effect in effects:
             self.effects.append(effect)
             if isinstance(effect, SendToDevice):
@@ -90,7 +90,7 @@ class World:
                 self.apply(self.members.head_bound(effect.epoch, HEAD))
 
     def join(self, name: str, gigabytes: int = 4, *, peer: bytes = b"", **fields: object) -> bytes:
-        """A device says hello."""
+        """Let a device say hello."""
         self._sessions += 1
         peer = peer or f"{name}/{self._sessions}".encode()
         report = DeviceReport(
@@ -104,11 +104,11 @@ class World:
         return peer
 
     def say(self, peer: bytes, message: object) -> None:
-        """A device's message."""
+        """Deliver a device's message."""
         self.apply(self.members.handle(peer, message, self.now))
 
     def pass_time(self, seconds: float, *alive: bytes, idle: bool = True) -> None:
-        """Devices that are alive send heartbeats."""
+        """Let time pass, in which living devices send heartbeats."""
         end = self.now + seconds
         while self.now < end:
             self.now += 0.25
@@ -117,11 +117,11 @@ class World:
             self.apply(self.members.tick(self.now, idle=idle))
 
     def last(self, peer: bytes, kind: type) -> object:
-        """The newest message of a kind that the peer was told; None without one."""
+        """Return the newest message of a kind to the peer, or None."""
         return next((m for m in reversed(self.told.get(peer, [])) if isinstance(m, kind)), None)
 
     def load(self, *peers: bytes) -> None:
-        """Each loads what it was assigned and says so."""
+        """Let each device load its assignment and report that."""
         for peer in peers:
             assign = self.last(peer, Assign)
             assert assign is not None, f"{peer!r} has no layers"
@@ -135,7 +135,7 @@ class World:
             self.say(peer, ready)
 
     def serving(self, *gigabytes: int, **changes: object) -> list[bytes]:
-        """Devices a, b, ... have joined and serve."""
+        """Let devices a, b, ... join and serve."""
         peers = [self.join(chr(97 + k), size) for k, size in enumerate(gigabytes)]
         self.pass_time(1.5, *peers)
         self.load(*(p for p in peers if self.last(p, Assign)))
@@ -143,9 +143,9 @@ class World:
         return peers
 
     def said(self) -> str:
-        """All that was said."""
+        """Return all log lines."""
         return "\n".join(f"{e.device}: {e.text}" for e in self.effects if isinstance(e, LogEvent))
 
     def halts(self) -> list[Halt]:
-        """Epochs that ended."""
+        """Return the epochs that ended."""
         return [e for e in self.effects if isinstance(e, Halt)]

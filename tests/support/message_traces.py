@@ -1,7 +1,7 @@
-"""What head and stages say to one another in small, exact runs, as text.
+"""The messages between head and stages in small, exact runs, as text.
 
-Every strategy under the simulator with the integer model, in the SITUATIONS below. This file knows
-how today's code is put together; the text that it makes is what is compared.
+It runs every strategy under the simulator with the integer model, in the SITUATIONS below. This
+file depends on the current structure of the code; only the text that it makes is compared.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,25 +29,25 @@ NUM_STAGES = (1, 4)
 
 @dataclass(slots=True)
 class Gone:
-    """In a lost stage's place: takes everything in and does nothing."""
+    """Replaces a lost stage: takes every message and does nothing."""
 
     rank: int
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Drop the message."""
         del message, now
         return ()
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Return no step."""
         del now
         return None
 
 
 def work_time(rank: int, work: Work) -> float:
-    """Exact sums of powers of two, so that no machine orders two events otherwise.
+    """Return exact sums of powers of two, so that all machines order events alike.
 
-    A row costs so much that segments of a few rows pay best.
+    A row is so expensive that segments of a few rows are best.
     """
     if work.kind == "draft":
         return 1 / 8 + work.rows / 64
@@ -55,7 +55,7 @@ def work_time(rank: int, work: Work) -> float:
 
 
 class Pipeline:
-    """A simulated cluster, its log of messages and what its client has been given."""
+    """A simulated cluster, its log of messages, and the output to its client."""
 
     def __init__(
         self, num_stages: int, strategy: str, limits: Mapping[str, int], decode: Mapping[str, Any]
@@ -89,28 +89,28 @@ class Pipeline:
         self.done: dict[int, RequestOutput] = {}
 
     def submit(self, *requests: Request) -> None:
-        """All of them now."""
+        """Submit all of them now."""
         for one in requests:
             self.asked.append(one)
             self.pieces[one.id] = []
             self.simulator.submit(Submit(request=one))
 
     def cancel(self, number: int) -> None:
-        """The client does not want it any more."""
+        """Cancel the request, as its client would."""
         self.simulator.submit(AbortRequest(request=number))
 
     def lose(self, rank: int) -> None:
-        """A stage is gone, and the head learns of it at once."""
+        """Lose a stage; the head learns of it at once."""
         self.simulator.replace(Gone(rank))
         self.simulator.deliver(0, Suspend(failure=Failure(cause="gone", rank=rank)))
 
     def cover(self, rank: int) -> None:
-        """An empty stage takes its place."""
+        """Put an empty stage in its place."""
         self.simulator.replace(self._stage(rank, epoch=self.cluster.head.pipe.epoch))
         self.simulator.deliver(0, Resume(num_stages=self.num_stages))
 
     def step(self) -> bool:
-        """One event; what it has for the client is taken."""
+        """Run one event, and take its output for the client."""
         went_on = self.simulator.step()
         while self.simulator.to_client:
             event: Any = self.simulator.to_client.popleft()
@@ -121,7 +121,7 @@ class Pipeline:
         return went_on
 
     def run_to(self, number: int, count: int) -> None:
-        """Until request `number` has `count` tokens."""
+        """Run until request `number` has `count` tokens."""
         while sum(map(len, self.pieces[number])) < count:
             assert self.step(), f"request {number} ended before its token {count}"
 
@@ -132,13 +132,13 @@ class Pipeline:
             pass
 
     def finish(self) -> None:
-        """Until nothing is left to do; everything has been answered then."""
+        """Run until nothing is left to do; check that every request was answered."""
         while self.step():
             pass
         assert self.done.keys() == {one.id for one in self.asked}
 
     def text(self) -> str:
-        """The log, and then for each request what the client was given and what was counted."""
+        """Return the log, then each request's output and statistics."""
         return self.log.text + "".join(f"{self._summary(one.id)}\n" for one in self.asked)
 
     def _summary(self, number: int) -> str:
@@ -167,12 +167,12 @@ class Pipeline:
 
 
 def prompt(number: int, length: int) -> tuple[int, ...]:
-    """Some tokens; others for every number."""
+    """Return a prompt that differs for every number."""
     return tuple((5 * number + 11 * place + place * place) % VOCAB for place in range(length))
 
 
 def ask(number: int, length: int, *, new: int = 16) -> Request:
-    """Request `number` with a prompt of its own."""
+    """Return request `number` with its own prompt."""
     return request(number, prompt=prompt(number, length), max_new_tokens=new)
 
 
@@ -188,7 +188,7 @@ def _together(pipeline: Pipeline) -> None:
 
 
 def _lost(pipeline: Pipeline) -> None:
-    """The second stage, or the only one; the third request has not begun."""
+    """Lose the second stage, or the only one, before the third request begins."""
     rank = min(2, pipeline.num_stages)
     pipeline.submit(ask(1, 11), ask(2, 7), ask(3, 5, new=6))
     pipeline.run_to(1, 5)
@@ -199,7 +199,7 @@ def _lost(pipeline: Pipeline) -> None:
 
 
 def _cancelled(pipeline: Pipeline) -> None:
-    """One that is being served and one that waits; another one takes the place."""
+    """Cancel a running request and a waiting one; add another."""
     pipeline.submit(ask(1, 11), ask(2, 7), ask(3, 9), ask(4, 5, new=8))
     pipeline.run_to(1, 4)
     pipeline.cancel(1)
@@ -208,13 +208,13 @@ def _cancelled(pipeline: Pipeline) -> None:
 
 
 def _chunked(pipeline: Pipeline) -> None:
-    """The second prompt shares the first one's last chunk."""
+    """Let the second prompt share the first one's last chunk."""
     pipeline.submit(ask(1, 23), ask(2, 9))
     pipeline.finish()
 
 
 def _kept(pipeline: Pipeline) -> None:
-    """A next turn, and then one that only begins alike."""
+    """Continue a conversation, then send a prompt that only begins the same way."""
     first = ask(1, 11)
     pipeline.submit(first)
     pipeline.finish()
@@ -227,7 +227,7 @@ def _kept(pipeline: Pipeline) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What happens, and what the pipeline is given for it."""
+    """A course of events, and the pipeline's parameters for it."""
 
     play: Callable[[Pipeline], None]
     limits: Mapping[str, int] = field(default_factory=dict)
@@ -251,7 +251,7 @@ CASES = tuple(
 
 
 def run_case(name: str) -> Pipeline:
-    """A case of CASES, played to its end."""
+    """Run a case of CASES to its end."""
     strategy, situation, count = name.split("-")
     chosen = SITUATIONS[situation]
     pipeline = Pipeline(int(count), strategy, chosen.limits, chosen.decode)

@@ -1,6 +1,6 @@
 """Shared tiny models: random weights that matter, fp32, seconds on one core.
 
-A test that needs its own sizes calls these; the fixtures of conftest.py are made with them.
+A test that needs other sizes calls these functions; the fixtures of conftest.py use them too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ TINY_MQA = replace(TINY, num_kv_heads=1)
 
 
 def randomize(net: nn.Module, seed: int, *, scale: float = 1.5) -> None:
-    """Weights at the scale where every layer and every context token changes the output."""
+    """Set weights so large that every layer and every context token changes the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in net.named_parameters():
@@ -50,7 +50,7 @@ def randomize(net: nn.Module, seed: int, *, scale: float = 1.5) -> None:
 def make_model(
     config: ModelConfig = TINY, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> StageModel:
-    """The whole target: every layer, embedding and lm_head."""
+    """Return the whole target: every layer, embedding and lm_head."""
     model = StageModel(
         config, first_layer=0, last_layer=config.num_layers, with_embedding=True, with_head=True
     )
@@ -59,7 +59,7 @@ def make_model(
 
 
 def split_model(whole: StageModel, counts: Sequence[int]) -> list[StageModel]:
-    """The model cut into stages of `counts` layers, over the very same weights."""
+    """Split the model into stages of `counts` layers that share its weights."""
     assert sum(counts) == whole.config.num_layers
     weights = whole.state_dict()
     stages, first = [], 0
@@ -81,9 +81,9 @@ def split_model(whole: StageModel, counts: Sequence[int]) -> list[StageModel]:
 
 
 def make_drafter(model: StageModel, *, seed: int = 1) -> EagleDrafter:
-    """A random EAGLE head beside `model`'s lm_head: its guesses are poor and well defined."""
+    """Return a random EAGLE head with `model`'s lm_head; its guesses are poor but reproducible."""
     net = EagleNet(replace(model.config, num_layers=1), fc_bias=True)
-    randomize(net, seed, scale=0.6)  # it feeds on its own output, which must not grow
+    randomize(net, seed, scale=0.6)  # it reads its own output, which must not grow
     assert model.lm_head is not None
     return EagleDrafter(net.to(model.dtype), model.lm_head.weight)
 
@@ -91,7 +91,7 @@ def make_drafter(model: StageModel, *, seed: int = 1) -> EagleDrafter:
 def full_forward(
     model: StageModel, tokens: Sequence[int], *, features: Sequence[int] = ()
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
-    """Hidden states [n, H] of a text run from nothing in one go, and the asked feature layers'."""
+    """Return hidden states [n, H] of a text in one forward, and those of the given layers."""
     cache = model.new_cache(len(tokens))
     where = range(len(tokens))
     return run_rows(
@@ -100,7 +100,7 @@ def full_forward(
 
 
 def cut(rows: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """`rows` in runs of `sizes`, over and over until all are dealt out."""
+    """Cut `rows` into runs of `sizes`, repeated until all rows are used."""
     runs, start, turn = [], 0, 0
     while start < len(rows):
         size = sizes[turn % len(sizes)]

@@ -1,8 +1,9 @@
-"""Run by test_addresses.py in namespaces of its own: what serve and join do on made-up networks.
+"""What serve and join do on made-up networks; test_addresses.py runs this in namespaces.
 
-Prints one JSON object. A network without any IPv4, not even 127.0.0.1: the head's interface is
-lan0, that of one device eth0, of another wlan0, and a switch is between them. And one machine alone
-that has Docker's bridge from before its card, as after an interface was replaced.
+It prints one JSON object. The first network has no IPv4 at all, not even 127.0.0.1: the head's
+interface is lan0, that of one device eth0, of another wlan0, and a switch connects them. The second
+is one machine alone, with a Docker bridge that is older than its card, as after an interface was
+replaced.
 """
 
 import json
@@ -25,13 +26,13 @@ from tests.stress.netns_cluster import (
 )
 
 ROOT, CHECKPOINT = Path(sys.argv[1]), Path(sys.argv[2])
-START_S = 120.0  # far more than it takes: this machine may be busy
+START_S = 120.0  # far more than needed: this machine may be busy
 HEAD, NAME, PORT = "fd00:f1::1", "head.test", 7000
 PROMPT = "the quick brown fox"
 
 
 class Machine:
-    """A network namespace and what runs in it."""
+    """A network namespace and its processes."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.folder = name, folder
@@ -39,11 +40,11 @@ class Machine:
         self.ip("link", "set", "lo", "up")
 
     def ip(self, *words: str) -> None:
-        """`ip ...` in it."""
+        """Run `ip ...` in it."""
         tool("nsenter", f"--net={self.path}", "ip", *words)
 
     def start(self, what: str, *arguments: str) -> ForkServerProcess:
-        """`flowspec ...` in it, its output in a file."""
+        """Start `flowspec ...` in it, with its output in a file."""
         environment = {
             "XDG_CACHE_HOME": str(self.folder / self.name),
             "XDG_STATE_HOME": str(self.folder),
@@ -57,7 +58,7 @@ class Machine:
         return process
 
     def run(self, *commands: Sequence[str]) -> list[tuple[int | None, str]]:
-        """`flowspec ...` in it, all at the same time, to their ends: exit codes and outputs."""
+        """Run `flowspec ...` commands in it at the same time; return exit codes and outputs."""
         names = [f"{number}-{command[0]}" for number, command in enumerate(commands)]
         started = [self.start(name, *one) for name, one in zip(names, commands, strict=True)]
         for process in started:
@@ -66,12 +67,12 @@ class Machine:
         return [(code, self.log(n).read_text()) for code, n in zip(codes, names, strict=True)]
 
     def log(self, what: str) -> Path:
-        """What a command has said."""
+        """Return the log of a command."""
         return self.folder / f"{self.name}-{what}.log"
 
 
 def wait_for(log: Path, pattern: str, process: ForkServerProcess) -> str:
-    """Until it is said."""
+    """Wait until the log has the pattern."""
     end = time.monotonic() + START_S
     while not (found := re.search(pattern, log.read_text() if log.exists() else "")):
         said = log.read_text() if log.exists() else ""
@@ -82,7 +83,7 @@ def wait_for(log: Path, pattern: str, process: ForkServerProcess) -> str:
 
 
 def ipv6_only(folder: Path) -> dict[str, Machine]:
-    """Three machines at a switch, which have IPv6 addresses alone."""
+    """Connect three machines to a switch, with only IPv6 addresses."""
     tool("ip", "link", "set", "lo", "up")
     tool("ip", "link", "add", "switch", "type", "bridge", "mcast_snooping", "0")
     tool("ip", "link", "set", "switch", "up")
@@ -101,7 +102,7 @@ def ipv6_only(folder: Path) -> dict[str, Machine]:
 
 
 def cluster(folder: Path) -> dict[str, object]:
-    """A head, one device that finds it by mDNS and one that joins by a link-local address."""
+    """Run a head, a device that finds it by mDNS, and one that joins by a link-local address."""
     machines = ipv6_only(folder)
     head, ada, bob = machines.values()
     serving = head.start("serve", "serve", *MODEL, "--port", str(PORT))
@@ -137,7 +138,7 @@ def cluster(folder: Path) -> dict[str, object]:
 
 
 def behind_docker(folder: Path) -> dict[str, object]:
-    """`serve` on a machine whose card has a higher index than Docker's bridge, and no other one."""
+    """Run `serve` on a machine whose card has a higher index than Docker's bridge."""
     box = Machine("box", folder)
     for number, (bridge, address) in enumerate(
         (("docker0", "172.17"), ("br-0a1b2c3d4e5f", "172.18"))
@@ -171,7 +172,7 @@ if __name__ == "__main__":
     work = Path(os.environ[INSIDE])
     (work / "hosts").write_text(f"10.255.255.1 {NAME}\n{HEAD} {NAME}\n")
     tool("mount", "--bind", str(work / "hosts"), "/etc/hosts")
-    os.environ["OMP_NUM_THREADS"] = "1"  # also so that a device's speed is measured once
+    os.environ["OMP_NUM_THREADS"] = "1"  # also so that a device's speed is measured only once
     CONTEXT = multiprocessing.get_context("forkserver")
     CONTEXT.set_forkserver_preload(["flowspec.cli.serve", "flowspec.cli.join", "transformers"])
     os.chdir(work)

@@ -1,4 +1,4 @@
-"""Samples of a benchmark, made up."""
+"""Made-up samples of a benchmark."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from flowspec.bench.records import Sample, hash_of, hash_tokens
 
 
 def sample(**changes: Any) -> Sample:
-    """21 tokens in 2 s of decoding, unless `changes` says otherwise; the key follows from them."""
+    """Return a sample of 21 tokens in 2 s of decoding, with `changes`, which give its key."""
     values: dict[str, Any] = {
         "cluster": "testbed",
         "model": "vicuna-7b",

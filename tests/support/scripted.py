@@ -1,4 +1,4 @@
-"""Drafters that are always right, always wrong or in between, by script."""
+"""Scripted drafters that are always right, always wrong or in between."""
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
@@ -46,7 +46,7 @@ SCRIPTS: Mapping[str, Script] = {"perfect": perfect, "hostile": hostile, "mixed"
 
 
 class ScriptedDrafter(LookupDrafter):
-    """Proposes what its script says; records the features it is given."""
+    """Proposes what its script returns; records the hidden states that it is given."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class ScriptedDrafter(LookupDrafter):
         self.script = script
         self.aux_hidden_state_layers = aux_hidden_state_layers
         self.seed = seed
-        self.true = true  # the text to be right about, where it is not the tiny model's
+        self.true = true  # the true text, if it is not the tiny model's
         self.sessions: dict[int, ScriptedSession] = {}
 
     def open(self, opening: Opening) -> "ScriptedSession":
@@ -82,7 +82,7 @@ class ScriptedDrafter(LookupDrafter):
 
 
 class ScriptedSession(CountingSession):
-    """One request; `features[layer][position]` is what came in, each position once."""
+    """One request; `features[layer][position]` holds what came in, each position once."""
 
     def __init__(self, drafter: ScriptedDrafter, request: Request, draft_topk: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class ScriptedSession(CountingSession):
 
 
 def drafter_named(name: str, *, seed: int = 0) -> Drafter:
-    """`ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
+    """Return `ngram`, one of MODEL_DRAFTERS, or one of SCRIPTS."""
     if name == "ngram":
         return NgramDrafter()
     if name in MODEL_DRAFTERS:

@@ -1,7 +1,7 @@
-"""`flowspec` commands as processes that are forked from one which has everything imported.
+"""`flowspec` commands as forks of a process that has imported everything.
 
-Importing torch takes longer than most tests; a fork takes none of it. They are processes like any
-other: with signals, exit codes and output of their own.
+Importing torch takes longer than most tests, and a fork needs no import. The commands are otherwise
+ordinary processes, with their own signals, exit codes and output.
 """
 
 import functools
@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-SIGNAL_AT = "signal sent at"  # by the clock that all processes of a machine have
+SIGNAL_AT = "signal sent at"  # by the clock that all processes of a machine share
 CONTEXT = multiprocessing.get_context("forkserver")
 _COMMANDS = [f"flowspec.cli.{name}" for name in ("serve", "join", "run", "bench", "verify")]
-# what transformers imports when it loads a tokenizer takes as long as torch
+# transformers' imports for a tokenizer take as long as torch
 _SLOW = ("transformers.models.auto.tokenization_auto", "transformers.generation.utils")
 CONTEXT.set_forkserver_preload([*_COMMANDS, *_SLOW])
 
@@ -31,13 +31,13 @@ def run_command(
     interrupt: tuple[str, int] | None = None,
     times: int = 1,
 ) -> None:
-    """`flowspec *arguments` in this process, which was forked for it."""
+    """Run `flowspec *arguments` in this process, which was forked for it."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     for number in (1, 2):
         os.dup2(output, number)
     os.chdir(folder)
     os.environ.update(environment)
-    tempfile.tempdir = None  # an import may have looked it up before TMPDIR was given
+    tempfile.tempdir = None  # an import may have used it before TMPDIR was set
     sys.argv = ["flowspec", *arguments]
     if interrupt is not None:
         _interrupt_at(*interrupt, times)
@@ -47,7 +47,7 @@ def run_command(
 
 
 def _interrupt_at(place: str, number: int, times: int) -> None:
-    """Send this process a signal, or several, when the function `module:name` is first called."""
+    """Send this process `times` signals when the function `module:name` is first called."""
     module, _, name = place.partition(":")
     *owners, last = name.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -59,7 +59,7 @@ def _interrupt_at(place: str, number: int, times: int) -> None:
             os.write(1, f"{SIGNAL_AT} {time.monotonic()}\n".encode())
             pending.clear()
             for turn in range(times):
-                time.sleep(0.3 if turn else 0.0)  # or two become one
+                time.sleep(0.3 if turn else 0.0)  # else two signals become one
                 os.kill(os.getpid(), number)
             # With more than one it goes on with nothing, as in a long wait. After one it goes on
             # when another thread has taken the signal: some commands have ended by themselves then.
@@ -81,9 +81,9 @@ def spawn(
 ) -> ForkServerProcess:
     """Start `flowspec *arguments` in `folder`; its output is appended to `log`.
 
-    `interrupt`: a function as in flowspec.cli.run:run, and a signal that comes at its first call,
-    `times` times; a line of the log tells when.
-    A daemon, which multiprocessing ends with this process, can have no workers of its own.
+    `interrupt` is a function, such as flowspec.cli.run:run, and a signal that comes at its first
+    call, `times` times; a line of the log has the time. A daemon, which multiprocessing ends with
+    this process, can have no workers of its own.
     """
     words = arguments, str(log), str(folder), dict(environment), interrupt, times
     process = CONTEXT.Process(target=run_command, args=words, daemon=daemon)

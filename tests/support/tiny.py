@@ -1,6 +1,6 @@
-"""A tiny eight-layer model, cut anywhere, and what it says alone.
+"""A tiny eight-layer model, cut anywhere, and its own answers.
 
-Random but lively: its logits are far apart and depend on everything before them, so that a wrong
+It is random, but its logits are far apart and depend on everything before them, so that a wrong
 mask, position or cache row changes the text.
 """
 
@@ -48,7 +48,7 @@ SAMPLINGS = (
 
 
 def randomize(net: nn.Module, seed: int, *, head_scale: float = 3.0) -> None:
-    """Weights at the scale that keeps activations alive; lm_head larger, for clear choices."""
+    """Set weights that keep activations alive; lm_head is larger, for clear choices."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in net.named_parameters():
@@ -63,7 +63,7 @@ def randomize(net: nn.Module, seed: int, *, head_scale: float = 3.0) -> None:
 
 @lru_cache(maxsize=8)
 def whole_model(config: ModelConfig = CONFIG) -> StageModel:
-    """All layers in one."""
+    """Return all layers in one model."""
     torch.set_num_threads(1)
     model = StageModel(config, first_layer=0, last_layer=8, with_embedding=True, with_head=True)
     randomize(model, seed=1)
@@ -72,7 +72,7 @@ def whole_model(config: ModelConfig = CONFIG) -> StageModel:
 
 @lru_cache(maxsize=1)
 def whole_model_bf16() -> StageModel:
-    """The same in bfloat16, where the order of sums decides close choices."""
+    """Return the model in bfloat16, where the order of sums decides close choices."""
     return copy.deepcopy(whole_model()).to(torch.bfloat16)
 
 
@@ -80,7 +80,7 @@ def whole_model_bf16() -> StageModel:
 def stage_models(
     num_stages: int, *, bf16: bool = False, config: ModelConfig = CONFIG
 ) -> tuple[StageModel, ...]:
-    """The same weights in `num_stages` pieces."""
+    """Return the same weights in `num_stages` pieces."""
     weights = (whole_model_bf16() if bf16 else whole_model(config)).state_dict()
     models, first = [], 0
     for count in even_layers(config.num_layers, num_stages):
@@ -100,7 +100,7 @@ def stage_models(
 
 
 def local_target(max_context: int = MAX_CONTEXT) -> LocalTarget:
-    """The model alone."""
+    """Return the model alone, without stages."""
     return LocalTarget(whole_model(), max_context)
 
 
@@ -113,7 +113,7 @@ def request(
     stop: tuple[str, ...] = (),
     eos: tuple[int, ...] = (),
 ) -> Request:
-    """A request with the defaults of these tests."""
+    """Return a request with the defaults of these tests."""
     return Request(
         id=number,
         prompt=tuple(prompt),
@@ -126,11 +126,11 @@ def request(
 
 @lru_cache(maxsize=256)
 def truth(prompt: tuple[int, ...], sampling: SamplingParams, count: int = 48) -> tuple[int, ...]:
-    """The prompt and `count` tokens that the target alone goes on with."""
+    """Return the prompt and the `count` tokens with which the target alone continues."""
     alone = Request(id=0, prompt=prompt, sampling=sampling, max_new_tokens=count)
     return (*prompt, *(token for token, _ in islice(local_target().stream(alone), count)))
 
 
 def expected(asked: Request, max_context: int = MAX_CONTEXT) -> list[int]:
-    """What the target alone answers, by LocalTarget's own stop rules."""
+    """Return the target's own answer, by LocalTarget's own stop rules."""
     return local_target(max_context).generate(asked)[0]

@@ -1,4 +1,4 @@
-"""Every drafter that is a model, small and untrained, beside the tiny target."""
+"""Every drafter that is a model, small and untrained, for the tiny target."""
 
 from dataclasses import replace
 from functools import lru_cache
@@ -15,13 +15,13 @@ from flowspec.speculation.drafters.eagle3.drafter import Eagle3Drafter
 from flowspec.speculation.drafters.eagle3.network import Eagle3Layout, Eagle3Net
 from tests.support.tiny import CONFIG, VOCAB, randomize, whole_model
 
-# the head's vocabulary: some tokens of the target, in no order
+# the head's vocabulary: some tokens of the target, unordered
 DRAFT_TO_TARGET = tuple((7 * i + 3) % VOCAB for i in range(VOCAB - 6))
 
 
 @lru_cache(maxsize=1)
 def eagle_drafter() -> EagleDrafter:
-    """An untrained EAGLE head: right now and then, by chance."""
+    """Return an untrained EAGLE head, which is sometimes right by chance."""
     net = EagleNet(replace(CONFIG, num_layers=1), fc_bias=True)
     randomize(net, seed=2)
     lm_head = whole_model().lm_head
@@ -31,7 +31,7 @@ def eagle_drafter() -> EagleDrafter:
 
 @lru_cache(maxsize=1)
 def eagle3_drafter() -> Eagle3Drafter:
-    """An untrained EAGLE-3 head, narrower than the target, with a vocabulary of its own."""
+    """Return an untrained EAGLE-3 head, narrower than the target, with its own vocabulary."""
     config = replace(CONFIG, num_layers=1, hidden_size=24, num_heads=3, num_kv_heads=1)
     layout = Eagle3Layout(aux_hidden_state_layers=(1, 4, 6), target_hidden_size=CONFIG.hidden_size)
     net = Eagle3Net(config, layout, draft_to_target=torch.tensor(DRAFT_TO_TARGET))

@@ -37,7 +37,7 @@ TEMPLATE = (
 
 @contextmanager
 def refused(*words: str) -> Iterator[None]:
-    """What is within raises ValueError in one line that holds all of `words`."""
+    """Check that the block raises a one-line ValueError that holds all of `words`."""
     said = ""
     try:
         yield
@@ -50,7 +50,7 @@ def refused(*words: str) -> Iterator[None]:
 
 
 def check_the_file_decides_and_not_the_class(folder: Path) -> None:
-    """A byte-level file under Llama's class: some releases of transformers lose all its spaces."""
+    """A byte-level file under Llama's class keeps its spaces; some transformers lose them."""
     for place, name in enumerate(CLASSES):
         model = write_json_form(folder / str(place), tokenizer_class=name)
         (model / "config.json").write_text('{"model_type": "llama"}')
@@ -62,7 +62,7 @@ def check_the_file_decides_and_not_the_class(folder: Path) -> None:
 
 
 def check_a_tokenizer_made_by_class_is_refused_with_both_values(folder: Path) -> None:
-    """As transformers 5.20.2 reads the file of R1-Distill-Llama."""
+    """The file of R1-Distill-Llama is refused as transformers 5.20.2 reads it."""
     write_json_form(folder)
     by_class = transformers.LlamaTokenizer.from_pretrained
     with (
@@ -73,7 +73,7 @@ def check_a_tokenizer_made_by_class_is_refused_with_both_values(folder: Path) ->
 
 
 def check_spaces_before_punctuation_stay(folder: Path) -> None:
-    """`clean_up_tokenization_spaces` would take them away while a text streams."""
+    """`clean_up_tokenization_spaces` would remove them while a text streams."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
@@ -88,7 +88,7 @@ def check_spaces_before_punctuation_stay(folder: Path) -> None:
 
 
 def check_a_sentencepiece_model_alone(folder: Path) -> None:
-    """Vicuna and Llama 2 as first published: tokens and text are sentencepiece's."""
+    """Vicuna and Llama 2 as first published give sentencepiece's own tokens and text."""
     from sentencepiece import SentencePieceProcessor
 
     write_sentencepiece(folder)
@@ -105,7 +105,7 @@ def check_a_sentencepiece_model_alone(folder: Path) -> None:
 
 
 def check_an_added_token_keeps_its_id(folder: Path) -> None:
-    """Old fine-tunes have them in a file of their own."""
+    """Old fine-tunes have added tokens in a separate file."""
     write_config(write_sentencepiece(folder), tokenizer_class="LlamaTokenizer")
     size = len(load_tokenizer(folder))
     (folder / "added_tokens.json").write_text(json.dumps({"[PAD]": size}))
@@ -113,7 +113,7 @@ def check_an_added_token_keeps_its_id(folder: Path) -> None:
 
 
 def check_a_sentencepiece_model_of_another_kind_is_refused(folder: Path) -> None:
-    """What the Llama tokenizer does not compute is told, not run."""
+    """Models that the Llama tokenizer cannot compute are refused."""
     write_sentencepiece(folder / "unigram", kind="unigram", hard_vocab_limit=False)
     with refused("another type than BPE", "tokenizer.json"):
         load_tokenizer(folder / "unigram")
@@ -163,7 +163,7 @@ def check_byte_order_marks_are_left_out(folder: Path) -> None:
 
 
 def check_a_missing_package_is_named(folder: Path) -> None:
-    """By our own words, with the command; not by what a library guesses."""
+    """Our own error names the package and the command, not a library's guess."""
     write_sentencepiece(folder)
     with (
         patch.dict(sys.modules, {"sentencepiece": None}),
@@ -173,7 +173,7 @@ def check_a_missing_package_is_named(folder: Path) -> None:
 
 
 def check_a_vocabulary_with_merges(folder: Path) -> None:
-    """By the class that is named, or the model's type; in no other class."""
+    """The class in the config, or the model's type, decides; other classes are refused."""
     for place, (name, kind) in enumerate([("Qwen2TokenizerFast", "x"), (None, "qwen3")]):
         model = write_vocabulary(folder / str(place), tokenizer_class=name)
         (model / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -188,7 +188,7 @@ def check_a_vocabulary_with_merges(folder: Path) -> None:
 
 
 def check_damaged_files_are_named(folder: Path) -> None:
-    """One sentence, whatever the library raises."""
+    """The error is one sentence, whatever the library raises."""
     with refused("has no tokenizer", "tokenizer.json, tokenizer.model, vocab.json"):
         load_tokenizer(folder)
     for name, content, words in [
@@ -207,7 +207,7 @@ def check_damaged_files_are_named(folder: Path) -> None:
 
 
 def check_chat_templates(folder: Path) -> None:
-    """A conversation by the template; its refusal in its own words."""
+    """The template renders a conversation; its refusal is passed on in its own words."""
     tokenizer = load_tokenizer(write_json_form(folder, chat_template=TEMPLATE))
     ids = render_chat(tokenizer, [{"role": "user", "content": TEXT}])
     assert tokenizer.decode(ids) == f"[user] {TEXT}"
@@ -233,7 +233,7 @@ CHECKS: dict[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Run every check in a folder of its own."""
+    """Run every check in its own folder."""
     with tempfile.TemporaryDirectory() as name:
         for check, run in CHECKS.items():
             folder = Path(name) / check

@@ -1,4 +1,4 @@
-"""Recording simulated clusters, and what must hold of every Chrome trace."""
+"""Recording of simulated clusters, and checks for every Chrome trace."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from flowspec.tracing.idle_time import track
 from flowspec.tracing.timeline import Timeline, make_timeline
 from flowspec.tracing.trace_summary import read_trace
 
-# The phases used, and what the Trace Event Format asks of each beside ph, pid, tid, name.
+# The phases used, and the fields that the Trace Event Format requires beside ph, pid, tid, name.
 REQUIRED = {
     "X": {"ts", "dur", "cat"},
     "M": {"args"},
@@ -33,14 +33,14 @@ def record(cluster: SimulatedEngine) -> dict[int, Recorder]:
 
 
 def timeline_of(recorders: Mapping[int, Recorder]) -> Timeline:
-    """What was recorded."""
+    """Return the timeline of the records."""
     for recorder in recorders.values():
         recorder.close()
     return make_timeline(recorder.records for recorder in recorders.values())
 
 
 def times(timeline: Timeline, rank: int) -> dict[str, float]:
-    """Seconds by kind of work or cause of idleness."""
+    """Return seconds by kind of work or cause of idleness."""
     sums: Counter[str] = Counter()
     for span in track(timeline, rank):
         sums[span.name] += span.end - span.start  # type: ignore[assignment]
@@ -48,7 +48,7 @@ def times(timeline: Timeline, rank: int) -> dict[str, float]:
 
 
 def shifted(records: Iterable[Record], *, offset: float, drift: float) -> list[Record]:
-    """A process's records as its clock would have told them, were it ahead and too fast."""
+    """Return a process's records as a clock that is ahead and too fast would show them."""
     moved = []
     for record in records:
         times = {"work": (1, 2), "wait": (1, 2), "send": (1,), "receive": (1,)}.get(record[0], ())
@@ -60,7 +60,7 @@ def shifted(records: Iterable[Record], *, offset: float, drift: float) -> list[R
 
 
 def check_trace(path: Path) -> dict[str, Any]:
-    """The file is a Chrome trace, its times are possible and its spans fit; returns its content."""
+    """Check a Chrome trace: its times are possible, its spans fit; return its content."""
     data = read_trace(path)
     events = data["traceEvents"]
     assert set(data) == {"displayTimeUnit", "otherData", "traceEvents"}
@@ -80,7 +80,7 @@ def check_trace(path: Path) -> dict[str, Any]:
 
 
 def check_tiles(spans: Sequence[Mapping[str, Any]], wall_us: float) -> None:
-    """Busy and idle times add up to the run: no gap, no overlap."""
+    """Check that busy and idle times add up to the run, without gap or overlap."""
     now = 0.0
     for span in spans:
         assert span["ts"] == now, span
@@ -89,13 +89,13 @@ def check_tiles(spans: Sequence[Mapping[str, Any]], wall_us: float) -> None:
 
 
 def check_apart(spans: Sequence[Mapping[str, Any]]) -> None:
-    """Marks of messages do not overlap."""
+    """Check that the marks of messages do not overlap."""
     for before, after in zip(spans, spans[1:], strict=False):
         assert after["ts"] >= before["ts"] + before["dur"], (before, after)
 
 
 def check_pairs(events: Sequence[Mapping[str, Any]]) -> None:
-    """Every begin has its end, every arrow both ends, each inside a mark; hops take time."""
+    """Check that begins have ends, arrows have two ends inside marks, and hops take time."""
     sides: dict[tuple[Any, ...], list[tuple[str, float]]] = defaultdict(list)
     marks = {(e["pid"], e["ts"]) for e in events if e["ph"] == "X" and e["tid"] == 1}
     for event in events:
@@ -111,6 +111,6 @@ def check_pairs(events: Sequence[Mapping[str, Any]]) -> None:
 
 
 def hop_times_ms(data: Mapping[str, Any]) -> list[float]:
-    """Of all hops in a trace."""
+    """Return the times of all hops in a trace."""
     events = data["traceEvents"]
     return [e["args"]["ms"] for e in events if e["ph"] == "b" and e["cat"] == "link"]

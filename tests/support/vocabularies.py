@@ -1,4 +1,4 @@
-"""Small vocabularies in every form that model folders have; torch is not needed for any."""
+"""Small vocabularies in every form of model folders, made without torch."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ SPECIAL = ("<s>", "</s>")
 def byte_level(
     corpus: Iterable[str] = CORPUS, *, vocab_size: int = 340, special: Iterable[str] = SPECIAL
 ) -> Tokenizer:
-    """Like Llama 3: merges over bytes, so that characters split over tokens."""
+    """Train merges over bytes, like Llama 3, so that characters split over tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,14 +34,14 @@ def byte_level(
 
 
 def write_json_form(folder: Path, **config: Any) -> Path:
-    """tokenizer.json and tokenizer_config.json."""
+    """Write tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level().save(str(folder / "tokenizer.json"))
     return write_config(folder, **config)
 
 
 def write_vocabulary(folder: Path, **config: Any) -> Path:
-    """vocab.json, merges.txt and tokenizer_config.json."""
+    """Write vocab.json, merges.txt and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     byte_level().model.save(str(folder))
     return write_config(folder, **config)
@@ -50,7 +50,7 @@ def write_vocabulary(folder: Path, **config: Any) -> Path:
 def write_sentencepiece(
     folder: Path, *, kind: str = "bpe", corpus: Sequence[str] = CORPUS, **options: Any
 ) -> Path:
-    """tokenizer.model alone, as Llama 2's is; `options` go to its trainer."""
+    """Write only tokenizer.model, like Llama 2; `options` go to its trainer."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,7 @@ def write_sentencepiece(
 
 
 def write_config(folder: Path, **config: Any) -> Path:
-    """tokenizer_config.json; `tokenizer_class` and the like."""
+    """Write tokenizer_config.json, with `tokenizer_class` and the like."""
     words = {"bos_token": "<s>", "eos_token": "</s>", **config}
     (folder / "tokenizer_config.json").write_text(json.dumps(words))
     return folder

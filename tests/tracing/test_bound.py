@@ -1,4 +1,4 @@
-"""The time that a recorded run could not beat."""
+"""Tests the lower bound of a recorded run's time."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ TOKENS = 17
 
 
 def without_overheads(emulation: Emulation) -> Emulation:
-    """The same cluster with hosts and links that cost nothing but bytes."""
+    """Return the cluster with hosts and links that cost nothing but bytes."""
     cluster = emulation.cluster
     devices = tuple(replace(one, host_overhead_ms=0.0) for one in cluster.devices)
     links = tuple(replace(one, latency_ms=0.0) for one in cluster.links)
@@ -28,7 +28,7 @@ def without_overheads(emulation: Emulation) -> Emulation:
 
 
 def run(emulation: Emulation, strategy: str) -> tuple[float, float]:
-    """Decode seconds of an answer on the emulation's clock, and their bound."""
+    """Return an answer's decode seconds on the emulation's clock, and their bound."""
     cluster = make_cluster(
         emulation.cluster.num_stages, strategy, drafter=ScriptedDrafter(mixed), segment_size=8
     )
@@ -52,7 +52,7 @@ def run(emulation: Emulation, strategy: str) -> tuple[float, float]:
 
 
 def test_plain_decoding_is_bound_by_forwards_and_bytes():
-    """Each token goes once through every stage; the hidden row goes over the line between two."""
+    """Each token goes through every stage once; the hidden row crosses the line between two."""
     bed = reference()
     took, least = run(bed, "ar")
     forwards = sum(bed.forward_s(stage, 1, 20) for stage in (1, 2, 3, 4)) + bed.lm_head_s(4, 1)
@@ -64,13 +64,13 @@ def test_plain_decoding_is_bound_by_forwards_and_bytes():
 @pytest.mark.parametrize("strategy", [*STRATEGIES, *ABLATIONS])
 @pytest.mark.parametrize("cluster", ["jetson-5", "jetson-5-125mbit", "wifi-5"])
 def test_no_run_beats_its_bound(strategy, cluster):
-    """Whatever the schedule and the line."""
+    """This holds for any schedule and line."""
     took, least = run(reference(cluster=cluster), strategy)
     assert 0.2 * took < least < took
 
 
 def test_what_drafts_in_turns_is_bound_without_its_drafter():
-    """What the drafter took and nothing else, where nothing else is overhead."""
+    """Only the drafter's time differs if there is no other overhead."""
     bed = without_overheads(reference())
     took, least = run(bed, "serial_pp")
     free_took, free_least = run(replace(bed, draft_scale=0.0), "serial_pp")

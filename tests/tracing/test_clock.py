@@ -1,4 +1,4 @@
-"""Putting clocks together: the truth lies within the error that is told."""
+"""The true time of joined clocks lies within the reported error."""
 
 from random import Random
 
@@ -12,7 +12,7 @@ START, END = 100.0, 160.0  # first request and last token, by the head's clock
 def pings(
     random: Random, *, offset: float, drift: float, when: float, count: int = 8
 ) -> list[Round]:
-    """Pings with random ways there and back, to a stage whose clock is ahead and too fast."""
+    """Return pings with random delays to a stage whose clock is ahead and too fast."""
 
     def stage_clock(true: float) -> float:
         return true * (1 + drift) + offset
@@ -30,7 +30,7 @@ def pings(
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize(("offset", "drift"), [(3600.0, 0.0), (-1e6, 5e-5), (0.5, -2e-5)])
 def test_the_true_time_lies_within_the_error(seed, offset, drift):
-    """At any moment of the run, however uneven the ways were."""
+    """This holds at any moment of the run, however uneven the delays."""
     random = Random(seed)
     rounds = pings(random, offset=offset, drift=drift, when=START - 1)
     rounds += pings(random, offset=offset, drift=drift, when=END + 1)
@@ -44,7 +44,7 @@ def test_the_true_time_lies_within_the_error(seed, offset, drift):
 
 
 def test_one_clock_is_left_alone():
-    """On one machine all read the same clock; the measure's own error must not move it."""
+    """All processes of one machine read the same clock; measurement errors must not move it."""
     rounds = pings(Random(1), offset=0.0, drift=0.0, when=START - 1)
     clock = estimate(rounds, before=START, after=END)
     assert clock is not None
@@ -53,7 +53,7 @@ def test_one_clock_is_left_alone():
 
 
 def test_without_the_last_pings_there_is_no_drift():
-    """A stage that was killed answers none; without any ping nothing is known."""
+    """A killed stage answers none of them; without any ping, nothing is known."""
     rounds = pings(Random(1), offset=50.0, drift=1e-5, when=START - 1)
     clock = estimate(rounds, before=START, after=END)
     assert clock is not None
@@ -63,7 +63,7 @@ def test_without_the_last_pings_there_is_no_drift():
 
 
 def test_the_quickest_round_counts():
-    """A ping that waited for a forward says little."""
+    """A ping that waited for a forward is imprecise."""
     slow = Round(0.0, 5.0, 5.0, 1.0)
     quick = Round(2.0, 6.51, 6.51, 2.02)
     clock = estimate([slow, quick], before=START, after=END)
@@ -72,7 +72,7 @@ def test_the_quickest_round_counts():
 
 
 def test_an_answer_is_the_first_status_after_its_ping():
-    """Stages tell their status unasked too; what came before the ping answers nothing."""
+    """Stages also send statuses unasked; one from before the ping is no answer."""
     rounds = pair_rounds([1.0, 3.0, 9.0], [1.1, 3.1], [0.5, 1.2, 2.0, 3.2], [0.6, 1.3, 2.1, 3.3])
     assert rounds == [Round(1.0, 1.1, 1.2, 1.3), Round(3.0, 3.1, 3.2, 3.3)]
     assert pair_rounds([1.0], [1.1], [0.5], [0.6]) == []

@@ -1,4 +1,4 @@
-"""Causes, totals and the critical path of runs whose times can be worked out by hand."""
+"""Causes, totals and the critical path are right for runs that can be worked out by hand."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ from tests.support.traces import check_trace, record, shifted, timeline_of, time
 
 
 def traced(strategy: str, *charges: Any, count: int = 14, **options: Any) -> Timeline:
-    """One request on two stages."""
+    """Run one request on two stages."""
     cluster = make_cluster(2, strategy, charges=charges, **options)
     recorders = record(cluster)
     generate(cluster, request(max_new_tokens=count))
@@ -39,7 +39,7 @@ def traced(strategy: str, *charges: Any, count: int = 14, **options: Any) -> Tim
 
 
 def path_of(timeline: Timeline) -> dict[tuple[str, str], float]:
-    """The critical path's seconds, rounded."""
+    """Return the critical path's seconds, rounded."""
     tracks = {rank: track(timeline, rank) for rank in timeline.processes}
     return {key: round(s, 9) for key, s in critical_path(timeline, tracks).items()}
 
@@ -51,9 +51,9 @@ SLOW_STAGE = ((0.5, 3.0), (0.25, 0.125, 0.5))
 
 @pytest.mark.parametrize(("work_s", "link_s"), [PLAIN, SLOW_LINK, SLOW_STAGE])
 def test_a_plain_pipeline_by_hand(work_s, link_s):
-    """`ar`, three tokens: head > stage 1 > stage 2 > head three times over, then the Close.
+    """`ar` with three tokens goes three times from head to stages 1 and 2 and back, then closes.
 
-    While one works or carries, everybody else waits, and it is known what for.
+    While one process works or sends, all others wait, and the cause is known.
     """
     first, second = work_s
     to_first, to_second, to_head = link_s
@@ -98,10 +98,10 @@ def test_a_plain_pipeline_by_hand(work_s, link_s):
 
 
 def test_a_slow_drafter_by_hand():
-    """Prompt absorbed, then the first token: 2 forwards of 5 s, and stages wait for the drafter.
+    """The stages wait for the drafter: the prompt is absorbed, then 2 forwards of 5 s follow.
 
-    The prompt's verdict is taken in after 2.75 s, while the first draft runs until 5 s; the second
-    one ends at 10 s, the last token's trip takes 2.75 s more.
+    The prompt's verdict is taken in after 2.75 s, while the first draft runs until 5 s. The second
+    one ends at 10 s, and the last token's trip takes 2.75 s more.
     """
     timeline = traced(
         "serial_pp",
@@ -135,7 +135,7 @@ def test_a_slow_drafter_by_hand():
 
 
 def head_records(*awaited: Any, in_flight: int) -> Timeline:
-    """A head in the middle of a request that waits from 3.0 to 4.0, gets `awaited` and drafts."""
+    """Return a head that waits from 3.0 to 4.0 in a request, gets `awaited`, and drafts."""
     head = Recorder(0, clock="virtual")
     head.received(0.0, Submit(request=request(1)))
     for seq_no in range(in_flight):
@@ -168,13 +168,13 @@ EXIT = Exit(request=1, seq_no=0, rows=1, slowest_rows=1, slowest_ms=1.0)
     ],
 )
 def test_what_makes_the_head_act_is_what_it_waited_for(awaited, in_flight, cause):
-    """A head that waits has a full tree; what it does after the wait tells what was missing."""
+    """Its action after the wait shows what was missing."""
     timeline = head_records(*awaited, in_flight=in_flight)
     assert times(timeline, 0) == {"prompt in the pipe": 2.0, "draft": 2.0, cause: 1.0}
 
 
 def test_time_between_requests_is_nobodys_fault():
-    """Two requests, the second one later: the pause is told as such, by every process."""
+    """The second request comes later, and every process reports the pause as such."""
     cluster = make_cluster(2, "ar", charges=(unit_work, instant_link))
     recorders = record(cluster)
     generate(cluster, request(1, max_new_tokens=2))
@@ -189,9 +189,9 @@ def test_time_between_requests_is_nobodys_fault():
 @pytest.mark.parametrize(("seed", "number"), [(0, 1), (1, 1), (1, 3), (2, 3)])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_any_run_adds_up(strategy, seed, number, tmp_path):
-    """Random costs and delays: tiles without gap, a path as long as the run, the stages' totals.
+    """Costs and delays are random: no gaps, a path as long as the run, the stages' totals.
 
-    Also where several requests share messages and forwards.
+    This also holds when requests share messages and forwards.
     """
     cluster = make_cluster(
         3, strategy, drafter=ScriptedDrafter(mixed, seed=seed), charges=adversarial(seed)
@@ -225,7 +225,7 @@ def test_any_run_adds_up(strategy, seed, number, tmp_path):
 
 @pytest.mark.parametrize(("script", "hits"), [(perfect, True), (mixed, False)])
 def test_hits_are_verdicts_whose_token_was_on_its_way(script, hits):
-    """Of a drafter that is always right nothing is wasted on the way but decoys."""
+    """With a drafter that is always right, only decoys are wasted."""
     timeline = traced("streaming", unit_work, instant_link, drafter=ScriptedDrafter(script))
     found = [verdict.hit for verdict in verdicts(timeline)]
     assert found[0] is None
@@ -233,7 +233,7 @@ def test_hits_are_verdicts_whose_token_was_on_its_way(script, hits):
 
 
 def test_stages_with_clocks_of_their_own_are_put_on_the_heads():
-    """Years apart and drifting: after the pings it is the same run within the clock error."""
+    """Their clocks are years apart and drift; after the pings, the run agrees within the error."""
     cluster = make_cluster(2, "streaming", charges=(unit_work, lambda *_: Passage(latency_s=0.25)))
     recorders = record(cluster)
     ping(cluster)
@@ -262,7 +262,7 @@ def test_stages_with_clocks_of_their_own_are_put_on_the_heads():
 
 
 def ping(cluster: Any) -> None:
-    """As the head of a real cluster does before and after."""
+    """Ping as the head of a real cluster does before and after."""
     for rank in (1, 2):
         cluster.simulator._send_all(0, [Send(rank, Ping(rank=0))])
         cluster.simulator.run()

@@ -1,4 +1,4 @@
-"""`flowspec trace summary`: the numbers of a run worked out by hand, and what is no trace."""
+"""`flowspec trace summary` gives the numbers worked out by hand, and refuses other files."""
 
 import json
 import signal
@@ -21,7 +21,7 @@ from tests.support.traces import check_trace, record, timeline_of
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """`ar`, three tokens, forwards of 1 and 3 s, links of 0.5 s: three trips of 5.5 s."""
+    """Return a trace of `ar`: three tokens, forwards of 1 and 3 s, links of 0.5 s."""
     charges = (
         lambda rank, work: 2.0 * rank - 1.0,
         lambda source, to, message: Passage(latency_s=0.5),
@@ -44,7 +44,7 @@ def flowspec(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_the_summary_adds_up(trace):
-    """Times per process, links, the slowest stage and what the run's length came from."""
+    """It has times per process, links, the slowest stage, and the critical path."""
     found = summarize(trace)
     assert found.wall_s == pytest.approx(17.5)  # and the Close's second
     assert [share.name for share in found.processes] == ["head", "stage 1", "stage 2"]
@@ -62,7 +62,7 @@ def test_the_summary_adds_up(trace):
 
 
 def test_the_command_prints_tables(trace, monkeypatch, capsys):
-    """Everything a person asks first, in one screen."""
+    """It shows what a person asks first, on one screen."""
     flowspec(monkeypatch, "trace", "summary", str(trace))
     out = capsys.readouterr().out
     for words in (
@@ -74,7 +74,7 @@ def test_the_command_prints_tables(trace, monkeypatch, capsys):
 
 
 def test_the_command_prints_json(trace, monkeypatch, capsys):
-    """For scripts."""
+    """Scripts can read it."""
     flowspec(monkeypatch, "trace", "summary", "--json", str(trace))
     data = json.loads(capsys.readouterr().out)
     assert data["critical_resource"] == "stage 2"
@@ -93,7 +93,7 @@ def test_the_command_prints_json(trace, monkeypatch, capsys):
     ],
 )
 def test_what_is_no_trace_is_refused(tmp_path, monkeypatch, capsys, content, message):
-    """One clear line, also for a trace of another program."""
+    """There is one clear line, even for a trace of another program."""
     file = tmp_path / "file.json"
     if content is not None:
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -105,7 +105,7 @@ def test_what_is_no_trace_is_refused(tmp_path, monkeypatch, capsys, content, mes
 
 
 def test_what_is_missing_is_said(tmp_path, monkeypatch, capsys):
-    """Dropped records and a process that was killed do not look like a complete trace."""
+    """Dropped records and a killed process do not look like a complete trace."""
     charges = (lambda rank, work: 1.0, lambda source, to, message: Passage(latency_s=0.5))
     cluster = make_cluster(2, "ar", charges=charges)
     recorders = record(cluster)

@@ -1,4 +1,4 @@
-"""The demo family's training code: packing, shapes, export formats and drafting as served."""
+"""The demo family's training code packs, exports and drafts as the served models do."""
 
 import json
 import random
@@ -44,7 +44,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def target() -> FastLlama:
-    """A random target whose layers do something, without compilation."""
+    """Return a random target whose layers change the output, without compilation."""
     model = FastLlama(TINY)
     model.block = train_free_block
     with torch.no_grad():
@@ -69,7 +69,7 @@ def folder(target, tokenizer, tmp_path_factory) -> Path:
 
 
 def test_template_and_encoding_agree(tokenizer, folder):
-    """What the model is trained on is what a chat request sends."""
+    """The model is trained on exactly what a chat request sends."""
     from transformers import AutoTokenizer
 
     hf = AutoTokenizer.from_pretrained(folder / "target")
@@ -95,7 +95,7 @@ def test_long_copies_stay_whole():
 
 
 def test_export_runs_the_same_in_the_stage_model(target, folder):
-    """The folder, read by the project's own loader, gives the trainer's features."""
+    """The exported folder, read by the project's own loader, gives the trainer's hidden states."""
     ids = torch.randint(6, 300, (1, 20))
     model = load_whole(folder / "target", dtype="float32")
     served, _ = run_rows(model, model.new_cache(32), ids[0], range(20), parents=None)
@@ -141,7 +141,7 @@ def test_unrolled_training_is_what_the_served_head_computes(target, folder):
 
 
 def test_an_exported_head_is_taken_up_whole(target, folder):
-    """Training goes on from what was exported: the inverse gives the same tensors."""
+    """Training continues from the export: loading it gives the same tensors."""
     head = fast_eagle.FastEagle(target.embed.detach(), (2, 2, 16), 40)
     with torch.no_grad():
         for weight in list(head.weights):
@@ -153,7 +153,7 @@ def test_an_exported_head_is_taken_up_whole(target, folder):
 
 
 def test_every_prompt_is_answered_greedily_and_sampled(target, monkeypatch):
-    """Neighbouring answers are of one prompt; little room makes more batches, not other answers."""
+    """Answers of one prompt are neighbours; less room makes more batches, not other answers."""
     monkeypatch.setattr(generate, "repeated_share", lambda text: 0.0)
     prompts = [np.array([1, *range(6, 6 + n)], dtype=np.uint16) for n in (3, 9, 5)]
     wanted = {tuple(p): generate.continue_batch(target, [p], torch.zeros(1), 4)[0] for p in prompts}
@@ -188,7 +188,7 @@ def test_looping_text_is_recognised():
 
 
 def test_shipped_folders_are_complete():
-    """What is in the repository loads and fits together."""
+    """The models in the repository load and fit together."""
     shipped = ROOT / "models" / "demo"
     model = load_whole(shipped / "target", dtype="float32")
     net = load_eagle(shipped / "eagle", target_config=model.config, dtype="float32")

@@ -1,4 +1,4 @@
-"""Training of the EAGLE-3 head: what it exports is what is served, and it learns."""
+"""Training of the EAGLE-3 head exports what is served, and the head learns."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ PLAN = train_eagle3.Eagle3TrainingPlan(
 
 @pytest.fixture(scope="module")
 def target() -> FastLlama:
-    """Random, of layers that do something, without compilation."""
+    """Return a random target whose layers change the output, without compilation."""
     model = FastLlama(SHAPE)
     model.block = block_forward
     with torch.no_grad():
@@ -47,7 +47,7 @@ def target() -> FastLlama:
 
 
 def samples(count: int) -> list[tuple[np.ndarray, int]]:
-    """Sentences of a pattern: each token is its predecessor and five."""
+    """Return sentences of a pattern: each token is its predecessor plus five."""
     rng = np.random.default_rng(0)
     return [
         (np.array([1, 4, *((int(first) + 5 * np.arange(20)) % 58 + 6)], dtype=np.uint16), 6)
@@ -56,14 +56,14 @@ def samples(count: int) -> list[tuple[np.ndarray, int]]:
 
 
 def make_head(target: FastLlama, ids: torch.Tensor) -> fast_eagle3.FastEagle3:
-    """Not compiled, and of weights that do something."""
+    """Return a head that is not compiled, with weights that change the output."""
     head = fast_eagle3.FastEagle3(target, ids, (2, 2, 16), train_eagle3.INTERMEDIATE)
     head.step = fast_eagle3.draft_step
     return head
 
 
 def test_the_draft_vocabulary_is_what_the_answers_say():
-    """Prompts do not count; ids ascend, so that offsets never fall below zero."""
+    """Prompts do not count; ids ascend, so that offsets are never negative."""
     pieces = [(np.array([9, 9, 9, 3, 5, 5, 7], dtype=np.uint16), 3)]
     assert fast_eagle3.draft_vocabulary(pieces, 12, 2).tolist() == [3, 5]
 
@@ -130,7 +130,7 @@ def test_unrolled_training_is_what_the_served_head_computes(target, tmp_path):
 
 
 def test_a_head_begins_as_an_eagle_1_head_of_the_target(target):
-    """It says what that one says, step by step, but for what the norms take away."""
+    """It predicts the same, step by step, except for what the norms remove."""
     torch.manual_seed(5)
     heads = (2, 2, 16)
     old = fast_eagle.FastEagle(target.embed.detach(), heads, train_eagle3.INTERMEDIATE)
@@ -167,7 +167,7 @@ def test_a_head_begins_as_an_eagle_1_head_of_the_target(target):
 
 
 def test_an_exported_head_is_taken_up_whole(target):
-    """Training goes on from what was exported, of the same draft vocabulary only."""
+    """Training continues from the export, only with the same draft vocabulary."""
     ids = fast_eagle3.draft_vocabulary(samples(30), 64, 40)
     head, again = make_head(target, ids), make_head(target, ids)
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_an_exported_head_is_taken_up_whole(target):
 
 
 def test_a_few_steps_of_training_lower_the_loss_at_every_depth(target):
-    """All of the head takes part, and the vocabulary's limit does not stop it."""
+    """All parts of the head are trained, and the smaller vocabulary does not prevent it."""
     ids = fast_eagle3.draft_vocabulary(samples(60), 64, 56)
     head = make_head(target, ids)
     (block, _) = train_drafters.make_blocks(samples(60), 0, LAYERS, {48: 4, 96: 1})
@@ -199,7 +199,7 @@ def test_a_few_steps_of_training_lower_the_loss_at_every_depth(target):
 
 
 def test_the_shipped_head_is_official_and_complete():
-    """Offsets, mask and layer ids are there to be read; the embedding is the target's."""
+    """It contains offsets, mask and layer ids; the embedding is the target's."""
     shipped = ROOT / "models" / "demo"
     whole = load_whole(shipped / "target", dtype="float32")
     net = load_eagle3(

@@ -1,4 +1,4 @@
-"""Addresses: as people write them, as sockets take them, and as another machine told them."""
+"""Addresses as people write them, as sockets take them, and as other machines report them."""
 
 import socket
 
@@ -33,7 +33,7 @@ from flowspec.system.address import (
     ],
 )
 def test_addresses_are_read_and_written(text, host, port):
-    """What was read is written so that it is read again."""
+    """A written address can be read again."""
     address = parse_address(text, default_port=7)
     assert address == (host, port)
     assert parse_address(str(address), default_port=7) == address
@@ -46,7 +46,7 @@ def test_addresses_are_read_and_written(text, host, port):
     + ["-oX:7", "a b:7", "u@h:7", "[::1%]:7", "a:" + "9" * 5000],
 )
 def test_what_is_no_address_is_refused(text):
-    """With both forms that are."""
+    """The error shows both valid forms."""
     with pytest.raises(ValueError, match=r"HOST:PORT, as in 192.168.1.10:7000 or \[fd00::10\]"):
         parse_address(text, default_port=7)
 
@@ -68,7 +68,7 @@ def test_an_ipv6_address_that_is_not_whole_is_told_what_it_lacks(text, words):
 
 
 def test_a_host_has_no_port():
-    """For --host: with brackets or without, and `*`."""
+    """--host takes names and addresses with or without brackets, and `*`."""
     for text, host in (("::1", "::1"), ("[::1]", "::1"), ("*", "*"), ("a.b", "a.b")):
         assert parse_host(text) == host
     for text in ("[::1]:7", "a:7", "", "-x"):
@@ -81,7 +81,7 @@ def test_a_host_has_no_port():
 
 @given(st.text(max_size=30))
 def test_any_text_is_an_address_or_a_value_error(text):
-    """Nothing else is raised, and what is taken is written as it was."""
+    """No other error is raised, and an accepted address is written as it was."""
     try:
         address = parse_address(text, default_port=7)
     except ValueError:
@@ -102,13 +102,13 @@ def test_any_text_is_an_address_or_a_value_error(text):
     ],
 )
 def test_what_another_machine_says_of_itself_is_translated(url, seen):
-    """Its wildcard is the way this machine came by, its zone is this machine's."""
+    """Its wildcard becomes the address this machine used, its zone becomes this machine's."""
     assert as_seen_here(url, "fe80::1%wlan0") == seen
     assert as_seen_here(url, "fe80::1", "wlan0") == seen.replace("fe80::1%wlan0", "fe80::1")
 
 
 def test_kinds_of_addresses():
-    """By number, with a zone or without."""
+    """Numeric addresses are classified with and without a zone."""
     assert [is_loopback(h) for h in ("127.3.0.1", "::1", "localhost", "10.0.0.1")] == [
         *(True, True, True, False),
     ]
@@ -121,7 +121,7 @@ def test_kinds_of_addresses():
 
 
 def test_sockets_tell_their_addresses():
-    """Numbers, and this machine's own on the way."""
+    """They give numeric addresses, and this machine's own address on the route."""
     assert Address("127.0.0.1", 7) in resolve("127.0.0.1", 7)
     assert local_address_towards("127.0.0.1", 7) == "127.0.0.1"
     assert local_address_towards("no.such.host.invalid", 7) == ""

@@ -1,4 +1,4 @@
-"""Parts by hash: who may ask, and when somebody must wait."""
+"""Parts of files by hash: limits on clients, and when one must wait."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ SHA256 = hashlib.sha256(MANIFEST).hexdigest()
 
 
 def read(digest: bytes, offset: int, length: int) -> tuple[bytes, int] | None:
-    """The one file there is."""
+    """Return the only file."""
     return (MANIFEST[offset : offset + length], len(MANIFEST)) if digest.hex() == SHA256 else None
 
 
 def test_one_asker_too_many_waits_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until another has asked for nothing for a while: nobody tells when it leaves."""
+    """It waits until another has asked for nothing for a while, since leaving is not reported."""
     monkeypatch.setattr("flowspec.transport.chunks.MAX_PEERS", 1)
     monkeypatch.setattr("flowspec.transport.chunks.IDLE_S", 0.5)
     monkeypatch.setattr("flowspec.weights.transfer.shards.BUSY_WAIT_S", 0.1)

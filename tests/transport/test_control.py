@@ -1,4 +1,4 @@
-"""Control protocol and sockets: what is no message is refused, both ways work, reasons are told."""
+"""Control protocol and sockets refuse invalid messages, work both ways, and give reasons."""
 
 import socket
 import time
@@ -33,7 +33,7 @@ KEYS = derive_keys(new_token())
 
 
 def test_messages_survive_the_wire():
-    """Also long ones with any text."""
+    """This includes long messages with any text."""
     ask = Ask(version="1", id=3, turns=(Turn(role="user", content="ö\n" * 50_000),), stop=("x",))
     assert unpack(pack(ask)) == ask
     assert unpack(pack(Beat(sent_at=1.5))) == Beat(sent_at=1.5)
@@ -61,13 +61,13 @@ def test_messages_survive_the_wire():
     ],
 )
 def test_what_is_no_message_is_refused(frame):
-    """Wrong kinds, types, sizes, keys: one error, whatever it was."""
+    """Wrong kinds, types, sizes and keys all raise the same error."""
     with pytest.raises(ControlError):
         unpack(frame)
 
 
 def test_mutated_messages_are_refused_or_are_messages():
-    """Every single byte changed or left out: no other exception."""
+    """Every single byte is changed or left out, and no other exception is raised."""
     frame = pack(Beat(sent_at=12.25, power_w=3.0))
     for at in range(len(frame)):
         for changed in (frame[:at] + frame[at + 1 :], frame[:at] + b"9" + frame[at + 1 :]):
@@ -78,14 +78,14 @@ def test_mutated_messages_are_refused_or_are_messages():
 
 
 def test_hello_names_what_is_missing():
-    """Whoever writes another client sees why it is not let in."""
+    """The author of another client sees why it is refused."""
     with pytest.raises(ControlError, match="hello"):
         unpack(b'{"kind": "hello"}')
     assert Hello.model_fields["protocol"].default >= 1
 
 
 def receive(server: ControlServer) -> tuple[bytes, bytes]:
-    """The next message and its peer."""
+    """Return the next message and its peer."""
     end = time.monotonic() + 10.0
     while time.monotonic() < end:
         if messages := server.receive(0.5):
@@ -94,7 +94,7 @@ def receive(server: ControlServer) -> tuple[bytes, bytes]:
 
 
 def pump(server: ControlServer, client: ControlClient, *, until: float) -> list[bytes]:
-    """Echo what comes to the server; what the client gets."""
+    """Echo messages at the server; return what the client gets."""
     end = time.monotonic() + until
     while time.monotonic() < end:
         for peer, message in server.receive(0.02):
@@ -105,7 +105,7 @@ def pump(server: ControlServer, client: ControlClient, *, until: float) -> list[
 
 
 def test_long_messages_travel_in_pieces_both_ways():
-    """Longer than what the sockets take from a stranger."""
+    """They are longer than what the sockets accept from a stranger."""
     server = ControlServer("127.0.0.1", 0, KEYS)
     client = ControlClient("127.0.0.1", server.port, KEYS)
     try:
@@ -121,7 +121,7 @@ def test_long_messages_travel_in_pieces_both_ways():
 
 
 def test_a_wrong_token_and_a_closed_port_are_told_apart():
-    """The two things that go wrong most."""
+    """These are the two most common problems."""
     server = ControlServer("127.0.0.1", 0, KEYS)
     stranger = ControlClient("127.0.0.1", server.port, derive_keys(new_token()))
     try:
@@ -139,7 +139,7 @@ def test_a_wrong_token_and_a_closed_port_are_told_apart():
 
 
 def test_a_handshake_that_does_not_end_is_not_the_tokens_fault():
-    """A network that breaks up in the middle of it: trying again may help."""
+    """The network may break in the middle of it, so trying again may help."""
     with socket.create_server(("127.0.0.1", 0)) as mute:
         client = ControlClient("127.0.0.1", mute.getsockname()[1], KEYS)
         try:
@@ -149,7 +149,7 @@ def test_a_handshake_that_does_not_end_is_not_the_tokens_fault():
 
 
 def test_one_broken_handshake_is_tried_again():
-    """A head that is restarted at that moment; the token is right."""
+    """A head may restart at that moment, although the token is right."""
     with socket.create_server(("127.0.0.1", 0)) as dying:
         port = dying.getsockname()[1]
         client = ControlClient("127.0.0.1", port, KEYS)
@@ -174,7 +174,7 @@ def test_one_broken_handshake_is_tried_again():
     ],
 )
 def test_a_server_is_there_by_the_families_that_it_listens_at(host, bound, ways):
-    """Without a host by both; it knows the address of who has spoken."""
+    """Without a host it listens at both; it knows the address of each peer that has sent."""
     if ":" in bound and not HAS_IPV6:
         pytest.skip("this machine has no ::1")
     server = ControlServer(host, 0, KEYS)
@@ -214,7 +214,7 @@ def test_the_next_address_of_a_name_is_tried(monkeypatch):
 
 
 def test_a_listener_without_an_address_says_what_to_choose():
-    """Another port where it is taken, another host where it is not this machine's."""
+    """It needs another port if that is taken, or another host if it is not this machine's."""
     server = ControlServer("127.0.0.1", 0, KEYS)
     try:
         with pytest.raises(ValueError, match="another `flowspec serve` running"):
@@ -226,7 +226,7 @@ def test_a_listener_without_an_address_says_what_to_choose():
 
 
 def test_a_name_without_an_address_is_told():
-    """With what to give instead."""
+    """The error says what to give instead."""
     assert "no address is known" in why_unreachable("no.such.host.invalid", 7000)
 
 

@@ -1,4 +1,4 @@
-"""Encrypted ZeroMQ: pieces add up, connections come back, wrong keys and addresses are told."""
+"""Encrypted ZeroMQ joins pieces, reconnects, and reports wrong keys and addresses."""
 
 import logging
 import time
@@ -25,12 +25,12 @@ SOON_S = 10.0
 
 
 def free(rank: int) -> dict[int, dict[str, str]]:
-    """A rank at any free ports."""
+    """Return a rank at any free ports."""
     return {rank: {"control": "tcp://127.0.0.1:0", "data": "tcp://127.0.0.1:0"}}
 
 
 def receive(transport: ZmqTransport) -> WireMessage:
-    """The next message."""
+    """Return the next message."""
     end = time.monotonic() + SOON_S
     while time.monotonic() < end:
         if messages := transport.receive(0.1):
@@ -40,7 +40,7 @@ def receive(transport: ZmqTransport) -> WireMessage:
 
 @given(st.lists(st.binary(max_size=40), min_size=1, max_size=8), st.integers(1, 50))
 def test_pieces_add_up(frames: list[bytes], piece_bytes: int) -> None:
-    """Whatever is cut comes back, and no piece is longer than it may be."""
+    """Joining undoes cutting, and no piece is longer than allowed."""
     pieces = cut(frames, piece_bytes)
     assert all(len(piece) <= piece_bytes for piece in pieces[1:])
     assert [bytes(frame) for frame in join(pieces)] == frames
@@ -48,7 +48,7 @@ def test_pieces_add_up(frames: list[bytes], piece_bytes: int) -> None:
 
 @given(st.lists(st.binary(max_size=24), min_size=1, max_size=6))
 def test_pieces_of_anything_else_are_refused(pieces: list[bytes]) -> None:
-    """Either frames that are cut the same way again, or a WireError."""
+    """Joining gives frames that are cut the same way again, or a WireError."""
     try:
         frames = join(pieces)
     except WireError:
@@ -57,7 +57,7 @@ def test_pieces_of_anything_else_are_refused(pieces: list[bytes]) -> None:
 
 
 def test_long_segments_pass_the_limit_of_a_frame() -> None:
-    """Hidden states of any size travel in pieces; ports are told where any were free."""
+    """Hidden states of any size travel in pieces; a rank at any free ports knows its ports."""
     stage = ZmqTransport(1, free(1), KEYS)
     head = ZmqTransport(0, {**free(0), 1: stage.bound}, KEYS)
     try:
@@ -77,7 +77,7 @@ def test_long_segments_pass_the_limit_of_a_frame() -> None:
 
 
 def test_a_connection_that_breaks_is_told_to_the_sender() -> None:
-    """What was on its way is lost, though the peer is there again: nobody may wait for it."""
+    """Messages in flight are lost even if the peer is back, so nobody may wait for them."""
     stage = ZmqTransport(1, free(1), KEYS)
     book = {1: stage.bound}
     head = ZmqTransport(0, {**free(0), **book}, KEYS)
@@ -94,7 +94,7 @@ def test_a_connection_that_breaks_is_told_to_the_sender() -> None:
 
 
 def test_a_peer_that_is_not_there_yet_is_waited_for() -> None:
-    """No connection has broken: what is sent arrives once somebody listens."""
+    """No connection has broken: messages arrive once somebody listens."""
     stage = ZmqTransport(1, free(1), KEYS)
     book = {1: stage.bound}
     stage.close()
@@ -111,7 +111,7 @@ def test_a_peer_that_is_not_there_yet_is_waited_for() -> None:
 
 
 def test_an_address_in_use_is_told() -> None:
-    """One sentence, whatever else had been set up by then."""
+    """The error is one sentence, whatever was set up before."""
     stage = ZmqTransport(1, free(1), KEYS)
     try:
         with pytest.raises(ValueError, match="stage 2 cannot listen at tcp://127.0.0.1"):
@@ -121,13 +121,13 @@ def test_an_address_in_use_is_told() -> None:
 
 
 def send_many(transport: ZmqTransport) -> None:
-    """More than a queue holds."""
+    """Send more than a queue holds."""
     for seq_no in range(100):
         transport.send(1, Started(request=1, seq_no=seq_no))
 
 
 def test_a_wrong_token_ends_in_an_error_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bounded on the one side, one reason on the other."""
+    """The caller's wait is bounded, and the listener counts one reason."""
     monkeypatch.setattr(zmq_sockets, "SEND_TIMEOUT_MS", 200)
     monkeypatch.setattr(zmq_sockets, "MAX_QUEUED_MESSAGES", 10)
     monkeypatch.setattr(zmq_sockets, "LINGER_MS", 0)
@@ -147,13 +147,13 @@ def test_a_wrong_token_ends_in_an_error_and_is_counted(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("address", ["ipc:///tmp/x", "tcp://host", "tcp://:1", "tcp://h:99999", ""])
 def test_what_is_no_address_is_told(address: str) -> None:
-    """Before a socket is made."""
+    """The error comes before a socket is made."""
     with pytest.raises(ValueError, match="is not an address; needed: tcp://HOST:PORT"):
         parse_url(address)
 
 
 def test_a_flood_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """The first of a kind is told, then sums."""
+    """The first refusal of a kind is logged, then sums."""
     tally = Tally(logging.getLogger("test"), "port")
     with caplog.at_level(logging.WARNING):
         for number in range(1000):

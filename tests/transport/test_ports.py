@@ -1,4 +1,4 @@
-"""Lines between devices: how long messages occupy them, and who waits for whom."""
+"""Lines between devices: how long messages occupy them, and which messages wait."""
 
 import math
 
@@ -8,12 +8,12 @@ from flowspec.transport.link_occupancy import Egress, Ingress
 
 
 def ends(egress: Egress[str], until: float = math.inf) -> list[tuple[str, float]]:
-    """What leaves, and when."""
+    """Return what leaves, and when."""
     return [(sent.item, round(sent.end, 9)) for sent in egress.done(min(until, 1e9))]
 
 
 def test_one_lane_is_a_queue():
-    """Bytes over the rate, one after another."""
+    """The time is bytes divided by the rate, one message after another."""
     egress: Egress[str] = Egress(100.0)
     egress.add(0.0, "data", 50, "a")
     egress.add(0.1, "data", 100, "b")
@@ -23,7 +23,7 @@ def test_one_lane_is_a_queue():
 
 
 def test_lanes_share_the_line_fairly():
-    """A verdict behind a long segment takes twice its own time, and delays it by as much."""
+    """A verdict beside a long segment takes twice its own time, and delays it by as much."""
     egress: Egress[str] = Egress(100.0)
     egress.add(0.0, "data", 100, "segment")
     egress.add(0.2, "control", 5, "verdict")
@@ -31,7 +31,7 @@ def test_lanes_share_the_line_fairly():
 
 
 def test_three_lanes_get_a_third_each():
-    """However many lanes: the line carries its rate, no more and no less."""
+    """With any number of flows, the line carries exactly its rate."""
     egress: Egress[str] = Egress(90.0)
     for lane, size in (("a", 30), ("b", 60), ("c", 90)):
         egress.add(0.0, lane, size, lane)
@@ -49,7 +49,7 @@ def test_asked_late_it_tells_the_times_things_left():
 
 
 def test_late_on_the_clock_nothing_is_lost_to_rounding():
-    """After days the clock's own resolution is more than a byte's time."""
+    """After days, the clock's resolution is more than a byte's time."""
     egress: Egress[str] = Egress(125e6)
     now = 1e6
     for number in range(200):
@@ -71,7 +71,7 @@ def test_a_slow_receiver_sets_the_pace():
 
 
 def test_a_short_message_holds_up_a_long_one_by_its_own_time_alone():
-    """The long one came in before and goes on behind it; the line never rests meanwhile."""
+    """The long one came first and continues behind it; the line never rests meanwhile."""
     ingress = Ingress(100.0)
     assert ingress.take(5.0, 5.1, 10) == pytest.approx(5.1)  # in the middle of the next one
     assert ingress.take(0.0, 10.0, 1000) == pytest.approx(10.1)
@@ -81,7 +81,7 @@ def test_a_short_message_holds_up_a_long_one_by_its_own_time_alone():
 
 
 def test_what_waits_at_the_receiver_is_all_that_came_at_the_line_s_rate():
-    """Whatever the order and overlap: the last one has passed when all bytes have."""
+    """For any order and overlap, the last one has passed when all bytes have."""
     ingress = Ingress(1.0)
     for start, end, passed in ((0.0, 10.0, 10.0), (5.0, 15.0, 20.0), (12.0, 22.0, 30.0)):
         assert ingress.take(start, end, 10) == pytest.approx(passed)

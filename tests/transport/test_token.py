@@ -1,4 +1,4 @@
-"""The join token: typing mistakes are told, keys follow from it, and nothing shows it."""
+"""The join token detects typing mistakes, gives the keys, and is never shown."""
 
 import os
 import subprocess
@@ -27,19 +27,19 @@ SOME = "0123456789abcdefghjkmnpqrs"  # 26 symbols
 
 
 def valid(secret: str = SOME) -> str:
-    """A token of known secret."""
+    """Return a token of a known secret."""
     return secret + token_module._checksum(secret)
 
 
 def test_tokens_differ_and_are_short() -> None:
-    """130 bits of chance in a line that can be read out."""
+    """They have 130 random bits in a line that can be read out."""
     tokens = {new_token() for _ in range(200)}
     assert len(tokens) == 200
     assert all(len(token) == 34 and check_token(token) == token for token in tokens)
 
 
 def test_how_it_is_written_does_not_matter() -> None:
-    """Case, dashes, spaces, and letters that look like digits."""
+    """Case, dashes, spaces, and letters that look like digits make no difference."""
     plain = valid()
     assert check_token(f"  {plain.upper()}\n") == check_token(plain)
     assert check_token(plain.replace("0", "O").replace("1", "l")) == check_token(plain)
@@ -48,7 +48,7 @@ def test_how_it_is_written_does_not_matter() -> None:
 
 @given(st.integers(0, 29), st.sampled_from(ALPHABET))
 def test_one_wrong_symbol_is_told(at: int, symbol: str) -> None:
-    """Twenty bits of checksum: a slip of the finger is found before any network is touched."""
+    """Twenty bits of checksum find a typing mistake before the network is used."""
     token = valid()
     wrong = token[:at] + symbol + token[at + 1 :]
     if wrong != token:
@@ -62,13 +62,13 @@ def test_one_wrong_symbol_is_told(at: int, symbol: str) -> None:
     [("", "has 0 letters"), (valid()[:-1], "has 29"), (valid()[:-1] + "u", "no token has")],
 )
 def test_what_is_no_token_is_told(text: str, message: str) -> None:
-    """And never repeated in the error."""
+    """The error never repeats the token."""
     with pytest.raises(ValueError, match=message):
         check_token(text)
 
 
 def test_keys_are_a_function_of_the_token() -> None:
-    """Every device makes the same; another token makes others; the two roles differ."""
+    """Every device derives the same keys; another token gives others; the two roles differ."""
     keys = derive_keys(valid())
     assert keys == derive_keys(valid().upper())
     other = derive_keys(new_token())
@@ -78,7 +78,7 @@ def test_keys_are_a_function_of_the_token() -> None:
 
 
 def test_keys_are_the_ones_of_this_version() -> None:
-    """A change of the derivation would split a cluster whose devices are updated one by one."""
+    """Another derivation would split a cluster whose devices are updated one by one."""
     keys = derive_keys(valid())
     assert keys.server_public.hex() == SERVER_PUBLIC
     assert keys.member_public.hex() == MEMBER_PUBLIC
@@ -89,7 +89,7 @@ MEMBER_PUBLIC = "7cf405b0014cdd72ecf4a7c175c44268bb98201863f687375e57afc3e500b65
 
 
 def test_no_traceback_shows_token_or_keys() -> None:
-    """Also where a tool prints the local variables of each frame."""
+    """This holds even for tools that print the local variables of each frame."""
     token = check_token(valid())
     keys = derive_keys(token)
 
@@ -108,7 +108,7 @@ def test_no_traceback_shows_token_or_keys() -> None:
 
 
 def test_a_file_comes_before_the_environment(tmp_path: Path) -> None:
-    """What was asked for explicitly wins."""
+    """The explicit option wins."""
     path = tmp_path / "deep" / "token"
     write_token(path, new_token())
     assert path.stat().st_mode & 0o777 == 0o600
@@ -118,7 +118,7 @@ def test_a_file_comes_before_the_environment(tmp_path: Path) -> None:
 
 
 def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
-    """With the command that helps."""
+    """The error has the command that helps."""
     path = tmp_path / "token"
     path.write_text(valid())
     path.chmod(0o644)
@@ -127,7 +127,7 @@ def test_a_file_that_others_may_read_is_refused(tmp_path: Path) -> None:
 
 
 def test_no_token_says_how_to_give_one(tmp_path: Path) -> None:
-    """All three ways."""
+    """The error lists all three ways."""
     with pytest.raises(ValueError, match=r"--token-file.*FLOWSPEC_TOKEN.*terminal"):
         read_token(None, {}, prompt=False)
     with pytest.raises(ValueError, match="cannot be read: No such file"):
@@ -139,7 +139,7 @@ def test_no_token_says_how_to_give_one(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("form", [["--token", valid()], [f"--token={valid()}"]])
 def test_ps_does_not_show_a_token(form: list[str]) -> None:
-    """The command line that the kernel shows is overwritten as the commands are imported."""
+    """The command line that the kernel shows is overwritten when the commands are imported."""
     code = "import flowspec.cli, sys; sys.stdin.read(); print(sys.argv)"
     command = [sys.executable, "-c", code, "join", "host:1", *form, "--last"]
     with subprocess.Popen(
@@ -160,5 +160,5 @@ def test_ps_does_not_show_a_token(form: list[str]) -> None:
 
 
 def test_hiding_does_nothing_without_a_token() -> None:
-    """pytest itself has none on its command line."""
+    """pytest itself has no token on its command line."""
     assert hide_token()

@@ -1,4 +1,4 @@
-"""Download: the thread that writes what has come."""
+"""Tests the thread that writes a download."""
 
 import threading
 
@@ -10,19 +10,19 @@ from flowspec.weights.transfer import download
 
 
 class HangingFile:
-    """Takes nothing until it is released, and then fails."""
+    """A file that blocks until it is released, and then fails."""
 
     def __init__(self) -> None:
         self.released = threading.Event()
 
     def write(self, pieces: object) -> None:
-        """See Partial."""
+        """Block, then fail."""
         self.released.wait(5.0)
         raise OSError("released")
 
 
 def test_a_disk_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    """Not a wait without end, neither for what is unwritten nor for the thread."""
+    """Neither unwritten parts nor the thread are waited for without end."""
     monkeypatch.setattr(download, "STALL_LIMIT_S", 0.1)
     file = HangingFile()
     part = ChunkReply(digest=b"", offset=0, total=1, pieces=[memoryview(b"x")])

@@ -1,4 +1,4 @@
-"""Loading: what is whole loads bit for bit; what is corrupt, missing or foreign is refused."""
+"""Complete files load bit for bit; corrupt, missing or foreign ones are refused."""
 
 import json
 from dataclasses import replace
@@ -33,7 +33,7 @@ TARGET = ModelConfig.from_hf(
 
 @pytest.fixture
 def model(tmp_path):
-    """(reference model, split folder of 3+1 layers)."""
+    """Return (reference model, split folder of 3+1 layers)."""
     reference = families.save(tmp_path / "hf")
     plan = plan_split(open_checkpoint(tmp_path / "hf"), layers=(3, 1))
     run_split(plan, tmp_path / "out", model_id="tiny")
@@ -171,7 +171,7 @@ def test_model_hash_tells_splits_apart(model, tmp_path):
 def save_eagle(
     folder, *, form="safetensors", config=TARGET, fc_bias=True, hf=None, drop=(), add=()
 ):
-    """An EAGLE-1/2 head in the public layout; returns its tensors."""
+    """Save an EAGLE-1/2 head in the public layout; return its tensors."""
     net = EagleNet(replace(config, num_layers=1), fc_bias=fc_bias)
     randomize(net, 3)
     tensors = {name: tensor for name, tensor in net.state_dict().items() if name not in drop}

@@ -1,4 +1,4 @@
-"""Weights from the head: only what is missing, whole or not at all, and never outside the cache."""
+"""Weight transfer sends only missing files, completes them atomically, and stays in the cache."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ class Source:
 def source(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Source]:
-    """Split into single layers."""
+    """Split the model into single layers."""
     folder = tmp_path_factory.mktemp("head")
     families.save(folder / "hf", request.param)
     plan = plan_split(open_checkpoint(folder / "hf"), layers=(1,) * NUM_LAYERS)
@@ -61,7 +61,7 @@ def source(
 
 @pytest.fixture
 def cache(tmp_path: Path) -> ShardCache:
-    """An empty one."""
+    """Return an empty cache."""
     return ShardCache(tmp_path / "cache")
 
 
@@ -74,7 +74,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def fetch(
     source: Source, cache: ShardCache, shards: range = ALL, timeout_s: float = SOON_S
 ) -> list[FetchProgress]:
-    """Fetch, and what was said meanwhile."""
+    """Fetch the shards; return the progress reports."""
     said: list[FetchProgress] = []
     fetch_shards(
         source.server.address, KEYS, source.manifest, shards, cache, said.append, timeout_s
@@ -83,17 +83,17 @@ def fetch(
 
 
 def blob(cache: ShardCache, record: FileRecord) -> Path:
-    """Where a whole file lies."""
+    """Return the path of a complete file."""
     return cache.root / "shards" / record.sha256
 
 
 def largest(source: Source) -> FileRecord:
-    """The file that is most fun to cut."""
+    """Return the largest file, which has the most places to cut."""
     return max(shard_files(source.manifest, ALL).values(), key=lambda record: record.bytes)
 
 
 def test_manifest_comes_by_its_hash(source: Source) -> None:
-    """The head tells the hash over the control channel; the rest comes from the shard server."""
+    """The head sends the hash over the control channel; the shard server sends the rest."""
     address, sha256 = source.server.address, source.server.manifest_sha256
     assert fetch_manifest(address, KEYS, sha256, SOON_S) == source.manifest
     with pytest.raises(ClusterError, match="has no manifest 0000"):
@@ -104,7 +104,7 @@ def test_manifest_comes_by_its_hash(source: Source) -> None:
 
 @pytest.mark.usefixtures("small_parts")
 def test_any_range_of_layers_loads_from_the_cache(source: Source, cache: ShardCache) -> None:
-    """A re-plan moves a boundary; what a stage computes with is the model's own."""
+    """A new placement moves a boundary; a stage computes with the model's own weights."""
     fetch(source, cache)
     whole = load_whole(source.whole).state_dict()
     for first in range(NUM_LAYERS):
@@ -117,7 +117,7 @@ def test_any_range_of_layers_loads_from_the_cache(source: Source, cache: ShardCa
 
 
 def test_only_what_is_missing_travels(source: Source, cache: ShardCache) -> None:
-    """Layers that were there before are neither asked for nor written again."""
+    """Layers that were there before are neither requested nor written again."""
     fetch(source, cache, range(1, 3))
     first = fetch(source, cache, range(2, 4))[-1]
     sizes = {k: sum(r.bytes for r in shard_files(source.manifest, [k]).values()) for k in ALL}
@@ -129,7 +129,7 @@ def test_only_what_is_missing_travels(source: Source, cache: ShardCache) -> None
 
 
 def replace_address(source: Source, address: str = "tcp://127.0.0.1:9") -> Source:
-    """The same model at an address where nobody is."""
+    """Return the same model at an address where nobody listens."""
 
     class Elsewhere:
         pass
@@ -144,7 +144,7 @@ def replace_address(source: Source, address: str = "tcp://127.0.0.1:9") -> Sourc
 def test_goes_on_after_a_cut_at_any_byte(
     source: Source, cache: ShardCache, cut: float | None
 ) -> None:
-    """What a cut left is kept and only the rest travels."""
+    """The received part is kept, and only the rest travels."""
     record = largest(source)
     size = record.bytes if cut is None else int(cut * record.bytes) if cut == 0.5 else int(cut)
     size %= record.bytes + 1
@@ -159,7 +159,7 @@ def test_goes_on_after_a_cut_at_any_byte(
 
 
 def name_of(source: Source, record: FileRecord) -> str:
-    """A file's name in the split."""
+    """Return a file's name in the split."""
     return next(name for name, other in source.manifest.files.items() if other == record)
 
 
@@ -167,7 +167,7 @@ def name_of(source: Source, record: FileRecord) -> str:
 def test_a_cache_that_was_cleared_meanwhile_is_filled_again(
     source: Source, cache: ShardCache
 ) -> None:
-    """Somebody empties ~/.cache while the device runs: no reason to fail."""
+    """Emptying ~/.cache while the device runs is no reason to fail."""
     fetch(source, cache)
     shutil.rmtree(cache.root)
     fetch(source, cache)
@@ -177,7 +177,7 @@ def test_a_cache_that_was_cleared_meanwhile_is_filled_again(
 
 
 def test_a_bad_rest_of_an_earlier_run_is_fetched_anew(source: Source, cache: ShardCache) -> None:
-    """A power cut can leave zeros where bytes were to be."""
+    """A power cut can leave zeros in place of bytes."""
     record = largest(source)
     (cache.root / "shards" / f"{record.sha256}.partial").write_bytes(b"\0" * 2000)
     fetch(source, cache)
@@ -200,7 +200,7 @@ def test_a_rotten_file_in_the_cache_is_fetched_anew(source: Source, cache: Shard
 def test_a_wrong_file_on_the_head_is_refused(
     source: Source, cache: ShardCache, tmp_path: Path
 ) -> None:
-    """One clear error, nothing of it stays, everything else does."""
+    """There is one clear error; the wrong file is removed and all others stay."""
     shutil.copytree(source.split, tmp_path / "bad")
     record = largest(source)
     path = tmp_path / "bad" / name_of(source, record)
@@ -227,7 +227,7 @@ def test_a_wrong_file_on_the_head_is_refused(
 def test_a_head_that_vanishes_and_comes_back(
     source: Source, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In time: nobody notices. Not in time: one error, and what has come stays."""
+    """A head that returns in time is not noticed; else there is one error, and all parts stay."""
     server = ShardServer(source.split, "tcp://127.0.0.1:0", KEYS)
     there = replace(source, server=server)
     reads, real = [0], server._read
@@ -264,7 +264,7 @@ def test_a_head_that_vanishes_and_comes_back(
 def test_a_full_disk_is_told_before_and_meanwhile(
     source: Source, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With both numbers before anything is asked for; and what was written stays."""
+    """The error has both numbers before any request; later, written parts stay."""
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "RESERVE_BYTES", 1 << 60)
         with pytest.raises(ClusterError, match=r"this device: too little disk.*needed.*free"):
@@ -286,7 +286,7 @@ def test_a_full_disk_is_told_before_and_meanwhile(
 
 
 def test_several_devices_at_once_and_two_on_one_cache(source: Source, tmp_path: Path) -> None:
-    """Each gets all; two processes with one cache share the work and the files."""
+    """Each device gets everything; two processes with one cache share the work and the files."""
     caches = [ShardCache(tmp_path / name) for name in ("a", "b", "c", "c")]
     errors: list[BaseException] = []
 
@@ -308,7 +308,7 @@ def test_several_devices_at_once_and_two_on_one_cache(source: Source, tmp_path: 
 
 @pytest.mark.parametrize("local", ["split", "whole"])
 def test_who_has_the_model_fetches_nothing(source: Source, cache: ShardCache, local: str) -> None:
-    """From a split with the same hashes, or cut out of the model itself; no head is needed."""
+    """It uses a split with the same hashes, or cuts the model itself; no head is needed."""
     left = cache.adopt(getattr(source, local), source.manifest, ALL)
     assert left == []
     said = fetch(replace_address(source), cache, timeout_s=0.5)
@@ -319,7 +319,7 @@ def test_who_has_the_model_fetches_nothing(source: Source, cache: ShardCache, lo
 def test_another_model_is_not_taken_for_this_one(
     source: Source, cache: ShardCache, tmp_path: Path
 ) -> None:
-    """Same shape, other weights: compared by content, told, and left alone."""
+    """A model of the same shape with other weights is detected by content and left alone."""
     record = largest(source)
     shutil.copytree(source.split, tmp_path / "near")
     path = tmp_path / "near" / name_of(source, record)
@@ -335,7 +335,7 @@ def test_another_model_is_not_taken_for_this_one(
 def test_no_manifest_leads_out_of_the_cache(
     source: Source, cache: ShardCache, tmp_path: Path, sha256: str
 ) -> None:
-    """Even one that got past its own checks: names of files are hashes or nothing."""
+    """This holds even for one that passed its own checks: file names are hashes."""
     files = {name: replace(r, sha256=sha256) for name, r in source.manifest.files.items()}
     before = sorted(tmp_path.rglob("*"))
     for bad in (
@@ -351,7 +351,7 @@ def test_no_manifest_leads_out_of_the_cache(
 def test_a_link_in_place_of_a_partial_file_is_not_followed(
     source: Source, cache: ShardCache, tmp_path: Path
 ) -> None:
-    """Somebody who can write into the cache cannot make this process write elsewhere."""
+    """A user who can write into the cache cannot make this process write elsewhere."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (cache.root / "shards" / f"{largest(source).sha256}.partial").symlink_to(victim)
@@ -361,7 +361,7 @@ def test_a_link_in_place_of_a_partial_file_is_not_followed(
 
 
 def test_a_wrong_token_gets_nothing(source: Source, cache: ShardCache) -> None:
-    """Not a byte, and it is counted."""
+    """It gets no byte, and it is counted."""
     other = derive_keys(new_token())
     with pytest.raises(ClusterError, match="sent no weights"):
         fetch_shards(source.server.address, other, source.manifest, ALL, cache, timeout_s=0.6)
@@ -385,7 +385,7 @@ def test_the_caller_can_end_it(source: Source, cache: ShardCache) -> None:
 
 
 def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And a relative path does not count."""
+    """A relative path is ignored."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "flowspec"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -393,7 +393,7 @@ def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_an_address_in_use_is_told(source: Source) -> None:
-    """With the address."""
+    """The error names the address."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"cannot listen at {address}: Address already"):

@@ -1,4 +1,4 @@
-"""Checkpoints: what is whole is opened, what is damaged, foreign or unsafe is refused by name."""
+"""Complete checkpoints open; damaged, foreign or unsafe ones are refused by name."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.support import families
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """An untied fp32 checkpoint in one file."""
+    """Return an untied fp32 checkpoint in one file."""
     families.save(tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -89,7 +89,7 @@ def test_a_folder_without_weights_says_what_it_has(checkpoint):
 
 
 def damage(data: bytes) -> dict[str, bytes]:
-    """Ways a safetensors file can be broken."""
+    """Return ways to break a safetensors file."""
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     entries = [key for key in header if key != "__metadata__"]

@@ -1,4 +1,4 @@
-"""The splitter: any number of stages, any form of checkpoint, interruptions, and every refusal."""
+"""The splitter handles any number of stages, any form of checkpoint, and interruptions."""
 
 import runpy
 import shutil
@@ -24,13 +24,13 @@ LAYERS = families.NUM_LAYERS
 
 
 def split(folder: Path, out: Path, *, layers=(2, 2), dtype=None, on_bytes=lambda _: None):
-    """Open, plan and run in one go."""
+    """Open, plan and split in one call."""
     plan = plan_split(open_checkpoint(folder), layers=layers, dtype=dtype)
     return run_split(plan, out, model_id="tiny", on_bytes=on_bytes)
 
 
 def weights_of(out: Path, num_stages: int) -> dict[str, torch.Tensor]:
-    """All tensors of all stages."""
+    """Return all tensors of all stages."""
     found: dict[str, torch.Tensor] = {}
     for stage in range(1, num_stages + 1):
         found.update(load_file(out / f"stage_{stage}" / "model.safetensors"))
@@ -39,7 +39,7 @@ def weights_of(out: Path, num_stages: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """An untied fp32 checkpoint in one file."""
+    """Return an untied fp32 checkpoint in one file."""
     families.save(tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -141,11 +141,11 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(checkpoint, tmp_path):
 
 
 class Stopped(Exception):
-    """Stands for Ctrl-C in the middle."""
+    """Replaces Ctrl-C in the middle of a split."""
 
 
 def stop_after(num_bytes: int):
-    """A progress callback that interrupts."""
+    """Return a progress callback that interrupts."""
     left = [num_bytes]
 
     def on_bytes(count: int) -> None:
@@ -173,7 +173,7 @@ def test_an_interrupted_split_is_not_loadable_and_a_rerun_finishes_it(checkpoint
 
 
 def test_a_rerun_keeps_good_files_and_redoes_bad_ones(checkpoint, tmp_path):
-    """What a kill leaves: a partial file, and a finished one that never reached the disk."""
+    """A kill leaves a partial file, and a finished one that never reached the disk."""
     out = tmp_path / "out"
     plan = plan_split(open_checkpoint(checkpoint), layers=(2, 2))
     with pytest.raises(Stopped):

@@ -1,4 +1,4 @@
-"""Splits that are killed at any moment, and several that are started together in one folder."""
+"""Splits may be killed at any moment, and several may start together in one folder."""
 
 import os
 import select
@@ -25,7 +25,7 @@ LIMIT_S = 60
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model."""
+    """Return a small model."""
     folder = tmp_path_factory.mktemp("killed") / "hf"
     families.save(folder)
     return folder
@@ -33,17 +33,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan(checkpoint: Path) -> SplitPlan:
-    """The split into one stage, as the command plans it."""
+    """Return the split into one stage, as the command plans it."""
     return plan_split(open_checkpoint(checkpoint), layers=(4,))
 
 
 def run(plan: SplitPlan, out: Path, on_bytes=lambda _: None, on_wait=lambda _: None) -> Manifest:
-    """The split that `flowspec split` makes."""
+    """Run the split as `flowspec split` does."""
     return run_split(plan, out, model_id="hf", on_bytes=on_bytes, on_wait=on_wait)
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All files of a split, but for its lock."""
+    """Return all files of a split, except its lock."""
     files = [path for path in out.rglob("*") if path.is_file()]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files} | {
         LOCK_NAME: b""
@@ -51,7 +51,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """Start `work` in a process of its own; its number. Its exit code is 0, or 1 on an error."""
+    """Start `work` in a child process that exits with 0, or 1 on an error; return its number."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
@@ -65,7 +65,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def exit_code(pid: int) -> int:
-    """Of a child that is waited for."""
+    """Wait for a child; return its exit code."""
     end = time.monotonic() + LIMIT_S
     while (found := os.waitpid(pid, os.WNOHANG)) == (0, 0):
         if time.monotonic() > end:
@@ -75,9 +75,9 @@ def exit_code(pid: int) -> int:
 
 
 def keep_each_step(out: Path, steps: Path) -> Callable[..., None]:
-    """Copy `out` to a folder in `steps` before each thing that this process does to it or the disk.
+    """Copy `out` to a folder in `steps` before every change that this process makes to it.
 
-    That is what a kill at that moment leaves. Those things are: opening a file to write, mkdir,
+    A kill at that moment would leave that copy. The changes are opening a file to write, mkdir,
     rename, remove, fsync, and, by the function returned, each piece of a file.
     """
     steps.mkdir()
@@ -120,7 +120,7 @@ def test_a_split_killed_at_any_step_is_finished_by_the_same_command(
 
 
 def test_a_folder_of_only_the_unfinished_journal_is_taken(checkpoint, tmp_path):
-    """As versions with a fixed name for it left it."""
+    """Earlier versions, with a fixed name for it, left such folders."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "split.partial.json.partial").write_text('{"sou')
     split_command(str(checkpoint), stages=1, out=tmp_path / "out")
@@ -128,7 +128,7 @@ def test_a_folder_of_only_the_unfinished_journal_is_taken(checkpoint, tmp_path):
 
 
 def test_somebody_elses_unfinished_file_is_not_taken_for_ours(plan, tmp_path):
-    """Only names of the split's own files are."""
+    """Only names of the split's own files count as ours."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "film.mkv.partial").write_text("half a film")
     with pytest.raises(ValueError, match=r"is not empty \(it has film.mkv.partial\)"):
@@ -137,7 +137,7 @@ def test_somebody_elses_unfinished_file_is_not_taken_for_ours(plan, tmp_path):
 
 
 class Two:
-    """A split that stops half way until it is let go, and a second one of the same folder."""
+    """A split that stops half way until it is released, and a second one of the same folder."""
 
     def __init__(self, plan: SplitPlan, out: Path) -> None:
         events, self._tell = os.pipe()
@@ -158,7 +158,7 @@ class Two:
         )
 
     def read(self) -> str:
-        """What the next one of them says."""
+        """Return the next line of one of them."""
         assert select.select([self._events], [], [], LIMIT_S)[0], "neither says anything"
         line = b""
         while not line.endswith(b"\n"):
@@ -166,13 +166,13 @@ class Two:
         return line.decode().strip()
 
     def let_go(self) -> None:
-        """The first one goes on."""
+        """Let the first one continue."""
         os.write(self._go, b"x")
 
 
 @pytest.mark.parametrize("end", ["finishes", "is killed"])
 def test_a_second_split_of_the_folder_waits_for_the_first(plan, tmp_path, end):
-    """It says so; both end well, or it takes over from the dead one, and there is one split."""
+    """It reports the wait; both end well, or it takes over from a dead one: there is one split."""
     out = tmp_path / "out"
     two = Two(plan, out)
     assert two.read() == f"another process is splitting a model into {out}: waiting for it"
@@ -187,7 +187,7 @@ def test_a_second_split_of_the_folder_waits_for_the_first(plan, tmp_path, end):
 
 
 def test_a_whole_split_can_be_used_where_nothing_can_be_written(checkpoint, plan, tmp_path):
-    """No lock is needed to see that it is whole; a split of another plan is refused by name."""
+    """Checking that it is complete needs no lock; a split of another plan is refused by name."""
     out = tmp_path / "out"
     run(plan, out)
     (out / LOCK_NAME).unlink()
@@ -199,7 +199,7 @@ def test_a_whole_split_can_be_used_where_nothing_can_be_written(checkpoint, plan
 
 
 def test_a_split_into_more_stages_is_refused_as_another_plan(checkpoint, plan, tmp_path):
-    """Not by the name of the first file that this plan has not."""
+    """The error does not name the first file that this plan lacks."""
     many = plan_split(open_checkpoint(checkpoint), layers=(1, 1, 1, 1))
     run_split(many, tmp_path / "out", model_id="hf")
     with pytest.raises(ValueError, match="another checkpoint, layer plan or dtype"):

@@ -1,1 +1,1 @@
-"""Plots of sample records and traces. Importing it imports matplotlib."""
+"""Plots of sample records and traces; importing this imports matplotlib."""

@@ -1,4 +1,4 @@
-"""Speed-up of every strategy on every set, a panel per temperature."""
+"""Plots the speed-up of every strategy on every set, with a panel per temperature."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ from flowspec.bench.plots.theme import Theme, colors, frame, grid
 from flowspec.bench.report import describe, has_intervals
 from flowspec.bench.settings import Setting
 
-GROUP = 0.84  # of the distance between sets that bars take
+GROUP = 0.84  # share of the distance between sets that bars take
 
 
 def speedup_bars(rows: Mapping[Setting, Sequence[Row]], theme: Theme, baseline: str) -> Figure:
-    """Bars with their intervals; the baseline is the line at 1. One panel per setting."""
+    """Draw bars with intervals, one panel per setting; the baseline is the line at 1."""
     everything = [row for own in rows.values() for row in own]
     names = list(dict.fromkeys(row.strategy for row in everything))
     strategies = [name for name in names if name != baseline]
@@ -61,7 +61,7 @@ def _panel(
     axes.set_xlim(-0.5, last + 0.5)
     axes.set_ylim(bottom=0)
     axes.set_xticks(range(len(sets)), [TITLES.get(name, name) for name in sets])
-    for label in axes.get_xticklabels()[last:]:  # the lowest panel alone has labels
+    for label in axes.get_xticklabels()[last:]:  # only the lowest panel has labels
         label.set_fontweight("bold")
     axes.tick_params(axis="x", length=0)
 
@@ -74,7 +74,7 @@ def _bar(
     axes.bar(at, ratio.value, width=wide, color=color)
     top = ratio.value
     if ratio.low is not None and ratio.high is not None:
-        for color, width in ((theme.paper, 2.4), (theme.ink, 0.9)):  # seen on any bar
+        for color, width in ((theme.paper, 2.4), (theme.ink, 0.9)):  # visible on any bar
             axes.vlines(at, ratio.low, ratio.high, color=color, linewidth=width)
         top = ratio.high
     if labelled:

@@ -1,4 +1,4 @@
-"""What can be plotted from sample records."""
+"""The kinds of plots that sample records allow."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,14 +17,14 @@ from flowspec.bench.sweeps import find_axis, sweep
 
 
 def speedup(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
-    """Bars per set; temperatures below one another."""
+    """Draw bars per set, one panel per temperature."""
     rows = summarize(samples, baseline=baseline)
     check_one(rows, free=("temperature",))
     return speedup_bars(rows, theme, baseline)
 
 
 def lengths(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
-    """Of runs that a miss ended, in all sets; the baseline is one strategy like the others."""
+    """Draw the runs that a miss ended, over all sets; the baseline is one of the strategies."""
     del baseline
     settings = by_setting(samples)
     check_one(settings)
@@ -38,7 +38,7 @@ def lengths(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
 
 
 def time(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:
-    """Of all sets; the baseline is one strategy like the others."""
+    """Draw the time shares of all sets; the baseline is one of the strategies."""
     del baseline
     setting, rows = _means(samples)
     return time_stack(rows, theme, f"{describe(setting)}; mean over the sets")
@@ -53,7 +53,7 @@ def _means(samples: Sequence[Sample]) -> tuple[Setting, list[Row]]:
 
 
 def over(axis: str) -> Callable[[Sequence[Sample], Theme, str], Figure]:
-    """A plot over a named axis of `sweeps.AXES`."""
+    """Return a plot over a named axis of `sweeps.AXES`."""
     found = find_axis(axis)
 
     def draw(samples: Sequence[Sample], theme: Theme, baseline: str) -> Figure:

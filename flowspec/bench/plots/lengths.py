@@ -1,4 +1,4 @@
-"""How many drafted tokens are accepted between two misses."""
+"""Plots how many drafted tokens are accepted between two misses."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,11 @@ from flowspec.bench.plots.theme import Theme, colors, frame, grid
 
 LONGEST = 15  # longer runs are counted together
 COLUMNS = 3
-HEADROOM = 1.35  # above the tallest bar, for what each panel says
+HEADROOM = 1.35  # space above the tallest bar for each panel's text
 
 
 def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: str) -> Figure:
-    """A panel per strategy over the same axes; `runs` holds the lengths by strategy."""
+    """Draw a panel per strategy over the same axes; `runs` holds the lengths by strategy."""
     runs = {name: own for name, own in runs.items() if own}
     if not runs:
         raise ValueError(
@@ -34,7 +34,7 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
         axes.set_title(name)
     for axes in panels.flat[len(runs) :]:
         axes.set_visible(False)
-    for column in range(columns):  # the lowest panel that is there
+    for column in range(columns):  # the lowest panel of each column
         shown = [axes for axes in panels[:, column] if axes.get_visible()]
         shown[-1].tick_params(labelbottom=True)
         shown[-1].set_xlabel("accepted in a row")
@@ -44,7 +44,7 @@ def length_histogram(runs: Mapping[str, Sequence[int]], theme: Theme, subtitle: 
 
 
 def _shares(runs: Sequence[int], longest: int) -> list[float]:
-    """Of runs of 0, 1, ..., and `longest` or more."""
+    """Return the shares of runs of 0, 1, ..., and `longest` or more."""
     counts = Counter(min(run, longest) for run in runs)
     return [counts[length] / len(runs) for length in range(longest + 1)]
 

@@ -1,4 +1,4 @@
-"""What the head and every stage did when, for one request of a traced run."""
+"""Plots the work of the head and every stage over time, for one request of a traced run."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from flowspec.bench.plots.theme import Theme, frame, grid
 from flowspec.protocol.messages import HEAD
 from flowspec.request import rank_name
 
-MAX_SEGMENTS = 40  # of one stage, where no window is asked for: more could not be told apart
-TALL = 0.72  # of a process's lane
+MAX_SEGMENTS = 40  # of one stage, without a given window: more are hard to tell apart
+TALL = 0.72  # height of a process's row
 INCHES_PER_LANE = 0.42
 # Shares of the window, which is about 1,600 pixels wide:
-DIGIT, AROUND = 0.0075, 0.006  # room for each digit and beside them: narrower work has no label
-THINNEST = 0.0018  # shorter work is drawn as long as this, or it would not be seen
-GAP = 0.0008  # between works that follow one another
+DIGIT, AROUND = 0.0075, 0.006  # room per digit and beside them; narrower work has no label
+THINNEST = 0.0018  # shorter work is drawn this long, to stay visible
+GAP = 0.0008  # between works that follow each other
 HIT, MISS = "verdict: hit", "verdict: miss"
 
 
 @dataclass(frozen=True, slots=True)
 class TimeWindow:
-    """Part of a run, in seconds since its first request came."""
+    """A part of a run, in seconds since its first request came."""
 
     start: float
     end: float
@@ -40,11 +40,11 @@ def pipeline_timeline(
     end: float | None = None,
     subtitle: str = "",
 ) -> Figure:
-    """One lane per process; a segment keeps its tint on its way down the stages.
+    """Draw one row per process; a segment keeps its tint on its way down the stages.
 
-    `trace` is what `trace_summary.read_trace` returns. `start` and `end` in seconds; default: the
-    whole request, or as much from its first token on as can be told apart. Raises ValueError where
-    the request or the window holds nothing.
+    `trace` comes from `trace_summary.read_trace`. `start` and `end` are in seconds; by default, the
+    plot shows the whole request, or as much from its first token on as stays readable. Raises
+    ValueError when the request or the window holds nothing.
     """
     works = [event for event in trace["traceEvents"] if event.get("cat") == "work"]
     request = _find_request(works, request)
@@ -105,7 +105,7 @@ def _find_request(works: Sequence[Mapping[str, Any]], request: int | None) -> in
 
 
 def _requests(event: Mapping[str, Any]) -> set[int]:
-    """A drafter forward names requests, a stage's forward segments."""
+    """Return an event's requests: of a drafter forward, or of the segments of a stage's forward."""
     segments = {segment["request"] for segment in event["args"].get("segments", ())}
     return segments | set(event["args"].get("requests", ()))
 
@@ -174,7 +174,7 @@ def _work(axes: Axes, event: Mapping[str, Any], lane: int, window: TimeWindow, c
 
 
 def _label(axes: Axes, event: Mapping[str, Any], lane: int, window: TimeWindow, color: str) -> None:
-    """Rows, where there is room."""
+    """Write the number of rows if there is room."""
     start = max(event["ts"] / 1e6, window.start)
     end = min((event["ts"] + event["dur"]) / 1e6, window.end)
     rows = str(event["args"]["rows"])
@@ -203,7 +203,7 @@ def _kind(event: Mapping[str, Any], prompts: Collection[str]) -> str:
 
 
 def _ink_on(color: str) -> str:
-    """Black or white, whichever stands out."""
+    """Return black or white, whichever has more contrast."""
     red, green, blue = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
     light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
     return "#000000" if light > 0.19 else "#ffffff"
@@ -215,7 +215,7 @@ def _verdicts(
     for name, shape in ((HIT, "v"), (MISS, "X")):
         times = [mark["ts"] / 1e6 for mark in marks if mark["name"] == name]
         times = [when for when in times if window.start <= when <= window.end]
-        if times:  # an empty line would claim the figure's corner
+        if times:  # an empty line would take the figure's corner
             axes.plot(
                 times, [-0.57] * len(times), shape, color=colors[name], markersize=6, clip_on=False
             )

@@ -1,4 +1,4 @@
-"""A line per strategy over what was varied."""
+"""Plots a line per strategy over the varied value."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,11 +12,11 @@ from flowspec.bench.plots.theme import MARKERS, Theme, colors, frame, grid
 from flowspec.bench.report import has_intervals
 from flowspec.bench.sweeps import Sweep
 
-LOG_FROM = 6.0  # ratio of the largest to the smallest value
+LOG_FROM = 6.0  # ratio of the largest to the smallest value, from which the axis is logarithmic
 
 
 def sweep_lines(found: Sweep, theme: Theme, baseline: str) -> Figure:
-    """Tokens/s, and where the baseline was run everywhere, speed-ups with their intervals."""
+    """Draw tokens/s and, if the baseline was run everywhere, speed-ups with their intervals."""
     strategies = list(found.lines)
     color = colors(theme, strategies)
     marker = {name: MARKERS[place % len(MARKERS)] for place, name in enumerate(strategies)}
@@ -64,7 +64,7 @@ def _speedups(axes: Axes, points: Mapping[float, Row], style: Mapping[str, objec
 
 
 def _ticks(axes: Axes, values: Sequence[float]) -> None:
-    """Exactly the values that were run."""
+    """Put ticks exactly at the values that were run."""
     if values[0] > 0 and values[-1] / values[0] >= LOG_FROM:
         axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(values))

@@ -1,7 +1,8 @@
-"""How plots look: two themes, a colour for each strategy everywhere, a frame around every figure.
+"""The look of plots: two themes, one colour per strategy everywhere, a frame around each figure.
 
-Colours stay apart under the three kinds of colour blindness, and series differ in more than colour
-(place, marker, label). matplotlib takes a second to import: only what draws imports this.
+Colours stay distinct under the three kinds of colour blindness, and series differ in more than
+colour (place, marker, label). matplotlib takes a second to import, so only drawing code imports
+this.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from matplotlib.legend_handler import HandlerTuple
 SUFFIXES = (".png", ".pdf", ".svg")
 DPI = 200
 WIDTH = 9.0  # inches
-INCH_PER_CHARACTER = 0.075  # of the legend's type, on average
+INCH_PER_CHARACTER = 0.075  # average width in the legend's type
 MARKERS = "osD^vP*X"
 
 
@@ -31,8 +32,8 @@ class Theme:
     quiet: str  # secondary text
     faint: str  # grid, separators
     strategies: Mapping[str, str]
-    others: Sequence[str]  # strategies that are not in the table
-    parts: Mapping[str, str]  # of a stage's time, by what it did or waited for
+    others: Sequence[str]  # for strategies that are not in the table
+    parts: Mapping[str, str]  # for parts of a stage's time, by kind of work or cause
 
 
 _CAUSES = ("host overhead", "waiting for link", "upstream busy", "head drafting")
@@ -86,7 +87,7 @@ THEMES = {
 
 
 def find_theme(name: str) -> Theme:
-    """By name. Raises ValueError listing the known ones."""
+    """Return a theme by name. Raises ValueError that lists the known ones."""
     if name not in THEMES:
         raise ValueError(f"--theme must be one of {', '.join(THEMES)}, not {name!r}")
     return THEMES[name]
@@ -104,7 +105,7 @@ def colors(theme: Theme, strategies: Sequence[str]) -> dict[str, str]:
 
 @contextmanager
 def drawing(theme: Theme) -> Iterator[None]:
-    """matplotlib's settings while a figure is made and saved."""
+    """Apply matplotlib's settings while a figure is made and saved."""
     settings: dict[Any, Any] = {
         "figure.facecolor": theme.paper,
         "savefig.facecolor": theme.paper,
@@ -135,8 +136,8 @@ def drawing(theme: Theme) -> Iterator[None]:
         "legend.handletextpad": 0.5,
         "legend.columnspacing": 1.4,
         "hatch.linewidth": 0.5,
-        "pdf.fonttype": 42,  # text stays text, which printers and search take
-        "svg.fonttype": "path",  # looks alike wherever it is opened
+        "pdf.fonttype": 42,  # text stays text, for printers and search
+        "svg.fonttype": "path",  # looks the same in every viewer
         "svg.hashsalt": "flowspec",
     }
     with matplotlib.rc_context(settings):
@@ -152,9 +153,9 @@ def frame(
     height: float,
     width: float = WIDTH,
 ) -> Figure:
-    """A figure of `width` x `height` inches below a band with title, subtitle and legend.
+    """Make a figure of `width` x `height` inches below a band with title, subtitle and legend.
 
-    `legend`: an artist, or several for one entry, and its label.
+    `legend` holds pairs of an artist, or several for one entry, and its label.
     """
     lines = _legend_lines([label for _, label in legend], width)
     band = 0.62 + 0.27 * len(lines)
@@ -179,7 +180,7 @@ def frame(
 
 
 def _legend_lines(labels: Sequence[str], width: float) -> list[int]:
-    """How many entries go in each line."""
+    """Return how many entries fit in each line."""
     lines: list[int] = []
     used = width
     for label in labels:
@@ -193,13 +194,13 @@ def _legend_lines(labels: Sequence[str], width: float) -> list[int]:
 
 
 def grid(axes: Axes, axis: str) -> None:
-    """Faint lines to read values by; the ticks they replace go."""
+    """Draw faint lines for reading values, in place of ticks."""
     axes.grid(axis=axis)  # type: ignore[arg-type]
     axes.tick_params(axis=axis, length=0)  # type: ignore[arg-type]
     axes.spines["left" if axis == "y" else "bottom"].set_visible(False)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """By the file's ending; the same figure gives the same bytes."""
+    """Save in the format of the file's ending; the same figure gives the same bytes."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     figure.savefig(path, metadata=dates.get(path.suffix))

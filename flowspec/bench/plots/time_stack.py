@@ -1,4 +1,4 @@
-"""Where each stage's time goes: at work, or idle for which cause."""
+"""Plots where each stage's time goes: to work, or to which cause of idleness."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,12 +11,12 @@ from flowspec.bench.plots.theme import Theme, frame, grid
 from flowspec.tracing.idle_time import UNKNOWN
 
 BUSY = "busy"
-BAR = 0.17  # inches of a stage
-GAP = 0.55  # of a bar, between strategies
+BAR = 0.17  # inches per stage
+GAP = 0.55  # between strategies, in bars
 
 
 def time_stack(rows: Sequence[Row], theme: Theme, subtitle: str) -> Figure:
-    """A bar per strategy and stage; `rows` are one per strategy."""
+    """Draw a bar per strategy and stage; `rows` has one per strategy."""
     rows = [row for row in rows if row.stage_busy]
     if not rows:
         raise ValueError("no record says what its stages did")
@@ -53,14 +53,14 @@ def time_stack(rows: Sequence[Row], theme: Theme, subtitle: str) -> Figure:
 
 
 def _parts(rows: Sequence[Row], theme: Theme) -> list[str]:
-    """Busy, then causes in the theme's order, then others."""
+    """Return busy, then causes in the theme's order, then others."""
     causes = {cause for row in rows for idle in _idle(row) for cause, s in idle.items() if s > 0}
     known = [part for part in theme.parts if part in causes or part == BUSY]
     return [*known, *sorted(causes - set(known))]
 
 
 def _idle(row: Row) -> Sequence[Mapping[str, float]]:
-    """By cause, for each stage; what ran on devices says no more than how busy they were."""
+    """Return shares by cause for each stage; runs on devices only tell how busy they were."""
     return row.stage_idle or [{UNKNOWN: 1.0 - busy} for busy in row.stage_busy]
 
 

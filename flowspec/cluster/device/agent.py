@@ -1,7 +1,7 @@
-"""A device's side of a cluster: say hello, hold layers, send heartbeats, come back by itself.
+"""Device agent: joins a cluster, holds layers, sends heartbeats, and reconnects by itself.
 
-The main loop owns the control socket and never computes; layers are fetched, loaded and run by a
-StageJob in another thread, so that a long forward is not taken for death.
+The main loop owns the control socket and never computes. A StageJob in another thread fetches,
+loads and runs the layers, so that a long forward does not delay heartbeats.
 """
 
 import logging
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 WELCOME_TIMEOUT_S = 10.0
 BACKOFF_S = (0.5, 5.0)  # first and longest wait before the next try
-TELL_EVERY_S = 60.0  # of one reason to try again
+TELL_EVERY_S = 60.0  # between log lines of the same reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,18 +62,19 @@ class JoinConfig:
     port: int
     name: str
     version: str
-    listen_host: str = ""  # where its stage listens [this machine's address towards the head]
-    listen_port: int = 0  # and the next one; 0: any that are free
-    once: bool = False  # leave when the head leaves, instead of waiting for it
+    # address where its stage listens; default: its address on the route to the head
+    listen_host: str = ""
+    listen_port: int = 0  # and the next one; 0: any free ports
+    once: bool = False  # end when the head ends, instead of waiting for it
     pinned: ModelCard | None = None  # offline: the only model it can serve
     local: DeviceConfig = DeviceConfig()  # of this device, whatever the head's is
 
 
 class JoinRefusedError(RuntimeError):
-    """Joining can never work as things are; the text says why and what to do."""
+    """Joining cannot work in this state; the text says why and what to do."""
 
 
-class Joiner:
+class DeviceAgent:
     """Runs until `stop`, a signal, a final refusal, or with `once` the head's end."""
 
     def __init__(
@@ -97,16 +98,17 @@ class Joiner:
         self._heard_at = self._beat_at = 0.0
         self._round_trip_s = 0.0
         self._was_in = self._has_ended = False
-        self._told = "", 0.0  # why it tries again, and when that was said
-        self._head_host = config.host  # as a number, once there is a connection
-        self._own_host = self._zone = ""  # this device's address and interface on the way there
+        self._told = "", 0.0  # last reason for trying again, and when it was logged
+        self._head_host = config.host  # numeric, once there is a connection
+        # this device's address and interface on the route to the head
+        self._own_host = self._zone = ""
 
     def stop(self, why: str) -> None:
-        """Leave in order; from any thread."""
+        """Leave in order; any thread may call this."""
         self._stopping = why
 
     def run(self) -> None:
-        """Stay in the cluster. Raises JoinRefusedError, and ClusterError where `once` is over."""
+        """Stay in the cluster. Raises JoinRefusedError, and ClusterError when `once` ends."""
         wait_s = BACKOFF_S[0]
         while not self._is_stopping():
             reason = self._attend()
@@ -120,7 +122,7 @@ class Joiner:
             if self.config.once and self._was_in:
                 raise ClusterError("head", reason)
             self._tell_why(reason)
-            self._pause(wait_s * random.uniform(0.8, 1.2))  # so that devices do not come in step
+            self._pause(wait_s * random.uniform(0.8, 1.2))  # so that devices do not retry in step
             wait_s = min(2 * wait_s, BACKOFF_S[1])
 
     def _is_stopping(self) -> bool:
@@ -129,7 +131,7 @@ class Joiner:
         return bool(self._stopping)
 
     def _tell_why(self, reason: str) -> None:
-        """Once, and now and then while it stays so; another reason is told at once."""
+        """Log the reason once and then at intervals; log another reason at once."""
         now, (told, told_at) = time.monotonic(), self._told
         if reason != told or now - told_at >= TELL_EVERY_S:
             self._told = reason, now
@@ -141,7 +143,7 @@ class Joiner:
             time.sleep(0.1)
 
     def _attend(self) -> str:
-        """One connection, from its first to its last message; returns why it ended."""
+        """Run one connection from its first to its last message; return why it ended."""
         host, port = self.config.host, self.config.port
         self._welcome = None
         client = ControlClient(host, port, self.keys)
@@ -153,13 +155,13 @@ class Joiner:
             self._look_up_route(client.host)
             link = measure_link(client)
             hello = self._hello()
-            with signals.ending_in_order():  # the head is told
+            with signals.ending_in_order():  # the head is told first
                 self._send(client, hello.model_copy(update={
                     "report": hello.report.model_copy(update={"link": link})
                 }))  # fmt: skip
                 return self._stay(client)
         except UnreachableError as error:
-            return f"the head takes nothing: {error}"
+            return f"the head accepts nothing: {error}"
         finally:
             client.close()
 
@@ -179,24 +181,24 @@ class Joiner:
         return self._stopping
 
     def _keep_time(self, client: ControlClient, started_at: float) -> str:
-        """Heartbeats that are due; a text says for whose silence the connection ends."""
+        """Send due heartbeats; return a text if silence ends the connection, else an empty one."""
         now, welcome = time.monotonic(), self._welcome
         if welcome is None:
             if now - started_at > WELCOME_TIMEOUT_S:
                 return f"no welcome from the head within {WELCOME_TIMEOUT_S:.0f} s"
             return ""
         if now - self._heard_at > welcome.dead_after_s:
-            return f"lost the head: no word from it for {now - self._heard_at:.1f} s"
+            return f"lost the head: no message from it for {now - self._heard_at:.1f} s"
         if now - self._beat_at >= welcome.heartbeat_s:
             self._send_beat(client, now)
         return ""
 
     def _take(self, client: ControlClient, frame: bytes) -> str:
-        """Act on the head's message; a text says why the connection ends."""
+        """Act on the head's message; return why the connection ends, or an empty text."""
         try:
             message = unpack(frame)
         except ControlError as error:
-            return f"the head sent what is no message: {error}"
+            return f"the head sent an invalid message: {error}"
         if not isinstance(message, Beat):
             self._on_event(message)
         match message:
@@ -218,7 +220,7 @@ class Joiner:
         return ""
 
     def _take_work(self, message: Assign | Serve | Release) -> None:
-        """Layers, the other ranks' addresses, or the end of an epoch."""
+        """Handle layers, the other ranks' addresses, or the end of an epoch."""
         if isinstance(message, Assign):
             self._drop_job()
             shards = as_seen_here(message.shards, self._head_host, self._zone)
@@ -227,15 +229,15 @@ class Joiner:
                 assign, self.source, self._open_transport, self._words.put, self.config.local
             )
         elif self._job is None or self._job.assign.epoch != message.epoch:
-            return  # of an epoch that is over
+            return  # the message belongs to an older epoch
         elif isinstance(message, Serve):
-            self._told = "", 0.0  # it worked: what ends it is news, though it were the same
+            self._told = "", 0.0  # it worked: the next failure is news, even for the same reason
             self._job.serve([a.seen_here(self._head_host, self._zone) for a in message.addresses])
         else:
             self._drop_job()
 
     def _pass_on(self, client: ControlClient, message: FromDevice) -> None:
-        """What the job tells goes to the head, unless it is of a job that is over."""
+        """Send the job's message to the head, unless it belongs to an ended job."""
         job = self._job
         if job is None or getattr(message, "epoch", None) != job.assign.epoch:
             return
@@ -277,7 +279,7 @@ class Joiner:
         return listen(rank, host, self.config.listen_port, book, self.keys)
 
     def _look_up_route(self, head_host: str) -> None:
-        """By which addresses and interface head and device see one another in this connection."""
+        """Find the addresses and interface by which head and device see each other."""
         self._head_host = head_host
         self._own_host = own = local_address_towards(head_host, self.config.port)
         named = (one.name for one in interfaces() if one.address == own)

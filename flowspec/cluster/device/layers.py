@@ -1,4 +1,4 @@
-"""Where a device's layers come from: memory, its disk, its own copy of the model, the head."""
+"""A device's layers, from memory, its disk, its own copy of the model, or the head."""
 
 import logging
 from collections.abc import Callable
@@ -20,8 +20,8 @@ MANIFEST_TIMEOUT_S = 30.0
 class DeviceLayers:
     """Keeps the newest layers in memory, so that a new epoch with the same ones loads nothing.
 
-    `folder` is a copy of the model on this device, split or not; with `may_fetch` False nothing
-    else is used but that and what the cache has already.
+    `folder` is a copy of the model on this device, split or not. With `may_fetch` False, only that
+    copy and the cache are used.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class DeviceLayers:
         self._cache, self._keys, self._device = cache, keys, device
         self._folder, self._may_fetch = folder, may_fetch
         self._loaded: tuple[tuple[str, str, int, int], StageModel] | None = None
-        self._converted = False  # to another dtype than the files', which cannot be mapped
+        self._converted = False  # layers in another dtype than the files cannot be mapped
 
     @property
     def held_bytes(self) -> int:
-        """Memory that the loaded layers take and would give back; mapped files take none."""
+        """Return the bytes of memory that unloading would free; mapped files take none."""
         if self._loaded is None:
             return 0
         model = self._loaded[1]
@@ -48,18 +48,18 @@ class DeviceLayers:
         return 0 if is_mapped else sum(p.nbytes for p in model.parameters())
 
     def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
-        """See LayerSource.load. Raises ClusterError or ValueError saying what is missing."""
+        """Load the assigned layers. Raises ClusterError or ValueError that says what is missing."""
         card, first, last = assign.model, assign.first_layer, assign.last_layer
         key = (card.model_hash, card.numerics.fingerprint, first, last)
         if self._loaded is not None and self._loaded[0] == key:
             return self._loaded[1]
-        self._loaded = None  # before the new ones come, the old ones go
+        self._loaded = None  # unload the old layers before the new ones come
         manifest = fetch_manifest(
             assign.shards, self._keys, assign.manifest_sha256, MANIFEST_TIMEOUT_S
         )
         if manifest.model_hash != card.model_hash:
             raise ClusterError(
-                "head", f"serves {card.model_hash[:12]}, its manifest is of "
+                "head", f"serves {card.model_hash[:12]}, but its manifest is of "
                 f"{manifest.model_hash[:12]}; restart it"
             )  # fmt: skip
         self._fetch(assign, manifest, report)
@@ -83,7 +83,7 @@ class DeviceLayers:
         shards = manifest.stages_of(assign.first_layer, assign.last_layer)
         if self._folder is not None:
             missing = self._cache.adopt(self._folder, manifest, shards)
-            log.info("%s has all but %d files of these layers", self._folder, len(missing))
+            log.info("%s lacks only %d files of these layers", self._folder, len(missing))
         if not self._may_fetch:
             self._check_here(manifest, shards)
 
@@ -116,7 +116,7 @@ class DeviceLayers:
 
 
 def folder_card(folder: Path | None, may_fetch: bool) -> ModelCard | None:
-    """The one model that a device which fetches nothing can serve, where its folder says which."""
+    """Return the only model that a device without fetching can serve, if its folder names one."""
     if folder is None or may_fetch or not (folder / MANIFEST_NAME).exists():
         return None
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""What a device has and how fast it is: the report it joins with. Bytes, seconds, per second."""
+"""A device's report: its hardware and measured speeds, in bytes, seconds, and per second."""
 
 import hashlib
 import json
@@ -22,8 +22,8 @@ from flowspec.weights.manifest import write_json
 log = logging.getLogger(__name__)
 DEVICE_TREE_MODEL = Path("/proc/device-tree/model")
 _BENCH_BYTES = 256 << 20
-_BENCH_ROWS, _BENCH_SIZE = 64, 2048  # of the matrix product, as a segment through a 7B layer's
-_BENCH_S = 0.25  # of each measurement
+_BENCH_ROWS, _BENCH_SIZE = 64, 2048  # size of the matrix product, like a segment through a 7B layer
+_BENCH_S = 0.25  # seconds of each measurement
 _PING_ROUNDS = 10
 _RATE_BYTES, _RATE_ROUNDS = 192 << 10, 12
 _LINK_TIMEOUT_S = 5.0
@@ -32,7 +32,7 @@ _LINK_TIMEOUT_S = 5.0
 def report_device(
     torch_device: str, dtype: str, cache: Path, *, bench: bool = True
 ) -> DeviceReport:
-    """This device now. The two speeds are measured once and kept in `cache` (a folder)."""
+    """Report this device now. The two speeds are measured once and kept in the folder `cache`."""
     device = torch.device(torch_device)
     speeds = _speeds(device, dtype, cache) if bench else (0.0, 0.0)
     return DeviceReport(
@@ -54,7 +54,7 @@ def report_device(
 
 
 def device_kind(device_tree: Path = DEVICE_TREE_MODEL) -> str:
-    """The board's name where it has one, else the processor's."""
+    """Return the board's name if it has one, else the processor's."""
     try:
         return device_tree.read_bytes().rstrip(b"\0").decode(errors="replace")
     except OSError:
@@ -81,17 +81,17 @@ def is_unified(device: torch.device) -> bool:
 
 
 def disk_free(folder: Path) -> int:
-    """Free bytes on the disk that `folder` is, or would be, on."""
+    """Return the free bytes on the disk that holds, or would hold, `folder`."""
     for path in (folder, *folder.absolute().parents):
         try:
             return shutil.disk_usage(path).free
-        except OSError:  # it is not there, or hidden from this user
+        except OSError:  # it does not exist, or this user may not see it
             continue
     return 0
 
 
 def why_not_computed(torch_device: str, dtype: str) -> str:
-    """What torch says of a small product in `dtype` on the device; empty where it can."""
+    """Return torch's error for a small product in `dtype` on the device; empty if it works."""
     try:
         one = torch.ones(8, 8, device=torch_device, dtype=getattr(torch, dtype))
         float((one @ one).sum())
@@ -101,7 +101,7 @@ def why_not_computed(torch_device: str, dtype: str) -> str:
 
 
 def power_mode() -> str:
-    """What `nvpmodel -q` calls the mode on a Jetson, elsewhere the CPU governor; may be empty."""
+    """Return the mode of `nvpmodel -q` on a Jetson, else the CPU governor; may be empty."""
     if is_jetson() and (program := shutil.which("nvpmodel")):
         try:
             done = subprocess.run([program, "-q"], capture_output=True, text=True, timeout=5.0)
@@ -118,9 +118,9 @@ def power_mode() -> str:
 
 
 def measure_link(client: ControlClient) -> Link:
-    """Latency and rate both ways to the head, over the encrypted control socket itself.
+    """Measure latency and rate both ways to the head, over the encrypted control socket itself.
 
-    Zeros where the head does not answer within a few seconds.
+    Returns zeros when the head does not answer within a few seconds.
     """
     trips: list[float] = []
     for _ in range(_PING_ROUNDS):
@@ -128,14 +128,14 @@ def measure_link(client: ControlClient) -> Link:
         if not trips[-1]:
             return Link()
     latency_s = min(trips) / 2
-    # A rate needs several messages under way, or the latency is all that is measured.
+    # A rate needs several messages in flight; one at a time would measure only the latency.
     up = _rate(client, Echo(payload="x" * _RATE_BYTES))
     down = _rate(client, Echo(reply_bytes=_RATE_BYTES))
     return Link(latency_s=latency_s, up_bytes_per_s=up, down_bytes_per_s=down)
 
 
 def _echo(client: ControlClient, message: Echo) -> float:
-    """Seconds of one round trip; 0.0 without an answer."""
+    """Return the seconds of one round trip; 0.0 without an answer."""
     start = time.monotonic()
     client.send(pack(message))
     return time.monotonic() - start if _await_echoes(client, 1) else 0.0
@@ -158,7 +158,7 @@ def _await_echoes(client: ControlClient, count: int) -> bool:
 
 
 def _speeds(device: torch.device, dtype: str, cache: Path) -> tuple[float, float]:
-    """(memory bytes/s, floating point operations/s), from the cache where nothing has changed."""
+    """Return (memory bytes/s, operations/s), from the cache if nothing has changed."""
     about = [platform.node(), device_kind(), power_mode(), torch.__version__, str(device), dtype]
     about.append(str(torch.get_num_threads()))
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
@@ -178,7 +178,7 @@ def _speeds(device: torch.device, dtype: str, cache: Path) -> tuple[float, float
 
 
 def measure_bandwidth(device: torch.device) -> float:
-    """Bytes/s at which memory is read by a matrix-vector product, as weights are in decoding."""
+    """Return the bytes/s of reading memory in a matrix-vector product, as in decoding."""
     columns = 4096
     rows = min(_BENCH_BYTES, max(1 << 22, available_bytes(device) // 8)) // (4 * columns)
     weights = torch.ones(rows, columns, device=device)
@@ -187,7 +187,7 @@ def measure_bandwidth(device: torch.device) -> float:
 
 
 def measure_flops(device: torch.device, dtype: str) -> float:
-    """Operations/s of a product of few rows with a square matrix, in the dtype of the run."""
+    """Return the operations/s of a product of few rows with a square matrix, in the run's dtype."""
     kind = getattr(torch, dtype)
     rows = torch.ones(_BENCH_ROWS, _BENCH_SIZE, device=device, dtype=kind)
     weights = torch.ones(_BENCH_SIZE, _BENCH_SIZE, device=device, dtype=kind)
@@ -195,7 +195,7 @@ def measure_flops(device: torch.device, dtype: str) -> float:
 
 
 def _per_second(run: Callable[[], Any], device: torch.device) -> float:
-    """How often a second `run` is done; the best of several, which other programs disturb least."""
+    """Return how often per second `run` is done: the best of several tries."""
 
     def finish() -> None:
         if device.type == "cuda":
@@ -213,5 +213,5 @@ def _per_second(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def default_name() -> str:
-    """What a device calls itself where nobody says."""
+    """Return a device's default name."""
     return (platform.node() or "device").partition(".")[0][:64]

@@ -1,4 +1,4 @@
-"""A stage's work for one epoch, in a thread of its own beside the device's heartbeats."""
+"""Runs a stage for one epoch, in its own thread, beside the device's heartbeats."""
 
 import logging
 import threading
@@ -20,25 +20,25 @@ from flowspec.transport.zmq import ZmqTransport
 log = logging.getLogger(__name__)
 AddressBook: TypeAlias = dict[int, dict[str, str]]  # rank -> channel -> address; read when needed
 TURN_S = 0.1  # how soon an idle stage notices that its epoch is over
-CAUSE_FIRST_S = 1.0  # for the head to hear of a loss before this stage leaves
+CAUSE_FIRST_S = 1.0  # time for the head to hear of a loss before this stage leaves
 STOP_TIMEOUT_S = 30.0  # a forward may have to end first
 
 
 class CancelledError(Exception):
-    """The epoch is over before its work was."""
+    """The epoch ended before its work."""
 
 
 class LayerSource(Protocol):
-    """Where a device gets its layers from."""
+    """The source of a device's layers."""
 
     def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
-        """The assigned layers; `report` is told of progress, and may raise CancelledError."""
+        """Load the assigned layers; `report` gets the progress and may raise CancelledError."""
 
 
 class StageJob:
-    """Fetch, load, listen, serve, until `stop`. What happens is told through `tell`.
+    """Fetches, loads, listens and serves until `stop`; reports events through `tell`.
 
-    `tell` is called from the job's own thread.
+    The job's own thread calls `tell`.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class StageJob:
         return self._thread.is_alive()
 
     def serve(self, addresses: Sequence[Addresses]) -> None:
-        """All are ready; rank k listens at `addresses[k]`."""
+        """Start to serve: all stages are ready, and rank k listens at `addresses[k]`."""
         self._addresses = addresses
         self._may_serve.set()
 
     def stop(self) -> None:
-        """End it and wait until its sockets are closed and its caches free."""
+        """End the job; wait until its sockets are closed and its caches are free."""
         self._stopping.set()
         self._may_serve.set()
         self._thread.join(STOP_TIMEOUT_S)
@@ -92,7 +92,7 @@ class StageJob:
                 raise
             except Exception as error:
                 self._tell_why(error)
-                # closed connections look like this stage's own end: the cause must come first
+                # closed connections look like this stage's own end, so the cause must come first
                 self._stopping.wait(CAUSE_FIRST_S)
             finally:
                 self.stage = None
@@ -103,8 +103,9 @@ class StageJob:
             self._tell_why(error)
 
     def _tell_why(self, error: Exception) -> None:
-        """The head must hear of it whatever it was; the traceback is for this device's log, but a
-        ValueError is a sentence, which whoever is told shows.
+        """Tell the head the error; log its traceback here.
+
+        A ValueError is a sentence for the user, which the receiver shows.
         """
         if isinstance(error, ClusterError):
             self._tell_lost(error)
@@ -114,7 +115,7 @@ class StageJob:
         self._tell(Trouble(epoch=self.assign.epoch, cause=cause_of(error)[:4000]))
 
     def _tell_lost(self, error: ClusterError) -> None:
-        """The epoch cannot go on: why, and by whose fault where another rank is named."""
+        """Report that the epoch cannot continue, with the cause and the rank at fault."""
         epoch, rank = self.assign.epoch, self.assign.rank
         log.warning("%s", error)
         ranks = range(self.assign.num_stages + 1)
@@ -149,10 +150,10 @@ class StageJob:
 
 
 def listen(rank: int, host: str, port: int, book: AddressBook, keys: Keys) -> ZmqTransport:
-    """The data sockets of `rank` at `port` and the one after it, or where there is room.
+    """Open the data sockets of `rank` at `port` and the next one, or at free ports.
 
-    `book` is filled by whoever knows where the other ranks listen. Raises ValueError where `host`
-    is no address of this machine.
+    The caller fills `book` with the other ranks' addresses. Raises ValueError when `host` is not an
+    address of this machine.
     """
     if port:
         try:

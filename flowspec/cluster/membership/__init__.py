@@ -1,1 +1,1 @@
-"""Who is in the cluster and who holds which layers. No input or output."""
+"""The members of the cluster and the placement of its layers, without input or output."""

@@ -1,4 +1,4 @@
-"""Planning over real devices: their reports as the emulator's profiles, the model's own sizes."""
+"""Placement of layers on real devices, from their reports and the model's sizes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,12 +17,12 @@ from flowspec.model.architecture import ModelConfig
 from flowspec.protocol.control import DeviceReport, ModelSizes
 
 LAYER_OVERHEAD_MS, HOST_OVERHEAD_MS = 0.1, 0.1  # assumed: launching a layer, a message in Python
-UNKNOWN_RATE_MBPS, UNKNOWN_LATENCY_MS = 1000.0, 0.3  # where the link was not measured
+UNKNOWN_RATE_MBPS, UNKNOWN_LATENCY_MS = 1000.0, 0.3  # assumed for a link that was not measured
 UNKNOWN_GB_S, UNKNOWN_TFLOPS = 10.0, 0.1
 
 
 class DevicePlanner:
-    """See roster.Planner. `layers`: counts per stage that somebody has chosen instead."""
+    """Plans placements over devices' reports; `layers` are the counts that the user has chosen."""
 
     def __init__(
         self,
@@ -37,32 +37,32 @@ class DevicePlanner:
         self.num_layers = model.layers
 
     def place(self, reports: Mapping[str, DeviceReport], *, spares: int) -> Placement:
-        """See Planner.place."""
+        """Return the best placement, or that of the chosen `layers`. Raises DoesNotFitError."""
         candidates = [as_candidate(name, report) for name, report in reports.items()]
         if self.layers:
             return fixed_layers(candidates, self.model, self.needs, self.layers)
         return plan_layers(candidates, self.model, self.needs, weights=self.weights, spares=spares)
 
     def accepts(self, places: Sequence[Place]) -> bool:
-        """See Planner.accepts."""
+        """Whether the chosen `layers`, if any, are those of these places."""
         return not self.layers or self.layers == tuple(p.last - p.first for p in places)
 
     def seconds_per_token(
         self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
     ) -> float:
-        """See Planner.seconds_per_token."""
+        """Return the predicted seconds per token on these places."""
         candidates = [as_candidate(place.name, reports[place.name]) for place in places]
         counts = [place.last - place.first for place in places]
         return time_per_token(candidates, self.model, self.needs, counts, self.weights)
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
-        """See Planner.too_small."""
+        """Return why a device cannot hold so many layers; empty if it can."""
         candidate = as_candidate(report.hostname, report)
         return too_small(candidate, self.model, self.needs, num_layers)
 
 
 def as_candidate(name: str, report: DeviceReport) -> Candidate:
-    """A device as it has reported itself."""
+    """Convert a device's report to a candidate."""
     link = report.link
     return Candidate(
         name=name,
@@ -84,7 +84,7 @@ def as_candidate(name: str, report: DeviceReport) -> Candidate:
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
-    """What of a model its speed and memory depend on."""
+    """Return the sizes of a model that decide its speed and memory."""
     return ModelSizes(
         layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -97,7 +97,7 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
 
 
 def model_profile(name: str, sizes: ModelSizes, dtype: str) -> ModelProfile:
-    """A model for the emulator. An emulated draft model counts as one layer of it."""
+    """Return a model's profile for the cost model; its draft model counts as one of its layers."""
     values = sizes.model_dump()
     return ModelProfile(
         name=name,
@@ -109,7 +109,7 @@ def model_profile(name: str, sizes: ModelSizes, dtype: str) -> ModelProfile:
 
 
 def needs_of(dtype: str, *, context: int, requests: int, reserve_bytes: float) -> Needs:
-    """What a stage needs besides its layers, for a model of this dtype."""
+    """Return what a stage needs besides its layers, for a model of this dtype."""
     size = 4.0 if dtype == "float32" else 2.0
     return Needs(
         context=context,

@@ -1,4 +1,4 @@
-"""Placements that move as little as possible: pure functions of who holds which layers."""
+"""Placements that move as few layers as possible: pure functions of what the devices hold."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,9 +9,10 @@ from flowspec.protocol.control import ModelCard
 def patched(
     places: Sequence[Place], devices: Mapping[str, Device], planner: Planner, model: ModelCard
 ) -> Placement | None:
-    """The last placement with each lost device's layers on a spare or on the one that returned.
+    """Return the last placement, with each lost device's layers on a spare or a returned device.
 
-    Nobody else has to load anything. None where no free device can hold a gap, or there was none.
+    No other device has to load anything. Returns None if no free device can hold a gap, or if there
+    is no last placement.
     """
     if not places:
         return None
@@ -32,9 +33,9 @@ def patched(
 
 
 def as_held(devices: Mapping[str, Device], planner: Planner, model: ModelCard) -> Placement | None:
-    """What devices still hold from before, where that is the whole model.
+    """Return the placement of the layers that devices still hold, if they make the whole model.
 
-    So after a restart of the head nobody has to load anything.
+    Nobody has to load anything then, for instance after a restart of the head.
     """
     holders = {
         device.hello.layers: name
@@ -56,7 +57,7 @@ def as_held(devices: Mapping[str, Device], planner: Planner, model: ModelCard) -
 def _best_taker(
     spares: Sequence[Device], place: Place, planner: Planner, model: ModelCard
 ) -> Device | None:
-    """A device that can hold these layers: one that has them already, else the fastest."""
+    """Return a device that can hold these layers: one that has them already, else the fastest."""
     span = (place.first, place.last)
     fitting = [d for d in spares if not planner.too_small(d.report, span[1] - span[0])]
     return max(

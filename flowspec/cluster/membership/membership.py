@@ -1,8 +1,8 @@
-"""Membership: which devices make up the cluster, from hello to loss and back. The head's side.
+"""Membership: which devices make up the cluster, from their hello to their loss and return.
 
-A state machine without input/output: `handle(peer, message, now)` and `tick(now)` give effects.
-Every placement of the layers is an epoch with a number of its own and data sockets of its own, so
-that what a device of an older epoch still sends reaches nobody.
+This is the head's side: a state machine without input/output, in which `handle(peer, message, now)`
+and `tick(now)` return effects. Every placement of the layers is an epoch with its own number and
+data sockets, so that messages from devices of an older epoch reach nobody.
 
     gathering --layers covered--> preparing --all ready--> serving
         ^----------------------- a device is lost -----------'
@@ -51,7 +51,7 @@ from flowspec.request import Failure
 
 
 def refuse(hello: Hello, config: MembershipConfig) -> Refuse | None:
-    """Why a device cannot be part of this cluster, with both values; None where it can."""
+    """Return why a device cannot be part of this cluster, with both values; None if it can."""
     if hello.protocol != PROTOCOL_VERSION:
         return Refuse(
             why=f"the head speaks control protocol {PROTOCOL_VERSION}, the device "
@@ -74,7 +74,7 @@ def refuse(hello: Hello, config: MembershipConfig) -> Refuse | None:
 
 
 def introduce(device: Device) -> str:
-    """A device in one line."""
+    """Describe a device in one line."""
     report = device.report
     rate = report.bandwidth_bytes_per_s / 1e9
     return (
@@ -88,49 +88,50 @@ def _card(card: ModelCard) -> str:
     return f"{card.model_id} ({card.model_hash[:12]}, {card.stored_dtype})"
 
 
-MAX_STRIKES = 3  # a device that fails so often by its own fault need not come back ...
+MAX_STRIKES = 3  # failures by a device's own fault, after which it is refused ...
 STRIKES_S = 600.0  # ... within this time
-MAX_ATTEMPTS = 5  # epochs in a row that were lost before a token had crossed every stage
-WORTH_MOVING = 1.1  # layers move to devices that came late where a token takes so much less
-MAX_GONE = 64  # lost devices that are remembered for the status
+MAX_ATTEMPTS = 5  # epochs in a row that were lost before a token had passed every stage
+WORTH_MOVING = 1.1  # layers move to late devices if a token then takes this factor less time
+MAX_GONE = 64  # lost devices that are kept for the status
 
 
 class Phase(str, Enum):
-    """Where the cluster as a whole is."""
+    """The state of the cluster as a whole."""
 
     GATHERING = "gathering"  # not enough devices, or waiting for more
-    PREPARING = "preparing"  # layers are on their way
+    PREPARING = "preparing"  # layers are being transferred and loaded
     SERVING = "serving"
 
 
 class Membership:
-    """The head's book of devices."""
+    """The head's record of all devices."""
 
     def __init__(
         self, config: MembershipConfig, planner: Planner, now: float, *, wall_offset_s: float = 0.0
     ) -> None:
         self.config = config
-        self._wall_offset_s = wall_offset_s  # from `now` to seconds since 1970
+        self._wall_offset_s = wall_offset_s  # add to `now` for seconds since 1970
         self.planner = planner
         self.phase = Phase.GATHERING
         self.epoch = 0
-        self.devices: dict[str, Device] = {}  # by name, in order of coming
-        self.gone: dict[str, str] = {}  # name -> why, of devices that were lost
-        self.places: tuple[Place, ...] = ()  # of the newest epoch
+        self.devices: dict[str, Device] = {}  # by name, in order of arrival
+        self.gone: dict[str, str] = {}  # lost devices: name -> reason
+        self.places: tuple[Place, ...] = ()  # places of the newest epoch
         self.started_at = now
-        self.joined_at = now  # the newest device
-        self._planned_at = now  # over all devices that were there
-        self.lost_at: float | None = now  # when the last epoch ended; None while one serves
-        # None once a token has crossed every stage: layers that are held may still compute nothing
+        self.joined_at = now  # when the newest device came
+        self._planned_at = now  # when the placement was last planned over all devices
+        self.lost_at: float | None = now  # end of the last epoch; None while one serves
+        # None once a token has passed every stage: loaded layers alone do not prove that they
+        # compute
         self.uncovered_since: float | None = now
-        self.num_attempts = 0  # epochs since then that served and were lost
-        self.gave_up = False  # it has been so for too long, or in vain too often
-        self._said = ""  # the last reason for waiting, not to repeat it
-        # name -> when, and in which epoch, it failed by its own fault
+        self.num_attempts = 0  # epochs since `uncovered_since` that served and were lost
+        self.gave_up = False  # waited too long, or lost too many epochs
+        self._logged = ""  # the last logged reason for waiting
+        # name -> time and epoch of each failure by the device's own fault
         self._strikes: dict[str, list[tuple[float, int]]] = {}
 
     def handle(self, peer: bytes, message: FromDevice, now: float) -> list[Effect]:
-        """What follows from a device's message."""
+        """Handle a device's message; return the effects."""
         if isinstance(message, Hello):
             return self._hello(peer, message, now)
         device = next((d for d in self.devices.values() if d.peer == peer), None)
@@ -144,7 +145,7 @@ class Membership:
             case Bye():
                 return self._lose(device, f"left: {message.why}", now, in_order=True)
             case Progress() | StageReady() | Trouble() if message.epoch != self.epoch:
-                return []  # of an epoch that is over
+                return []  # the message belongs to an older epoch
             case Progress():
                 device.progress, device.progress_at = message, now
             case StageReady():
@@ -154,9 +155,9 @@ class Membership:
         return []
 
     def tick(self, now: float, *, idle: bool = True) -> list[Effect]:
-        """What follows from time alone; to be called several times per heartbeat.
+        """Handle the passing of time; call this several times per heartbeat.
 
-        `idle`: no request is open, so that layers may move without anybody waiting for them.
+        `idle` means that no request is open, so that layers may move without delaying any.
         """
         effects: list[Effect] = []
         config = self.config
@@ -179,14 +180,14 @@ class Membership:
         return effects
 
     def unreachable(self, peer: bytes, now: float) -> list[Effect]:
-        """The connection to a peer is gone."""
+        """Handle the loss of the connection to a peer."""
         for device in list(self.devices.values()):
             if device.peer == peer:
                 return self._lose(device, "connection lost", now)
         return []
 
     def head_bound(self, epoch: int, addresses: Addresses) -> list[Effect]:
-        """The head listens at `addresses` for `epoch`: everybody may be told."""
+        """Tell all stages to serve `epoch`, now that the head listens at `addresses`."""
         if epoch != self.epoch or self.phase is not Phase.PREPARING:
             return []
         stages = self._stages()
@@ -200,15 +201,14 @@ class Membership:
         return [*effects, ResumeEpoch(epoch, all_addresses), LogEvent(f"serving: layers {layers}")]
 
     def crossed(self, epoch: int) -> None:
-        """A token has come through every stage of `epoch`: the cluster really serves."""
+        """Note that a token has passed every stage of `epoch`: the cluster really serves."""
         if epoch == self.epoch and self.phase is Phase.SERVING:
             self.uncovered_since, self.num_attempts, self.gave_up = None, 0, False
 
     def forgive(self, epochs: Collection[int], now: float) -> None:
-        """The losses in these epochs were the doing of a request, which is over.
+        """Clear the losses in these epochs: a request that has ended caused them.
 
-        No device is refused for them, and whoever waits does not wait in vain: one cause less is
-        progress, as a token is.
+        No device is refused for them, and the limits on waiting start again.
         """
         for name, strikes in list(self._strikes.items()):
             self._strikes[name] = [strike for strike in strikes if strike[1] not in epochs]
@@ -217,14 +217,14 @@ class Membership:
             self.uncovered_since = now
 
     def stage_lost(self, epoch: int, rank: int, cause: str, now: float) -> list[Effect]:
-        """The head itself found stage `rank` dead or hanging."""
+        """Handle that the head itself found stage `rank` dead or hanging."""
         stages = {device.rank: device for device in self._stages()}
         if epoch != self.epoch or rank not in stages:
             return []
         return self._lose(stages[rank], cause, now, tell=True)
 
     def close(self, why: str) -> list[Effect]:
-        """The head ends: every device is told."""
+        """Tell every device that the head ends."""
         return [SendToDevice(device.peer, Bye(why=why)) for device in self.devices.values()]
 
     def _hello(self, peer: bytes, hello: Hello, now: float) -> list[Effect]:
@@ -290,7 +290,7 @@ class Membership:
         return [Engage(self.epoch, members)]
 
     def _trouble(self, device: Device, message: Trouble, now: float) -> list[Effect]:
-        """A stage cannot go on: by its own fault, or because it cannot reach another."""
+        """Handle a stage that cannot continue: it failed, or it cannot reach another."""
         if message.lost < 0:
             strikes = self._strikes.get(device.name, ())
             recent = [strike for strike in strikes if now - strike[0] < STRIKES_S]
@@ -303,7 +303,7 @@ class Membership:
         for other in self._stages():
             if other.rank == message.lost:
                 return self._lose(other, cause, now, tell=True)
-        # It cannot reach the head's data sockets, though its control messages come.
+        # The stage cannot reach the head's data sockets, though its control messages arrive.
         return self._lose(device, cause, now, tell=True)
 
     def _lose(
@@ -316,7 +316,10 @@ class Membership:
         final: bool = False,
         in_order: bool = False,
     ) -> list[Effect]:
-        """A device is gone. With `tell` it is there but of no use: unless `final` it may return."""
+        """Remove a device.
+
+        `tell` refuses it, because it is useless; unless `final`, it may return.
+        """
         del self.devices[device.name]
         self.gone[device.name] = cause
         while len(self.gone) > MAX_GONE:
@@ -332,7 +335,7 @@ class Membership:
     def _halt(self, failure: Failure, now: float, *, in_order: bool) -> list[Effect]:
         if self.phase is Phase.GATHERING:
             return []
-        # the head first: connections break as the stages leave, which must not look like the cause
+        # the head first: connections that break as stages leave must not look like the cause
         effects: list[Effect] = [
             Halt(self.epoch, failure, in_order),
             *(SendToDevice(device.peer, Release(epoch=self.epoch)) for device in self._stages()),
@@ -349,7 +352,7 @@ class Membership:
         return effects
 
     def _stages(self) -> list[Device]:
-        """Devices of the current epoch by rank."""
+        """Return the devices of the current epoch, by rank."""
         return sorted((d for d in self.devices.values() if d.rank), key=lambda d: d.rank)
 
     def _is_stalled(self, device: Device, now: float) -> bool:
@@ -357,7 +360,7 @@ class Membership:
         return bool(loading) and now - device.progress_at > self.config.stall_s
 
     def _try_to_cover(self, now: float) -> list[Effect]:
-        """Begin an epoch if the devices can hold all layers, and it is time."""
+        """Begin an epoch if the devices can hold all layers and there is no reason to wait."""
         if self.phase is not Phase.GATHERING or not self.devices:
             return []
         kept = patched(self.places, self.devices, self.planner, self.config.model)
@@ -370,7 +373,7 @@ class Membership:
             held = as_held(self.devices, self.planner, self.config.model)
             placement = held or self.planner.place(reports, spares=self.config.spares)
         except DoesNotFitError as error:
-            return self._say_once(f"waiting for more devices: {error}")
+            return self._log_once(f"waiting for more devices: {error}")
         return self._begin(placement, now)
 
     def _waits(self, now: float) -> bool:
@@ -384,23 +387,23 @@ class Membership:
         return now - self.joined_at < config.settle_s
 
     def _try_to_improve(self, now: float) -> list[Effect]:
-        """Devices have come since the layers were given out: plan anew where that pays."""
-        chooses = self.planner.accepts(())  # else somebody has chosen the counts of layers
+        """Plan again for devices that came after the last plan; move layers if that pays."""
+        chooses = self.planner.accepts(())  # else the user has chosen the counts of layers
         if now - self.joined_at < self.config.settle_s or not chooses:
             return []
         self._planned_at = now
         reports = {name: device.report for name, device in self.devices.items()}
         try:
             placement = self.planner.place(reports, spares=self.config.spares)
-        except DoesNotFitError:  # what a device has free now may be less than what it holds
+        except DoesNotFitError:  # a device may have less memory free now than its layers take
             return []
         before = self.planner.seconds_per_token(reports, self.places)
         after = self.planner.seconds_per_token(reports, placement.places)
         if before < WORTH_MOVING * after:
             return self._stand_by(placement)
         why = (
-            f"planning anew with the devices that came: {after * 1e3:.3g} ms per token predicted, "
-            f"{before * 1e3:.3g} ms as it is"
+            f"planning again with the devices that came: {after * 1e3:.3g} ms per token predicted, "
+            f"{before * 1e3:.3g} ms now"
         )
         halt = self._halt(Failure(cause=why, rank=0), now, in_order=True)
         return [LogEvent(why), *halt, *self._begin(placement, now)]
@@ -408,7 +411,7 @@ class Membership:
     def _begin(self, placement: Placement, now: float) -> list[Effect]:
         self._planned_at = now
         self.epoch += 1
-        self.phase, self.places, self._said = Phase.PREPARING, placement.places, ""
+        self.phase, self.places, self._logged = Phase.PREPARING, placement.places, ""
         effects: list[Effect] = [LogEvent(placement.about)] if placement.about else []
         config = self.config
         for rank, place in enumerate(placement.places, start=1):
@@ -431,7 +434,7 @@ class Membership:
         return [*effects, *self._stand_by(placement)]
 
     def _stand_by(self, placement: Placement) -> list[Effect]:
-        """Tell those that have nothing to do why, once."""
+        """Tell unused devices the reason, once."""
         effects: list[Effect] = []
         for name, why in placement.left_out.items():
             device = self.devices.get(name)
@@ -461,15 +464,15 @@ class Membership:
         return [FailRequests(Failure(cause=cause, rank=0)), say]
 
     def missing(self) -> str:
-        """Why the cluster does not serve now, in one line."""
+        """Return why the cluster does not serve now, in one line."""
         if self.phase is Phase.PREPARING:
             late = [d.name for d in self._stages() if d.ready is None]
             return f"layers are being loaded by {', '.join(late)}" if late else "starting"
         lost = "; ".join(f"{name}: {why}" for name, why in list(self.gone.items())[-4:])
-        return self._said or (f"lost {lost}" if lost else "waiting for devices to join")
+        return self._logged or (f"lost {lost}" if lost else "waiting for devices to join")
 
-    def _say_once(self, text: str) -> list[Effect]:
-        if text == self._said:
+    def _log_once(self, text: str) -> list[Effect]:
+        if text == self._logged:
             return []
-        self._said = text
+        self._logged = text
         return [LogEvent(text, level="warning")]

@@ -1,13 +1,13 @@
-"""Which device gets which layers: pure functions from devices and model sizes to a placement.
+"""Placement of layers on devices: pure functions of devices and model sizes.
 
-Minimised is the predicted time per token of pipelined speculation,
+It minimises the predicted time per token of pipelined speculation,
 
     miss x (time through all stages) + (1 - miss) x ticks x (time of the slowest stage),
 
-within each device's memory: a token that no branch in flight has pays a whole trip, any other one
-its share of the slowest stage's ticks. Stage and line times are the emulator's
-(cost_model/emulation.py). The search is exact: for every possible time of the slowest stage, a
-dynamic program over devices finds the least total. Sizes in bytes, times in seconds.
+within each device's memory: a token that is in no branch in flight costs a whole trip, any other
+token its share of the slowest stage's ticks. Stage and line times are those of
+cost_model/emulation.py. The search is exact: for every possible time of the slowest stage, a
+dynamic program over devices finds the least total. Sizes are in bytes, times in seconds.
 """
 
 import math
@@ -21,12 +21,12 @@ from flowspec.cluster.membership.roster import DoesNotFitError, Place, Placement
 from flowspec.cost_model.emulation import Emulation
 from flowspec.cost_model.profiles import ClusterProfile, DeviceProfile, LinkProfile, ModelProfile
 
-# Between what `streaming` had on the emulated reference testbed (docs/schedule.md) for greedy and
-# for sampled texts: 0.05 and 0.08 misses a token, 0.6 and 1.0 slots of the slowest stage per other.
+# Between the values of `streaming` on the emulated testbed (docs/schedule.md), greedy and
+# sampled: 0.05 and 0.08 misses per token, 0.6 and 1.0 slots of the slowest stage per other token.
 MISS = 0.07  # 1 is plain decoding
 TICKS = 0.8
-ROWS = 16  # of a segment
-WORTH = 1.02  # a longer pipeline must be faster by this factor than a single device
+ROWS = 16  # rows of a segment
+WORTH = 1.02  # a pipeline must be this factor faster than a single device
 
 # [L + 1] seconds by count of layers, infinite where a count is impossible
 Cost: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
@@ -36,31 +36,31 @@ Cost: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 class Needs:
     """What a stage's memory must hold besides weights."""
 
-    context: int = 2048  # rows of KV cache per request, prompt, answer and tree
-    requests: int = 1  # served at once
+    context: int = 2048  # rows of KV cache per request: prompt, answer and tree
+    requests: int = 1  # requests decoded at the same time
     bytes_per_weight: float = 2.0  # of lm_head and embedding; layers have the model's own
     kv_bytes_per_number: float = 2.0
-    reserve_bytes: float = 0.6e9  # the system's, the runtime's and the device driver's
-    activation_rows: int = 1024  # of a prefill segment, at most
+    reserve_bytes: float = 0.6e9  # for the system, the runtime and the device driver
+    activation_rows: int = 1024  # most rows of a prefill segment
 
     def kv_bytes(self, model: ModelProfile) -> float:
-        """Of one layer's caches."""
+        """Return the bytes of one layer's caches."""
         numbers = 2 * model.num_kv_heads * model.head_dim
         return self.context * self.requests * numbers * self.kv_bytes_per_number
 
     def end_bytes(self, model: ModelProfile) -> float:
-        """Of the embedding, and as many of the lm_head."""
+        """Return the bytes of the embedding; the lm_head has as many."""
         return model.lm_head_weights * self.bytes_per_weight
 
     def fixed_bytes(self, model: ModelProfile) -> float:
-        """On every device, whatever it holds."""
+        """Return the bytes that every device needs, whatever it holds."""
         wide = model.intermediate_size + 4 * model.hidden_size
         return self.reserve_bytes + self.activation_rows * wide * 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A device that may hold layers. `drafter_bytes`: what the head beside it takes of it."""
+    """A device that may hold layers; `drafter_bytes` is what the head beside it needs."""
 
     name: str
     device: DeviceProfile
@@ -69,13 +69,13 @@ class Candidate:
 
     @property
     def memory_bytes(self) -> float:
-        """That may be filled."""
+        """Return the bytes that may be filled."""
         return self.device.memory_gb * 2**30 - self.drafter_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """How much a trip and a slot count; `miss` 1 is plain decoding."""
+    """Weights of a trip and of a slot in the objective; `miss` 1 is plain decoding."""
 
     miss: float = MISS
     ticks: float = TICKS
@@ -84,13 +84,13 @@ class Weights:
 def needed_bytes(
     model: ModelProfile, needs: Needs, layers: int, *, first: bool, last: bool
 ) -> float:
-    """Memory of a stage with so many layers."""
+    """Return the bytes of a stage with so many layers."""
     ends = (first + last) * needs.end_bytes(model)
     return layers * (model.layer_bytes + needs.kv_bytes(model)) + ends + needs.fixed_bytes(model)
 
 
 def too_small(candidate: Candidate, model: ModelProfile, needs: Needs, layers: int = 1) -> str:
-    """Why a device cannot hold so many layers in the middle; empty where it can."""
+    """Return why a device cannot hold so many middle layers; empty if it can."""
     needed = needed_bytes(model, needs, layers, first=False, last=False)
     if needed <= candidate.memory_bytes:
         return ""
@@ -109,9 +109,9 @@ def plan_layers(
     weights: Weights | None = None,
     spares: int = 0,
 ) -> Placement:
-    """The best placement on these devices, the slowest `spares` of them left out where that fits.
+    """Return the best placement; leave out the slowest `spares` devices if the rest can hold it.
 
-    Raises DoesNotFitError in numbers.
+    Raises DoesNotFitError with the numbers.
     """
     weights = weights or Weights()
     usable = [c for c in candidates if not too_small(c, model, needs)]
@@ -120,14 +120,14 @@ def plan_layers(
     about = []
     for num_spares in range(min(spares, len(usable) - 1), -1, -1):
         working = by_speed[: len(by_speed) - num_spares] if num_spares else by_speed
-        chosen = [c for c in usable if c in working]  # in order of coming
+        chosen = [c for c in usable if c in working]  # in order of arrival
         places = _search(chosen, model, needs, weights)
         if places is not None:
             break
     else:
         raise DoesNotFitError(_why_not(candidates, model, needs))
     if num_spares < spares:
-        about.append(f"{spares} spares were asked for, the layers leave {num_spares}")
+        about.append(f"{spares} spares were asked for, but the layers leave {num_spares}")
     used = {place.name for place in places}
     for c in usable:
         if c.name not in used:
@@ -142,9 +142,9 @@ def plan_layers(
 def fixed_layers(
     candidates: Sequence[Candidate], model: ModelProfile, needs: Needs, layers: Sequence[int]
 ) -> Placement:
-    """These counts, in this order, each on the smallest device that can hold it.
+    """Place these counts of layers in order, each on the smallest device that can hold it.
 
-    Raises DoesNotFitError where there are too few devices, or one is too small.
+    Raises DoesNotFitError when there are too few devices, or one is too small.
     """
     if len(candidates) < len(layers):
         raise DoesNotFitError(
@@ -162,7 +162,7 @@ def fixed_layers(
                 f"stage {index + 1} with {layers[index]} layers needs {needed / 1e9:.2f} GB, the "
                 f"largest device left, {most.name}, has {most.memory_bytes / 1e9:.2f} GB"
             )
-        # in order of coming where they are alike
+        # in order of arrival among equals
         taken[index] = max(fitting, key=lambda c: c.device.bandwidth_gb_s)
         left.remove(taken[index])
     places, start = [], 0
@@ -180,7 +180,7 @@ def time_per_token(
     layers: Sequence[int],
     weights: Weights | None = None,
 ) -> float:
-    """The predicted seconds of `layers` on these devices, in this order."""
+    """Return the predicted seconds per token with `layers` on these devices, in this order."""
     weights = weights or Weights()
     stages = [_Stage(c, model, needs) for c in candidates]
     times = [
@@ -211,11 +211,11 @@ class _Stage:
         )
 
     def seconds(self, layers: int, *, last: bool) -> float:
-        """Of a segment's forward."""
+        """Return the seconds of a segment's forward."""
         return layers * self.layer_s + (self.lm_head_s if last else 0.0)
 
     def most_layers(self, *, first: bool, last: bool) -> int:
-        """That its memory holds."""
+        """Return the most layers that its memory holds."""
         free = self.candidate.memory_bytes - needed_bytes(
             self.model, self.needs, 0, first=first, last=last
         )
@@ -223,7 +223,7 @@ class _Stage:
         return max(0, min(self.model.layers, math.floor(free / each)))
 
     def costs(self, slowest_s: float, *, first: bool, last: bool) -> Cost:
-        """Seconds of 0..L layers; infinite beyond memory or `slowest_s`."""
+        """Return the seconds of 0..L layers; infinite beyond memory or `slowest_s`."""
         num_layers = self.model.layers
         costs = np.full(num_layers + 1, np.inf)
         for count in range(1, self.most_layers(first=first, last=last) + 1):
@@ -244,7 +244,7 @@ _ROLES = _STATES[:3]  # of a stage among several; a stage alone is both first an
 def _search(
     candidates: Sequence[Candidate], model: ModelProfile, needs: Needs, weights: Weights
 ) -> list[Place] | None:
-    """The best places, None where the model does not fit."""
+    """Return the best places, or None if the model does not fit."""
     stages = [_Stage(c, model, needs) for c in candidates]
     loosest = _cheapest(stages, model.layers, math.inf)
     if loosest is None:
@@ -259,7 +259,7 @@ def _search(
             continue
         total, counts = found
         value = weights.miss * total + slot * slowest_s
-        # A single device has no links that may fail: others must be worth it.
+        # A single device has no links that may fail, so a pipeline must be worth it.
         bar = value * (WORTH if best is not None and len(best[1]) == 1 < len(counts) else 1.0)
         if best is None or bar < best[0]:
             best = value, counts
@@ -281,9 +281,9 @@ def _stage_times(stages: "Sequence[_Stage]") -> Iterator[float]:
 def _cheapest(
     stages: Sequence[_Stage], num_layers: int, slowest_s: float
 ) -> tuple[float, list[tuple[int, int]]] | None:
-    """Least sum of stage and hop times with no stage above `slowest_s`.
+    """Return the least sum of stage and hop times with no stage above `slowest_s`.
 
-    Returns it and (device, layers) of each stage in order. State: layers placed, whether the first
+    Also returns (device, layers) of each stage in order. State: layers placed, whether the first
     and the last stage are chosen.
     """
     table = {state: np.full(num_layers + 1, np.inf) for state in _STATES}
@@ -322,7 +322,7 @@ def _cheapest(
 
 
 def _trace_back(steps: "Sequence[_Chosen]", num_layers: int) -> list[tuple[int, int]]:
-    """(device, layers) of each stage in order."""
+    """Return (device, layers) of each stage in order."""
     middle: list[tuple[int, int]] = []
     first: list[tuple[int, int]] = []
     last: list[tuple[int, int]] = []
@@ -340,7 +340,7 @@ def _trace_back(steps: "Sequence[_Chosen]", num_layers: int) -> list[tuple[int, 
 
 
 def _why_not(candidates: Sequence[Candidate], model: ModelProfile, needs: Needs) -> str:
-    """Needed and available, in all and on each device."""
+    """Explain with numbers, in total and per device, why the model does not fit."""
     weights = model.layers * model.layer_bytes + 2 * needs.end_bytes(model)
     caches = model.layers * needs.kv_bytes(model)
     each = needs.fixed_bytes(model)

@@ -1,4 +1,4 @@
-"""Who is in the cluster, as the head's membership machine sees it, and what it asks for."""
+"""The data of the membership: devices, placements, and the effects that it asks the head for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,19 +20,19 @@ MIN_HEARTBEAT_S = 0.05
 
 
 class DoesNotFitError(ValueError):
-    """No way to place the model on these devices; says what is needed and what there is."""
+    """The model does not fit on these devices; the text has the needed and available numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipConfig:
-    """How a cluster is put together. Times in seconds."""
+    """How a cluster is put together; times are in seconds."""
 
-    version: str  # of this package; devices must have the same
+    version: str  # version of this package; devices must have the same
     model: ModelCard
     manifest_sha256: str = ""
-    shards: str = ""  # address of the shard server; empty host: as the device reaches the head
-    devices: int = 0  # start with this many; 0: as soon as the layers are covered
-    spares: int = 0  # devices kept free to take over
+    shards: str = ""  # address of the shard server; empty host: use the head's address
+    devices: int = 0  # number to start with; 0: start when the layers are covered
+    spares: int = 0  # devices kept free as replacements
     heartbeat_s: float = 0.5
     dead_after_s: float = 2.5
     settle_s: float = 2.0  # after a join, wait this long for further ones before the first plan
@@ -50,8 +50,8 @@ class MembershipConfig:
             )
         if self.dead_after_s < 2 * self.heartbeat_s:
             raise ValueError(
-                f"dead_after_s is {self.dead_after_s}, needed: two heartbeats of "
-                f"{self.heartbeat_s} s at least, or one late message counts as a death"
+                f"dead_after_s is {self.dead_after_s}, needed: at least two heartbeats of "
+                f"{self.heartbeat_s} s, or one late message counts as a loss"
             )
         if self.devices < 0 or self.spares < 0:
             raise ValueError("devices and spares must not be negative")
@@ -59,7 +59,7 @@ class MembershipConfig:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Layers first..last (exclusive) on a device."""
+    """The layers first..last (exclusive) on a device."""
 
     name: str
     first: int
@@ -68,11 +68,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """All layers in order, and why each device that got none got none."""
+    """A device for every layer, in order, and the reason for each device without layers."""
 
     places: tuple[Place, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
-    about: str = ""  # one line worth telling, such as "one device alone would be faster"
+    about: str = ""  # a line for the user, such as "one device alone would be faster"
 
 
 class Planner(Protocol):
@@ -81,23 +81,26 @@ class Planner(Protocol):
     num_layers: int
 
     def place(self, reports: Mapping[str, DeviceReport], *, spares: int) -> Placement:
-        """Raises DoesNotFitError in numbers where the devices cannot hold the model."""
+        """Return a placement.
+
+        Raises DoesNotFitError with numbers when the devices cannot hold the model.
+        """
 
     def accepts(self, places: Sequence[Place]) -> bool:
-        """Whether nobody has asked for other counts of layers than these."""
+        """Whether these counts of layers are allowed: the user has chosen none, or these."""
 
     def seconds_per_token(
         self, reports: Mapping[str, DeviceReport], places: Sequence[Place]
     ) -> float:
-        """Predicted, to compare places with."""
+        """Return the predicted time per token, to compare places."""
 
     def too_small(self, report: DeviceReport, num_layers: int) -> str:
-        """Why a device cannot hold that many layers; empty where it can."""
+        """Return why a device cannot hold that many layers; empty if it can."""
 
 
 @dataclass(slots=True)
 class Device:
-    """One device that has said hello and is not lost."""
+    """A device that has said hello and is not lost."""
 
     name: str
     peer: bytes
@@ -105,22 +108,22 @@ class Device:
     heard_at: float
     told_at: float = 0.0  # when the head last sent it a beat
     beat: Beat = field(default_factory=Beat)
-    rank: int = 0  # in the current epoch, 0: none
+    rank: int = 0  # in the current epoch; 0: none
     place: Place | None = None  # in the current epoch, or its last one
     progress: Progress | None = None
     progress_at: float = 0.0
     ready: StageReady | None = None
-    about: str = ""  # why it has nothing to do
+    about: str = ""  # why it has no layers
 
     @property
     def report(self) -> DeviceReport:
-        """What it has."""
+        """Return the device's report."""
         return self.hello.report
 
 
 @dataclass(frozen=True, slots=True)
 class SendToDevice:
-    """Send to a device."""
+    """Send `message` to a device."""
 
     peer: bytes
     message: ToDevice
@@ -128,7 +131,7 @@ class SendToDevice:
 
 @dataclass(frozen=True, slots=True)
 class LogEvent:
-    """For the log and whoever watches; `level` as in logging, `device` empty: the head."""
+    """Log `text` and show it to users; `level` as in logging, `device` empty for the head."""
 
     text: str
     device: str = ""
@@ -156,7 +159,7 @@ class Engage:
 
 @dataclass(frozen=True, slots=True)
 class ResumeEpoch:
-    """Every stage has been told of every other: go on."""
+    """Every stage knows the others' addresses: resume the requests."""
 
     epoch: int
     addresses: Sequence[Addresses]
@@ -164,9 +167,10 @@ class ResumeEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """The epoch is over: give up its data plane; requests wait for the next one.
+    """The epoch is over: close its data plane; requests wait for the next one.
 
-    `in_order`: a device has left by itself, or layers move: no request can be the cause.
+    `in_order` means that a device has left by itself or that layers move, so that no request can be
+    the cause.
     """
 
     epoch: int
@@ -176,7 +180,7 @@ class Halt:
 
 @dataclass(frozen=True, slots=True)
 class FailRequests:
-    """The layers have been uncovered for too long: open requests end with this."""
+    """The layers have been without cover for too long: open requests fail with this error."""
 
     failure: Failure
 

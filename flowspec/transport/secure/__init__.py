@@ -1,1 +1,1 @@
-"""Encryption, authentication, and who is let in."""
+"""Encryption, authentication, and admission of connections."""
