@@ -5,11 +5,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from flowspec.engine.client import HeadClient
 
 from flowspec.cluster.device.agent import DeviceAgent, JoinConfig, JoinRefusedError
 from flowspec.cluster.device.stage_thread import LayerSource
 from flowspec.engine.build import HeadParts
-from flowspec.engine.client import HeadClient
 from flowspec.engine.reference import LocalTarget
 from flowspec.protocol.control import Done, Note, Piece
 from flowspec.request import Request, SamplingParams

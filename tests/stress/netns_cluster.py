@@ -29,8 +29,8 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-
 from flowspec.engine.client import HeadClient
+
 from flowspec.protocol.control import ClusterStatus
 from flowspec.request import ClusterError
 from flowspec.transport.secure.token import derive_keys, new_token, write_token

@@ -180,7 +180,9 @@ def make_cluster(
         for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
     ]
     work_time, link_time = charges
-    cluster = SimulatedEngine(head, stages, work_time=work_time, link_time=link_time, wrap=wrap, beside=beside)
+    cluster = SimulatedEngine(
+        head, stages, work_time=work_time, link_time=link_time, wrap=wrap, beside=beside
+    )
     cluster.simulator._max_events = MAX_EVENTS
     return cluster
 
