@@ -82,6 +82,9 @@ def bench(
         str, typer.Option(help="Set of parameters in --config: main or all.")
     ] = "main",
     config: Annotated[Path, typer.Option(help="File with the tables of parameters.")] = TABLES,
+    run_config: Annotated[  # its options are there before any other: see commands.py
+        Path | None, typer.Option(help="File of plain assignments, such as config/run_config.py.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
