@@ -24,7 +24,7 @@ from random import Random
 
 import torch
 
-from flowspec.config import EngineConfig
+from flowspec.config import DeviceConfig, EngineConfig
 from flowspec.engine.base import generate
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.local import LocalCluster
@@ -186,7 +186,7 @@ def main() -> None:
         drafter="none",
         dtype="bfloat16",
         stages=options.stages,
-        threads_per_process=options.threads,
+        local=DeviceConfig(threads=options.threads),
         timeout_s=600.0,
     )
     prompt = tuple(range(100, 100 + options.prompt_tokens))

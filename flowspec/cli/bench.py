@@ -21,6 +21,7 @@ from flowspec.cli.bench_plan import (
     names_in,
     numbers_in,
     run_shown,
+    strategies_in,
 )
 from flowspec.cli.bench_remote import (
     assemble_remote,
@@ -134,7 +135,7 @@ def bench(
     _check_head(head, token_file, real=real, given=[name for name in others if others[name]])
     if json_file:
         check_file("--json", json_file)
-    chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
+    chosen = tuple(STRATEGIES) if strategies == "all" else strategies_in(strategies)
     sampled = numbers_in(temperatures, float, "--temperatures"), numbers_in(seeds, int, "--seeds")
     check_sampling(*sampled)
     for strategy in chosen if real else ():

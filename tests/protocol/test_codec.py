@@ -235,12 +235,12 @@ def test_every_kind_is_covered() -> None:
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 4 must mean the same bytes."""
+    """Two versions that both say protocol 5 must mean the same bytes."""
     frames = as_bytes(
         Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
     )
     assert [f.hex() for f in frames] == [
-        "4653" "04" "04" "09000000" "0200" "08000000" "0500000000000000"
+        "4653" "05" "04" "09000000" "0200" "08000000" "0500000000000000"
         "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
