@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One command: set up, split the bundled model, start head and stages here, answer a prompt.
-# All options of `flowspec run` work: run_pipe.sh --prompt "..." --strategy pipedec --stages 2
+# config/run_config.py says what runs; all options of `flowspec run` work and win:
+#     run_pipe.sh --prompt "..." --strategy pipedec --stages 2
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-python="$(bash scripts/setup.sh requirements.txt)"
-exec "$python" -m flowspec run "$@"
+python="${FLOWSPEC_PYTHON:-$(bash scripts/setup.sh requirements.txt)}"
+exec "$python" -m flowspec run --run-config config/run_config.py "$@"

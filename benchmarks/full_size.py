@@ -186,7 +186,7 @@ def main() -> None:
         drafter="none",
         dtype="bfloat16",
         stages=options.stages,
-        threads_per_process=options.threads,
+        local=DeviceConfig(threads=options.threads),
         timeout_s=600.0,
     )
     prompt = tuple(range(100, 100 + options.prompt_tokens))

@@ -262,6 +262,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=MAX_TEXT)
 
+    def __init__(self, **values: Any) -> None:
+        """Raises ValueError with one sentence, as `override` does."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_sentence(error.errors()[0])) from None
+
     @model_validator(mode="before")
     @classmethod
     def _take_flat_keys(cls, values: Any) -> Any:

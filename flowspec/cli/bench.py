@@ -21,6 +21,7 @@ from flowspec.cli.bench_plan import (
     names_in,
     numbers_in,
     run_shown,
+    strategies_in,
 )
 from flowspec.cli.bench_remote import (
     assemble_remote,
@@ -82,6 +83,9 @@ def bench(
         str, typer.Option(help="Set of parameters in --config: main or all.")
     ] = "main",
     config: Annotated[Path, typer.Option(help="File with the tables of parameters.")] = TABLES,
+    run_config: Annotated[  # its options are there before any other: see commands.py
+        Path | None, typer.Option(help="File of plain assignments, such as config/run_config.py.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
@@ -131,7 +135,7 @@ def bench(
     _check_head(head, token_file, real=real, given=[name for name in others if others[name]])
     if json_file:
         check_file("--json", json_file)
-    chosen = tuple(STRATEGIES) if strategies == "all" else names_in(strategies, "--strategies")
+    chosen = tuple(STRATEGIES) if strategies == "all" else strategies_in(strategies)
     sampled = numbers_in(temperatures, float, "--temperatures"), numbers_in(seeds, int, "--seeds")
     check_sampling(*sampled)
     for strategy in chosen if real else ():

@@ -89,10 +89,15 @@ def models_of(model: str | None, emulated: str | None) -> tuple[str | None, str 
 
 def names_in(text: str, option: str) -> tuple[str, ...]:
     """Different names with commas between them. Raises ValueError."""
-    names = tuple(new_name(part.strip()) for part in text.split(","))
+    names = tuple(part.strip() for part in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{option} takes different names with commas, not {text!r}")
     return names
+
+
+def strategies_in(text: str) -> tuple[str, ...]:
+    """The names that the strategies of `--strategies` have now. Raises ValueError."""
+    return tuple(map(new_name, names_in(text, "--strategies")))
 
 
 def numbers_in(text: str, kind: type, option: str) -> tuple:  # type: ignore[type-arg]

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from flowspec.cli.run_config import FLAG, expanded
 from flowspec.config import RENAMED, tell_renamed
 
 # A row's module and the function (or Typer app) in it are named as the command. The line is what
@@ -60,6 +61,9 @@ class _Command(TyperCommand):
                 break
             words.append(word if is_value else _with_new_flag(word, old, known))
             is_value = not is_value and words[-1] in known and words[-1] not in switches
+        if FLAG in known:
+            same = {flag: one.opts[0] for one in self.params for flag in one.opts}
+            words = expanded(str(self.name), words, same)
         return super().parse_args(ctx, words)
 
 

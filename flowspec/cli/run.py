@@ -75,6 +75,9 @@ def run(
         list[str] | None, typer.Option("--set", help="Override a decode setting: key=value.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
+    run_config: Annotated[  # its options are there before any other: see commands.py
+        Path | None, typer.Option(help="File of plain assignments, such as config/run_config.py.")
+    ] = None,
     show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
     check: Annotated[bool, typer.Option(help="Compare with the target alone.")] = True,
     *,

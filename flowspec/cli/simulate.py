@@ -18,8 +18,8 @@ from flowspec.cli.bench_plan import (
     check_sampling,
     load_sets,
     models_of,
-    names_in,
     run_shown,
+    strategies_in,
 )
 from flowspec.cli.common import BUNDLED
 from flowspec.cli.report import MAX_WIDTH, show_table
@@ -89,7 +89,7 @@ def simulate(
     emulated = emulated_model or MODEL
     check_sampling((temperature,), (seed,))
     combinations = parse_variations(vary or [])
-    chosen = names_in(strategies, "--strategies")
+    chosen = strategies_in(strategies)
     parameters = read_table(TABLES, table)
     fixed = parse_settings(settings or [], chosen)
     for name in settings_of(combinations[0]):

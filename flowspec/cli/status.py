@@ -1,7 +1,8 @@
 """`flowspec status`: the devices of a running cluster, and whether it is healthy."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -31,11 +32,22 @@ def status(
     with RemoteEngine(host, port, keys) as engine:
         now = engine.cluster_status()
     if json_:
-        typer.echo(now.model_dump_json())
+        typer.echo(json.dumps(as_json(now)))
     else:
         _show(now, Console(width=140, soft_wrap=True, highlight=False))
     if not now.healthy:
         raise typer.Exit(1)
+
+
+def as_json(now: ClusterStatus) -> dict[str, Any]:
+    """What `--json` prints; keys of the version before stay beside the new ones."""
+    found = now.model_dump(mode="json")
+    numerics = found["model"]["numerics"]
+    found["model"] |= {name: numerics[name] for name in ("dtype", "quantization")}
+    for device in found["devices"]:
+        device["kv_rows"] = device["num_kv_tokens"]
+        device["kv_rows_used"] = device["num_kv_tokens_used"]
+    return found
 
 
 def _show(now: ClusterStatus, console: Console) -> None:
@@ -53,7 +65,7 @@ def _show(now: ClusterStatus, console: Console) -> None:
     if not now.devices:
         return
     table = Table(box=None, pad_edge=False)
-    for name in ("rank", "device", "state", "layers", "memory free", "KV rows", "heard"):
+    for name in ("rank", "device", "state", "layers", "memory free", "KV tokens", "heard"):
         table.add_column(name)
     for name in ("round trip", "to / from head", "busy", "power", ""):
         table.add_column(name)

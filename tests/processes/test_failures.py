@@ -142,6 +142,26 @@ def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
     all_gone(stage_pids(cluster))
 
 
+class TellsOther(LocalCluster):
+    """Its stage 2 is told to compute in another dtype than the head was."""
+
+    def _write_config(self, rank: int) -> Path:
+        file = super()._write_config(rank)
+        if rank == 2:
+            file.write_text(file.read_text().replace('"float32"', '"bfloat16"'))
+        return file
+
+
+def test_a_stage_that_computes_otherwise_is_refused(config, parts, all_gone):
+    """Before any request, by the name of the setting, with what is needed and what was found."""
+    cluster = TellsOther(config, parts)
+    with pytest.raises(
+        ClusterError, match=r"stage 2: it computes .*dtype is 'bfloat16', needed 'float32'$"
+    ):
+        cluster.__enter__()
+    all_gone(stage_pids(cluster))
+
+
 # `flowspec run` ---------------------------------------------------------------------------------
 
 
