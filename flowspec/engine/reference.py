@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowspec.model.attention_metadata import STABLE_ROWS, run_logits, run_rows
+from flowspec.model.attention_metadata import run_rows
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.stage_model import StageModel
 from flowspec.request import FinishReason, Request, check_token_ids
@@ -32,9 +32,8 @@ class LocalTarget:
         prompt = request.prompt
         check_token_ids(prompt, self.model.config.vocab_size)
         context = min(len(prompt) + request.max_new_tokens, self.max_context)
-        cache = self.model.new_cache(
-            context + STABLE_ROWS, stable_context=context if self.shape_stable else None
-        )
+        stable_context = context if self.shape_stable else None
+        cache = self.model.new_cache(context + 1, stable_context=stable_context)
         for start in range(0, len(prompt), self.prefill_chunk):
             signals.check()
             ids = torch.tensor(prompt[start : start + self.prefill_chunk])
@@ -43,7 +42,7 @@ class LocalTarget:
         position = len(prompt)
         while True:
             signals.check()
-            logits = run_logits(self.model, hidden[-1:], shape_stable=self.shape_stable)
+            logits = self.model.logits(hidden[-1:], shape_stable=self.shape_stable)
             token = choose(logits, [position], request.sampling)[0]
             yield token, logits[0]
             hidden, _ = run_rows(

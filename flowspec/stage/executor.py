@@ -3,12 +3,12 @@
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspec.model.attention_metadata import RequestRows, run_batch, run_logits
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import RequestRows, StageBackend, StageCache
 from flowspec.protocol.messages import Segment
 from flowspec.request import check_token_ids
 from flowspec.runtime.failures import attempt
@@ -30,7 +30,7 @@ class Share:
 
     segment: Segment
     state: StageRequestState
-    rows: RequestRows
+    rows: RequestRows[StageCache]
     inputs: Tensor  # tokens [n] or hidden states [n, H]
     hidden: Tensor | None = None  # [n, H] for the next stage
     features: Mapping[int, Tensor] = field(default_factory=dict)  # [n, H] by layer
@@ -51,7 +51,7 @@ class Forward:
     """
 
     def __init__(
-        self, model: StageModel, parts: Sequence[Part], *, choose: bool, shape_stable: bool
+        self, model: StageBackend[Any], parts: Sequence[Part], *, choose: bool, shape_stable: bool
     ) -> None:
         self.model = model
         self.parts = parts
@@ -133,7 +133,7 @@ class Forward:
         layers = {layer for share in shares for layer in share.state.aux_hidden_state_layers}
         rows = [share.rows for share in shares]
         inputs = torch.cat([share.inputs for share in shares])
-        hidden, features = run_batch(self.model, rows, inputs, features=layers)
+        hidden, features = self.model.run(rows, inputs, features=layers)
         sizes = [len(share.rows.positions) for share in shares]
         own_hidden = hidden.split(sizes)
         own_features = {layer: whole.split(sizes) for layer, whole in features.items()}
@@ -151,7 +151,7 @@ class Forward:
         if not asked:
             return
         rows = torch.cat([own[-share.num_asked :] for share, own in asked])
-        logits = run_logits(self.model, rows, shape_stable=self._shape_stable)
+        logits = self.model.logits(rows, shape_stable=self._shape_stable)
         counts = [share.num_asked for share, _ in asked]
         for (share, _), own in zip(asked, logits.split(counts), strict=True):
             positions = [position + 1 for position in share.rows.positions[-share.num_asked :]]

@@ -12,13 +12,12 @@ What fails in the work for one request ends that request here, and the head is t
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspec.model.attention_metadata import STABLE_ROWS
-from flowspec.model.kv_cache import TreeKVCache
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend, StageCache
 from flowspec.protocol.messages import (
     EVERY_STAGE,
     HEAD,
@@ -52,7 +51,7 @@ STATUS_INTERVAL_S = 0.25
 
 
 class Stage:
-    """Rank 1..num_stages of the pipeline; `model` holds its layers.
+    """Rank 1..num_stages of the pipeline; the backend `model` computes its layers.
 
     `kv_rows`, if set, is what all requests' caches together may take, in rows; 0: no limit.
     A stage that takes the place of a lost one begins with the head's `epoch`.
@@ -62,7 +61,7 @@ class Stage:
         self,
         rank: int,
         num_stages: int,
-        model: StageModel,
+        model: StageBackend[Any],
         *,
         shape_stable: bool = False,
         epoch: int = 0,
@@ -74,7 +73,7 @@ class Stage:
         self.epoch = epoch  # what is older concerns a pipeline that is no more
         self.kv_rows = 0
         self.requests: dict[int, StageRequestState] = {}  # kept ones included
-        self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
+        self.failures = Failures(on_failure=self._forget)
         self.queue: deque[AddRequest | Segment | Batch | FinishRequest] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
@@ -111,7 +110,7 @@ class Stage:
             case Reroot():
                 return self._reroot(message)
             case FreeRequest():
-                self.requests.pop(message.request, None)
+                self._forget(message.request)
             case Ping():
                 return [self._status(now)]
             case AddRequest() | Segment() | Batch() | FinishRequest():
@@ -125,7 +124,8 @@ class Stage:
         epoch = epoch_of(message)
         if epoch is not None and epoch > self.epoch:
             self.epoch, self.num_closes = epoch, 0
-            self.requests.clear()
+            for request in list(self.requests):
+                self._forget(request)
             self.queue.clear()
         return epoch in (None, self.epoch)
 
@@ -174,14 +174,19 @@ class Stage:
         self.requests[message.request] = state
         return self._pass_on(message)
 
-    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
-        capacity = message.capacity + (STABLE_ROWS if self.shape_stable else 0)
+    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> StageCache:
         context = message.context if self.shape_stable else None
         if before is None:
-            return self.model.new_cache(capacity, stable_context=context)
+            return self.model.new_cache(message.capacity, stable_context=context)
         return before.cache.resized(
-            capacity, prefix_length=message.num_cached_tokens, stable_context=context
+            message.capacity, prefix_length=message.num_cached_tokens, stable_context=context
         )
+
+    def _forget(self, request: int) -> None:
+        """Free what is held of the request, if anything is."""
+        state = self.requests.pop(request, None)
+        if state is not None:
+            state.cache.free()
 
     def _refusal(self, message: AddRequest, before: StageRequestState | None) -> str:
         """Why this request cannot have the cache it asks for; checked before memory is taken."""
@@ -212,7 +217,7 @@ class Stage:
         self.num_closes += 1
         sends: list[Send] = []
         if not message.keep:
-            self.requests.pop(message.request, None)
+            self._forget(message.request)
         elif message.verdict is not None:
             sends += self._reroot(message.verdict)
         return [*sends, *self._pass_on(message)]

@@ -1,10 +1,10 @@
-"""StageRequest: what a stage keeps of a request: its cache and which node lies in which row."""
+"""StageRequestState: what a stage keeps of a request: its cache, and which node is in which row."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, TreeKVCache
+from flowspec.model.backend import COMMITTED, StageCache
 from flowspec.protocol.messages import AddRequest, Reroot, Segment
 from flowspec.request import NO_NODE, NodeId
 from flowspec.stage.verifier import Verifier
@@ -15,7 +15,7 @@ class StageRequestState:
     """One request on one stage. Lists run parallel to the cache's tree rows."""
 
     opened: AddRequest
-    cache: TreeKVCache
+    cache: StageCache
     aux_hidden_state_layers: tuple[int, ...]
     verifier: Verifier | None
     tip: NodeId = NO_NODE  # newest committed node

@@ -1,10 +1,11 @@
 """Memory of this machine and process, as the kernel counts it; 0 where it does not say."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 
 
 def peak_bytes() -> int:
@@ -32,7 +33,7 @@ def total_bytes(device: torch.device) -> int:
     return _kib(Path("/proc/meminfo"), "MemTotal") * 1024
 
 
-def kv_rows(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:
+def kv_rows(model: StageBackend[Any], *, memory_mb: int, num_sharing: int) -> int:
     """Rows of KV cache that fit `memory_mb`, or half of what is free shared by `num_sharing`.
 
     0: no limit known.
