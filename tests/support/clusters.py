@@ -15,6 +15,7 @@ from flowspec.head.admission import Admission
 from flowspec.head.head import Head
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.attention_metadata import run_rows
+from flowspec.model.backend import StageBackend
 from flowspec.protocol.messages import Batch, FinishRequest, Message, Segment
 from flowspec.request import Completion, Request
 from flowspec.runtime.core import Core, Send, Step
@@ -155,11 +156,13 @@ def make_cluster(
     bf16: bool = False,
     limits: Mapping[str, int] = {},
     model: ModelConfig = CONFIG,
+    backends: Sequence[StageBackend[Any]] = (),
     **decode: Any,
 ) -> SimulatedCluster:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and shape-stable.
+    With `bf16` the stages run in bfloat16 and shape-stable. `backends` compute the layers in place
+    of the tiny model's own.
     """
     spec = find_strategy(strategy)
     head = Head(
@@ -170,9 +173,9 @@ def make_cluster(
         admission=Admission(max_context=max_context, **limits),
         new_text=new_text,
     )
+    parts = backends or stage_models(num_stages, bf16=bf16, config=model)
     stages = [
-        Stage(rank, num_stages, part, shape_stable=bf16)
-        for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
+        Stage(rank, num_stages, part, shape_stable=bf16) for rank, part in enumerate(parts, start=1)
     ]
     work_time, link_time = charges
     cluster = SimulatedCluster(head, stages, work_time=work_time, link_time=link_time, wrap=wrap)
