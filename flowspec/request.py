@@ -45,6 +45,7 @@ class Latencies:
 
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
+LONGEST_NAME = 64  # characters of the name of an acceptance rule
 LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was made for so many
 
 
@@ -53,7 +54,8 @@ class SamplingParams:
     """How the next token is chosen from the logits; temperature 0 is greedy, the others then idle.
 
     Filters apply in this order: temperature, top-k, top-p, min-p (see
-    speculation/processors/filters.py).
+    speculation/processors/). `acceptance` names the rule by which a token is chosen
+    (speculation/acceptance/); at temperature 0 it is greedy.
     """
 
     temperature: float = 0.0
@@ -61,8 +63,14 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # of the most likely token's probability
     seed: int = 0
+    acceptance: str = "gumbel_coupled"
 
     def __post_init__(self) -> None:
+        if not 0 < len(self.acceptance) <= LONGEST_NAME:
+            raise ValueError(
+                f"acceptance must be the name of a rule, of at most {LONGEST_NAME} characters, not "
+                f"{self.acceptance[:LONGEST_NAME]!a}"
+            )
         if not 0.0 <= self.temperature <= 100.0:
             raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
         if 0.0 < self.temperature < 1e-9:

@@ -10,7 +10,8 @@ from flowspec.model.attention_metadata import run_rows
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.stage_model import StageModel
 from flowspec.request import FinishReason, Request, check_token_ids
-from flowspec.speculation.acceptance.gumbel_coupled import choose
+from flowspec.speculation.acceptance import choose
+from flowspec.speculation.processors import begin_path
 from flowspec.system import signals
 from flowspec.tokenizer import TextStream
 
@@ -27,6 +28,8 @@ class LocalTarget:
     def stream(self, request: Request) -> Iterator[tuple[int, Tensor]]:
         """Each next token with the logits [V] that chose it, without end: stop rules are above.
 
+        The logits are those that the processors with a state have left; filters come after them.
+
         Raises ValueError where the prompt has a token that the model has not.
         """
         prompt = request.prompt
@@ -40,15 +43,19 @@ class LocalTarget:
             where = range(start, start + len(ids))
             hidden, _ = run_rows(self.model, cache, ids, where, parents=None)
         position = len(prompt)
+        state = begin_path(request.sampling, prompt)
         while True:
             signals.check()
             logits = self.model.logits(hidden[-1:], shape_stable=self.shape_stable)
+            if state is not None:
+                logits = state.apply(logits[0])[None]
             token = choose(logits, [position], request.sampling)[0]
             yield token, logits[0]
             hidden, _ = run_rows(
                 self.model, cache, torch.tensor([token]), [position], parents=[COMMITTED]
             )
             cache.reroot([0], [])
+            state = None if state is None else state.fork(token)
             position += 1
 
     def generate(

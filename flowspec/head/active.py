@@ -134,6 +134,8 @@ def open_message(
         aux_hidden_state_layers=aux_hidden_state_layers,
         reuse=turn.kept.session.request.id if turn.kept is not None else 0,
         num_cached_tokens=turn.num_cached_tokens,
+        # what was generated before a stage was lost is part of this session's prompt
+        num_prompt_tokens=len(session.request.prompt) - session.stats.num_tokens,
     )
 
 

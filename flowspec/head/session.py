@@ -10,8 +10,9 @@ from operator import itemgetter
 from flowspec.config import DecodeConfig
 from flowspec.head.calibration import Forecasts, Word
 from flowspec.head.pipeline import Pipeline
-from flowspec.protocol.messages import Reroot, Segment
+from flowspec.protocol.messages import Candidates, Reroot, Segment
 from flowspec.request import DecodeStats, NodeId, Request
+from flowspec.speculation.acceptance.candidates import candidates_of
 from flowspec.speculation.drafters.base import DraftSession, Proposal
 from flowspec.speculation.drafters.merge import MergedSession
 from flowspec.speculation.tree import DraftTree, Node
@@ -148,6 +149,7 @@ class Session:
                 continue
             node = self.tree[proposal.node]
             node.expanded = node.expanded or not grafted
+            node.drawn_from = proposal.drawn_from or node.drawn_from
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # what follows the last token is not asked for
@@ -220,6 +222,7 @@ def tree_segment(session: Session, nodes: Sequence[Node], verify: bool) -> Segme
         tokens=tuple(node.token for node in nodes),
         prefix=False,
         verify=verify,
+        candidates=candidates_of(session.request.sampling, nodes),
     )
 
 
@@ -231,6 +234,7 @@ def new_segment(
     tokens: tuple[int, ...],
     prefix: bool,
     verify: bool,
+    candidates: tuple[Candidates, ...] = (),
 ) -> Segment:
     """The request's next segment, entered in its flights."""
     seq_no = session.num_segments
@@ -249,4 +253,5 @@ def new_segment(
         prefix=prefix,
         verify=verify,
         verdict=session.verdict,
+        candidates=candidates,
     )

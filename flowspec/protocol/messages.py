@@ -44,6 +44,25 @@ class AddRequest(OfEpoch):
     aux_hidden_state_layers: tuple[int, ...] = ()
     reuse: int = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
     num_cached_tokens: int = 0
+    # leading tokens of the prefix that are the prompt; those behind them were generated before a
+    # stage was lost. 0: all are
+    num_prompt_tokens: int = 0
+
+
+MAX_CANDIDATES = 64  # of a row
+MAX_SUPPORT = 1024  # tokens of the distribution that a row's candidates were drawn from
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The child tokens that the choice after a row may consider, in the drafter's order.
+
+    `drawn_from` is the distribution that they were drawn from, as (token, probability) of all its
+    tokens; empty: they were not drawn, each is as good as certain to be proposed.
+    """
+
+    tokens: tuple[int, ...] = ()
+    drawn_from: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +83,8 @@ class Segment(OfEpoch):
     slowest_rows: int = 0  # the slowest forward on the way so far: its rows and milliseconds
     slowest_ms: float = 0.0
     verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
+    # of each row, fixed when it was sent; empty where the request's acceptance rule needs none
+    candidates: tuple[Candidates, ...] = ()
 
     def select(self, rows: Sequence[int]) -> "Segment":
         """The segment with only these of its rows."""
@@ -78,6 +99,7 @@ class Segment(OfEpoch):
             parents=tuple(self.parents[row] for row in rows),
             tokens=tuple(self.tokens[row] for row in rows),
             hidden=hidden,
+            candidates=tuple(self.candidates[row] for row in rows) if self.candidates else (),
         )
 
 

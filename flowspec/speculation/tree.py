@@ -26,7 +26,9 @@ class Node:
     sent: bool = False
     expanded: bool = False  # the drafter has proposed its children
     expandable: bool = True  # and can: it has its parent's (a grafted branch it has not drafted)
-    children: dict[int, NodeId] = field(default_factory=dict)  # by token
+    children: dict[int, NodeId] = field(default_factory=dict)  # by token, as they were proposed
+    # what the children were drawn from, as (token, probability); empty: they were not drawn
+    drawn_from: tuple[tuple[int, float], ...] = ()
 
 
 def by_score(node: Node) -> tuple[float, int]:

@@ -12,7 +12,6 @@ from flowspec.model.backend import RequestRows, StageBackend, StageCache
 from flowspec.protocol.messages import Segment
 from flowspec.request import check_token_ids
 from flowspec.runtime.failures import attempt
-from flowspec.speculation.acceptance.gumbel_coupled import choose
 from flowspec.stage.stage_request_state import StageRequestState
 
 
@@ -155,4 +154,5 @@ class Forward:
         counts = [share.num_asked for share, _ in asked]
         for (share, _), own in zip(asked, logits.split(counts), strict=True):
             positions = [position + 1 for position in share.rows.positions[-share.num_asked :]]
-            share.choices = choose(own, positions, share.state.opened.sampling)
+            assert share.state.sampler is not None, "tokens are chosen on the last stage alone"
+            share.choices = share.state.sampler.choose(own, positions, share.segment)

@@ -41,7 +41,9 @@ from flowspec.protocol.messages import (
 from flowspec.request import LONGEST_CONTEXT, NodeId, cause_of
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.runtime.failures import Failures
+from flowspec.speculation.acceptance import rule_of
 from flowspec.stage.executor import Forward, Part, Share
+from flowspec.stage.sampler import Sampler
 from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
 
@@ -165,6 +167,7 @@ class Stage:
             aux_hidden_state_layers=layers,
             features={layer: [] for layer in layers},
             verifier=Verifier() if self.is_last else None,
+            sampler=self._new_sampler(message, before) if self.is_last else None,
         )
         if message.num_cached_tokens:
             state.tip, state.tip_position = (
@@ -181,6 +184,11 @@ class Stage:
         return before.cache.resized(
             message.capacity, prefix_length=message.num_cached_tokens, stable_context=context
         )
+
+    def _new_sampler(self, message: AddRequest, before: StageRequestState | None) -> Sampler:
+        if before is None or before.sampler is None:
+            return Sampler(message)
+        return Sampler(message, before.sampler.tokens[: message.num_cached_tokens])
 
     def _forget(self, request: int) -> None:
         """Free what is held of the request, if anything is."""
@@ -210,6 +218,10 @@ class Stage:
                 f"{message.num_cached_tokens} rows of request {message.reuse} were to be used "
                 f"again, {have} are here"
             )
+        try:
+            rule_of(message.sampling)
+        except ValueError as error:
+            return str(error)
         return ""
 
     def _close(self, message: FinishRequest) -> list[Send]:

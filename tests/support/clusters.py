@@ -99,6 +99,9 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     assert all(len(column) == count for column in lists), "the row lists are not parallel"
     assert state.cache.num_tree_rows == count, "cache and row lists disagree"
     assert state.cache.prefix_length == state.tip_position + 1, "the path was not committed"
+    if state.sampler is not None:
+        assert len(state.sampler.tokens) == state.tip_position + 1, "committed tokens are missing"
+        assert state.sampler.num_states in (0, count), "a state without a row, or the reverse"
     for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
         assert state.rows[node] == row
         if not pruned:
