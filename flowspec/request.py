@@ -66,9 +66,9 @@ class SamplingParams:
     acceptance: str = "gumbel_coupled"
 
     def __post_init__(self) -> None:
-        if not 0 < len(self.acceptance) <= LONGEST_NAME:
+        if not (0 < len(self.acceptance) <= LONGEST_NAME and self.acceptance.isascii()):
             raise ValueError(
-                f"acceptance must be the name of a rule, of at most {LONGEST_NAME} characters, not "
+                f"acceptance must be the name of a rule, 1 to {LONGEST_NAME} ASCII characters, not "
                 f"{self.acceptance[:LONGEST_NAME]!a}"
             )
         if not 0.0 <= self.temperature <= 100.0:

@@ -38,7 +38,7 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import SamplingParams
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_ROWS = 4096
 MAX_BATCH = 16  # segments in a batch, so requests in it
 MAX_HIDDEN = 65536
@@ -55,7 +55,7 @@ class WireError(ValueError):
 
 _MAGIC = b"FS"
 _HEAD = struct.Struct("<2sBBIHIQ")  # magic, version, kind, epoch, source, number, request
-_OPEN = struct.Struct("<IIdIQddQIB")
+_OPEN = struct.Struct("<IIdIQddQIIBB")
 _VERDICT = struct.Struct("<BIqi")  # whether one follows
 _CLOSE = struct.Struct("<B")
 _BATCH = struct.Struct("<B")
@@ -172,13 +172,12 @@ def _encode_open(head: bytes, m: AddRequest) -> list[Frame]:
         s.min_p,
         m.reuse,
         m.num_cached_tokens,
+        m.num_prompt_tokens,
         len(m.aux_hidden_state_layers),
+        len(rule := s.acceptance.encode()),
     )
-    return [
-        head
-        + fixed
-        + struct.pack(f"<{len(m.aux_hidden_state_layers)}i", *m.aux_hidden_state_layers)
-    ]
+    layers = struct.pack(f"<{len(m.aux_hidden_state_layers)}i", *m.aux_hidden_state_layers)
+    return [head + fixed + layers + rule]
 
 
 def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> AddRequest:
@@ -193,13 +192,20 @@ def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> AddRequ
         min_p,
         reuse,
         num_cached_tokens,
+        num_prompt_tokens,
         num_layers,
+        rule_bytes,
     ) = fields
-    layers = body[_OPEN.size :]
-    _expect("AddRequest", layers, 4 * num_layers)
+    _expect("AddRequest", body[_OPEN.size :], 4 * num_layers + rule_bytes)
+    layers = body[_OPEN.size : _OPEN.size + 4 * num_layers]
     try:
         sampling = SamplingParams(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            acceptance=bytes(body[_OPEN.size + 4 * num_layers :]).decode(),
         )
     except ValueError as error:
         raise WireError(f"AddRequest: {error}") from None
@@ -211,6 +217,7 @@ def _decode_open(request: int, body: memoryview, _: list[memoryview]) -> AddRequ
         aux_hidden_state_layers=struct.unpack(f"<{num_layers}i", layers),
         reuse=reuse,
         num_cached_tokens=num_cached_tokens,
+        num_prompt_tokens=num_prompt_tokens,
     )
 
 
@@ -219,6 +226,8 @@ def _verdict_fields(verdict: Reroot) -> tuple[int, int, int]:
 
 
 def _encode_segment(head: bytes, m: Segment) -> list[Frame | Tensor]:
+    if m.candidates:
+        raise WireError("Segment: candidates have no place in a frame yet")
     ids = np.array([*m.nodes, *m.parents], dtype="<i8").tobytes()
     ids += np.array(m.tokens, dtype="<i4").tobytes()
     size = 0 if m.hidden is None else m.hidden.shape[1]

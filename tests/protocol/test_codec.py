@@ -19,6 +19,7 @@ from flowspec.protocol.codec import WireError, decode, encode
 from flowspec.protocol.messages import (
     AddRequest,
     Batch,
+    Candidates,
     Exit,
     Failed,
     Features,
@@ -74,6 +75,7 @@ SAMPLING = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**63 - 1),
+    acceptance=st.text("aZ_-0", min_size=1, max_size=64),
 )
 REROOT = st.builds(Reroot, epoch=U32, request=U64, position=U32, parent=I64, token=I32)
 OPEN = st.builds(
@@ -86,6 +88,7 @@ OPEN = st.builds(
     aux_hidden_state_layers=st.lists(I32, max_size=5).map(tuple),
     reuse=U64,
     num_cached_tokens=U32,
+    num_prompt_tokens=U32,
 )
 
 
@@ -235,16 +238,16 @@ def test_every_kind_is_covered() -> None:
 
 
 def test_bytes_are_pinned() -> None:
-    """Two versions that both say protocol 4 must mean the same bytes."""
+    """Two versions that both say protocol 5 must mean the same bytes."""
     frames = as_bytes(
         Reroot(epoch=9, source=2, number=8, request=5, position=7, parent=NodeId(3), token=11)
     )
     assert [f.hex() for f in frames] == [
-        "4653" "04" "04" "09000000" "0200" "08000000" "0500000000000000"
+        "4653" "05" "04" "09000000" "0200" "08000000" "0500000000000000"
         "07000000" "0300000000000000" "0b000000"
     ]  # fmt: skip
     header, ids, hidden = as_bytes(SEGMENT)
-    assert header[:4].hex() == "46530402"
+    assert header[:4].hex() == "46530502"
     assert ids == struct.pack("<4q2i", 3, 4, 2, 3, 5, 6)
     assert hidden == b"\x80\x3f" * 8
 
@@ -388,3 +391,10 @@ def test_noise_behind_a_right_beginning(body: bytes, kind: int, count: int) -> N
     ][:count]
     with suppress(WireError):
         decode(frames)
+
+
+def test_candidates_are_not_dropped_in_silence() -> None:
+    """A row without its candidates would be another choice; so the segment does not leave."""
+    rows = replace(SEGMENT, candidates=(Candidates((3,)),) * len(SEGMENT.nodes))
+    with pytest.raises(WireError, match="candidates have no place in a frame yet"):
+        encode(rows)
