@@ -36,8 +36,9 @@ class ChatOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for what no head takes, before one is asked."""
-        names = (field.name for field in fields(SamplingParams))
-        SamplingParams(**{name: getattr(self, name) for name in names})
+        names = {field.name for field in fields(SamplingParams)}
+        own = {field.name for field in fields(self)}
+        SamplingParams(**{name: getattr(self, name) for name in names & own})
 
 
 def chat(

@@ -88,6 +88,10 @@ class StageBackend(Protocol[Cache]):
         """Whose memory holds the caches."""
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take, those mapped from a file included."""
+
+    @property
     def kv_bytes_per_row(self) -> int:
         """Bytes that one row of a request takes in its cache."""
 

@@ -69,6 +69,11 @@ class StageModel(nn.Module):
         return self.model.layers[str(self.first_layer)].input_layernorm.weight.dtype
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers; two names of one tensor count once."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    @property
     def kv_bytes_per_row(self) -> int:
         """What one row of a request takes in its cache here."""
         config, layers = self.config, self.last_layer - self.first_layer

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowspec.cost_model.emulation import load_emulation
 from flowspec.engine.base import generate
 from flowspec.protocol.messages import (
     MAX_CANDIDATES,
@@ -200,6 +201,16 @@ def test_rows_take_their_candidates_along() -> None:
     rows = Segment(request=1, seq_no=0, nodes=ids, parents=ids, tokens=(1, 2, 3), candidates=sent)
     assert rows.select([0, 2]).candidates == (sent[0], sent[2])
     assert replace(rows, candidates=()).select([0, 2]).candidates == ()
+
+
+def test_an_emulated_link_charges_for_candidates() -> None:
+    """As it does for the other parts of a row; without any, a row costs what it did."""
+    emulation = load_emulation("jetson-5", "vicuna-7b", drafter="ngram")
+    ids = (NodeId(5), NodeId(6))
+    bare = Segment(request=1, seq_no=0, nodes=ids, parents=ids, tokens=(1, 2))
+    more = replace(bare, candidates=(Candidates((1, 2, 3), ((1, 0.5), (2, 0.5))), Candidates()))
+    assert emulation.message_bytes(bare) == 64 + 2 * 20
+    assert emulation.message_bytes(more) == 64 + 2 * 20 + 3 * 4 + 2 * 12
 
 
 class Drawn(ScriptedDrafter):

@@ -1,7 +1,7 @@
 """What every logits processor promises, and that stages and the target alone apply the same ones.
 
 The rows of the table, and two path processors: one forbids the token emitted two places before on
-the node's own path, one makes tokens of the answer less likely and leaves the prompt's alone.
+the node's own path, one makes tokens of the answer less likely and those of the prompt more likely.
 """
 
 from dataclasses import dataclass, replace
@@ -59,22 +59,24 @@ class NoEcho:
 
 @dataclass(frozen=True, slots=True)
 class Penalty:
-    """How often each token was generated, the prompt left out."""
+    """How often each token was generated, and which ones the prompt has: these are favoured."""
 
     by: float
+    prompt: frozenset[int]
     counts: tuple[tuple[int, int], ...] = ()
 
     def fork(self, token: int) -> "Penalty":
         """See PathState."""
         counts = dict(self.counts)
         counts[token] = counts.get(token, 0) + 1
-        return Penalty(self.by, tuple(counts.items()))
+        return Penalty(self.by, self.prompt, tuple(counts.items()))
 
     def apply(self, logits: Tensor) -> Tensor:
         """See PathState."""
         changed = logits.clone()
         for token, count in self.counts:
             changed[token] -= self.by * count
+        changed[list(self.prompt)] += self.by / 2
         return changed
 
 
@@ -85,7 +87,7 @@ NO_ECHO = PathProcessor(
 )
 PENALTY = PathProcessor(
     lambda s: getattr(s, "penalty", 0.0) > 0.0,
-    lambda s, prompt: Penalty(s.penalty),
+    lambda s, prompt: Penalty(s.penalty, frozenset(prompt)),
     "for these tests",
 )
 EXTRA = {"no_echo": NO_ECHO, "penalty": PENALTY}
@@ -257,10 +259,9 @@ def test_the_processors_change_the_text(sampling: Asked) -> None:
 def test_every_strategy_says_what_the_target_alone_says(strategy: str, sampling: Asked) -> None:
     """Trees, verdicts and dead rows: each row is processed by its own path."""
     asked = request(sampling=sampling, max_new_tokens=16)
-    for seed, num_stages in ((1, 1), (2, 3)):
-        setup = {**setup_of(asked, seed), "num_stages": num_stages, "strategy": strategy}
-        completion, _ = run_watched(setup, asked)
-        assert list(completion.tokens) == expected(asked)
+    setup = {**setup_of(asked, len(strategy)), "num_stages": 3, "strategy": strategy}
+    completion, _ = run_watched(setup, asked)
+    assert list(completion.tokens) == expected(asked)
 
 
 @settings(
@@ -311,8 +312,8 @@ def test_a_prefix_that_is_used_again_counts_as_prompt(strategy: str, sampling: A
 
 
 @pytest.mark.parametrize("strategy", ["ar", "serial_pp", "streaming"])
-@pytest.mark.parametrize("at", [7, 26, 55, 71, 90])
-@pytest.mark.parametrize("sampling", ASKED, ids=["echo", "penalty", "echo-T1", "all"])
+@pytest.mark.parametrize("at", [26, 71, 90])
+@pytest.mark.parametrize("sampling", [ASKED[1], ASKED[3]], ids=["penalty", "all"])
 def test_an_answer_goes_on_after_a_stage_is_lost(strategy: str, at: int, sampling: Asked) -> None:
     """Its beginning comes as prompt then, and is still an answer to the processors."""
     cluster = make_cluster(3, strategy, drafter=drafter_named("ngram"))

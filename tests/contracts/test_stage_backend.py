@@ -289,8 +289,31 @@ def test_the_integer_model_says_its_own_text() -> None:
     assert max(tokens) < VOCAB
 
 
-def test_a_forward_that_fails_elsewhere_ends_one_request() -> None:
-    """The rows are cut back over there and run by each request alone; the stage serves on."""
+@pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
+def test_a_joint_forward_that_fails_elsewhere_runs_again_apart(sampling) -> None:
+    """Its rows are cut back over there, and each request runs them alone; the texts are right."""
+    backends = [RemoteBackend(model) for model in stage_models(2)]
+    joint: list[int] = []
+
+    def fails(num_requests: int) -> bool:
+        joint.append(num_requests)
+        return num_requests > 1
+
+    for backend in backends:
+        backend.worker.fails = fails
+    cluster = make_cluster(2, drafter=drafter_named("mixed"), backends=backends)
+    asked = [request(n, prompt=PROMPT[n:], sampling=sampling) for n in (1, 2, 3)]
+    for one, done in zip(asked, generate_all(cluster, asked), strict=True):
+        assert list(done.tokens) == expected(one)
+    assert sum(count > 1 for count in joint) > 5
+    check_empty(cluster)
+    for backend in backends:
+        assert backend.num_caches() == 0
+        backend.end()
+
+
+def test_a_forward_that_fails_elsewhere_ends_its_request() -> None:
+    """What it held is freed over there too; the stage serves on."""
     backend = RemoteBackend(stage_models(1)[0])
     stage = Stage(1, 1, backend)
     stage.handle(AddRequest(request=1, capacity=64, context=64), 0.0)
@@ -303,7 +326,7 @@ def test_a_forward_that_fails_elsewhere_ends_one_request() -> None:
         tokens=PROMPT,
         prefix=True,
     )
-    backend.worker.fail_next = True
+    backend.worker.fails = lambda num_requests: True
     stage.handle(rows, 0.0)
     step = stage.poll(0.0)
     assert step is not None
@@ -313,6 +336,7 @@ def test_a_forward_that_fails_elsewhere_ends_one_request() -> None:
     (failed,) = [message for message in sends if isinstance(message, Failed)]
     assert "RemoteError: MemoryError: no memory for the next layer" in failed.text
     assert backend.num_caches() == 0, "the failed request's cache is still held"
+    backend.worker.fails = lambda num_requests: False
     stage.handle(AddRequest(request=2, capacity=64, context=64), 0.0)
     stage.poll(0.0)
     assert backend.num_caches() == 1

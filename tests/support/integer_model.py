@@ -33,6 +33,7 @@ class IntegerStage:
     config = CONFIG
     device = torch.device("cpu")
     kv_bytes_per_row = 8
+    weight_bytes = 0
 
     def __init__(self, first_layer: int, last_layer: int) -> None:
         self.first_layer, self.last_layer = first_layer, last_layer

@@ -4,7 +4,7 @@ What crosses is numbers and copies of tensors, as it would between processes. On
 cache is a number and its counts of rows, so that nothing but a forward waits for an answer.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -29,7 +29,8 @@ class Worker:
         self.model = model
         self.caches: dict[int, Any] = {}
         self.inbox: Queue[tuple[str, tuple[Any, ...], Queue[Any] | None]] = Queue()
-        self.fail_next = False  # the next forward fails once its rows are in the caches
+        # whether a forward of so many requests fails, once its rows are in the caches
+        self.fails: Callable[[int], bool] = lambda num_requests: False
         Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
@@ -65,8 +66,7 @@ class Worker:
     def _run(self, rows: Sequence[tuple[int, Any, Any]], x: Tensor, features: Any) -> Any:
         requests = [RequestRows(self.caches[number], where, above) for number, where, above in rows]
         found = self.model.run(requests, x, features=features)
-        if self.fail_next:
-            self.fail_next = False
+        if self.fails(len(requests)):
             raise MemoryError("no memory for the next layer")
         return found
 
@@ -145,7 +145,7 @@ class RemoteBackend:
     def __init__(self, model: StageModel) -> None:
         self.worker = Worker(model)
         self.config, self.device = model.config, model.device
-        self.kv_bytes_per_row = model.kv_bytes_per_row
+        self.kv_bytes_per_row, self.weight_bytes = model.kv_bytes_per_row, model.weight_bytes
         self._ends = (model.first_layer, model.last_layer, model.lm_head is not None)
 
     def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:

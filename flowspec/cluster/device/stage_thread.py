@@ -3,10 +3,10 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from flowspec.cluster.device.memory import kv_rows, peak_bytes
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 from flowspec.protocol.control import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.request import ClusterError, cause_of, rank_name
 from flowspec.runtime.event_loop import EventLoop
@@ -29,7 +29,7 @@ class CancelledError(Exception):
 class LayerSource(Protocol):
     """Where a device gets its layers from."""
 
-    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
+    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageBackend[Any]:
         """The assigned layers; `report` is told of progress, and may raise CancelledError."""
 
 
@@ -118,7 +118,7 @@ class StageJob:
         lost = next((r for r in ranks if rank_name(r) == error.where and r != rank), -1)
         self._tell(Trouble(epoch=epoch, cause=error.cause[:4000], lost=lost))
 
-    def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
+    def _serve(self, model: StageBackend[Any], transport: ZmqTransport, book: AddressBook) -> None:
         assign = self.assign
         stage = Stage(assign.rank, assign.num_stages, model, shape_stable=assign.shape_stable)
         stage.kv_rows = kv_rows(model, memory_mb=assign.kv_memory_mb, num_sharing=1)
