@@ -149,7 +149,8 @@ class Session:
                 continue
             node = self.tree[proposal.node]
             node.expanded = node.expanded or not grafted
-            node.drawn_from = proposal.drawn_from or node.drawn_from
+            if not grafted:
+                node.drawn_from = proposal.drawn_from
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # what follows the last token is not asked for

@@ -96,7 +96,7 @@ class StageBackend(Protocol[Cache]):
         """Bytes that one row of a request takes in its cache."""
 
     def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
-        """Those of `layers` whose outputs `run` can give (FINAL_NORM: after the last norm)."""
+        """Those of `layers` whose outputs `run` can give; -1: what follows the last norm."""
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> Cache:
         """An empty cache for one request of at most `capacity` rows, tree rows included.

@@ -209,6 +209,7 @@ class DraftTree:
         """Forget everything below the root, also what is in flight: it will be drafted anew."""
         root = self.root
         root.children.clear()
+        root.drawn_from = ()
         root.expanded = False
         self.nodes = {root.id: root}
         self.num_sent = int(root.sent)

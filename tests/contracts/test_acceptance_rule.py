@@ -28,9 +28,9 @@ from flowspec.request import NO_NODE, NodeId, Request, SamplingParams
 from flowspec.runtime.core import Core
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.acceptance import RULES, choose, find_rule, gumbel_coupled, rule_of
-from flowspec.speculation.acceptance.base import AcceptanceRule, Needs
+from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
 from flowspec.speculation.acceptance.candidates import candidates_of
-from flowspec.speculation.acceptance.noise import Stream, uniforms
+from flowspec.speculation.acceptance.noise import NoiseStream, uniforms
 from flowspec.speculation.drafters.base import Proposal
 from flowspec.speculation.processors import warp
 from flowspec.speculation.strategies import STRATEGIES
@@ -52,7 +52,7 @@ def flip(
     found = gumbel_coupled.choose(logits, positions, seed, candidates)
     chances = logits.softmax(-1)
     for row, (position, sent) in enumerate(zip(positions, candidates, strict=True)):
-        coins = uniforms(seed, position, len(sent.tokens), Stream.ACCEPT)
+        coins = uniforms(seed, position, len(sent.tokens), NoiseStream.ACCEPT)
         for coin, token in zip(coins, sent.tokens, strict=True):
             chance = float(chances[row, token])
             if chance > 0.0 and coin < EAGER + chance:
@@ -61,7 +61,7 @@ def flip(
     return found
 
 
-COIN = AcceptanceRule(flip, Needs.TOKENS, is_exact=False, about="for these tests")
+COIN = AcceptanceRule(flip, CandidateNeeds.TOKENS, is_exact=False, about="for these tests")
 ALL = (*RULES, "coin")
 EXACT = [name for name, rule in RULES.items() if rule.is_exact]
 SAMPLED = SamplingParams(temperature=1.0, top_k=12, seed=21)
@@ -147,17 +147,17 @@ def test_temperature_0_is_greedy_by_any_rule(name: str) -> None:
 
 def test_streams_of_noise_are_apart() -> None:
     """A coin says nothing of the target's sample; the first numbers do not depend on the count."""
-    numbers = {stream: uniforms(7, 3, 4000, stream) for stream in Stream}
+    numbers = {stream: uniforms(7, 3, 4000, stream) for stream in NoiseStream}
     for stream, own in numbers.items():
         assert 0.0 < own.min() <= own.max() < 1.0
         assert (uniforms(7, 3, 5, stream) == own[:5]).all()
         assert abs(own.mean() - 0.5) < 0.03  # 6 sigma
-        for other in Stream:
+        for other in NoiseStream:
             if other is not stream:
                 distance = abs((own - 0.5) @ (numbers[other] - 0.5)) / 4000 * 12
                 assert distance < 0.1, f"{stream} and {other} go together"
-    assert not (uniforms(7, 4, 8, Stream.ACCEPT) == numbers[Stream.ACCEPT][:8]).any()
-    assert not (uniforms(8, 3, 8, Stream.ACCEPT) == numbers[Stream.ACCEPT][:8]).any()
+    assert not (uniforms(7, 4, 8, NoiseStream.ACCEPT) == numbers[NoiseStream.ACCEPT][:8]).any()
+    assert not (uniforms(8, 3, 8, NoiseStream.ACCEPT) == numbers[NoiseStream.ACCEPT][:8]).any()
 
 
 # Candidates on rows -----------------------------------------------------------------------------
@@ -175,14 +175,14 @@ def test_candidates_are_the_children_in_their_order() -> None:
     tree.extend(root, [(8, -0.5)])
     assert sent[0].tokens == (9, 3, 7)
     for name in RULES:
-        if find_rule(name).needs is Needs.NOTHING:
+        if find_rule(name).needs is CandidateNeeds.NOTHING:
             assert candidates_of(sampling_of(name), nodes) == ()
     assert candidates_of(sampling_of("coin", temperature=0.0), nodes) == ()
 
 
 def test_what_candidates_were_drawn_from_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a rule asks for it; it is bounded, and so is the number of candidates."""
-    monkeypatch.setitem(RULES, "coin", replace(COIN, needs=Needs.DISTRIBUTION))
+    monkeypatch.setitem(RULES, "coin", replace(COIN, needs=CandidateNeeds.DISTRIBUTION))
     tree = DraftTree()
     root = tree.plant(NO_NODE, 4, 0)
     tree.extend(root, [(token, -1.0) for token in range(MAX_CANDIDATES + 3)])
@@ -232,8 +232,10 @@ class DrawnSession(ScriptedSession):
         return Proposal(found.node, found.children, drawn_from=even)
 
 
-@pytest.mark.parametrize("needs", Needs)
-def test_rows_carry_what_the_rule_asks_for(needs: Needs, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("needs", CandidateNeeds)
+def test_rows_carry_what_the_rule_asks_for(
+    needs: CandidateNeeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the drafter's word to the last stage."""
     seen: list[Candidates] = []
 
@@ -248,12 +250,14 @@ def test_rows_carry_what_the_rule_asks_for(needs: Needs, monkeypatch: pytest.Mon
     rows = [s for m in messages for s in segments_of(m) if not s.prefix]
     assert rows
     for segment in rows:
-        assert len(segment.candidates) == (0 if needs is Needs.NOTHING else len(segment.nodes))
+        assert len(segment.candidates) == (
+            0 if needs is CandidateNeeds.NOTHING else len(segment.nodes)
+        )
     given = [one for one in seen if one.tokens]
-    assert bool(given) == (needs is not Needs.NOTHING)
+    assert bool(given) == (needs is not CandidateNeeds.NOTHING)
     for one in given:
         tokens = {token for token, _ in one.drawn_from}
-        assert tokens >= set(one.tokens) if needs is Needs.DISTRIBUTION else not tokens
+        assert tokens >= set(one.tokens) if needs is CandidateNeeds.DISTRIBUTION else not tokens
 
 
 # Whole answers ----------------------------------------------------------------------------------

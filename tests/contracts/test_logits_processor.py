@@ -18,7 +18,13 @@ from flowspec.protocol.messages import AddRequest, Segment
 from flowspec.request import NodeId, Request, SamplingParams
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.processors import PROCESSORS, begin_path
-from flowspec.speculation.processors.base import Chain, Filter, PathProcessor, PathState, PathStates
+from flowspec.speculation.processors.base import (
+    LogitsFilter,
+    PathProcessor,
+    PathState,
+    PathStates,
+    StateChain,
+)
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.speculation.tree import DraftTree
 from flowspec.stage.sampler import Sampler
@@ -105,7 +111,7 @@ TRIGGERS = {  # what asks for a processor of the table
     "no_echo": Asked(no_echo=True),
     "penalty": Asked(penalty=LESS),
 }
-FILTERS = [name for name, row in PROCESSORS.items() if isinstance(row, Filter)]
+FILTERS = [name for name, row in PROCESSORS.items() if isinstance(row, LogitsFilter)]
 PATHS = [*(n for n, row in PROCESSORS.items() if isinstance(row, PathProcessor)), *EXTRA]
 
 
@@ -143,7 +149,7 @@ def test_it_applies_where_it_is_asked_for(name: str) -> None:
 def test_a_filter_keeps_the_likeliest_and_knows_no_other_row(name: str) -> None:
     """Rows may come together or one by one; the argument is not changed."""
     row, sampling, logits = PROCESSORS[name], TRIGGERS[name], random_logits(6)
-    assert isinstance(row, Filter)
+    assert isinstance(row, LogitsFilter)
     before = logits.clone()
     out = row.apply(logits, sampling)
     assert torch.equal(logits, before)
@@ -186,7 +192,7 @@ def test_states_on_the_head_are_those_on_the_last_stage() -> None:
     ids = [tree.new_id() for _ in PROMPT]
     begun = begin_path(sampling, PROMPT)
     assert begun is not None
-    assert isinstance(begun, Chain)
+    assert isinstance(begun, StateChain)
     head, stage, text = PathStates(begun), PathStates(begun), list(PROMPT)
     logits = random_logits(1)[0]
     root = tree.plant(ids[-1], 5, len(PROMPT))

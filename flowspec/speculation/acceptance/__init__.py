@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowspec.protocol.messages import Candidates
 from flowspec.request import SamplingParams
-from flowspec.speculation.acceptance.base import AcceptanceRule, Needs
+from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
 from flowspec.speculation.acceptance.greedy import GREEDY
 from flowspec.speculation.acceptance.gumbel_coupled import GUMBEL_COUPLED
 from flowspec.speculation.processors import warp
@@ -52,7 +52,7 @@ def choose(
         rows = zip(states, logits, strict=True)
         logits = torch.stack([state.apply(row) for state, row in rows])
     rule = rule_of(sampling)
-    if rule.needs is not Needs.NOTHING and not candidates:
+    if rule.needs is not CandidateNeeds.NOTHING and not candidates:
         candidates = [Candidates()] * len(positions)
     if sampling.temperature > 0.0:
         logits = warp(logits, sampling)

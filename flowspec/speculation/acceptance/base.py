@@ -16,7 +16,7 @@ from torch import Tensor
 from flowspec.protocol.messages import Candidates
 
 
-class Needs(Enum):
+class CandidateNeeds(Enum):
     """What a rule must know of a row's candidates; no more than that travels."""
 
     NOTHING = "nothing"
@@ -26,7 +26,8 @@ class Needs(Enum):
 
 # (logits [n, V], positions [n], seed, candidates [n] or, where the rule needs nothing, none)
 # -> tokens [n]; row k decides the token at positions[k]. The logits are over temperature and
-# filtered, or raw under a greedy rule. All noise comes from `noise.uniforms` of seed and position.
+# filtered; at temperature 0, where the rule is greedy, they are neither. All noise comes from
+# `noise.uniforms` of seed and position, a rule's coins from NoiseStream.ACCEPT.
 Choose: TypeAlias = Callable[[Tensor, Sequence[int], int, Sequence[Candidates]], list[int]]
 
 
@@ -39,6 +40,6 @@ class AcceptanceRule:
     """
 
     choose: Choose
-    needs: Needs
+    needs: CandidateNeeds
     is_exact: bool
     about: str

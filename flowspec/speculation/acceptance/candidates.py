@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from flowspec.protocol.messages import MAX_CANDIDATES, MAX_SUPPORT, Candidates
 from flowspec.request import SamplingParams
 from flowspec.speculation.acceptance import rule_of
-from flowspec.speculation.acceptance.base import Needs
+from flowspec.speculation.acceptance.base import CandidateNeeds
 from flowspec.speculation.tree import Node
 
 
@@ -16,11 +16,11 @@ def candidates_of(sampling: SamplingParams, nodes: Sequence[Node]) -> tuple[Cand
     count. Raises ValueError where a drafter has drawn from more than MAX_SUPPORT tokens.
     """
     needs = rule_of(sampling).needs
-    if needs is Needs.NOTHING:
+    if needs is CandidateNeeds.NOTHING:
         return ()
     found = []
     for node in nodes:
-        drawn_from = node.drawn_from if needs is Needs.DISTRIBUTION else ()
+        drawn_from = node.drawn_from if needs is CandidateNeeds.DISTRIBUTION else ()
         if len(drawn_from) > MAX_SUPPORT:
             raise ValueError(
                 f"the children of node {node.id} were drawn from {len(drawn_from)} tokens, at most "

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flowspec.protocol.messages import Candidates
-from flowspec.speculation.acceptance.base import AcceptanceRule, Needs
+from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
 
 
 def choose(
@@ -16,4 +16,4 @@ def choose(
     return logits.argmax(-1).tolist()
 
 
-GREEDY = AcceptanceRule(choose, Needs.NOTHING, is_exact=True, about="the likeliest token")
+GREEDY = AcceptanceRule(choose, CandidateNeeds.NOTHING, is_exact=True, about="the likeliest token")

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from flowspec.protocol.messages import Candidates
 from flowspec.request import SamplingParams
-from flowspec.speculation.acceptance.base import AcceptanceRule, Needs
-from flowspec.speculation.acceptance.noise import Stream, uniforms
+from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
+from flowspec.speculation.acceptance.noise import NoiseStream, uniforms
 from flowspec.speculation.processors import warp
 
 
 @lru_cache(maxsize=256)
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Tensor:
     """Gumbel(0, 1) noise [V] in fp32 for the token at absolute `position`; the same everywhere."""
-    uniform = uniforms(seed, position, vocab_size, Stream.TARGET)
+    uniform = uniforms(seed, position, vocab_size, NoiseStream.TARGET)
     return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 
@@ -42,7 +42,7 @@ def choose(
 
 
 GUMBEL_COUPLED = AcceptanceRule(
-    choose, Needs.NOTHING, is_exact=True, about="a sample of the target's distribution"
+    choose, CandidateNeeds.NOTHING, is_exact=True, about="a sample of the target's distribution"
 )
 
 

@@ -9,7 +9,7 @@ from enum import IntEnum
 import numpy as np
 
 
-class Stream(IntEnum):
+class NoiseStream(IntEnum):
     """What the numbers are for; the values are part of the protocol."""
 
     TARGET = 0  # the sample of the target's own distribution
@@ -17,7 +17,7 @@ class Stream(IntEnum):
     DRAFT = 2  # children that a drafter draws from its own distribution
 
 
-def uniforms(seed: int, position: int, count: int, stream: Stream) -> np.ndarray:
+def uniforms(seed: int, position: int, count: int, stream: NoiseStream) -> np.ndarray:
     """`count` numbers [count] in (0, 1), both ends excluded, for the token at `position`.
 
     The first numbers are the same whatever the count is.

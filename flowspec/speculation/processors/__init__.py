@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from flowspec.request import SamplingParams
-from flowspec.speculation.processors.base import Chain, Filter, PathProcessor, PathState
+from flowspec.speculation.processors.base import LogitsFilter, PathProcessor, PathState, StateChain
 from flowspec.speculation.processors.filters import MIN_P, TEMPERATURE, TOP_K, TOP_P
 
-PROCESSORS: dict[str, Filter | PathProcessor] = {
+PROCESSORS: dict[str, LogitsFilter | PathProcessor] = {
     "temperature": TEMPERATURE,
     "top_k": TOP_K,
     "top_p": TOP_P,
@@ -30,7 +30,7 @@ def begin_path(
     ]
     if not states:
         return None
-    state: PathState = states[0] if len(states) == 1 else Chain(tuple(states))
+    state: PathState = states[0] if len(states) == 1 else StateChain(tuple(states))
     for token in answer:
         state = state.fork(token)
     return state
@@ -44,6 +44,6 @@ def warp(logits: Tensor, sampling: SamplingParams) -> Tensor:
     """
     assert sampling.temperature > 0.0, "greedy decoding takes the arg-max of the raw logits"
     for row in PROCESSORS.values():
-        if isinstance(row, Filter) and row.applies(sampling):
+        if isinstance(row, LogitsFilter) and row.applies(sampling):
             logits = row.apply(logits, sampling)
     return logits

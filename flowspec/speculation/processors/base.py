@@ -28,7 +28,7 @@ class PathState(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class LogitsFilter:
     """A processor without state: logits [n, V] -> logits [n, V], for rows of one request.
 
     It sees what the filters before it in the table have left. The likeliest token always stays, so
@@ -54,14 +54,14 @@ class PathProcessor:
 
 
 @dataclass(frozen=True, slots=True)
-class Chain:
+class StateChain:
     """The states of several processors at one node, applied one after the other."""
 
     states: tuple[PathState, ...]
 
-    def fork(self, token: int) -> "Chain":
+    def fork(self, token: int) -> "StateChain":
         """Each state forked."""
-        return Chain(tuple(state.fork(token) for state in self.states))
+        return StateChain(tuple(state.fork(token) for state in self.states))
 
     def apply(self, logits: Tensor) -> Tensor:
         """In the order of the table."""

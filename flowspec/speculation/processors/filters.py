@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from flowspec.request import SamplingParams
-from flowspec.speculation.processors.base import Filter
+from flowspec.speculation.processors.base import LogitsFilter
 
 
 def _temperature(logits: Tensor, sampling: SamplingParams) -> Tensor:
@@ -34,9 +34,11 @@ def _min_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return logits.masked_fill(logits < floor.to(logits.device), float("-inf"))
 
 
-TEMPERATURE = Filter(lambda s: True, _temperature, "logits over temperature")
-TOP_K = Filter(lambda s: s.top_k > 0, _top_k, "the k likeliest tokens")
-TOP_P = Filter(lambda s: s.top_p < 1.0, _top_p, "the likeliest tokens that hold probability p")
-MIN_P = Filter(
+TEMPERATURE = LogitsFilter(lambda s: True, _temperature, "logits over temperature")
+TOP_K = LogitsFilter(lambda s: s.top_k > 0, _top_k, "the k likeliest tokens")
+TOP_P = LogitsFilter(
+    lambda s: s.top_p < 1.0, _top_p, "the likeliest tokens that hold probability p"
+)
+MIN_P = LogitsFilter(
     lambda s: s.min_p > 0.0, _min_p, "tokens above a share of the likeliest one's chance"
 )
