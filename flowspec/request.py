@@ -45,6 +45,7 @@ class Latencies:
 
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
+LONGEST_NAME = 64  # characters of the name of an acceptance rule
 LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was made for so many
 
 
@@ -52,9 +53,10 @@ LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was mad
 class SamplingParams:
     """How the next token is chosen from the logits; at temperature 0 the filters do nothing.
 
-    Filters apply in this order: temperature, top-k, top-p, min-p
-    (speculation/processors/filters.py). `max_tokens` and `stop` are for callers who know them from
-    vLLM: a Request takes them for its own `max_new_tokens` and `stop`.
+    Filters apply in this order: temperature, top-k, top-p, min-p (speculation/processors/).
+    `acceptance` names the rule by which a token is chosen (speculation/acceptance/); at temperature
+    0 it is greedy. `max_tokens` and `stop` are for callers who know them from vLLM: a Request takes
+    them for its own `max_new_tokens` and `stop`.
     """
 
     temperature: float = 0.0
@@ -62,10 +64,16 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # of the most likely token's probability
     seed: int = 0
+    acceptance: str = "gumbel_coupled"
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not (0 < len(self.acceptance) <= LONGEST_NAME and self.acceptance.isascii()):
+            raise ValueError(
+                f"acceptance must be the name of a rule, 1 to {LONGEST_NAME} ASCII characters, not "
+                f"{self.acceptance[:LONGEST_NAME]!a}"
+            )
         if not 0.0 <= self.temperature <= 100.0:
             raise ValueError(f"temperature must be between 0 and 100, not {self.temperature}")
         if 0.0 < self.temperature < 1e-9:

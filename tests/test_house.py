@@ -49,12 +49,14 @@ CORE_FAMILIES = (
     "flowspec.speculation.strategies",
     "flowspec.speculation.drafters",
     "flowspec.speculation.acceptance",
+    "flowspec.speculation.processors",
 )
 CORES = (
     "flowspec.head.head",
     "flowspec.stage.stage",
     "flowspec.stage.stage_request_state",
     "flowspec.stage.executor",
+    "flowspec.stage.sampler",
     "flowspec.stage.verifier",
     "flowspec.head.request_state",
     "flowspec.head.pipeline",
@@ -70,7 +72,9 @@ CORES = (
     "flowspec.runtime.core",
     "flowspec.runtime.failures",
     "flowspec.protocol.sequencing",
+    "flowspec.model.backend",
     "flowspec.model.kv_cache",
+    "flowspec.model.linear",
     "flowspec.model.stage_model",
     "flowspec.model.attention_metadata",
     "flowspec.model.llama",
@@ -233,6 +237,34 @@ def test_transformers_stay_out_of_the_pure_modules() -> None:
     ]:
         for reached in reaches(module):
             assert not any(is_within(used, "transformers") for used in imports(reached)), module
+
+
+def test_stage_knows_its_layers_by_the_seam() -> None:
+    """What computes them is behind flowspec.model.backend; the table alone loads a backend."""
+    for module in MODULES:
+        if is_within(module, "flowspec.stage") and module != "flowspec.stage.backends":
+            used = {name for name in imports(module) if is_within(name, "flowspec.model")}
+            assert used <= {"flowspec.model.backend"}, f"{module} imports {sorted(used)}"
+            assert "flowspec.stage.backends" not in imports(module), module
+
+
+# the module of a seam's table, the table, and the contract test that runs over its rows
+SEAMS = (
+    ("flowspec.model.linear", "QUANTIZATIONS", "test_linear_method"),
+    ("flowspec.stage.backends", "BACKENDS", "test_stage_backend"),
+    ("flowspec.speculation.processors", "PROCESSORS", "test_logits_processor"),
+    ("flowspec.speculation.acceptance", "RULES", "test_acceptance_rule"),
+)
+
+
+@pytest.mark.parametrize(("module", "table", "contract"), SEAMS)
+def test_a_table_has_its_contract(module: str, table: str, contract: str) -> None:
+    """A new row is tested by being one; the table is typed by the seam's protocol."""
+    found = meanings(ROOT / "tests" / "contracts" / f"{contract}.py")
+    assert found.get(table) == f"{module}.{table}", f"{contract} does not run over {table}"
+    assert f"`{contract}.py`" in (ROOT / "docs" / "architecture.md").read_text()
+    names = [n.target for n in syntax(MODULES[module]).body if isinstance(n, ast.AnnAssign)]
+    assert table in [ast.unparse(name) for name in names], f"{module}.{table} has no type"
 
 
 def test_stage_knows_no_head() -> None:

@@ -30,6 +30,9 @@ from flowspec.request import (
         ("min_p", float("nan")),
         ("seed", -1),
         ("seed", 2**63),
+        ("acceptance", ""),
+        ("acceptance", "r" * 65),
+        ("acceptance", "règle"),
     ],
 )
 def test_bad_sampling_is_refused_by_name(field: str, value: Any) -> None:

@@ -13,7 +13,7 @@ from flowspec.engine.engine import Engine, generate_all
 from flowspec.engine.reference import LocalTarget
 from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.speculation.acceptance.gumbel_coupled import noise_rows
-from flowspec.speculation.processors.filters import warp
+from flowspec.speculation.processors import warp
 
 NEAR_TIE_EPS = 4  # rounding steps of the dtype, relative to the largest logit
 

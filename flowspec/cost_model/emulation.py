@@ -27,6 +27,8 @@ DRAFTERS = ("eagle", "eagle3", "draft_model", "ngram", "none")
 MESSAGE_BYTES = 64  # bytes of any message's header and framing
 ROW_BYTES = 20  # bytes of a row's ids and token
 NODE_BYTES = 8
+CANDIDATE_BYTES = 4  # of a row's candidate
+DRAWN_BYTES = 12  # of a token with its probability
 NOTHING_S = 1e-6  # work without cost still takes its turn
 SYSTEM_GB = 1.0  # of a device's memory, for caches and other programs
 HALF = 2  # bytes of a 16-bit number
@@ -137,6 +139,8 @@ class Emulation:
         for segment in segments_of(message):
             row = ROW_BYTES + (hidden if segment.hidden is not None else 0)
             size += len(segment.nodes) * row
+            for sent in segment.candidates:
+                size += len(sent.tokens) * CANDIDATE_BYTES + len(sent.drawn_from) * DRAWN_BYTES
         if isinstance(message, Features):
             size += len(message.nodes) * (NODE_BYTES + hidden)
         return size

@@ -14,7 +14,7 @@ from flowspec.head.head import Head
 from flowspec.head.pipeline import Pipeline
 from flowspec.head.scheduler import Scheduler
 from flowspec.model.architecture import ModelConfig, warn_once
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 from flowspec.request import ChatMessage, Decoding, Request, check_token_ids
 from flowspec.speculation.drafters import DraftSource, find_drafter
 from flowspec.speculation.drafters.base import Drafter
@@ -188,6 +188,6 @@ def build_stage(
     return stage, manifest.model_hash
 
 
-def new_stage(rank: int, num_stages: int, model: StageModel, numerics: NumericsConfig) -> Stage:
+def new_stage(rank: int, num_stages: int, model: StageBackend[Any], numerics: NumericsConfig) -> Stage:
     """A stage's core for loaded layers, however its process was started."""
     return Stage(rank, num_stages, model, batch_invariant=numerics.batch_invariant)

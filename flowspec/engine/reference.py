@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowspec.engine.engine import EngineStatus
 from flowspec.engine.stream import Event, Stream
-from flowspec.model.attention_metadata import STABLE_ROWS, run_logits, run_rows
+from flowspec.model.attention_metadata import run_rows
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.stage_model import StageModel
 from flowspec.request import (
@@ -24,7 +24,8 @@ from flowspec.request import (
     TokensOut,
     check_token_ids,
 )
-from flowspec.speculation.acceptance.gumbel_coupled import choose
+from flowspec.speculation.acceptance import choose
+from flowspec.speculation.processors import begin_path
 from flowspec.system import signals
 from flowspec.tokenizer import TextStream
 
@@ -41,29 +42,34 @@ class LocalTarget:
     def stream(self, request: Request) -> Iterator[tuple[int, Tensor]]:
         """Each next token with the logits [V] that chose it, without end: stop rules are above.
 
+        The logits are those that the processors with a state have left; filters come after them.
+
         Raises ValueError where the prompt has a token that the model has not.
         """
         prompt = request.prompt_tokens
         check_token_ids(prompt, self.model.config.vocab_size)
         context = min(len(prompt) + request.max_new_tokens, self.max_context)
-        cache = self.model.new_cache(
-            context + STABLE_ROWS, stable_context=context if self.batch_invariant else None
-        )
+        stable_context = context if self.batch_invariant else None
+        cache = self.model.new_cache(context + 1, stable_context=stable_context)
         for start in range(0, len(prompt), self.chunked_prefill_size):
             signals.check()
             ids = torch.tensor(prompt[start : start + self.chunked_prefill_size])
             where = range(start, start + len(ids))
             hidden, _ = run_rows(self.model, cache, ids, where, parents=None)
         position = len(prompt)
+        state = begin_path(request.sampling, prompt)
         while True:
             signals.check()
-            logits = run_logits(self.model, hidden[-1:], batch_invariant=self.batch_invariant)
+            logits = self.model.logits(hidden[-1:], batch_invariant=self.batch_invariant)
+            if state is not None:
+                logits = state.apply(logits[0])[None]
             token = choose(logits, [position], request.sampling)[0]
             yield token, logits[0]
             hidden, _ = run_rows(
                 self.model, cache, torch.tensor([token]), [position], parents=[COMMITTED]
             )
             cache.reroot([0], [])
+            state = None if state is None else state.fork(token)
             position += 1
 
     def generate(

@@ -14,7 +14,7 @@ from os.path import commonprefix
 from flowspec.head.calibration import Calibration, Forecasts, NodeForecast
 from flowspec.head.losses import Losses
 from flowspec.head.pipeline import Pipeline
-from flowspec.protocol.messages import AddRequest, Reroot, Segment
+from flowspec.protocol.messages import AddRequest, Candidates, Reroot, Segment
 from flowspec.request import (
     DecodeStats,
     Failure,
@@ -24,6 +24,7 @@ from flowspec.request import (
     RequestOutput,
     StageCounts,
 )
+from flowspec.speculation.acceptance.candidates import candidates_of
 from flowspec.speculation.drafters.base import (
     Drafter,
     DraftSession,
@@ -217,6 +218,7 @@ class RequestState:
             aux_hidden_state_layers=drafter.aux_hidden_state_layers,
             reuse=reuse.id if reuse is not None else 0,
             num_cached_tokens=num_cached_tokens,
+            num_prompt_tokens=len(self.request.prompt_tokens),
         )
 
     def _opening(self, reuse: "RequestState | None", num_cached_tokens: int) -> Opening:
@@ -387,6 +389,8 @@ class RequestState:
                 continue
             node = self.tree[proposal.node]
             node.expanded = node.expanded or not merged
+            if not merged:
+                node.drawn_from = proposal.drawn_from
             for child in node.children.values():
                 self.tree[child].expandable = node.expanded
             if node.position + 1 < self.context - 1:  # nothing follows the last token
@@ -449,6 +453,7 @@ class RequestState:
             tuple(node.token for node in nodes),
             prefix=False,
             verify=verify,
+            candidates=candidates_of(self.request.sampling, nodes),
         )
 
     def prefix_segment(self, most: int) -> Segment | None:
@@ -477,6 +482,7 @@ class RequestState:
         *,
         prefix: bool,
         verify: bool,
+        candidates: tuple[Candidates, ...] = (),
     ) -> Segment:
         seq_no = self.num_segments
         self.num_segments += 1
@@ -494,6 +500,7 @@ class RequestState:
             prefix=prefix,
             verify=verify,
             verdict=self.verdict,
+            candidates=candidates,
         )
 
 

@@ -6,30 +6,37 @@ the segment it came in, so that fp16 and bf16 give the same bits in every strate
 and is for verification.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, JointAttentionMetadata, TreeKVCache, Window
-from flowspec.model.stage_model import StageModel
-
-STABLE_ROWS = 32
+from flowspec.model.backend import COMMITTED, RequestRows
+from flowspec.model.kv_cache import STABLE_ROWS, JointAttentionMetadata, TreeKVCache, Window
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRows:
-    """Where n rows of one request belong; `parents` as in TreeKVCache.append_tree, None: prefix."""
+class Layers(Protocol):
+    """The layers that rows are run through: a StageModel."""
 
-    cache: TreeKVCache
-    positions: Sequence[int]
-    parents: Sequence[int] | None
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        window: Window | JointAttentionMetadata,
+        *,
+        features: Collection[int] = (),
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """One forward, as StageModel.forward."""
 
 
 def run_batch(
-    model: StageModel,
-    requests: Sequence[RequestRows],
+    model: Layers,
+    requests: Sequence[RequestRows[TreeKVCache]],
     x: Tensor,
     *,
     features: Collection[int] = (),
@@ -57,7 +64,7 @@ def run_batch(
 
 
 def run_rows(
-    model: StageModel,
+    model: Layers,
     cache: TreeKVCache,
     x: Tensor,
     positions: Sequence[int],
@@ -94,15 +101,13 @@ def run_rows(
     return torch.cat(outputs), {layer: torch.cat(pieces) for layer, pieces in taps.items()}
 
 
-def run_logits(model: StageModel, hidden: Tensor, *, batch_invariant: bool) -> Tensor:
-    """Logits [n, V] of hidden [n, H], in forwards of fixed size where asked."""
-    if not batch_invariant:
-        return model.logits(hidden)
+def in_fixed_sizes(project: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """`project` of hidden [n, H], called with STABLE_ROWS rows each time; returns [n, ...]."""
     pieces = []
     for start in range(0, len(hidden), STABLE_ROWS):
         piece = hidden[start : start + STABLE_ROWS]
         filler = piece[:1].expand(STABLE_ROWS - len(piece), -1)
-        pieces.append(model.logits(torch.cat((piece, filler)))[: len(piece)])
+        pieces.append(project(torch.cat((piece, filler)))[: len(piece)])
     return torch.cat(pieces)
 
 

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flowspec.model.backend import COMMITTED, CacheFull
 from flowspec.model.llama import Attend
 
-COMMITTED = -1  # as a parent: the last committed row
-
-
-class CacheFull(ValueError):
-    """More rows than the cache was made for."""
+STABLE_ROWS = 32  # of every forward in shape-stable mode
 
 
 @dataclass(slots=True)
@@ -188,7 +185,8 @@ class TreeKVCache:
     ) -> "TreeKVCache":
         """Another cache that begins with the first `prefix_length` committed rows of this one.
 
-        Both exist until the caller lets go of this one.
+        With `stable_context` it takes the padding of the shape-stable mode besides. Both exist
+        until the caller lets go of this one.
         """
         assert prefix_length <= min(self.prefix_length, capacity), "rows that are not there"
         num_layers, num_kv_heads, _, head_dim = self.keys.shape
@@ -196,7 +194,7 @@ class TreeKVCache:
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            capacity=capacity,
+            capacity=capacity + (0 if stable_context is None else STABLE_ROWS),
             dtype=self.keys.dtype,
             device=self.keys.device,
             stable_context=stable_context,
@@ -218,9 +216,12 @@ class TreeKVCache:
         self.num_tree_rows -= from_tree
         self.prefix_length -= num_rows - from_tree
 
+    def free(self) -> None:
+        """Nothing: the tensors go with the last reference to this cache."""
+
     @property
     def extent(self) -> tuple[int, int]:
-        """Committed rows and tree rows; see `cut_back`."""
+        """Number of committed rows and of tree rows, for `cut_back`."""
         return self.prefix_length, self.num_tree_rows
 
     def cut_back(self, extent: tuple[int, int]) -> None:

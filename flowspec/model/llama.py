@@ -13,26 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowspec.model.architecture import ModelConfig
+from flowspec.model.linear import Linear
 
 # attend(q [..., h, d], k [..., g, d], v [..., g, d]) -> [..., h, d]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Rope = tuple[Tensor, Tensor]
 
 
-class Linear(nn.Linear):
-    """nn.Linear that leaves weights without memory alone, for modules to be filled from disk."""
-
-    def reset_parameters(self) -> None:
-        """Random weights, unless on the meta device: torch imports 70 MB of compiler for that."""
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class Embedding(nn.Embedding):
-    """nn.Embedding, likewise."""
+    """nn.Embedding that leaves weights without memory alone, for modules to be filled from disk."""
 
     def reset_parameters(self) -> None:
-        """See Linear."""
+        """Random weights, except on the meta device, as in Linear."""
         if not self.weight.is_meta:
             super().reset_parameters()
 

@@ -1,24 +1,32 @@
-"""StageModel: the consecutive layers that one stage runs, with the ends of the model it owns.
+"""StageModel: the consecutive layers that one stage runs in torch, with the model's ends it owns.
+
+It is the stage backend named `torch` (flowspec/model/backend.py).
 
 Parameter names are those of the HF checkpoint, layer indices global, so that a stage's state dict
 is a plain subset of the model's.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flowspec.model.architecture import ModelConfig
-from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
-from flowspec.model.llama import Block, Embedding, Linear, RMSNorm, rope_angles, rope_frequencies
+from flowspec.model.attention_metadata import in_fixed_sizes, run_batch
+from flowspec.model.backend import RequestRows
+from flowspec.model.kv_cache import STABLE_ROWS, JointAttentionMetadata, TreeKVCache, Window
+from flowspec.model.linear import NONE, Linear, Quantization, quantize
+from flowspec.model.llama import Block, Embedding, RMSNorm, rope_angles, rope_frequencies
 
 FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
 
 
 class StageModel(nn.Module):
-    """Layers first_layer <= i < last_layer; shapes: n rows, H hidden, V vocabulary."""
+    """Layers first_layer <= i < last_layer; shapes: n rows, H hidden, V vocabulary.
+
+    `quantization` chooses how each linear layer stores its weight.
+    """
 
     def __init__(
         self,
@@ -28,6 +36,7 @@ class StageModel(nn.Module):
         last_layer: int,
         with_embedding: bool,
         with_head: bool,
+        quantization: Quantization = NONE,
     ) -> None:
         super().__init__()
         self.config = config
@@ -44,6 +53,7 @@ class StageModel(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
             if with_embedding and config.tie_word_embeddings:
                 self.lm_head.weight = body.embed_tokens.weight
+        quantize(self, quantization, tied_head=config.tie_word_embeddings)
         self._frequencies: Tensor | None = None
 
     @property
@@ -53,8 +63,15 @@ class StageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and of the hidden states that leave."""
-        return next(self.parameters()).dtype
+        """Of the hidden states that leave, and of all weights that are not quantized."""
+        if self.lm_head is not None:
+            return self.model.norm.weight.dtype
+        return self.model.layers[str(self.first_layer)].input_layernorm.weight.dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters and buffers; two names of one tensor count once."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     @property
     def kv_bytes_per_row(self) -> int:
@@ -63,12 +80,15 @@ class StageModel(nn.Module):
         return 2 * layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
-        """An empty cache for one request of at most `capacity` rows, tree rows included."""
+        """An empty cache for one request of at most `capacity` rows, tree rows included.
+
+        With `stable_context` it takes the padding of the shape-stable mode besides.
+        """
         cache = TreeKVCache(
             num_layers=self.last_layer - self.first_layer,
             num_kv_heads=self.config.num_kv_heads,
             head_dim=self.config.head_dim,
-            capacity=capacity,
+            capacity=capacity + (0 if stable_context is None else STABLE_ROWS),
             dtype=self.dtype,
             device=self.device,
             stable_context=stable_context,
@@ -117,8 +137,20 @@ class StageModel(nn.Module):
                 owned[FINAL_NORM] = x
         return x, owned
 
+    def run(
+        self,
+        requests: Sequence[RequestRows[TreeKVCache]],
+        x: Tensor,
+        *,
+        features: Collection[int] = (),
+    ) -> tuple[Tensor, Mapping[int, Tensor]]:
+        """Run the rows of several requests in one forward, as StageBackend.run."""
+        return run_batch(self, requests, x, features=features)
+
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:
         """hidden [n, H] after the last norm -> logits [n, V] in fp32."""
+        if batch_invariant:
+            return in_fixed_sizes(self.logits, hidden)
         assert self.lm_head is not None, "only the last stage has the lm_head"
         return self.lm_head(hidden).float()

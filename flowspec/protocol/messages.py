@@ -79,6 +79,26 @@ class AddRequest(OfEpoch):
     ] = ()
     reuse: Count = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
     num_cached_tokens: UInt32 = 0
+    # Leading tokens of the prefix that are the prompt; the rest was generated before a stage was
+    # lost. 0: all of it is.
+    num_prompt_tokens: UInt32 = 0
+
+
+MAX_CANDIDATES = 64  # of a row
+MAX_SUPPORT = 1024  # tokens of the distribution that a row's candidates were drawn from
+Drawn: TypeAlias = tuple[Int32, Annotated[float, Field(ge=0.0, le=1.0)]]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The child tokens that the choice after a row may consider, in the drafter's order.
+
+    `drawn_from` is the distribution that they were drawn from, as (token, probability) of all its
+    tokens; empty: they were not drawn, and each counts as certain to be proposed.
+    """
+
+    tokens: Annotated[tuple[Int32, ...], Field(max_length=MAX_CANDIDATES), FailFast()] = ()
+    drawn_from: Annotated[tuple[Drawn, ...], Field(max_length=MAX_SUPPORT), FailFast()] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +122,8 @@ class Segment(OfEpoch):
     slowest_rows: UInt32 = 0  # the slowest forward on the way so far: its rows and milliseconds
     slowest_ms: Milliseconds = 0.0
     verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
+    # of each row, fixed when it was sent; empty where the request's acceptance rule needs none
+    candidates: tuple[Candidates, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.nodes)
@@ -126,6 +148,7 @@ class Segment(OfEpoch):
             parents=tuple(self.parents[row] for row in rows),
             tokens=tuple(self.tokens[row] for row in rows),
             hidden=hidden,
+            candidates=tuple(self.candidates[row] for row in rows) if self.candidates else (),
         )
 
 

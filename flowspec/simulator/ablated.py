@@ -7,11 +7,12 @@ arrangement.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from flowspec.head.head import Head
-from flowspec.model.kv_cache import TreeKVCache
+from flowspec.model.backend import StageBackend, StageCache
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import DATA, EVERY_STAGE, HEAD, AddRequest, Message, Segment
 from flowspec.runtime.core import Core, Send, Step
@@ -28,6 +29,7 @@ def arrange(head: Head, stages: Sequence[Stage]) -> tuple[Core, list[Stage]]:
         return head, [_like(stage, UnprunedStage, stage.model) for stage in stages]
     if without is Without.LAST_STAGE_VERDICT:
         *first, last = stages
+        assert isinstance(last.model, StageModel), "only the torch backend can be taken apart"
         layers, end = _apart(last.model)
         # a last stage without layers, at the head's rank
         decider = Stage(HEAD, HEAD, end, batch_invariant=last.batch_invariant)
@@ -47,7 +49,7 @@ class UnprunedStage(Stage):
         state = self.requests.get(segment.request)
         return Part(state, segment) if state is not None else super()._admit(segment)
 
-    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
+    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> StageCache:
         """Make a cache with room for the dead rows, which the head does not count."""
         return super()._new_cache(
             replace(message, capacity=message.capacity + MAX_TREE_ROWS), before
@@ -116,7 +118,7 @@ class DecidingHead:
         return out
 
 
-def _like(stage: Stage, kind: type[Stage], model: StageModel) -> Stage:
+def _like(stage: Stage, kind: type[Stage], model: StageBackend[Any]) -> Stage:
     return kind(stage.rank, stage.num_stages, model, batch_invariant=stage.batch_invariant)
 
 

@@ -26,7 +26,9 @@ class Node:
     sent: bool = False
     expanded: bool = False  # the drafter has proposed its children
     expandable: bool = True  # and can: it has its parent's (a merged branch it has not drafted)
-    children: dict[int, NodeId] = field(default_factory=dict)  # by token
+    children: dict[int, NodeId] = field(default_factory=dict)  # by token, as they were proposed
+    # What the children were drawn from, as (token, probability); empty: they were not drawn.
+    drawn_from: tuple[tuple[int, float], ...] = ()
 
 
 def by_score(node: Node) -> tuple[float, int]:
@@ -207,6 +209,7 @@ class DraftTree:
         """Forget everything below the root, also what is in flight: it will be drafted anew."""
         root = self.root
         root.children.clear()
+        root.drawn_from = ()
         root.expanded = False
         self.nodes = {root.id: root}
         self.num_sent = int(root.sent)

@@ -3,16 +3,15 @@
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspec.model.attention_metadata import RequestRows, run_batch, run_logits
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import RequestRows, StageBackend, StageCache
 from flowspec.protocol.messages import Segment
 from flowspec.request import check_token_ids
 from flowspec.runtime.failures import attempt
-from flowspec.speculation.acceptance.gumbel_coupled import choose
 from flowspec.stage.stage_request_state import StageRequestState
 
 
@@ -30,7 +29,7 @@ class Share:
 
     segment: Segment
     state: StageRequestState
-    rows: RequestRows
+    rows: RequestRows[StageCache]
     inputs: Tensor  # tokens [n] or hidden states [n, H]
     hidden: Tensor | None = None  # [n, H] for the next stage
     features: Mapping[int, Tensor] = field(default_factory=dict)  # [n, H] by layer
@@ -51,7 +50,12 @@ class Forward:
     """
 
     def __init__(
-        self, model: StageModel, parts: Sequence[Part], *, choose: bool, batch_invariant: bool
+        self,
+        model: StageBackend[Any],
+        parts: Sequence[Part],
+        *,
+        choose: bool,
+        batch_invariant: bool,
     ) -> None:
         self.model = model
         self.parts = parts
@@ -133,7 +137,7 @@ class Forward:
         layers = {layer for share in shares for layer in share.state.aux_hidden_state_layers}
         rows = [share.rows for share in shares]
         inputs = torch.cat([share.inputs for share in shares])
-        hidden, features = run_batch(self.model, rows, inputs, features=layers)
+        hidden, features = self.model.run(rows, inputs, features=layers)
         sizes = [len(share.rows.positions) for share in shares]
         own_hidden = hidden.split(sizes)
         own_features = {layer: whole.split(sizes) for layer, whole in features.items()}
@@ -151,8 +155,9 @@ class Forward:
         if not asked:
             return
         rows = torch.cat([own[-share.num_asked :] for share, own in asked])
-        logits = run_logits(self.model, rows, batch_invariant=self._batch_invariant)
+        logits = self.model.logits(rows, batch_invariant=self._batch_invariant)
         counts = [share.num_asked for share, _ in asked]
         for (share, _), own in zip(asked, logits.split(counts), strict=True):
             positions = [position + 1 for position in share.rows.positions[-share.num_asked :]]
-            share.choices = choose(own, positions, share.state.opened.sampling)
+            assert share.state.sampler is not None, "tokens are chosen on the last stage alone"
+            share.choices = share.state.sampler.choose(own, positions, share.segment)

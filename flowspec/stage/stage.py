@@ -12,13 +12,12 @@ What fails in the work for one request ends that request here, and the head is t
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flowspec.model.attention_metadata import STABLE_ROWS
-from flowspec.model.kv_cache import TreeKVCache
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend, StageCache
 from flowspec.protocol.messages import (
     EVERY_STAGE,
     HEAD,
@@ -42,7 +41,9 @@ from flowspec.protocol.messages import (
 from flowspec.request import LONGEST_CONTEXT, NodeId, cause_of
 from flowspec.runtime.core import Send, Step, Work
 from flowspec.runtime.failures import Failures
+from flowspec.speculation.acceptance import rule_of
 from flowspec.stage.executor import Forward, Part, Share
+from flowspec.stage.sampler import Sampler
 from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
 
@@ -67,7 +68,7 @@ class RequestCounts:
 
 
 class Stage:
-    """Rank 1..num_stages of the pipeline; `model` holds its layers.
+    """Rank 1..num_stages of the pipeline; the backend `model` computes its layers.
 
     `num_kv_tokens`, if set, is what all requests' caches together may take, in rows; 0: no limit.
     A stage that takes the place of a lost one begins with the head's `epoch`.
@@ -77,7 +78,7 @@ class Stage:
         self,
         rank: int,
         num_stages: int,
-        model: StageModel,
+        model: StageBackend[Any],
         *,
         batch_invariant: bool = False,
         epoch: int = 0,
@@ -89,7 +90,7 @@ class Stage:
         self.epoch = epoch  # what is older concerns a pipeline that is no more
         self.num_kv_tokens = 0
         self.requests: dict[int, StageRequestState] = {}  # kept ones included
-        self.failures = Failures(on_failure=lambda request: self.requests.pop(request, None))
+        self.failures = Failures(on_failure=self._forget)
         self.queue: deque[AddRequest | Segment | Batch | FinishRequest] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
@@ -127,7 +128,7 @@ class Stage:
             case Reroot():
                 return self._reroot(message)
             case FreeRequest():
-                self.requests.pop(message.request, None)
+                self._forget(message.request)
             case Ping():
                 return [self._status(now)]
             case AddRequest() | Segment() | Batch() | FinishRequest():
@@ -141,7 +142,8 @@ class Stage:
         epoch = epoch_of(message)
         if epoch is not None and epoch > self.epoch:
             self.epoch, self.num_closes = epoch, 0
-            self.requests.clear()
+            for request in list(self.requests):
+                self._forget(request)
             self.counts.clear()
             self.queue.clear()
         return epoch in (None, self.epoch)
@@ -183,6 +185,7 @@ class Stage:
             aux_hidden_state_layers=layers,
             features={layer: [] for layer in layers},
             verifier=Verifier() if self.is_last else None,
+            sampler=self._new_sampler(message, before) if self.is_last else None,
         )
         if message.num_cached_tokens:
             state.tip, state.tip_position = (
@@ -193,14 +196,24 @@ class Stage:
         self.counts[message.request] = RequestCounts()
         return self._pass_on(message)
 
-    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> TreeKVCache:
-        capacity = message.capacity + (STABLE_ROWS if self.batch_invariant else 0)
+    def _new_cache(self, message: AddRequest, before: StageRequestState | None) -> StageCache:
         context = message.context if self.batch_invariant else None
         if before is None:
-            return self.model.new_cache(capacity, stable_context=context)
+            return self.model.new_cache(message.capacity, stable_context=context)
         return before.cache.resized(
-            capacity, prefix_length=message.num_cached_tokens, stable_context=context
+            message.capacity, prefix_length=message.num_cached_tokens, stable_context=context
         )
+
+    def _new_sampler(self, message: AddRequest, before: StageRequestState | None) -> Sampler:
+        if before is None or before.sampler is None:
+            return Sampler(message)
+        return Sampler(message, before.sampler.tokens[: message.num_cached_tokens])
+
+    def _forget(self, request: int) -> None:
+        """Free what is held of the request, if anything is."""
+        state = self.requests.pop(request, None)
+        if state is not None:
+            state.cache.free()
 
     def _refusal(self, message: AddRequest, before: StageRequestState | None) -> str:
         """Why this request cannot have the cache it asks for; checked before memory is taken."""
@@ -224,6 +237,10 @@ class Stage:
                 f"{message.num_cached_tokens} rows of request {message.reuse} were to be used "
                 f"again, {have} are here"
             )
+        try:
+            rule_of(message.sampling)
+        except ValueError as error:
+            return str(error)
         return ""
 
     def _close(self, message: FinishRequest) -> list[Send]:
@@ -231,7 +248,7 @@ class Stage:
         self.num_closes += 1
         sends: list[Send] = []
         if not message.keep:
-            self.requests.pop(message.request, None)
+            self._forget(message.request)
         elif message.verdict is not None:
             sends += self._reroot(message.verdict)
         return [*sends, *self._pass_on(message)]

@@ -1,12 +1,13 @@
-"""StageRequest: what a stage keeps of a request: its cache and which node lies in which row."""
+"""StageRequestState: what a stage keeps of a request: its cache, and which node is in which row."""
 
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from flowspec.model.kv_cache import COMMITTED, TreeKVCache
+from flowspec.model.backend import COMMITTED, StageCache
 from flowspec.protocol.messages import AddRequest, Reroot, Segment
 from flowspec.request import NO_NODE, NodeId
+from flowspec.stage.sampler import Sampler
 from flowspec.stage.verifier import Verifier
 
 
@@ -15,9 +16,10 @@ class StageRequestState:
     """One request on one stage. Lists run parallel to the cache's tree rows."""
 
     opened: AddRequest
-    cache: TreeKVCache
+    cache: StageCache
     aux_hidden_state_layers: tuple[int, ...]
-    verifier: Verifier | None
+    verifier: Verifier | None  # on the last stage, as is the sampler
+    sampler: Sampler | None = None
     tip: NodeId = NO_NODE  # newest committed node
     tip_position: int = -1
     next_token: int | None = None  # the verdict after the tip, once known
@@ -50,9 +52,13 @@ class StageRequestState:
         """Enter a segment's rows: their positions, and their parents as rows (None: prefix)."""
         if not segment.prefix:
             parents = self.add_rows(segment)
+            if self.sampler is not None:
+                self.sampler.enter(segment)
             return self.positions[-len(segment.nodes) :], parents
         first, n = self.tip_position + 1, len(segment.nodes)
         self.tip, self.tip_position = segment.nodes[-1], first + n - 1
+        if self.sampler is not None:
+            self.sampler.extend(segment.tokens, is_end=segment.verify)
         return list(range(first, first + n)), None
 
     def add_rows(self, segment: Segment) -> list[int]:
@@ -90,6 +96,9 @@ class StageRequestState:
             self.tip_position = self.positions[path[-1]]
         self.tip, self.next_token = verdict.parent, verdict.token
         self.verdict_position = verdict.position
+        if self.sampler is not None:
+            committed = [self.tokens[row] for row in path]
+            self.sampler.reroot(committed, verdict.parent, [self.nodes[row] for row in keep])
         self.nodes = [self.nodes[row] for row in keep]
         self.parents = [self.parents[row] for row in keep]
         self.tokens = [self.tokens[row] for row in keep]

@@ -21,7 +21,7 @@ from flowspec.model.attention_metadata import run_rows
 from flowspec.model.kv_cache import COMMITTED, TreeKVCache
 from flowspec.model.stage_model import FINAL_NORM, StageModel
 from flowspec.request import NO_NODE, Request, SamplingParams
-from flowspec.speculation.acceptance.gumbel_coupled import choose
+from flowspec.speculation.acceptance import choose
 from flowspec.speculation.drafters.base import Opening
 from flowspec.speculation.drafters.checkpoint.kind import draft_weights, read_draft, recognise
 from flowspec.speculation.drafters.eagle.drafter import EagleDrafter

@@ -14,6 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flowspec.model.architecture import DTYPES, ModelConfig, be_silent, read_config, read_json
+from flowspec.model.linear import (
+    Quantization,
+    checkpoint_shapes,
+    find_quantization,
+    load_weights,
+)
 from flowspec.model.rope import Warn
 from flowspec.model.stage_model import StageModel
 from flowspec.weights.checkpoint import EMBEDDING, LM_HEAD, TOKENIZER_FILES, open_checkpoint
@@ -47,6 +53,7 @@ def load_stage(
     *,
     device: torch.device | str = "cpu",
     dtype: str | None = None,
+    quantization: str = "none",
     verify: bool = True,
 ) -> StageModel:
     """Load stage 1..N of a split model; `verify` compares the files' sha256 with the manifest.
@@ -55,7 +62,9 @@ def load_stage(
     one.
     """
     first, last = read_manifest(Path(folder)).layer_range(stage)
-    return load_stage_range(folder, first, last, device=device, dtype=dtype, verify=verify)
+    return load_stage_range(
+        folder, first, last, device=device, dtype=dtype, quantization=quantization, verify=verify
+    )
 
 
 def load_stage_range(
@@ -65,19 +74,22 @@ def load_stage_range(
     *,
     device: torch.device | str = "cpu",
     dtype: str | None = None,
+    quantization: str = "none",
     verify: bool = True,
 ) -> StageModel:
     """Load layers `first` to `last` (exclusive) of a split model as one stage, across its parts.
 
     The range must begin and end where parts do; a model split into single layers allows every
     range. The first layer brings the embedding, the last one the norm and the lm_head. Only the
-    folders of these parts are needed. Raises ValueError as `load_stage` does.
+    folders of these parts are needed. `quantization` names how linear layers
+    store their weight (flowspec/model/linear.py). Raises ValueError as `load_stage` does.
     """
+    chosen = find_quantization(quantization)
     folder = Path(folder)
     manifest = read_manifest(folder)
     stages = manifest.stages_of(first, last)
     configs = [_stage_config(folder, manifest, stage, verify=verify) for stage in stages]
-    model = _empty_stage(configs[0], first, last)
+    model = _empty_stage(configs[0], first, last, chosen)
     tensors: dict[str, Tensor] = {}
     for stage in stages:
         path = check_file(folder, manifest, f"{stage_folder(stage)}/{WEIGHTS_NAME}", verify=verify)
@@ -107,12 +119,14 @@ def load_whole(
     *,
     device: torch.device | str = "cpu",
     dtype: str | None = None,
+    quantization: str = "none",
     verify: bool = True,
 ) -> StageModel:
     """Load the target alone: all layers, embedding and lm_head, of a HF folder or a split model.
 
-    Raises ValueError as `open_checkpoint` and `load_stage` do.
+    Raises ValueError as `open_checkpoint` and `load_stage_range` do.
     """
+    chosen = find_quantization(quantization)
     folder = Path(folder)
     if (folder / MANIFEST_NAME).exists():
         manifest = read_manifest(folder)
@@ -131,7 +145,7 @@ def load_whole(
         tensors.update(read_tensors(path, device=device, dtype=dtype))
     if config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
-    return _fill_stage(_empty_stage(config, 0, config.num_layers), tensors, folder)
+    return _fill_stage(_empty_stage(config, 0, config.num_layers, chosen), tensors, folder)
 
 
 def load_head_part(
@@ -227,11 +241,9 @@ def fill(model: Net, tensors: Mapping[str, Tensor], where: Path) -> Net:
 
     Raises ValueError unless they fit.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    check_tensors(expected, tensors, where)
-    # Not strict: only one of two tied names is given, and all names have been compared above.
-    model.load_state_dict(dict(tensors), strict=False, assign=True)
-    return model.requires_grad_(False).eval()
+    check_tensors(checkpoint_shapes(model), tensors, where)
+    load_weights(model, tensors)
+    return model.eval()
 
 
 def _part_config(
@@ -260,7 +272,9 @@ def _check_tokenizer_files(folder: Path, manifest: Manifest, *, verify: bool) ->
             )
 
 
-def _empty_stage(config: ModelConfig, first: int, last: int) -> StageModel:
+def _empty_stage(
+    config: ModelConfig, first: int, last: int, quantization: Quantization
+) -> StageModel:
     with torch.device("meta"):
         return StageModel(
             config,
@@ -268,6 +282,7 @@ def _empty_stage(config: ModelConfig, first: int, last: int) -> StageModel:
             last_layer=last,
             with_embedding=first == 0,
             with_head=last == config.num_layers,
+            quantization=quantization,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-import flowspec.stage.executor
+import flowspec.stage.sampler
 from flowspec.engine.engine import generate_all
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.losses import MAX_RECENT, MIN_ALONE
@@ -113,7 +113,7 @@ STAGE_POINTS = {
     "reroot": broken(StageRequestState, "reroot", lambda state, verdict: stage_of(state)),
     "features": broken(Stage, "_keep_features", lambda stage, share: stage_of(share.state)),
     "sampling": broken(
-        flowspec.stage.executor, "choose", lambda logits, positions, sampling: sampling.seed == SEED
+        flowspec.stage.sampler, "choose", lambda logits, positions, sampling: sampling.seed == SEED
     ),
     "verdict": broken(Stage, "_verdict", lambda stage, state, segment: stage_of(state)),
 }

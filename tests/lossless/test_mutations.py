@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-import flowspec.stage.executor
+import flowspec.stage.sampler
 from flowspec.engine.engine import generate
 from flowspec.head.head import Head
 from flowspec.model.kv_cache import TreeKVCache
@@ -151,12 +151,12 @@ def walk_past_a_mismatch(patch: Patch) -> None:
 
 def noise_of_another_position(patch: Patch) -> None:
     """The target's token is chosen with the noise that the drafter ranks the row itself by."""
-    choose = flowspec.stage.executor.choose
+    choose = flowspec.stage.sampler.choose
 
-    def early(logits, positions, sampling):
-        return choose(logits, [position - 1 for position in positions], sampling)
+    def early(logits, positions, sampling, **row):
+        return choose(logits, [position - 1 for position in positions], sampling, **row)
 
-    patch.setattr(flowspec.stage.executor, "choose", early)
+    patch.setattr(flowspec.stage.sampler, "choose", early)
 
 
 def move_no_rows(patch: Patch) -> None:

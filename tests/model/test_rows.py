@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flowspec.model.attention_metadata import STABLE_ROWS, run_logits, run_rows
+from flowspec.model.attention_metadata import STABLE_ROWS, run_rows
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.stage_model import FINAL_NORM, StageModel
 from tests.support.models import cut, make_model, split_model
@@ -46,7 +46,7 @@ def run(model: StageModel, chunk: int, sizes: Sequence[int], *, stable: bool) ->
         one([TOKENS[r] for r in rows], [depth[r] for r in rows], [PARENTS[r] for r in rows])
     assert (cache.prefix_length, cache.num_tree_rows) == (len(PROMPT), len(PARENTS))
     states = torch.cat(hidden)
-    logits = [run_logits(model, piece, batch_invariant=stable) for piece in hidden]
+    logits = [model.logits(piece, batch_invariant=stable) for piece in hidden]
     return [states, torch.cat(middle), torch.cat(last), torch.cat(logits)]
 
 
@@ -110,7 +110,7 @@ def test_padding_leaves_no_trace(count: int) -> None:
     assert hidden.shape[0] == owned[0].shape[0] == cache.prefix_length == count
     run_rows(FP32, cache, tokens, [count] * count, parents=[COMMITTED] * count)
     assert (cache.prefix_length, cache.num_tree_rows) == (count, count)
-    logits = run_logits(FP32, hidden, batch_invariant=True)
+    logits = FP32.logits(hidden, batch_invariant=True)
     torch.testing.assert_close(logits, FP32.logits(hidden), atol=1e-4, rtol=1e-4)
 
 

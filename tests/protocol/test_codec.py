@@ -75,6 +75,7 @@ SAMPLING = st.builds(
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**63 - 1),
+    acceptance=st.text("aZ_-0", min_size=1, max_size=64),
 )
 REROOT = st.builds(Reroot, epoch=U32, request=COUNT, position=U32, parent=I64, token=I32)
 OPEN = st.builds(
@@ -87,6 +88,7 @@ OPEN = st.builds(
     aux_hidden_state_layers=st.lists(I32, max_size=5).map(tuple),
     reuse=COUNT,
     num_cached_tokens=U32,
+    num_prompt_tokens=U32,
 )
 
 

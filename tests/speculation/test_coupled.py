@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flowspec.request import SamplingParams
+from flowspec.speculation.acceptance import choose
 from flowspec.speculation.acceptance.gumbel_coupled import (
-    choose,
     draft_scores,
     gumbel_noise,
     noise_rows,
 )
-from flowspec.speculation.processors.filters import warp
+from flowspec.speculation.processors import warp
 
 FALSE_ALARM = 1e-6
 

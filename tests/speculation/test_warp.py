@@ -9,7 +9,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from flowspec.request import SamplingParams
-from flowspec.speculation.processors.filters import warp
+from flowspec.speculation.processors import warp
 
 NEAR = 1e-5  # rows with a decision this close are skipped: fp32 and fp64 may differ there
 

@@ -142,6 +142,8 @@ def _value(hint: Any, name: str, rows: int, number: int, given: bool) -> Any:
         return inner[0]
     if origin in (types.UnionType, Union):
         return _value(inner[0], name, rows, number, given) if given else None
+    if name == "candidates":
+        return ()  # these have no place in a frame yet
     if origin is tuple and is_dataclass(inner[0]):
         parts = [_value(inner[0], name, rows, number, given) for _ in range(max(rows, 1))]
         return tuple(_of_request(part, i + 1) for i, part in enumerate(parts))

@@ -16,6 +16,7 @@ from flowspec.head.pipeline import Pipeline
 from flowspec.head.scheduler import Scheduler
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.attention_metadata import run_rows
+from flowspec.model.backend import StageBackend
 from flowspec.protocol.messages import Batch, FinishRequest, Message, Segment
 from flowspec.request import Decoding, Request, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
@@ -99,6 +100,9 @@ def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     assert all(len(column) == count for column in lists), "the row lists are not parallel"
     assert state.cache.num_tree_rows == count, "cache and row lists disagree"
     assert state.cache.prefix_length == state.tip_position + 1, "the path was not committed"
+    if state.sampler is not None:
+        assert len(state.sampler.tokens) == state.tip_position + 1, "committed tokens are missing"
+        assert state.sampler.num_states in (0, count), "a state without a row, or the reverse"
     for row, (node, parent) in enumerate(zip(state.nodes, state.parents, strict=True)):
         assert state.rows[node] == row
         if not pruned:
@@ -157,11 +161,13 @@ def make_cluster(
     limits: Mapping[str, int] = {},
     model: ModelConfig = CONFIG,
     beside: Sequence[Core] = (),
+    backends: Sequence[StageBackend[Any]] = (),
     **decode: Any,
 ) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and batch-invariant.
+    With `bf16` the stages run in bfloat16 and batch-invariant. `backends` compute the layers in place
+    of the tiny model's own.
     """
     chunk = decode.pop("chunked_prefill_size", 5)
     head = Head(
@@ -175,9 +181,10 @@ def make_cluster(
         {"scripted": drafter or ScriptedDrafter(mixed)},
         new_text=new_text,
     )
+    parts = backends or stage_models(num_stages, bf16=bf16, config=model)
     stages = [
         Stage(rank, num_stages, part, batch_invariant=bf16)
-        for rank, part in enumerate(stage_models(num_stages, bf16=bf16, config=model), start=1)
+        for rank, part in enumerate(parts, start=1)
     ]
     work_time, link_time = charges
     cluster = SimulatedEngine(

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flowspec.model.backend import RequestRows
 from flowspec.model.kv_cache import TreeKVCache
 from flowspec.speculation.drafters.base import Opening, Proposal
 from flowspec.speculation.tree import DraftTree, Node
@@ -27,11 +28,12 @@ def next_token(token: int, position: int) -> int:
 
 
 class IntegerStage:
-    """A stage model over (token, position) pairs."""
+    """A StageBackend over (token, position) pairs."""
 
     config = CONFIG
     device = torch.device("cpu")
-    dtype = torch.float32
+    kv_bytes_per_row = 8
+    weight_bytes = 0
 
     def __init__(self, first_layer: int, last_layer: int) -> None:
         self.first_layer, self.last_layer = first_layer, last_layer
@@ -51,18 +53,28 @@ class IntegerStage:
         ends = (self.first_layer, self.last_layer)
         return tuple(n for n in layers if ends[0] <= n < ends[1] or (n == -1 and self.is_last))
 
-    def __call__(
-        self, x: Tensor, positions: Tensor, window: object, *, features: Collection[int] = ()
+    def run(
+        self,
+        requests: Sequence[RequestRows[TreeKVCache]],
+        x: Tensor,
+        *,
+        features: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Map tokens [n] or pairs [n, 2] to pairs; every layer's hidden state is the pair."""
-        del window
+        """Tokens [n] or pairs [n, 2] in, pairs out; every layer's hidden state is the pair."""
+        for rows in requests:
+            if rows.parents is None:
+                rows.cache.append_prefix(len(rows.positions))
+            else:
+                rows.cache.append_tree(rows.parents)
+        positions = torch.tensor([place for rows in requests for place in rows.positions])
         if x.dtype == torch.int64:
             x = torch.stack([x, positions], dim=1).float()
         assert torch.equal(x[:, 1], positions.float()), "a row is not where its parent says"
         return x, dict.fromkeys(self.owned_features(features), x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return logits with one at the next token: [n, 2] -> [n, V]."""
+    def logits(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:
+        """One at the next token: [n, 2] -> [n, V]."""
+        del batch_invariant  # whole numbers are exact in any shape
         found = torch.zeros(len(hidden), VOCAB)
         for row, (token, position) in enumerate(hidden.tolist()):
             found[row, next_token(int(token), int(position))] = 1.0

@@ -3,12 +3,13 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 from flowspec.protocol.control import Assign, FromDevice, ModelCard, Progress
 from flowspec.request import ClusterError
+from flowspec.stage.backends import StageSource, find_backend
 from flowspec.transport.secure.keys import Keys
-from flowspec.weights.load import load_stage_range
 from flowspec.weights.manifest import MANIFEST_NAME, Manifest, read_manifest
 from flowspec.weights.transfer.cache import ShardCache
 from flowspec.weights.transfer.shards import FetchProgress, fetch_manifest, fetch_shards
@@ -35,7 +36,7 @@ class DeviceLayers:
     ) -> None:
         self._cache, self._keys, self._device = cache, keys, device
         self._folder, self._may_fetch = folder, may_fetch
-        self._loaded: tuple[tuple[str, str, int, int], StageModel] | None = None
+        self._loaded: tuple[tuple[str, str, int, int], StageBackend[Any]] | None = None
         self._converted = False  # layers in another dtype than the files cannot be mapped
 
     @property
@@ -45,9 +46,9 @@ class DeviceLayers:
             return 0
         model = self._loaded[1]
         is_mapped = self._device == "cpu" and not self._converted
-        return 0 if is_mapped else sum(p.nbytes for p in model.parameters())
+        return 0 if is_mapped else model.weight_bytes
 
-    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
+    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageBackend[Any]:
         """Load the assigned layers. Raises ClusterError or ValueError that says what is missing."""
         card, first, last = assign.model, assign.first_layer, assign.last_layer
         key = (card.model_hash, card.numerics.fingerprint, first, last)
@@ -65,14 +66,15 @@ class DeviceLayers:
         self._fetch(assign, manifest, report)
         size = _num_bytes(manifest, first, last)
         report(Progress(epoch=assign.epoch, phase="load", done_bytes=0, total_bytes=size))
-        model = load_stage_range(
-            self._cache.folder(manifest),
-            first,
-            last,
+        source = StageSource(
+            folder=self._cache.folder(manifest),
+            first_layer=first,
+            last_layer=last,
             device=self._device,
             dtype=card.numerics.dtype,
             verify=False,  # all hashes have just been compared
         )
+        model = find_backend("torch").load(source)
         report(Progress(epoch=assign.epoch, phase="load", done_bytes=size, total_bytes=size))
         self._loaded, self._converted = (key, model), manifest.dtype != card.numerics.dtype
         return model

@@ -1,11 +1,12 @@
 """Memory of this machine and process, as the kernel counts it."""
 
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 
 
 def peak_bytes() -> int:
@@ -37,7 +38,7 @@ def total_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().total)
 
 
-def num_kv_tokens(model: StageModel, *, memory_mb: int, num_sharing: int) -> int:
+def num_kv_tokens(model: StageBackend[Any], *, memory_mb: int, num_sharing: int) -> int:
     """Rows of KV cache that fit `memory_mb`, or half of what is free shared by `num_sharing`.
 
     0: no limit known.

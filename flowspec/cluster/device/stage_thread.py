@@ -3,12 +3,12 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
 from flowspec.config import DeviceConfig
 from flowspec.engine.build import new_stage
-from flowspec.model.stage_model import StageModel
+from flowspec.model.backend import StageBackend
 from flowspec.protocol.control import Addresses, Assign, FromDevice, StageReady, Trouble
 from flowspec.request import ClusterError, cause_of, rank_name
 from flowspec.runtime.event_loop import EventLoop
@@ -31,7 +31,7 @@ class CancelledError(Exception):
 class LayerSource(Protocol):
     """The source of a device's layers."""
 
-    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageModel:
+    def load(self, assign: Assign, report: Callable[[FromDevice], None]) -> StageBackend[Any]:
         """Load the assigned layers; `report` gets the progress and may raise CancelledError."""
 
 
@@ -122,7 +122,7 @@ class StageJob:
         lost = next((r for r in ranks if rank_name(r) == error.where and r != rank), -1)
         self._tell(Trouble(epoch=epoch, cause=error.cause[:4000], lost=lost))
 
-    def _serve(self, model: StageModel, transport: ZmqTransport, book: AddressBook) -> None:
+    def _serve(self, model: StageBackend[Any], transport: ZmqTransport, book: AddressBook) -> None:
         assign = self.assign
         numerics = assign.model.numerics
         stage = new_stage(assign.rank, assign.num_stages, model, numerics)

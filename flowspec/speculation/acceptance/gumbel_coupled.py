@@ -13,20 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowspec.protocol.messages import Candidates
 from flowspec.request import SamplingParams
-from flowspec.speculation.processors.filters import warp
+from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
+from flowspec.speculation.acceptance.noise import NoiseStream, uniforms
+from flowspec.speculation.processors import warp
 
 
 @lru_cache(maxsize=256)
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise [V] in fp32 for the token at absolute `position`; the same everywhere.
-
-    Philox is counter-based (Salmon et al., SC 2011): key = seed, counter = position.
-    """
-    counter = np.array([0, position, 0, 0], dtype=np.uint64)  # word 0 counts within the position
-    bits = np.random.Philox(key=seed, counter=counter)
-    # (0, 1), both ends excluded, from the upper 52 bits: one more and the last would round to 1
-    uniform = ((bits.random_raw(vocab_size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    """Gumbel(0, 1) noise [V] in fp32 for the token at absolute `position`; the same everywhere."""
+    uniform = uniforms(seed, position, vocab_size, NoiseStream.TARGET)
     return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 
@@ -35,12 +32,18 @@ def noise_rows(seed: int, positions: Sequence[int], vocab_size: int) -> Tensor:
     return torch.stack([gumbel_noise(seed, position, vocab_size) for position in positions])
 
 
-def choose(logits: Tensor, positions: Sequence[int], sampling: SamplingParams) -> list[int]:
-    """The target's tokens at `positions` [n] from logits [n, V]; row k decides positions[k]."""
-    if sampling.temperature == 0.0:
-        return logits.argmax(-1).tolist()
-    noise = noise_rows(sampling.seed, positions, logits.shape[-1]).to(logits.device)
-    return (warp(logits, sampling) + noise).argmax(-1).tolist()
+def choose(
+    logits: Tensor, positions: Sequence[int], seed: int, candidates: Sequence[Candidates]
+) -> list[int]:
+    """Samples of the distributions with logits [n, V], by the noise of seed and position alone."""
+    del candidates
+    noise = noise_rows(seed, positions, logits.shape[-1]).to(logits.device)
+    return (logits + noise).argmax(-1).tolist()
+
+
+GUMBEL_COUPLED = AcceptanceRule(
+    choose, CandidateNeeds.NOTHING, is_exact=True, about="a sample of the target's distribution"
+)
 
 
 def draft_scores(

@@ -19,6 +19,8 @@ class Proposal:
     node: NodeId
     children: tuple[tuple[int, float], ...]
     sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
+    # what the children were drawn from, as (token, probability); empty: they were not drawn
+    drawn_from: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
