@@ -304,6 +304,9 @@ class NumericsConfig(Config):
     quantization: Annotated[str, _one_of("none")] = Field(
         default="none", description="How weights are kept in memory: none."
     )
+    backend: Annotated[str, _one_of("torch")] = Field(
+        default="torch", description="What computes a stage's layers: torch."
+    )
     batch_invariant: bool = Field(
         default=False, description="Fixed kernel shapes: bit-equal in 16 bits, slower."
     )

@@ -7,7 +7,6 @@ import pytest
 
 from flowspec.config import (
     RENAMED,
-    DecodeConfig,
     DeviceConfig,
     EngineConfig,
     NumericsConfig,
@@ -16,6 +15,7 @@ from flowspec.config import (
     read_engine_config,
 )
 from flowspec.request import SamplingParams
+from flowspec.speculation.strategies import strategy_config
 
 
 def read(tmp_path: Path, text: str) -> EngineConfig:
@@ -164,14 +164,14 @@ def test_override_keeps_the_rest() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"segment": 4}, "unknown key segment; known: segment_size"),
-        ({"segment_size": 0}, "segment_size must be at least 1"),
-        ({"segment_size": 1025}, "at most 1024"),
+        ({"segment": 4}, "segment is no parameter of strategy streaming; it takes: .*segment_size"),
+        ({"num_draft_steps": 4}, "num_draft_steps is no parameter of strategy streaming"),
+        ({"chunked_prefill_size": 64}, "chunked_prefill_size is no parameter"),
+        ({"segment_size": 0}, "segment_size.*greater than or equal to 1"),
+        ({"segment_size": 1025}, "segment_size.*less than or equal to 1024"),
         ({"num_draft_tokens": 0}, "num_draft_tokens"),
-        ({"num_draft_tokens": 2049}, "at most 1024"),
-        ({"num_draft_steps": 0}, "num_draft_steps"),
+        ({"num_draft_tokens": 2049}, "less than or equal to 1024"),
         ({"draft_topk": 0}, "draft_topk"),
-        ({"chunked_prefill_size": 1025}, "chunked_prefill_size"),
         ({"max_in_flight": -1}, "max_in_flight"),
         ({"max_in_flight": 1025}, "max_in_flight"),
         ({"min_score": 1.0}, "min_score"),
@@ -183,7 +183,7 @@ def test_override_keeps_the_rest() -> None:
 def test_decode_values_are_checked(values: dict[str, Any], message: str) -> None:
     """Sizes bound queues and caches on every device."""
     with pytest.raises(ValueError, match=message) as caught:
-        override(DecodeConfig(), values, where="decode")
+        strategy_config("streaming", values, where="decode")
     assert "decode" in str(caught.value)
 
 

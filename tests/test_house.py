@@ -40,6 +40,8 @@ LEVELS: dict[str, int] = {
     "flowspec.engine.build": 13,  # puts head and stage together, also for a cluster's
     "flowspec.cluster": 14,
     "flowspec.engine": 15,
+    "flowspec.cluster.controller": 16,  # a server for clients: a client of the engine itself
+    "flowspec.llm": 16,
     "flowspec.bench": 16,
     "flowspec.training": 17,
     "flowspec.cli": 18,
@@ -125,9 +127,22 @@ def syntax(path: Path) -> ast.Module:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """Return the dotted names that a module imports, anywhere in it; for flowspec, of modules."""
+    """Return the dotted names that a module imports, anywhere in it; for flowspec, of modules.
+
+    Imports for type checkers alone do not happen and are left out.
+    """
     found: set[str] = set()
-    for node in ast.walk(syntax(MODULES[module])):
+    tree = syntax(MODULES[module])
+    unreal = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for branch in node.body
+        for inner in ast.walk(branch)
+    }
+    for node in ast.walk(tree):
+        if id(node) in unreal:
+            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""Sweeps: records of runs that differ in one value, sorted by it.
+"""Sweep the records of runs that differ in one value, sorted by it.
 
 A varied value of an emulated cluster or model is part of its name ("jetson-5 link_mbps=125"); a
 varied value of the decoding is in the parameters.
@@ -95,7 +95,6 @@ _PARAMETERS = {
     "min_score": "least probability worth a row",
     "max_in_flight": "segments in the pipe, at most (0: one per stage, at least two)",
 }
-assert set(_PARAMETERS) <= {name for one in STRATEGIES.values() for name in one.parameters}
 
 _CLUSTER = ("cluster", "emulation")  # its name, and its content
 

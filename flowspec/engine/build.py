@@ -19,9 +19,10 @@ from flowspec.request import ChatMessage, Decoding, Request, check_token_ids
 from flowspec.speculation.drafters import DraftSource, find_drafter
 from flowspec.speculation.drafters.base import Drafter
 from flowspec.speculation.strategies import check_runs_for_real, find_strategy, strategy_config
+from flowspec.stage.backends import StageSource, find_backend
 from flowspec.stage.stage import Stage
 from flowspec.tokenizer import PromptError, TextStream, load_tokenizer, render_chat
-from flowspec.weights.load import load_head_part, load_stage
+from flowspec.weights.load import load_head_part
 from flowspec.weights.manifest import Manifest, read_manifest
 
 log = logging.getLogger(__name__)
@@ -183,11 +184,22 @@ def build_stage(
     """A stage's core and the model hash of the split it belongs to."""
     numerics = numerics or NumericsConfig()
     manifest = read_manifest(split_folder)
-    model = load_stage(split_folder, rank, device=device, dtype=numerics.dtype)
+    first, last = manifest.layer_range(rank)
+    source = StageSource(
+        folder=split_folder,
+        first_layer=first,
+        last_layer=last,
+        device=device,
+        dtype=numerics.dtype,
+        quantization=numerics.quantization,
+    )
+    model = find_backend(numerics.backend).load(source)
     stage = new_stage(rank, len(manifest.layers), model, numerics)
     return stage, manifest.model_hash
 
 
-def new_stage(rank: int, num_stages: int, model: StageBackend[Any], numerics: NumericsConfig) -> Stage:
+def new_stage(
+    rank: int, num_stages: int, model: StageBackend[Any], numerics: NumericsConfig
+) -> Stage:
     """A stage's core for loaded layers, however its process was started."""
     return Stage(rank, num_stages, model, batch_invariant=numerics.batch_invariant)

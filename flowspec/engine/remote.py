@@ -41,6 +41,7 @@ from flowspec.request import (
     RefusedError,
     Request,
     RequestOutput,
+    SamplingParams,
     StageCounts,
     TokensOut,
 )
@@ -374,7 +375,7 @@ def ask_of(request: Request, number: int) -> Ask:
         if decoding is not None
         else None,
         "exclusive": request.exclusive,
-        **asdict(request.sampling),
+        **_sampling_fields(request.sampling),
     }
     try:
         ask = Ask.model_validate(content, strict=False)
@@ -412,6 +413,12 @@ def _too_long(size: int) -> str:
         f"the conversation takes {size:,} bytes, at most {MAX_ASK_BYTES:,} can be sent to the "
         "head; shorten it"
     )
+
+
+def _sampling_fields(sampling: SamplingParams) -> dict[str, object]:
+    """What an Ask has of it: a request has taken the limits out."""
+    fields = asdict(sampling)
+    return {name: value for name, value in fields.items() if name not in ("max_tokens", "stop")}
 
 
 def _counts(figures: StageFigures) -> StageCounts:

@@ -57,6 +57,7 @@ from flowspec.request import (
 )
 from flowspec.runtime.core import Send, Step
 from flowspec.runtime.failures import Failures, attempt
+from flowspec.speculation.acceptance import rule_of
 from flowspec.speculation.drafters.base import Drafter, NoDrafter, Subtree
 from flowspec.speculation.drafters.merge import MergedDrafter
 from flowspec.speculation.strategies import find_strategy, resolve_decoding
@@ -221,6 +222,7 @@ class Head:
     def _new_state(self, request: Request, now: float) -> RequestState:
         """Raises ValueError where the request can never run."""
         decoding = self.resolve(request.decoding)
+        rule_of(request.sampling)
         return RequestState(
             request=request,
             decoding=decoding,

@@ -379,6 +379,7 @@ class Ask(Strict):
     top_p: Seconds = 1.0
     min_p: Seconds = 0.0
     seed: Count = 0
+    acceptance: Name = "gumbel_coupled"
     stop: Annotated[tuple[Name, ...], Field(max_length=16), FailFast()] = ()
     end_ids: Annotated[tuple[Count, ...], Field(max_length=64)] | None = None
     decoding: DecodingSpec | None = None  # None: as the cluster was served

@@ -132,6 +132,8 @@ class Segment(OfEpoch):
                 f"{count} nodes, {len(self.parents)} parents, {len(self.tokens)} tokens: these "
                 "must be as many"
             )
+        if self.candidates and len(self.candidates) != count:
+            raise ValueError(f"{count} rows have candidates for {len(self.candidates)}")
         _check_hidden(self.hidden, count)
         _check_verdict(self.verdict, self.request)
 

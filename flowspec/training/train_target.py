@@ -77,7 +77,7 @@ def make_optimizer(model: FastLlama) -> MuonAdam:
     return MuonAdam(slots)
 
 
-class Stream:
+class TokenBatches:
     """Endless micro-batches of one block length over the mix; its state is (pass, row)."""
 
     def __init__(self, sets: dict[str, list[corpus.Sample]], block: int) -> None:
@@ -192,7 +192,7 @@ def train(
     """Train or resume until the plan's minutes are spent."""
     model = FastLlama(shape)
     optimizer = make_optimizer(model)
-    streams = {block: Stream(train_sets, block) for block in (SHORT, LONG)}
+    streams = {block: TokenBatches(train_sets, block) for block in (SHORT, LONG)}
     elapsed, seen = 0.0, 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from flowspec.engine.client import HeadClient
 
 from flowspec.cli import generate as generate_module
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
-from flowspec.engine.client import HeadClient
 from flowspec.protocol.control import Ask, Done, Piece
 from flowspec.transport.secure.token import new_token
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 import flowspec.cluster.controller.epochs as engine_module
+import pytest
 from flowspec.cluster.controller.epochs import Ended
 from flowspec.cluster.controller.requests import CHARACTERS_PER_TOKEN, MIN_CHARACTERS
 from flowspec.cluster.controller.stage_statistics import StageWatch
-from flowspec.engine.build import HeadParts
 from flowspec.engine.client import HeadClient
+
+from flowspec.engine.build import HeadParts
 from flowspec.protocol import messages as wire
 from flowspec.protocol.control import (
     MAX_ASK_BYTES,

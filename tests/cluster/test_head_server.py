@@ -5,9 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flowspec.cluster.controller.epochs import CancelTicket, HeadEngine, MoreText, NewRequest
 
 import flowspec
-from flowspec.cluster.controller.epochs import CancelTicket, HeadEngine, MoreText, NewRequest
 from flowspec.cluster.controller.server import HeadServer
 from flowspec.cluster.membership.membership import Phase
 from flowspec.cluster.membership.roster import Halt

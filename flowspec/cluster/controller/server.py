@@ -488,6 +488,7 @@ def request_of(ask: Ask, max_context: int) -> Request:
             top_p=ask.top_p,
             min_p=ask.min_p,
             seed=ask.seed,
+            acceptance=ask.acceptance,
         ),
         max_new_tokens=ask.max_new_tokens,
         stop=ask.stop,

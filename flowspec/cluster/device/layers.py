@@ -72,9 +72,10 @@ class DeviceLayers:
             last_layer=last,
             device=self._device,
             dtype=card.numerics.dtype,
+            quantization=card.numerics.quantization,
             verify=False,  # all hashes have just been compared
         )
-        model = find_backend("torch").load(source)
+        model = find_backend(card.numerics.backend).load(source)
         report(Progress(epoch=assign.epoch, phase="load", done_bytes=size, total_bytes=size))
         self._loaded, self._converted = (key, model), manifest.dtype != card.numerics.dtype
         return model
