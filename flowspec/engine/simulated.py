@@ -11,7 +11,13 @@ from flowspec.engine.engine import EngineStatus, StageStatus
 from flowspec.engine.status import stage_status
 from flowspec.engine.stream import Stream
 from flowspec.head.head import Head
-from flowspec.protocol.messages import HEAD, AbortRequest, ForgetCosts, Submit
+from flowspec.protocol.messages import (
+    HEAD,
+    AbandonRequests,
+    AbortRequest,
+    ForgetCosts,
+    Submit,
+)
 from flowspec.request import ClusterError, Failure, FinishReason, Request, RequestOutput, TokensOut
 from flowspec.runtime.core import Core
 from flowspec.simulator.ablated import arrange
@@ -25,6 +31,8 @@ from flowspec.simulator.simulator import (
     unit_work,
 )
 from flowspec.stage.stage import Stage
+
+CLOSED = "the engine was closed"
 
 
 class SimulatedEngine:
@@ -63,11 +71,13 @@ class SimulatedEngine:
     def submit(self, request: Request, *, at: float | None = None) -> Stream:
         """Begin with a request now, or `at` a later virtual time in seconds.
 
-        A request that brings an id keeps it; it must be above those before.
+        A request that brings an id keeps it; it must be above those before. Raises ValueError and
+        ClusterError as `Engine.submit` does.
         """
         with self._lock:
             if self._closed:
                 raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
+            self.head.resolve(request.decoding)
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)
@@ -119,12 +129,11 @@ class SimulatedEngine:
 
     def _deliver_counts(self) -> None:
         for request, stream in list(self._counts_due.items()):
-            state = self.head.finished.get(request)
-            if state is None:
+            counts = self.head.finished.get(request)
+            is_whole = counts is not None and len(counts) == len(self.stages)
+            if counts is None or is_whole:
                 del self._counts_due[request]
-            elif len(state.stage_counts) == len(self.stages):
-                del self._counts_due[request]
-                stream.put_counts(dict(state.stage_counts))
+                stream.put_counts(counts)
 
     def _end_all(self, failure: Failure) -> None:
         for request, stream in list(self._streams.items()):
@@ -163,18 +172,27 @@ class SimulatedEngine:
             return not self._streams
 
     def forget(self) -> None:
-        """Forget learnt costs. Raises ValueError where requests are open."""
+        """Forget learnt costs. Raises as `Engine.forget` does."""
         with self._lock:
             if self._streams:
                 raise ValueError(f"{len(self._streams)} requests are open; costs are in use")
+            if self._closed == CLOSED:
+                raise ClusterError("simulator", CLOSED)
             self.simulator.submit(ForgetCosts())
             self.simulator.run()
 
     def close(self) -> None:
         """End open requests."""
         with self._lock:
-            self._closed = "it was closed"
-            self._end_all(Failure(cause="the engine was closed", rank=0))
+            failure = Failure(cause=CLOSED, rank=0)
+            self._closed = failure.cause
+            if self._streams:
+                self.simulator.submit(AbandonRequests(failure=failure))
+            while self._streams and self.step():
+                pass
+            for stream in self._counts_due.values():
+                stream.put_counts(None)
+            self._counts_due.clear()
 
 
 def emulated_engine(
