@@ -30,6 +30,7 @@ from flowspec.request import (
     cause_of,
 )
 from flowspec.runtime.event_loop import EventLoop
+from flowspec.speculation.strategies import check_runs_for_real
 
 log = logging.getLogger(__name__)
 TURN_S = 0.2  # longest wait for a message while requests are open
@@ -71,7 +72,7 @@ class HeadEngine(ABC):
         engine is closed or has failed.
         """
         self._check_open()
-        self.head.resolve(request.decoding)
+        check_runs_for_real(self.head.resolve(request.decoding).strategy)
         request = self.parts.render(request)
         with self._lock:
             self._check_open()  # whoever closes the engine ends what is registered before

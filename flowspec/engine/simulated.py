@@ -30,6 +30,7 @@ from flowspec.simulator.simulator import (
     instant_link,
     unit_work,
 )
+from flowspec.speculation.strategies import check_runs_for_real
 from flowspec.stage.stage import Stage
 
 CLOSED = "the engine was closed"
@@ -77,7 +78,8 @@ class SimulatedEngine:
         with self._lock:
             if self._closed:
                 raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
-            self.head.resolve(request.decoding)
+            if self.head.resolve(request.decoding).strategy != self.head.decoding.strategy:
+                check_runs_for_real(request.decoding.strategy)  # the pipeline is arranged already
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
 from flowspec.cluster.controller.epochs import Blamed, Crossed, Ended, StageLost
+
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS
 from flowspec.cluster.membership.roster import (
     Effect,
