@@ -78,8 +78,9 @@ class SimulatedEngine:
         with self._lock:
             if self._closed:
                 raise ClusterError("simulator", f"it takes no more requests: {self._closed}")
-            if self.head.resolve(request.decoding).strategy != self.head.decoding.strategy:
-                check_runs_for_real(request.decoding.strategy)  # the pipeline is arranged already
+            strategy = self.head.resolve(request.decoding).strategy
+            if strategy != self.head.decoding.strategy:
+                check_runs_for_real(strategy)  # the pipeline is arranged already
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)
