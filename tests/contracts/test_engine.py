@@ -88,7 +88,7 @@ def a_simulated(model: TinyModel) -> Iterator[Engine]:
         for rank in (1, 2)
     ]
     head = build_head(model.config, model.parts)
-    yield SimulatedEngine(head, stages, render=model.parts.render)
+    yield SimulatedEngine(head, stages, render=model.parts.render, work_time=lambda rank, work: 1.0)
 
 
 @contextmanager

@@ -200,11 +200,11 @@ def new_server(
 
 @contextmanager
 def cluster(
-    model: TinyModel, *names: str, keys: Keys | None = None, **settings: Any
+    model: TinyModel, *names: str, keys: Keys | None = None, port: int = 0, **settings: Any
 ) -> Iterator[InProcessCluster]:
     """A head with devices of these names; without any it waits for some."""
     keys = keys or derive_keys(new_token())
-    running = InProcessCluster(model, keys, new_server(model, keys, settings=settings))
+    running = InProcessCluster(model, keys, new_server(model, keys, port=port, settings=settings))
     running.server.start()
     try:
         if names:
