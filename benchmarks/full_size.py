@@ -24,7 +24,7 @@ from random import Random
 
 import torch
 
-from flowspec.config import EngineConfig
+from flowspec.config import DeviceConfig, EngineConfig
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalEngine

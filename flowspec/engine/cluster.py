@@ -17,9 +17,7 @@ from flowspec.cluster.device.stage_thread import AddressBook, listen
 from flowspec.cluster.membership.roster import Engage, FailRequests, Halt, Member, ResumeEpoch
 from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head
-from flowspec.engine.engine import StageStatus
 from flowspec.engine.head_engine import HeadEngine, failure_of_loss
-from flowspec.engine.status import stage_status
 from flowspec.model.architecture import read_config
 from flowspec.protocol.codec import WireError
 from flowspec.protocol.control import Addresses
@@ -27,7 +25,6 @@ from flowspec.protocol.messages import (
     AbortRequest,
     Ping,
     Resume,
-    Status,
     Submit,
     Suspend,
     WireMessage,
@@ -134,7 +131,6 @@ class ClusterEngine(HeadEngine):
         self.crossed_at: float | None = None  # when a token last came through every stage
         self.epoch_at: float | None = None  # when the epoch began
         self.epoch = 0
-        self.statuses: dict[int, Status] = {}
         self._host, self._port, self._tell = host, port, tell
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
         self._taken: deque[Order] = deque()  # orders that are looked at, not yet obeyed
@@ -171,9 +167,10 @@ class ClusterEngine(HeadEngine):
         """The epoch in which a request came; 0: between two, or it is not known any more."""
         return self._first_epochs.get(request, 0)
 
-    def stages_status(self) -> dict[int, StageStatus]:
-        """The newest totals of each stage of this epoch, by rank."""
-        return {rank: stage_status(status) for rank, status in dict(self.statuses).items()}
+    @property
+    def num_running(self) -> int:
+        """Clients' requests on the stages: the probe is nobody's."""
+        return sum(number != self._probe for number in tuple(self.head.scheduler.running))
 
     def named(self, failure: Failure) -> Failure:
         """The failure with the name of the device that holds the stage."""
@@ -188,6 +185,7 @@ class ClusterEngine(HeadEngine):
         """Obey membership, then one turn of the core, and a look at whether anything moves."""
         while (order := self._next_order()) is not None:
             self._do(order)
+            timeout_s = 0.0  # a client may have woken the network of before
         if not self._is_live:
             self.loop.transport.receive(timeout_s)
             return
@@ -245,7 +243,6 @@ class ClusterEngine(HeadEngine):
         for rank, there in enumerate(order.addresses):
             self._book[rank] = {"control": there.control, "data": there.data}
         self.epoch, self._num_stages = order.epoch, len(self._members)
-        self.statuses = {}
         self._use(self._transport)
         known = [member.num_kv_tokens for member in self._members if member.num_kv_tokens]
         self.inject(Resume(num_stages=self._num_stages, num_kv_tokens=min(known, default=0)))
@@ -265,9 +262,8 @@ class ClusterEngine(HeadEngine):
         self._drop_transport()
         self.inject(Suspend(failure=failure, blames=blames))
         self._tell_blamed()
-        if self._probe is not None:  # the next stages get one of their own
-            self.inject(AbortRequest(request=self._probe))
-            self._probe = None
+        self._abort_probe()  # the next stages get one of their own
+        self._probe = None
         self.deliver()
 
     def _tell_blamed(self) -> None:
@@ -334,28 +330,38 @@ class ClusterEngine(HeadEngine):
         """While nobody asks anything, a token goes through all stages now and then."""
         now = time.monotonic()
         recent = self.crossed_at is not None and now - self.crossed_at < PROBE_EVERY_S
-        if self._probe is not None or self.is_busy or (recent and self.statuses):
+        if self._probe is not None or self.is_busy or (recent and self.head.statuses):
             return
         if now - self._probe_failed_at < PROBE_AGAIN_S:
             return
         with self._lock:
-            self._probe, self._next_id = self._next_id, self._next_id + 1
+            if self._streams:
+                return  # a client's request is on its way to the core
+            self._probe = self._new_id()
         # it is aborted at its first token, so that it is not kept for a next turn
         eos = self.parts.eos_token_ids
         prompt = (eos[0] if eos else 0,)
         self.inject(Submit(request=Request(id=self._probe, prompt=prompt, max_new_tokens=2)))
 
     def register(self, request: Request) -> None:
-        """Note in which epoch a request has come; it is not measured together with a probe."""
+        """Note in which epoch a request has come; a probe gives way to it."""
         self._first_epochs[request.id] = self.epoch if self._is_live else 0
         while len(self._first_epochs) > MAX_REMEMBERED:
             del self._first_epochs[next(iter(self._first_epochs))]
+        self._abort_probe()
+        super().register(request)
+
+    def forget_now(self) -> None:
+        """In the engine's thread; what a probe learns would be in use."""
+        self._abort_probe()
+        super().forget_now()
+
+    def _abort_probe(self) -> None:
         if self._probe is not None:
             self.inject(AbortRequest(request=self._probe))
 
     def take_event(self, event: TokensOut | RequestOutput) -> None:
         """Pass an event on; the probe's own are used here."""
-        self.statuses.update(self.head.statuses)
         if isinstance(event, TokensOut) and event.tokens:
             self._note_crossing()
         if event.request != self._probe:

@@ -1,5 +1,6 @@
 """HeadEngine: a head's core in a thread of its own, and the streams of its requests."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -16,6 +17,7 @@ from flowspec.engine.engine import EngineStatus, StageStatus
 from flowspec.engine.status import progress_of, stage_status
 from flowspec.engine.stream import Notice, Stream
 from flowspec.head.head import Head
+from flowspec.head.request_state import RequestState
 from flowspec.protocol.codec import WireError
 from flowspec.protocol.messages import AbandonRequests, AbortRequest, ForgetCosts, Message, Submit
 from flowspec.request import (
@@ -28,12 +30,14 @@ from flowspec.request import (
     cause_of,
 )
 from flowspec.runtime.event_loop import EventLoop
+from flowspec.speculation.strategies import check_runs_for_real
 
 log = logging.getLogger(__name__)
 TURN_S = 0.2  # longest wait for a message while requests are open
 IDLE_S = 0.5  # and while none is
 JOIN_S = 5.0
 FORGET_S = 5.0
+POLL_S = 0.2
 COUNTS_S = 2.0  # for the stages to say what they did for a request that is over
 
 Command: TypeAlias = Callable[[], None]
@@ -67,17 +71,26 @@ class HeadEngine(ABC):
         Raises ValueError for what is wrong with it and known at once, ClusterError where the
         engine is closed or has failed.
         """
-        self.check()
+        self._check_open()
+        check_runs_for_real(self.head.resolve(request.decoding).strategy)
         request = self.parts.render(request)
-        self.head.resolve(request.decoding)
         with self._lock:
-            if self._closed:
-                raise ClusterError("head", f"it takes no more requests: {self._closed}", rank=0)
-            number, self._next_id = self._next_id, self._next_id + 1
-            stream = Stream(number, abort=self.abort)
-            self._streams[number] = stream
-        self.post(lambda: self._submit(replace(request, id=number)))
+            self._check_open()  # whoever closes the engine ends what is registered before
+            stream = Stream(self._new_id(), abort=self.abort)
+            self._streams[stream.request] = stream
+            # inside the lock: the core wants the ids in their order
+            self.post(lambda: self._submit(replace(request, id=stream.request)))
         return stream
+
+    def _check_open(self) -> None:
+        self.check()
+        if self._closed:
+            raise ClusterError("head", f"it takes no more requests: {self._closed}", rank=0)
+
+    def _new_id(self) -> int:
+        """The next request's number, under the lock."""
+        number, self._next_id = self._next_id, self._next_id + 1
+        return number
 
     def abort(self, request: int) -> None:
         """End a request now; one that is over stays as it is."""
@@ -90,7 +103,7 @@ class HeadEngine(ABC):
 
     def status(self) -> EngineStatus:
         """The engine now."""
-        scheduler, outage = self.head.scheduler, self.head.outage
+        outage = self.head.outage
         why = self._closed or ("" if self.failure is None else cause_of(self.failure))
         if not why and outage is not None:
             why = str(self.named(outage))
@@ -98,17 +111,27 @@ class HeadEngine(ABC):
             healthy=not why,
             why=why,
             model=self.parts.manifest.model_id,
-            num_stages=self.head.pipe.num_stages,
+            num_stages=self.num_stages_now,
             max_context=self.parts.max_context,
             strategy=self.head.decoding.strategy,
             drafters=tuple(self.parts.drafters),
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_running=(num_running := self.num_running),
+            num_waiting=max(0, len(self._streams) - num_running),
             num_finished=self._num_finished,
             num_failed=self._num_failed,
-            progress=progress_of(scheduler.running.values()),
+            progress=progress_of(self.head.scheduler.running.values()),
             stages=self.stages_status(),
         )
+
+    @property
+    def num_stages_now(self) -> int:
+        """Stages that serve; 0 while some are missing."""
+        return self.head.pipe.num_stages if self.head.outage is None else 0
+
+    @property
+    def num_running(self) -> int:
+        """Clients' requests on the stages."""
+        return len(self.head.scheduler.running)
 
     def stages_status(self) -> dict[int, StageStatus]:
         """The newest totals of each stage, by rank."""
@@ -126,23 +149,33 @@ class HeadEngine(ABC):
     def forget(self) -> None:
         """Forget what was learnt of costs and acceptance.
 
-        Raises ValueError where requests are open, ClusterError where the engine does not answer.
+        Raises ValueError where requests are open, ClusterError where the engine is closed, has
+        failed or does not answer.
         """
         done = threading.Event()
-        busy: list[int] = []
+        num_open: list[int] = []
 
         def forget() -> None:
-            busy.append(len(self._streams))
-            if not busy[0]:
-                self.inject(ForgetCosts())
+            num_open.append(len(self._streams))
+            if not num_open[0]:
+                self.forget_now()
             done.set()
 
-        self.check()
+        self._check_forget(len(self._streams))
         self.post(forget)
-        if not done.wait(FORGET_S):
-            raise ClusterError("head", f"no answer within {FORGET_S:.0f} s", rank=0)
-        if busy[0]:
-            raise ValueError(f"{busy[0]} requests are open; what they have learnt is in use")
+        end = time.monotonic() + FORGET_S
+        while not done.wait(POLL_S):
+            self._check_forget(0)
+            if time.monotonic() > end:
+                raise ClusterError("head", f"no answer within {FORGET_S:.0f} s", rank=0)
+        self._check_forget(num_open[0])
+
+    def _check_forget(self, num_open: int) -> None:
+        self.check()
+        if self.is_stopping:
+            raise ClusterError("head", self._closed, rank=0)
+        if num_open:
+            raise ValueError(f"{num_open} requests are open; what they have learnt is in use")
 
     def close(self) -> None:
         """End the thread; open requests end with an error. Safe to call twice."""
@@ -162,12 +195,12 @@ class HeadEngine(ABC):
     def stop_thread(self, why: str) -> None:
         """End the thread, if it runs, and then what is open."""
         with self._lock:
-            self._closed = self._closed or why
+            self._closed = why if not self._stopping.is_set() else self._closed
         self._stopping.set()
         self.loop.transport.wake()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=JOIN_S)
-        self._end_all(Failure(cause=why, rank=0))
+        self._end_all(Failure(cause=why, rank=0))  # those of a thread that never ran, or hangs
 
     @property
     def is_stopping(self) -> bool:
@@ -191,14 +224,13 @@ class HeadEngine(ABC):
         """The failure with the name of the device that holds the stage, where it has one."""
         return failure
 
+    def forget_now(self) -> None:
+        """In the engine's thread, while no client's request is open."""
+        self.inject(ForgetCosts())
+
     def inject(self, message: Message) -> None:
         """Give the core a message of its own process."""
         self.loop.inject(message)
-
-    def notify_all(self, text: str) -> None:
-        """Tell the readers of all open requests why their answers wait."""
-        for stream in list(self._streams.values()):
-            stream.put(Notice(text=text))
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
@@ -210,9 +242,12 @@ class HeadEngine(ABC):
                 except (ClusterError, WireError) as error:
                     self.lose(error)
                 self.deliver()
+            with contextlib.suppress(ClusterError):  # of a stage that is gone
+                self.abandon(Failure(cause=self._closed, rank=0))
         except Exception as error:
             log.exception("the head has failed")
-            self.failure = error
+            with self._lock:
+                self.failure = error
             self._end_all(Failure(cause=f"{cause_of(error)}; see its log", rank=0))
 
     def _obey(self) -> None:
@@ -229,8 +264,24 @@ class HeadEngine(ABC):
         self.inject(Submit(request=request))
         self.register(request)
 
-    def register(self, request: Request) -> None:  # noqa: B027 - a hook, for one subclass
-        """A request has come to the core."""
+    def _why_it_waits(self, request: Request) -> str:
+        """For a person, where a request waits although there is room; else empty."""
+        scheduler = self.head.scheduler
+        if not any(one.id == request.id for one in scheduler.waiting):
+            return ""  # it is over: the core has refused it
+        states = [*scheduler.running.values(), *scheduler.waiting]
+        others = [one.request for one in states if one.id != request.id]
+        if others and request.exclusive:
+            return f"it runs alone, so it waits for the ends of {len(others)} other requests"
+        if any(other.exclusive for other in others):
+            return "it waits for the end of a request that runs alone"
+        return ""
+
+    def register(self, request: Request) -> None:
+        """A request has come to the core; its reader is told where it waits for others."""
+        stream = self._streams.get(request.id)
+        if stream is not None and (why := self._why_it_waits(request)):
+            stream.put(Notice(text=why))
 
     def deliver(self) -> None:
         """Give the streams what the core has for its clients."""
@@ -240,12 +291,11 @@ class HeadEngine(ABC):
             assert isinstance(event, TokensOut | RequestOutput), "the head speaks to clients so"
             self.take_event(event)
         for request, (stream, until) in list(self._counts_due.items()):
-            state = self.head.finished.get(request)
-            if state is not None and len(state.stage_counts) == self.head.pipe.num_stages:
-                stream.put_counts(dict(state.stage_counts))
-            elif state is not None and time.monotonic() < until:
-                continue
-            del self._counts_due[request]
+            counts = self.head.finished.get(request)
+            is_whole = counts is not None and len(counts) == self.head.pipe.num_stages
+            if counts is None or is_whole or time.monotonic() >= until:
+                del self._counts_due[request]
+                stream.put_counts(dict(counts) if counts is not None and is_whole else None)
 
     def take_event(self, event: TokensOut | RequestOutput) -> None:
         """One event of a request; those of requests without a stream are ignored."""
@@ -270,13 +320,17 @@ class HeadEngine(ABC):
 
     def abandon(self, failure: Failure) -> None:
         """End every open request with this failure; the core has what was generated."""
-        self.inject(AbandonRequests(failure=failure))
-        self.deliver()
+        try:
+            self.inject(AbandonRequests(failure=failure))
+        finally:  # clients hear of it though a stage does not
+            self.deliver()
 
     def _end_all(self, failure: Failure) -> None:
-        for number in list(self._streams):
+        for stream, _ in list(self._counts_due.values()):
+            stream.put_counts(None)
+        for number, stream in list(self._streams.items()):
             reason = FinishReason.ERROR
-            state = self.head.scheduler.running.get(number)
+            state = self._state_of(number)
             if state is not None:
                 output = RequestOutput(
                     request=number,
@@ -290,6 +344,12 @@ class HeadEngine(ABC):
             else:
                 output = RequestOutput(request=number, reason=reason, error=failure)
             self._end(output)
+            stream.put_counts(None)
+
+    def _state_of(self, number: int) -> RequestState | None:
+        scheduler = self.head.scheduler
+        states = (*scheduler.running.values(), *scheduler.waiting)
+        return next((one for one in states if one.id == number), None)
 
 
 def failure_of_loss(error: ClusterError | WireError) -> Failure:

@@ -1,15 +1,16 @@
 """The target model alone, in this process: the reference every strategy must equal."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from flowspec.engine.engine import EngineStatus
-from flowspec.engine.stream import Event, Stream
+from flowspec.engine.stream import Stream
 from flowspec.model.attention_metadata import run_rows
 from flowspec.model.kv_cache import COMMITTED
 from flowspec.model.stage_model import StageModel
@@ -22,12 +23,18 @@ from flowspec.request import (
     Request,
     RequestOutput,
     TokensOut,
+    cause_of,
     check_token_ids,
 )
 from flowspec.speculation.acceptance import choose
+from flowspec.speculation.drafters import find_drafter
 from flowspec.speculation.processors import begin_path
+from flowspec.speculation.strategies import strategy_config
 from flowspec.system import signals
 from flowspec.tokenizer import TextStream
+
+log = logging.getLogger(__name__)
+CLOSED = "the engine was closed"
 
 
 @dataclass(slots=True)
@@ -99,8 +106,24 @@ class LocalTarget:
         return tokens, reason, text.text
 
 
+@dataclass(slots=True, kw_only=True)
+class _Open:
+    """A request that is not over, and what it has so far."""
+
+    request: Request
+    stream: Stream
+    chosen: Iterator[tuple[int, Tensor]]  # the tokens to come
+    text: TextStream
+    limit: int  # of new tokens
+    stats: DecodeStats
+    tokens: list[int] = field(default_factory=list)
+
+
 class ReferenceEngine:
-    """The target alone as an engine: one request after the other, in the thread that reads."""
+    """The target alone as an engine: a token of a request is computed when its stream is read.
+
+    Decoding changes no text, so any known strategy is taken, and none is used.
+    """
 
     def __init__(
         self,
@@ -113,85 +136,93 @@ class ReferenceEngine:
         self._render, self._new_text = render, new_text
         self._lock = threading.RLock()
         self._next_id = 1
-        self._open: dict[int, tuple[Stream, Iterator[Event]]] = {}
+        self._open: dict[int, _Open] = {}
         self._num_finished = self._num_failed = 0
         self._closed = ""
 
     def submit(self, request: Request) -> Stream:
-        """Begin with a request; it is computed while its stream is read."""
+        """Begin with a request. Raises ValueError and ClusterError as `Engine.submit` does."""
+        if (decoding := request.decoding) is not None:
+            strategy_config(decoding.strategy, decoding.parameters, where="decoding")
+            if decoding.drafter:
+                find_drafter(decoding.drafter)
         with self._lock:
             if self._closed:
                 raise ClusterError("reference", f"it takes no more requests: {self._closed}")
             request = self._render(request)
             number, self._next_id = self._next_id, self._next_id + 1
+            request = replace(request, id=number)
             stream = Stream(number, abort=self._abort, advance=lambda: self._advance(number))
-            self._open[number] = stream, self._events(replace(request, id=number))
+            room = self.target.max_context - len(request.prompt_tokens)
+            self._open[number] = _Open(
+                request=request,
+                stream=stream,
+                chosen=self.target.stream(request),
+                text=self._new_text(request),
+                limit=min(request.max_new_tokens, room),
+                stats=DecodeStats(submitted_at=time.monotonic()),
+            )
         return stream
 
-    def _events(self, request: Request) -> Iterator[Event]:
-        """The request's events, each computed when it is asked for."""
-        began = time.monotonic()
-        text, tokens = self._new_text(request), list[int]()
-        stats = DecodeStats(submitted_at=began)
-        room = self.target.max_context - len(request.prompt_tokens)
-        limit = min(request.max_new_tokens, room)
-
-        def output(reason: FinishReason, error: Failure | None = None) -> RequestOutput:
-            stats.finished_at = time.monotonic()
-            return RequestOutput(
-                request=request.id,
-                tokens=tuple(tokens),
-                text=text.text,
-                reason=reason,
-                stats=stats,
-                error=error,
-                num_prompt_tokens=len(request.prompt_tokens),
-            )
-
-        try:
-            if limit < 1:
-                raise ValueError(f"the prompt fills the context of {self.target.max_context}")
-            for token, _ in self.target.stream(request):
-                tokens.append(token)
-                stats.count_tokens(1, time.monotonic())
-                said, _ = text.push([token])
-                is_end = text.stopped or token in (request.eos_token_ids or ())
-                is_over = is_end or len(tokens) == limit
-                said += text.flush() if is_over else ""
-                yield TokensOut(request=request.id, tokens=(token,), text=said)
-                if is_over:
-                    yield output(FinishReason.STOP if is_end else FinishReason.LENGTH)
-                    return
-        except ValueError as error:
-            failure = Failure(cause=str(error), kind=FailureKind.REFUSED)
-            yield output(FinishReason.ERROR, failure)
-
     def _advance(self, number: int) -> bool:
-        """The next event of one request; False where there is none."""
+        """The next token of one request; False where it is over."""
         with self._lock:
-            if number not in self._open:
+            state = self._open.get(number)
+            if state is None:
                 return False
-            stream, events = self._open[number]
-            event = next(events)
-            if isinstance(event, RequestOutput):
-                self._end(number, event)
+            try:
+                reason = self._next_token(state)
+            except ValueError as error:
+                failure = Failure(cause=str(error), kind=FailureKind.REFUSED)
+                self._end(state, FinishReason.ERROR, failure)
+            except Exception as error:
+                log.exception("request %d has failed", number)
+                self._end(state, FinishReason.ERROR, Failure(cause=cause_of(error), rank=0))
             else:
-                stream.put(event)
+                if reason is not None:
+                    self._end(state, reason)
             return True
+
+    def _next_token(self, state: _Open) -> FinishReason | None:
+        """Compute a token and give it to the reader; returns why the request ends, if it does."""
+        if state.limit < 1:
+            raise ValueError(f"the prompt fills the context of {self.target.max_context} tokens")
+        token, _ = next(state.chosen)
+        state.tokens.append(token)
+        state.stats.count_tokens(1, time.monotonic())
+        text, _ = state.text.push([token])
+        reason = None
+        if state.text.stopped or token in (state.request.eos_token_ids or ()):
+            reason = FinishReason.STOP
+        elif len(state.tokens) == state.limit:
+            reason = FinishReason.LENGTH
+        if reason is not None:
+            text += state.text.flush()
+        state.stream.put(TokensOut(request=state.request.id, tokens=(token,), text=text))
+        return reason
 
     def _abort(self, number: int) -> None:
         with self._lock:
-            if number in self._open:
-                reason = FinishReason.CANCELLED
-                self._end(number, RequestOutput(request=number, reason=reason))
+            if (state := self._open.get(number)) is not None:
+                self._end(state, FinishReason.CANCELLED)
 
-    def _end(self, number: int, output: RequestOutput) -> None:
-        stream, events = self._open.pop(number)
-        events.close()  # type: ignore[attr-defined]
-        self._num_finished += output.error is None
-        self._num_failed += output.error is not None
-        stream.put(output)
-        stream.put_counts({})
+    def _end(self, state: _Open, reason: FinishReason, error: Failure | None = None) -> None:
+        del self._open[state.request.id]
+        self._num_finished += error is None
+        self._num_failed += error is not None
+        state.stats.finished_at = time.monotonic()
+        state.stream.put(
+            RequestOutput(
+                request=state.request.id,
+                tokens=tuple(state.tokens),
+                text=state.text.text,
+                reason=reason,
+                stats=state.stats,
+                error=error,
+                num_prompt_tokens=len(state.request.prompt_tokens),
+            )
+        )
+        state.stream.put_counts({})
 
     def status(self) -> EngineStatus:
         """The engine now; it has no stages."""
@@ -209,21 +240,23 @@ class ReferenceEngine:
     def drain(self, timeout_s: float) -> bool:
         """Take no more requests and compute the open ones."""
         end = time.monotonic() + timeout_s
-        self._closed = self._closed or "it is draining"
-        while self._open and time.monotonic() < end:
-            self._advance(next(iter(self._open)))
+        with self._lock:
+            self._closed = self._closed or "it is draining"
+        while (numbers := list(self._open)) and time.monotonic() < end:
+            self._advance(numbers[0])
         return not self._open
 
     def forget(self) -> None:
-        """Nothing is learnt here. Raises ValueError where requests are open."""
-        if self._open:
-            raise ValueError(f"{len(self._open)} requests are open")
+        """Nothing is learnt here. Raises as `Engine.forget` does."""
+        with self._lock:
+            if self._open:
+                raise ValueError(f"{len(self._open)} requests are open")
+            if self._closed == CLOSED:
+                raise ClusterError("reference", CLOSED)
 
     def close(self) -> None:
-        """End open requests."""
+        """End open requests with an error; they keep the tokens that they have."""
         with self._lock:
-            self._closed = "it was closed"
-            failure = Failure(cause="the engine was closed", rank=0)
-            for number in list(self._open):
-                output = RequestOutput(request=number, reason=FinishReason.ERROR, error=failure)
-                self._end(number, output)
+            self._closed = CLOSED
+            for state in list(self._open.values()):
+                self._end(state, FinishReason.ERROR, Failure(cause=CLOSED, rank=0))

@@ -1,12 +1,15 @@
 """RemoteEngine: a head somewhere else as an engine, over its encrypted control connection."""
 
+import contextlib
+import logging
 import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from types import TracebackType
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,6 +23,7 @@ from flowspec.protocol.control import (
     AskStatus,
     ClusterStatus,
     Control,
+    ControlError,
     Counts,
     DecodingSpec,
     Done,
@@ -36,6 +40,7 @@ from flowspec.protocol.control import (
 )
 from flowspec.request import (
     ClusterError,
+    DecodeStats,
     Failure,
     FinishReason,
     RefusedError,
@@ -44,18 +49,32 @@ from flowspec.request import (
     SamplingParams,
     StageCounts,
     TokensOut,
+    cause_of,
 )
 from flowspec.system.address import Address
 from flowspec.system.open_files import check_open_files
 from flowspec.transport.control_sockets import WRONG_TOKEN, ControlClient, UnreachableError
 from flowspec.transport.secure.keys import Keys
 
+log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 5.0  # of a question that a head answers at once
 POLL_S = 0.2
 MIN_FILES = 32
+HUNG_UP = "this client has hung up"
 SILENCE_S = 10.0  # of a head that serves requests, until it is asked whether it is there
 FORGOTTEN_AFTER = 3  # statuses, each after so long a silence, that say it serves nobody
+MAX_REMEMBERED = 256  # requests that are over, whose stage counts and epochs may be asked for
+MAX_REPLIES = 16  # that wait for who has asked
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request that is not over, and what has come of its answer."""
+
+    stream: Stream
+    tokens: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
 
 class RemoteEngine:
@@ -75,11 +94,10 @@ class RemoteEngine:
         self.epochs: dict[int, tuple[int, int]] = {}  # of finished requests: first and last
         self._ids = count(1)
         self._lock = threading.Lock()
-        self._streams: dict[int, Stream] = {}
-        self._partial: dict[int, tuple[list[int], str]] = {}  # tokens and text so far
-        self._over: dict[int, Stream] = {}  # whose stage counts have been asked for
+        self._open: dict[int, _Open] = {}
+        self._over: dict[int, Stream] = {}  # the newest that have ended
         self._outbox: queue.SimpleQueue[Control] = queue.SimpleQueue()
-        self._replies: queue.SimpleQueue[Control] = queue.SimpleQueue()
+        self._replies: queue.Queue[Control] = queue.Queue(MAX_REPLIES)
         self._asking = threading.Lock()  # one question at a time waits for `_replies`
         self._error: ClusterError | None = None  # why nothing more can be asked
         self._closing = threading.Event()
@@ -106,16 +124,14 @@ class RemoteEngine:
 
         Raises ValueError for what no head takes, ClusterError where the connection is lost.
         """
-        self._check()
-        if self._draining:
-            raise ClusterError(self.where, "this client takes no more requests")
+        self._check_open()
         ask = ask_of(request, next(self._ids))
         stream = Stream(ask.id, abort=self._drop, ask_counts=self._ask_counts)
         with self._lock:
-            if not self._streams:
+            self._check_open()  # whoever ends the connection ends what is registered before
+            if not self._open:
                 self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
-            self._streams[ask.id] = stream
-            self._partial[ask.id] = ([], "")
+            self._open[ask.id] = _Open(stream)
         self._post(ask)
         return stream
 
@@ -155,26 +171,28 @@ class RemoteEngine:
         """Take no more requests here and wait for this client's open ones."""
         self._draining = True
         end = time.monotonic() + timeout_s
-        while self._streams and self._thread.is_alive() and time.monotonic() < end:
+        while self._open and self._thread.is_alive() and time.monotonic() < end:
             time.sleep(0.02)
-        return not self._streams
+        return not self._open
 
     def forget(self) -> None:
         """Have the head learn costs and acceptance anew.
 
         Raises ValueError where it serves requests, ClusterError where it does not answer.
         """
-        found = self._question(Forget(id=next(self._ids)), Forgotten)
+        question = Forget(id=next(self._ids))
+        found = self._question(question, Forgotten)
         assert isinstance(found, Forgotten)
         if found.why:
             raise ValueError(found.why)
 
     def close(self) -> None:
-        """Hang up; the head ends what is open."""
+        """Hang up; what is open ends. Safe to call twice."""
         self._closing.set()
+        self.control.wake()
         if self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
-        self._end_all(Failure(cause="this client has hung up", rank=0))
+        self._end_all(Failure(cause=HUNG_UP))
 
     def _post(self, message: Control) -> None:
         self._outbox.put(message)
@@ -188,16 +206,20 @@ class RemoteEngine:
 
     def _check(self) -> None:
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # else it grows with every time
         if self._closing.is_set():
-            raise ClusterError(self.where, "this client has hung up")
+            raise ClusterError(self.where, HUNG_UP)
+
+    def _check_open(self) -> None:
+        self._check()
+        if self._draining:
+            raise ClusterError(self.where, "this client takes no more requests: it is draining")
 
     def _question(self, message: Control, kind: type[Control]) -> Control:
         """The answer to a question that a head answers at once."""
         with self._asking:
             self._check()
-            while not self._replies.empty():
-                self._replies.get()
+            self._clear_replies()
             self._post(message)
             end = time.monotonic() + ANSWER_TIMEOUT_S
             while (left := end - time.monotonic()) > 0:
@@ -208,9 +230,15 @@ class RemoteEngine:
                     continue
                 if isinstance(reply, Refuse):
                     raise RefusedError(self.where, reply.why)
-                if isinstance(reply, kind):
+                of_another = isinstance(reply, Forgotten) and reply.id != getattr(message, "id", 0)
+                if isinstance(reply, kind) and not of_another:
                     return reply
         raise ClusterError(self.where, f"no answer within {ANSWER_TIMEOUT_S:.0f} s")
+
+    def _clear_replies(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._replies.get_nowait()
 
     # The connection's thread ---------------------------------------------------------------------
 
@@ -221,56 +249,64 @@ class RemoteEngine:
                 for frame in self.control.receive(POLL_S):
                     self._take(unpack(frame))
                 self._watch()
-            self._send_posted()  # requests that are taken back
+            for number in list(self._open):
+                self._drop(number)
+            self._send_posted()
         except ClusterError as error:
-            self._error = error
+            self._fail(error)
         except UnreachableError as error:
-            self._error = ClusterError(self.where, str(error))
-        except ValueError as error:
-            self._error = ClusterError(self.where, f"it says what this client cannot read: {error}")
+            self._fail(ClusterError(self.where, str(error)))
+        except ControlError as error:
+            cause = f"it says what this client cannot read: {error}"
+            self._fail(ClusterError(self.where, cause))
+        except Exception as error:
+            log.exception("the connection to the head has failed")
+            self._fail(ClusterError(self.where, cause_of(error)))
         finally:
-            if self._error is not None:
-                self._replies.put(Note(id=0, text=""))  # whoever waits looks at the error
-                self._end_all(Failure(cause=self._error.cause, rank=0))
             self.control.close()
 
+    def _fail(self, error: ClusterError) -> None:
+        """Nothing more can be asked; what is open ends."""
+        with self._lock:
+            self._error = error
+        self._end_all(Failure(cause=error.cause, rank=0))
+
     def _send_posted(self) -> None:
-        while not self._outbox.empty():
-            self.control.send(pack(self._outbox.get()))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.control.send(pack(self._outbox.get_nowait()))
 
     def _take(self, message: Control) -> None:
-        self._heard_at, self._has_asked = time.monotonic(), False
-        self._count_idle(message)
+        self._note_word(message)
         match message:
             case Piece():
                 self._piece(message)
             case Note():
-                if (stream := self._streams.get(message.id)) is not None:
-                    stream.put(Notice(text=message.text))
+                if (found := self._open.get(message.id)) is not None:
+                    found.stream.put(Notice(text=message.text))
             case Done():
                 self._done(message)
             case Counts():
                 self._take_counts(message)
-            case Refuse():
-                self._replies.put(message)
-                if self._streams:
-                    raise RefusedError(self.where, message.why)
-            case ClusterStatus() | Forgotten():
-                self._replies.put(message)
+            case Refuse() if self._open and not self._asking.locked():
+                raise RefusedError(self.where, message.why)
+            case Refuse() | ClusterStatus() | Forgotten():
+                with contextlib.suppress(queue.Full):  # nobody waits for it
+                    self._replies.put_nowait(message)
 
     def _piece(self, message: Piece) -> None:
-        stream = self._streams.get(message.id)
-        if stream is None:
-            return
-        tokens, text = self._partial[message.id]
-        tokens.extend(message.tokens)
-        self._partial[message.id] = tokens, text + message.text
-        stream.put(TokensOut(request=message.id, tokens=message.tokens, text=message.text))
+        found = self._open.get(message.id)
+        if found is not None:
+            found.tokens.extend(message.tokens)
+            found.texts.append(message.text)
+            out = TokensOut(request=message.id, tokens=message.tokens, text=message.text)
+            found.stream.put(out)
 
     def _done(self, message: Done) -> None:
         figures = message.figures
         if figures is not None:
             self.epochs[message.id] = figures.first_epoch, figures.epoch
+            _keep_newest(self.epochs)
         self._end(
             message.id,
             message.reason,
@@ -287,47 +323,40 @@ class RemoteEngine:
         done: Done | None = None,
     ) -> None:
         with self._lock:
-            stream = self._streams.pop(request, None)
-            tokens, text = self._partial.pop(request, ([], ""))
-        if stream is None:
-            return
-        self._over[request] = stream
-        while len(self._over) > 256:
-            del self._over[next(iter(self._over))]
+            found = self._open.pop(request, None)
+            if found is None:
+                return
+            self._over[request] = found.stream
+            _keep_newest(self._over)
+        figures = done.figures if done is not None else None
         output = RequestOutput(
             request=request,
-            tokens=tuple(tokens),
-            text=text,
+            tokens=tuple(found.tokens),
+            text="".join(found.texts),
             reason=reason,
+            stats=stats_of(figures) if figures is not None else DecodeStats(),
             error=error,
             num_prompt_tokens=done.prompt_tokens if done is not None else 0,
         )
-        if done is not None and done.figures is not None:
-            output = RequestOutput(
-                request=request,
-                tokens=output.tokens,
-                text=text,
-                reason=reason,
-                stats=stats_of(done.figures),
-                error=error,
-                num_prompt_tokens=done.prompt_tokens,
-            )
-        stream.put(output)
+        found.stream.put(output)
 
     def _take_counts(self, message: Counts) -> None:
-        stream = self._over.pop(message.id, None)
-        if stream is not None and message.stages is not None:
-            stream.put_counts({one.rank: _counts(one) for one in message.stages})
+        stream = self._over.get(message.id)
+        if stream is not None:
+            stages = message.stages
+            stream.put_counts(None if stages is None else {s.rank: _counts(s) for s in stages})
 
     def _end_all(self, failure: Failure) -> None:
-        for request in list(self._streams):
+        for request in list(self._open):
             self._end(request, FinishReason.ERROR, error=failure)
+        for stream in list(self._over.values()):
+            stream.put_counts(None)  # nobody says them any more
 
     def _watch(self) -> None:
         """Ask a head that says nothing whether it is there; raises ClusterError where it is not."""
         if not self.control.is_connected:
             raise ClusterError(self.where, "connection lost")
-        if not self._streams:
+        if not self._open:
             self._heard_at = time.monotonic()
             return
         silence_s = time.monotonic() - self._heard_at
@@ -337,12 +366,18 @@ class RemoteEngine:
         if silence_s > 2 * SILENCE_S:
             raise ClusterError(self.where, f"no word from it for {silence_s:.0f} s")
 
-    def _count_idle(self, message: Control) -> None:
-        """Raises ClusterError where the head says again and again that it serves nobody."""
+    def _note_word(self, message: Control) -> None:
+        """The head lives. Raises ClusterError where it says again and again that it serves nobody.
+
+        A status that another thread has asked for says nothing of the open requests.
+        """
+        if isinstance(message, ClusterStatus) and not self._has_asked:
+            return
+        self._heard_at, self._has_asked = time.monotonic(), False
         is_idle = isinstance(message, ClusterStatus) and not (
             message.requests_active or message.requests_waiting
         )
-        self._num_idle = self._num_idle + 1 if is_idle and self._streams else 0
+        self._num_idle = self._num_idle + 1 if is_idle and self._open else 0
         if self._num_idle >= FORGOTTEN_AFTER:
             raise ClusterError(self.where, "it serves nobody now, and has not answered: ask again")
 
@@ -419,6 +454,11 @@ def _sampling_fields(sampling: SamplingParams) -> dict[str, object]:
     """What an Ask has of it: a request has taken the limits out."""
     fields = asdict(sampling)
     return {name: value for name, value in fields.items() if name not in ("max_tokens", "stop")}
+
+
+def _keep_newest(entries: dict[int, Any]) -> None:
+    while len(entries) > MAX_REMEMBERED:
+        del entries[next(iter(entries))]
 
 
 def _counts(figures: StageFigures) -> StageCounts:

@@ -26,6 +26,8 @@ from flowspec.simulator.simulator import (
 )
 from flowspec.stage.stage import Stage
 
+CLOSED = "the engine was closed"
+
 
 class SimulatedEngine:
     """Head and stages under one Simulator; reading a stream advances the clock.
@@ -134,12 +136,11 @@ class SimulatedEngine:
 
     def _deliver_counts(self) -> None:
         for request, stream in list(self._counts_due.items()):
-            state = self.head.finished.get(request)
-            if state is None:
+            counts = self.head.finished.get(request)
+            is_whole = counts is not None and len(counts) == len(self.stages)
+            if counts is None or is_whole:
                 del self._counts_due[request]
-            elif len(state.stage_counts) == len(self.stages):
-                del self._counts_due[request]
-                stream.put_counts(dict(state.stage_counts))
+                stream.put_counts(counts)
 
     def _abandon(self, failure: Failure) -> None:
         """Open requests end with this failure and with what was generated so far."""
@@ -186,19 +187,25 @@ class SimulatedEngine:
             return not self._streams
 
     def forget(self) -> None:
-        """Forget learnt costs. Raises ValueError where requests are open."""
+        """Forget learnt costs. Raises as `Engine.forget` does."""
         with self._lock:
             if self._streams:
                 raise ValueError(f"{len(self._streams)} requests are open; costs are in use")
+            if self._closed == CLOSED:
+                raise ClusterError("simulator", CLOSED)
             self.simulator.submit(ForgetCosts())
             self.simulator.run()
 
     def close(self) -> None:
         """End open requests."""
         with self._lock:
-            self._closed = "it was closed"
+            failure = Failure(cause=CLOSED, rank=0)
+            self._closed = failure.cause
             if self._streams:
-                self._abandon(Failure(cause="the engine was closed", rank=0))
+                self._abandon(failure)
+            for stream in self._counts_due.values():
+                stream.put_counts(None)
+            self._counts_due.clear()
 
 
 def emulated_engine(

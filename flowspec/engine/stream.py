@@ -1,6 +1,7 @@
 """Stream: the events of one request, read by iteration, asyncio, a callback or as a whole."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -12,8 +13,10 @@ from typing import TypeAlias
 from flowspec.request import RequestOutput, StageCounts, TokensOut
 from flowspec.system import signals
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2  # between two looks at the signals while an event is awaited
-STAGE_COUNTS_S = 2.0  # that stages may take to say what they did for a request
+STAGE_COUNTS_S = 3.0  # that the answer to `stage_stats` may take; engines know after 2 s
+NOTHING_LEFT = "nothing is left to happen and the request is not over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,42 +49,49 @@ class Stream:
         self.output: RequestOutput | None = None  # once it is over
         self._abort, self._ask_counts, self._advance = abort, ask_counts, advance
         self._changed = threading.Condition()
-        self._tokens: TokensOut | None = None  # not read yet
+        self._tokens: list[int] = []  # not read yet
+        self._texts: list[str] = []  # that of these tokens
         self._notices: list[Notice] = []  # not read yet
         self._is_read = False  # the output has been given out
         self._counts: Mapping[int, StageCounts] | None = None
+        self._is_counted = False  # the counts are here, or will never be
         self._listeners: list[Callable[[], None]] = []
 
     # The engine's side ---------------------------------------------------------------------------
 
     def put(self, event: Event) -> None:
-        """Something has happened. Called from one thread of the engine."""
+        """Something has happened. Nothing happens after the output."""
         with self._changed:
+            if self.output is not None:
+                return
             match event:
-                case TokensOut() if self._tokens is not None:
-                    self._tokens = TokensOut(
-                        request=self.request,
-                        tokens=self._tokens.tokens + event.tokens,
-                        text=self._tokens.text + event.text,
-                    )
                 case TokensOut():
-                    self._tokens = event
+                    self._tokens.extend(event.tokens)
+                    if event.text:
+                        self._texts.append(event.text)
                 case Notice():
                     self._notices = [*self._notices[-7:], event]
                 case RequestOutput():
                     self.output = event
             self._wake()
 
-    def put_counts(self, counts: Mapping[int, StageCounts]) -> None:
-        """What each stage did for the request, once it is over and all of them have said so."""
+    def put_counts(self, counts: Mapping[int, StageCounts] | None) -> None:
+        """What each stage did for the request, which is over; None: they will not say."""
         with self._changed:
-            self._counts = counts
-            self._wake()
+            if not self._is_counted:
+                self._counts, self._is_counted = counts, True
+                self._wake()
 
     def _wake(self) -> None:
         self._changed.notify_all()
-        for listener in self._listeners:
-            listener()
+        for listener in list(self._listeners):
+            try:
+                listener()
+            except Exception:  # such as an asyncio loop that has ended; the engine goes on
+                log.exception(
+                    "a listener to request %d fails; it is not called again", self.request
+                )
+                self._listeners.remove(listener)
 
     # The reader's side ---------------------------------------------------------------------------
 
@@ -124,7 +134,9 @@ class Stream:
         while self.output is None:
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"request {self.request} is not over after {timeout_s:g} s")
-            self._await(lambda: self.output is not None)
+            left_s = POLL_S if end is None else min(POLL_S, end - time.monotonic())
+            if not self._wait(lambda: self.output is not None, left_s) and self.output is None:
+                raise RuntimeError(NOTHING_LEFT)
         return self.output
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -140,7 +152,8 @@ class Stream:
     async def _arrival(self) -> None:
         """Until there may be something to read."""
         if self._advance is not None:
-            self._await(self._has_event)
+            if not self._advance() and not self._has_event() and not self._is_read:
+                raise RuntimeError(NOTHING_LEFT)
             await asyncio.sleep(0)
             return
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
@@ -154,7 +167,13 @@ class Stream:
             await arrived.wait()
         finally:
             with self._changed:
-                self._listeners.remove(listener)
+                if listener in self._listeners:
+                    self._listeners.remove(listener)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `stage_stats` has its answer and does not wait."""
+        return self._is_counted
 
     def stage_stats(self, timeout_s: float = STAGE_COUNTS_S) -> Mapping[int, StageCounts] | None:
         """What each stage did for the request, by rank, once it is over.
@@ -162,10 +181,11 @@ class Stream:
         None where the stages have not said so within `timeout_s`: a lost stage never does.
         """
         self.result()
-        self._ask_counts(self.request)
+        if not self._is_counted:
+            self._ask_counts(self.request)
         end = time.monotonic() + timeout_s
-        while self._counts is None and time.monotonic() < end:
-            if not self._wait(lambda: self._counts is not None):
+        while not self._is_counted and (left_s := end - time.monotonic()) > 0:
+            if not self._wait(lambda: self._is_counted, min(POLL_S, left_s)):
                 break
         return self._counts
 
@@ -175,37 +195,31 @@ class Stream:
             event = self.poll()
             if event is not None or self._is_read:
                 return event
-            self._await(self._has_event)
+            if not self._wait(self._has_event) and not self._has_event() and not self._is_read:
+                raise RuntimeError(NOTHING_LEFT)
 
     def _has_event(self) -> bool:
         is_unread = self.output is not None and not self._is_read
-        return self._tokens is not None or bool(self._notices) or is_unread
+        return bool(self._tokens or self._texts or self._notices) or is_unread
 
     def _take(self) -> Event | None:
         if self._notices:
             return self._notices.pop(0)
-        if self._tokens is not None:
-            event, self._tokens = self._tokens, None
-            return event
+        if self._tokens or self._texts:
+            tokens, text = tuple(self._tokens), "".join(self._texts)
+            self._tokens, self._texts = [], []
+            return TokensOut(request=self.request, tokens=tokens, text=text)
         if self.output is not None and not self._is_read:
             self._is_read = True
             return self.output
         return None
 
-    def _await(self, is_there: Callable[[], bool]) -> None:
-        """Wait a little. Raises RuntimeError where nothing can ever come."""
-        if not self._wait(is_there) and not is_there():
-            raise RuntimeError(
-                f"nothing is left to happen and request {self.request} is not over; this is a bug "
-                "of its engine"
-            )
-
-    def _wait(self, is_there: Callable[[], bool]) -> bool:
+    def _wait(self, is_there: Callable[[], bool], timeout_s: float = POLL_S) -> bool:
         """Wait a little; False where nothing is left to happen."""
         signals.check()
         if self._advance is not None:
             return self._advance()
         with self._changed:
             if not is_there():
-                self._changed.wait(POLL_S)
+                self._changed.wait(timeout_s)
         return True

@@ -95,7 +95,8 @@ class Head:
         self.new_text = new_text
         self.calibrations: dict[ResolvedDecoding, Calibration] = {}
         self.newest_id = 0
-        self.finished: dict[int, RequestState] = {}  # the newest ones
+        # What each stage did for the newest requests that are over
+        self.finished: dict[int, dict[int, StageCounts]] = {}
         self.statuses: dict[int, Status] = {}
         self.heard_at: dict[int, float] = {}  # when each stage's status came
         self.outage: Failure | None = None  # why nothing is sent: a stage is lost
@@ -265,8 +266,8 @@ class Head:
     def _status(self, message: Status, now: float) -> None:
         self.statuses[message.stage] = message
         self.heard_at[message.stage] = now
-        if (request := self.finished.get(message.finished_request)) is not None:
-            request.stage_counts[message.stage] = StageCounts(
+        if (counts := self.finished.get(message.finished_request)) is not None:
+            counts[message.stage] = StageCounts(
                 num_rows_run=message.finished_rows_run,
                 num_rows_pruned=message.finished_rows_pruned,
                 busy_s=message.finished_busy_s,
@@ -400,7 +401,6 @@ class Head:
         epoch, cache = self.pipe.epoch, self.scheduler.cache
         del self.scheduler.running[request.id]
         end = self._end(request, reason, now, error)
-        self.statuses.clear()  # those to come tell whether the caches are free
         keep = reason in (FinishReason.STOP, FinishReason.LENGTH) and cache.max_size > 0
         close = FinishRequest(epoch=epoch, request=request.id, keep=keep, verdict=request.verdict)
         sends = [Send(FIRST_STAGE, close)]
@@ -421,7 +421,7 @@ class Head:
     ) -> Send:
         """The request's output; it is on no stage any more, or has just been freed there."""
         output = request.finish(reason, now, error)
-        self.finished[request.id] = request
+        self.finished[request.id] = {}
         if len(self.finished) > MAX_FINISHED:
             del self.finished[next(iter(self.finished))]
         return Send(CLIENT, output)

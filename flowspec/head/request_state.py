@@ -22,7 +22,6 @@ from flowspec.request import (
     NodeId,
     Request,
     RequestOutput,
-    StageCounts,
 )
 from flowspec.speculation.acceptance.candidates import candidates_of
 from flowspec.speculation.drafters.base import (
@@ -79,7 +78,6 @@ class RequestState:
     tokens: list[int] = field(default_factory=list)  # generated so far
     losses: Losses = field(default_factory=Losses)  # of stages, while it ran
     lost_at: float | None = None  # when its stages were lost, until its next token
-    stage_counts: dict[int, StageCounts] = field(default_factory=dict)  # by stage, once it is over
 
     # Of the present run; a request that was preempted begins these anew.
     strategy: "Strategy[RequestState] | None" = None

@@ -5,7 +5,6 @@ is cut into pieces, whose size the sockets limit before they read them. This mod
 what messages mean.
 """
 
-import os
 import socket
 import time
 from collections import OrderedDict, deque
@@ -67,22 +66,15 @@ class ControlServer:
             raise ValueError(f"{error}; {fix}") from None
         self.host, self.port = parse_url(address)
         self._hosts: OrderedDict[bytes, str] = OrderedDict()
-        self._wake_read, self._wake_write = os.pipe()
-        os.set_blocking(self._wake_read, False)
-        os.set_blocking(self._wake_write, False)
+        self._wake = Wake()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake_read, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
 
     def receive(self, timeout_s: float) -> list[tuple[bytes, bytes]]:
         """Return the (peer, message) pairs that have come; wait at most `timeout_s` for one."""
         self._poller.poll(int(timeout_s * 1e3))
-        with_wake = True
-        while with_wake:
-            try:
-                with_wake = bool(os.read(self._wake_read, 4096))
-            except BlockingIOError:
-                with_wake = False
+        self._wake.clear()
         messages = []
         for _ in range(BURST):
             try:
@@ -106,18 +98,14 @@ class ControlServer:
             raise UnreachableError(error.strerror) from None
 
     def wake(self) -> None:
-        """End a waiting `receive`; any thread may call this."""
-        try:
-            os.write(self._wake_write, b".")
-        except (BlockingIOError, OSError):
-            return  # `receive` is awake already, or the socket is closed
+        """End a waiting `receive`; any thread may call this, also after `close`."""
+        self._wake.set()
 
     def close(self) -> None:
         """Close the socket; messages that were sent are still delivered within half a second."""
         self.guard.close()
         self._context.destroy(linger=LINGER_MS)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        self._wake.close()
 
     def _note_host(self, peer: bytes, host: str) -> None:
         if self._hosts.get(peer) != host:

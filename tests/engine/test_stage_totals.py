@@ -1,7 +1,7 @@
 """Counts of a stage go on over a restart of its process."""
 
 from flowspec.cli.ui.show import _LiveLine
-from flowspec.engine.local import StageTotals
+from flowspec.engine.status import StageTotals
 from flowspec.protocol.messages import Status
 
 

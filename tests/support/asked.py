@@ -1,101 +1,121 @@
-"""A head without devices, for clients that choose the strategy, and its stages' statuses."""
+"""A cluster's engine that a test drives by hand: without devices, or with scripted stages."""
 
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from flowspec.cluster.controller.epochs import CancelTicket, Ended, Event, HeadEngine, NewRequest
+from flowspec.cluster.membership.roster import Member, Place
+from flowspec.engine.build import HeadParts
+from flowspec.engine.cluster import ClusterEngine, EngineEvent
+from flowspec.engine.stream import Stream
+from flowspec.protocol.codec import WireError
+from flowspec.protocol.control import Addresses
+from flowspec.protocol.messages import Resume, Status
+from flowspec.request import ClusterError, Failure, Request, RequestOutput
+from tests.support.in_process import TinyModel
 
-import flowspec
-from flowspec.config import EngineConfig
-from flowspec.engine.build import HeadParts, load_head_parts
-from flowspec.protocol.control import Ask, Decoding, Done, Turn, pack, unpack
-from flowspec.protocol.messages import Status
-from flowspec.speculation.strategies import STRATEGIES
-from flowspec.weights.checkpoint import open_checkpoint
-from flowspec.weights.split import run_split
-from flowspec.weights.split_plan import plan_split
-from tests.support.checkpoints import save_checkpoint
-
-CONFIG = EngineConfig(strategy="flowspec", decode={"draft_topk": 7})  # what `serve` was given
-
-
-def tiny_parts(folder: Path) -> HeadParts:
-    """Load the head's part of a tiny model."""
-    save_checkpoint(folder / "tiny", num_layers=2)
-    plan = plan_split(open_checkpoint(folder / "tiny" / "target"), layers=(1, 1), dtype=None)
-    run_split(plan, folder / "split", model_id="tiny")
-    draft = str(folder / "tiny" / "eagle")
-    return load_head_parts(CONFIG.changed(draft=draft), folder / "split")
+HERE = Addresses(control="c", data="d")
+KILLED = Failure(cause="killed", rank=1)
 
 
 class Asking:
-    """A head without devices: requests wait, which suffices to check what will answer them."""
+    """An engine without devices and without a thread: requests wait."""
 
-    def __init__(self, parts: HeadParts) -> None:
-        self.told: list[Event] = []
-        self.engine = HeadEngine(CONFIG, parts, None, self.told.append)  # type: ignore[arg-type]
-        self.engine._suspend("no device has joined")
-        self.tickets = 0
-
-    def ask(self, decoding: Decoding | None, **fields: Any) -> Done | None:
-        """Send a request; return its end if it has come at once."""
-        self.tickets += 1
-        ask = Ask(
-            **{
-                "id": 1,
-                "version": flowspec.__version__,
-                "turns": (Turn(role="user", content="a fox"),),
-                "max_new_tokens": 8,
-                "decoding": decoding,
-                **fields,
-            }
-        )
-        self.engine._do(NewRequest(self.tickets, unpack(pack(ask))))  # type: ignore[arg-type]
-        ends = [e.done for e in self.told if isinstance(e, Ended) and e.ticket == self.tickets]
-        return ends[0] if ends else None
-
-    def cancel(self) -> None:
-        """Cancel the newest request."""
-        self.engine._do(CancelTicket(self.tickets))
+    def __init__(self, model: TinyModel) -> None:
+        self.told: list[EngineEvent] = []
+        no_keys: Any = None
+        self.engine = ClusterEngine(model.config, model.parts, no_keys, self.told.append)
+        self.engine._suspend(Failure(cause="no device has joined"))
+        self.streams: list[Stream] = []
 
     @property
-    def chosen(self) -> tuple[Any, Any]:
-        """Return the strategy and drafter of the next request."""
-        return self.engine.head.spec, self.engine.head.config
+    def parts(self) -> HeadParts:
+        """What the head has loaded."""
+        return self.engine.parts
+
+    def ask(self, prompt: Any = "a fox", **fields: Any) -> Stream:
+        """A request that has come to the core."""
+        stream = self.engine.submit(Request(prompt=prompt, **{"max_new_tokens": 8, **fields}))
+        self.streams.append(stream)
+        self.obey()
+        return stream
+
+    def obey(self) -> None:
+        """What clients want is done, as the engine's thread does it."""
+        self._do(self.engine._obey)
+
+    def turn(self) -> None:
+        """One turn of the engine's thread, without a wait."""
+        self._do(lambda: (self.engine._obey(), self.engine.turn(0.0)))
+
+    def _do(self, work: Any) -> None:
+        try:
+            work()
+        except (ClusterError, WireError) as error:
+            self.engine.lose(error)
+        self.engine.deliver()
+
+    def abort(self, stream: Stream) -> RequestOutput | None:
+        """Its client turns away; how it has ended."""
+        stream.abort()
+        self.obey()
+        return stream.output
 
 
-def decoding(strategy: str = "streaming", run: str = "1", **parameters: Any) -> Decoding:
-    """Return all parameters of the strategy, some of them changed."""
-    effective = {**asdict(STRATEGIES[strategy].defaults), **parameters}
-    return Decoding(strategy=strategy, parameters=effective, run=run)
+class Live(Asking):
+    """With two stages that take messages and say what the test has them say."""
+
+    def __init__(self, model: TinyModel) -> None:
+        super().__init__(model)
+        self.broken: type | None = None  # kind of message that stage 2 does not take
+        self.sent: list[Any] = []
+        self.begin()
+
+    def begin(self, epoch: int = 0) -> None:
+        """Stages are there, and have said so."""
+        engine = self.engine
+        engine.epoch, engine._num_stages = epoch, 2
+        engine._members = [
+            Member(rank, Place(name, rank - 1, rank), HERE, num_kv_tokens=0)
+            for rank, name in ((1, "ada"), (2, "bob"))
+        ]
+        network: Any = SimpleNamespace(
+            send=self.send, wake=lambda: None, receive=self.receive, close=lambda: None
+        )
+        engine.loop.go_on(network, 2)
+        engine.inject(Resume(num_stages=2, num_kv_tokens=0))
+        engine._is_live = True
+        self.say(status(1), status(2))
+
+    def send(self, to: int, message: Any) -> None:
+        """To a stage."""
+        if self.broken is not None and isinstance(message, self.broken):
+            raise ClusterError.of_rank(2, f"took no {type(message).__name__} for 5 s")
+        self.sent.append(message)
+
+    def receive(self, timeout_s: float) -> Sequence[Any]:
+        """What stages say by themselves."""
+        del timeout_s
+        return ()
+
+    def say(self, *messages: Any) -> None:
+        """A stage says it."""
+        for one in messages:
+            self.engine.inject(one)
+        self.engine.deliver()
+
+    @property
+    def running(self) -> list[int]:
+        """Requests on the stages."""
+        return list(self.engine.head.scheduler.running)
+
+    @property
+    def epoch(self) -> int:
+        """Of the data plane's messages."""
+        return self.engine.head.pipe.epoch
 
 
-def status(stage: int, busy_s: float, rows: int, pruned: int, num_closes: int = 0) -> Status:
-    """Return a stage's totals."""
-    return Status(
-        stage=stage,
-        busy_s=busy_s,
-        num_segments=1,
-        num_rows_run=rows,
-        num_rows_pruned=pruned,
-        num_requests=0,
-        num_closes=num_closes,
-    )
-
-
-def watched(*before: Status) -> Any:
-    """Return a head of two stages that has received these statuses."""
-    return SimpleNamespace(
-        statuses={one.stage: one for one in before},
-        heard_at={one.stage: 0.0 for one in before},
-        pipe=SimpleNamespace(num_stages=2, num_closes=0),
-        outage=None,
-    )
-
-
-def hear(head: Any, *statuses: Status) -> None:
-    """Send new totals to the head."""
-    for one in statuses:
-        head.statuses[one.stage], head.heard_at[one.stage] = one, float("inf")
+def status(stage: int, **fields: Any) -> Status:
+    """A stage's totals."""
+    zeros = dict.fromkeys(("num_segments", "num_rows_run", "num_rows_pruned", "num_requests"), 0)
+    return Status(stage=stage, **{"busy_s": 0.0, **zeros, **fields})

@@ -101,10 +101,10 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    """The engine has taken a request, or refused it."""
+    """The engine has taken a request, or not."""
 
     call: _Call
-    outcome: Stream | Failure
+    outcome: Stream | Failure | None  # None: its client has taken it back before
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +149,7 @@ class HeadServer:
         self._on_say, self._on_progress = on_say, on_progress
         self._calls: list[_Call] = []  # that are not over
         self._over: deque[_Call] = deque(maxlen=MAX_REMEMBERED)
+        self._counts_due: dict[tuple[bytes, int], Stream] = {}  # by who asks, and the number there
         # Prompts are rendered and slow questions answered here: heartbeats do not wait for them.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="clients")
         self._num_done = self._num_failed = 0
@@ -206,6 +207,7 @@ class HeadServer:
                     self._take(peer, frame)
                 while not self._events.empty():
                     self._take_event(self._events.get())
+                self._tell_counts()
                 self._apply(self.membership.tick(time.monotonic(), idle=not self._calls))
             for call in list(self._calls):
                 failure = Failure(cause=f"the head ends: {self._draining}", rank=0)
@@ -324,6 +326,9 @@ class HeadServer:
     def _submit(self, call: _Call, ask: Ask) -> None:
         """In a worker's thread: render the prompt and give the request to the engine."""
         outcome: Stream | Failure
+        if call.is_dropped:
+            self._hear(_Submitted(call, None))
+            return
         try:
             outcome = self.engine.submit(request_of(ask, self.engine.parts.max_context))
         except Exception as error:
@@ -341,14 +346,19 @@ class HeadServer:
     def _ask_counts(self, peer: bytes, number: int) -> None:
         """Tell what the stages did for a request that is over, once they have said so."""
         found = next((c for c in self._over if (c.peer, c.id) == (peer, number)), None)
-        stream = found.stream if found is not None else None
+        if found is None or found.stream is None:
+            self._send(peer, Counts(id=number, stages=None))
+        else:
+            self._counts_due[peer, number] = found.stream
 
-        def answer() -> None:
-            counts = stream.stage_stats() if stream is not None else None
-            stages = None if counts is None else stage_figures(counts)
-            self._hear(_Answered(peer, Counts(id=number, stages=stages)))
-
-        self._workers.submit(answer)
+    def _tell_counts(self) -> None:
+        """Answer who has asked for counts that are there by now, or will never be."""
+        for (peer, number), stream in list(self._counts_due.items()):
+            if stream.is_counted:
+                del self._counts_due[peer, number]
+                counts = stream.stage_stats()
+                stages = None if counts is None else stage_figures(counts)
+                self._send(peer, Counts(id=number, stages=stages))
 
     def _forget(self, peer: bytes, number: int) -> None:
         """In a worker's thread: have costs learnt anew, where no request is open."""
@@ -363,9 +373,9 @@ class HeadServer:
         if refusal := version_refusal(message.protocol, message.version):
             self._send(peer, Refuse(why=refusal))
             return
-        now, parts = time.monotonic(), self.engine.parts
+        now, parts, engine = time.monotonic(), self.engine.parts, self.engine.status()
         facts = HeadFacts(
-            strategy=self.engine.config.strategy,
+            strategy=engine.strategy,
             max_context=parts.max_context,
             drafter=next(iter(parts.drafters), "none"),
             draft_hash=parts.draft_hash,
@@ -374,9 +384,10 @@ class HeadServer:
             uptime_s=now - self._started_at,
             epoch_at=self.engine.epoch_at,
             crossed_at=self.engine.crossed_at,
-            statuses=dict(self.engine.statuses),
-            num_active=len(self.engine.head.scheduler.running),
-            num_waiting=len(self.engine.head.scheduler.waiting),
+            statuses=dict(self.engine.head.statuses),
+            num_active=engine.num_running,
+            # also those whose prompts are not rendered yet
+            num_waiting=max(engine.num_waiting, len(self._calls) - engine.num_running),
             num_done=self._num_done,
             num_failed=self._num_failed,
         )
@@ -407,6 +418,9 @@ class HeadServer:
         call = event.call
         if isinstance(event.outcome, Failure):
             self._end(call, _failed_output(event.outcome))
+            return
+        if event.outcome is None:
+            self._end(call, RequestOutput(request=0, reason=FinishReason.CANCELLED))
             return
         call.stream = event.outcome
         if call.is_dropped:

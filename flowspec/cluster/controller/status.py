@@ -10,7 +10,7 @@ from flowspec.cluster.membership.roster import Device
 from flowspec.protocol.control import ClusterStatus, DeviceReport, DeviceStatus, ModelSizes
 from flowspec.protocol.messages import Status
 
-MAX_BUSY_S, MAX_COUNT = 1e12, 2**62  # as a control message may hold them (fields.py)
+MAX_BUSY_S, MAX_COUNT = 1e12, 2**62  # as a control message may hold them (protocol/schema.py)
 PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluster is not healthy
 
 
@@ -18,7 +18,7 @@ PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluste
 class HeadFacts:
     """What the core's side of the head knows. Times as of the monotonic clock."""
 
-    strategy: str  # in force: serve's, or a client's own while it asks, and some seconds after
+    strategy: str  # of requests that name none
     max_context: int
     drafter: str  # that is loaded
     draft_hash: str
