@@ -57,8 +57,8 @@ def test_what_is_no_address_is_refused(text):
         ("::1", "in brackets"),
         ("fd00::1:7000", "in brackets"),
         ("[fe80::1]:7", "as in fe80::1%eth0"),
-        ("[fd00::2%eth0]:7000", "belongs to link-local addresses .* leave out %eth0"),
-        ("[::1%lo]", "belongs to link-local addresses .* leave out %lo"),
+        ("[fd00::2%eth0]:7000", "belong to link-local addresses .* leave out %eth0"),
+        ("[::1%lo]", "belong to link-local addresses .* leave out %lo"),
     ],
 )
 def test_an_ipv6_address_that_is_not_whole_is_told_what_it_lacks(text, words):
@@ -75,7 +75,7 @@ def test_a_host_has_no_port():
         with pytest.raises(ValueError, match="is not a host"):
             parse_host(text)
     for text in ("fd00::2%eth0", "[::1%lo]"):
-        with pytest.raises(ValueError, match="belongs to link-local addresses"):
+        with pytest.raises(ValueError, match="belong to link-local addresses"):
             parse_host(text)
 
 
