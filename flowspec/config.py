@@ -56,8 +56,17 @@ def new_name(name: str) -> str:
 
 
 def with_new_names(values: Mapping[Any, T]) -> dict[Any, T]:
-    """`values` with the names that their keys have now."""
-    return {new_name(key) if isinstance(key, str) else key: one for key, one in values.items()}
+    """`values` with the names that their keys have now.
+
+    Raises ValueError where a setting is given by its old and by its new name.
+    """
+    found: dict[Any, T] = {}
+    for key, value in values.items():
+        name = new_name(key) if isinstance(key, str) else key
+        if name in found:
+            raise ValueError(f"{name} is given twice, once by its old name; leave one out")
+        found[name] = value
+    return found
 
 
 def tell_renamed(old: str, new: str) -> None:
@@ -237,7 +246,10 @@ def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
     old name of a key is understood, with a hint.
     """
     known = _names(type(config))
-    own, inner = _split(type(config), values)
+    try:
+        own, inner = _split(type(config), values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     unknown = sorted(str(key) for key in own if key not in known)
     if unknown:
         named = ", ".join(key if key.isascii() else ascii(key) for key in unknown)

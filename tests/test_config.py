@@ -44,6 +44,8 @@ def read(tmp_path: Path, text: str) -> EngineConfig:
         ("threads: null", "threads: needed: a whole number, not nothing"),
         ("stages: 0", "stages must be from 1 to"),
         ("dtype: int8", "run.yaml: dtype must be float32, bfloat16 or float16, not 'int8'"),
+        ("max_requests: 3\nmax_num_seqs: 4", "run.yaml: max_num_seqs is given twice, once by its"),
+        ("decode: {topk: 3, draft_topk: 4}", "decode: draft_topk is given twice"),
         ("numerics: {dtype: int8}", "run.yaml: numerics: dtype must be float32, bfloat16 or"),
         ("numerics: {dtyp: float16}", "numerics: unknown key dtyp; known: dtype, quantization"),
         ("local: 3", "local: "),
