@@ -30,7 +30,6 @@ from flowspec.request import (
     cause_of,
 )
 from flowspec.runtime.event_loop import EventLoop
-from flowspec.speculation.strategies import check_runs_for_real
 
 log = logging.getLogger(__name__)
 TURN_S = 0.2  # longest wait for a message while requests are open
@@ -72,7 +71,7 @@ class HeadEngine(ABC):
         engine is closed or has failed.
         """
         self._check_open()
-        check_runs_for_real(self.head.resolve(request.decoding).strategy)
+        self.head.resolve(request.decoding)
         request = self.parts.render(request)
         with self._lock:
             self._check_open()  # whoever closes the engine ends what is registered before
@@ -242,8 +241,9 @@ class HeadEngine(ABC):
                 except (ClusterError, WireError) as error:
                     self.lose(error)
                 self.deliver()
-            with contextlib.suppress(ClusterError):  # of a stage that is gone
-                self.abandon(Failure(cause=self._closed, rank=0))
+            if self.is_busy:
+                with contextlib.suppress(ClusterError):  # of a stage that is gone
+                    self.abandon(Failure(cause=self._closed, rank=0))
         except Exception as error:
             log.exception("the head has failed")
             with self._lock:

@@ -36,7 +36,7 @@ class SimulatedEngine:
     away from the pipeline itself is taken away here (simulator/ablated.py).
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a simulator charges, by kind
         self,
         head: Head,
         stages: Sequence[Stage],
@@ -71,6 +71,7 @@ class SimulatedEngine:
 
         A request that brings an id keeps it; it must be above those before. Raises ValueError
         where its time is before that of an earlier one: the head takes ids in rising order.
+        Otherwise raises as `Engine.submit` does.
         """
         with self._lock:
             if self._closed:
@@ -81,6 +82,7 @@ class SimulatedEngine:
                     f"the request is to begin at {when:g} s, and one is submitted for "
                     f"{self._newest_at:g} s already; submit requests in the order of their times"
                 )
+            self.head.resolve(request.decoding)
             request = self._render(request)
             number = request.id or max(self._newest_id, self.head.newest_id) + 1
             self._newest_id = max(self._newest_id, number)

@@ -16,7 +16,6 @@ from flowspec.system import signals
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # between two looks at the signals while an event is awaited
 STAGE_COUNTS_S = 3.0  # that the answer to `stage_stats` may take; engines know after 2 s
-NOTHING_LEFT = "nothing is left to happen and the request is not over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +135,7 @@ class Stream:
                 raise TimeoutError(f"request {self.request} is not over after {timeout_s:g} s")
             left_s = POLL_S if end is None else min(POLL_S, end - time.monotonic())
             if not self._wait(lambda: self.output is not None, left_s) and self.output is None:
-                raise RuntimeError(NOTHING_LEFT)
+                raise self._stands_still()
         return self.output
 
     async def __aiter__(self) -> AsyncIterator[Event]:
@@ -153,7 +152,7 @@ class Stream:
         """Until there may be something to read."""
         if self._advance is not None:
             if not self._advance() and not self._has_event() and not self._is_read:
-                raise RuntimeError(NOTHING_LEFT)
+                raise self._stands_still()
             await asyncio.sleep(0)
             return
         loop, arrived = asyncio.get_running_loop(), asyncio.Event()
@@ -196,7 +195,11 @@ class Stream:
             if event is not None or self._is_read:
                 return event
             if not self._wait(self._has_event) and not self._has_event() and not self._is_read:
-                raise RuntimeError(NOTHING_LEFT)
+                raise self._stands_still()
+
+    def _stands_still(self) -> RuntimeError:
+        what = "is not over, and nothing is left to happen"
+        return RuntimeError(f"request {self.request} {what}")
 
     def _has_event(self) -> bool:
         is_unread = self.output is not None and not self._is_read

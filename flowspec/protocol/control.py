@@ -7,7 +7,7 @@ frame itself is capped by the socket before it is read. docs/cluster.md has the 
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from flowspec.config import NumericsConfig
 from flowspec.protocol.schema import Count, Int64, MessageCodec, Name, Rate, Seconds, WireError
@@ -381,9 +381,15 @@ class Ask(Strict):
     seed: Count = 0
     acceptance: Name = "gumbel_coupled"
     stop: Annotated[tuple[Name, ...], Field(max_length=16), FailFast()] = ()
-    end_ids: Annotated[tuple[Count, ...], Field(max_length=64)] | None = None
+    end_ids: Annotated[tuple[Count, ...], Field(max_length=64, fail_fast=True)] | None = None
     decoding: DecodingSpec | None = None  # None: as the cluster was served
     exclusive: bool = False
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> "Ask":
+        if bool(self.turns) == bool(self.prompt):
+            raise ValueError("one of turns and prompt is needed")
+        return self
 
 
 class Piece(Strict):
@@ -433,7 +439,7 @@ class Counts(Strict):
 
     kind: Literal["counts"] = "counts"
     id: Count
-    stages: Annotated[tuple[StageFigures, ...], Field(max_length=MAX_STAGES)] | None
+    stages: Annotated[tuple[StageFigures, ...], Field(max_length=MAX_STAGES, fail_fast=True)] | None
 
 
 class Forget(Strict):

@@ -6,9 +6,13 @@ import pytest
 
 from flowspec.cluster.membership.membership import MAX_ATTEMPTS, MAX_STRIKES, STRIKES_S, Phase
 from flowspec.cluster.membership.roster import (
+    FailRequests,
     Halt,
+    LogEvent,
     Place,
     Placement,
+    ResumeEpoch,
+    SendToDevice,
 )
 from flowspec.config import NumericsConfig
 from flowspec.protocol.control import (
@@ -129,8 +133,8 @@ def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
     else:
         world.say(b, Bye(why="power off"))
     (halt,) = world.halts()
-    assert halt.error.where == "stage 2 on b"
-    assert cause in halt.error.cause
+    assert halt.failure.place == "stage 2 on b"
+    assert cause in halt.failure.cause
     assert world.last(a, Release).epoch == halt.epoch
     assert world.members.phase is Phase.GATHERING
     assert cause in world.members.missing()
@@ -252,7 +256,7 @@ def test_open_requests_end_when_nobody_comes():
     world.pass_time(40.0, a)
     ends = [e for e in world.effects if isinstance(e, FailRequests)]
     assert len(ends) == 1
-    assert "20 s" in ends[0].error.cause
+    assert "20 s" in ends[0].failure.cause
     c = world.join("c")
     world.load(a, c)
     assert world.members.phase is Phase.SERVING
@@ -274,8 +278,8 @@ def test_a_stage_that_names_another_loses_that_one():
     a, b = world.serving(4, 4)
     world.say(a, Trouble(epoch=1, cause="took no Segment for 10 s", lost=2))
     (halt,) = world.halts()
-    assert halt.error.where == "stage 2 on b"
-    assert "seen by a" in halt.error.cause
+    assert halt.failure.place == "stage 2 on b"
+    assert "seen by a" in halt.failure.cause
     assert world.last(b, Refuse).retry
 
 
@@ -408,7 +412,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
         world.load(a, b)
     assert rejoined <= MAX_ATTEMPTS
     (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
-    assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
+    assert f"covered {MAX_ATTEMPTS} times" in end.failure.cause
     assert world.members.gave_up
     world.pass_time(1.0, a, b)
     assert world.members.gave_up, "layers that are held have computed nothing yet"
@@ -429,7 +433,7 @@ def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(4.5, a)
     (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
-    assert "not been covered for 20 s" in end.error.cause
+    assert "not been covered for 20 s" in end.failure.cause
 
 
 def test_a_cluster_that_has_served_begins_to_count_anew():

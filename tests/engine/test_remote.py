@@ -69,7 +69,7 @@ def status(*, active: int = 0, waiting: int = 0) -> ClusterStatus:
         healthy=True,
         why="",
         epoch=1,
-        model=ModelCard(model_id="m", model_hash="h", dtype="float32"),
+        model=ModelCard(model_id="m", model_hash="h"),
         sizes=ModelSizes(**sizes),
         strategy="ar",
         drafter="none",

@@ -214,7 +214,7 @@ def test_an_engine_that_closes_ends_open_streams_with_what_they_have():
     assert one.result().tokens[: len(piece.tokens)] == piece.tokens
     assert [type(event) for event in one] == [RequestOutput]
     assert not engine.status().healthy
-    with pytest.raises(ClusterError, match="takes no more requests: it was closed"):
+    with pytest.raises(ClusterError, match="takes no more requests: the engine was closed"):
         engine.submit(request(3))
 
 

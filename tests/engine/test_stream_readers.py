@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flowspec.engine.stream import Notice, Stream
+from flowspec.engine.stream import Stream
 from flowspec.request import FinishReason, RequestOutput, StageCounts, TokensOut
 
 OUTPUT = RequestOutput(request=1, tokens=(1, 2), text="ab", reason=FinishReason.LENGTH)
@@ -40,17 +40,6 @@ def test_who_reads_slowly_gets_what_came_meanwhile_as_one_event(stream):
     assert stream.poll() == piece(text="the rest")
 
 
-def test_notices_come_first_and_only_the_newest_are_kept(stream):
-    """A reader that never reads takes no memory for what is no news any more."""
-    stream.put(piece(1))
-    for number in range(100):
-        stream.put(Notice(text=str(number)))
-    stream.put(OUTPUT)
-    events = list(stream)
-    assert [event.text for event in events[:8]] == [str(number) for number in range(92, 100)]
-    assert events[8:] == [piece(1), OUTPUT]
-
-
 def test_nothing_happens_after_the_output(stream):
     """The first one counts."""
     stream.put(OUTPUT)
@@ -74,47 +63,6 @@ def test_a_listener_that_fails_harms_nobody(stream, caplog):
         stream.put(piece(token))
     assert calls == ["fail", "good", "good", "good"]
     assert "its loop has ended" in caplog.text
-
-
-def test_an_asyncio_loop_may_end_before_the_request(stream):
-    """Its reader is gone, the engine does not notice."""
-
-    async def read_one() -> Any:
-        async for event in stream:
-            return event
-        return None
-
-    async def give_up() -> None:
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(read_one(), 0.01)
-
-    asyncio.run(give_up())
-    assert not stream._listeners
-    stream.put(piece(1))
-    stream.put(OUTPUT)
-    assert asyncio.run(read_one()) == piece(1)
-    assert list(stream) == [OUTPUT]
-
-
-def test_asyncio_hears_of_what_comes_from_another_thread(stream):
-    """At once, event by event."""
-
-    def engine() -> None:
-        for token in range(5):
-            time.sleep(0.01)
-            stream.put(piece(token))
-        stream.put(OUTPUT)
-
-    async def read() -> list[Any]:
-        return [event async for event in stream]
-
-    thread = threading.Thread(target=engine)
-    thread.start()
-    events = asyncio.run(asyncio.wait_for(read(), 10.0))
-    thread.join()
-    *pieces, output = events
-    assert tuple(token for event in pieces for token in event.tokens) == tuple(range(5))
-    assert output == OUTPUT
 
 
 def test_two_readers_share_the_events_and_both_come_to_the_end(stream):

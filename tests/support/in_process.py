@@ -10,7 +10,7 @@ from typing import Any
 
 import flowspec
 from flowspec.cluster.controller.server import HeadServer
-from flowspec.cluster.device.agent import JoinConfig, Joiner
+from flowspec.cluster.device.agent import DeviceAgent, JoinConfig
 from flowspec.cluster.membership.device_planner import (
     DevicePlanner,
     model_profile,
@@ -19,7 +19,7 @@ from flowspec.cluster.membership.device_planner import (
 )
 from flowspec.cluster.membership.membership import Membership
 from flowspec.cluster.membership.roster import LogEvent, MembershipConfig
-from flowspec.config import RunConfig
+from flowspec.config import EngineConfig, override
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.cluster import ClusterEngine
 from flowspec.engine.remote import RemoteEngine
@@ -60,13 +60,13 @@ def wait_for(is_true: Callable[[], object], what: str = "it") -> None:
 class TinyModel:
     """A tiny model in two stages on disk, its configuration, and what a head loads of it."""
 
-    config: RunConfig
+    config: EngineConfig
     parts: HeadParts
     folder: Path  # of the split
 
     def with_config(self, **changes: Any) -> "TinyModel":
         """The same model, run in another way."""
-        return replace(self, config=replace(self.config, **changes))
+        return replace(self, config=override(self.config, changes, where="the test"))
 
 
 def tiny_model(folder: Path) -> TinyModel:
@@ -75,7 +75,7 @@ def tiny_model(folder: Path) -> TinyModel:
     plan = plan_split(open_checkpoint(folder / "tiny" / "target"), layers=(1, 1), dtype=None)
     run_split(plan, folder / "split", model_id="tiny")
     draft = str(folder / "tiny" / "eagle")
-    config = RunConfig(model=str(folder / "split"), draft=draft, stages=2, context=CONTEXT)
+    config = EngineConfig(model=str(folder / "split"), draft=draft, stages=2, context=CONTEXT)
     return TinyModel(config, load_head_parts(config, folder / "split"), folder / "split")
 
 
@@ -99,14 +99,14 @@ class Device:
 
     def __init__(self, name: str, port: int, keys: Keys, folder: Path) -> None:
         config = JoinConfig(host=HOST, port=port, name=name, version=flowspec.__version__)
-        self.joiner = Joiner(config, keys, Layers(folder), lambda: REPORT)
-        self._thread = threading.Thread(target=self.joiner.run, name=name, daemon=True)
+        self.agent = DeviceAgent(config, keys, Layers(folder), lambda: REPORT)
+        self._thread = threading.Thread(target=self.agent.run, name=name, daemon=True)
         self._thread.start()
 
     @property
     def stage(self) -> Stage | None:
         """What it serves in this epoch."""
-        job = self.joiner._job
+        job = self.agent._job
         return job.stage if job is not None else None
 
     def fail(self, cause: str) -> None:
@@ -121,7 +121,7 @@ class Device:
 
     def leave(self) -> None:
         """In order."""
-        self.joiner.stop("the test is over")
+        self.agent.stop("the test is over")
         self._thread.join(SOON_S)
 
 
@@ -173,8 +173,10 @@ def new_server(
     """A head that has not started yet."""
     config, parts = model.config, model.parts
     sizes = model_sizes(read_config(model.folder / HEAD_FOLDER))
-    needs = needs_of(config.dtype, context=CONTEXT, requests=1, reserve_bytes=0.0)
-    planner = DevicePlanner(model_profile("tiny", sizes, config.dtype), needs, layers=(1, 1))
+    needs = needs_of(config.numerics.dtype, context=CONTEXT, requests=1, reserve_bytes=0.0)
+    planner = DevicePlanner(
+        model_profile("tiny", sizes, config.numerics.dtype), needs, layers=(1, 1)
+    )
     manifest = parts.manifest
     times = {"settle_s": 0.05, "heartbeat_s": 0.25, "dead_after_s": 10.0, "rejoin_wait_s": 5.0}
     membership = MembershipConfig(
@@ -182,8 +184,8 @@ def new_server(
         model=ModelCard(
             model_id=manifest.model_id,
             model_hash=manifest.model_hash,
-            dtype=config.dtype,
             stored_dtype=manifest.dtype,
+            numerics=config.numerics,
         ),
         devices=2,
         **{**times, **settings},

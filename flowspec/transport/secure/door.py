@@ -190,6 +190,8 @@ def _peer(descriptor: int) -> str:
     """Who is at the other end of a descriptor that somebody else owns, and may close any time."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as twin:
+            if twin.family not in (socket.AF_INET, socket.AF_INET6):
+                return "unknown"  # it was closed, and its number is another socket's by now
             return unmapped(str(twin.getpeername()[0]))
     except OSError:
         return "unknown"
