@@ -282,7 +282,7 @@ class RemoteBench:
 
 
 def _doings(answer: RemoteAnswer) -> Doings:
-    """What is known of the decode time: busy shares, but no causes of idleness and no link bytes."""
+    """Busy shares of the decode time; causes of idleness and link bytes are not known here."""
     stats, counts = answer.output.stats, answer.counts or {}
     decode_s = stats.last_token_at - stats.first_token_at - stats.resume_s
     if decode_s <= 0:

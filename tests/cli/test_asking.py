@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from flowspec.engine.client import HeadClient
 
 from flowspec.cli import generate as generate_module
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
+from flowspec.engine.remote import RemoteEngine
 from flowspec.protocol.control import Ask, Done, Piece
 from flowspec.transport.secure.token import new_token
 
@@ -21,7 +21,7 @@ class Head:
 
     events: tuple[Piece | Done, ...] = (NO_ROOM,)
     _ids = iter(range(1, 1000))
-    new_ask = HeadClient.new_ask
+    new_ask = RemoteEngine.new_ask
 
     def __init__(self, *address: object) -> None:
         del address
@@ -33,7 +33,7 @@ class Head:
         """Nothing to close."""
 
     def ask(self, ask: Ask) -> Iterator[Piece | Done]:
-        """See HeadClient.ask."""
+        """See RemoteEngine.ask."""
         del ask
         yield from self.events
 
@@ -62,7 +62,7 @@ def ends(words: list[str], monkeypatch: Any, capsys: Any) -> tuple[int, str, str
 )
 def test_what_cannot_be_asked_is_one_sentence(flags, names, monkeypatch, capsys):
     """The user's mistake, exit code 2."""
-    monkeypatch.setattr(generate_module, "HeadClient", Head)
+    monkeypatch.setattr(generate_module, "RemoteEngine", Head)
     code, out, err = ends(["hi", *flags], monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert names in err
@@ -72,7 +72,7 @@ def test_what_cannot_be_asked_is_one_sentence(flags, names, monkeypatch, capsys)
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_an_error_of_the_head_is_told_once(flags, monkeypatch, capsys):
     """And there is no empty line in place of an answer."""
-    monkeypatch.setattr(generate_module, "HeadClient", Head)
+    monkeypatch.setattr(generate_module, "RemoteEngine", Head)
     code, out, err = ends(["hi", *flags], monkeypatch, capsys)
     assert code == 3
     assert err == f"error: head: {NO_ROOM.error}\n"
@@ -93,7 +93,9 @@ def test_a_failure_has_one_place_and_the_question_s_line(
 ):
     """The device's where a device has failed, else the head's."""
     end = Done(id=1, reason="error", error=said)
-    monkeypatch.setattr(generate_module, "HeadClient", type("Failing", (Head,), {"events": (end,)}))
+    monkeypatch.setattr(
+        generate_module, "RemoteEngine", type("Failing", (Head,), {"events": (end,)})
+    )
     file = tmp_path / "questions.txt"
     file.write_text("hi\n")
     words = ["--prompts", str(file)] if from_file else ["hi"]

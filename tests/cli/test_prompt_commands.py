@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 from flowspec.cluster.controller.requests import request_of
-from flowspec.engine.client import HeadClient
 
 from flowspec.bench.records import read_samples
 from flowspec.cli import generate as generate_module
@@ -18,6 +17,7 @@ from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
 from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
+from flowspec.engine.remote import RemoteEngine
 from flowspec.protocol.control import Ask, Done
 from flowspec.transport.secure.token import new_token
 from flowspec.weights.manifest import read_manifest
@@ -136,7 +136,7 @@ class Client:
     asked: list[Ask] = []
     events: list[Done] = [Done(id=1, reason="stop")]
     _ids = iter(range(1, 1000))
-    new_ask = HeadClient.new_ask
+    new_ask = RemoteEngine.new_ask
 
     def __init__(self, *address: object) -> None:
         del address
@@ -148,7 +148,7 @@ class Client:
         """Nothing to close."""
 
     def ask(self, ask: Ask) -> Any:
-        """See HeadClient.ask."""
+        """See RemoteEngine.ask."""
         self.asked.append(ask)
         return iter(self.events)
 
@@ -215,7 +215,7 @@ def test_a_head_refuses_one_request_and_says_so(flowspec, tiny, tmp_path) -> Non
 def test_a_refused_prompt_of_a_file_is_named(flowspec, tmp_path, monkeypatch) -> None:
     """The head does not know where a prompt is from."""
     client = type("Refusing", (Client,), {"events": [Done(id=1, reason="error", error=REFUSAL)]})
-    monkeypatch.setattr(generate_module, "HeadClient", client)
+    monkeypatch.setattr(generate_module, "RemoteEngine", client)
     (tmp_path / "ask.jsonl").write_text('\n{"prompt": "now"}\n')
     ended = flowspec("generate", "--head", "127.0.0.1:1", "--prompts", "ask.jsonl")
     assert f"ask.jsonl:2: {REFUSAL}" in ended.err

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from flowspec.engine.base import generate
 from torch import Tensor
 
 from flowspec.cost_model.emulation import load_emulation
+from flowspec.engine.engine import generate
 from flowspec.protocol.messages import (
     MAX_CANDIDATES,
     MAX_SUPPORT,

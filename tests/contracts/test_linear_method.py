@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowspec.engine.base import generate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowspec.engine.engine import generate
 from flowspec.engine.reference import LocalTarget
 from flowspec.model import linear
 from flowspec.model.linear import (

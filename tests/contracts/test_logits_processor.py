@@ -9,11 +9,11 @@ from random import Random
 
 import pytest
 import torch
-from flowspec.engine.base import generate, generate_all
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flowspec.engine.engine import generate, generate_all
 from flowspec.protocol.messages import AddRequest, Segment
 from flowspec.request import NodeId, Request, SamplingParams
 from flowspec.simulator.simulator import adversarial

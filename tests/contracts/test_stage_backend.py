@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from flowspec.engine.base import generate_all
 from torch import Tensor
 
-from flowspec.engine.simulated import SimulatedCluster
+from flowspec.engine.engine import generate_all
+from flowspec.engine.simulated import SimulatedEngine
 from flowspec.model.backend import COMMITTED, CacheFull, RequestRows, StageBackend
 from flowspec.protocol.messages import AddRequest, Failed, FreeRequest, Reset, Segment
 from flowspec.simulator.simulator import adversarial
@@ -236,7 +236,7 @@ def test_layers_give_their_outputs_where_they_lie(pieces) -> None:
     assert torch.equal(taps[-1], x)
 
 
-def answers(cluster: SimulatedCluster, sampling) -> list[list[int]]:
+def answers(cluster: SimulatedEngine, sampling) -> list[list[int]]:
     """Two requests at once, and then the next turn of the first."""
     first, second = (request(n, prompt=PROMPT[n:], sampling=sampling) for n in (1, 2))
     done = generate_all(cluster, [first, second])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from flowspec.engine.client import HeadClient
 from safetensors.torch import load_file, save_file
 
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
+from flowspec.engine.remote import RemoteEngine
 from flowspec.transport.secure.token import derive_keys
 from tests.support.devices import Processes, two_devices
 
@@ -67,13 +67,13 @@ def cluster(refusing: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def client(cluster: Processes) -> Iterator[HeadClient]:
+def client(cluster: Processes) -> Iterator[RemoteEngine]:
     """Return a connection."""
-    with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
+    with RemoteEngine("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
         yield one
 
 
-def check_serves(cluster: Processes, client: HeadClient) -> None:
+def check_serves(cluster: Processes, client: RemoteEngine) -> None:
     """Check that the first epoch still serves and no device was lost."""
     status = client.status()
     assert status.epoch == 1

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from flowspec.engine.client import HeadClient
 
 from flowspec.cluster.device.agent import DeviceAgent, JoinConfig, JoinRefusedError
 from flowspec.cluster.device.stage_thread import LayerSource
 from flowspec.engine.build import HeadParts
 from flowspec.engine.reference import LocalTarget
+from flowspec.engine.remote import RemoteEngine
 from flowspec.protocol.control import Done, Note, Piece
 from flowspec.request import Request, SamplingParams
 from flowspec.tokenizer import render_chat
@@ -37,9 +37,9 @@ def cluster(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="module")
-def client(cluster: Processes) -> Iterator[HeadClient]:
+def client(cluster: Processes) -> Iterator[RemoteEngine]:
     """Return a connection for several tests."""
-    with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
+    with RemoteEngine("127.0.0.1", cluster.port, derive_keys(cluster.token)) as one:
         yield one
 
 
@@ -57,7 +57,7 @@ def alone(parts: HeadParts, *, count: int, temperature: float) -> list[int]:
 
 
 def ask(
-    client: HeadClient,
+    client: RemoteEngine,
     *,
     count: int,
     temperature: float = 0.0,
@@ -185,6 +185,6 @@ def test_the_head_comes_back_and_devices_rejoin_without_transfer(cluster, client
     cluster.wait_for("head", r"serving: layers", count=3)
     for name, count in loaded.items():
         assert cluster.log(name).count("load 100%") == count
-    with HeadClient("127.0.0.1", cluster.port, derive_keys(cluster.token)) as again:
+    with RemoteEngine("127.0.0.1", cluster.port, derive_keys(cluster.token)) as again:
         tokens, _, _ = ask(again, count=12)
     assert tokens == alone(parts, count=12, temperature=0.0)

@@ -29,8 +29,8 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-from flowspec.engine.client import HeadClient
 
+from flowspec.engine.remote import RemoteEngine
 from flowspec.protocol.control import ClusterStatus
 from flowspec.request import ClusterError
 from flowspec.transport.secure.token import derive_keys, new_token, write_token
@@ -274,9 +274,9 @@ class NetnsCluster:
             raise RuntimeError(f"{name} did not log {pattern!r}:\n{self.log(name)[-3000:]}")
         return time.monotonic()
 
-    def client(self) -> HeadClient:
+    def client(self) -> RemoteEngine:
         """Connect a client that is at the bridge."""
-        return HeadClient(HEAD_ADDRESS, PORT, self.keys)
+        return RemoteEngine(HEAD_ADDRESS, PORT, self.keys)
 
     def status(self) -> ClusterStatus:
         """Return the head's status. Raises ClusterError."""
