@@ -282,16 +282,16 @@ def test_every_strategy_says_what_the_target_alone_says(strategy: str, sampling:
     drafter=st.sampled_from(["mixed", "hostile", "ngram", "eagle"]),
     num_stages=st.integers(1, 5),
     chunk=st.integers(1, 12),
-    graft=st.booleans(),
+    merge=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_any_order_of_events_gives_the_targets_text(
-    sampling, strategy, drafter, num_stages, chunk, graft, seed
+    sampling, strategy, drafter, num_stages, chunk, merge, seed
 ) -> None:
     """Verdicts may overtake segments or trail far behind them."""
     asked = request(sampling=sampling, max_new_tokens=14)
     setup = {**setup_of(asked, seed, drafter), "num_stages": num_stages, "strategy": strategy}
-    completion, _ = run_watched({**setup, "prefill_chunk": chunk, "graft": graft}, asked)
+    completion, _ = run_watched({**setup, "chunked_prefill_size": chunk, "merge": merge}, asked)
     assert list(completion.tokens) == expected(asked)
 
 
@@ -305,7 +305,7 @@ def test_a_prefix_that_is_used_again_counts_as_prompt(strategy: str, sampling: A
             strategy,
             drafter=drafter_named("ngram"),
             charges=adversarial(9),
-            limits={"max_kept": 2},
+            limits={"max_cached": 2},
         )
         before = replace(sampling, no_echo=False, penalty=0.0) if first_has_none else sampling
         said: tuple[int, ...] = PROMPT
@@ -350,7 +350,7 @@ def test_a_processor_that_fails_ends_its_request_alone(monkeypatch: pytest.Monke
             cluster = make_cluster(2, "streaming", drafter=drafter_named("ngram"))
             done = generate_all(cluster, [good, bad])
             assert list(done[0].tokens) == expected(good)
-            assert "no such rule in the grammar" in done[1].error
+            assert "no such rule in the grammar" in str(done[1].error)
             check_empty(cluster)
 
 
