@@ -1,12 +1,13 @@
 """A head's engine and its clients' threads, over devices that have joined in this process."""
 
-import sys
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import generate
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.stream import Notice, Stream
@@ -58,31 +59,34 @@ def first_tokens(stream: Stream) -> TokensOut:
 # Threads ----------------------------------------------------------------------------------------
 
 
-def test_requests_of_many_threads_come_to_the_core_in_the_order_of_their_numbers(model):
-    """It refuses any other; without devices they all wait."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+def test_requests_of_many_threads_come_to_the_core_in_the_order_of_their_numbers(
+    model, monkeypatch
+):
+    """It refuses any other. Without devices they all wait, however slow a thread is."""
     streams: list[Stream] = []
     may_begin = threading.Barrier(6)
+    with cluster(model) as running:
+        engine = running.engine
+        post = engine.post
 
-    def client() -> None:
-        may_begin.wait()
-        streams.extend(engine.submit(ask()) for _ in range(10))
+        def slow_post(command: Callable[[], None]) -> None:
+            time.sleep(random.uniform(0.0, 0.002))
+            post(command)
 
-    try:
-        with cluster(model) as running:
-            engine = running.engine
-            threads = [threading.Thread(target=client) for _ in range(6)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(SOON_S)
-            wait_for(lambda: len(engine.head.scheduler.waiting) == 60)
-            assert len({stream.request for stream in streams}) == 60
-            assert engine.status().num_waiting == 60
-            assert all(stream.output is None for stream in streams)
-    finally:
-        sys.setswitchinterval(interval)
+        def client() -> None:
+            may_begin.wait()
+            streams.extend(engine.submit(ask()) for _ in range(10))
+
+        monkeypatch.setattr(engine, "post", slow_post)
+        threads = [threading.Thread(target=client) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SOON_S)
+        wait_for(lambda: len(engine.head.scheduler.waiting) == 60, "every request")
+        assert len({stream.request for stream in streams}) == 60
+        assert engine.status().num_waiting == 60
+        assert all(stream.output is None for stream in streams)
     for stream in streams:
         output = stream.result(SOON_S)
         assert output.error is not None
@@ -254,6 +258,24 @@ def test_forget_learns_anew_and_is_refused_while_requests_are_open(served):
     engine.forget()
     assert not engine.head.calibrations
     engine.crossed_at = time.monotonic()
+
+
+def test_a_request_whose_prompt_is_being_rendered_is_counted(served, monkeypatch):
+    """A client that waits for it must not think that the head has forgotten it."""
+    may_render = threading.Event()
+    render = HeadParts.render
+
+    def slow(parts: HeadParts, request: Request) -> Request:
+        may_render.wait(SOON_S)
+        return render(parts, request)
+
+    monkeypatch.setattr(HeadParts, "render", slow)
+    with served.client() as client:
+        stream = client.submit(ask())
+        wait_for(lambda: client.status().num_waiting == 1, "the request")
+        assert served.engine.status().num_waiting == 0
+        may_render.set()
+        assert stream.result(SOON_S).error is None
 
 
 # Losses -----------------------------------------------------------------------------------------
