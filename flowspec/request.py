@@ -4,7 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil, exp, log
-from typing import NewType, TypeAlias, TypeVar
+from typing import Annotated, NewType, TypeAlias, TypeVar
+
+from pydantic import FailFast, Field
+
+StopText: TypeAlias = Annotated[str, Field(max_length=200)]
 
 ACCURACY = 0.01
 SHORTEST_S = 1e-6  # what is shorter counts as 0
@@ -64,9 +68,9 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0  # of the most likely token's probability
     seed: int = 0
-    acceptance: str = "gumbel_coupled"
+    acceptance: Annotated[str, Field(max_length=64)] = "gumbel_coupled"
     max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[StopText, ...], Field(max_length=16), FailFast()] = ()
 
     def __post_init__(self) -> None:
         if not (0 < len(self.acceptance) <= LONGEST_NAME and self.acceptance.isascii()):

@@ -107,7 +107,7 @@ class LocalTarget:
 
 
 @dataclass(slots=True, kw_only=True)
-class _Generation:
+class _OpenRequest:
     """A request that is not over, and what it has so far."""
 
     request: Request
@@ -136,7 +136,7 @@ class ReferenceEngine:
         self._render, self._new_text = render, new_text
         self._lock = threading.RLock()
         self._next_id = 1
-        self._open: dict[int, _Generation] = {}
+        self._open: dict[int, _OpenRequest] = {}
         self._num_finished = self._num_failed = 0
         self._closed = ""
 
@@ -154,7 +154,7 @@ class ReferenceEngine:
             request = replace(request, id=number)
             stream = Stream(number, abort=self._abort, advance=lambda: self._advance(number))
             room = self.target.max_context - len(request.prompt_tokens)
-            self._open[number] = _Generation(
+            self._open[number] = _OpenRequest(
                 request=request,
                 stream=stream,
                 chosen=self.target.stream(request),
@@ -183,7 +183,7 @@ class ReferenceEngine:
                     self._end(state, reason)
             return True
 
-    def _next_token(self, state: _Generation) -> FinishReason | None:
+    def _next_token(self, state: _OpenRequest) -> FinishReason | None:
         """Compute a token and give it to the reader; returns why the request ends, if it does."""
         if state.limit < 1:
             raise ValueError(f"the prompt fills the context of {self.target.max_context} tokens")
@@ -206,7 +206,7 @@ class ReferenceEngine:
             if (state := self._open.get(number)) is not None:
                 self._end(state, FinishReason.CANCELLED)
 
-    def _end(self, state: _Generation, reason: FinishReason, error: Failure | None = None) -> None:
+    def _end(self, state: _OpenRequest, reason: FinishReason, error: Failure | None = None) -> None:
         del self._open[state.request.id]
         self._num_finished += error is None
         self._num_failed += error is not None

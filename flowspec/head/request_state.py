@@ -266,7 +266,7 @@ class RequestState:
         self.num_verdicts += 1
         if self.num_verdicts == 1:
             self.first_verdict_at = now
-        if self.num_verdicts >= CLEARED_AFTER:
+        if self.num_verdicts == CLEARED_AFTER:
             self.losses.clear()
         if now - self.first_verdict_at >= FORGOTTEN_AFTER_S:
             self.losses.forget()

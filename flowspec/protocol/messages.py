@@ -123,7 +123,11 @@ class Segment(OfEpoch):
     slowest_ms: Milliseconds = 0.0
     verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
     # of each row, fixed when it was sent; empty where the request's acceptance rule needs none
-    candidates: tuple[Candidates, ...] = ()
+    candidates: Annotated[
+        tuple[Candidates, ...],
+        Field(max_length=MAX_ROWS, exclude_if=lambda found: not found),
+        FailFast(),
+    ] = ()
 
     def __post_init__(self) -> None:
         count = len(self.nodes)

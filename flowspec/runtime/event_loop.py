@@ -54,6 +54,7 @@ class EventLoop:
         self.core = core
         self.pace = pace
         self.trace = trace
+        self._records = trace is not OFF
         self.transport = transport
         self.numbers = Lanes(core.rank)
         self.to_client: deque[Message] = deque()
@@ -86,7 +87,8 @@ class EventLoop:
         """Handle a message from this process itself (the head's client)."""
         now = time.monotonic()
         self._paced_until = None  # the loop did not run since the last request
-        self.trace.received(now, message)
+        if self._records:
+            self.trace.received(now, message)
         self._send(self.core.handle(message, now))
 
     def turn(self, timeout_s: float) -> None:
@@ -98,7 +100,8 @@ class EventLoop:
         start = time.monotonic()
         step = self.core.poll(start)
         if step is None:
-            self.trace.rest()
+            if self._records:
+                self.trace.rest()
             self._serve(timeout_s)
             self._waited = timeout_s > 0.0
             return
@@ -117,7 +120,8 @@ class EventLoop:
         if self.pace is not None:
             began = self._keep_pace(start, self.pace.work(self.core.rank, work))
         now = self.last_progress = time.monotonic()
-        self.trace.worked(start, now, work)
+        if self._records:
+            self.trace.worked(start, now, work)
         self._send(work.finish(now, now - began))
 
     def _run_beside(self, work: Work) -> None:
@@ -147,7 +151,8 @@ class EventLoop:
         if beside.due is not None:  # the model's end counts, however late the thread woke
             self._paced_until = max(self._paced_until or 0.0, beside.due)
         self.last_progress = max(self.last_progress, end)  # it may have ended before an outage
-        self.trace.worked(beside.start, end, beside.work)
+        if self._records:
+            self.trace.worked(beside.start, end, beside.work)
         self._send(beside.work.finish(time.monotonic(), end - beside.start))
 
     def _serve(self, timeout_s: float) -> None:
@@ -155,13 +160,14 @@ class EventLoop:
         messages = self.transport.receive(timeout_s)
         if timeout_s:
             self._paced_until = None
-            if self._beside is None:
+            if self._records and self._beside is None:
                 self.trace.waited(start, time.monotonic())
         if messages and self._line is not None:  # none begins before it came
             self._paced_until = max(self._paced_until or 0.0, self._line.came_at)
         for arrived in messages:
             now = time.monotonic()
-            self.trace.received(now, arrived)
+            if self._records:
+                self.trace.received(now, arrived)
             if not isinstance(arrived, Status):
                 self.last_progress = now
             message = self.numbers.take(arrived)
@@ -191,7 +197,8 @@ class EventLoop:
     def _send(self, sends: Sequence[Send]) -> None:
         for send in sends:  # first those to the client: what fails at a stage must not stop them
             if send.to == CLIENT:
-                self.trace.sent(time.monotonic(), CLIENT, send.message)
+                if self._records:
+                    self.trace.sent(time.monotonic(), CLIENT, send.message)
                 self.to_client.append(send.message)
         for send in sends:
             if send.to == CLIENT:
@@ -200,7 +207,8 @@ class EventLoop:
                 now = time.monotonic()
                 message = self.numbers.number(rank, send.message)
                 self.transport.send(rank, message)  # type: ignore[arg-type]
-                self.trace.sent(now, rank, send.message)
+                if self._records:
+                    self.trace.sent(now, rank, send.message)
 
 
 def _sleep_until(when: float) -> None:

@@ -19,6 +19,9 @@ from flowspec.protocol.codec import WireError, decode, encode
 from flowspec.protocol.messages import (
     AddRequest,
     Batch,
+    Candidates,
+    DraftContext,
+    DraftSubtree,
     Exit,
     Failed,
     Features,
@@ -149,6 +152,34 @@ def segments(draw: st.DrawFn) -> Segment:
         slowest_rows=draw(U32),
         slowest_ms=draw(TIMES),
         verdict=None if verdict is None else replace(verdict, epoch=epoch, request=request),
+        candidates=draw(st.just(()) | candidates(len(nodes))),
+    )
+
+
+@st.composite
+def candidates(draw: st.DrawFn, count: int) -> tuple[Candidates, ...]:
+    """One entry for each of `count` rows, with and without the distribution they come from."""
+    drawn = st.tuples(I32, st.floats(0, 1))
+    entry = st.builds(
+        Candidates,
+        tokens=st.lists(I32, max_size=3).map(tuple),
+        drawn_from=st.lists(drawn, max_size=3).map(tuple),
+    )
+    return tuple(draw(st.lists(entry, min_size=count, max_size=count)))
+
+
+@st.composite
+def subtrees(draw: st.DrawFn) -> DraftSubtree:
+    """Guesses whose parents come before them."""
+    count = draw(st.integers(0, 5))
+    return DraftSubtree(
+        epoch=draw(U32),
+        request=draw(COUNT),
+        position=draw(COUNT),
+        path=draw(st.lists(I32, max_size=3).map(tuple)),
+        parents=tuple(draw(st.integers(-1, place - 1)) for place in range(count)),
+        tokens=tuple(draw(st.lists(I32, min_size=count, max_size=count))),
+        logprobs=tuple(draw(st.lists(st.floats(-50, 0), min_size=count, max_size=count))),
     )
 
 
@@ -176,8 +207,16 @@ def in_one_epoch(parts: list[Segment]) -> tuple[Segment, ...]:
 
 
 BATCHES = SEGMENTS.map(in_one_epoch).map(together)
+CONTEXTS = st.builds(
+    DraftContext,
+    epoch=U32,
+    request=COUNT,
+    position=COUNT,
+    tokens=st.lists(I32, max_size=5).map(tuple),
+    is_over=st.booleans(),
+)
 COUNTED = st.one_of(
-    FIXED, OPEN, segments(), BATCHES, feature_messages()
+    FIXED, OPEN, segments(), BATCHES, feature_messages(), CONTEXTS, subtrees()
 )  # kinds whose length is known
 MESSAGES = st.one_of(COUNTED, TEXTS)
 
@@ -236,7 +275,13 @@ def test_every_kind_is_covered() -> None:
         Ready,
         AddRequest,
     }
-    assert set(get_args(WireMessage)) == made | {Segment, Features, Batch}
+    assert set(get_args(WireMessage)) == made | {
+        Segment,
+        Features,
+        Batch,
+        DraftContext,
+        DraftSubtree,
+    }
 
 
 def test_bytes_are_pinned() -> None:
