@@ -29,9 +29,9 @@ def run(
     """One request, measured and recorded."""
     cluster = make_cluster(num_stages, strategy, **{"charges": SLOW_LINK, **options})
     recorders = record(cluster)
-    before = count_rows(cluster.statuses())
-    completion = generate(cluster, asked)
-    rows = count_rows(cluster.statuses()).since(before)
+    stream = cluster.submit(asked)
+    completion = stream.result()
+    rows = count_rows(stream.stage_stats())
     timeline = timeline_of(recorders)
     truth = expected(asked)
     stats = completion.stats
