@@ -96,9 +96,9 @@ class Sample(RunFigures):
     emulation: str = ""
     devices: tuple[str, ...] = ()  # of a cluster of devices: their layers, in order
     alone: bool = True  # no other request was served meanwhile; False only in old records
-    # the answer waited for devices or for other requests, which the time to the first token includes
+    # it waited for devices or for other requests; the time to the first token includes the wait
     rebuilt: bool = False
-    # other requests were served since the answer before, so costs and scores may be learnt from them
+    # other requests were served since the answer before: costs and scores may be learnt from them
     relearnt: bool = False
 
 

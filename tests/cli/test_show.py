@@ -119,8 +119,8 @@ def test_answers_are_printed_as_far_as_they_came(capsys: pytest.CaptureFixture[s
 
 def test_an_error_within_the_run_takes_back_what_is_open(capsys) -> None:
     """Open answers are printed as far as they came, and their requests are aborted."""
-    engine = ScriptedEngine({1: [said(1, "a wh")], 2: [said(2, "half")]})
-    engine.scripts = {**engine.scripts, 2: [engine.fail, said(2, "half")]}
+    engine = ScriptedEngine({1: [said(1, "a wh")]})
+    engine.scripts = {**engine.scripts, 2: [said(2, "half"), engine.fail, said(2, " more")]}
     with pytest.raises(ClusterError, match="stage 2: gone"):
         show_answers(engine, [request(1), request(2)])
     assert capsys.readouterr().out == "[1] a wh ... (cut off)\n\n[2] half ... (cut off)\n\n"
