@@ -9,7 +9,7 @@ from flowspec.bench.answering_remote import MeasuredCluster
 from flowspec.bench.experiment import Case, Plan
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, revision
-from flowspec.bench.runner import Outcome
+from flowspec.bench.runner import RunOutcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
 from flowspec.config import EngineConfig
@@ -134,7 +134,7 @@ def other_code(plan: Plan) -> str:
     )
 
 
-def disturbances(outcome: Outcome) -> Iterator[str]:
+def disturbances(outcome: RunOutcome) -> Iterator[str]:
     """Yield a sentence for each thing that disturbed the measurement."""
     resumed = sum(sample.resumes > 0 for sample in outcome.samples)
     if resumed:

@@ -69,7 +69,7 @@ MAX_REPLIES = 16  # that wait for who has asked
 
 
 @dataclass(slots=True)
-class _Open:
+class _OpenAnswer:
     """A request that is not over, and what has come of its answer."""
 
     stream: Stream
@@ -94,7 +94,7 @@ class RemoteEngine:
         self.epochs: dict[int, tuple[int, int]] = {}  # of finished requests: first and last
         self._ids = count(1)
         self._lock = threading.Lock()
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, _OpenAnswer] = {}
         self._over: dict[int, Stream] = {}  # the newest that have ended
         self._outbox: queue.SimpleQueue[Control] = queue.SimpleQueue()
         self._replies: queue.Queue[Control] = queue.Queue(MAX_REPLIES)
@@ -131,7 +131,7 @@ class RemoteEngine:
             self._check_open()  # whoever ends the connection ends what is registered before
             if not self._open:
                 self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
-            self._open[ask.id] = _Open(stream)
+            self._open[ask.id] = _OpenAnswer(stream)
         self._post(ask)
         return stream
 

@@ -17,7 +17,7 @@ from flowspec.bench.plots import kinds
 from flowspec.bench.plots.theme import drawing, find_theme
 from flowspec.bench.records import SampleFile, read_samples
 from flowspec.bench.report import csv_report, tables
-from flowspec.bench.runner import Outcome, run_plan
+from flowspec.bench.runner import RunOutcome, run_plan
 from flowspec.cli.bench import _report
 from flowspec.cli.bench_remote import assemble_remote, cluster_drafters, disturbances
 from flowspec.cli.ui import bench_table
@@ -175,7 +175,7 @@ def test_devices_models_and_truth_are_part_of_a_sample_s_key():
     assert len(keys) == 5 * 3
 
 
-def told(monkeypatch: pytest.MonkeyPatch, plan: Plan, outcome: Outcome) -> str:
+def told(monkeypatch: pytest.MonkeyPatch, plan: Plan, outcome: RunOutcome) -> str:
     """What the command prints."""
     console = Console(width=120, record=True)
     monkeypatch.setattr(bench_table, "Console", lambda width: console)

@@ -11,7 +11,7 @@ from flowspec.bench.answering_remote import MeasuredCluster, RemoteBench
 from flowspec.bench.experiment import Plan, make_cases
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import SampleFile
-from flowspec.bench.runner import Outcome, run_plan
+from flowspec.bench.runner import RunOutcome, run_plan
 from flowspec.engine.stream import Notice, Stream
 from flowspec.request import (
     DecodeStats,
@@ -200,7 +200,7 @@ def make_plan(*strategies: str, **changes: Any) -> Plan:
     return Plan(**{**values, **changes})
 
 
-def run(plan: Plan, head: ScriptedHead, out: Path) -> Outcome:
+def run(plan: Plan, head: ScriptedHead, out: Path) -> RunOutcome:
     """Run what is missing in `out`."""
     bench = RemoteBench(plan, measured(head))
     with SampleFile(out) as file:
