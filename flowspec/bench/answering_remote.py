@@ -1,7 +1,8 @@
-"""Answering a benchmark's questions on a cluster of devices that is running already.
+"""Asking a benchmark's questions on a cluster of devices that is running already.
 
-The truth is what the target alone computes here, where the plan names it, else what the cluster
-itself answers by plain decoding: a model that needs several devices cannot be run alone.
+Answers are compared with those of the target model, computed here where the plan names it. Without
+it they are compared with the cluster's own plain decoding, because one machine may not be able to
+hold a model that needs several devices.
 """
 
 import time
@@ -30,32 +31,35 @@ from flowspec.speculation.strategies import STRATEGIES
 from flowspec.tokenizer import PromptError
 
 PLAIN = "ar"
-FORGET_S = 60.0  # that other clients' requests may take before a measurement begins
-AGAIN_S = 0.5
+FORGET_S = 60.0  # longest wait for other clients' requests before a measurement begins
+AGAIN_S = 0.5  # between two tries
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteAnswer:
-    """A whole answer. Times of its statistics count from when it was asked for."""
+    """A whole answer. The times of its statistics count from its submission."""
 
     output: RequestOutput
-    counts: Mapping[int, StageCounts] | None  # what each stage did; None: not known
-    is_rebuilt: bool = False  # the cluster was, since the answer before: its times may hold a wait
+    counts: Mapping[int, StageCounts] | None  # what each stage did; None: unknown
+    # it waited for devices or for other requests, so its time to the first token is no measurement
+    has_waited: bool = False
+    has_company: bool = False  # the head served other clients since the answer before
 
 
 @dataclass(frozen=True, slots=True)
 class LongPrompt:
-    """Prompt and answer exceed the context, or what `reason` says: nothing was measured."""
+    """A request that was not measured: prompt and answer exceed the context, or see `reason`."""
 
     num_prompt: int
-    reason: str = ""  # why the devices' memory cannot hold them, or the conversation is refused
-    is_refused: bool = False  # the latter
+    reason: str = ""  # the devices' memory cannot hold them, or the conversation is refused
+    is_refused: bool = False  # the conversation is refused
 
 
 class MeasuredCluster:
-    """Asks one question at a time; all answers are of the same devices.
+    """A cluster that is asked one question at a time; the same devices give all answers.
 
-    `say` hears why an answer waits. Raises ClusterError where the cluster is not healthy.
+    `say` is called with the reason when an answer waits. Raises ClusterError if the cluster is not
+    healthy.
     """
 
     def __init__(
@@ -65,28 +69,33 @@ class MeasuredCluster:
         self.status = engine.cluster_status()
         if not self.status.healthy:
             raise ClusterError(engine.where, f"not healthy: {self.status.why}")
-        self._epoch = self.status.epoch  # the newest that is known to be of these devices
+        self._epoch = self.status.epoch  # the newest one that is known to be of these devices
+        self._num_requests = _num_requests(self.status)
 
     @property
     def num_stages(self) -> int:
-        """Devices that hold layers."""
+        """Return the number of devices that hold layers."""
         return len(self.devices)
 
     @property
     def devices(self) -> list[str]:
-        """Which device holds what, in the order of the pipeline."""
+        """Return which device holds which layers, in the order of the pipeline."""
         return _devices_of(self.status)
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens of KV cache that the tightest device holds; 0: not known."""
+        """Return the tokens of KV cache that the tightest device holds; 0 if unknown."""
         held = (one.num_kv_tokens for one in self.status.devices if one.num_kv_tokens)
         return min(held, default=0)
 
     def forget(self) -> None:
-        """Have the head learn anew; waits while it serves others. Raises ClusterError."""
+        """Reset what the head has learnt of costs and scores.
+
+        Waits while it serves others. Raises ClusterError if it is not idle within FORGET_S.
+        """
         end = time.monotonic() + FORGET_S
         while True:
+            self._num_requests = _num_requests(self.engine.cluster_status())
             try:
                 self.engine.forget()
                 return
@@ -98,13 +107,15 @@ class MeasuredCluster:
             time.sleep(AGAIN_S)
 
     def ask(self, request: Request) -> RemoteAnswer | LongPrompt:
-        """The whole answer, or that there can be none.
+        """Return the whole answer, or why there is none.
 
-        Raises ClusterError where it fails, or where other devices may have had a part in it.
+        Raises ClusterError if the request fails, or if other devices may have computed part of it.
         """
+        has_waited = False
         with self.engine.submit(replace(request, exclusive=True)) as stream:
             for event in stream:
                 if isinstance(event, Notice):
+                    has_waited = True
                     self._say(event.text)
         output = stream.result()
         if output.error is not None:
@@ -114,10 +125,17 @@ class MeasuredCluster:
         if output.reason not in (FinishReason.STOP, FinishReason.LENGTH):
             raise ClusterError(self.engine.where, f"an answer ended early: {output.reason.value}")
         first, last = self.engine.epochs.pop(stream.request, (0, 0))
-        is_rebuilt = last != self._epoch
-        if is_rebuilt:
+        if last != self._epoch:  # the cluster was built again since the answer before
+            has_waited = True
             self._check_devices(first, last, output.stats.num_resumes)
-        return RemoteAnswer(output, stream.stage_stats(), is_rebuilt)
+        counts = stream.stage_stats()
+        return RemoteAnswer(output, counts, has_waited, has_company=self._has_company())
+
+    def _has_company(self) -> bool:
+        """Whether the head has had requests of others since the last look, besides one of ours."""
+        before = self._num_requests
+        self._num_requests = _num_requests(self.engine.cluster_status())
+        return self._num_requests > before + 1
 
     def _refused(self, output: RequestOutput, error: Failure) -> LongPrompt:
         if error.kind is FailureKind.BAD_PROMPT:
@@ -128,18 +146,21 @@ class MeasuredCluster:
             return LongPrompt(output.num_prompt_tokens)
         if error.kind is FailureKind.TOO_LARGE:
             now = self.engine.cluster_status()
-            if _devices_of(now) != self.devices:  # what others cannot hold is not their limit
+            if _devices_of(now) != self.devices:  # the refusal is about other devices' memory
                 raise self._changed(now)
             return LongPrompt(output.num_prompt_tokens, error.cause)
         where = self.engine.where
         raise ClusterError(where, error.cause if error.rank == 0 else str(error))
 
     def _check_devices(self, first: int, last: int, num_resumes: int) -> None:
-        """The cluster was built anew: go on if all of the answer is of the same devices."""
+        """Raise ClusterError unless the same devices computed all of the answer.
+
+        `first` is the epoch in which the request came, `last` the one in which it ended.
+        """
         now = self.engine.cluster_status()
-        # a status of another epoch does not tell which devices the answer ended on
+        # a status of another epoch does not say on which devices the answer ended
         is_same = now.epoch == last and _devices_of(now) == self.devices
-        # it ran in the last epoch, and in one more for each time it was resumed
+        # the answer ran in the last epoch, and in one more for each resume
         between = num_resumes and last != self._epoch + 1
         if not is_same or (between and (num_resumes > 1 or first != self._epoch)):
             raise self._changed(now)
@@ -159,6 +180,12 @@ class MeasuredCluster:
         )
 
 
+def _num_requests(status: ClusterStatus) -> int:
+    """Return the number of requests that the head has had, open ones included."""
+    num_over = status.requests_done + status.requests_failed
+    return num_over + status.requests_active + status.requests_waiting
+
+
 def _devices_of(status: ClusterStatus) -> list[str]:
     serving = [(one.rank, one.name, one.layers) for one in status.devices if one.rank]
     return [
@@ -169,7 +196,7 @@ def _devices_of(status: ClusterStatus) -> list[str]:
 
 
 class RemoteBench:
-    """A benchmark's only worker: the cluster does one thing at a time."""
+    """The only worker of a benchmark on a cluster, which answers one question at a time."""
 
     def __init__(self, plan: Plan, cluster: MeasuredCluster) -> None:
         self.plan = plan
@@ -178,19 +205,19 @@ class RemoteBench:
         own = [case for case in plan.cases if case.strategy == PLAIN]
         plain = STRATEGIES[PLAIN].defaults.model_dump()
         self._plain = own[0] if own else Case(PLAIN, "none", plain)
-        self._truth: tuple[Group, list[Asked]] | None = None  # of the last group
+        self._reference: tuple[Group, list[Asked]] | None = None  # of the last group
 
     def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
-        """Each turn's sample as it is finished, and what is left out of the group.
+        """Yield each turn's sample when it is finished, and what is left out of the group.
 
-        Raises ClusterError where the cluster fails; what came before stays.
+        Raises ClusterError if the cluster fails; earlier samples are not lost.
         """
         left = list(cases)
         if self._alone is not None:
             asked, too_long = self._alone.ask(group)
             yield cases, too_long
-        elif self._truth is not None and self._truth[0] == replace(group, repeat=0):
-            asked = self._truth[1]
+        elif self._reference is not None and self._reference[0] == replace(group, repeat=0):
+            asked = self._reference[1]
         else:
             asked = []
             for found in self._ask_plain(group, asked):
@@ -199,13 +226,13 @@ class RemoteBench:
                 elif self._plain in cases:
                     yield found
             left = [case for case in cases if case != self._plain]
-            self._truth = replace(group, repeat=0), asked
+            self._reference = replace(group, repeat=0), asked
         for place, case in enumerate(left):
             for found in self._run(case, group, asked):
                 yield (left[place:], [found]) if isinstance(found, TooLong) else found
 
     def _run(self, case: Case, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
-        """What the memory cannot hold under this strategy goes out of `asked`."""
+        """Yield the samples of a case; remove from `asked` what the devices' memory cannot hold."""
         self._cluster.forget()  # what the head learns is this set's alone
         for one in tuple(asked):
             if one not in asked:  # a turn before it is left out
@@ -217,11 +244,11 @@ class RemoteBench:
             elif answer.reason:
                 yield self._left_out(group, one.question, one.turn, answer)
                 asked[:] = [a for a in asked if a.question != one.question or a.turn < one.turn]
-            else:  # plain decoding, or the target alone, has said that it fits
+            else:  # it has fitted before, in the computation of the reference
                 raise ClusterError("head", f"{_name(group, one)} is too long for it")
 
     def _ask_plain(self, group: Group, asked: list[Asked]) -> Iterator[Sample | TooLong]:
-        """The cluster's own plain decoding, which becomes the truth in `asked`."""
+        """Yield the samples of plain decoding; put its answers, the reference, into `asked`."""
         self._cluster.forget()
         for prompt in group.prompts:
             yield from self._ask_one(group, prompt, asked)
@@ -235,7 +262,7 @@ class RemoteBench:
             started_at = now_text()
             answer = self._answer(self._plain, group, messages)
             if isinstance(answer, LongPrompt):
-                if answer.is_refused and not turn:  # as where the target is computed here
+                if answer.is_refused and not turn:  # its author must correct the file
                     raise PromptError(f"{prompt.where}: {answer.reason}")
                 yield self._left_out(group, prompt.id, turn, answer)
                 return
@@ -277,12 +304,13 @@ class RemoteBench:
         return replace(
             found,
             devices=tuple(self._cluster.devices),
-            rebuilt=answer.is_rebuilt,
+            rebuilt=answer.has_waited,
+            relearnt=answer.has_company,
         )
 
 
 def _doings(answer: RemoteAnswer) -> Doings:
-    """Busy shares of the decode time; causes of idleness and link bytes are not known here."""
+    """Return the busy shares of the decode time; idle causes and link bytes are unknown here."""
     stats, counts = answer.output.stats, answer.counts or {}
     decode_s = stats.last_token_at - stats.first_token_at - stats.resume_s
     if decode_s <= 0:

@@ -95,11 +95,11 @@ class Sample(RunFigures):
     # devices, of these, their layers and the dtype
     emulation: str = ""
     devices: tuple[str, ...] = ()  # of a cluster of devices: their layers, in order
-    alone: bool = True  # no other request was served meanwhile
-    # devices were lost or placed again since the answer before, so the time to the first token may
-    # include waiting for them
+    alone: bool = True  # no other request was served meanwhile; False only in old records
+    # it waited for devices or for other requests; the time to the first token includes the wait
     rebuilt: bool = False
-    relearnt: bool = False  # another request came in between, so costs and scores were learnt again
+    # other requests were served since the answer before: costs and scores may be learnt from them
+    relearnt: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ Asking = tuple[list[Asked], list[TooLong]]
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """How far a run is; told after every step."""
 
     total: int  # samples to run
@@ -47,7 +47,7 @@ class Progress:
 
 
 @dataclass(slots=True)
-class Outcome:
+class RunOutcome:
     """Samples of a plan in its order, those of earlier runs included."""
 
     samples: list[Sample]
@@ -71,9 +71,9 @@ def run_plan(
     file: SampleFile,
     *,
     jobs: int,
-    tell: Callable[[Progress], None],
+    tell: Callable[[RunProgress], None],
     bench: Bench | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Run what is missing from `file`; the figures are the same for any number of jobs.
 
     `bench` does it all where it is given.
@@ -82,7 +82,7 @@ def run_plan(
     """
     groups = list(plan.groups())
     todo = [(group, missing) for group in groups if (missing := _missing(plan, group, file))]
-    progress = Progress(
+    progress = RunProgress(
         sum(len(_expected(plan, case, group, file)) for group, cases in todo for case in cases)
     )
     tell(progress)
@@ -95,10 +95,10 @@ def run_plan(
     keys = [
         key for group in groups for case in plan.cases for key in _expected(plan, case, group, file)
     ]
-    return Outcome(list(file.select(keys)), num_run, _left_out(plan, groups, file))
+    return RunOutcome(list(file.select(keys)), num_run, _left_out(plan, groups, file))
 
 
-def _keep(finished: Sample | LeftOut, file: SampleFile, progress: Progress) -> bool:
+def _keep(finished: Sample | LeftOut, file: SampleFile, progress: RunProgress) -> bool:
     """Whether it is a sample that the file did not have."""
     if isinstance(finished, Sample):
         progress.done += 1

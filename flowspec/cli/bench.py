@@ -11,7 +11,7 @@ import typer
 from flowspec.bench.answering_remote import RemoteBench
 from flowspec.bench.datasets import DATASETS
 from flowspec.bench.experiment import Case, Plan, make_cases, parse_settings, read_table
-from flowspec.bench.runner import Outcome
+from flowspec.bench.runner import RunOutcome
 from flowspec.bench.summary import as_json, rows_of_run
 from flowspec.cli.bench_plan import (
     assemble,
@@ -203,7 +203,7 @@ def _emulations(
     return {name: load_emulation(cluster, model, drafter=name, stages=stages) for name in names}
 
 
-def _report(plan: Plan, outcome: Outcome, out: Path, json_file: Path | None) -> None:
+def _report(plan: Plan, outcome: RunOutcome, out: Path, json_file: Path | None) -> None:
     for left in outcome.too_long:
         why = f"{left.prompt_tokens} prompt tokens and {plan.max_tokens} more exceed the context"
         typer.echo(

@@ -12,7 +12,7 @@ from flowspec.bench.experiment import Case, Plan
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, folder_hash, revision
 from flowspec.bench.records import SampleFile
-from flowspec.bench.runner import Bench, Outcome, Progress, run_plan
+from flowspec.bench.runner import Bench, RunOutcome, RunProgress, run_plan
 from flowspec.cli.common import count_stages, draft_folder, split_folder
 from flowspec.cli.ui.progress import shown
 from flowspec.config import EngineConfig, new_name, tell_renamed
@@ -167,7 +167,7 @@ def _draft_folders(
 
 def run_shown(
     plan: Plan, out: Path, jobs: int | None, *, what: str = "", bench: Bench | None = None
-) -> Outcome:
+) -> RunOutcome:
     """Run what is missing in folder `out` and show how far it is; `what` stands before it.
 
     Where it ends early, what is kept is told.
@@ -182,7 +182,7 @@ def run_shown(
             console = Console(stderr=True)
             with signals.farewell(kept), shown(console, "samples", what=what) as tell:
 
-                def step(now: Progress) -> None:
+                def step(now: RunProgress) -> None:
                     tell(now.done, now.total, now.now)
 
                 jobs = jobs or len(os.sched_getaffinity(0))

@@ -9,7 +9,7 @@ from flowspec.bench.answering_remote import MeasuredCluster
 from flowspec.bench.experiment import Case, Plan
 from flowspec.bench.prompts import Prompt
 from flowspec.bench.provenance import code_hash, revision
-from flowspec.bench.runner import Outcome
+from flowspec.bench.runner import RunOutcome
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import layerwise_folder
 from flowspec.config import EngineConfig
@@ -23,23 +23,26 @@ from flowspec.weights.manifest import read_manifest
 
 @contextmanager
 def connected(head: str | None, token_file: Path | None) -> Iterator[MeasuredCluster | None]:
-    """The cluster of `head`, or None without one. Raises ClusterError where it cannot serve."""
+    """Connect to the cluster of `head`; without one yield None.
+
+    Raises ClusterError if the cluster cannot be reached or is not healthy.
+    """
     if head is None:
         yield None
         return
     keys = derive_keys(read_token(token_file))
     host, port = parse_address(head, default_port=DEFAULT_PORT)
     with RemoteEngine(host, port, keys) as engine:
-        # by print, which does not write across a bar that is on the screen
+        # rich redirects print, so that it does not write into a progress bar
         yield MeasuredCluster(engine, lambda text: print(text, file=sys.stderr, flush=True))
 
 
 def cluster_drafters(
     given: Sequence[str], strategies: Sequence[str], cluster: MeasuredCluster
 ) -> Sequence[str]:
-    """The drafters of `--drafter`, or the cluster's own; only the switches are free.
+    """Return the drafters of `--drafter`, or the cluster's own one.
 
-    Raises ValueError where the cluster was served with another one.
+    Raises ValueError if the cluster was served with another drafter; its switches are free.
     """
     own = cluster.status.drafter
     names = tuple(map(current_drafter, given)) or (own,)
@@ -69,10 +72,10 @@ def assemble_remote(
     table: str,
     target: str | None,
 ) -> Plan:
-    """A plan for the cluster as it is now; with `target`, that computes the truth here.
+    """Make a plan for the cluster as it is now; `target` computes the reference answers here.
 
-    Raises ValueError where the cluster serves another model than `target`, or its context holds no
-    such answer.
+    Raises ValueError if the cluster serves another model than `target`, or if its context is too
+    short for such answers.
     """
     card, context = cluster.status.model, cluster.status.max_context
     if max_tokens >= context:
@@ -122,7 +125,7 @@ def assemble_remote(
 
 
 def other_code(plan: Plan) -> str:
-    """A sentence where the head's sources are not this machine's; else empty."""
+    """Return a sentence if the head runs other sources than this machine, else an empty string."""
     if plan.remote is None or (there := plan.sources["code"]) == (own := code_hash()):
         return ""
     return (
@@ -131,22 +134,23 @@ def other_code(plan: Plan) -> str:
     )
 
 
-def disturbances(outcome: Outcome) -> Iterator[str]:
-    """What makes figures of devices less than clean, a sentence each."""
-    shared = sum(not sample.alone for sample in outcome.samples)
-    if shared:
-        yield (
-            f"{shared} of the answers were given while the head served other requests too: they "
-            "are slower than they would be alone"
-        )
+def disturbances(outcome: RunOutcome) -> Iterator[str]:
+    """Yield a sentence for each thing that disturbed the measurement."""
     resumed = sum(sample.resumes > 0 for sample in outcome.samples)
     if resumed:
         yield (
-            f"{resumed} of the answers went on after a device was lost; outages are no decode time"
+            f"{resumed} of the answers continued after a device was lost; the outages are not part "
+            "of the decode time"
+        )
+    waited = sum(sample.rebuilt and not sample.resumes for sample in outcome.samples)
+    if waited:
+        yield (
+            f"{waited} of the answers waited for devices or for requests of other clients; tables "
+            "leave out their times to the first token"
         )
     relearnt = sum(sample.relearnt for sample in outcome.samples)
     if relearnt:
         yield (
-            f"before {relearnt} of the answers somebody else asked the head something: costs and "
-            "scores of their sets were learnt anew from there"
+            f"before {relearnt} of the answers the head served requests of other clients; it may "
+            "have learnt costs and scores from them too"
         )

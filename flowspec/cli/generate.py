@@ -77,9 +77,9 @@ def generate(
             if output.error is None:
                 continue
             error = output.error
-            if error.kind is not FailureKind.FAILED:
-                raise ValueError(error.cause)
             cause = f"{where}: {error.cause}" if where else error.cause
+            if error.kind is not FailureKind.FAILED:
+                raise ValueError(cause)
             raise ClusterError(error.place or "head", cause, rank=error.rank)
 
 

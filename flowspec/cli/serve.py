@@ -22,7 +22,7 @@ from flowspec.cli.ui.watch import Watch
 from flowspec.cluster.controller.server import HeadServer
 from flowspec.cluster.device.report import default_name
 from flowspec.cluster.discovery import announced
-from flowspec.cluster.hosts import read_hosts
+from flowspec.cluster.hosts import Hosts, read_hosts
 from flowspec.cluster.hosts import start as start_hosts
 from flowspec.cluster.hosts import stop as stop_hosts
 from flowspec.cluster.membership.device_planner import (
@@ -142,25 +142,14 @@ def serve(
     if over_ssh is not None:
         port, devices = over_ssh.port, devices or len(over_ssh.hosts) - spares
     token, token_from = _token(token_file)
-    typer.echo(f"loading {run_config.model} ...", err=True)
-    folder, run_config = _prepare(run_config, offline=offline)
-    torch.set_num_threads(run_config.local.threads)
-    parts = load_head_parts(run_config, folder)
-    if parts.drafters and run_config.draft:
-        parts.draft_hash = folder_hash(Path(run_config.draft))  # benchmarks keep it
-    parts.code_hash = code_hash()  # now: the files may change while this process runs
-    planner = _planner(run_config, parts, layers, reserve_mb)
     keys = derive_keys(token)
+    folder, run_config, parts = _load(run_config, offline=offline)
+    planner = _planner(run_config, parts, layers, reserve_mb)
     control = ControlServer(host, port, keys)
     shards = _shard_server(folder, host, port + 1 if port else 0, keys, watch)
-    asked = MembershipConfig(
+    membership_config = MembershipConfig(
         version=flowspec.__version__,
-        model=ModelCard(
-            model_id=parts.manifest.model_id,
-            model_hash=parts.manifest.model_hash,
-            stored_dtype=parts.manifest.dtype,
-            numerics=run_config.numerics,
-        ),
+        model=_card(run_config, parts),
         manifest_sha256=shards.manifest_sha256,
         shards=shards.address,
         devices=len(parse_layers(layers)) if layers else devices,
@@ -172,11 +161,9 @@ def serve(
         give_up_s=give_up,
         kv_memory_mb=kv_memory_mb,
     )
-    now = time.monotonic()
-    membership = Membership(asked, planner, now, wall_offset_s=time.time() - now)
     server = HeadServer(
         control,
-        membership,
+        _membership(membership_config, planner),
         lambda tell: ClusterEngine(
             run_config, parts, keys, tell, host=host, port=port + 2 if port else 0
         ),
@@ -188,9 +175,7 @@ def serve(
         stack.callback(watch.close)
         stack.callback(shards.close)
         if over_ssh is not None:
-            logs = Path("out") / "hosts"
-            stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
-            watch.say(f"devices are started over ssh; what they say is in {logs}")
+            _start_hosts(stack, watch, over_ssh, token)
         stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
         name_process("head")
         server.start()
@@ -198,13 +183,59 @@ def serve(
         _say_how_to_ask(watch, head, parts, token_from)
         if mdns:
             _announce(stack, watch, control, parts.manifest.model_id)
-        if prompt and sys.stdin.isatty():
-            _prompt_loop(own_host(control.host, control.port), control.port, keys)
-        else:
-            while not signals.received():
-                server.check()
-                time.sleep(POLL_S)
+        _serve_until_end(server, keys, has_prompt=prompt and sys.stdin.isatty())
         _drain(server, watch)
+
+
+def _load(config: EngineConfig, *, offline: bool) -> tuple[Path, EngineConfig, HeadParts]:
+    """Split the model, one shard per layer, and load what the head computes itself.
+
+    Returns the split's folder and the configuration with the draft model's folder.
+    """
+    typer.echo(f"loading {config.model} ...", err=True)
+    config = override(config, {"draft": draft_folder(config, offline=offline)}, where="draft")
+    folder = layerwise_folder(config, offline=offline)
+    torch.set_num_threads(config.local.threads)
+    parts = load_head_parts(config, folder)
+    if parts.drafters and config.draft:
+        parts.draft_hash = folder_hash(Path(config.draft))  # benchmarks keep it
+    parts.code_hash = code_hash()  # now: the files may change while this process runs
+    return folder, config, parts
+
+
+def _card(config: EngineConfig, parts: HeadParts) -> ModelCard:
+    """Describe the model to devices and clients."""
+    manifest = parts.manifest
+    return ModelCard(
+        model_id=manifest.model_id,
+        model_hash=manifest.model_hash,
+        stored_dtype=manifest.dtype,
+        numerics=config.numerics,
+    )
+
+
+def _membership(config: MembershipConfig, planner: DevicePlanner) -> Membership:
+    """Make the core that decides which device holds which layers, with this machine's clocks."""
+    now = time.monotonic()
+    return Membership(config, planner, now, wall_offset_s=time.time() - now)
+
+
+def _start_hosts(stack: contextlib.ExitStack, watch: Watch, over_ssh: Hosts, token: str) -> None:
+    """Start a device on each host; they end with the stack."""
+    logs = Path("out") / "hosts"
+    stack.callback(stop_hosts, start_hosts(over_ssh, token, logs), HOSTS_END_S)
+    watch.say(f"devices are started over ssh; what they say is in {logs}")
+
+
+def _serve_until_end(server: HeadServer, keys: Keys, *, has_prompt: bool) -> None:
+    """Serve until the prompt loop ends or a signal comes. Raises ClusterError if the head fails."""
+    control = server.control
+    if has_prompt:
+        _prompt_loop(own_host(control.host, control.port), control.port, keys)
+        return
+    while not signals.received():
+        server.check()
+        time.sleep(POLL_S)
 
 
 def _drain(server: HeadServer, watch: Watch) -> None:
@@ -293,12 +324,6 @@ def _state_folder() -> Path:
     if base := os.environ.get("XDG_STATE_HOME"):
         return Path(base).expanduser() / "flowspec"
     return home_folder(instead="XDG_STATE_HOME") / ".local" / "state" / "flowspec"
-
-
-def _prepare(config: EngineConfig, *, offline: bool) -> tuple[Path, EngineConfig]:
-    """The model cut into one shard per layer, so that any device can get any of them."""
-    config = override(config, {"draft": draft_folder(config, offline=offline)}, where="draft")
-    return layerwise_folder(config, offline=offline), config
 
 
 def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) -> ShardServer:

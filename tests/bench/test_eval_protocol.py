@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from flowspec.bench.experiment import Plan
 from flowspec.bench.records import read_samples
-from flowspec.bench.runner import Outcome
+from flowspec.bench.runner import RunOutcome
 from flowspec.cli.bench_plan import run_shown
 from flowspec.cli.main import app
 from flowspec.speculation.strategies import ABLATIONS
@@ -98,7 +98,7 @@ def test_a_wrong_text_gives_tables_and_exit_code_1(here, tiny, tmp_path, monkeyp
     assert (tmp_path / "out" / "report.md").exists()
 
 
-def one_wrong(plan: Plan, out: Path, jobs: int | None, *, bench: None) -> Outcome:
+def one_wrong(plan: Plan, out: Path, jobs: int | None, *, bench: None) -> RunOutcome:
     """Run the benchmark, but report a mismatch."""
     outcome = run_shown(plan, out, jobs, bench=bench)
     first, *others = outcome.samples

@@ -29,9 +29,9 @@ def run(
     """One request, measured and recorded."""
     cluster = make_cluster(num_stages, strategy, **{"charges": SLOW_LINK, **options})
     recorders = record(cluster)
-    before = count_rows(cluster.statuses())
-    completion = generate(cluster, asked)
-    rows = count_rows(cluster.statuses()).since(before)
+    stream = cluster.submit(asked)
+    completion = stream.result()
+    rows = count_rows(stream.stage_stats())
     timeline = timeline_of(recorders)
     truth = expected(asked)
     stats = completion.stats
@@ -140,7 +140,8 @@ def test_link_bytes_are_those_of_the_decode_time():
     assert set(found.link_bytes) == {"0-1", "1-0", "1-2", "2-3", "3-0", "3-1", "3-2"}
     assert found.link_bytes["1-2"] == found.link_bytes["2-3"] > found.link_bytes["0-1"] > 0
     longer, _, _ = run("ar", request(max_new_tokens=15))
-    assert longer.link_bytes["1-2"] == 2 * found.link_bytes["1-2"]
+    # the headers have numbers in decimals, so that those of later tokens may be a byte longer
+    assert longer.link_bytes["1-2"] == pytest.approx(2 * found.link_bytes["1-2"], rel=0.002)
     unlike = run("streaming", request(max_new_tokens=8), drafter=ScriptedDrafter(mixed))[0]
     assert unlike.link_bytes["1-2"] > found.link_bytes["1-2"]
 

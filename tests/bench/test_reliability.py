@@ -129,7 +129,7 @@ def test_the_legend_of_a_plot_covers_no_line():
     [
         (["--out", "plot.bmp"], ["plot.bmp", ".png"]),
         (["--out", "nowhere/plot.svg"], ["nowhere", "folder", "--out"]),
-        (["--strategy", "ar"], ["ar", "drafts nothing"]),
+        (["--strategy", "ar"], ["ar", "merge is no parameter of strategy ar"]),
         (["--strategy", "warp"], ["warp", "streaming"]),
         (["--drafter", "oracle"], ["oracle", "ngram"]),
         (["--max-tokens", "1"], ["--max-tokens"]),

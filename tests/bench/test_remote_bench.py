@@ -1,8 +1,7 @@
 """A benchmark on a cluster of devices: what it asks, what it keeps, what it cannot know."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,177 +9,106 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flowspec.bench import answering_remote
 from flowspec.bench.aggregate import summarize
-from flowspec.bench.answering_remote import RemoteBench
-from flowspec.bench.experiment import Plan, make_cases
+from flowspec.bench.answering_remote import LongPrompt, RemoteAnswer
+from flowspec.bench.experiment import Plan
 from flowspec.bench.plots import kinds
 from flowspec.bench.plots.theme import drawing, find_theme
-from flowspec.bench.prompts import Prompt
 from flowspec.bench.records import SampleFile, read_samples
 from flowspec.bench.report import csv_report, tables
-from flowspec.bench.runner import Outcome, run_plan
+from flowspec.bench.runner import RunOutcome, run_plan
 from flowspec.cli.bench import _report
 from flowspec.cli.bench_remote import assemble_remote, cluster_drafters, disturbances
 from flowspec.cli.ui import bench_table
-from flowspec.engine.remote import Answer, LongPrompt, RemoteCluster
-from flowspec.protocol.control import (
-    Ask,
-    Decoding,
-    Done,
-    Figures,
-    ModelCard,
-    Note,
-    Piece,
-    StageFigures,
-    figures_of,
-    stats_of,
-)
+from flowspec.engine.remote import RemoteEngine
+from flowspec.protocol.control import ModelCard
 from flowspec.request import (
     ClusterError,
-    DecodeStats,
+    Decoding,
+    FailureKind,
     FinishReason,
-    RequestOutput,
+    Request,
     SamplingParams,
 )
-
-PROMPTS = (Prompt("1", "qa", ("who?",)), Prompt("2", "qa", ("what?", "and then?")))
-STAGES = StageFigures(rows_pruned=2, rows_run_by_last=13, busy_s=(0.5, 0.25))
-
-
-def stats(num_tokens: int = 5) -> DecodeStats:
-    """A token every quarter of a second; the drafter at work for a fifth of the time."""
-    found = DecodeStats(submitted_at=10.0, num_rows_sent=9, num_verdicts=4, draft_s=0.2)
-    for number in range(num_tokens):
-        found.count_tokens(1, 11.0 + number / 4)
-    found.finished_at = found.last_token_at
-    return found
-
-
-def figures(**changes: Any) -> Figures:
-    """Of an answer of five tokens."""
-    about: dict[str, Any] = {"epoch": 1, "alone": True, "stages": STAGES, **changes}
-    return figures_of(stats(), **about)
-
-
-@dataclass
-class Cluster:
-    """Answers with the words it is asked; `fails_at`: the question at which it is gone."""
-
-    fails_at: int = 0
-    wrong: str = ""  # the strategy whose text differs
-    too_long: Sequence[str] = ()
-    too_large: Sequence[tuple[str, str]] = ()  # strategy and words
-    refused: Sequence[str] = ()  # by the chat template
-    answered: Figures = field(default_factory=figures)
-    asked: list[tuple[str, str, tuple[str, ...]]] = field(default_factory=list)
-    num_stages: int = 2
-    devices: Sequence[str] = ("ada: layers 0 to 3", "bob: layers 4 to 7")
-
-    def ask(
-        self,
-        messages: Sequence[Mapping[str, str]],
-        decoding: Decoding,
-        sampling: SamplingParams,
-        *,
-        max_new_tokens: int,
-    ) -> Answer | LongPrompt:
-        """As a RemoteCluster does."""
-        del sampling, max_new_tokens
-        words = tuple(one["content"] for one in messages)
-        self.asked.append((decoding.strategy, decoding.run, words))
-        if len(self.asked) == self.fails_at:
-            raise ClusterError("head at here:7000", "connection lost")
-        if words[-1] in self.too_long:
-            return LongPrompt(4000)
-        if words[-1] in self.refused:
-            return LongPrompt(0, "the template says no", refused=True)
-        if (decoding.strategy, words[-1]) in self.too_large:
-            return LongPrompt(9, "it needs 90 rows")
-        tokens = (1, 2, 3, 4, 6 if decoding.strategy == self.wrong else 5)
-        completion = RequestOutput(
-            request=1,
-            tokens=tokens,
-            text=f"answer to {words[-1]}",
-            reason=FinishReason.LENGTH,
-            stats=stats_of(self.answered),
-        )
-        return Answer(9, completion, self.answered)
-
-    @property
-    def by_strategy(self) -> list[str]:
-        """Which answered, in order."""
-        return [strategy for strategy, _, _ in self.asked]
-
-
-def make_plan(*strategies: str, **changes: Any) -> Plan:
-    """On a cluster of two devices."""
-    values: dict[str, Any] = {
-        "cluster": "here:7000",
-        "model": "big",
-        "table": "main",
-        "stages": 2,
-        "cases": make_cases(strategies, ("eagle",), {}, {}),
-        "datasets": {"qa": PROMPTS},
-        "temperatures": (0.0,),
-        "seeds": (1,),
-        "max_tokens": 8,
-        "target": None,
-        "real": True,
-        "warm": True,
-        "remote": {"devices": ["ada", "bob"], "dtype": "float16"},
-        "sources": {"code": "c", "target": "t", "eagle": "e"},
-    }
-    return Plan(**{**values, **changes})
-
-
-def run(plan: Plan, cluster: Cluster, out: Path) -> Outcome:
-    """What is missing in `out`."""
-    bench = RemoteBench(plan, cluster)  # type: ignore[arg-type]
-    with SampleFile(out) as file:
-        return run_plan(plan, file, jobs=1, tell=lambda now: None, bench=bench)
+from tests.support.in_process import TinyModel, cluster, tiny_model
+from tests.support.measured import (
+    COUNTS,
+    DEVICES,
+    PROMPTS,
+    Reply,
+    ScriptedHead,
+    make_plan,
+    measured,
+    no_answer,
+    run,
+    stats,
+)
 
 
 def test_plain_decoding_is_the_truth_and_asked_once(tmp_path):
-    """It comes first; its samples are those answers, and a second turn holds the first's."""
-    cluster = Cluster()
-    outcome = run(make_plan("streaming", "ar"), cluster, tmp_path)
-    assert cluster.by_strategy == ["ar"] * 3 + ["streaming"] * 3
-    assert cluster.asked[2][2] == cluster.asked[5][2] == ("what?", "answer to what?", "and then?")
+    """It comes first; its samples are those answers, and a second turn holds the first answer."""
+    head = ScriptedHead()
+    outcome = run(make_plan("streaming", "ar"), head, tmp_path)
+    assert head.by_strategy == ["ar"] * 3 + ["streaming"] * 3
+    assert head.words(2) == head.words(5) == ("what?", "answer to what?", "and then?")
     assert len(outcome.samples) == 6
     assert not any(sample.mismatch for sample in outcome.samples)
-    labels = [label for _, label, _ in cluster.asked]
-    assert labels[0] == labels[2] != labels[3] == labels[5]
+
+
+def test_the_head_learns_anew_before_each_set_under_each_strategy(tmp_path):
+    """Requests name how they are decoded and run alone; other requests delay the measurement."""
+    head = ScriptedHead()
+    run(make_plan("streaming", "ar"), head, tmp_path / "one")
+    assert head.done == ["forget", *["ar"] * 3, "forget", *["streaming"] * 3]
+    plain, streaming = (head.asked[place].decoding for place in (0, 3))
+    assert plain == Decoding(strategy="ar")
+    assert (streaming.strategy, streaming.drafter) == ("streaming", "eagle")
+    assert streaming.parameters["num_draft_tokens"] > 0
+    assert all(one.exclusive for one in head.asked)
+
+
+def test_a_head_that_never_becomes_idle_is_not_measured(tmp_path, monkeypatch):
+    """It is tried again for a while, and the sentence says what to do."""
+    monkeypatch.setattr(answering_remote, "AGAIN_S", 0.001)
+    head = ScriptedHead(busy=3)
+    assert len(run(make_plan("ar"), head, tmp_path / "one").samples) == 3
+    assert head.busy == 0
+    monkeypatch.setattr(answering_remote, "FORGET_S", 0.01)
+    with pytest.raises(ClusterError, match="1 request is open: it serves others; measure it when"):
+        run(make_plan("ar"), ScriptedHead(busy=10_000), tmp_path / "two")
 
 
 def test_a_text_that_differs_from_it_is_a_mismatch(tmp_path):
     """Whether or not plain decoding is in the table."""
-    cluster = Cluster(wrong="streaming")
-    outcome = run(make_plan("streaming"), cluster, tmp_path)
-    assert cluster.by_strategy == ["ar"] * 3 + ["streaming"] * 3
+    head = ScriptedHead(wrong="streaming")
+    outcome = run(make_plan("streaming"), head, tmp_path)
+    assert head.by_strategy == ["ar"] * 3 + ["streaming"] * 3
     assert [(s.strategy, s.mismatch) for s in outcome.samples] == [("streaming", True)] * 3
 
 
 def test_what_a_cluster_tells_and_what_not(tmp_path):
     """Shares of the decode time; no cause, no link, no bound."""
-    sample = run(make_plan("ar"), Cluster(), tmp_path).samples[0]
+    sample = run(make_plan("ar"), ScriptedHead(), tmp_path).samples[0]
     assert (sample.decode_s, sample.ttft_s, sample.prompt_tokens) == (1.0, 1.0, 9)
     assert (sample.rows_sent, sample.rows_pruned, sample.rows_wasted) == (9, 2, 0)
     assert sample.stage_busy == (0.5, 0.25)
     assert sample.drafter_busy == pytest.approx(0.2)
     assert (sample.stage_idle, sample.link_bytes, sample.bound_share) == ((), {}, None)
-    assert (sample.emulated, sample.warm, sample.devices) == (False, True, tuple(Cluster().devices))
+    assert (sample.emulated, sample.warm, sample.devices) == (False, True, DEVICES)
 
 
 def test_an_outage_is_no_decode_time(tmp_path):
     """The stages' totals are not known then."""
-    broken = figures(stages=None).model_copy(update={"num_resumes": 1, "resume_s": 0.5})
-    outcome = run(make_plan("ar"), Cluster(answered=broken), tmp_path)
+    broken = Reply(stats=stats(num_resumes=1, resume_s=0.5, num_prefills=2), counts=None)
+    outcome = run(make_plan("ar"), ScriptedHead(answered=broken), tmp_path)
     sample = outcome.samples[0]
     assert (sample.resumes, sample.outage_s, sample.decode_s) == (1, 0.5, 0.5)
     assert sample.decode_tokens_per_s == pytest.approx(8.0)
     assert (sample.rows_pruned, sample.rows_wasted, sample.stage_busy) == (None, None, ())
     assert list(disturbances(outcome)) == [
-        "3 of the answers went on after a device was lost; outages are no decode time"
+        "3 of the answers continued after a device was lost; the outages are not part of the "
+        "decode time"
     ]
 
 
@@ -188,41 +116,41 @@ def test_every_turn_is_kept_when_it_is_finished(tmp_path):
     """A head that goes away ends the run; the same command goes on with the set, nothing twice."""
     plan = make_plan("ar", "streaming")
     with pytest.raises(ClusterError, match="connection lost"):
-        run(plan, Cluster(fails_at=5), tmp_path)
+        run(plan, ScriptedHead(fails_at=5), tmp_path)
     assert len(read_samples(tmp_path)) == 4
-    again = Cluster()
+    again = ScriptedHead()
     outcome = run(plan, again, tmp_path)
     assert (len(outcome.samples), outcome.num_run) == (6, 2)
     assert again.by_strategy == ["ar"] * 3 + ["streaming"] * 3  # the truth is not in the file
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 6
-    idle = Cluster()
+    idle = ScriptedHead()
     assert run(plan, idle, tmp_path).num_run == 0
     assert idle.asked == []
 
 
 def test_repeats_share_one_truth(tmp_path):
     """So that a repeat of plain decoding that differs is noticed."""
-    cluster = Cluster()
-    outcome = run(make_plan("ar", "streaming", repeats=2), cluster, tmp_path)
-    assert cluster.by_strategy == [*["ar"] * 3, *["streaming"] * 3] * 2
+    head = ScriptedHead()
+    outcome = run(make_plan("ar", "streaming", repeats=2), head, tmp_path)
+    assert head.by_strategy == [*["ar"] * 3, *["streaming"] * 3] * 2
     assert [sample.repeat for sample in outcome.samples] == [0] * 6 + [1] * 6
 
 
 def test_a_conversation_that_is_refused_is_left_out_from_its_later_turn(tmp_path):
     """A first turn ends the benchmark: the file is to be mended, whose line is named."""
-    outcome = run(make_plan("ar"), Cluster(refused=["and then?"]), tmp_path)
+    outcome = run(make_plan("ar"), ScriptedHead(refused=["and then?"]), tmp_path)
     assert [(s.question, s.turn) for s in outcome.samples] == [("1", 0), ("2", 0)]
     assert [(one.turn, one.reason) for one in outcome.too_long] == [(1, "the template says no")]
     first = replace(PROMPTS[0], where="ask.jsonl:3")
     plan = make_plan("ar", datasets={"qa": (first,)})
     with pytest.raises(ValueError, match=r"ask\.jsonl:3: the template says no"):
-        run(plan, Cluster(refused=["who?"]), tmp_path / "other")
+        run(plan, ScriptedHead(refused=["who?"]), tmp_path / "other")
 
 
 def test_a_turn_that_is_too_long_is_left_out(tmp_path):
     """With those after it, and counted once."""
-    cluster = Cluster(too_long=["and then?"])
-    outcome = run(make_plan("ar", "streaming"), cluster, tmp_path)
+    head = ScriptedHead(too_long=["and then?"])
+    outcome = run(make_plan("ar", "streaming"), head, tmp_path)
     assert len(outcome.samples) == 4
     ((one,), (line,)) = outcome.too_long, (tmp_path / "left_out.jsonl").read_text().splitlines()
     assert (one.question, one.turn, one.num_turns, one.prompt_tokens) == ("2", 1, 1, 4000)
@@ -247,7 +175,7 @@ def test_devices_models_and_truth_are_part_of_a_sample_s_key():
     assert len(keys) == 5 * 3
 
 
-def told(monkeypatch: pytest.MonkeyPatch, plan: Plan, outcome: Outcome) -> str:
+def told(monkeypatch: pytest.MonkeyPatch, plan: Plan, outcome: RunOutcome) -> str:
     """What the command prints."""
     console = Console(width=120, record=True)
     monkeypatch.setattr(bench_table, "Console", lambda width: console)
@@ -255,13 +183,13 @@ def told(monkeypatch: pytest.MonkeyPatch, plan: Plan, outcome: Outcome) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize("stages", [STAGES, None])
+@pytest.mark.parametrize("stages", [COUNTS, None])
 def test_tables_reports_and_plots_leave_out_what_is_not_known(
     tmp_path, monkeypatch, capsys, stages
 ):
     """No made-up 0, no traceback."""
     plan = make_plan("ar", "streaming")
-    outcome = run(plan, Cluster(answered=figures(stages=stages)), tmp_path)
+    outcome = run(plan, ScriptedHead(answered=Reply(counts=stages)), tmp_path)
     table = told(monkeypatch, plan, outcome)
     assert "big on here:7000, 2 stages, table main (measured on a cluster of devices)" in table
     assert "0 differ from plain decoding on the cluster" in capsys.readouterr().out
@@ -285,67 +213,54 @@ def test_tables_reports_and_plots_leave_out_what_is_not_known(
             kinds.PLOTS["bandwidth"](outcome.samples, theme, "ar")
 
 
-class Client:
-    """A connection to a head that says what it is told to."""
-
-    where = "head at here:7000"
-
-    def __init__(self, *events: Piece | Note | Done, **status: Any) -> None:
-        self.events = events
-        self.now = {"healthy": True, "why": "", "epoch": 1, "max_context": 100, "devices": ()}
-        self.now |= status
-
-    def status(self) -> Any:
-        """As it is."""
-        return SimpleNamespace(**self.now)
-
-    def new_ask(self, **fields: Any) -> Ask:
-        """Checked as a real one."""
-        return Ask.model_validate({"version": "0", "id": 1, **fields}, strict=False)
-
-    def ask(self, ask: Ask) -> Iterator[Piece | Note | Done]:
-        """What it is told to say."""
-        assert ask.decoding is not None
-        yield from self.events
+def question(max_new_tokens: int = 50) -> Request:
+    """A request as the benchmark makes it."""
+    return Request(
+        prompt=[{"role": "user", "content": "who?"}],
+        sampling=SamplingParams(seed=3),
+        max_new_tokens=max_new_tokens,
+        decoding=Decoding(strategy="ar"),
+    )
 
 
-def ask(client: Client, said: list[str] | None = None) -> Answer | LongPrompt:
-    """One question."""
-    cluster = RemoteCluster(client, (said if said is not None else []).append)  # type: ignore[arg-type]
-    question = [{"role": "user", "content": "who?"}]
-    decoding = Decoding(strategy="ar", parameters={"draft_topk": 1}, run="1")
-    return cluster.ask(question, decoding, SamplingParams(seed=3), max_new_tokens=50)
+def ask(reply: Reply, **now: Any) -> RemoteAnswer | LongPrompt:
+    """Ask one question of a head that gives this reply."""
+    return measured(ScriptedHead(replies=[reply], now=now)).ask(question())
 
 
-def test_an_answer_is_put_together():
-    """With why it waited."""
-    pieces = Piece(id=1, tokens=(1, 2), text="a "), Piece(id=1, tokens=(3,), text="b")
-    end = Done(id=1, reason="stop", prompt_tokens=7, figures=figures())
+def test_an_answer_comes_with_the_reason_for_which_it_waited():
+    """Its time to the first token is no measurement then."""
     said: list[str] = []
-    client = Client(pieces[0], Note(id=1, text="bob is lost"), pieces[1], end)
-    answer = ask(client, said)
-    assert isinstance(answer, Answer)
-    assert (answer.completion.tokens, answer.completion.text) == ((1, 2, 3), "a b")
-    assert answer.num_prompt == 7
-    assert answer.completion.stats.time_to_first_token_s == 1.0
+    head = ScriptedHead(replies=[Reply(notices=["bob is lost"], num_prompt_tokens=7), Reply()])
+    cluster = measured(head, said.append)
+    answer, later = cluster.ask(question()), cluster.ask(question())
+    assert isinstance(answer, RemoteAnswer)
+    assert isinstance(later, RemoteAnswer)
+    assert (answer.output.tokens, answer.output.text) == ((1, 2, 3, 4, 5), "so")
+    assert (answer.output.num_prompt_tokens, answer.counts) == (7, COUNTS)
     assert said == ["bob is lost"]
+    assert (answer.has_waited, later.has_waited) == (True, False)
 
 
 def test_what_a_head_refuses_is_told_in_its_words():
-    """A prompt that is too long is none of its failures."""
-    busy = Done(id=1, reason="error", error="the head serves another request", prompt_tokens=9)
-    with pytest.raises(ClusterError, match="head at here:7000: the head serves another request"):
-        ask(Client(busy))
-    long = Done(id=1, reason="error", error="51 prompt tokens and 50 more", prompt_tokens=51)
-    assert ask(Client(long)) == LongPrompt(51)
-    refused = Done(
-        id=1, reason="error", error="the template says no", refused=True, bad_prompt=True
-    )
-    assert ask(Client(refused)) == LongPrompt(0, "the template says no", refused=True)
-    with pytest.raises(ClusterError, match="no figures"):
-        ask(Client(Done(id=1, reason="stop")))
+    """A prompt that is too long is no failure, whether the head cuts the answer or refuses it."""
+    failed = no_answer("IndexError: boom", FailureKind.FAILED, rank=2)
+    with pytest.raises(ClusterError, match="head at here:7000: stage 2: IndexError: boom"):
+        ask(failed)
+    with pytest.raises(ClusterError, match="head at here:7000: connection lost"):
+        ask(no_answer("connection lost", FailureKind.FAILED, rank=0))
+    with pytest.raises(ClusterError, match="head at here:7000: 512 requests are waiting already"):
+        ask(no_answer("512 requests are waiting already", FailureKind.REFUSED))
+    assert ask(Reply(num_prompt_tokens=51)) == LongPrompt(51)
+    assert isinstance(ask(Reply(num_prompt_tokens=50)), RemoteAnswer)
+    long = no_answer("the prompt has 100 tokens", FailureKind.REFUSED, num_prompt=100)
+    assert ask(long) == LongPrompt(100)
+    refused = no_answer("the template says no", FailureKind.BAD_PROMPT, num_prompt=0)
+    assert ask(refused) == LongPrompt(0, "the template says no", is_refused=True)
+    with pytest.raises(ClusterError, match="ended early: cancelled"):
+        ask(Reply(reason=FinishReason.CANCELLED))
     with pytest.raises(ClusterError, match="not healthy: 2 of 8 layers"):
-        ask(Client(healthy=False, why="2 of 8 layers are nobody's"))
+        ask(Reply(), healthy=False, why="2 of 8 layers are nobody's")
 
 
 def served_with(drafter: str, *, code: str = "", **card: str) -> Any:
@@ -381,3 +296,40 @@ def test_another_target_than_the_cluster_s_is_refused(tmp_path, monkeypatch):
         assemble_remote((), served_with("eagle"), target=str(target), **asked)
     plan = assemble_remote((), served_with("eagle"), target=None, **asked)
     assert (plan.cluster, plan.target, plan.sources["eagle"]) == ("here:7000", None, "d")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A model that loads fast."""
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def test_a_real_head_and_its_devices_are_measured(model, tmp_path):
+    """The answers are those of plain decoding, and every figure of a stage is known."""
+    with cluster(model, "ada", "bob") as running, running.client() as client:
+        assert isinstance(client, RemoteEngine)
+        plan = make_plan("ar", "streaming", context=client.cluster_status().max_context)
+        bench = answering_remote.RemoteBench(plan, answering_remote.MeasuredCluster(client))
+        with SampleFile(tmp_path) as file:
+            found = run_plan(plan, file, jobs=1, tell=lambda now: None, bench=bench)
+    assert [s.strategy for s in found.samples] == [*["ar"] * 3, *["streaming"] * 3]
+    for sample in found.samples:
+        assert not sample.mismatch
+        assert sample.rows_sent > 0
+        assert sample.rows_pruned is not None
+        assert (len(sample.stage_busy), sample.ttft_s > 0) == (2, True)
+        assert (sample.rebuilt, sample.relearnt, sample.resumes) == (False, False, 0)
+    assert list(disturbances(found)) == []
+
+
+def test_other_clients_requests_are_noticed(model, tmp_path):
+    """They come between the benchmark's; what the head learns of costs is of them too."""
+    with cluster(model, "ada", "bob") as running, running.client() as client:
+        measuring = answering_remote.MeasuredCluster(client)
+        measuring.forget()
+        first, second = measuring.ask(question(4)), measuring.ask(question(4))
+        with running.client() as other:
+            assert other.submit(replace(question(4), decoding=None)).result(30.0).tokens
+        third, fourth = measuring.ask(question(4)), measuring.ask(question(4))
+    answers = [one for one in (first, second, third, fourth) if isinstance(one, RemoteAnswer)]
+    assert [one.has_company for one in answers] == [False, False, True, False]

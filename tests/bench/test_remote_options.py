@@ -2,21 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
+from flowspec.bench.answering_remote import LongPrompt
 from flowspec.bench.experiment import Plan
 from flowspec.bench.provenance import code_hash, revision
 from flowspec.cli.bench_remote import assemble_remote, other_code
 from flowspec.cli.main import app
-from flowspec.engine.remote import LongPrompt, RemoteCluster
-from flowspec.protocol.control import Decoding, Done
-from flowspec.request import ClusterError, SamplingParams
-from tests.bench.test_remote_bench import Client, Cluster, ask, make_plan, run, served_with
+from flowspec.request import ClusterError, FailureKind
+from tests.bench.test_remote_bench import ask, question, served_with
 from tests.bench.test_remote_bench import told as printed
+from tests.support.measured import ScriptedHead, device, make_plan, measured, no_answer, run
 
 
 @pytest.mark.parametrize(
@@ -71,53 +70,49 @@ def test_samples_have_the_hash_of_the_head_s_sources():
 def test_what_the_devices_memory_cannot_hold_is_left_out(tmp_path, monkeypatch, capsys):
     """A turn left out under one strategy is left out under all, with its later turns and reason."""
     plan = make_plan("ar", "streaming", "serial_pp")
-    cluster = Cluster(too_large=[("streaming", "what?")])
-    outcome = run(plan, cluster, tmp_path)
+    head = ScriptedHead(too_large=[("streaming", "what?")])
+    outcome = run(plan, head, tmp_path)
     assert [(s.strategy, s.question) for s in outcome.samples] == [
         ("ar", "1"), ("streaming", "1"), ("serial_pp", "1")
     ]  # fmt: skip
     (one,) = outcome.too_long
     assert (one.question, one.turn, one.num_turns, one.reason) == ("2", 0, 2, "it needs 90 rows")
-    assert cluster.by_strategy == ["ar"] * 3 + ["streaming"] * 2 + ["serial_pp"]
+    assert head.by_strategy == ["ar"] * 3 + ["streaming"] * 2 + ["serial_pp"]
     printed(monkeypatch, plan, outcome)
     assert "left out: qa, question 2, turn 1: it needs 90 rows" in capsys.readouterr().err
-    again = Cluster()
+    again = ScriptedHead()
     assert len(run(plan, again, tmp_path).samples) == 3
     assert again.asked == []
-    more = run(replace(plan, num_kv_tokens=500), Cluster(), tmp_path)  # other devices' memory
+    more = run(replace(plan, num_kv_tokens=500), ScriptedHead(), tmp_path)  # other devices' memory
     assert (len(more.samples), more.too_long) == (9, [])
 
 
 def test_plain_decoding_may_be_too_large_already(tmp_path):
     """Then nothing else is asked."""
-    cluster = Cluster(too_large=[("ar", "and then?")])
-    outcome = run(make_plan("ar", "streaming"), cluster, tmp_path)
+    head = ScriptedHead(too_large=[("ar", "and then?")])
+    outcome = run(make_plan("ar", "streaming"), head, tmp_path)
     assert [(s.question, s.turn) for s in outcome.samples] == [("1", 0), ("2", 0)] * 2
-    assert cluster.by_strategy == ["ar"] * 3 + ["streaming"] * 2
+    assert head.by_strategy == ["ar"] * 3 + ["streaming"] * 2
 
 
 def test_of_two_turns_that_do_not_fit_the_earlier_one_counts(tmp_path):
     """The second turn exceeds the context, the first the memory under another strategy."""
-    cluster = Cluster(too_long=["and then?"], too_large=[("streaming", "what?")])
-    outcome = run(make_plan("ar", "streaming"), cluster, tmp_path)
+    head = ScriptedHead(too_long=["and then?"], too_large=[("streaming", "what?")])
+    outcome = run(make_plan("ar", "streaming"), head, tmp_path)
     assert [(s.strategy, s.question) for s in outcome.samples] == [("ar", "1"), ("streaming", "1")]
     assert [(one.turn, one.num_turns) for one in outcome.too_long] == [(0, 2)]
-    again = Cluster()
+    again = ScriptedHead()
     assert len(run(make_plan("ar", "streaming"), again, tmp_path).samples) == 2
     assert again.asked == []
 
 
 def test_a_head_says_that_its_devices_cannot_hold_it():
     """The refusal is about the devices of the plan."""
-    end = Done(id=1, reason="error", error="it needs 90 rows", prompt_tokens=9, too_large=True)
-    assert ask(Client(end)) == LongPrompt(9, "it needs 90 rows")
-    client = Client(
-        end, devices=[SimpleNamespace(name="ada", rank=1, layers=(0, 8), num_kv_tokens=80)]
-    )
-    assert RemoteCluster(client).num_kv_tokens == 80  # type: ignore[arg-type]
-    cluster, client.now["devices"] = RemoteCluster(client), []  # type: ignore[arg-type]
-    decoding = Decoding(strategy="ar", parameters={}, run="1")
+    end = no_answer("it needs 90 rows", FailureKind.TOO_LARGE)
+    assert ask(end) == LongPrompt(9, "it needs 90 rows")
+    head = ScriptedHead(replies=[end], now={"devices": [device("ada", 1, 0, 8, 80)]})
+    cluster = measured(head)
+    assert cluster.num_kv_tokens == 80
+    head.now["devices"] = []
     with pytest.raises(ClusterError, match="other devices answer now"):
-        cluster.ask(
-            [{"role": "user", "content": "?"}], decoding, SamplingParams(), max_new_tokens=9
-        )
+        cluster.ask(question(9))

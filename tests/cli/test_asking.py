@@ -1,7 +1,8 @@
 """Asking a head: what cannot be asked is told before it is; what the head says is told once."""
 
+import json
 import sys
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,33 +10,19 @@ import pytest
 from flowspec.cli import generate as generate_module
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
-from flowspec.engine.remote import RemoteEngine
-from flowspec.protocol.control import Ask, Done, Piece
+from flowspec.request import FailureKind
 from flowspec.transport.secure.token import new_token
+from tests.support.clients import AnsweringClient, failing
 
-NO_ROOM = Done(id=1, reason="error", error="the prompt has 9000 tokens, the context 2048")
+CAUSE = "the prompt has 9000 tokens, the context 2048"
+NO_ROOM = failing(CAUSE, FailureKind.REFUSED)
 
 
-class Head:
-    """A client whose head answers with these events."""
+class Answering(AnsweringClient):
+    """Answers, after it has said why it waits."""
 
-    events: tuple[Piece | Done, ...] = (NO_ROOM,)
-    _ids = iter(range(1, 1000))
-    new_ask = RemoteEngine.new_ask
-
-    def __init__(self, *address: object) -> None:
-        del address
-
-    def __enter__(self) -> "Head":
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        """Nothing to close."""
-
-    def ask(self, ask: Ask) -> Iterator[Piece | Done]:
-        """See RemoteEngine.ask."""
-        del ask
-        yield from self.events
+    text = "two words"
+    notices = ("bob is lost",)
 
 
 def ends(words: list[str], monkeypatch: Any, capsys: Any) -> tuple[int, str, str]:
@@ -47,6 +34,13 @@ def ends(words: list[str], monkeypatch: Any, capsys: Any) -> tuple[int, str, str
         main()
     printed = capsys.readouterr()
     return int(ended.value.code or 0), printed.out, printed.err
+
+
+def questions(folder: Path) -> list[str]:
+    """Return the flags that name a file with one question."""
+    file = folder / "questions.txt"
+    file.write_text("hi\n")
+    return ["--prompts", str(file)]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +56,7 @@ def ends(words: list[str], monkeypatch: Any, capsys: Any) -> tuple[int, str, str
 )
 def test_what_cannot_be_asked_is_one_sentence(flags, names, monkeypatch, capsys):
     """The user's mistake, exit code 2."""
-    monkeypatch.setattr(generate_module, "RemoteEngine", Head)
+    monkeypatch.setattr(generate_module, "RemoteEngine", AnsweringClient)
     code, out, err = ends(["hi", *flags], monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert names in err
@@ -70,49 +64,79 @@ def test_what_cannot_be_asked_is_one_sentence(flags, names, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_an_error_of_the_head_is_told_once(flags, monkeypatch, capsys):
-    """And there is no empty line in place of an answer."""
-    monkeypatch.setattr(generate_module, "RemoteEngine", Head)
+def test_an_answer_is_printed_with_why_it_waited(flags, monkeypatch, capsys):
+    """The text goes to stdout, as it is or in an object; notes and figures go to stderr."""
+    monkeypatch.setattr(generate_module, "RemoteEngine", Answering)
     code, out, err = ends(["hi", *flags], monkeypatch, capsys)
-    assert code == 3
-    assert err == f"error: head: {NO_ROOM.error}\n"
+    assert code == 0
+    assert err.splitlines()[0] == "[bob is lost]"
+    if flags:
+        found = json.loads(out)
+        assert (found["prompt"], found["text"], found["tokens"]) == ("hi", "two words", [0, 1])
+        assert (found["reason"], found["error"], found["refused"]) == ("stop", "", False)
+    else:
+        assert out == "two words\n"
+        assert err.splitlines()[1].startswith("[stop, ")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_refusal_of_the_head_is_told_once(flags, monkeypatch, capsys):
+    """It is the user's mistake, exit code 2, and no empty line stands in place of an answer."""
+    monkeypatch.setattr(generate_module, "RemoteEngine", NO_ROOM)
+    code, out, err = ends(["hi", *flags], monkeypatch, capsys)
+    assert code == 2
+    assert err == f"error: {CAUSE}\n"
     assert not out or flags
+    if flags:
+        found = json.loads(out)
+        assert (found["error"], found["refused"], found["too_large"]) == (CAUSE, True, False)
+
+
+def test_a_refusal_names_the_question_s_file(monkeypatch, capsys, tmp_path):
+    """The head does not know which file a prompt is from."""
+    monkeypatch.setattr(generate_module, "RemoteEngine", NO_ROOM)
+    code, _, err = ends(questions(tmp_path), monkeypatch, capsys)
+    assert code == 2
+    assert err == f"error: {tmp_path}/questions.txt: {CAUSE}\n"
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("client", "told"),
     [
-        ("stage 1 on ada: IndexError: boom", "stage 1 on ada: {}IndexError: boom"),
-        ("head: Broken: it broke", "head: {}Broken: it broke"),
-        ("not ready: waiting for devices", "head: {}not ready: waiting for devices"),
+        (failing("IndexError: boom", rank=1, device="ada"), "stage 1 on ada: {}IndexError: boom"),
+        (failing("Broken: it broke", rank=0), "head: {}Broken: it broke"),
+        (failing("not ready: waiting for devices"), "head: {}not ready: waiting for devices"),
     ],
 )
 @pytest.mark.parametrize("from_file", [False, True])
-def test_a_failure_has_one_place_and_the_question_s_line(
-    said, told, from_file, monkeypatch, capsys, tmp_path
+def test_a_failure_has_one_place_and_the_question_s_file(
+    client, told, from_file, monkeypatch, capsys, tmp_path
 ):
     """The device's where a device has failed, else the head's."""
-    end = Done(id=1, reason="error", error=said)
-    monkeypatch.setattr(
-        generate_module, "RemoteEngine", type("Failing", (Head,), {"events": (end,)})
-    )
-    file = tmp_path / "questions.txt"
-    file.write_text("hi\n")
-    words = ["--prompts", str(file)] if from_file else ["hi"]
+    monkeypatch.setattr(generate_module, "RemoteEngine", client)
+    words = questions(tmp_path) if from_file else ["hi"]
     code, _, err = ends(words, monkeypatch, capsys)
     assert code == 3
-    (line,) = err.splitlines()
-    if not from_file:
-        assert line == f"error: {told.format('')}"
-        return
-    place, _, cause = told.partition("{}")
-    assert line.startswith(f"error: {place}")
-    assert line.endswith(f": {cause}")
-    assert "questions.txt" in line
+    where = f"{tmp_path}/questions.txt: " if from_file else ""
+    assert err == f"error: {told.format(where)}\n"
 
 
 def test_a_conversation_goes_on_after_an_error(capsys):
     """There it is told by the loop, once."""
-    lines = iter(["hi", "/quit"])
-    chat_loop(Head(), ChatOptions(), about="", read=lambda prompt: next(lines))
-    assert capsys.readouterr().err.strip() == f"error: {NO_ROOM.error}"
+    lines = iter(["hi", "and?", "/quit"])
+    client = NO_ROOM()
+    chat_loop(client, ChatOptions(), about="", read=lambda prompt: next(lines))
+    assert capsys.readouterr().err.split("\n") == ["", *[f"error: {CAUSE}"] * 2, ""]
+    assert [one.prompt[-1]["content"] for one in client.asked] == ["hi", "and?"]
+    assert len(client.asked[1].prompt) == 1  # what was not answered is no part of it
+
+
+def test_a_conversation_keeps_what_was_answered(capsys):
+    """The next question comes with the turns before it, until /new."""
+    lines = iter(["hi", "and?", "/new", "again", "/quit"])
+    client = Answering()
+    chat_loop(client, ChatOptions(), about="", read=lambda prompt: next(lines))
+    roles = [[turn["role"] for turn in one.prompt] for one in client.asked]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user"]]
+    assert client.asked[1].prompt[1]["content"] == "two words"
+    assert "two words" in capsys.readouterr().out

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from flowspec.cluster.controller.requests import request_of
 
 from flowspec.bench.records import read_samples
 from flowspec.cli import generate as generate_module
 from flowspec.cli.chat import ChatOptions, chat_loop
 from flowspec.cli.main import main
+from flowspec.cluster.controller.server import refusal_of
 from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
-from flowspec.engine.remote import RemoteEngine
-from flowspec.protocol.control import Ask, Done
+from flowspec.request import FailureKind, Request
+from flowspec.tokenizer import PromptError
 from flowspec.transport.secure.token import new_token
 from flowspec.weights.manifest import read_manifest
 from tests.support.checkpoints import save_checkpoint
+from tests.support.clients import AnsweringClient, failing
 from tests.support.vocabularies import write_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,40 +131,16 @@ def test_standard_input_is_text(flowspec, monkeypatch) -> None:
     assert "save" not in ended.err
 
 
-class Client:
-    """Answers every question with its end; keeps what was asked."""
-
-    asked: list[Ask] = []
-    events: list[Done] = [Done(id=1, reason="stop")]
-    _ids = iter(range(1, 1000))
-    new_ask = RemoteEngine.new_ask
-
-    def __init__(self, *address: object) -> None:
-        del address
-
-    def __enter__(self) -> "Client":
-        return self
-
-    def __exit__(self, *ended: object) -> None:
-        """Nothing to close."""
-
-    def ask(self, ask: Ask) -> Any:
-        """See RemoteEngine.ask."""
-        self.asked.append(ask)
-        return iter(self.events)
-
-
 def test_a_conversation_goes_on_after_a_line_that_is_no_text(monkeypatch, capsys) -> None:
     """One slip of the keyboard ends nothing."""
     reading, writing = os.pipe()
     os.write(writing, b"caf\xe9\nhello\n")
     os.close(writing)
-    client = Client()
-    client.asked = []
+    client = AnsweringClient()
     with os.fdopen(reading, encoding="utf-8") as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        chat_loop(client, ChatOptions())  # type: ignore[arg-type]
-    assert [ask.turns[-1].content for ask in client.asked] == ["hello"]
+        chat_loop(client, ChatOptions())
+    assert [one.prompt[-1]["content"] for one in client.asked] == ["hello"]
     assert (
         "error: this line is not valid text: after 'caf' it has the byte" in capsys.readouterr().err
     )
@@ -204,21 +181,23 @@ def test_a_later_turn_that_a_template_refuses_is_left_out(flowspec, tiny, tmp_pa
 
 
 def test_a_head_refuses_one_request_and_says_so(flowspec, tiny, tmp_path) -> None:
-    """What it raises is for the request alone; the client's file and line stand before it."""
+    """What the template raises is the refusal of a prompt, for that request alone."""
     assert flowspec("split", str(tiny / "target"), "--stages", "1", "--out", "split").code == 0
     parts = load_head_parts(EngineConfig(strategy="ar", drafter="none"), tmp_path / "split")
-    ask = Client().new_ask(turns=[{"role": "user", "content": "now"}])
-    with pytest.raises(ValueError, match=REFUSAL):
-        request_of(ask, 1, parts)
+    asked = Request(prompt=[{"role": "user", "content": "now"}])
+    with pytest.raises(PromptError, match=REFUSAL) as refusal:
+        parts.render(asked)
+    assert refusal_of(refusal.value).kind is FailureKind.BAD_PROMPT
+    assert parts.render(Request(prompt="please")).prompt_tokens
 
 
 def test_a_refused_prompt_of_a_file_is_named(flowspec, tmp_path, monkeypatch) -> None:
     """The head does not know where a prompt is from."""
-    client = type("Refusing", (Client,), {"events": [Done(id=1, reason="error", error=REFUSAL)]})
+    client = failing(REFUSAL, FailureKind.BAD_PROMPT)
     monkeypatch.setattr(generate_module, "RemoteEngine", client)
     (tmp_path / "ask.jsonl").write_text('\n{"prompt": "now"}\n')
     ended = flowspec("generate", "--head", "127.0.0.1:1", "--prompts", "ask.jsonl")
-    assert f"ask.jsonl:2: {REFUSAL}" in ended.err
+    assert is_one_sentence(ended, f"ask.jsonl:2: {REFUSAL}")
 
 
 def test_the_first_command_names_what_a_tokenizer_lacks(

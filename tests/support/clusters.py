@@ -166,8 +166,8 @@ def make_cluster(
 ) -> SimulatedEngine:
     """A simulated cluster over the tiny model; `decode` overrides the strategy's defaults.
 
-    With `bf16` the stages run in bfloat16 and batch-invariant. `backends` compute the layers in place
-    of the tiny model's own.
+    With `bf16` the stages run in bfloat16 and batch-invariant. `backends` compute the layers in
+    place of the tiny model's own.
     """
     chunk = decode.pop("chunked_prefill_size", 5)
     head = Head(

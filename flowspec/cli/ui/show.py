@@ -26,6 +26,7 @@ log = logging.getLogger("flowspec")
 POLL_S = 0.2
 STAGES_S = 1.0  # for the stages to say what they did, once an answer is over
 PLAIN_INTERVAL_S = 2.0  # between live lines where stderr is no terminal
+CUT_OFF = " ... (cut off)"
 
 
 def show_answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[RequestOutput], float]:
@@ -135,11 +136,11 @@ class _Screen:
         sys.stderr.flush()
 
     def finish(self, number: int, output: RequestOutput) -> None:
-        """One answer is complete, or refused: then its error follows at the end."""
+        """Show one answer that is over; the caller reports its error, if it has one."""
         self.texts.pop(number, None)
         if not self.alone:
             if output.tokens:
-                self._print(f"[{number}] {output.text}\n")
+                self._print(f"[{number}] {output.text}{'' if output.error is None else CUT_OFF}\n")
         elif self.live:
             self.live.update(Text(output.text))
         elif output.tokens:
@@ -155,7 +156,7 @@ class _Screen:
                 typer.echo("")
             return
         for request, text in self.texts.items():
-            self._print(f"[{request}] {text} ... (cut off)\n")
+            self._print(f"[{request}] {text}{CUT_OFF}\n")
 
     def _print(self, text: str) -> None:
         if self.live:

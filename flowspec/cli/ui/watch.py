@@ -24,7 +24,7 @@ REPEAT_AFTER_S = 60.0
 log = logging.getLogger("flowspec")
 
 
-class _Lines(logging.Formatter):
+class _LogLines(logging.Formatter):
     """`12:00:01 nano-3: joined ...`, warnings marked."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -63,7 +63,7 @@ class Watch:
         self._said: dict[str, float] = {}  # what may come again and again, and when it was said
         self._lines: dict[str, tuple[float, str, bool]] = {}  # when, what and whether all of it
         handler = logging.StreamHandler(sys.stderr) if log_json else _ConsoleHandler(self._console)
-        handler.setFormatter(_JsonLines() if log_json else _Lines())
+        handler.setFormatter(_JsonLines() if log_json else _LogLines())
         root = logging.getLogger()
         root.handlers[:] = [handler]
         root.setLevel(logging.INFO)
