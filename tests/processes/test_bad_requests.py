@@ -75,7 +75,7 @@ def client(cluster: Processes) -> Iterator[RemoteEngine]:
 
 def check_serves(cluster: Processes, client: RemoteEngine) -> None:
     """Check that the first epoch still serves and no device was lost."""
-    status = client.status()
+    status = client.cluster_status()
     assert status.epoch == 1
     assert not [one for one in status.devices if one.state == "lost"]
     assert all(process.is_alive() for name, process in cluster.running.items() if "ask" not in name)

@@ -18,8 +18,8 @@ from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import ClusterError, Request, TokensOut
-from flowspec.runtime import watchdog as silence
+from flowspec.request import ClusterError, FinishReason, Request, RequestOutput, TokensOut
+from flowspec.runtime import watchdog
 from flowspec.transport.zmq import DATA_LANE, local_addresses
 from flowspec.weights.load import load_whole
 from flowspec.weights.manifest import read_manifest
@@ -41,37 +41,43 @@ def single(
     return config.changed(model=str(whole_split), stages=1, strategy="ar"), whole
 
 
-def tokens_until_failure(
+def output_of_failure(
     cluster: LocalEngine, request: Request, act: Callable[[], object], *, after: int = 5
-) -> tuple[ClusterError, list[int], float]:
-    """Stream, call `act` after some tokens; return the error, the tokens, and the delay."""
+) -> tuple[RequestOutput, float]:
+    """Stream, call `act` after some tokens; return the output with its error, and the delay.
+
+    The output has the tokens that were streamed, and no others.
+    """
     seen: list[int] = []
     acted_at = 0.0
-    try:
-        for event in cluster.serve([request]):
-            assert isinstance(event, TokensOut), "the request ended without an error"
+    for event in cluster.submit(request):
+        if isinstance(event, TokensOut):
             seen.extend(event.tokens)
-            if len(seen) >= after and not acted_at:
-                act()
-                acted_at = time.monotonic()
-    except ClusterError as error:
-        return error, seen, time.monotonic() - acted_at
-    raise AssertionError("no error")
+        if len(seen) >= after and not acted_at:
+            act()
+            acted_at = time.monotonic()
+        if isinstance(event, RequestOutput):
+            break
+    took_s = time.monotonic() - acted_at
+    assert event.reason is FinishReason.ERROR
+    assert event.error is not None
+    assert list(event.tokens) == seen
+    return event, took_s
 
 
 def test_a_killed_stage_is_named_and_the_tokens_are_kept(config, parts, endless, all_gone):
     """What was accepted is the user's; the rest of the cluster must not linger."""
     with LocalEngine(config.changed(strategy="ar"), parts) as cluster:
         pids = stage_pids(cluster)
-        error, seen, took_s = tokens_until_failure(
+        output, took_s = output_of_failure(
             cluster, endless, lambda: os.kill(pids[1], signal.SIGKILL)
         )
     assert took_s < 5.0
-    assert error.where.startswith("stage 2 ")
-    assert "SIGKILL" in error.cause
-    assert [*error.tokens.values()] == [tuple(seen)]
+    assert output.error.rank == 2
+    assert str(output.error).startswith(f"stage 2: process {pids[1]} ended by signal SIGKILL")
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
-    assert seen == alone.generate(replace(endless, max_new_tokens=len(seen)))[0]
+    few = replace(endless, max_new_tokens=len(output.tokens))
+    assert list(output.tokens) == alone.generate(few)[0]
     all_gone(pids)
 
 
@@ -79,20 +85,20 @@ def test_a_stopped_stage_is_named_soon_and_given_up_after_the_timeout(
     config, parts, endless, all_gone, monkeypatch, caplog
 ):
     """A hanging process sends nothing and closes no socket; the others still answer."""
-    monkeypatch.setattr(silence, "ASK_S", 0.2)
-    monkeypatch.setattr(silence, "WARN_S", 0.4)
+    monkeypatch.setattr(watchdog, "ASK_S", 0.2)
+    monkeypatch.setattr(watchdog, "WARN_S", 0.4)
     with LocalEngine(config.changed(timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
-        error, seen, took_s = tokens_until_failure(
+        output, took_s = output_of_failure(
             cluster, endless, lambda: os.kill(pids[-1], signal.SIGSTOP)
         )
         assert took_s < 4.0
-    where = f"stage {len(pids)} (process {pids[-1]})"
-    assert error.where == where
-    assert "it hangs" in error.cause
+    assert output.error.rank == len(pids)
+    cause = f"process {pids[-1]} gave no answer for 0.5 s: it hangs"
+    assert str(output.error) == f"stage {len(pids)}: {cause}"
     (warning,) = caplog.records
+    where = f"stage {len(pids)} (process {pids[-1]})"
     assert warning.getMessage() == f"no answer from {where} for 0 s; giving up after 1 s"
-    assert [*error.tokens.values()] == [tuple(seen)]
     all_gone(pids)
 
 
@@ -103,15 +109,15 @@ def test_garbage_in_a_stages_socket_is_refused_by_name(single, endless, all_gone
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
         socket.connect(local_addresses(cluster.folder, 1)[1][DATA_LANE])
-        error, _, took_s = tokens_until_failure(
+        output, took_s = output_of_failure(
             cluster,
             endless,
             lambda: socket.send_multipart([b"\x80\x04 no message of this protocol", b"", b""]),
         )
         context.destroy(linger=0)
     assert took_s < 5.0
-    assert error.where.startswith("stage 1")
-    assert "not a FlowSpec frame" in error.cause
+    assert output.error.rank == 1
+    assert "not a FlowSpec frame" in output.error.cause
     all_gone(pids)
 
 
@@ -142,7 +148,7 @@ def test_a_stage_without_its_file_says_so(single, tmp_path, all_gone):
     all_gone(stage_pids(cluster))
 
 
-class TellsOther(LocalCluster):
+class TellsOther(LocalEngine):
     """Its stage 2 is told to compute in another dtype than the head was."""
 
     def _write_config(self, rank: int) -> Path:

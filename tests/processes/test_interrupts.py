@@ -142,7 +142,7 @@ class Look:
             os._exit(number.value)
 
 sys.meta_path.insert(0, Look())
-sys.argv = "flowspec stage --split x --sockets x --rank 1 --num-stages 1".split()
+sys.argv = "flowspec stage stage_1.json".split()
 from flowspec.__main__ import main
 main()
 """

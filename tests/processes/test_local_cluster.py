@@ -11,18 +11,18 @@ import pytest
 from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
 from flowspec.engine.engine import generate, generate_all
+from flowspec.engine.head_engine import IDLE_S as LONGEST_TURN_S
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams
+from flowspec.request import Decoding, FailureKind, FinishReason, Request, SamplingParams, TokensOut
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 
-IDLE_S = 3.0
-TURN_S = 0.2
+REST_S = 3.0
 # Of a core. Sleeping takes far less, but where the machine takes back memory that rests, a process
 # as large as this one fetches it again in every turn. One that does not sleep takes all of a core.
 MOST_IDLE_CPU = 0.15
-NEXT_ID = iter(range(1, 1000))
+LONG = 10_000  # tokens: more than any test here waits for
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,8 @@ def alone(parts: HeadParts) -> LocalTarget:
 def ask(
     parts: HeadParts, text: str = "the lazy dog", *, temperature: float = 0.0, count: int = 20
 ) -> Request:
-    """Return a request for `count` tokens; a cluster never sees the same id twice."""
+    """Return a request for `count` tokens."""
     return Request(
-        id=next(NEXT_ID),
         prompt=tuple(parts.tokenizer.encode(text)),
         sampling=SamplingParams(temperature=temperature, top_p=0.95, seed=5),
         max_new_tokens=count,
@@ -51,14 +50,17 @@ def ask(
     )
 
 
+def caches_held(cluster: LocalEngine) -> dict[int, int]:
+    """Return how many requests each stage holds, once the last one's counts have come."""
+    return {rank: stage.num_requests for rank, stage in cluster.status().stages.items()}
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_text_is_the_targets_own(cluster, alone, parts, strategy, temperature):
     """Decoding is lossless over sockets, with whatever timing this machine has."""
-    spec = STRATEGIES[strategy]
-    cluster.configure(spec, spec.defaults)
     request = ask(parts, temperature=temperature)
-    completion = generate(cluster, request)
+    completion = generate(cluster, replace(request, decoding=Decoding(strategy=strategy)))
     tokens, reason, text = alone.generate(request, parts.new_text)
     assert list(completion.tokens) == tokens
     assert (completion.reason, completion.text) == (reason, text)
@@ -78,50 +80,49 @@ def test_requests_follow_one_another_without_a_trace(cluster, alone, parts):
     """The caches of one request are freed before the next and do not affect it."""
     for number in range(4):
         request = ask(parts, "box of apples " * (number + 1), temperature=number % 2, count=9)
-        assert list(generate(cluster, request).tokens) == alone.generate(request)[0]
-        statuses = cluster.statuses()
-        assert {rank: status.num_requests for rank, status in statuses.items()} == {1: 0, 2: 0}
+        stream = cluster.submit(request)
+        assert list(stream.result().tokens) == alone.generate(request)[0]
+        assert set(stream.stage_stats()) == {1, 2}
+        assert caches_held(cluster) == {1: 0, 2: 0}
 
 
 def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, parts):
     """Thousands of tokens are left to generate; the cancellation does not wait for them."""
-    spec = STRATEGIES["streaming"]
-    cluster.configure(spec, spec.defaults)
-    request = ask(parts, count=10_000)
+    stream = cluster.submit(ask(parts, count=LONG))
     tokens: list[int] = []
-    for event in cluster.serve([request]):
-        if isinstance(event, RequestOutput):
-            break
+    for event in stream:
+        if not isinstance(event, TokensOut):
+            continue
         tokens.extend(event.tokens)
         if len(tokens) >= 5:
-            cluster.cancel(request.id)
-            cancelled_at = time.monotonic()
-    assert time.monotonic() - cancelled_at < 2.0
-    assert event.reason is FinishReason.CANCELLED
-    few = ask(parts, count=len(event.tokens))
-    assert list(event.tokens) == alone.generate(few)[0]
-    assert not any(status.num_requests for status in cluster.statuses().values())
-    assert list(generate(cluster, few).tokens) == list(event.tokens)
+            break
+    stream.abort()
+    aborted_at = time.monotonic()
+    output = stream.result(timeout_s=30.0)
+    assert time.monotonic() - aborted_at < 2.0
+    assert output.reason is FinishReason.CANCELLED
+    assert list(output.tokens[: len(tokens)]) == tokens
+    few = ask(parts, count=len(output.tokens))
+    assert list(output.tokens) == alone.generate(few)[0]
+    assert set(stream.stage_stats()) == {1, 2}
+    assert caches_held(cluster) == {1: 0, 2: 0}
+    assert generate(cluster, few).tokens == output.tokens
 
 
-def test_waiting_costs_no_cpu(cluster, parts):
+def test_waiting_costs_no_cpu(cluster, parts, monkeypatch):
     """A cluster without a request sleeps: turns are long, and nearly nothing is computed."""
     generate(cluster, ask(parts, count=2))
+    turns: list[float] = []
+    turn = cluster.loop.turn
+    monkeypatch.setattr(cluster.loop, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s)))
     pids = [os.getpid(), *(child.pid for child in cluster.children.values())]
     time.sleep(0.3)
     before = [cpu_seconds(pid) for pid in pids]
-    assert wait_idly(cluster, IDLE_S) <= IDLE_S / TURN_S + 5
+    turns.clear()
+    time.sleep(REST_S)
+    assert 1 <= len(turns) <= REST_S / LONGEST_TURN_S + 5
     used = [cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
-    assert max(used) <= MOST_IDLE_CPU * IDLE_S, f"CPU seconds of head and stages: {used}"
-
-
-def wait_idly(cluster: LocalEngine, seconds: float) -> int:
-    """Turns of a head that has nothing to do; few, or it is not asleep in them."""
-    end, turns = time.monotonic() + seconds, 0
-    while time.monotonic() < end:
-        cluster.driver.turn(TURN_S)
-        turns += 1
-    return turns
+    assert max(used) <= MOST_IDLE_CPU * REST_S, f"CPU seconds of head and stages: {used}"
 
 
 def cpu_seconds(pid: int) -> float:
@@ -147,16 +148,21 @@ def test_a_conversation_reuses_what_the_stages_have(config, parts, alone):
         answer = generate(running, first)
         said = (*first.prompt, *answer.tokens, *parts.tokenizer.encode(" dog"))
         second = replace(ask(parts, temperature=1.0), prompt=said)
-        completion = generate(running, second)
+        stream = running.submit(second)
+        completion = stream.result()
         assert list(completion.tokens) == alone.generate(second)[0]
         assert completion.stats.num_prompt_reused >= len(first.prompt)
-        assert all(status.num_kv_tokens_used > 0 for status in running.statuses().values())
-        assert all(status.peak_memory_bytes > 0 for status in running.statuses().values())
+        assert set(stream.stage_stats()) == {1, 2}
+        stages = running.status().stages
+        assert set(stages) == {1, 2}
+        assert all(stage.kv_tokens_used > 0 for stage in stages.values())
+        assert all(stage.peak_memory_bytes > 0 for stage in stages.values())
 
 
 def test_a_request_beyond_the_stages_memory_is_refused_with_both_numbers(config, parts):
     """Said before anything is computed, by the numbers the stages have told."""
-    with LocalEngine(config.changed(kv_memory_mb=1), parts) as running:
+    with LocalEngine(config.changed(local=config.local.changed(kv_memory_mb=1)), parts) as running:
         large = generate(running, ask(parts, count=16_000))
-        assert "rows of KV cache on every stage, the tightest stage holds" in large.error
+        assert large.error.kind is FailureKind.TOO_LARGE
+        assert "of KV cache on every stage, the tightest stage holds" in large.error.cause
         assert generate(running, ask(parts, count=4)).tokens

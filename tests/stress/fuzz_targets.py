@@ -133,6 +133,8 @@ def _example(kind: type, *, rows: int, number: int, given: bool) -> WireMessage:
         for f in fields(kind)
         if given or f.default is MISSING
     }
+    if kind is wire.DraftSubtree:  # a chain: a guess comes after its parent
+        values["parents"] = tuple(range(-1, rows - 1))
     return kind(**values)
 
 
