@@ -171,15 +171,19 @@ class EventLoop:
             if not isinstance(arrived, Status):
                 self.last_progress = now
             message = self.numbers.take(arrived)
-            if isinstance(message, Stop):
-                self.stopped = True
             if message is not None and message is not arrived and self.core.rank != HEAD:
                 self._send([Send(HEAD, message)])  # the head handles a gap in the sequence
             elif message is not None:
-                sends = self.core.handle(message, now)
-                if self.pace is not None:
-                    self._keep_pace(now, self.pace.host(self.core.rank, message))
-                self._send(sends)
+                self._handle(message, now)
+
+    def _handle(self, message: Message, now: float) -> None:
+        """Give the core a message, and send what follows from it."""
+        if isinstance(message, Stop):
+            self.stopped = True
+        sends = self.core.handle(message, now)
+        if self.pace is not None:
+            self._keep_pace(now, self.pace.host(self.core.rank, message))
+        self._send(sends)
 
     def _keep_pace(self, start: float, seconds: float) -> float:
         """Wait until the work that begins now has taken `seconds`; return its modelled start."""

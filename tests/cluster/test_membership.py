@@ -14,6 +14,7 @@ from flowspec.cluster.membership.roster import (
     ResumeEpoch,
     SendToDevice,
 )
+from flowspec.config import NumericsConfig
 from flowspec.protocol.control import (
     PROTOCOL_VERSION,
     Addresses,
@@ -88,14 +89,10 @@ def test_it_waits_a_moment_for_further_devices():
             {"pinned": True, "model": MODEL.model_copy(update={"stored_dtype": "float16"})},
             ("float32", "float16"),
         ),
-        (
-            {"pinned": True, "model": MODEL.model_copy(update={"quantization": "int4"})},
-            ("none", "int4"),
-        ),
     ],
 )
 def test_who_does_not_fit_is_refused_with_both_values(fields, words):
-    """The error has both values of protocol, package, model hash, dtype or quantization."""
+    """Protocol, package, model hash, stored dtype: what is here and what is there."""
     world = World()
     refusal = world.last(world.join("a", **fields), Refuse)
     assert not refusal.retry
@@ -136,8 +133,8 @@ def test_a_loss_halts_the_epoch_and_names_device_and_cause(how, cause):
     else:
         world.say(b, Bye(why="power off"))
     (halt,) = world.halts()
-    assert halt.error.where == "stage 2 on b"
-    assert cause in halt.error.cause
+    assert halt.failure.place == "stage 2 on b"
+    assert cause in halt.failure.cause
     assert world.last(a, Release).epoch == halt.epoch
     assert world.members.phase is Phase.GATHERING
     assert cause in world.members.missing()
@@ -259,7 +256,7 @@ def test_open_requests_end_when_nobody_comes():
     world.pass_time(40.0, a)
     ends = [e for e in world.effects if isinstance(e, FailRequests)]
     assert len(ends) == 1
-    assert "20 s" in ends[0].error.cause
+    assert "20 s" in ends[0].failure.cause
     c = world.join("c")
     world.load(a, c)
     assert world.members.phase is Phase.SERVING
@@ -281,8 +278,8 @@ def test_a_stage_that_names_another_loses_that_one():
     a, b = world.serving(4, 4)
     world.say(a, Trouble(epoch=1, cause="took no Segment for 10 s", lost=2))
     (halt,) = world.halts()
-    assert halt.error.where == "stage 2 on b"
-    assert "seen by a" in halt.error.cause
+    assert halt.failure.place == "stage 2 on b"
+    assert "seen by a" in halt.failure.cause
     assert world.last(b, Refuse).retry
 
 
@@ -327,8 +324,22 @@ def test_another_model_is_refused_by_both_hashes():
     a, b = world.join("a"), world.join("b")
     world.pass_time(1.5, a, b)
     here = Addresses(control="tcp://x:1", data="tcp://x:2")
-    world.say(a, StageReady(epoch=1, model_hash="c" * 64, addresses=here))
+    other = MODEL.numerics
+    world.say(a, StageReady(epoch=1, model_hash="c" * 64, numerics=other, addresses=here))
     assert "cccccccccccc, needed aaaaaaaaaaaa" in world.last(a, Refuse).why
+
+
+def test_other_numerics_are_refused_by_name():
+    """Every stage computes as the head says, or the cluster does not start with it."""
+    world = World()
+    a, b = world.join("a"), world.join("b")
+    world.pass_time(1.5, a, b)
+    here = Addresses(control="tcp://x:1", data="tcp://x:2")
+    assert world.last(a, Assign).model.numerics == NumericsConfig()
+    other = NumericsConfig(dtype="bfloat16", batch_invariant=True)
+    world.say(a, StageReady(epoch=1, model_hash=MODEL.model_hash, numerics=other, addresses=here))
+    why = world.last(a, Refuse).why
+    assert "dtype is 'bfloat16', needed 'float32'; batch_invariant is True, needed False" in why
 
 
 def test_words_of_an_old_epoch_change_nothing():
@@ -401,7 +412,7 @@ def test_quick_returns_do_not_put_off_the_end_for_ever():
         world.load(a, b)
     assert rejoined <= MAX_ATTEMPTS
     (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
-    assert f"covered {MAX_ATTEMPTS} times" in end.error.cause
+    assert f"covered {MAX_ATTEMPTS} times" in end.failure.cause
     assert world.members.gave_up
     world.pass_time(1.0, a, b)
     assert world.members.gave_up, "layers that are held have computed nothing yet"
@@ -422,7 +433,7 @@ def test_slow_returns_count_as_uncovered_until_a_token_has_come_through():
     world.apply(world.members.unreachable(b, world.now))
     world.pass_time(4.5, a)
     (end,) = [e for e in world.effects if isinstance(e, FailRequests)]
-    assert "not been covered for 20 s" in end.error.cause
+    assert "not been covered for 20 s" in end.failure.cause
 
 
 def test_a_cluster_that_has_served_begins_to_count_anew():

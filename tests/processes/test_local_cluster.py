@@ -114,7 +114,9 @@ def test_waiting_costs_no_cpu(cluster, parts, monkeypatch):
     generate(cluster, ask(parts, count=2))
     turns: list[float] = []
     turn = cluster.loop.turn
-    monkeypatch.setattr(cluster.loop, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s)))
+    monkeypatch.setattr(
+        cluster.loop, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s))
+    )
     pids = [os.getpid(), *(child.pid for child in cluster.children.values())]
     time.sleep(0.3)
     before = [cpu_seconds(pid) for pid in pids]
