@@ -143,7 +143,7 @@ class Sweep:
 
 
 def find_axis(name: str) -> Axis:
-    """By name. Raises ValueError listing the known ones."""
+    """Return an axis by name. Raises ValueError that lists the known ones."""
     name = new_name(name)
     if name not in AXES:
         raise ValueError(f"nothing to vary is called {name!a}; known: {', '.join(AXES)}")
