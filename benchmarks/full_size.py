@@ -24,7 +24,7 @@ from random import Random
 
 import torch
 
-from flowspec.config import DeviceConfig, EngineConfig
+from flowspec.config import DeviceConfig, EngineConfig, NumericsConfig
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalEngine
@@ -161,7 +161,7 @@ def run(config: EngineConfig, out: Path, request: Request) -> RequestOutput:
         for rank, child in cluster.children.items():
             show_memory(f"stage {rank}", memory(child.pid))
     if completion.error:
-        raise SystemExit(completion.error)
+        raise SystemExit(str(completion.error))
     return completion
 
 
@@ -184,7 +184,7 @@ def main() -> None:
         model=str(out),
         strategy="ar",
         drafter="none",
-        dtype="bfloat16",
+        numerics=NumericsConfig(dtype="bfloat16"),
         stages=options.stages,
         local=DeviceConfig(threads=options.threads),
         timeout_s=600.0,

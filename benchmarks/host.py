@@ -33,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -53,7 +53,7 @@ from flowspec.head.pipeline import SegmentCost
 from flowspec.model.architecture import read_config
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import Segment, WireMessage, segments_of
-from flowspec.request import Request, RequestOutput, TokensOut
+from flowspec.request import NodeId, Request
 from flowspec.speculation.drafters.base import Draft, DraftJob, Lookup, Opening, Proposal
 from flowspec.speculation.tree import DraftTree, Node
 from flowspec.tokenizer import load_tokenizer
@@ -100,7 +100,7 @@ class ScriptedDrafter:
         self.cpu_s = 0.0
 
     def open(self, opening: Opening) -> "ScriptedSession":
-        """See Drafter.open."""
+        """Begin with a request."""
         return ScriptedSession(self, opening.draft_topk)
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
@@ -133,7 +133,7 @@ class ScriptedSession:
     def __init__(self, drafter: ScriptedDrafter, draft_topk: int) -> None:
         self.drafter, self.draft_topk = drafter, draft_topk
         self.num_rows_ready = 0
-        self._true: set[int] = set()  # nodes on the true path
+        self._true: set[NodeId] = set()  # nodes on the true path
 
     def accept(self, tokens: Sequence[int]) -> None:
         """Take the accepted tokens."""
@@ -199,12 +199,12 @@ def make_split(folder: Path) -> Path:
 class Meter:
     """Measures the processor time of the head between segments, and of the stages."""
 
-    def __init__(self, cluster: LocalEngine, drafter: ScriptedDrafter) -> None:
-        self.cluster, self.drafter = cluster, drafter
-        self.stages = [psutil.Process(child.pid) for child in cluster.children.values()]
+    def __init__(self, engine: LocalEngine, drafter: ScriptedDrafter) -> None:
+        self.drafter = drafter
+        self.stages = [psutil.Process(child.pid) for child in engine.children.values()]
         self.marks: list[float] = []  # the head's processor time at each segment sent
-        self._send = cluster.transport.send
-        cluster.transport.send = self._watch  # type: ignore[method-assign]
+        self._send = engine.transport.send
+        engine.transport.send = self._watch  # type: ignore[method-assign]
 
     def _watch(self, to: int, message: WireMessage) -> None:
         self._send(to, message)
@@ -221,17 +221,17 @@ class Meter:
 
 
 def measure(
-    cluster: LocalEngine, meter: Meter, request: Request, profile: cProfile.Profile | None
+    engine: LocalEngine, meter: Meter, request: Request, profile: cProfile.Profile | None
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return the figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
-    events: Iterator[TokensOut | RequestOutput] = cluster.serve([request])
-    next(events)
+    stream = engine.submit(request)
+    next(iter(stream))
     start, head, stages = time.monotonic(), meter.head_s(), meter.stages_s()
     drafter_s = meter.drafter.cpu_s
     if profile:
         profile.enable()
-    answer = next(event for event in events if isinstance(event, RequestOutput))
+    answer = stream.result()
     if profile:
         profile.disable()
     wall, head, stats = time.monotonic() - start, meter.head_s() - head, answer.stats
@@ -267,8 +267,8 @@ def missed(
     return found
 
 
-def main() -> int:
-    """Measure, print, and return the exit code."""
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=300, help="of the answer [300]")
     parser.add_argument("--num-draft-tokens", type=int, default=320, help="[320]")
@@ -291,35 +291,48 @@ def main() -> int:
         metavar="SHARE",
         help="exit 1 if the head takes more of a core, such as 0.5 [not checked]",
     )
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool]:
+    """Measure a model made in `folder`; return the figures and whether the text is the target's."""
+    split = make_split(folder)
+    config = EngineConfig(
+        model=str(split),
+        drafter=ScriptedDrafter.name,
+        decode={
+            "num_draft_tokens": options.num_draft_tokens,
+            "segment_size": options.segment_size,
+            "draft_topk": options.draft_topk,
+        },
+        kept_prefixes=0,
+    )
+    tokenizer = load_tokenizer(split / "head")
+    prompt = tuple(tokenizer.encode("The quick brown fox jumps over the lazy dog."))
+    request = Request(id=1, prompt=prompt, max_new_tokens=options.tokens, eos_token_ids=())
+    target = LocalTarget(load_whole(folder / "target"), CONTEXT)
+    truth = [*prompt, *(t for t, _ in islice(target.stream(request), options.tokens))]
+    drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer), draft_s=options.draft_ms / 1e3)
+    drafters = {drafter.name: drafter}
+    parts = HeadParts(split, read_manifest(split), tokenizer, drafters, CONTEXT, ())
     profile = cProfile.Profile() if options.profile else None
-    with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
-        split = make_split(Path(name))
-        config = EngineConfig(
-            model=str(split),
-            decode={
-                "num_draft_tokens": options.num_draft_tokens,
-                "segment_size": options.segment_size,
-                "draft_topk": options.draft_topk,
-            },
-            kept_prefixes=0,
-        )
-        tokenizer = load_tokenizer(split / "head")
-        prompt = tuple(tokenizer.encode("The quick brown fox jumps over the lazy dog."))
-        request = Request(id=1, prompt=prompt, max_new_tokens=options.tokens)
-        target = LocalTarget(load_whole(Path(name) / "target"), CONTEXT)
-        truth = [*prompt, *(t for t, _ in islice(target.stream(request), options.tokens))]
-        drafter = ScriptedDrafter(truth, vocab_size=len(tokenizer), draft_s=options.draft_ms / 1e3)
-        parts = HeadParts(split, read_manifest(split), tokenizer, drafter, CONTEXT, ())
-        with LocalEngine(config, parts) as cluster:
-            if options.cost == "flat":
-                cluster.head.pipe.cost = FlatCost()
-            figures, tokens = measure(cluster, Meter(cluster, drafter), request, profile)
-    for key, value in figures.items():
-        print(f"{key:22s} {value}")
+    with LocalEngine(config, parts) as engine:
+        if options.cost == "flat":
+            engine.head.pipe.cost = FlatCost()
+        figures, tokens = measure(engine, Meter(engine, drafter), request, profile)
     if profile:
         profile.dump_stats(options.profile)
+    return figures, [*prompt, *tokens] == truth
+
+
+def main() -> int:
+    """Measure, print, and return the exit code."""
+    options = parse_options()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="flowspec-bench-") as name:
+        figures, is_targets_text = run(options, Path(name))
+    for key, value in figures.items():
+        print(f"{key:22s} {value}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     errors = missed(
@@ -327,7 +340,7 @@ def main() -> int:
         least_segments_per_s=options.least_segments_per_s,
         most_core=options.most_core,
     )
-    if [*prompt, *tokens] != truth:
+    if not is_targets_text:
         errors.insert(0, "the text is not the target's own")
     for error in errors:
         print(f"error: {error}", file=sys.stderr)

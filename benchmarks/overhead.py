@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.codec import summary
 from flowspec.model.architecture import ModelConfig
+from flowspec.model.backend import COMMITTED, RequestRows
 from flowspec.model.stage_model import StageModel
 from flowspec.protocol.messages import AddRequest, Exit, Message, Reroot, Segment, Stop
 from flowspec.request import NodeId
@@ -32,6 +33,7 @@ from flowspec.stage.stage import Stage
 from flowspec.transport.by_name import local_transport
 
 ROWS = 32
+CONTEXT = (256, 0)  # committed rows and tree rows of the cache before each segment
 TRANSPORTS = ("zmq", "gloo")
 CONFIG = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -78,12 +80,12 @@ def bare_forward_ms(count: int) -> float:
     stage = make_stage()
     cache = stage.requests[1].cache
     tokens = torch.full((ROWS,), 7)
-    positions = torch.arange(256, 256 + ROWS)
+    parents = [COMMITTED, *((i - 1) // 2 for i in range(1, ROWS))]
+    rows = RequestRows(cache, positions=range(256, 256 + ROWS), parents=parents)
     times = []
     for _ in range(count):
-        window = cache.append_tree([-1, *((i - 1) // 2 for i in range(1, ROWS))])
         start = time.perf_counter()
-        hidden, _ = stage.model(tokens, positions, window)
+        hidden, _ = stage.model.run([rows], tokens)
         stage.model.logits(hidden)
         times.append((time.perf_counter() - start) * 1e3)
         cache.reroot([], [])
@@ -107,7 +109,7 @@ def bench_simulated(count: int, bare_ms: float) -> list[float]:
     state = stage.requests[1]
     overheads = []
     for number in range(1, count + 1):
-        state.cache.prefix_length = 256  # the context stays the same length
+        state.cache.cut_back(CONTEXT)  # the context stays the same length
         segment, _ = tree_segment(number, int(state.tip), int(state.next_token or 0))
         overheads.append(feed(stage, segment) - bare_ms)
     return overheads
@@ -135,7 +137,7 @@ class Served:
 
     def overhead_ms(self, number: int) -> float:
         """Return milliseconds from sending segment `number` to its Exit, minus the forward's."""
-        self.stage.requests[1].cache.prefix_length = 256
+        self.stage.requests[1].cache.cut_back(CONTEXT)
         segment, _ = tree_segment(number, self.tip, self.token)
         start = time.perf_counter()
         self.here.send(1, segment)

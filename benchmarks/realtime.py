@@ -24,8 +24,8 @@ from flowspec.bench.prompts import load_prompts
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
 from flowspec.config import EngineConfig
 from flowspec.cost_model.emulation import read_emulation
-from flowspec.engine.build import HeadParts, build_stage, decode_config, load_head_parts
-from flowspec.engine.engine import Cluster, generate
+from flowspec.engine.build import HeadParts, build_stage, decoding_of, load_head_parts
+from flowspec.engine.engine import Engine, generate
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Request, SamplingParams
@@ -60,9 +60,10 @@ class Bench:
         self.mismatches = 0
         self.next_id = 0
 
-    def tokens_per_s(self, cluster: Cluster, strategy: str) -> float:
-        """All prompts once, one after the other."""
-        cluster.configure(*decode_config(self.config.changed(strategy=strategy)))
+    def tokens_per_s(self, engine: Engine, strategy: str) -> float:
+        """Ask all prompts once, one after the other."""
+        engine.forget()
+        decoding = decoding_of(self.config.changed(strategy=strategy))
         tokens, seconds = 0, 0.0
         for seed, prompt in enumerate(self.prompts, start=1):
             self.next_id += 1
@@ -71,8 +72,9 @@ class Bench:
                 prompt=prompt,
                 sampling=SamplingParams(seed=seed),
                 max_new_tokens=self.num_tokens,
+                decoding=decoding,
             )
-            answer = generate(cluster, asked)
+            answer = generate(engine, asked)
             self.mismatches += self.texts.setdefault(seed, answer.tokens) != answer.tokens
             tokens += answer.stats.num_tokens - 1
             seconds += answer.stats.finished_at - answer.stats.first_token_at
@@ -86,14 +88,14 @@ class Bench:
             for rank in range(1, self.emulation.cluster.num_stages + 1)
         ]
         config = self.config.changed(kept_prefixes=0)
-        cluster = emulated_engine(config, self.parts, [s[0] for s in stages], self.emulation)
-        return self.tokens_per_s(cluster, strategy)
+        engine = emulated_engine(config, self.parts, [s[0] for s in stages], self.emulation)
+        return self.tokens_per_s(engine, strategy)
 
     def real(self, strategy: str, repeats: int) -> list[float]:
         """Measure on this machine's clock."""
         self.next_id = 0
-        with LocalEngine(self.config.changed(kept_prefixes=0), self.parts) as cluster:
-            return sorted(self.tokens_per_s(cluster, strategy) for _ in range(repeats))
+        with LocalEngine(self.config.changed(kept_prefixes=0), self.parts) as engine:
+            return sorted(self.tokens_per_s(engine, strategy) for _ in range(repeats))
 
 
 def main() -> None:

@@ -154,6 +154,7 @@ _NEEDED = {  # by the beginning of pydantic's kind of error
     "bool": "true or false",
     "string": "a text",
 }
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # pydantic's names
 MAX_TIMEOUT_S = 86400.0
 MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
 MAX_TEXT = 4096  # characters of a text, such as a path
@@ -191,6 +192,10 @@ def _sentence(error: Any) -> str:
         return f"{name} {error['msg']}"
     if error["type"] == "string_too_long":
         return f"{name}: at most {MAX_TEXT} characters, not {len(error['input'])}"
+    for limit, words in _LIMITS.items():
+        if limit in error.get("ctx", {}):
+            found = _shown(error["input"])
+            return f"{name} must be {words} {error['ctx'][limit]}, not {found}"
     what = str(error["msg"]).removeprefix("Value error, ")
     if kind in _NEEDED:
         what = f"needed: {_NEEDED[kind]}, not {_shown(error['input'])}"

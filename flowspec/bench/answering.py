@@ -1,7 +1,7 @@
-"""Answering a benchmark's questions: the target alone, then a strategy on a cluster.
+"""Asking a benchmark's questions: the target alone first, then a strategy on a cluster.
 
-A `Workbench` keeps the loaded models of one process. A cluster is fresh for each group, so that
-what it learns of costs and scores is the group's alone and no figure depends on what ran before.
+A `Workbench` keeps the loaded models of one process. Each group gets a new cluster, so that costs
+and scores are learnt from this group only and no figure depends on what ran before.
 """
 
 import platform
@@ -38,7 +38,7 @@ from flowspec.weights.load import load_whole
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One turn as it is asked, and what the target alone answers."""
+    """One turn of a question, and the answer of the target alone."""
 
     question: str
     turn: int
@@ -47,12 +47,12 @@ class Asked:
     messages: tuple[Mapping[str, str], ...] = ()  # the conversation so far
 
 
-LeftOut = tuple[Sequence[Case], Sequence[TooLong]]  # turns that are too long for these cases
+LeftOut = tuple[Sequence[Case], Sequence[TooLong]]  # cases, and turns too long for them
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """A turn as a cluster answered it."""
+    """A turn and a cluster's answer to it."""
 
     asked: Asked
     request: Request
@@ -62,11 +62,11 @@ class _Run:
 
 
 class Workbench:
-    """One process's share of the work; models are loaded when first needed, and kept."""
+    """Runs groups of questions in one process; models are loaded at first use and kept."""
 
     def __init__(self, plan: Plan) -> None:
-        torch.set_num_threads(1)  # small forwards; more threads only wait for one another
-        assert plan.target is not None, "nothing is computed here"
+        torch.set_num_threads(1)  # more threads would not speed up such small forwards
+        assert plan.target is not None, "the plan names no model to compute with"
         self.plan, self._folder = plan, plan.target
         self._dtype = plan.remote["dtype"] if plan.remote is not None else "float32"
         self._base = EngineConfig(
@@ -82,9 +82,9 @@ class Workbench:
         self._asked: tuple[Group, list[Asked], list[TooLong]] | None = None  # the last ones
 
     def ask(self, group: Group) -> tuple[list[Asked], list[TooLong]]:
-        """The turns of the group's questions with the target's own answers.
+        """Return the turns of the group with the target's own answers, and those left out.
 
-        A second turn's prompt holds the first one's answer.
+        The prompt of a second turn holds the answer to the first.
         """
         first = replace(group, repeat=0)
         if self._asked is not None and self._asked[0] == first:
@@ -108,7 +108,7 @@ class Workbench:
             try:
                 ids = parts.prompt_of(messages) if turn else first_turn(parts.prompt_of, prompt)
             except PromptError as error:
-                if not turn:  # the question's own text is refused: that is for its author to mend
+                if not turn:  # the author of the question must correct it
                     raise
                 yield TooLong(key, group.dataset, prompt.id, turn, left_out, 0, str(error))
                 return
@@ -120,16 +120,16 @@ class Workbench:
             messages.append({"role": "assistant", "content": answer})
 
     def work(self, group: Group, cases: Sequence[Case]) -> Iterator[Sample | LeftOut]:
-        """What is left out of the group, then the samples of each case."""
+        """Yield what is left out of the group, then the samples of each case."""
         asked, too_long = self.ask(group)
         yield cases, too_long
         for case in cases if asked else ():
             yield from self.run(case, group, asked)
 
     def run(self, case: Case, group: Group, asked: Sequence[Asked]) -> Iterator[Sample]:
-        """A sample per turn, as it is finished; real ones when their processes have ended.
+        """Yield a sample per turn when it is finished, on real processes when these have ended.
 
-        Raises ClusterError where a request fails.
+        Raises ClusterError if a request fails.
         """
         if self.plan.real:
             yield from self._run_real(case, group, asked)
@@ -145,9 +145,9 @@ class Workbench:
             yield self._sample(case, group, done, Activity(timeline), least_s)
 
     def trace(self, case: Case, group: Group) -> Timeline:
-        """What every emulated device did during the group's first turn.
+        """Return what every emulated device did during the group's first turn.
 
-        Raises ValueError where that turn is too long, ClusterError where it fails.
+        Raises ValueError if that turn is too long, ClusterError if it fails.
         """
         asked, _ = self.ask(group)
         if not asked:
@@ -175,9 +175,9 @@ class Workbench:
         return done, make_timeline(recorder.records for recorder in recorders.values())
 
     def _run_real(self, case: Case, group: Group, asked: Sequence[Asked]) -> Iterator[Sample]:
-        """On processes of this machine; what each did is known when they have ended.
+        """Run on processes of this machine, whose records are complete when they have ended.
 
-        Where a turn fails or is interrupted, those before it are given first.
+        If a turn fails or is interrupted, the samples of the turns before it are yielded first.
         """
         done: list[_Run] = []
         failure: BaseException | None = None
@@ -217,7 +217,7 @@ class Workbench:
     def _sample(
         self, case: Case, group: Group, run: _Run, activity: Activity, least_s: float
     ) -> Sample:
-        """`least_s`: the bound of its decode time; 0 where there is none."""
+        """Make a sample; `least_s` is the lower bound of its decode time, 0 if unknown."""
         stats = run.completion.stats
         measured = measure(
             run.completion,
@@ -262,7 +262,7 @@ class Workbench:
 
 
 def now_text() -> str:
-    """As a sample keeps it."""
+    """Return the time now in the form that samples have."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -275,7 +275,7 @@ def sample_of(
     *,
     started_at: str,
 ) -> Sample:
-    """What was measured of a question's turn, with all that it is of."""
+    """Make the sample of a question's turn from its figures."""
     (question, number), hashes = turn, plan.hashes(case)
     return Sample(
         **{field.name: getattr(measured, field.name) for field in fields(RunFigures)},

@@ -211,13 +211,27 @@ def read_table(path: Path, name: str) -> dict[str, dict[str, Any]]:
     found = {
         strategy: {
             **{name: value for name, value in every.items() if name in spec.parameters},
-            **with_new_names(table.get(strategy) or {}),
+            **_own_parameters(strategy, table.get(strategy) or {}),
         }
         for strategy, spec in specs.items()
     }
     for strategy, values in found.items():
         strategy_config(strategy, values, where=f"{where}: {strategy}")
     return found
+
+
+def _own_parameters(strategy: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table's values for a strategy, under the names that they have now.
+
+    A switch that is off and that the strategy does not have is left out; old tables have such.
+    """
+    known = {name for spec in STRATEGIES.values() for name in spec.parameters}
+    own = find_strategy(strategy).parameters
+    return {
+        name: value
+        for name, value in with_new_names(values).items()
+        if name in own or name not in known or value is not False
+    }
 
 
 def parse_settings(settings: Sequence[str], strategies: Sequence[str]) -> dict[str, dict[str, str]]:

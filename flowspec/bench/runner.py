@@ -1,7 +1,8 @@
-"""Running a benchmark's plan: what is not in the file yet, on several processes, as it finishes.
+"""Running a benchmark's plan: samples that the file lacks are made by several processes.
 
-A job is one group of questions under one strategy. Which process runs it changes no figure: every
-job has a cluster of its own, and the clock is virtual. What runs on real processes runs alone.
+A job is one group of questions under one strategy. No figure depends on the process that runs it,
+because every job has its own cluster and the clock is virtual. Jobs on real processes run one after
+the other.
 """
 
 import logging
@@ -30,16 +31,16 @@ from flowspec.system.files import temporary_folder
 from flowspec.system.parent import die_with_parent
 
 PARENT_POLL_S = 1.0
-SAMPLES_POLL_S = 0.2  # a sample of another process waits no longer to be written
-FROZEN_S = 60.0  # without a sign of life, where one comes every second, a worker is stopped
-SIGNAL_S = 0.1  # a signal to the whole group may end a worker before this process knows of it
-STOP_S = 10.0  # for workers to end by themselves, when the run ends early
+SAMPLES_POLL_S = 0.2  # longest time until a sample of another process is written
+FROZEN_S = 60.0  # a worker is killed after so long a silence; a sign comes every second
+SIGNAL_S = 0.1  # a signal to the process group may reach a worker first
+STOP_S = 10.0  # in which workers must end by themselves if the run ends early
 Asking = tuple[list[Asked], list[TooLong]]
 
 
 @dataclass(slots=True)
 class RunProgress:
-    """How far a run is; told after every step."""
+    """Progress of a run, reported after every step."""
 
     total: int  # samples to run
     done: int = 0
@@ -48,7 +49,7 @@ class RunProgress:
 
 @dataclass(slots=True)
 class RunOutcome:
-    """Samples of a plan in its order, those of earlier runs included."""
+    """The samples of a plan in its order, including those of earlier runs."""
 
     samples: list[Sample]
     num_run: int
@@ -60,10 +61,10 @@ Done = Iterator[Sample | LeftOut]
 
 
 class Bench(Protocol):
-    """Works off one group of questions after the other."""
+    """Something that runs one group of questions after the other."""
 
     def work(self, group: Group, cases: Sequence[Case]) -> Done:
-        """The group's samples under each case, and what is left out of it."""
+        """Yield the group's samples under each case, and what is left out of it."""
 
 
 def run_plan(
@@ -74,11 +75,10 @@ def run_plan(
     tell: Callable[[RunProgress], None],
     bench: Bench | None = None,
 ) -> RunOutcome:
-    """Run what is missing from `file`; the figures are the same for any number of jobs.
+    """Run what `file` lacks; the figures are the same for any number of jobs.
 
-    `bench` does it all where it is given.
-
-    Raises ClusterError where a request or a process fails; what was finished is in the file.
+    With `bench`, that runs all groups instead of processes of this machine. Raises ClusterError if
+    a request or a process fails; finished samples are in the file.
     """
     groups = list(plan.groups())
     todo = [(group, missing) for group in groups if (missing := _missing(plan, group, file))]
@@ -89,7 +89,7 @@ def run_plan(
     num_run = 0
     with _crew(plan, 1 if plan.real else jobs, bench) as crew:
         for finished in crew.work(todo):
-            with signals.undoing():  # no half line is left
+            with signals.undoing():  # a signal leaves no half line
                 num_run += _keep(finished, file, progress)
             tell(progress)
     keys = [
@@ -99,11 +99,11 @@ def run_plan(
 
 
 def _keep(finished: Sample | LeftOut, file: SampleFile, progress: RunProgress) -> bool:
-    """Whether it is a sample that the file did not have."""
+    """Write it to the file; return whether it is a sample that the file lacked."""
     if isinstance(finished, Sample):
         progress.done += 1
         progress.now = f"{finished.dataset}, {finished.strategy}"
-        if is_new := finished.key not in file:  # a warm set begins anew
+        if is_new := finished.key not in file:  # a warm set starts again from its first question
             file.add(finished)
         return is_new
     cases, left_out = finished
@@ -116,7 +116,7 @@ def _keep(finished: Sample | LeftOut, file: SampleFile, progress: RunProgress) -
 
 
 def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
-    """Strategies with a turn of the group that is not in the file."""
+    """Return the cases with a turn of the group that is not in the file."""
     return [
         case
         for case in plan.cases
@@ -125,7 +125,7 @@ def _missing(plan: Plan, group: Group, file: SampleFile) -> list[Case]:
 
 
 def _expected(plan: Plan, case: Case, group: Group, file: SampleFile) -> list[str]:
-    """Keys of the group's turns, but for those known to be too long."""
+    """Return the keys of the group's turns, without those known to be too long."""
     asked = plan.question_keys(group)
     ends = {
         question: file.left_out[key].turn for question, key in asked.items() if key in file.left_out
@@ -138,14 +138,14 @@ def _expected(plan: Plan, case: Case, group: Group, file: SampleFile) -> list[st
 
 
 def _left_out(plan: Plan, groups: Sequence[Group], file: SampleFile) -> list[TooLong]:
-    """Of these groups, a turn once for all temperatures and seeds."""
+    """Return the turns left out of these groups, once for all temperatures and seeds."""
     asked = [key for group in groups for key in plan.question_keys(group).values()]
     found = [file.left_out[key] for key in asked if key in file.left_out]
     return list({(one.dataset, one.question, one.turn): one for one in found}.values())
 
 
 class _Alone:
-    """Works in this process, one thing after the other."""
+    """Runs the groups in this process, one after the other."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -156,7 +156,7 @@ class _Alone:
 
 
 class _Pool:
-    """Works in several processes: the target's answers, then the strategies that need them."""
+    """Runs jobs in several processes: the target's answers, then each strategy."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class _Pool:
         signs: "Signs",
         keepers: Sequence[BaseProcess] = (),
     ) -> None:
-        """`keepers`: the process that keeps the queue and the signs, where one does."""
+        """`keepers` are the processes that hold the queue and the signs of life."""
         self.pool = pool
         self.samples = samples
         self.signs = signs
@@ -178,7 +178,7 @@ class _Pool:
         left = list(reversed(todo))
         while waiting or left:
             if signals.received():
-                yield from self._arrived()  # what is finished is kept
+                yield from self._arrived()  # finished samples are kept
             signals.check()
             while left and len(waiting) < self.most_waiting:
                 group, cases = left.pop()
@@ -199,7 +199,7 @@ class _Pool:
                     waiting[self.pool.submit(_run, case, group, asked)] = group, [case]
 
     def _arrived(self) -> Iterator[Sample]:
-        """All samples of what is finished are among them: a process waits until each is taken."""
+        """Yield the samples in the queue, among them all of the finished jobs."""
         while True:
             try:
                 with _asking(FROZEN_S, self.keepers):
@@ -210,9 +210,9 @@ class _Pool:
 
 
 class Signs:
-    """Signs of life of worker processes: a count each, by process id, that goes on rising.
+    """Signs of life of worker processes: a count per process id that keeps rising.
 
-    `workers` are the processes there are now; one without a count has yet to begin.
+    `workers` returns the processes of now; one without a count has not begun yet.
     """
 
     def __init__(
@@ -220,14 +220,14 @@ class Signs:
     ) -> None:
         self.counts = counts
         self.workers = workers
-        self._seen: dict[int | None, tuple[int, float]] = {}  # and seconds since it rose
+        self._seen: dict[int | None, tuple[int, float]] = {}  # count, and seconds since it rose
         self._looked_at: float | None = None
 
     def look(self, now: float) -> None:
-        """Kill a worker that is frozen and raise ClusterError; looks about once a second."""
+        """Kill a frozen worker and raise ClusterError; this looks about once a second."""
         if self._looked_at is not None and now - self._looked_at < PARENT_POLL_S:
             return
-        # this process may have been stopped for long, and the workers with it
+        # this process may have been stopped together with the workers
         passed = min(now - (self._looked_at or now), 2 * PARENT_POLL_S)
         self._looked_at = now
         counts = dict(self.counts.items())
@@ -246,9 +246,9 @@ class Signs:
 
 @contextmanager
 def _limit(seconds: float, *processes: BaseProcess) -> Iterator[None]:
-    """Kill the processes where what is inside, which waits for them, takes longer.
+    """Kill the processes if the block, which waits for them, takes longer.
 
-    However long this process is stopped meanwhile, that counts as a second.
+    A time in which this process itself is stopped counts as one second.
     """
     done = threading.Event()
 
@@ -272,9 +272,9 @@ class _KeeperLost(Exception):
 
 @contextmanager
 def _asking(seconds: float, keepers: Sequence[BaseProcess]) -> Iterator[None]:
-    """What is inside asks the queue's process. Raises _KeeperLost where it ends or does not answer.
+    """Run a block that asks the queue's process; raise _KeeperLost if that does not answer.
 
-    One that is killed within an answer gives a plain OSError.
+    If the process is killed within an answer, the block raises a plain OSError.
     """
     try:
         with _limit(seconds, *keepers):
@@ -305,11 +305,11 @@ def _crew(plan: Plan, jobs: int, bench: Bench | None = None) -> Iterator[_Alone 
 
 @contextmanager
 def _pool(plan: Plan, jobs: int, folder: Path) -> Iterator[_Pool]:
-    """`folder`: for the socket of the queue's process."""
+    """Start the workers; `folder` gets the socket of the queue's process."""
     context = multiprocessing.get_context("spawn")
     before = multiprocessing.active_children()
     manager = SyncManager(str(folder / "queue"), ctx=context)
-    # its queue outlives a worker that is killed while it writes; a pipe's reader would hang
+    # its queue survives a worker that is killed while it writes; the reader of a pipe would hang
     with signals.blocked():
         manager.start(_end_with, (os.getpid(),))
     keepers = [one for one in multiprocessing.active_children() if one not in before]
@@ -330,12 +330,12 @@ def _pool(plan: Plan, jobs: int, folder: Path) -> Iterator[_Pool]:
         try:
             yield _Pool(pool, jobs, samples, Signs(counts, workers), keepers)
         except signals.EndedBySignal:
-            for worker in workers():  # they would go on to the end of their sample
+            for worker in workers():  # they would finish their sample first
                 worker.kill()
             raise
         except (BrokenProcessPool, _KeeperLost):
             time.sleep(SIGNAL_S)
-            signals.check()  # it came to all of them
+            signals.check()  # a signal has come to all processes
             raise ClusterError(
                 "bench",
                 f"a worker process ended, or was silent for {FROZEN_S:.0f} s and was killed; is "
@@ -353,7 +353,7 @@ def _pool(plan: Plan, jobs: int, folder: Path) -> Iterator[_Pool]:
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    """What a worker process keeps."""
+    """The state of a worker process."""
 
     bench: Workbench
     samples: "Queue[Sample]"
@@ -370,16 +370,16 @@ def _begin(
     stopped: Event,
     counts: MutableMapping[int, int],
 ) -> None:
-    """In a worker process, once."""
+    """Prepare a worker process; called once in each."""
     global _WORKER
     _end_with(parent, counts)
-    # The parent has read the same configs, and each worker would warn of them again.
+    # The parent has printed the warnings about the same configs.
     logging.getLogger("flowspec.model").setLevel(logging.ERROR)
     _WORKER = _Worker(Workbench(plan), samples, stopped)
 
 
 def _end_with(parent: int, counts: MutableMapping[int, int] | None = None) -> None:
-    """In a process of its own: not before its parent, and not after it. Signs of life: `counts`."""
+    """Let this child process end with its parent; write its signs of life to `counts`."""
     die_with_parent()
 
     def watch() -> None:
@@ -400,7 +400,7 @@ def _ask(group: Group) -> Asking:
 
 
 def _run(case: Case, group: Group, asked: Sequence[Asked]) -> None:
-    """Its samples are in the queue when this returns."""
+    """Run a job; its samples are in the queue when this returns."""
     assert _WORKER is not None
     for sample in _WORKER.bench.run(case, group, asked):
         _WORKER.samples.put(sample)

@@ -9,10 +9,10 @@ _ARG_START, _ARG_END = 47, 48  # fields of /proc/PID/stat, from 0, see proc(5)
 
 
 def hide_token() -> bool:
-    """Overwrite the value of `--token` where the kernel shows it; whether there was nothing left.
+    """Overwrite the value of `--token` in the kernel's copy of the command line.
 
-    To be called first of all: until then any user of this machine can read it. `sys.argv` stays as
-    it is. Linux alone lets a process do that; elsewhere False where a token was given.
+    Call this first of all: until then every user of this machine can read the token. `sys.argv`
+    keeps it. Returns False if a token may still be visible, as on systems other than Linux.
     """
     words = [word.encode(errors="surrogateescape") for word in sys.orig_argv]
     if not any(_names_token(word) for word in words):
@@ -38,7 +38,7 @@ def _names_token(word: bytes) -> bool:
 
 
 def _token_values(shown: bytes) -> list[tuple[int, int]]:
-    """Where the values of `--token` are in a command line whose words end with a zero byte."""
+    """Return start and length of each value of `--token`; a zero byte ends each word."""
     found, at, is_value = [], 0, False
     for word in shown.split(b"\0"):
         if is_value:

@@ -40,15 +40,15 @@ from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real
 TABLES = Path("config/eval.yaml")
 CLUSTER, MODEL = "jetson-5", "vicuna-7b"
 DRAFTER = "eagle"
-FEW = 5  # questions of each of the six sets, unless more are asked for: minutes, not hours
+FEW = 5  # questions per known set by default, so that a run takes minutes
 
 
 def bench(
     cluster: Annotated[
-        str | None, typer.Option(help=f"Emulated cluster: a name or file [default: {CLUSTER}].")
+        str | None, typer.Option(help=f"Emulated cluster: a name or file. [default: {CLUSTER}]")
     ] = None,
     emulated_model: Annotated[
-        str | None, typer.Option(help=f"Emulated model: a name or file [default: {MODEL}].")
+        str | None, typer.Option(help=f"Emulated model: a name or file. [default: {MODEL}]")
     ] = None,
     strategies: Annotated[
         str, typer.Option(help=f"all, or some of {', '.join(STRATEGIES)}, with commas.")
@@ -56,8 +56,8 @@ def bench(
     drafter: Annotated[
         str | None,
         typer.Option(
-            help=f"Of {', '.join(DRAFTERS)}; +merge and +calibrate switch on [{DRAFTER}; the "
-            "cluster's of --head]."
+            help=f"One of {', '.join(DRAFTERS)}; +merge and +calibrate switch on. [default: "
+            f"{DRAFTER}; with --head: the cluster's]"
         ),
     ] = None,
     datasets: Annotated[
@@ -65,12 +65,12 @@ def bench(
         typer.Option(help=f"all (with --data-dir), or some of {', '.join(DATASETS)}, or files."),
     ] = "all",
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with SET/question.jsonl [the hub].")
+        Path | None, typer.Option(help="Folder with SET/question.jsonl. [default: the hub]")
     ] = None,
     questions: Annotated[str, typer.Option(help="Places in each set's file, as in 30:50.")] = "",
     limit: Annotated[
         int | None,
-        typer.Option(help=f"Questions per set [of the six {FEW}, without --questions].", min=1),
+        typer.Option(help=f"Questions per set. [default: {FEW} of the known sets]", min=1),
     ] = None,
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0",
     seeds: Annotated[str, typer.Option(help="As in 1,2,3; one is enough at 0.")] = "1",
@@ -83,7 +83,7 @@ def bench(
         str, typer.Option(help="Set of parameters in --config: main or all.")
     ] = "main",
     config: Annotated[Path, typer.Option(help="File with the tables of parameters.")] = TABLES,
-    run_config: Annotated[  # its options are there before any other: see commands.py
+    run_config: Annotated[  # commands.py reads it first
         Path | None, typer.Option(help="File of plain assignments, such as config/run_config.py.")
     ] = None,
     settings: Annotated[
@@ -92,38 +92,46 @@ def bench(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model that writes the text: folder or HF id [bundled]. --head: the cluster's "
-            "model, to compute here what answers are compared with [the cluster's plain decoding]."
+            help="Model that writes the text: folder or HF id. With --head: a copy of the "
+            "cluster's model, which computes here the answers to compare with. [default: bundled; "
+            "with --head: the cluster's own plain decoding]"
         ),
     ] = None,
     draft: Annotated[
-        list[str] | None, typer.Option(help="Draft model: FOLDER, or DRAFTER=FOLDER [bundled].")
+        list[str] | None,
+        typer.Option(help="Draft model: FOLDER, or DRAFTER=FOLDER. [default: bundled]"),
     ] = None,
     warm: Annotated[
-        bool, typer.Option(help="One cluster answers a whole set: what it learns stays.")
+        bool, typer.Option(help="One cluster answers a whole set and keeps what it learns.")
     ] = False,
     real: Annotated[
-        bool, typer.Option(help="On real processes: of this machine, or of --head's cluster.")
+        bool,
+        typer.Option(help="Run on real processes of this machine, or on the cluster of --head."),
     ] = False,
     head: Annotated[
-        str | None, typer.Option(help="--real: HOST:PORT of a running cluster of devices.")
+        str | None, typer.Option(help="With --real: HOST:PORT of the head of a running cluster.")
     ] = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="--head: file with the token [FLOWSPEC_TOKEN].")
+        Path | None,
+        typer.Option(help="With --head: file with the token. [default: FLOWSPEC_TOKEN]"),
     ] = None,
     repeats: Annotated[
-        int, typer.Option(help="--real: run all so often; the median counts.", min=1)
+        int, typer.Option(help="With --real: number of runs, of which the median counts.", min=1)
     ] = 1,
-    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].", min=1)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the samples; resumed.")] = Path("out/bench"),
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes. [default: one per core]", min=1)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the samples; an earlier run is continued.")
+    ] = Path("out/bench"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
-    """Every strategy over the evaluation sets: speed, speed-up over ar, where the time goes.
+    """Measure every strategy on the evaluation sets: speed, speed-up over ar, use of the time.
 
-    On the emulated cluster every forward is really computed by the bundled (or named) model and
-    charged the emulated model's time; the same figures come on every run. Each text is compared
-    with the target's alone; exit code 1 if one differs. What is in --out is not run again. With
-    --real --head HOST:PORT a running cluster answers, under one strategy after the other.
+    On the emulated cluster the bundled (or named) model really computes every forward, which is
+    charged the emulated model's time; every run gives the same figures. Each text is compared with
+    that of the target alone; the exit code is 1 if one differs. Samples that are in --out already
+    are not run again. With --real --head HOST:PORT a running cluster answers the questions.
     """
     check_texts({"--set": settings})
     if repeats > 1 and not real:
@@ -175,7 +183,7 @@ def bench(
 def _check_head(
     head: str | None, token_file: Path | None, *, real: bool, given: Sequence[str]
 ) -> None:
-    """Raises ValueError for options that do not go together; `given`: of those in question."""
+    """Raise ValueError for options that exclude one another; `given` lists those in use."""
     if head is None and token_file is not None:
         raise ValueError("--token-file needs --head HOST:PORT, the cluster that it is the token of")
     emulated = [option for option in given if option in ("--cluster", "--emulated-model")]
@@ -198,7 +206,7 @@ def _check_head(
 def _emulations(
     cases: Sequence[Case], cluster: str, model: str, stages: int | None
 ) -> Mapping[str, Emulation]:
-    """By drafter; each is charged what it weighs."""
+    """Return an emulation per drafter, because each drafter has its own cost."""
     names = sorted({case.drafter_name for case in cases} | {"none"})
     return {name: load_emulation(cluster, model, drafter=name, stages=stages) for name in names}
 

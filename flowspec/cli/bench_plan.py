@@ -1,4 +1,4 @@
-"""What the commands that run benchmarks share: a plan from options, and running it."""
+"""Code that the benchmark commands share: it makes a plan from options and runs it."""
 
 import os
 import sys
@@ -26,7 +26,7 @@ from flowspec.system import signals
 from flowspec.tokenizer import PromptError
 from flowspec.weights.manifest import HEAD_FOLDER, read_manifest
 
-LOCAL = "local"  # the cluster's name where real processes of this machine are it
+LOCAL = "local"  # name of the cluster of real processes on this machine
 
 
 def assemble(
@@ -43,9 +43,10 @@ def assemble(
     draft: Sequence[str],
     context: int = 0,
 ) -> Plan:
-    """A plan; models are split where they are not yet. No emulations: on real processes.
+    """Make a plan; split the model if that has not been done yet.
 
-    `target` and `draft` as the options of `flowspec bench` have them.
+    Without `emulations` the plan is for real processes. `target` and `draft` are the values of
+    `--model` and `--draft` of `flowspec bench`.
     """
     config = EngineConfig(model=target or EngineConfig().model, stages=stages, context=context)
     drafts = _draft_folders(config, cases, draft)
@@ -53,7 +54,9 @@ def assemble(
         check_files_for(count_stages(config))
     folder = split_folder(config)
     manifest = read_manifest(folder)
-    max_context(context, read_config(folder / HEAD_FOLDER))  # warns here, for the jobs are silent
+    max_context(
+        context, read_config(folder / HEAD_FOLDER)
+    )  # warns here, because the jobs are silent
     emulation = emulations.get("none")
     return Plan(
         cluster=emulation.cluster.name if emulation else LOCAL,
@@ -80,7 +83,7 @@ def assemble(
 
 
 def models_of(model: str | None, emulated: str | None) -> tuple[str | None, str | None]:
-    """The model that computes and the emulated one, whose name `--model` once took."""
+    """Return the model that computes and the emulated one, which `--model` named in the past."""
     if model and not emulated and not Path(model).is_dir() and is_profile("models", model):
         tell_renamed(f"--model {model}, of an emulated model,", "--emulated-model")
         return None, model
@@ -88,7 +91,7 @@ def models_of(model: str | None, emulated: str | None) -> tuple[str | None, str 
 
 
 def names_in(text: str, option: str) -> tuple[str, ...]:
-    """Different names with commas between them. Raises ValueError."""
+    """Parse distinct names with commas between them. Raises ValueError."""
     names = tuple(part.strip() for part in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise ValueError(f"{option} takes different names with commas, not {text!r}")
@@ -96,12 +99,12 @@ def names_in(text: str, option: str) -> tuple[str, ...]:
 
 
 def strategies_in(text: str) -> tuple[str, ...]:
-    """The names that the strategies of `--strategies` have now. Raises ValueError."""
+    """Parse `--strategies`; old names become the new ones. Raises ValueError."""
     return tuple(map(new_name, names_in(text, "--strategies")))
 
 
 def numbers_in(text: str, kind: type, option: str) -> tuple:  # type: ignore[type-arg]
-    """Different numbers with commas between them. Raises ValueError."""
+    """Parse distinct numbers with commas between them. Raises ValueError."""
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
@@ -112,7 +115,7 @@ def numbers_in(text: str, kind: type, option: str) -> tuple:  # type: ignore[typ
 
 
 def check_sampling(temperatures: Sequence[float], seeds: Sequence[int]) -> None:
-    """Raises ValueError for what nothing can be sampled with."""
+    """Raise ValueError for a temperature or a seed that is out of range."""
     for temperature in temperatures:
         SamplingParams(temperature=temperature)
     for seed in seeds:
@@ -127,9 +130,9 @@ def load_sets(
     *,
     few: int | None = None,
 ) -> Mapping[str, Sequence[Prompt]]:
-    """Questions by set; of a known one `few`, where neither a range nor a limit is given.
+    """Return the questions by set; without a range or a limit, `few` of each known set.
 
-    Raises ValueError for what is not there, all of it before any download.
+    Raises ValueError for a set that does not exist, before anything is downloaded.
     """
     names = DATASETS if datasets == "all" else names_in(datasets, "--datasets")
     chosen = parse_range(questions)
@@ -148,13 +151,13 @@ def load_sets(
 def _draft_folders(
     config: EngineConfig, cases: Sequence[Case], given: Sequence[str]
 ) -> dict[str, str]:
-    """Where each drafter's model lies, as named or as bundled."""
+    """Return the folder of each drafter's model, as given or as bundled."""
     names = sorted({case.drafter_name for case in cases} - {"none"})
     folders = dict.fromkeys(names, "")
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals and len(folders) <= 1:
-            folders |= dict.fromkeys(names, text)  # ar alone needs none
+            folders |= dict.fromkeys(names, text)  # empty if only ar runs, which needs none
         elif equals and name in folders:
             folders[name] = folder
         else:
@@ -168,9 +171,9 @@ def _draft_folders(
 def run_shown(
     plan: Plan, out: Path, jobs: int | None, *, what: str = "", bench: Bench | None = None
 ) -> RunOutcome:
-    """Run what is missing in folder `out` and show how far it is; `what` stands before it.
+    """Run what is missing in folder `out` and show the progress with the label `what`.
 
-    Where it ends early, what is kept is told.
+    If the run ends early, a line on stderr says how many samples are kept.
     """
     with SampleFile(out) as file:
 

@@ -25,7 +25,7 @@ HELP = "Ctrl-C ends an answer, Ctrl-D or /quit the conversation, /new begins ano
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatOptions:
-    """How answers are chosen."""
+    """Sampling parameters and limits of the answers."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -36,11 +36,11 @@ class ChatOptions:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what no head takes, before one is asked."""
+        """Raise ValueError for a parameter that is out of range."""
         self.request([{"role": "user", "content": "?"}])
 
     def request(self, turns: list[dict[str, str]]) -> Request:
-        """The next answer of a conversation."""
+        """Make the request for the next answer of a conversation."""
         return Request(
             prompt=turns,
             sampling=SamplingParams(
@@ -63,7 +63,7 @@ def chat(
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -88,14 +88,14 @@ def chat_loop(
     about: str = HELP,
     read: Callable[[str], str] = input,
 ) -> None:
-    """Read a line, stream its answer, until the input ends. `about` says which keys do what."""
+    """Read lines and stream their answers until the input ends. `about` explains the keys."""
     typer.echo(about, err=True)
-    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 ends no conversation
-        with contextlib.suppress(io.UnsupportedOperation):  # something was read already
+    if isinstance(sys.stdin, io.TextIOWrapper):  # accept lines that are not UTF-8
+        with contextlib.suppress(io.UnsupportedOperation):  # some input was read before
             sys.stdin.reconfigure(errors="surrogateescape")
     turns: list[dict[str, str]] = []
     while True:
-        signals.check()  # one may have come just when the answer had ended
+        signals.check()  # a signal may have come after the answer
         try:
             line = read("> ").strip()
         except EOFError:
@@ -115,7 +115,7 @@ def chat_loop(
 def _take_turn(
     engine: Engine, options: ChatOptions, turns: list[dict[str, str]], line: str
 ) -> None:
-    """Ask `line`; where it is answered, both are part of the conversation from now on."""
+    """Ask `line`; add it and its answer to the conversation if there is an answer."""
     asked = [*turns, {"role": "user", "content": line}]
     try:
         with signals.cutting():
@@ -133,9 +133,9 @@ def _take_turn(
 
 
 def show_answer(engine: Engine, options: ChatOptions, turns: list[dict[str, str]]) -> RequestOutput:
-    """Stream one answer to stdout, its figures to stderr.
+    """Stream one answer to stdout and print its figures on stderr.
 
-    The caller tells why there is no answer.
+    The caller prints the error of an output that has one.
     """
     has_text = False
     with signals.undoing(), engine.submit(options.request(turns)) as stream:
@@ -155,7 +155,7 @@ def show_answer(engine: Engine, options: ChatOptions, turns: list[dict[str, str]
 
 
 def show_end(output: RequestOutput) -> None:
-    """An answer's figures, where there is one."""
+    """Print the figures of an answer; a request that failed has none."""
     if output.reason is FinishReason.ERROR:
         return
     stats = output.stats

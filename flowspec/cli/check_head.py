@@ -25,7 +25,7 @@ from flowspec.speculation.drafters.checkpoint.kind import FAMILIES
 from flowspec.speculation.strategy import RoundConfig
 from flowspec.weights.manifest import HEAD_FOLDER
 
-# A tree as it is used, and a chain, whose levels are draft steps past the last true feature.
+# The shapes of draft: the usual tree, and a chain, which has one draft step per level.
 _SHAPES = {
     "tree": RoundConfig(),
     "chain": RoundConfig(num_draft_tokens=8, num_draft_steps=7, draft_topk=1),
@@ -34,7 +34,7 @@ _SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One shape of draft, over all prompts: tau, and acceptance at depth 1, 2, ..."""
+    """The result of one shape of draft over all prompts: tau, and acceptance at depth 1, 2, ..."""
 
     shape: str
     tau: float
@@ -45,7 +45,7 @@ class Score:
 def check_head(
     model: Annotated[str, typer.Argument(help="The target: folder or HF id.")],
     head: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
-    prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP[:-1]} [bundled].")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=f"{PROMPTS_HELP} [default: bundled]")] = None,
     limit: Annotated[int, typer.Option(help="Prompts per file.", min=1)] = 4,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
     *,
@@ -58,7 +58,7 @@ def check_head(
     whose parent it confirmed. Exit code 1 when the checkpoint does not fit or its config
     contradicts its tensors.
     """
-    torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+    torch.set_num_threads(1)  # more threads would not speed up such small forwards
     console = Console(width=100, soft_wrap=True)
     config = effective_config(None, {"model": model, "strategy": "serial_pp", **settings})
     folder = split_folder(config)
@@ -91,7 +91,7 @@ def _show(report: HeadReport, console: Console) -> None:
 def _measure(
     config: EngineConfig, folder: Path, prompts: Sequence[Prompt], max_tokens: int
 ) -> list[Score]:
-    """Greedy answers to all prompts, with each shape of draft."""
+    """Yield the score of each shape of draft, from greedy answers to all prompts."""
     parts = load_head_parts(config, folder)
     stages = [
         build_stage(parts.folder, rank, device=config.local.device, numerics=config.numerics)[0]
@@ -114,7 +114,7 @@ def _measure(
 
 
 def _requests(parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int) -> list[Request]:
-    """Prompts that leave room for an answer. Raises ValueError when none does."""
+    """Make requests of the prompts that leave room for an answer; ValueError if none does."""
     rendered = [first_turn(parts.prompt_of, prompt) for prompt in prompts]
     fitting = [ids for ids in rendered if len(ids) < parts.max_context]
     if not fitting:
@@ -134,7 +134,7 @@ def _requests(parts: HeadParts, prompts: Sequence[Prompt], max_tokens: int) -> l
 
 
 def _score(shape: str, stats: Sequence[DecodeStats], *, levels: int) -> Score:
-    """Runs of all answers together; the run that the end of a text cut off counts as far."""
+    """Return tau and acceptance over all answers; a run that the end cut off counts partly."""
     ended = [run for own in stats for run in own.runs]
     cut = [own.run_length for own in stats]
     shares = []

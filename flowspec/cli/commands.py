@@ -11,8 +11,8 @@ from typer.core import TyperCommand, TyperGroup
 from flowspec.cli.run_config import FLAG, expanded
 from flowspec.config import RENAMED, tell_renamed
 
-# A row's module and the function (or Typer app) in it are named as the command. The line is what
-# `flowspec --help` says of it, in full at 80 columns; a command without one is not listed.
+# The module of a row and the function (or Typer app) in it have the command's name. `flowspec
+# --help` prints the line, which fits 80 columns; a command without a line is not listed.
 COMMANDS: dict[str, str] = {
     "run": "Answer prompts on this machine, one process per stage.",
     "serve": "Be the head of a cluster of devices; print the line to join.",
@@ -35,17 +35,17 @@ COMMANDS: dict[str, str] = {
 }
 
 
-# Flags that have another name now, besides those of renamed settings: command -> old -> new. Where
-# one is used that no flag is called any more, all of the command's have their old meaning.
+# Renamed flags, besides those of renamed settings: command -> old -> new. If a command line has a
+# flag that exists no more, all its flags have their old meaning.
 _MODELS = {"--target": "--model", "--model": "--emulated-model"}
 OLD_FLAGS: dict[str, dict[str, str]] = {"bench": _MODELS, "simulate": _MODELS}
 
 
 class _Command(TyperCommand):
-    """A command that understands the old names of its flags, and says the new ones."""
+    """A command that understands the old names of its flags and prints the new ones."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The words of the command line, with the names that flags have now."""
+        """Parse the command line after old flags have got their new names."""
         known = {flag for one in self.params for flag in (*one.opts, *one.secondary_opts)}
         switches = {
             flag for one in self.params if getattr(one, "is_flag", False) for flag in one.opts
@@ -54,7 +54,7 @@ class _Command(TyperCommand):
         if not {word.partition("=")[0] for word in args} & (old.keys() - known):
             old = {}
         words: list[str] = []
-        is_value = False  # of the word before
+        is_value = False  # the next word is a value of the one before
         for place, word in enumerate(args):
             if word == "--":
                 words += args[place:]
@@ -68,7 +68,10 @@ class _Command(TyperCommand):
 
 
 def _with_new_flag(word: str, old: Mapping[str, str], known: Collection[str]) -> str:
-    """A word of the command line; `old` has flags of another meaning, `known` all of today."""
+    """Return a word with its flag's new name.
+
+    `old` maps flags whose meaning has changed; `known` holds all flags of today.
+    """
     flag, equals, value = word.partition("=")
     if not flag.startswith("--") or (flag in known and flag not in old):
         return word
@@ -82,17 +85,17 @@ def _with_new_flag(word: str, old: Mapping[str, str], known: Collection[str]) ->
 
 
 class Commands(TyperGroup):
-    """Imports a command when it is called: most of them need torch, which takes seconds."""
+    """Imports a command when it is called, because torch takes seconds to import."""
 
-    # typer may carry a click of its own: its classes of contexts and commands have no public name
+    # click's classes have no type here: typer may have a copy of click of its own
 
     def __init__(self, **attrs: Any) -> None:
         super().__init__(**{**attrs, "commands": dict.fromkeys(COMMANDS)})
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command, imported now; None where there is none of this name.
+        """Import and return the command; None if there is none of this name.
 
-        Raises FileNotFoundError in a folder that was deleted, where torch would end the process.
+        Raises FileNotFoundError in a deleted folder, where torch would end the process.
         """
         if cmd_name not in COMMANDS:
             return None
@@ -106,6 +109,6 @@ class Commands(TyperGroup):
         return typer.main.get_command(found)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The list in `flowspec --help`, from the table alone."""
+        """Write the list of `flowspec --help` from the table, without importing the commands."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, about in COMMANDS.items() if about])

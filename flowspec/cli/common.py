@@ -1,4 +1,4 @@
-"""What several commands share: the effective configuration and the split model it names."""
+"""Code that several commands share: effective configuration, split model, records."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,19 @@ from flowspec.system import signals
 from flowspec.system.bundled import DEMO
 
 __all__ = ["bundled", "count_stages", "draft_folder", "is_bundled"]
-CONTEXT_HELP = "Most tokens of a request, prompt and answer [what the model was made for]."
-RECORD_KEYS = (  # that --only takes
+CONTEXT_HELP = "Most tokens of a request, prompt and answer. [default: the model's limit]"
+RECORD_KEYS = (  # of --only
     *("cluster", "model", "drafter", "strategy", "dataset", "question", "turn", "temperature"),
     *("seed", "stages", "table", "max_tokens", "warm", "emulated", "finish", "mismatch", "host"),
     *("code", "target", "draft", "emulation", "repeat"),
 )
-RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # that it takes as LOW..HIGH
+RECORD_FIGURES = ("repeated", "prompt_tokens", "tokens")  # --only takes them as LOW..HIGH
 BUNDLED = DEMO
-ENGINE_SETTINGS = ("chunked_prefill_size",)  # that were settings of a strategy once
+ENGINE_SETTINGS = ("chunked_prefill_size",)  # once settings of a strategy
 
 
 def effective_config(file: Path | None, flags: Mapping[str, Any]) -> EngineConfig:
-    """Defaults, then the YAML file, then the flags that were given; bundled models by name."""
+    """Return the defaults, overridden by the YAML file, overridden by the given flags."""
     config = EngineConfig() if file is None else read_engine_config(file)
     given = {name: value for name, value in flags.items() if value is not None}
     config = with_engine_settings(
@@ -38,7 +38,7 @@ def effective_config(file: Path | None, flags: Mapping[str, Any]) -> EngineConfi
 
 
 def with_engine_settings(config: EngineConfig, *, where: str) -> EngineConfig:
-    """Settings of the engine that were given among those of the strategy take their own place."""
+    """Move settings of the engine out of the strategy's settings, where they once were."""
     own = {name: config.decode[name] for name in ENGINE_SETTINGS if name in config.decode}
     if not own:
         return config
@@ -47,22 +47,22 @@ def with_engine_settings(config: EngineConfig, *, where: str) -> EngineConfig:
 
 
 def split_folder(config: EngineConfig) -> Path:
-    """The split model that `config` names; a line on stderr says that it is being made."""
+    """Return the split model that `config` names; make it if needed, with a line on stderr."""
     return prepare.split_folder(config, say=say_on_stderr)
 
 
 def layerwise_folder(config: EngineConfig, *, offline: bool = False) -> Path:
-    """The model split with every layer by itself; a line on stderr says that it is being made."""
+    """Return the model split into single layers; make it if needed, with a line on stderr."""
     return prepare.layerwise_folder(config, offline=offline, say=say_on_stderr)
 
 
 def say_on_stderr(text: str) -> None:
-    """By print, which does not write across a bar that is on the screen."""
+    """Print a line on stderr; rich keeps print from writing into a progress bar."""
     print(text, file=sys.stderr, flush=True)
 
 
 def check_file(option: str, path: Path) -> None:
-    """Raise ValueError where a file of this name cannot be written, before anything has run."""
+    """Raise ValueError, before anything has run, if a file of this name cannot be written."""
     if path.is_dir():
         raise ValueError(f"{option} {path} cannot be written: it is a folder; name a file in it")
     if not path.parent.is_dir():
@@ -76,13 +76,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
-    """Samples of these files that have every `key=value[,value]` of `only`; one of a key.
+    """Return the samples of these files that match every `key=value[,value]` of `only`.
 
-    Of RECORD_FIGURES `key=LOW..HIGH`, both ends included.
-
-    What drafts nothing has every drafter, so that plain decoding stays the others' baseline.
-
-    Raises ValueError for a file that is no record, an unknown key, and where none is left.
+    RECORD_FIGURES take `key=LOW..HIGH`, with both ends included. Of two samples with one key the
+    later one counts. Strategies without a drafter match every drafter, so that plain decoding stays
+    the baseline. Raises ValueError for a file without records, an unknown key, or no match.
     """
     found = {sample.key: sample for path in paths for sample in read_samples(path)}
     samples = list(found.values())
@@ -112,7 +110,7 @@ def read_records(paths: Sequence[Path], only: Sequence[str]) -> list[Sample]:
 
 
 def _between(samples: Sequence[Sample], key: str, values: str) -> list[Sample]:
-    """Those whose figure is within `LOW..HIGH`. Raises ValueError."""
+    """Return the samples whose figure is within `LOW..HIGH`. Raises ValueError."""
     low, _, high = values.partition("..")
     try:
         least, most = float(low), float(high)

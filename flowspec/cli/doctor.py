@@ -43,13 +43,14 @@ def doctor(
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     cache: Annotated[
-        Path | None, typer.Option(help="As join's: where layers would be kept [XDG cache].")
+        Path | None,
+        typer.Option(help="Folder in which join would keep layers. [default: XDG cache]"),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON list of findings.")] = False,
 ) -> None:
-    """Look at this device and, with HEAD, at the way to it; every finding comes with its fix.
+    """Check this device and, with HEAD, the connection to it; every finding names its fix.
 
-    Exit code 0: nothing that was looked at is in the way of joining; 1: something is.
+    The exit code is 0 if nothing prevents joining, else 1.
     """
     torch_device = pick_device(device)
     cache = cache or cache_folder()
@@ -106,7 +107,7 @@ def _examine_head(
 
 
 def _measure(host: str, port: int, keys: Keys) -> Link:
-    """Latency and rates of the link to the head, over a connection of its own."""
+    """Measure latency and rates of the link to the head over a separate connection."""
     client = ControlClient(host, port, keys)
     try:
         return Link() if client.connect(HANDSHAKE_TIMEOUT_S) else measure_link(client)
@@ -115,7 +116,7 @@ def _measure(host: str, port: int, keys: Keys) -> Link:
 
 
 def _check_cuda() -> tuple[bool, str]:
-    """Whether CUDA is there, and what a small kernel says where it does not work."""
+    """Return whether CUDA is there, and the error of a small kernel if that fails."""
     if not torch.cuda.is_available():
         return False, ""
     try:

@@ -34,8 +34,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Of the likeliest token's probability.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Drop tokens below this share of the likeliest one's probability; 0: off."
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -50,7 +55,7 @@ def generate(
         ),
     ] = False,
 ) -> None:
-    """Print what the cluster of --head answers; notes and figures go to stderr."""
+    """Print the answers of the head; notes and figures go to stderr."""
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
     check_texts({"the prompt": [prompt or ""], "--stop": stop})
@@ -96,7 +101,7 @@ def _as_json(engine: Engine, options: ChatOptions, turns: list[dict[str, str]]) 
 
 
 def output_fields(output: RequestOutput) -> dict[str, Any]:
-    """An answer and its figures, as --json prints them."""
+    """Return an answer and its figures as --json prints them."""
     stats, error = output.stats, output.error
     kind = error.kind if error is not None else None
     return {

@@ -40,36 +40,43 @@ MIN_FILES = 64
 
 def join(
     head: Annotated[
-        str | None, typer.Argument(help="HOST:PORT of the head, as it printed it [found by mDNS].")
+        str | None, typer.Argument(help="HOST:PORT of the head. [default: found by mDNS]")
     ] = None,
     token: Annotated[
         str | None,
         typer.Option(help="The cluster's token; safer in --token-file or FLOWSPEC_TOKEN."),
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the head calls it [host name].")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this device. [default: host name]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads; 0: as torch decides.", min=0, max=1024)
     ] = 0,
     kv_memory_mb: Annotated[
-        int, typer.Option(help="KV cache, MB; 0: as the head says, or half of what is free.", min=0)
+        int,
+        typer.Option(help="KV cache, MB; 0: as the head says, or half of the free memory.", min=0),
     ] = 0,
-    host: Annotated[str | None, typer.Option(help="Own address to listen at [automatic].")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Own address to listen at. [default: automatic]")
+    ] = None,
     port: Annotated[
-        int, typer.Option(help="Own ports PORT and PORT+1 [any free].", min=0, max=65534)
+        int, typer.Option(help="Listen at PORT and PORT+1; 0: any free ones.", min=0, max=65534)
     ] = 0,
     model: Annotated[
         Path | None, typer.Option(help="A copy of the model on this device, split or not.")
     ] = None,
     fetch: Annotated[bool, typer.Option(help="Get missing layers from the head.")] = True,
-    cache: Annotated[Path | None, typer.Option(help="Where layers are kept [XDG cache].")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder for layers. [default: XDG cache]")
+    ] = None,
     once: Annotated[bool, typer.Option(help="End when the head ends.")] = False,
     log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
 ) -> None:
     """Give this device's memory and compute to the cluster of HEAD, until stopped.
 
-    It reports what it has, gets its layers, and comes back by itself when head or link were away.
+    It reports its memory and compute, gets its layers, and joins again after head or link failed.
     """
     keys = derive_keys(token or read_token(token_file))
     check_open_files(MIN_FILES)
@@ -125,7 +132,7 @@ def join(
 
 
 def _check_folder(model: Path) -> None:
-    """Raises ValueError where a device's own copy of the model is none."""
+    """Raise ValueError if --model names no copy of a model."""
     if not model.is_dir():
         raise ValueError(
             f"--model {model} is no folder on this device; name a copy of the model, split or not, "
@@ -135,7 +142,7 @@ def _check_folder(model: Path) -> None:
 
 
 def pick_device(name: str) -> str:
-    """A device torch can use here. Raises ValueError where it cannot."""
+    """Return a device that torch can use here. Raises ValueError if it cannot."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

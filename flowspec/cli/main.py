@@ -37,12 +37,12 @@ def root(
 
 
 def main() -> None:
-    """Errors name their fix in one sentence; exit code 2 for the user's, 3 for all others."""
-    with guarded() as output, signals.installed(), _one_voice():
+    """Run a command; an error is one sentence, exit code 2 for the user's, 3 for others."""
+    with guarded() as output, signals.installed(), _only_rank_0_prints():
         try:
             try:
                 app()
-            except signals.EndedBySignal as ended:  # all is undone
+            except signals.EndedBySignal as ended:  # everything is cleaned up
                 signals.end(ended.number)
             finally:
                 output.settle()
@@ -61,8 +61,8 @@ def _fail(text: str, code: int) -> None:
 
 
 @contextlib.contextmanager
-def _one_voice() -> Iterator[None]:
-    """Of torchrun's processes, which all have the same to say, rank 0 alone says it."""
+def _only_rank_0_prints() -> Iterator[None]:
+    """Silence all ranks of torchrun but rank 0, because all would print the same."""
     launch = find_launch()
     if launch is None or launch.rank == 0:
         yield

@@ -48,7 +48,7 @@ STRATEGIES_SHOWN = "streaming,flowspec,serial_pp,ar"
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What is planned: devices (the head's own apart), a model, what its stages must hold."""
+    """The input of a plan: the head's device, the other devices, the model, what stages hold."""
 
     head: tuple[DeviceProfile, LinkProfile]
     candidates: Sequence[Candidate]
@@ -64,26 +64,39 @@ def plan(
     model: Annotated[str, typer.Option(help="With --cluster: name or file of a model.")] = (
         "vicuna-7b"
     ),
-    head: Annotated[str | None, typer.Option(help="HOST:PORT: the devices of a live head.")] = None,
+    head: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a live head, whose devices are used.")
+    ] = None,
     token: Annotated[
         str | None, typer.Option(help="Safer in --token-file or FLOWSPEC_TOKEN.")
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers per device instead, 8+8+16.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens of a request, in caches.", min=1)] = 2048,
-    requests: Annotated[int, typer.Option(help="Served at once.", min=1)] = 1,
-    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.", min=0)] = 600,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers per device, as in 8+8+16. [default: planned]")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(help="Most tokens of a request, for the caches.", min=1)
+    ] = 2048,
+    requests: Annotated[
+        int, typer.Option(help="Most requests decoded at the same time.", min=1)
+    ] = 1,
+    reserve_mb: Annotated[
+        int, typer.Option(help="Memory of each device that is not used, MB.", min=0)
+    ] = 600,
     drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
     strategies: Annotated[
         str, typer.Option(help=f"all, or of {', '.join(STRATEGIES)}, with commas.")
     ] = STRATEGIES_SHOWN,
-    tokens: Annotated[int, typer.Option(help="Per emulated answer; 0: no prediction.", min=0)] = 48,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens per emulated answer; 0: no prediction.", min=0)
+    ] = 48,
 ) -> None:
-    """Place a model's layers on devices, of a profile or joined to a live head; load nothing.
+    """Place a model's layers on the devices of a profile or of a live head; load nothing.
 
     Speeds are emulated, not measured: the bundled model and its drafter run under a virtual clock
-    and are charged the devices' times. How often guesses come true is the bundled model's, so only
-    compare. Exit code 1 where the devices cannot hold the model, with what is needed and available.
+    and are charged the devices' times. The acceptance is that of the bundled model, so use the
+    speeds only to compare. The exit code is 1 if the devices cannot hold the model; the message
+    says what is needed and what there is.
     """
     if (cluster is None) == (head is None):
         raise ValueError("give either --cluster NAME or --head HOST:PORT")
@@ -128,7 +141,7 @@ def _from_head(head: str, token: str, size: dict[str, float]) -> _Question:
     if not present:
         raise ValueError(f"no device has joined {head} yet")
     candidates = [as_candidate(one.name, one.report) for one in present]
-    # The head's own device has not been measured: it is taken to be like the fastest of the others.
+    # The head's own device is not measured; assume that it is like the fastest of the others.
     fastest = max(candidates, key=lambda c: c.device.bandwidth_gb_s)
     profile = model_profile(now.model.model_id, now.sizes, now.model.numerics.dtype)
     needs = needs_of(now.model.numerics.dtype, **size)  # type: ignore[arg-type]
@@ -185,7 +198,7 @@ def _predict(
     drafter: str,
     tokens: int,
 ) -> None:
-    """A table of tokens/s: this placement, and the one device alone that could hold everything."""
+    """Print tokens/s of this placement, and of one device if it can hold the whole model."""
     options = {"this plan": placement}
     alone = _best_alone(question)
     if alone is not None and len(placement.places) > 1:
@@ -218,7 +231,7 @@ def _predict(
 
 
 def _best_alone(question: _Question) -> Placement | None:
-    """The fastest device that can hold the whole model."""
+    """Return the placement on the fastest device that can hold the whole model, if any can."""
     for one in sorted(question.candidates, key=lambda c: -c.device.bandwidth_gb_s):
         try:
             return plan_layers([one], question.model, question.needs, weights=Weights())
@@ -236,7 +249,7 @@ def _emulation(question: _Question, placement: Placement, drafter: str) -> Emula
         links=(question.head[1], *(one.link for one in used)),
     )
     counts = tuple(place.last - place.first for place in placement.places)
-    # What fits has been decided with caches and reserve; the emulator knows less.
+    # The placement has checked the memory already, with caches and reserve.
     roomy = tuple(replace(device, memory_gb=1e6) for device in profile.devices)
     return Emulation(
         cluster=replace(profile, devices=roomy),

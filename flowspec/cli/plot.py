@@ -19,8 +19,8 @@ def plot(
         list[Path],
         typer.Argument(
             metavar="RECORDS",
-            help="Files, or folders, that `flowspec bench` or `simulate` wrote; for timeline, the "
-            "file that --trace wrote.",
+            help="Files or folders that `flowspec bench` or `simulate` wrote; for timeline, the "
+            "file of --trace.",
         ),
     ],
     out: Annotated[Path, typer.Option(help=f"Picture to write ({', '.join(SUFFIXES)}).")],
@@ -37,17 +37,20 @@ def plot(
         str | None, typer.Option(help="sweep: what was varied, such as num_draft_steps.")
     ] = None,
     request: Annotated[
-        int | None, typer.Option(help="timeline: which request [the first].")
+        int | None, typer.Option(help="timeline: number of the request. [default: the first]")
     ] = None,
     start: Annotated[
-        float | None, typer.Option("--from", help="timeline: first second shown.")
+        float | None, typer.Option("--from", help="timeline: first second that is shown.")
     ] = None,
-    end: Annotated[float | None, typer.Option("--to", help="timeline: last second shown.")] = None,
+    end: Annotated[
+        float | None, typer.Option("--to", help="timeline: last second that is shown.")
+    ] = None,
 ) -> None:
     """Draw one picture.
 
-    speedup: bars per set. bandwidth, stages, sweep --over WHAT: speed by what was varied. lengths:
-    tokens accepted in a row. time: what the stages did. timeline: the pipeline during one request.
+    Kinds: speedup shows bars per set; bandwidth, stages and sweep --over WHAT show the speed by
+    what was varied; lengths shows the tokens accepted in a row; time shows what the stages did;
+    timeline shows the pipeline during one request.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown plot {kind!r}; known: {', '.join(KINDS)}")

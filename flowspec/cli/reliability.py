@@ -1,4 +1,4 @@
-"""`flowspec reliability`: do things come true as often as the drafter says, and once calibrated?"""
+"""`flowspec reliability`: are the drafter's forecasts right as often as they say?"""
 
 import json
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ PLOTS = (".png", ".svg", ".pdf")
 
 @dataclass(slots=True)
 class _Settled:
-    """All forecasts of a run, with what became of them."""
+    """All forecasts of a run with their outcomes."""
 
     children: list[Outcome]
     paths: list[Outcome]
 
     def report(self) -> dict[str, dict[str, Reliability]]:
-        """What -> before or after -> its reliability."""
+        """Return the reliability by kind of forecast, before and after calibration."""
         named = {"child, its parent true": self.children, "path from the root": self.paths}
         return {
             what: dict(zip(("before", "after"), before_and_after(outcomes), strict=True))
@@ -49,10 +49,14 @@ class _Settled:
 
 
 def reliability(
-    model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
-    draft: Annotated[str | None, typer.Option(help="Folder of the draft model [bundled].")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or HF id. [default: bundled model]")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Folder of the draft model. [default: bundled]")
+    ] = None,
     drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "eagle",
-    merge: Annotated[bool, typer.Option(help="With branches from the text so far.")] = False,
+    merge: Annotated[bool, typer.Option(help="Merge n-gram branches into the tree.")] = False,
     strategy: Annotated[
         str, typer.Option(help=f"One of {', '.join(STRATEGIES)}, but ar.")
     ] = "streaming",
@@ -65,9 +69,9 @@ def reliability(
         Path | None, typer.Option(help="A plot (.png, .svg, .pdf) or the figures (.json).")
     ] = None,
 ) -> None:
-    """Run prompts on a simulated cluster and compare what was forecast with what came true.
+    """Run prompts on a simulated cluster and compare the forecasts with the outcomes.
 
-    Each forecast counts as it was made, calibrated by what the verdicts before it had taught.
+    A calibrated forecast has learnt only from the verdicts before it.
     """
     if out and out.suffix not in (*PLOTS, ".json"):
         raise ValueError(f"--out {out} must end in one of {', '.join(PLOTS)}, .json")
@@ -98,7 +102,7 @@ def reliability(
 
 
 def _run(config: EngineConfig, prompts: list[Prompt]) -> _Settled:
-    torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+    torch.set_num_threads(1)  # more threads would not speed up such small forwards
     folder = split_folder(config)
     parts = load_head_parts(config, folder)
     head = build_head(config, parts)

@@ -13,12 +13,12 @@ from flowspec.bench.tables import Table, to_latex, to_markdown
 from flowspec.cli.common import check_file, read_records, write_whole
 
 FORMATS = ("text", "markdown", "latex", "csv")
-MAX_WIDTH = 1000  # folded figures could not be read; a terminal folds what is wider than it
+MAX_WIDTH = 1000  # wide enough that no figure is folded
 
 
 def report(
     records: Annotated[
-        list[Path], typer.Argument(help="Files, or folders, that `flowspec bench` wrote.")
+        list[Path], typer.Argument(help="Files or folders that `flowspec bench` wrote.")
     ],
     format_: Annotated[
         str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")
@@ -34,13 +34,14 @@ def report(
         ),
     ] = None,
     per_set: Annotated[
-        bool, typer.Option("--per-set", help="Acceptance and time of every set, not of the mean.")
+        bool,
+        typer.Option("--per-set", help="Show acceptance and time of every set, not of the mean."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write there instead of printing.")] = None,
 ) -> None:
-    """Tables: speed-up over a baseline with intervals, tokens/s, acceptance, where the time went.
+    """Print tables: speed-up with intervals, tokens/s, acceptance, use of the time.
 
-    Emulated and measured records are told apart, and never compared with one another.
+    Emulated and measured records are never compared with one another.
     """
     if format_ not in FORMATS:
         raise ValueError(f"--format must be one of {', '.join(FORMATS)}, not {format_!r}")
@@ -67,7 +68,7 @@ def _text(found: list[Table]) -> str:
 
 
 def show_table(console: Console, table: Table) -> None:
-    """Title, figures, notes. Heads are folded, figures never."""
+    """Print title, figures and notes. Column heads may be folded, figures never are."""
     console.print(table.title, style="bold")
     drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for place, name in enumerate(table.columns):

@@ -53,7 +53,7 @@ DEFAULT_PROMPT = (
 def run(
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="What to ask; give it several times to ask all at once."),
+        typer.Option(help="The prompt; give it several times to ask all at once."),
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. [default: 0]")] = None,
     top_k: Annotated[
@@ -75,7 +75,7 @@ def run(
         list[str] | None, typer.Option("--set", help="Override a decode setting: key=value.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; flags override it.")] = None,
-    run_config: Annotated[  # its options are there before any other: see commands.py
+    run_config: Annotated[  # commands.py reads it first
         Path | None, typer.Option(help="File of plain assignments, such as config/run_config.py.")
     ] = None,
     show_config: Annotated[bool, typer.Option(help="Print the effective config, stop.")] = False,
@@ -83,7 +83,7 @@ def run(
     *,
     settings: Mapping[str, Any],
 ) -> None:
-    """Split the model if need be, start head and stages here, stream the answer."""
+    """Split the model if needed, start head and stages here, and stream the answers."""
     sampling = {
         "temperature": temperature,
         "top_k": top_k,
@@ -164,7 +164,7 @@ def _generate(
 
 
 def _check_before_loading(config: EngineConfig, *, is_local: bool) -> None:
-    """Raises ValueError or OSError. `is_local`: the stages are processes of this command."""
+    """Raise ValueError or OSError; `is_local` says that this command starts the stages."""
     check_run(config)
     if config.trace:
         check_trace_path(config.trace)

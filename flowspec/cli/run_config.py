@@ -21,7 +21,7 @@ QUANT = "fp4"  # what `quant` is in the published code
 
 
 class RunFile(Config):
-    """The names that such a file may give values to."""
+    """The names to which such a file may assign values."""
 
     base_model_dir: str = EngineConfig().model  # HF id, or folder of a model or of a split model
     EAGLE_model_path: str = ""  # folder of the draft head
@@ -40,7 +40,7 @@ class RunFile(Config):
 
 
 def read_run_file(path: Path) -> RunFile:
-    """Raises ValueError naming file, and line or name."""
+    """Read and check the file. Raises ValueError that names the file, and the line or name."""
     path = find_bundled(path)
     found = override(RunFile(), read_assignments(path), where=str(path))
     quantization = QUANT if found.quant else "none"
@@ -51,7 +51,7 @@ def read_run_file(path: Path) -> RunFile:
 
 
 def options_of(command: str, file: RunFile) -> dict[str, str]:
-    """The options that `file` stands for, of `run` or of `bench`."""
+    """Return the options of `run` or of `bench` that the file stands for."""
     found = {"--model": file.base_model_dir, "--draft": file.EAGLE_model_path}
     found["--stages"] = "" if file.num_stage is None else str(file.num_stage - 1)
     if command == "bench":
@@ -72,9 +72,9 @@ def options_of(command: str, file: RunFile) -> dict[str, str]:
 
 
 def expanded(command: str, words: Sequence[str], same: Mapping[str, str]) -> list[str]:
-    """A command line with the options of its `--run-config`; what is given itself wins.
+    """Return a command line with the options of its `--run-config`; given options win.
 
-    `same` names an option for each of its flags, so that one flag of it stands for all.
+    `same` maps every flag of an option to one of them, so that short and long forms are the same.
     """
     words = list(words)
     flags = [word.partition("=")[0] for word in words]

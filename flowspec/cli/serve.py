@@ -15,7 +15,7 @@ import typer
 import flowspec
 from flowspec.bench.provenance import code_hash, folder_hash
 from flowspec.cli.chat import ChatOptions, chat_loop
-from flowspec.cli.common import CONTEXT_HELP, draft_folder, effective_config, layerwise_folder
+from flowspec.cli.common import draft_folder, effective_config, layerwise_folder
 from flowspec.cli.settings import NUMERICS, with_settings
 from flowspec.cli.ui.prompt import read_line
 from flowspec.cli.ui.watch import Watch
@@ -70,57 +70,65 @@ from flowspec.weights.transfer.shards import ShardServer
 
 DEFAULT_PORT = 7000
 DRAIN_S = 30.0
-PLANNED_CONTEXT = 4096  # tokens of a request that the plan's caches hold, unless --context says
+PLANNED_CONTEXT = 4096  # most tokens of a request for which caches are planned, by default
 PROMPT_HELP = (
     "Ctrl-C ends an answer, /new begins another conversation, Ctrl-D or /quit ends serving."
 )
 POLL_S = 0.2
-MIN_FILES = 128  # 40 without any device
-HOSTS_END_S = 10.0  # for devices over ssh to end after the head
+MIN_FILES = 128  # 40 are open without any device
+HOSTS_END_S = 10.0  # in which devices over ssh must end after the head
 
 
 @with_settings(
     *("draft", "drafter", "strategy", "context", "max_num_seqs", *NUMERICS, "device"),
     strategy=f"One of {', '.join(STRATEGIES)}.",
     drafter=f"One of {', '.join(DRAFTERS)}.",
-    context=f"{CONTEXT_HELP} The plan counts on caches for so many [at most {PLANNED_CONTEXT}].",
-    device="Of the drafter: cpu or cuda[:n].",
+    context="Most tokens of a request, prompt and answer; the plan reserves caches for so many. "
+    f"[default: the model's limit, with caches for {PLANNED_CONTEXT} at most]",
+    device="Device of the drafter: cpu or cuda[:n].",
 )
 def serve(
-    model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or HF id. [default: bundled model]")
+    ] = None,
     host: Annotated[str, typer.Option(help="Own address to listen at; *: all.")] = ALL_INTERFACES,
     port: Annotated[
         int, typer.Option(help="Control port; 0: any free one.", min=0, max=65532)
     ] = DEFAULT_PORT,
     token_file: Annotated[
-        Path | None, typer.Option(help="Where the token is, or is kept when it is made.")
+        Path | None, typer.Option(help="File with the token; a new token is written there.")
     ] = None,
     devices: Annotated[
-        int, typer.Option(help="Start with this many [as soon as the layers are covered].", min=0)
+        int,
+        typer.Option(help="Start with so many; 0: as soon as the layers are covered.", min=0),
     ] = 0,
-    spares: Annotated[int, typer.Option(help="Devices kept free to take over.", min=0)] = 0,
+    spares: Annotated[int, typer.Option(help="Devices kept free to replace lost ones.", min=0)] = 0,
     layers: Annotated[str | None, typer.Option(help="Layers per device, as in 8+8+16.")] = None,
     kv_memory_mb: Annotated[
         int,
         typer.Option(
-            help="KV cache of a device that joined without its own, MB [half free].", min=0
+            help="KV cache of devices that set none, MB; 0: half of the free memory.", min=0
         ),
     ] = 0,
-    reserve_mb: Annotated[int, typer.Option(help="Memory left alone on each device.", min=0)] = 600,
+    reserve_mb: Annotated[
+        int, typer.Option(help="Memory of each device that is not used, MB.", min=0)
+    ] = 600,
     settle: Annotated[float, typer.Option(help="Wait after a join for more devices, s.")] = 2.0,
-    dead_after: Annotated[float, typer.Option(help="Silence that counts as a loss, s.")] = 2.5,
+    dead_after: Annotated[
+        float, typer.Option(help="A device that is silent so long is lost, s.")
+    ] = 2.5,
     rejoin_wait: Annotated[
         float, typer.Option(help="Wait for a lost device before planning without it, s.")
     ] = 5.0,
     give_up: Annotated[
-        float, typer.Option(help="Open requests end when layers are uncovered so long, s.")
+        float, typer.Option(help="Open requests end if layers are missing so long, s.")
     ] = 120.0,
     hosts: Annotated[
         Path | None, typer.Option(help="Start a device on each host of this file, over ssh.")
     ] = None,
     offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
     mdns: Annotated[bool, typer.Option(help="Announce this head on the local network.")] = True,
-    prompt: Annotated[bool, typer.Option(help="A prompt loop here, on a terminal.")] = True,
+    prompt: Annotated[bool, typer.Option(help="Read prompts here, on a terminal.")] = True,
     config: Annotated[Path | None, typer.Option(help="YAML file as for `run`.")] = None,
     log_json: Annotated[bool, typer.Option(help="Log lines as JSON.")] = False,
     *,
@@ -176,7 +184,7 @@ def serve(
         stack.callback(shards.close)
         if over_ssh is not None:
             _start_hosts(stack, watch, over_ssh, token)
-        stack.callback(server.close)  # before the hosts' end: with the head they end by themselves
+        stack.callback(server.close)  # first of all: devices over ssh end with the head
         name_process("head")
         server.start()
         head = _print_line(watch, reached_at(host, control.host), control.port, token)
@@ -198,8 +206,8 @@ def _load(config: EngineConfig, *, offline: bool) -> tuple[Path, EngineConfig, H
     torch.set_num_threads(config.local.threads)
     parts = load_head_parts(config, folder)
     if parts.drafters and config.draft:
-        parts.draft_hash = folder_hash(Path(config.draft))  # benchmarks keep it
-    parts.code_hash = code_hash()  # now: the files may change while this process runs
+        parts.draft_hash = folder_hash(Path(config.draft))  # for the records of benchmarks
+    parts.code_hash = code_hash()  # the files may change while this process runs
     return folder, config, parts
 
 
@@ -239,14 +247,14 @@ def _serve_until_end(server: HeadServer, keys: Keys, *, has_prompt: bool) -> Non
 
 
 def _drain(server: HeadServer, watch: Watch) -> None:
-    """Finish what is open. Where the prompt was left, a signal is in a hurry."""
+    """Finish the open requests; a further signal ends the wait."""
     watch.say("shutting down: open requests are finished first")
     before = signals.received()
     server.drain("it is shutting down", DRAIN_S, in_a_hurry=lambda: signals.received() != before)
 
 
 def _check_seconds(least: float, **options: float) -> None:
-    """Raises ValueError for what is no time to wait; NaN is none either."""
+    """Raise ValueError for a time that is out of range or NaN."""
     for name, value in options.items():
         if not least <= value <= MAX_TIMEOUT_S:
             raise ValueError(
@@ -256,14 +264,14 @@ def _check_seconds(least: float, **options: float) -> None:
 
 
 def _print_line(watch: Watch, ways: Sequence[Interface], port: int, token: str) -> str:
-    """The line to paste elsewhere goes to stdout; the address's alternatives to the log.
+    """Print the command for devices on stdout, and the head's other addresses in the log.
 
-    Returns the address in that line, as a shell takes it.
+    Returns the address in that command, quoted for a shell.
     """
     first, *others = ways
     via = f" (the address is that of {first.name})" if first.name else ""
     watch.say(f"run this on each device{via}:")
-    head = shlex.quote(str(Address(first.address, port)))  # brackets mean something to shells
+    head = shlex.quote(str(Address(first.address, port)))  # a shell would interpret brackets
     typer.echo(f"flowspec join {head} --token {token}")
     sys.stdout.flush()
     if is_link_local(first.address):
@@ -277,7 +285,7 @@ def _print_line(watch: Watch, ways: Sequence[Interface], port: int, token: str) 
 def _announce(
     stack: contextlib.ExitStack, watch: Watch, control: ControlServer, model: str
 ) -> None:
-    """By mDNS until the stack ends, where others than this machine can reach it."""
+    """Announce the head by mDNS until the stack ends, if other machines can reach it."""
     addresses = [way.address for way in reached_at(control.host, control.host)]
     if is_loopback(addresses[0]):
         return
@@ -286,7 +294,7 @@ def _announce(
 
 
 def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) -> None:
-    """What works once the join line was used, without the token, which that line shows."""
+    """Say which commands work once devices have joined."""
     watch.say(f"once devices hold all {sum(parts.manifest.layers)} layers: flowspec chat {head}")
     watch.say(f'for scripts: flowspec generate --head {head} "..."')
     watch.say(f"devices and health: flowspec status {head}")
@@ -294,9 +302,9 @@ def _say_how_to_ask(watch: Watch, head: str, parts: HeadParts, token_from: str) 
 
 
 def _token(file: Path | None) -> tuple[str, str]:
-    """The cluster's token: given, kept from before, or new; and what others here may read it from.
+    """Return the cluster's token, and the option or variable from which others here read it.
 
-    It is the same after a restart.
+    It is the given one, the one kept from before, or a new one that is kept for the next start.
     """
     if file is None and os.environ.get(TOKEN_VARIABLE):
         return read_token(None, prompt=False), TOKEN_VARIABLE
@@ -314,7 +322,7 @@ def _token(file: Path | None) -> tuple[str, str]:
 
 
 def _short(path: Path) -> str:
-    """With ~ where it is in the home folder, if there is one."""
+    """Write a path in the home folder with ~."""
     with contextlib.suppress(RuntimeError, ValueError):
         return f"~/{path.relative_to(Path.home())}"
     return str(path)
@@ -327,7 +335,7 @@ def _state_folder() -> Path:
 
 
 def _shard_server(folder: Path, host: str, port: int, keys: Keys, watch: Watch) -> ShardServer:
-    """At `port`, or at a free one, which is told: a firewall may be open for the former alone."""
+    """Start the shard server at `port`; if that is taken, at a free one, with a warning."""
     try:
         return ShardServer(folder, Address(host, port).url, keys)
     except ValueError as error:
@@ -343,7 +351,7 @@ def _planner(
     config: EngineConfig, parts: HeadParts, layers: str | None, reserve_mb: int
 ) -> DevicePlanner:
     model = read_config(parts.folder / HEAD_FOLDER)
-    # Most requests are shorter than what a model of a long context could take.
+    # Most requests are much shorter than a long context.
     context = config.context or min(parts.max_context, PLANNED_CONTEXT)
     needs = needs_of(
         config.numerics.dtype, context=context, requests=1, reserve_bytes=reserve_mb * 1e6

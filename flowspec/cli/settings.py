@@ -1,7 +1,6 @@
-"""Options of commands made from the configuration's models: name, type, default and help.
+"""Options of commands, made from the configuration's models: name, type, default and help.
 
-A setting is an option of every command that asks for it by name; what a model says of it is all
-that there is to say.
+A command names the settings for which it has options; their help texts stand in the models.
 """
 
 import functools
@@ -25,10 +24,10 @@ _FLAGS = {"max_new_tokens": ("--max-new-tokens", "--max-tokens")}
 
 
 def with_settings(*names: str, **other_help: str) -> Callable[[Callable[..., None]], Any]:
-    """Give a command an option for each of these settings; it takes them as `settings`.
+    """Give a command an option for each of these settings; its argument `settings` has them.
 
-    `settings` holds those that were given, by name. `other_help` has the text of a setting that
-    means something narrower for this command.
+    `settings` maps the names of those that were given to their values. `other_help` replaces the
+    help of a setting that has a narrower meaning for this command.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +40,7 @@ def with_settings(*names: str, **other_help: str) -> Callable[[Callable[..., Non
             settings = {name: given.pop(name) for name in names}
             command(**given, settings={k: v for k, v in settings.items() if v is not None})
 
-        del with_options.__wrapped__  # whose signature has no such options
+        del with_options.__wrapped__  # its signature lacks the options
         with_options.__signature__ = inspect.Signature([*listed, *made])  # type: ignore[attr-defined]
         with_options.__annotations__ = {one.name: one.annotation for one in (*listed, *made)}
         return with_options
@@ -50,7 +49,7 @@ def with_settings(*names: str, **other_help: str) -> Callable[[Callable[..., Non
 
 
 def help_of(name: str, text: str | None = None) -> str:
-    """What the model says of a setting, or `text`, with its default where that says something."""
+    """Return the help of a setting, the model's or `text`, with a default that is not empty."""
     field = _FIELDS[name]
     text = text or field.description or ""
     says = field.default not in (None, "", 0, False) and "[default" not in text
@@ -67,7 +66,7 @@ def _parameter(name: str, text: str | None) -> inspect.Parameter:
 
 
 def _plain(annotation: Any) -> Any:
-    """`int` of `int | None`; a model's limits are its own to check."""
+    """Return `int` for `int | None`; the model checks its limits itself."""
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (one for one in get_args(annotation) if one is not NoneType)
     return annotation

@@ -37,7 +37,7 @@ def simulate(
     ] = None,
     cluster: Annotated[str, typer.Option(help="Emulated cluster: a name or file.")] = CLUSTER,
     emulated_model: Annotated[
-        str | None, typer.Option(help=f"Emulated model: a name or file [default: {MODEL}].")
+        str | None, typer.Option(help=f"Emulated model: a name or file. [default: {MODEL}]")
     ] = None,
     strategies: Annotated[
         str, typer.Option(help=f"Some of {', '.join(STRATEGIES)}, with commas.")
@@ -46,41 +46,43 @@ def simulate(
         str, typer.Option(help=f"One of {', '.join(DRAFTERS)}; +merge and +calibrate switch on.")
     ] = "eagle",
     datasets: Annotated[
-        str | None, typer.Option(help="Sets, with commas, or files [the bundled prompts].")
+        str | None, typer.Option(help="Sets, with commas, or files. [default: bundled prompts]")
     ] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(help="Folder with SET/question.jsonl [the hub].")
+        Path | None, typer.Option(help="Folder with SET/question.jsonl. [default: the hub]")
     ] = None,
     questions: Annotated[str, typer.Option(help="Places in each set's file, as in 30:50.")] = "",
     limit: Annotated[int | None, typer.Option(help="Questions per set.", min=1)] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling noise.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 1,
     max_tokens: Annotated[int, typer.Option(help="New tokens per turn.", min=2)] = 64,
     table: Annotated[str, typer.Option(help="Set of parameters: main or all.")] = "main",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="strategy.key=value, or key=value for all.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model that writes the text: folder or HF id [bundled].")
+        str | None,
+        typer.Option(help="Model that writes the text: folder or HF id. [default: bundled]"),
     ] = None,
     draft: Annotated[
-        list[str] | None, typer.Option(help="Folder of the draft model [bundled].")
+        list[str] | None, typer.Option(help="Folder of the draft model. [default: bundled]")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes [one per core].", min=1)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the records; resumed.")] = Path(
-        "out/simulate"
-    ),
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes. [default: one per core]", min=1)
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the records; an earlier run is continued.")
+    ] = Path("out/simulate"),
     trace: Annotated[
         str | None,
-        typer.Option(
-            help="Instead, trace the first question under the last strategy into this file."
-        ),
+        typer.Option(help="Only trace the first question under the last strategy, into this file."),
     ] = None,
 ) -> None:
-    """What if: the same questions on an emulated cluster, over one or more things that vary.
+    """Ask the same questions on emulated clusters in which one or more things vary.
 
     Records go to --out, for `flowspec report` and `flowspec plot bandwidth|stages|sweep`. All
-    figures are emulated; each text is compared with the target's alone, exit code 1 if one differs.
+    figures are emulated. Each text is compared with that of the target alone; the exit code is 1 if
+    one differs.
     """
     if not vary and not trace:
         raise ValueError(f"--vary NAME=VALUE,VALUE is needed, of {', '.join(AXES)}")
@@ -126,7 +128,9 @@ def simulate(
             draft=draft or [],
         )
 
-    plans = [(values, plan_of(values)) for values in combinations]  # a wrong one is told at once
+    plans = [
+        (values, plan_of(values)) for values in combinations
+    ]  # a wrong one is refused before anything runs
     if trace:
         _trace(plans[0][1], trace)
         return

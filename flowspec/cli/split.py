@@ -41,7 +41,7 @@ def split(
         raise ValueError("give either --stages N or --layers 8+8+8+8")
     model = bundled(model)
     folder = resolve_model(model, offline=offline)
-    # A folder is known by its last name only: a manifest travels, and paths are private.
+    # The manifest travels to other devices, so it has only the last part of the private path.
     model_id = folder.resolve().name if Path(model).is_dir() else model
     checkpoint = open_checkpoint(folder)
     if layers is None:
@@ -50,7 +50,7 @@ def split(
     else:
         counts = parse_layers(layers)
     plan = plan_split(checkpoint, layers=counts, dtype=dtype)
-    load_tokenizer(folder)  # or say what it lacks, before anything is written
+    load_tokenizer(folder)  # raises before anything is written
     out = out or Path("out") / f"{model_id.rsplit('/', maxsplit=1)[-1]}-{len(counts)}stages"
     manifest = _run(plan, out, model_id)
     _report(manifest, out)
@@ -58,7 +58,7 @@ def split(
 
 def _run(plan: SplitPlan, out: Path, model_id: str) -> Manifest:
     columns = (TextColumn("splitting"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    # On stderr, so that the report can be piped; in a log a bar is noise.
+    # The bar goes to stderr, so that the report can be piped; a log gets no bar.
     console = Console(stderr=True)
     bar = Progress(
         *columns,

@@ -23,7 +23,7 @@ def status(
     token_file: Annotated[Path | None, typer.Option(help="File with the token.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Show devices, layers, memory, links and requests; exit code 1 where HEAD is not healthy.
+    """Show devices, layers, memory, links and requests; exit code 1 if HEAD is not healthy.
 
     Healthy means that a token has crossed every stage within the last half minute.
     """
@@ -40,7 +40,7 @@ def status(
 
 
 def as_json(now: ClusterStatus) -> dict[str, Any]:
-    """What `--json` prints; keys of the version before stay beside the new ones."""
+    """Return what `--json` prints; keys of the earlier version stay beside the new ones."""
     found = now.model_dump(mode="json")
     numerics = found["model"]["numerics"]
     found["model"] |= {name: numerics[name] for name in ("dtype", "quantization")}

@@ -1,4 +1,4 @@
-"""`flowspec trace`: what a traced run says."""
+"""`flowspec trace`: summaries of a traced run."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ def summary(
     file: Annotated[Path, typer.Argument(help="The file that --trace wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Where the time went: work by kind and idle time by cause, links, rows, critical path."""
+    """Show where the time went: work, idle time by cause, links, rows, critical path."""
     found = summarize(file)
     if as_json:
         data = asdict(found)
@@ -54,7 +54,7 @@ def _processes(found: Summary) -> Table:
 
 
 def _rows(share: ProcessShare) -> Iterator[tuple[str, str, float]]:
-    """Group, what and seconds, longest first within busy and idle."""
+    """Return group, name and seconds of each row; the longest come first in each group."""
     groups: tuple[tuple[str, Mapping[str, float]], ...] = (
         ("busy", share.busy_s),
         ("idle", share.idle_s),

@@ -36,17 +36,17 @@ from flowspec.speculation.drafters import DRAFTERS, current_drafter, parse_draft
 from flowspec.speculation.strategies import STRATEGIES, check_runs_for_real, find_strategy
 from flowspec.weights.load import load_whole
 
-DRIVERS = ("simulated", "zmq", "gloo")  # the latter two: real processes over that transport
+DRIVERS = ("simulated", "zmq", "gloo")  # zmq and gloo: real processes
 _REQUEST_IDS = count(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What to verify."""
+    """The combinations to verify, and the prompts."""
 
     config: EngineConfig
     strategies: tuple[str, ...]
-    drafters: Mapping[str, str]  # as parse_drafter takes it -> folder of its draft model
+    drafters: Mapping[str, str]  # folder of the draft model by drafter, as parse_drafter takes it
     stages: tuple[int, ...]
     temperatures: tuple[float, ...]
     requests: tuple[int, ...]
@@ -55,7 +55,7 @@ class _Plan:
     max_tokens: int
 
     def rows(self, drafter: str, num_stages: int) -> list[Combination]:
-        """What is run with one drafter on one cluster."""
+        """Return the combinations of one drafter on one cluster."""
         return [
             Combination(name, drafter, self.driver, num_stages, temperature, at_once)
             for name in self.strategies
@@ -66,17 +66,21 @@ class _Plan:
 
     @property
     def clusters(self) -> list[tuple[int, str]]:
-        """(number of stages, drafter) of each cluster that is needed."""
+        """Return number of stages and drafter of each cluster that is needed."""
         drafters = [*self.drafters, "none"]
         return [(n, name) for n in self.stages for name in drafters if self.rows(name, n)]
 
 
 @with_settings("context", *NUMERICS, "device")
 def verify(
-    model: Annotated[str | None, typer.Argument(help="Folder or HF id [bundled model].")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or HF id. [default: bundled model]")
+    ] = None,
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="Folder of the draft model, or DRAFTER=FOLDER for each [bundled]."),
+        typer.Option(
+            help="Folder of the draft model, or DRAFTER=FOLDER for each. [default: bundled]"
+        ),
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help=PROMPTS_HELP)] = None,
     strategies: Annotated[str, typer.Option(help="all, or names with commas.")] = "all",
@@ -85,7 +89,9 @@ def verify(
     ] = "eagle",
     stages: Annotated[str, typer.Option(help="Stage counts, as in 1,2,4.")] = "1,2,4",
     temperatures: Annotated[str, typer.Option(help="As in 0,1.")] = "0,1",
-    requests: Annotated[str, typer.Option(help="Requests served at once, as in 1,4.")] = "1",
+    requests: Annotated[
+        str, typer.Option(help="Numbers of requests decoded at the same time, as in 1,4.")
+    ] = "1",
     driver: Annotated[str, typer.Option(help=f"One of {', '.join(DRIVERS)}.")] = "simulated",
     limit: Annotated[int | None, typer.Option(help="Prompts per file.", min=1)] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.", min=1)] = 64,
@@ -93,17 +99,17 @@ def verify(
     *,
     settings: Mapping[str, Any],
 ) -> None:
-    """Run every combination against the target alone with the same seed; exit 1 on a mismatch.
+    """Compare every combination's text with that of the target alone; exit 1 on a mismatch.
 
-    In float32 any difference is a mismatch. In 16 bits a difference where the two tokens' logits
-    lie within rounding is counted as a near-tie; --batch-invariant removes those too. The JSON rows
-    hold a hash of all tokens, to compare machines.
+    Both use the same seeds. In float32 any difference is a mismatch. In 16 bits a difference where
+    the two tokens' logits lie within rounding is a near-tie; --batch-invariant removes those too.
+    The JSON rows hold a hash of all tokens, to compare machines.
     """
     if driver not in DRIVERS:
         raise ValueError(f"unknown driver {driver!r}; known: {', '.join(DRIVERS)}")
     names = _names(strategies, tuple(STRATEGIES))
     for name in names:
-        check_runs_for_real(name)  # a cluster serves several of them here
+        check_runs_for_real(name)  # an ablation of the pipeline itself does not
     at_once = _numbers(requests, int, "--requests")
     warmth = _numbers(temperatures, float, "--temperatures")
     check_sampling(warmth, ())
@@ -146,7 +152,7 @@ def _numbers(text: str, kind: type, name: str) -> tuple:  # type: ignore[type-ar
 
 
 def _draft_folders(config: EngineConfig, drafters: str, given: Sequence[str]) -> dict[str, str]:
-    """Where each drafter's model lies, as named or as bundled."""
+    """Return the folder of each drafter's model, as given or as bundled."""
     asked = _names(drafters, tuple(name for name in DRAFTERS if name != "none"))
     names = {current_drafter(text): parse_drafter(text)[0] for text in asked}
     folders = dict.fromkeys(names.values(), "")
@@ -165,7 +171,7 @@ def _draft_folders(config: EngineConfig, drafters: str, given: Sequence[str]) ->
 
 
 def _run(plan: _Plan) -> list[Combination]:
-    torch.set_num_threads(1)  # small forwards; more threads only wait for one another
+    torch.set_num_threads(1)  # more threads would not speed up such small forwards
     rows: list[Combination] = []
     verifier: LosslessChecker | None = None
     console = Console(stderr=True)
@@ -225,7 +231,7 @@ def _check_row(
 
 
 def _decoding(row: Combination) -> Decoding:
-    """The row's strategy with its defaults, and its drafter with its switches."""
+    """Return the row's strategy with its defaults, and its drafter with its switches."""
     drafter, switches = parse_drafter(row.drafter)
     if not find_strategy(row.strategy).drafts:
         return Decoding(strategy=row.strategy)
@@ -233,7 +239,7 @@ def _decoding(row: Combination) -> Decoding:
 
 
 def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
-    """A prompt that fills the model's context has no answer to compare."""
+    """Report prompts that fill the context, so that there is no answer to compare."""
     left_out = len(plan.prompts) - len(_requests(plan, parts, 0.0))
     if left_out == len(plan.prompts):
         raise ValueError(
@@ -245,7 +251,7 @@ def _say_left_out(plan: _Plan, parts: HeadParts, console: Console) -> None:
 
 
 def _requests(plan: _Plan, parts: HeadParts, temperature: float) -> list[Request]:
-    """Seeds follow from the prompt's place, so that every strategy gets the same; ids are new."""
+    """Make the requests; the seed is the prompt's place, so all strategies get the same."""
     requests = []
     for seed, prompt in enumerate(plan.prompts, start=1):
         ids = first_turn(parts.prompt_of, prompt)

@@ -70,7 +70,7 @@ def refusal(words: list[str], monkeypatch, capsys) -> str:
             "--set: draft_topk: needed: a whole number",
             r"'\uff18'",
         ),
-        (["run", "--set", "segment_size=0"], "--set: decode.segment_size", "0"),
+        (["run", "--set", "segment_size=0"], "--set: segment_size must be at least 1, not 0", "0"),
         (["run", "--kv-memory-mb", "-1"], "kv_memory_mb", "-1"),
         (["run", "--context", "-1"], "context", "-1"),
         (["run", "--context", "20000000"], "context", "20000000"),

@@ -1,6 +1,6 @@
 """A benchmark's plan: parameters from tables and options, and what makes two samples the same."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,10 +154,13 @@ def test_the_bundled_tables_are_sound(table):
     assert set(found) == {*STRATEGIES, *ABLATIONS}
     cases = {c.strategy: c for c in make_cases(tuple(STRATEGIES), ("eagle",), found, {})}
     for name, case in cases.items():
-        on = table == "all" and name != "ar"
+        if name == "ar":
+            assert case.parameters == {}
+            continue
+        on = table == "all"
         assert case.parameters["merge"] is on
         assert case.parameters["calibrate"] is (on or name == "streaming")
-        if STRATEGIES[name].drafts and name != "streaming":
+        if name != "streaming":
             assert case.parameters["coupled_drafting"] is on
     assert cases["streaming"].parameters["coupled_drafting"] is True
 
@@ -169,8 +172,8 @@ def test_options_beat_the_table_which_beats_the_defaults():
         ["streaming.draft_topk=5", "num_draft_tokens=99"], ("ar", "streaming")
     )
     ar, plain, merged = make_cases(("ar", "streaming"), ("eagle", "ngram+merge"), table, settings)
-    default = asdict(STRATEGIES["streaming"].defaults)
-    assert (ar.drafter, ar.parameters) == ("none", asdict(STRATEGIES["ar"].defaults))  # no tree
+    default = STRATEGIES["streaming"].defaults.model_dump()
+    assert (ar.drafter, ar.parameters) == ("none", {})  # no tree
     assert plain.parameters == {
         **default,
         "segment_size": 48,
@@ -203,9 +206,22 @@ def test_what_is_no_setting_is_refused(setting, names):
 @pytest.mark.parametrize("setting", ["streaming.speed=3", "streaming.draft_topk=many"])
 def test_unknown_parameters_are_refused_by_strategy(setting):
     """Before anything is loaded."""
-    settings = parse_settings([setting], ("streaming",))
     with pytest.raises(ValueError, match="strategy streaming"):
-        make_cases(("streaming",), ("eagle",), {}, settings)
+        make_cases(("streaming",), ("eagle",), {}, parse_settings([setting], ("streaming",)))
+
+
+def test_a_table_may_switch_off_what_a_strategy_does_not_have(tmp_path):
+    """Tables of earlier versions do so for ar; a switch that is on is refused."""
+    path = tmp_path / "own.yaml"
+    path.write_text("old: {every: {merge: true}, ar: {graft: false, calibrate: false}}\n")
+    found = read_table(path, "old")
+    assert (found["ar"], found["streaming"]) == ({}, {"merge": True})
+    path.write_text("old: {ar: {calibrate: true}}\n")
+    with pytest.raises(ValueError, match="old: ar: calibrate is no parameter of strategy ar"):
+        read_table(path, "old")
+    path.write_text("old: {ar: {speed: false}}\n")
+    with pytest.raises(ValueError, match="old: ar: speed is no parameter of strategy ar"):
+        read_table(path, "old")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ WIDTH = 120
 
 
 def show(rows: Sequence[Row], plan: Plan) -> None:
-    """Speeds, speed-ups, and where the time went."""
+    """Print speeds, speed-ups, and where the time went."""
     console = Console(width=WIDTH)
     where = "on this machine" if plan.remote is None else "on a cluster of devices"
     kind = "emulated" if rows[0].setting.emulated else f"measured {where}"
@@ -28,7 +28,7 @@ def show(rows: Sequence[Row], plan: Plan) -> None:
     console.print(f"speed-up over ar{about}", highlight=False)
     console.print(_speedups(rows, sets))
     if not any(row.stage_busy for row in rows):
-        return  # nobody has told
+        return  # the cluster did not report it
     console.print("where the stages' decode time went, mean over the sets, in %", highlight=False)
     console.print(_times(rows))
 
@@ -76,7 +76,7 @@ def _speedups(rows: Sequence[Row], sets: Sequence[str]) -> Table:
 
 
 def _interval(row: Row) -> str:
-    """Of a mean; empty where there is none."""
+    """Return the interval of a mean; an empty text if there is none."""
     ratio = row.speedup
     if row.dataset != MEAN or ratio is None or ratio.low is None or ratio.high is None:
         return ""
@@ -88,7 +88,7 @@ def _ratio(row: Row) -> str:
 
 
 def _share(share: float | None) -> str:
-    """In %, without the sign; empty where nobody tells."""
+    """Return a share in %, without the sign; an empty text if it is unknown."""
     return "" if share is None else f"{share:.0%}".rstrip("%")
 
 

@@ -10,7 +10,7 @@ _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 def describe(error: OSError) -> tuple[str, int]:
-    """The sentence, and the exit code: USER where another path or folder is what helps."""
+    """Return the sentence and the exit code, which is USER if another path would help."""
     if error.errno is None or not error.strerror:  # it is a sentence already
         is_users = isinstance(error, FileNotFoundError | PermissionError)
         return str(error), USER if is_users else OTHER
@@ -31,7 +31,7 @@ def describe(error: OSError) -> tuple[str, int]:
 
 
 def _name(error: OSError) -> str:
-    """The path, with its folder where that is not part of it."""
+    """Return the path of an error, with the working folder if it is relative."""
     if not isinstance(error.filename, str | os.PathLike):
         return ""
     path = os.fspath(error.filename)

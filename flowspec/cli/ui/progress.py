@@ -1,4 +1,4 @@
-"""How far a long command is: a bar on a terminal; in a log a line now and then."""
+"""Progress of a long command: a bar on a terminal, a line now and then in a log."""
 
 import time
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ LINE_EVERY_S = 30.0
 
 
 class Tell(Protocol):
-    """Takes how far it is."""
+    """A function that shows progress."""
 
     def __call__(self, done: int, total: int, words: str = "") -> None:
-        """`done` of `total`; `words`: what was done last."""
+        """Show that `done` of `total` are finished; `words` names what was finished last."""
 
 
 @contextmanager
 def shown(console: Console, units: str, *, what: str = "") -> Iterator[Tell]:
-    """Show on `console` how many of the `units` are done; `what` stands before it."""
+    """Show on `console` how many of the `units` are done, with the label `what`."""
     if not console.is_terminal:
         yield _Lines(console, units, what)
         return
@@ -36,7 +36,7 @@ def shown(console: Console, units: str, *, what: str = "") -> Iterator[Tell]:
 
 
 class _Lines:
-    """The first at once, so that it is known what is ahead."""
+    """Prints a line at once, which says how much is ahead, and then one now and then."""
 
     def __init__(self, console: Console, units: str, what: str) -> None:
         self._console, self._units = console, units

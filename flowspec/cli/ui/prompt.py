@@ -1,4 +1,4 @@
-"""A prompt that a signal ends: the Enter key is not waited for."""
+"""A prompt that a signal ends at once, without the Enter key."""
 
 import select
 import sys
@@ -11,7 +11,7 @@ POLL_S = 0.2
 
 
 def read_line(prompt: str) -> str:
-    """A line of standard input. Raises EOFError at its end, and where a signal has come."""
+    """Read a line of standard input. Raises EOFError at its end and after a signal."""
     typer.echo(prompt, nl=False)
     sys.stdout.flush()
     while not signals.received():

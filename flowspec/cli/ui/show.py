@@ -30,10 +30,11 @@ CUT_OFF = " ... (cut off)"
 
 
 def show_answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[RequestOutput], float]:
-    """Run all at once and show them; the outputs in order, and the seconds it took.
+    """Run all requests at once and show their answers.
 
-    One answer streams to stdout; of several each is printed when it is complete. The stages have
-    said what they did when this returns, or have had the time for it.
+    Returns the outputs in order, and the seconds that all took. A single answer streams to stdout;
+    of several, each is printed when it is complete. Then the stages have up to STAGES_S to report
+    what they did.
     """
     start = time.monotonic()
     console = Console()
@@ -67,7 +68,7 @@ def show_answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[Requ
 
 
 def _events(streams: Mapping[int, Stream]) -> Iterator[tuple[int, Event]]:
-    """The events of all streams, each with its stream's number, as they come."""
+    """Yield the events of all streams as they come, each with its stream's number."""
     readable: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number, stream in streams.items():
         stream.listen(partial(readable.put, number))
@@ -84,7 +85,7 @@ def _events(streams: Mapping[int, Stream]) -> Iterator[tuple[int, Event]]:
 
 
 class _Notes(logging.Handler):
-    """What the cluster has to tell meanwhile, such as a stage that is restarted."""
+    """Shows log messages of the engine, such as that a stage is restarted."""
 
     def __init__(self, screen: "_Screen") -> None:
         super().__init__(logging.WARNING)
@@ -92,15 +93,16 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.name == failures.__name__ and self._screen.alone:
-            return  # it is the error that the run ends with
+            return  # the run ends with this error
         self._screen.note(record.getMessage())  # a person reads it: without a traceback
 
 
 class _Screen:
-    """A live region on a terminal; otherwise plain text on stdout, now and then a line on stderr.
+    """Shows answers in a live region on a terminal, and elsewhere as plain text on stdout.
 
-    Both may be the same place, a pipe to `tee` or a service's log. So while one answer streams,
-    which shows well enough how far it is, there are no such lines but in a file of their own.
+    Without a terminal it prints the speed on stderr now and then. Stdout and stderr may be one pipe
+    or log, so a single answer, whose text shows its progress, gets such lines only if stdout is a
+    file.
     """
 
     def __init__(self, console: Console, *, alone: bool) -> None:
@@ -115,7 +117,7 @@ class _Screen:
             self.live.start()
 
     def add(self, number: int, text: str, line: str) -> None:
-        """More text of one answer."""
+        """Show more text of one answer."""
         self.texts[number] = self.texts.get(number, "") + text
         if self.live:
             shown = self.texts[number] if self.alone else ""
@@ -130,7 +132,7 @@ class _Screen:
             typer.echo(f"[{line}]", err=True)
 
     def note(self, text: str) -> None:
-        """A line on stderr, also where that is in the middle of an answer's line."""
+        """Print a line on stderr; an answer's unfinished line is ended before it."""
         line_end = "\n" if self.mid_line else ""
         sys.stderr.write(f"{line_end}{text}\n")
         sys.stderr.flush()
@@ -148,7 +150,7 @@ class _Screen:
             self.mid_line = False
 
     def cut_off(self) -> None:
-        """The run ends here: what there is of the open answers is the user's."""
+        """Print the text that open answers have so far, because the run ends here."""
         if self.alone:  # it is on the screen already
             if self.live:
                 self.live.update(Text("".join(self.texts.values())))  # without the live line
@@ -178,7 +180,7 @@ def _is_file(stream: TextIO) -> bool:
 
 
 class _LiveLine:
-    """Speed, acceptance, and what share of the time between two reports each stage computed."""
+    """Speed, acceptance, and the share of the time in which each stage computed."""
 
     def __init__(self, engine: Engine, start: float) -> None:
         self.engine, self.start = engine, start
@@ -186,7 +188,7 @@ class _LiveLine:
         self._shares: dict[int, float] = {}
 
     def text(self, num_open: int) -> str:
-        """The line as of now; `num_open` answers are not complete."""
+        """Return the line as of now; `num_open` answers are not complete."""
         now, status = time.monotonic(), self.engine.status()
         progress = status.progress
         self._update(status.stages, now)
@@ -212,7 +214,7 @@ class _LiveLine:
 def show_summary(
     completions: Sequence[RequestOutput], statuses: Mapping[int, StageStatus], elapsed_s: float
 ) -> None:
-    """A table: per request where there are several, then the cluster's own figures."""
+    """Print a table of several requests, then the figures of all together."""
     console = Console(width=100)
     if len(completions) > 1:
         console.print(_requests_table(completions))

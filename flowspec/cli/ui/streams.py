@@ -1,4 +1,4 @@
-"""Standard input, output and error, whatever the shell has made of them."""
+"""Standard input, output and error, also if they are closed or cannot be written."""
 
 import contextlib
 import errno
@@ -12,23 +12,23 @@ SIGPIPE_CODE = 128 + 13  # of a program that SIGPIPE ends, which Python ignores
 
 
 class OutputClosed(SystemExit):
-    """Whoever read standard output has gone, as `head` does: the command ends without a word."""
+    """The reader of standard output has gone, as `head` does; the command ends silently."""
 
     def __init__(self) -> None:
         super().__init__(SIGPIPE_CODE)
 
 
 class OutputError(OSError):
-    """Standard output takes nothing; the text says why."""
+    """Standard output cannot be written; the text says why."""
 
 
 class _Output(io.FileIO):
-    """Standard output. Its errors are no OSError that typer or rich would take for theirs."""
+    """Standard output whose errors are no OSError, which typer or rich would handle."""
 
     failure: "OutputClosed | OutputError | None" = None
 
     def write(self, data: Any) -> int:
-        """Raises OutputClosed or OutputError, once, so that nothing fails while all is undone."""
+        """Write; raise OutputClosed or OutputError once, so that cleaning up does not fail."""
         try:
             return super().write(data) if memoryview(data).nbytes else 0
         except OSError as error:
@@ -38,17 +38,17 @@ class _Output(io.FileIO):
             raise self.failure from None
 
     def settle(self) -> None:
-        """Write what is buffered. Raises as `write` did, where a library has taken its error."""
+        """Write what is buffered; raise the error of `write` again if a library has caught it."""
         sys.stdout.flush()
         if self.failure is not None:
             raise self.failure
 
 
 class _Errors(io.FileIO):
-    """Standard error. What nobody can hear is no reason to end."""
+    """Standard error that ignores what it cannot write."""
 
     def write(self, data: Any) -> int:
-        """Never raises."""
+        """Write, and ignore every error."""
         try:
             return super().write(data)
         except OSError:
@@ -58,9 +58,9 @@ class _Errors(io.FileIO):
 
 @contextlib.contextmanager
 def guarded() -> Iterator[_Output]:
-    """Give this process three open streams, of which the latter two handle their errors.
+    """Give this process three open streams; output and error handle their own errors.
 
-    A stream that somebody has replaced, as a test does, stays as it is.
+    A stream that was replaced before, as in a test, stays as it is.
     """
     closed = [number for number in range(3) if not _is_open(number)]
     for number in closed:
@@ -82,7 +82,7 @@ def guarded() -> Iterator[_Output]:
 
 
 def _text(raw: io.FileIO, old: TextIO | None) -> TextIO:
-    """A text stream over `raw` with the settings of `old`, but no character is an error."""
+    """Return a text stream over `raw` with the settings of `old` that escapes bad characters."""
     if not isinstance(old, io.TextIOWrapper):  # it was closed
         return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace")
     return io.TextIOWrapper(
@@ -103,7 +103,7 @@ def _is_open(number: int) -> bool:
 
 
 def _discard(number: int) -> None:
-    """From now on this descriptor leads nowhere; none that is opened later gets its number."""
+    """Point this descriptor at the null device, so that no later file gets its number."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     if nowhere == number:
         os.set_inheritable(number, True)

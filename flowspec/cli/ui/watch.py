@@ -1,4 +1,4 @@
-"""What long-running commands show on stderr: lines by device, bars while layers travel."""
+"""Output of long-running commands on stderr: lines by device, bars of weight transfers."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ log = logging.getLogger("flowspec")
 
 
 class _LogLines(logging.Formatter):
-    """`12:00:01 nano-3: joined ...`, warnings marked."""
+    """Formats a record as `12:00:01 nano-3: joined ...`; warnings are marked."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = time.strftime("%H:%M:%S", time.localtime(record.created))
@@ -36,7 +36,7 @@ class _LogLines(logging.Formatter):
 
 
 class _JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, device, logger, text."""
+    """Formats a record as a JSON object: time, level, device, logger, text."""
 
     def format(self, record: logging.LogRecord) -> str:
         content = {
@@ -52,7 +52,7 @@ class _JsonLines(logging.Formatter):
 
 
 class Watch:
-    """Everything this process logs, and bars for what each device loads."""
+    """Shows what this process logs, and bars for what each device loads."""
 
     def __init__(self, *, log_json: bool, device: str = "") -> None:
         self._device = device
@@ -69,7 +69,7 @@ class Watch:
         root.setLevel(logging.INFO)
 
     def say_again(self, text: str, *, level: str) -> None:
-        """One line, unless the same was said within the last minute."""
+        """Print a line unless the same one was printed within the last minute."""
         now = time.monotonic()
         if now - self._said.get(text, float("-inf")) >= REPEAT_AFTER_S:
             self._said = {old: at for old, at in self._said.items() if now - at < REPEAT_AFTER_S}
@@ -77,11 +77,11 @@ class Watch:
             self.say(text, level=level)
 
     def say(self, text: str, *, device: str = "", level: str = "info") -> None:
-        """One line."""
+        """Print one line."""
         log.log(LEVELS[level], "%s", text, extra={"device": device or self._device})
 
     def progress(self, name: str, progress: DeviceProgress) -> None:
-        """How far a device is; a bar on a terminal, else a line now and then."""
+        """Show a device's progress: a bar on a terminal, else a line now and then."""
         if self._with_bars:
             self._bar(name, progress)
             return
@@ -122,14 +122,14 @@ class Watch:
             self.close()
 
     def close(self) -> None:
-        """Take the bars away."""
+        """Remove the bars."""
         if self._bars is not None:
             self._bars.stop()
             self._bars, self._tasks = None, {}
 
 
 class _ConsoleHandler(logging.Handler):
-    """Through the console, so that lines do not tear the bars."""
+    """Prints records through the console, so that lines do not tear the bars."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
