@@ -6,7 +6,7 @@ import queue
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TextIO
 
@@ -51,7 +51,7 @@ def show_answers(engine: Engine, requests: Sequence[Request]) -> tuple[list[Requ
                 screen.finish(place, event)
             elif isinstance(event, TokensOut):
                 num_open = sum(stream.output is None for stream in streams.values())
-                screen.add(place, event.text, line.text(num_open))
+                screen.add(place, event.text, partial(line.text, num_open))
         elapsed_s = time.monotonic() - start
         for stream in streams.values():
             if stream.result().tokens:
@@ -116,12 +116,12 @@ class _Screen:
             self.live = Live(console=console, refresh_per_second=8, transient=not alone)
             self.live.start()
 
-    def add(self, number: int, text: str, line: str) -> None:
+    def add(self, number: int, text: str, line: Callable[[], str]) -> None:
         """Show more text of one answer."""
         self.texts[number] = self.texts.get(number, "") + text
         if self.live:
             shown = self.texts[number] if self.alone else ""
-            self.live.update(Group(Text(shown), Text(line, style="dim")))
+            self.live.update(Group(Text(shown), Text(line(), style="dim")))
             return
         if self.alone:
             typer.echo(text, nl=False)
@@ -129,7 +129,7 @@ class _Screen:
             self.mid_line = not (self.texts[number] or "\n").endswith("\n")
         if self.says_speed and time.monotonic() - self.shown_at > PLAIN_INTERVAL_S:
             self.shown_at = time.monotonic()
-            typer.echo(f"[{line}]", err=True)
+            typer.echo(f"[{line()}]", err=True)
 
     def note(self, text: str) -> None:
         """Print a line on stderr; an answer's unfinished line is ended before it."""
