@@ -104,6 +104,11 @@ PHASES = [  # and the function at whose first call the signal comes
     (RUN, "flowspec.weights.split:HashedWriter.write"),
     (RUN, "flowspec.engine.local:LocalEngine._spawn"),
     (RUN, "flowspec.cli.ui.show:_Screen.add"),
+    (RUN, "flowspec.engine.local:LocalEngine._await_ready"),
+    (RUN, "flowspec.engine.head_engine:HeadEngine.deliver"),  # in the head's own thread
+    (RUN, "flowspec.engine.head_engine:HeadEngine.stop_thread"),
+    (RUN, "flowspec.engine.local:LocalEngine.close"),
+    (f"{RUN} --no-check", "flowspec.cli.run:show_summary"),
     (f"{RUN} --trace t.json", "flowspec.engine.local:LocalEngine._spawn"),
     ("split TARGET --stages 2", "flowspec.weights.split:_write_journal"),
     (VERIFY, "flowspec.engine.reference:LocalTarget.generate"),

@@ -13,9 +13,17 @@ from flowspec.engine.engine import StageStatus, generate
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.stream import Stream
-from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams, TokensOut
+from flowspec.request import (
+    ClusterError,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokensOut,
+)
 from flowspec.weights.load import load_whole
 from tests.processes.conftest import stage_pids
+from tests.processes.test_local_cluster import check_rest
 
 T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
 ANSWER_S = 120.0  # far more than a few restarts take: this machine may be busy
@@ -94,6 +102,7 @@ def test_a_stage_killed_while_idle_is_restarted_by_the_next_request(
         check(parts, request, generate(cluster, request))
         kill(cluster, 2)
         wait_until(lambda: cluster.children[2].poll() is not None)
+        check_rest(cluster)
         check(parts, request, cluster.submit(request).result(timeout_s=ANSWER_S))
         (why,) = cluster.restarts
         assert why.startswith("stage 2: ")
@@ -186,4 +195,46 @@ def test_a_request_that_kills_a_stage_ends_and_the_others_go_on(config, parts, a
     assert output.reason is FinishReason.ERROR
     assert "ended by signal SIGKILL" in output.error.cause
     assert "lost 2 times while it served this request" in output.error.cause
+    all_gone(pids)
+
+
+def test_a_request_is_aborted_while_a_stage_is_restarted(config, parts, all_gone) -> None:
+    """It does not wait for the stage, and the next request finds the pipeline whole."""
+    with LocalEngine(config.changed(max_restarts=1), parts) as cluster:
+        pids = set(stage_pids(cluster))
+        stream = cluster.submit(ask(parts, 1, T0, count=10_000))
+        first = cluster.children[2].pid
+
+        def abort_in_outage() -> None:
+            kill(cluster, 2)
+            wait_until(lambda: cluster.children[2].pid != first)
+            stream.abort()
+
+        output = act_once(stream, abort_in_outage, after=8)
+        assert output.reason is FinishReason.CANCELLED
+        assert cluster.status().num_stages == 0  # it is not there yet
+        request = ask(parts, 1, T1, count=12)
+        check(parts, request, cluster.submit(request).result(timeout_s=ANSWER_S))
+        assert cluster.status().num_stages == 2
+        pids.update(stage_pids(cluster))
+    all_gone(pids)
+
+
+def test_an_error_in_the_heads_thread_ends_all_with_its_text(
+    config, parts, all_gone, monkeypatch
+) -> None:
+    """Requests that are open end, no more are taken, and every stage ends with the engine."""
+    with LocalEngine(config, parts) as cluster:
+        pids = set(stage_pids(cluster))
+        stream = cluster.submit(ask(parts, 1, T0, count=10_000))
+        next(iter(stream))
+        monkeypatch.setattr(cluster.head, "poll", lambda now: 1 / 0)
+        output = stream.result(timeout_s=ANSWER_S)
+        assert output.reason is FinishReason.ERROR
+        assert str(output.error) == "head: ZeroDivisionError: division by zero; see its log"
+        assert output.tokens
+        status = cluster.status()
+        assert (status.healthy, status.why) == (False, "ZeroDivisionError: division by zero")
+        with pytest.raises(ClusterError, match="head: ZeroDivisionError: division by zero"):
+            cluster.submit(ask(parts, 1, T0))
     all_gone(pids)
