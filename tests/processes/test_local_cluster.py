@@ -118,14 +118,14 @@ def test_waiting_costs_no_cpu(cluster, parts):
 def check_rest(cluster: LocalEngine) -> None:
     """Check that head and stages sleep while nothing is asked of them."""
     turns: list[float] = []
-    turn = cluster.loop.turn
+    turn = cluster.turn
     pids = [
         os.getpid(),
         *(child.pid for child in cluster.children.values() if child.poll() is None),
     ]
     time.sleep(0.3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster.loop, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s)))
+        patch.setattr(cluster, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s)))
         before = [cpu_seconds(pid) for pid in pids]
         time.sleep(REST_S)
         used = [cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
