@@ -15,6 +15,8 @@ from flowspec.cli.main import app
 from flowspec.request import ClusterError
 from tests.support.devices import Processes, two_devices
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {"id": "box", "prompt": "how many apples are in the box?"},
     {"id": "fox", "turns": ["a fox in a box", "and a lazy dog"]},

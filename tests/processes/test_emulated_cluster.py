@@ -12,6 +12,8 @@ from flowspec.engine.local import LocalEngine
 from flowspec.engine.simulated import emulated_engine
 from flowspec.request import Decoding, Request
 
+pytestmark = pytest.mark.slow
+
 DEVICE = """source: a test
 memory_gb: 4
 bandwidth_gb_s: 1

@@ -25,6 +25,8 @@ from flowspec.weights.load import load_whole
 from flowspec.weights.manifest import read_manifest
 from tests.processes.conftest import GONE_WITHIN_S, stage_pids
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def endless(parts: HeadParts) -> Request:

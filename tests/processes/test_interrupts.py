@@ -20,6 +20,8 @@ import pytest
 from flowspec.transport.secure.token import new_token
 from tests.support.spawned import SIGNAL_AT, spawn
 
+pytestmark = pytest.mark.slow
+
 END_S = 120.0  # far more than it takes: this machine may be busy
 GONE_S = 30.0
 SOON_S = 20.0  # from the signal to the end: less than any wait for a process that does not answer

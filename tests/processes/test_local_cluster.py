@@ -18,6 +18,8 @@ from flowspec.request import Decoding, FailureKind, FinishReason, Request, Sampl
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 
+pytestmark = pytest.mark.slow
+
 REST_S = 3.0
 # Of a core. Sleeping takes far less, but where the machine takes back memory that rests, a process
 # as large as this one fetches it again in every turn. One that does not sleep takes all of a core.

@@ -25,6 +25,8 @@ from flowspec.weights.load import load_whole
 from tests.processes.conftest import stage_pids
 from tests.processes.test_local_cluster import check_rest
 
+pytestmark = pytest.mark.slow
+
 T0, T1 = SamplingParams(), SamplingParams(temperature=1.0, seed=5)
 ANSWER_S = 120.0  # far more than a few restarts take: this machine may be busy
 

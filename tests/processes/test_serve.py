@@ -18,6 +18,8 @@ from flowspec.transport.secure.token import derive_keys, new_token
 from flowspec.weights.load import load_whole
 from tests.support.devices import CONTEXT, Processes
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "the quick brown fox"
 
 

@@ -25,6 +25,8 @@ from tests.processes.conftest import stage_pids
 from tests.processes.test_failures import output_of_failure
 from tests.processes.test_local_cluster import check_rest
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN_S = 60.0
 
 

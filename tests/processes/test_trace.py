@@ -22,6 +22,8 @@ from flowspec.tracing.trace_summary import summarize
 from flowspec.weights.load import load_whole
 from tests.support.traces import check_trace, hop_times_ms, shifted
 
+pytestmark = pytest.mark.slow
+
 
 def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
     """Return a request of a few tokens."""
