@@ -11,6 +11,8 @@ from packaging.version import Version
 
 from scripts.check_jetson import JETPACKS, is_forbidden, read_pins
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 120
 VERSION = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -196,7 +196,7 @@ class HeadEngine(ABC):
         with self._lock:
             self._closed = why if not self._stopping.is_set() else self._closed
         self._stopping.set()
-        self.loop.transport.wake()
+        self.post(lambda: None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=JOIN_S)
         self._end_all(Failure(cause=why, rank=0))  # those of a thread that never ran, or hangs
@@ -236,7 +236,7 @@ class HeadEngine(ABC):
         try:
             while not self._stopping.is_set():
                 try:
-                    self._obey()
+                    self.do_commands()
                     self.turn(TURN_S if self.is_busy else IDLE_S)
                 except (ClusterError, WireError) as error:
                     self.lose(error)
@@ -250,12 +250,14 @@ class HeadEngine(ABC):
                 self.failure = error
             self._end_all(Failure(cause=f"{cause_of(error)}; see its log", rank=0))
 
-    def _obey(self) -> None:
+    def do_commands(self, timeout_s: float = 0.0) -> None:
+        """Do what clients want; wait at most `timeout_s` seconds for the first command."""
         while True:
             try:
-                command = self._commands.get_nowait()
+                command = self._commands.get(block=timeout_s > 0.0, timeout=timeout_s)
             except queue.Empty:
                 return
+            timeout_s = 0.0
             command()
 
     def _submit(self, request: Request) -> None:

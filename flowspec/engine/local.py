@@ -160,7 +160,8 @@ class LocalEngine(HeadEngine):
         try:
             if error is None:
                 self.stop_thread("the engine was closed")
-                ping_clocks(self.loop, self.head, self.children)
+                with contextlib.suppress(ClusterError):  # of a stage that is gone
+                    ping_clocks(self.loop, self.head, self.children)
         finally:
             self.close()
         if error is None:
@@ -173,6 +174,9 @@ class LocalEngine(HeadEngine):
 
     def turn(self, timeout_s: float) -> None:
         """One turn; while requests are open, a look at the processes and at whether all moves."""
+        if self.head.outage is not None and not self.is_busy:
+            self.do_commands(timeout_s)  # a transport that has lost a stage waits for nothing
+            return
         self.loop.turn(timeout_s)
         if not self.is_busy:
             return
@@ -301,6 +305,8 @@ class LocalEngine(HeadEngine):
         end = time.monotonic() + timeout_s
         while not ready >= ranks and not self.is_stopping:
             signals.check()
+            self.do_commands()  # requests come and are aborted while a stage is restarted
+            self.deliver()
             for message in self._receive():
                 match message:
                     case Ready() if why := self._refusal(message):

@@ -23,7 +23,10 @@ PROMPT = "the quick brown fox"
 no_namespaces = missing() or (
     "" if Path("/proc/net/if_inet6").exists() else "this kernel has no IPv6"
 )
-pytestmark = pytest.mark.skipif(bool(no_namespaces), reason=no_namespaces or "they can be made")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(no_namespaces), reason=no_namespaces or "they can be made"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from flowspec.engine.remote import RemoteEngine
 from flowspec.transport.secure.token import derive_keys
 from tests.support.devices import Processes, two_devices
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = (
     "{% for m in messages %}"
     "{% if m['role'] == 'assistant' and m['content'] == '' %}"

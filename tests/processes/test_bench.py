@@ -12,6 +12,8 @@ from flowspec.bench.answering import Workbench
 from flowspec.bench.records import read_samples
 from flowspec.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def command(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -15,6 +15,8 @@ from flowspec.cli.main import app
 from flowspec.request import ClusterError
 from tests.support.devices import Processes, two_devices
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {"id": "box", "prompt": "how many apples are in the box?"},
     {"id": "fox", "turns": ["a fox in a box", "and a lazy dog"]},
@@ -86,10 +88,10 @@ def test_other_devices_end_it_and_have_samples_of_their_own(cluster, tmp_path, m
     cluster.wait_for("head", r"cyd.*spare: came when the layers were covered")
     original = flowspec.bench.answering_remote.RemoteBench._answer
 
-    def answer(self, case, group, run, messages):
+    def answer(self, case, group, messages):
         if case.strategy == "streaming" and len(messages) == 3:
             cluster.running["bob"].kill()
-        return original(self, case, group, run, messages)
+        return original(self, case, group, messages)
 
     with monkeypatch.context() as patch:
         patch.setattr(flowspec.bench.answering_remote.RemoteBench, "_answer", answer)
@@ -115,10 +117,10 @@ def test_a_head_that_goes_away_ends_it_with_what_there_is(cluster, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     original = flowspec.bench.answering_remote.RemoteBench._answer
 
-    def answer(self, case, group, run, messages):
+    def answer(self, case, group, messages):
         if case.strategy == "streaming" and len(messages) == 3:
             cluster.running["head"].kill()
-        return original(self, case, group, run, messages)
+        return original(self, case, group, messages)
 
     monkeypatch.setattr(flowspec.bench.answering_remote.RemoteBench, "_answer", answer)
     result = bench(cluster)

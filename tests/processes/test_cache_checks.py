@@ -14,6 +14,8 @@ import pytest
 from flowspec.transport.secure.token import new_token
 from tests.support.spawned import CONTEXT, run_command
 
+pytestmark = pytest.mark.slow
+
 START_S = 120.0  # far more than it takes: this machine may be busy
 NEW_MOUNTS, CAPABILITIES_V3 = 0x00020000, 0x20080522
 OVERRIDES = 0b1110  # root's CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER

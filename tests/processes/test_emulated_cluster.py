@@ -10,8 +10,9 @@ from flowspec.engine.build import HeadParts, build_stage
 from flowspec.engine.engine import generate
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.simulated import emulated_engine
-from flowspec.request import Request
-from flowspec.speculation.strategies import STRATEGIES
+from flowspec.request import Decoding, Request
+
+pytestmark = pytest.mark.slow
 
 DEVICE = """source: a test
 memory_gb: 4
@@ -46,10 +47,10 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{cluster}:{model}"
 
 
-def ask(parts: HeadParts, number: int) -> Request:
+def ask(parts: HeadParts, strategy: str) -> Request:
     """Ask for nine tokens."""
     prompt = tuple(parts.tokenizer.encode("the lazy dog"))
-    return Request(id=number, prompt=prompt, max_new_tokens=9)
+    return Request(prompt=prompt, max_new_tokens=9, decoding=Decoding(strategy=strategy))
 
 
 def test_processes_are_no_faster_than_the_cluster_they_emulate(
@@ -61,18 +62,19 @@ def test_processes_are_no_faster_than_the_cluster_they_emulate(
     stages = [build_stage(parts.folder, rank)[0] for rank in (1, 2)]
     simulated = emulated_engine(config, parts, stages, emulation)
     with LocalEngine(config, parts) as cluster:
-        for number, spec in enumerate((STRATEGIES["ar"], STRATEGIES["streaming"]), start=1):
-            simulated.configure(spec, spec.defaults)
-            cluster.configure(spec, spec.defaults)
-            virtual = generate(simulated, ask(parts, number))
-            real = generate(cluster, ask(parts, number))
+        for strategy in ("ar", "streaming"):
+            virtual = generate(simulated, ask(parts, strategy))
+            stream = cluster.submit(ask(parts, strategy))
+            real = stream.result()
             assert real.tokens == virtual.tokens
-            if number == 1:  # one course of events: what is late is late for all that follows
+            assert set(stream.stage_stats()) == {1, 2}
+            if strategy == "ar":  # one course of events: what is late is late for all that follows
                 took = real.stats.finished_at - real.stats.first_token_at
                 modelled = virtual.stats.finished_at - virtual.stats.first_token_at
                 assert took >= 0.999 * modelled
-        statuses = cluster.statuses().values()
-    assert all(status.busy_s >= 0.012 * status.num_segments for status in statuses)
+        stages = cluster.status().stages
+    assert set(stages) == {1, 2}
+    assert all(stage.busy_s >= 0.012 * stage.num_segments > 0 for stage in stages.values())
 
 
 def test_a_cluster_of_another_size_is_refused(config: EngineConfig, parts: HeadParts):

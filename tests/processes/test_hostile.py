@@ -15,6 +15,8 @@ from tests.stress.hostile import Stand, judge, stand
 from tests.stress.hostile_attacks import MEMBERS, STRANGERS, Target, record_member
 from tests.support.ipv6 import needs_ipv6
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 0.4
 MAX_GROWTH_MB = 30.0
 linux_only = pytest.mark.skipif(

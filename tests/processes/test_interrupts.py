@@ -20,6 +20,8 @@ import pytest
 from flowspec.transport.secure.token import new_token
 from tests.support.spawned import SIGNAL_AT, spawn
 
+pytestmark = pytest.mark.slow
+
 END_S = 120.0  # far more than it takes: this machine may be busy
 GONE_S = 30.0
 SOON_S = 20.0  # from the signal to the end: less than any wait for a process that does not answer
@@ -104,6 +106,11 @@ PHASES = [  # and the function at whose first call the signal comes
     (RUN, "flowspec.weights.split:HashedWriter.write"),
     (RUN, "flowspec.engine.local:LocalEngine._spawn"),
     (RUN, "flowspec.cli.ui.show:_Screen.add"),
+    (RUN, "flowspec.engine.local:LocalEngine._await_ready"),
+    (RUN, "flowspec.engine.head_engine:HeadEngine.deliver"),  # in the head's own thread
+    (RUN, "flowspec.engine.head_engine:HeadEngine.stop_thread"),
+    (RUN, "flowspec.engine.local:LocalEngine.close"),
+    (f"{RUN} --no-check", "flowspec.cli.run:show_summary"),
     (f"{RUN} --trace t.json", "flowspec.engine.local:LocalEngine._spawn"),
     ("split TARGET --stages 2", "flowspec.weights.split:_write_journal"),
     (VERIFY, "flowspec.engine.reference:LocalTarget.generate"),

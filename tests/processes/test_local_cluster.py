@@ -18,6 +18,8 @@ from flowspec.request import Decoding, FailureKind, FinishReason, Request, Sampl
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 
+pytestmark = pytest.mark.slow
+
 REST_S = 3.0
 # Of a core. Sleeping takes far less, but where the machine takes back memory that rests, a process
 # as large as this one fetches it again in every turn. One that does not sleep takes all of a core.
@@ -109,21 +111,27 @@ def test_a_cancelled_request_ends_at_once_and_frees_the_stages(cluster, alone, p
     assert generate(cluster, few).tokens == output.tokens
 
 
-def test_waiting_costs_no_cpu(cluster, parts, monkeypatch):
+def test_waiting_costs_no_cpu(cluster, parts):
     """A cluster without a request sleeps: turns are long, and nearly nothing is computed."""
     generate(cluster, ask(parts, count=2))
+    check_rest(cluster)
+
+
+def check_rest(cluster: LocalEngine) -> None:
+    """Check that head and stages sleep while nothing is asked of them."""
     turns: list[float] = []
-    turn = cluster.loop.turn
-    monkeypatch.setattr(
-        cluster.loop, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s))
-    )
-    pids = [os.getpid(), *(child.pid for child in cluster.children.values())]
+    turn = cluster.turn
+    pids = [
+        os.getpid(),
+        *(child.pid for child in cluster.children.values() if child.poll() is None),
+    ]
     time.sleep(0.3)
-    before = [cpu_seconds(pid) for pid in pids]
-    turns.clear()
-    time.sleep(REST_S)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "turn", lambda limit_s: (turns.append(limit_s), turn(limit_s)))
+        before = [cpu_seconds(pid) for pid in pids]
+        time.sleep(REST_S)
+        used = [cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
     assert 1 <= len(turns) <= REST_S / LONGEST_TURN_S + 5
-    used = [cpu_seconds(pid) - start for pid, start in zip(pids, before, strict=True)]
     assert max(used) <= MOST_IDLE_CPU * REST_S, f"CPU seconds of head and stages: {used}"
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from tests.stress.netns_cluster import BRIDGE, missing
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 INSIDE = """

@@ -19,6 +19,8 @@ import flowspec
 from flowspec.config import EngineConfig
 from flowspec.transport.secure.token import new_token
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT_S = 120.0  # far more than it takes: this machine may be busy
 DEFINED = """\
     batch_invariant: bool = Field(

@@ -13,6 +13,8 @@ import pytest
 import flowspec
 from flowspec.config import EngineConfig
 
+pytestmark = pytest.mark.slow
+
 RUN_S = 120.0  # far more than it takes: this machine may be busy
 SITE = f"""
 from importlib.machinery import SourceFileLoader

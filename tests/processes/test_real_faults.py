@@ -6,6 +6,8 @@ import pytest
 
 from tests.stress.real_faults import campaign
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(600)
 def test_a_dozen_real_faults(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from flowspec.cli.main import main
 from tests.support.spawned import spawn
 
+pytestmark = pytest.mark.slow
+
 SUMMARY = (
     *("finished", "speed", "first token", "tau", "alpha per depth", "stages busy", "sent"),
     *("pruned in flight", "identical to the target alone: yes"),

@@ -11,12 +11,14 @@ from flowspec.cluster.device.stage_thread import LayerSource
 from flowspec.engine.build import HeadParts
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.remote import RemoteEngine
-from flowspec.protocol.control import Done, Note, Piece
-from flowspec.request import Request, SamplingParams
+from flowspec.engine.stream import Notice
+from flowspec.request import FinishReason, Request, RequestOutput, SamplingParams, TokensOut
 from flowspec.tokenizer import render_chat
 from flowspec.transport.secure.token import derive_keys, new_token
 from flowspec.weights.load import load_whole
 from tests.support.devices import CONTEXT, Processes
+
+pytestmark = pytest.mark.slow
 
 PROMPT = "the quick brown fox"
 
@@ -61,23 +63,26 @@ def ask(
     *,
     count: int,
     temperature: float = 0.0,
-    on_piece: Callable[[int], None] = lambda count: None,
-) -> tuple[list[int], Done, list[str]]:
-    """TokensOut, end and notes of an answer; `on_piece` hears how many tokens there are."""
-    turns = [{"role": "user", "content": PROMPT}]
-    tokens: list[int] = []
-    notes = []
-    for event in client.ask(
-        client.new_ask(turns=turns, max_new_tokens=count, temperature=temperature, seed=7)
-    ):
+    on_tokens: Callable[[int], None] = lambda count: None,
+) -> tuple[RequestOutput, list[str]]:
+    """The answer and its notices; `on_tokens` hears how many tokens have come."""
+    request = Request(
+        prompt=[{"role": "user", "content": PROMPT}],
+        sampling=SamplingParams(temperature=temperature, seed=7),
+        max_new_tokens=count,
+    )
+    seen: list[int] = []
+    notices = []
+    for event in client.submit(request):
         match event:
-            case Piece():
-                tokens += event.tokens
-                on_piece(len(tokens))
-            case Note():
-                notes.append(event.text)
-            case Done():
-                return tokens, event, notes
+            case TokensOut():
+                seen.extend(event.tokens)
+                on_tokens(len(seen))
+            case Notice():
+                notices.append(event.text)
+            case RequestOutput():
+                assert list(event.tokens) == seen
+                return event, notices
     raise AssertionError("no end")
 
 
@@ -106,12 +111,12 @@ def test_ps_tells_the_processes_apart(cluster):
 
 def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
     """They need no configuration: layers come over the network, by hash."""
-    tokens, done, _ = ask(client, count=24, temperature=1.0)
-    assert tokens == alone(parts, count=24, temperature=1.0)
-    assert (done.reason, done.resumed) == ("length", 0)
+    output, _ = ask(client, count=24, temperature=1.0)
+    assert list(output.tokens) == alone(parts, count=24, temperature=1.0)
+    assert (output.reason, output.stats.num_resumes) == (FinishReason.LENGTH, 0)
     for name in cluster.stages():
         assert "fetch 100%" in cluster.log(name)
-    status = client.status()
+    status = client.cluster_status()
     assert status.healthy, status.why
     assert status.max_context == CONTEXT
     assert [one.state for one in status.devices].count("serving") == 2
@@ -121,8 +126,9 @@ def test_joined_devices_answer_as_the_target_alone(cluster, client, parts):
 def test_a_prompt_beyond_the_context_is_told_how_to_raise_it(client):
     """`--context` of `serve` limits a request, and not only the placement."""
     turns = [{"role": "user", "content": "fox " * CONTEXT}]
-    *_, done = client.ask(client.new_ask(turns=turns, max_new_tokens=4))
-    assert f"the context holds {CONTEXT}; shorten the prompt, or raise --context" in done.error
+    error = client.submit(Request(prompt=turns, max_new_tokens=4)).result(timeout_s=60.0).error
+    assert f"the context holds {CONTEXT}; shorten the prompt, or raise --context" in error.cause
+    assert error.rank is None
 
 
 def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client, parts):
@@ -133,12 +139,12 @@ def test_a_killed_device_is_replaced_in_the_middle_of_an_answer(cluster, client,
         if count >= 10 and cluster.running[victim].is_alive():
             cluster.running[victim].kill()
 
-    tokens, done, notes = ask(client, count=120, temperature=1.0, on_piece=kill)
-    assert tokens == alone(parts, count=120, temperature=1.0)
-    assert (done.error, done.resumed) == ("", 1)
-    assert any(f"on {victim}" in note for note in notes)
+    output, notices = ask(client, count=120, temperature=1.0, on_tokens=kill)
+    assert list(output.tokens) == alone(parts, count=120, temperature=1.0)
+    assert (output.error, output.stats.num_resumes) == (None, 1)
+    assert any(f"on {victim}" in notice for notice in notices), notices
     assert victim not in cluster.stages()
-    lost = [one for one in client.status().devices if one.state == "lost"]
+    lost = [one for one in client.cluster_status().devices if one.state == "lost"]
     assert [one.name for one in lost] == [victim]
 
 
@@ -176,9 +182,10 @@ def test_the_head_comes_back_and_devices_rejoin_without_transfer(cluster, client
             head.terminate()
             told.append(count)
 
-    tokens, done, _ = ask(client, count=60, on_piece=terminate)
+    output, _ = ask(client, count=60, on_tokens=terminate)
     assert told[0] < 60
-    assert (tokens, done.error) == (alone(parts, count=60, temperature=0.0), "")
+    assert output.error is None
+    assert list(output.tokens) == alone(parts, count=60, temperature=0.0)
     head.join(timeout=20)
     assert head.exitcode == 0
     cluster.serve()
@@ -186,5 +193,5 @@ def test_the_head_comes_back_and_devices_rejoin_without_transfer(cluster, client
     for name, count in loaded.items():
         assert cluster.log(name).count("load 100%") == count
     with RemoteEngine("127.0.0.1", cluster.port, derive_keys(cluster.token)) as again:
-        tokens, _, _ = ask(again, count=12)
-    assert tokens == alone(parts, count=12, temperature=0.0)
+        output, _ = ask(again, count=12)
+    assert list(output.tokens) == alone(parts, count=12, temperature=0.0)

@@ -21,6 +21,8 @@ from tests.stress.soak import (
     soak_tokens,
 )  # fmt: skip
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 

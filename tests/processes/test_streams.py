@@ -20,6 +20,8 @@ from flowspec.system.home import home_folder
 from flowspec.transport.secure.token import TOKEN_VARIABLE, new_token
 from tests.support.spawned import spawn
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 60.0
 LOST = "standard output is closed: what this command prints there is lost\n"
 

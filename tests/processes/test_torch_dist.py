@@ -18,14 +18,15 @@ from flowspec.engine.launch import Launch, find_launch
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.engine.torchrun import fit_to_launch, own_device
-from flowspec.request import Request, SamplingParams
+from flowspec.request import Decoding, Request, SamplingParams
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.weights.load import load_whole
 from tests.processes.conftest import stage_pids
-from tests.processes.test_failures import tokens_until_failure
-from tests.processes.test_local_cluster import MOST_IDLE_CPU, TURN_S, cpu_seconds, wait_idly
+from tests.processes.test_failures import output_of_failure
+from tests.processes.test_local_cluster import check_rest
 
-IDLE_S = 2.0
+pytestmark = pytest.mark.slow
+
 TORCHRUN_S = 60.0
 
 
@@ -35,46 +36,60 @@ def gloo(config: EngineConfig) -> EngineConfig:
     return config.changed(transport="gloo")
 
 
-def ask(parts: HeadParts, number: int, count: int, temperature: float = 0.0) -> Request:
-    """Return request `number`, for `count` tokens."""
-    prompt = tuple(parts.tokenizer.encode("the lazy dog"))
-    sampling = SamplingParams(temperature=temperature, seed=5)
-    return Request(id=number, prompt=prompt, sampling=sampling, max_new_tokens=count)
+def ask(
+    parts: HeadParts, count: int, *, temperature: float = 0.0, strategy: str = "streaming"
+) -> Request:
+    """Return a request for `count` tokens."""
+    return Request(
+        prompt=tuple(parts.tokenizer.encode("the lazy dog")),
+        sampling=SamplingParams(temperature=temperature, seed=5),
+        max_new_tokens=count,
+        decoding=Decoding(strategy=strategy),
+    )
 
 
 def test_text_is_the_targets_own_also_after_idle_time(gloo, parts, all_gone):
     """Every strategy runs; in between, nothing is sent or computed."""
     alone = LocalTarget(load_whole(parts.folder), parts.max_context)
     with LocalEngine(gloo, parts) as cluster:
-        for number, name in enumerate(STRATEGIES, start=1):
-            cluster.configure(STRATEGIES[name], STRATEGIES[name].defaults)
-            request = ask(parts, number, 12, temperature=number % 2)
+        for number, name in enumerate(STRATEGIES):
+            request = ask(parts, 12, temperature=number % 2, strategy=name)
             assert list(generate(cluster, request).tokens) == alone.generate(request)[0], name
         pids = stage_pids(cluster)
-        before = [cpu_seconds(pid) for pid in (os.getpid(), *pids)]
-        assert wait_idly(cluster, IDLE_S) <= IDLE_S / TURN_S + 5
-        after = [cpu_seconds(pid) for pid in (os.getpid(), *pids)]
-        used = [late - early for early, late in zip(before, after, strict=True)]
-        assert max(used) <= MOST_IDLE_CPU * IDLE_S, f"CPU seconds of head and stages: {used}"
-        request = ask(parts, 100, 12)
+        check_rest(cluster)
+        request = ask(parts, 12)
         assert list(generate(cluster, request).tokens) == alone.generate(request)[0]
     all_gone(pids)
 
 
 @pytest.mark.parametrize(
-    ("number", "victim", "cause"), [(signal.SIGKILL, 1, "SIGKILL"), (signal.SIGSTOP, 2, "it hangs")]
+    ("number", "victim", "cause"),
+    [(signal.SIGKILL, 1, "ended by signal SIGKILL"), (signal.SIGSTOP, 2, "it hangs")],
 )
 def test_a_lost_stage_is_named_in_time(gloo, parts, all_gone, number, victim, cause):
     """Killed: the broken connection says so at once. Stopped: its silence, within the timeout."""
     with LocalEngine(gloo.changed(timeout_s=1.0), parts) as cluster:
         pids = stage_pids(cluster)
-        error, seen, took_s = tokens_until_failure(
-            cluster, ask(parts, 1, 12_000), lambda: os.kill(pids[victim - 1], number)
+        output, took_s = output_of_failure(
+            cluster, ask(parts, 12_000), lambda: os.kill(pids[victim - 1], number)
         )
-        assert took_s < 4.0
-    assert error.where == f"stage {victim} (process {pids[victim - 1]})"
-    assert cause in error.cause
-    assert [*error.tokens.values()] == [tuple(seen)]
+        assert took_s < 8.0  # its own drafts count as progress, and this machine may be busy
+    assert str(output.error).startswith(f"stage {victim}: process {pids[victim - 1]} ")
+    assert cause in output.error.cause
+    all_gone(pids)
+
+
+def test_a_stage_lost_while_idle_is_told_to_the_next_request(gloo, parts, all_gone):
+    """The head sleeps until then, though the connection has broken."""
+    with LocalEngine(gloo, parts) as cluster:
+        pids = stage_pids(cluster)
+        generate(cluster, ask(parts, 4))
+        os.kill(pids[1], signal.SIGKILL)
+        cluster.children[2].wait(timeout=5.0)
+        check_rest(cluster)
+        error = cluster.submit(ask(parts, 4)).result(timeout_s=20.0).error
+    assert error.rank == 2
+    assert "SIGKILL" in error.cause
     all_gone(pids)
 
 

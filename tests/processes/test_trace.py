@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,11 +10,10 @@ import pytest
 from flowspec.cli.main import main
 from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts
-from flowspec.engine.engine import generate
+from flowspec.engine.engine import StageStatus
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.protocol.messages import Status
-from flowspec.request import ClusterError, Request
+from flowspec.request import Request
 from flowspec.runtime.recorder import trace_path
 from flowspec.tracing.chrome_trace import save_trace, tracing
 from flowspec.tracing.timeline import make_timeline, read_records
@@ -22,6 +21,8 @@ from flowspec.tracing.totals import count
 from flowspec.tracing.trace_summary import summarize
 from flowspec.weights.load import load_whole
 from tests.support.traces import check_trace, hop_times_ms, shifted
+
+pytestmark = pytest.mark.slow
 
 
 def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
@@ -34,12 +35,16 @@ def ask(parts: HeadParts, number: int, count: int = 12) -> Request:
 @pytest.fixture(scope="module")
 def recorded(
     config: EngineConfig, parts: HeadParts, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[int, Status], list[tuple[int, ...]]]:
+) -> tuple[Path, Mapping[int, StageStatus], list[tuple[int, ...]]]:
     """Return the records of two requests on two stages, the stages' totals, and the texts."""
     folder = tmp_path_factory.mktemp("records")
     with LocalEngine(config, parts, folder) as cluster:
-        texts = [generate(cluster, ask(parts, number)).tokens for number in (1, 2)]
-        statuses = cluster.statuses()
+        texts = []
+        for number in (1, 2):
+            stream = cluster.submit(ask(parts, number))
+            texts.append(stream.result().tokens)
+            assert set(stream.stage_stats()) == {1, 2}
+        statuses = cluster.status().stages
     return folder, statuses, texts
 
 
@@ -101,19 +106,19 @@ def test_tracing_changes_no_text(recorded, parts):
 def test_a_failed_run_leaves_its_trace(
     config: EngineConfig, parts: HeadParts, tmp_path: Path, all_gone: Callable[[list[int]], None]
 ) -> None:
-    """A killed stage only loses its last records; its failure is still the error."""
+    """A killed stage loses its last records alone; its failure is the request's error."""
     out = tmp_path / "out.json"
     pids: list[int] = []
 
-    def run() -> None:
-        with tracing(str(out)) as folder, LocalEngine(config, parts, folder) as cluster:
-            pids.extend(child.pid for child in cluster.children.values())
-            for number, _ in enumerate(cluster.serve([ask(parts, 1, count=5000)])):
-                if number == 100:
-                    os.kill(cluster.children[2].pid, signal.SIGKILL)
-
-    with pytest.raises(ClusterError, match="stage 2"):
-        run()
+    with tracing(str(out)) as folder, LocalEngine(config, parts, folder) as cluster:
+        pids.extend(child.pid for child in cluster.children.values())
+        stream = cluster.submit(ask(parts, 1, count=5000))
+        for number, _ in enumerate(stream):
+            if number == 100:
+                os.kill(cluster.children[2].pid, signal.SIGKILL)
+        error = stream.result().error
+    assert error is not None
+    assert str(error).startswith("stage 2: ")
     all_gone(pids)
     check_trace(out)
     found = summarize(out)

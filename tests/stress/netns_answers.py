@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, load_head_parts
 from flowspec.engine.reference import LocalTarget
-from flowspec.protocol.control import Done, Note, Piece
-from flowspec.request import ClusterError, Request, SamplingParams
+from flowspec.engine.stream import Notice
+from flowspec.request import ClusterError, Request, RequestOutput, SamplingParams, TokensOut
 from flowspec.tokenizer import render_chat
 from flowspec.weights.load import load_whole
 from tests.stress.netns_cluster import NetnsCluster, count_others, wait_until
@@ -34,24 +34,23 @@ class Answer(threading.Thread):
 
     def run(self) -> None:
         """Collect the events."""
-        ask = self._client.new_ask(
-            turns=[{"role": "user", "content": self.prompt}],
+        request = Request(
+            prompt=[{"role": "user", "content": self.prompt}],
+            sampling=SamplingParams(temperature=self.temperature, seed=SEED),
             max_new_tokens=self.count,
-            temperature=self.temperature,
-            seed=SEED,
         )
         try:
             with self._client:
-                for event in self._client.ask(ask):
+                for event in self._client.submit(request):
                     now = time.monotonic()
                     match event:
-                        case Piece():
+                        case TokensOut():
                             self.tokens += event.tokens
                             self.pieces.append(now)
-                        case Note():
+                        case Notice():
                             self.notes.append((now, event.text))
-                        case Done():
-                            self.error = event.error
+                        case RequestOutput():
+                            self.error = "" if event.error is None else str(event.error)
         except ClusterError as error:
             self.error = str(error)
 

@@ -281,7 +281,7 @@ class NetnsCluster:
     def status(self) -> ClusterStatus:
         """Return the head's status. Raises ClusterError."""
         with self.client() as client:
-            return client.status()
+            return client.cluster_status()
 
     def stages(self) -> list[str]:
         """Return the names of the workers that serve, by rank."""

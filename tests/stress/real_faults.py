@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,10 @@ import psutil
 
 from flowspec.config import EngineConfig
 from flowspec.engine.build import load_head_parts
-from flowspec.engine.engine import Cluster
+from flowspec.engine.engine import Engine
 from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
-from flowspec.request import ClusterError, Request, RequestOutput, SamplingParams
+from flowspec.request import Request, RequestOutput, SamplingParams
 from flowspec.weights.checkpoint import open_checkpoint
 from flowspec.weights.load import load_whole
 from flowspec.weights.split import run_split
@@ -52,7 +52,7 @@ MAX_ANSWER_S = 180.0  # far beyond several restarts on a busy machine
 class Subject:
     """A running cluster under test."""
 
-    cluster: Cluster
+    cluster: Engine
     victims: Callable[[], Mapping[str, int]]  # current process ids by name
     alone: LocalTarget
     prompt: tuple[int, ...]
@@ -146,9 +146,8 @@ class Striker:
 def run_round(subject: Subject, striker: Striker, first: int, kind: str, phase: str) -> None:
     """Send two requests, cause one fault in the phase, and check both answers."""
     random, report = striker.random, striker.report
-    asked = [
-        Request(
-            id=number,
+    asked = {
+        number: Request(
             prompt=(subject.prompt * 12)[
                 : random.choice((5, 150) if phase != "prefill" else (200,))
             ],
@@ -156,47 +155,47 @@ def run_round(subject: Subject, striker: Striker, first: int, kind: str, phase: 
             max_new_tokens=random.choice((20, 60)),
         )
         for number in (first, first + 1)
-    ]
+    }
     at = random.randint(0, 15)
     if phase == "idle":
         striker.strike(kind, phase)
     if phase == "prefill":
         striker._later(random.uniform(0.0, 0.05), lambda: striker.strike(kind, phase))
-    began = time.monotonic()
-    done: dict[int, RequestOutput] = {}
-    try:
-        for count, event in enumerate(subject.cluster.serve(asked)):
-            if count == at and phase in ("decode", "load"):
-                striker.strike(kind, phase)
-            if isinstance(event, RequestOutput):
-                done[event.request] = event
-            if time.monotonic() - began > MAX_ANSWER_S:
-                report.wrong.append(f"{phase}, {kind}: no end after {MAX_ANSWER_S:.0f} s")
-                return
-    except ClusterError as error:
-        report.wrong.append(f"{phase}, {kind}: {error}")
-        return
+    end = time.monotonic() + MAX_ANSWER_S
+    streams = {number: subject.cluster.submit(one) for number, one in asked.items()}
+    count = 0
+    while any(stream.output is None for stream in streams.values()):
+        if time.monotonic() > end:
+            report.wrong.append(f"{phase}, {kind}: no end after {MAX_ANSWER_S:.0f} s")
+            return
+        events = [event for stream in streams.values() if (event := stream.poll()) is not None]
+        if count <= at < count + len(events) and phase in ("decode", "load"):
+            striker.strike(kind, phase)
+        count += len(events)
+        if not events:
+            time.sleep(0.002)
+    done = {number: stream.result() for number, stream in streams.items()}
     check_answers(subject, asked, done, report, f"{phase}, {kind}")
 
 
 def check_answers(
     subject: Subject,
-    asked: Sequence[Request],
+    asked: Mapping[int, Request],
     done: Mapping[int, RequestOutput],
     report: Report,
     where: str,
 ) -> None:
     """Check that every request is answered with the target's own tokens."""
-    for one in asked:
-        if one.id not in done:
-            report.wrong.append(f"{where}: request {one.id} has no answer")
+    for number, one in asked.items():
+        if number not in done:
+            report.wrong.append(f"{where}: request {number} has no answer")
             continue
-        answer = done[one.id]
+        answer = done[number]
         report.answers += 1
         if answer.stats.resume_s:
             report.recovered_s.append(answer.stats.resume_s)
         if answer.error or list(answer.tokens) != subject.alone.generate(one)[0]:
-            report.wrong.append(f"{where}: request {one.id}: {answer.error or 'another text'}")
+            report.wrong.append(f"{where}: request {number}: {answer.error or 'another text'}")
 
 
 def count_left(pids: set[int]) -> int:

@@ -6,6 +6,8 @@ from flowspec.protocol.messages import Failed, FreeRequest, Message, Ping, Reroo
 from flowspec.protocol.sequencing import Lanes  # noqa: E402
 from tests.stress.fault_campaign import PLANS, run_seed
 
+pytestmark = pytest.mark.slow
+
 FIRST = 700  # of every plan two runs
 
 

@@ -16,6 +16,8 @@ from tests.stress import fuzz_targets
 from tests.stress.fuzz import NAMES
 from tests.stress.fuzz_targets import TARGETS, pack_frames, unpack_frames
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

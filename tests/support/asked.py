@@ -42,11 +42,11 @@ class Asking:
 
     def obey(self) -> None:
         """What clients want is done, as the engine's thread does it."""
-        self._do(self.engine._obey)
+        self._do(self.engine.do_commands)
 
     def turn(self) -> None:
         """One turn of the engine's thread, without a wait."""
-        self._do(lambda: (self.engine._obey(), self.engine.turn(0.0)))
+        self._do(lambda: (self.engine.do_commands(), self.engine.turn(0.0)))
 
     def _do(self, work: Any) -> None:
         try:
