@@ -46,7 +46,7 @@ class NodeForecast(NamedTuple):
     sources: Sequence[str] = ()  # who says so, child by child; empty: the drafter
 
 
-class Outcome(NamedTuple):
+class SettledForecast(NamedTuple):
     """One settled forecast."""
 
     source: str
@@ -106,7 +106,7 @@ class Calibration:
     def __init__(self) -> None:
         self._sources: dict[str, int] = {}
         self._coarse, self._fine = _Bins(PRIOR_COARSE), _Bins(PRIOR_FINE)
-        self.outcomes: list[Outcome] | None = None
+        self.outcomes: list[SettledForecast] | None = None
         self.paths: list[PathForecast] | None = None
 
     @property
@@ -227,7 +227,7 @@ class Forecasts:
             for place, right in happened.items():
                 word, scores = said[place // width]
                 raw = word.children[place % width][1]
-                log_to.append(Outcome(names[place], raw, scores[place % width], right))
+                log_to.append(SettledForecast(names[place], raw, scores[place % width], right))
         self.calibration.record_from(columns, happened)
 
     def _columns(self, words: Sequence[NodeForecast]) -> Columns:

@@ -44,7 +44,7 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class JobRows:
     """One job's rows in a forward, entered in its session's cache: the true ones, then guesses.
 
     Guesses see the guessed rows of their path, also where its true rows are computed beside them.
@@ -104,7 +104,7 @@ class IncrementalDrafter(ABC):
         tokens: Tensor,
         positions: Tensor,
         window: Window | JointAttentionMetadata,
-        shares: Sequence[Share],
+        shares: Sequence[JobRows],
     ) -> Tensor:
         """The rows of all `shares` one behind the other, n in all: states [n, H]."""
 
@@ -112,19 +112,19 @@ class IncrementalDrafter(ABC):
     def logits(self, states: Tensor) -> Tensor:
         """States [n, H] -> logits [n, Vd] of the tokens after them."""
 
-    def begin(self, jobs: Sequence[DraftJob]) -> "Forward":
+    def begin(self, jobs: Sequence[DraftJob]) -> "CachedForward":
         """See Drafter.begin; a session has one job at most."""
         assert len({id(job.session) for job in jobs}) == len(jobs), "two jobs of one session"
-        return Forward(self, jobs)
+        return CachedForward(self, jobs)
 
-    def run(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
+    def run(self, shares: Sequence[JobRows]) -> list[tuple[Tensor, Tensor]]:
         """States [m, H] and logits [m, Vd] of each share's `asked` rows."""
         busy = [share for share in shares if share.window is not None]
         outputs = iter(self._run_busy(busy) if busy else [])
         nothing = torch.empty(0)
         return [(nothing, nothing) if share.window is None else next(outputs) for share in shares]
 
-    def _run_busy(self, shares: Sequence[Share]) -> list[tuple[Tensor, Tensor]]:
+    def _run_busy(self, shares: Sequence[JobRows]) -> list[tuple[Tensor, Tensor]]:
         sizes = [len(share.tokens) for share in shares]
         tokens = torch.tensor([t for share in shares for t in share.tokens], device=self.device)
         where = torch.tensor([p for share in shares for p in share.positions], device=self.device)
@@ -150,11 +150,11 @@ class _Part:
 
     session: "IncrementalSession"
     job: DraftJob
-    share: Share
+    share: JobRows
     outputs: Outputs | Exception | None = None
 
 
-class Forward:
+class CachedForward:
     """A draft model's forward over the rows of several sessions; see Draft."""
 
     looked_up = False
@@ -266,13 +266,13 @@ class IncrementalSession:
         (proposals,) = draft(self.drafter, [DraftJob(self, tree, nodes)])
         return proposals
 
-    def begin(self, job: DraftJob) -> Share:
+    def begin(self, job: DraftJob) -> JobRows:
         """The rows of a job; `finish` takes what becomes of them."""
         room = self.cache.capacity - self.cache.prefix_length - self.cache.num_tree_rows
         if room < len(job.nodes) + 2 * MAX_ABSORBED_ROWS:
             self._keep_rows(job.tree, path=())
         true = self._true_rows(job.tree) if job.absorbs else None
-        share = Share(true=true, guesses=self._guessed_rows(job.nodes), window=None)
+        share = JobRows(true=true, guesses=self._guessed_rows(job.nodes), window=None)
         parents = [parent for rows in share.kinds for parent in rows.parents]
         return replace(share, window=self.cache.append_tree(parents)) if parents else share
 
@@ -310,7 +310,9 @@ class IncrementalSession:
             known=[Proposal(node, own) for node, own in known.items() if own is not None],
         )
 
-    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
+    def finish(
+        self, job: DraftJob, share: JobRows, states: Tensor, logits: Tensor
+    ) -> list[Proposal]:
         """The job's proposals, from states [m, H] and logits [m, Vd] of its `asked` rows."""
         asked = share.asked
         proposals = self._propose(asked, logits) if asked else []
@@ -340,7 +342,7 @@ class IncrementalSession:
         assert children is not None
         return [Proposal(tree.root.id, children)]
 
-    def _enter(self, share: Share) -> None:
+    def _enter(self, share: JobRows) -> None:
         """The rows are in the cache now."""
         true = share.true.positions if share.true is not None else ()
         self._owners += [NO_NODE] * len(true)  # they go to the prefix

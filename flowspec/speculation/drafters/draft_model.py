@@ -14,7 +14,7 @@ from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.stage_model import StageModel
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal
-from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, Share
+from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, JobRows
 from flowspec.speculation.tree import DraftTree, Node
 
 SHOWN = 3  # of the tokens that differ between two vocabularies
@@ -44,7 +44,7 @@ class DraftModelDrafter(IncrementalDrafter):
         tokens: Tensor,
         positions: Tensor,
         window: Window | JointAttentionMetadata,
-        shares: Sequence[Share],
+        shares: Sequence[JobRows],
     ) -> Tensor:
         """See IncrementalDrafter."""
         del shares
@@ -66,7 +66,9 @@ class DraftModelSession(IncrementalSession):
         self._drafted: dict[tuple[NodeId, int], NodeId] = {}  # nodes by parent and token
         self._children: dict[NodeId, tuple[tuple[int, float], ...]] = {}  # proposed, by node
 
-    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
+    def finish(
+        self, job: DraftJob, share: JobRows, states: Tensor, logits: Tensor
+    ) -> list[Proposal]:
         """See IncrementalSession."""
         proposals = super().finish(job, share, states, logits)
         if share.true is not None:

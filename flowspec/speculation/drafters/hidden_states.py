@@ -18,7 +18,7 @@ from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
 from flowspec.model.llama import Attend, Rope, rope_angles, rope_frequencies
 from flowspec.request import NodeId
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal
-from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, Share
+from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, JobRows
 from flowspec.speculation.tree import DraftTree, Node
 
 
@@ -61,14 +61,14 @@ class FeatureDrafter(IncrementalDrafter):
         tokens: Tensor,
         positions: Tensor,
         window: Window | JointAttentionMetadata,
-        shares: Sequence[Share],
+        shares: Sequence[JobRows],
     ) -> Tensor:
         """See IncrementalDrafter."""
         features = torch.cat(self._fused(shares))
         rope = rope_angles(self.frequencies, positions, self.dtype)
         return self.rows(tokens, features, rope, window.attend(0))
 
-    def _fused(self, shares: Sequence[Share]) -> list[Tensor]:
+    def _fused(self, shares: Sequence[JobRows]) -> list[Tensor]:
         """What is beside the tokens of the rows, in their order; true features are fused together.
 
         Pieces [n, H].
@@ -119,7 +119,9 @@ class FeatureSession(IncrementalSession):
         rows = [self.features[position] for position in range(start, start + n)]
         return torch.stack([torch.cat([row[layer] for layer in layers]) for row in rows])
 
-    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
+    def finish(
+        self, job: DraftJob, share: JobRows, states: Tensor, logits: Tensor
+    ) -> list[Proposal]:
         """See IncrementalSession."""
         before = self.num_absorbed
         proposals = super().finish(job, share, states, logits)
