@@ -37,7 +37,7 @@ MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
         "left",
         {"request": "request", "seq": "seq_no", "rows": "rows", "slowest_rows": "slowest_rows"},
     ),
-    wire.Features: ("hidden", {"request": "request", "layer": "layer", "nodes": "nodes"}),
+    wire.HiddenStates: ("hidden", {"request": "request", "layer": "layer", "nodes": "nodes"}),
     wire.Status: (
         "status",
         {
