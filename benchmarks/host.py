@@ -139,7 +139,7 @@ class ScriptedSession:
         """Take the accepted tokens."""
         self.num_rows_ready += len(tokens)
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
         """Ignore the hidden states, which an EAGLE head would need."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
@@ -147,7 +147,7 @@ class ScriptedSession:
         del tree
         return self.num_rows_ready if nodes is None else len(nodes)
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
+    def prefill(self, tree: DraftTree) -> Proposal | None:
         """Propose children of the newest accepted token."""
         self.num_rows_ready = 0
         if not len(tree):

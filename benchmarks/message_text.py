@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from flowspec.protocol import messages as wire
-from flowspec.protocol.sequencing import Lanes
+from flowspec.protocol.sequencing import SequenceNumbers
 
 # class: (its word, word of each field: attribute)
 MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
@@ -37,7 +37,7 @@ MESSAGES: Mapping[type, tuple[str, Mapping[str, str]]] = {
         "left",
         {"request": "request", "seq": "seq_no", "rows": "rows", "slowest_rows": "slowest_rows"},
     ),
-    wire.Features: ("hidden", {"request": "request", "layer": "layer", "nodes": "nodes"}),
+    wire.HiddenStates: ("hidden", {"request": "request", "layer": "layer", "nodes": "nodes"}),
     wire.Status: (
         "status",
         {
@@ -80,7 +80,7 @@ class MessageLog:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.counts: dict[str, int] = {}  # number of messages by kind
-        self._lanes: dict[int, Lanes] = {}
+        self._numbers: dict[int, SequenceNumbers] = {}
         self._positions: dict[tuple[int, int, int], int] = {}  # by epoch, request and node
 
     @property
@@ -95,7 +95,8 @@ class MessageLog:
 
     def add(self, source: int, to: int, message: Any) -> None:
         """Record a message that rank `source` sends to rank `to`."""
-        numbered: Any = self._lanes.setdefault(source, Lanes(source)).number(to, message)
+        numbers = self._numbers.setdefault(source, SequenceNumbers(source))
+        numbered: Any = numbers.number(to, message)
         segments = wire.segments_of(message)
         if segments:
             kind = "segment"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp
 
-from flowspec.head.calibration import Outcome, PathForecast
+from flowspec.head.calibration import PathForecast, SettledForecast
 
 NUM_BINS = 20
 
@@ -77,18 +77,18 @@ def reliability(forecasts: Iterable[tuple[float, bool]]) -> Reliability:
     )
 
 
-def settled(paths: Iterable[PathForecast], text: Sequence[int]) -> list[Outcome]:
+def settled(paths: Iterable[PathForecast], text: Sequence[int]) -> list[SettledForecast]:
     """Return the outcomes of path forecasts in `text` (prompt and answer), except beyond it."""
     outcomes = []
     for path in paths:
         start = path.position + 1
         true = tuple(text[start : start + len(path.tokens)])
         if len(true) == len(path.tokens) or true != path.tokens[: len(true)]:
-            outcomes.append(Outcome("path", path.raw, path.calibrated, true == path.tokens))
+            outcomes.append(SettledForecast("path", path.raw, path.calibrated, true == path.tokens))
     return outcomes
 
 
-def before_and_after(outcomes: Sequence[Outcome]) -> tuple[Reliability, Reliability]:
+def before_and_after(outcomes: Sequence[SettledForecast]) -> tuple[Reliability, Reliability]:
     """Return the reliability of the drafter's raw probabilities, and of the calibrated ones."""
     return (
         reliability((outcome.raw, outcome.happened) for outcome in outcomes),

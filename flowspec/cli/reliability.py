@@ -20,7 +20,7 @@ from flowspec.config import EngineConfig
 from flowspec.engine.build import HeadParts, build_head, build_stage, check_run, load_head_parts
 from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.head.calibration import Outcome, PathForecast
+from flowspec.head.calibration import PathForecast, SettledForecast
 from flowspec.request import Request, SamplingParams
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES, find_strategy
@@ -36,8 +36,8 @@ PLOTS = (".png", ".svg", ".pdf")
 class _Settled:
     """All forecasts of a run with their outcomes."""
 
-    children: list[Outcome]
-    paths: list[Outcome]
+    children: list[SettledForecast]
+    paths: list[SettledForecast]
 
     def report(self) -> dict[str, dict[str, Reliability]]:
         """Return the reliability by kind of forecast, before and after calibration."""

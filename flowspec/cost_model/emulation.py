@@ -18,7 +18,7 @@ from flowspec.cost_model.profiles import (
     read_cluster,
     read_model,
 )
-from flowspec.protocol.messages import HEAD, Features, Message, Reroot, segments_of
+from flowspec.protocol.messages import HEAD, HiddenStates, Message, Reroot, segments_of
 from flowspec.request import NO_NODE
 from flowspec.runtime.core import Work
 from flowspec.transport.link_occupancy import Passage
@@ -141,7 +141,7 @@ class Emulation:
             size += len(segment.nodes) * row
             for sent in segment.candidates:
                 size += len(sent.tokens) * CANDIDATE_BYTES + len(sent.drawn_from) * DRAWN_BYTES
-        if isinstance(message, Features):
+        if isinstance(message, HiddenStates):
             size += len(message.nodes) * (NODE_BYTES + hidden)
         return size
 

@@ -14,7 +14,7 @@ from flowspec.speculation.strategy import ResolvedDecoding
 
 @dataclass(frozen=True, slots=True)
 class DraftShare:
-    """One request's share of a drafter forward, and how many rows it will compute."""
+    """One request's share of a drafter forward, with the number of rows that it computes."""
 
     request: RequestState
     job: DraftJob
@@ -27,23 +27,23 @@ class DraftShare:
 
 
 def next_shares(requests: Iterable[RequestState], failures: Failures) -> list[DraftShare]:
-    """Each request's share of its drafter's next forward: true rows, and guesses to expand."""
+    """Return each request's share of its drafter's next forward: true rows and nodes to expand."""
     shares = []
     for request in requests:
         with failures.of(request.id):
             assert request.strategy is not None, "a running request has a strategy"
-            absorbs = request.drafter.num_rows_ready > 0
+            prefills = request.drafter.num_rows_ready > 0
             nodes = request.strategy.next_draft(request) if request.is_decoding else ()
-            if absorbs or nodes:
-                job = DraftJob(request.drafter, request.tree, nodes, absorbs)
+            if prefills or nodes:
+                job = DraftJob(request.drafter, request.tree, nodes, prefills)
                 shares.append(DraftShare(request, job, job.num_rows))
     return shares
 
 
 def of_one_drafter(shares: Sequence[DraftShare], last: str) -> list[DraftShare]:
-    """The shares that one forward can compute: those of a drafter other than `last`, if any.
+    """Return the shares that one forward can compute, of another drafter than `last` if possible.
 
-    So drafters take turns where several have something to draft.
+    So drafters take turns if several have something to draft.
     """
 
     def key(decoding: ResolvedDecoding) -> tuple[str, bool]:
@@ -61,10 +61,11 @@ def draft_work(
     failures: Failures,
     after: Callable[[float], Sequence[Send]],
 ) -> Work | None:
-    """One forward of `drafter` for all of `shares`; messages are served while it runs.
+    """Run one forward of `drafter` for all `shares`; messages are served meanwhile.
 
-    A drafter says which job an exception belongs to (`Draft.finish`); one that raises fails all of
-    them. `after` gives what follows once failures are noted. None where it could not begin.
+    The drafter says which job an exception belongs to (`Draft.finish`); an exception of the drafter
+    itself fails all of them. `after` gives what follows once failures are noted. Returns None if
+    the forward could not begin.
     """
     ids = [share.request.id for share in shares]
     begun = attempt(partial(drafter.begin, [share.job for share in shares]))
@@ -96,7 +97,7 @@ def draft_work(
         return after(now)
 
     about: dict[str, object] = {"requests": ids}
-    if len(shares) == 1:  # ids of nodes mean something within one request alone
+    if len(shares) == 1:  # node ids have a meaning within one request only
         about["nodes"] = [node.id for node in shares[0].job.nodes]
     return Work(
         kind="draft",
@@ -111,9 +112,9 @@ def draft_work(
 
 
 def _proposed(draft: Draft, ran: Sequence[Exception | None], count: int) -> Sequence[Proposed]:
-    """What each of `count` jobs has come to.
+    """Return the result of each of `count` jobs.
 
-    All have the same exception where nobody knows whose it was.
+    All jobs get the same exception if it cannot be attributed to one of them.
     """
     failed = next((error for error in ran if error is not None), None)
     proposed = attempt(draft.finish) if failed is None else failed

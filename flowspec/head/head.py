@@ -1,11 +1,11 @@
-"""Head (rank 0): prompts in, segments out, verdicts in, tokens out.
+"""Head (rank 0): it takes requests and verdicts in, and sends segments and tokens out.
 
-A sans-IO core (runtime/core.py). It takes messages in; between them it takes one decision at a
-time: start a waiting request, send the next batch (head/scheduler.py), or run one drafter forward
-(head/drafting.py). Prefill, stop rules and statistics live here, once, for every strategy.
+It is a sans-IO core (runtime/core.py). Between messages it takes one decision at a time: start a
+waiting request, send the next batch (head/scheduler.py), or run one drafter forward
+(head/drafting.py). Prefill, stop rules and statistics are here, once for every strategy.
 
-Work for a request is done inside `self.failures.of(request)`; an exception there ends that request
-at the end of the turn (runtime/failures.py).
+Work for a request runs inside `self.failures.of(request)`. An exception there ends that request at
+the end of the turn (runtime/failures.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +27,10 @@ from flowspec.protocol.messages import (
     DraftSubtree,
     Exit,
     Failed,
-    Features,
     FinishRequest,
     ForgetCosts,
     FreeRequest,
+    HiddenStates,
     Message,
     Reroot,
     Reset,
@@ -69,10 +69,10 @@ MAX_FINISHED = 256  # finished requests whose stage counts are kept
 
 
 class Head:
-    """Serves as many requests at once as its scheduler lets run; others wait in its queue.
+    """Serves as many requests at once as its scheduler allows; others wait in its queue.
 
-    `decoding` is that of requests that name none. `drafters` are loaded, by name; the first one is
-    that of requests that name none.
+    `decoding` is the default for requests that name none. `drafters` are the loaded ones by name;
+    the first one is the default.
     """
 
     rank = 0
@@ -95,17 +95,18 @@ class Head:
         self.new_text = new_text
         self.calibrations: dict[ResolvedDecoding, Calibration] = {}
         self.newest_id = 0
-        # What each stage did for the newest requests that are over
+        # Stage counts of the newest finished requests.
         self.finished: dict[int, dict[int, StageCounts]] = {}
         self.statuses: dict[int, Status] = {}
-        self.heard_at: dict[int, float] = {}  # when each stage's status came
-        self.outage: Failure | None = None  # why nothing is sent: a stage is lost
-        self.resumes = False  # whether somebody replaces a stage that fails; else requests end
-        # Requests that ran as the newest stage was lost, and by how many losses they ended
+        self.heard_at: dict[int, float] = {}  # arrival time of each stage's status
+        self.outage: Failure | None = None  # the failure of a lost stage; nothing is sent meanwhile
+        self.resumes = False  # whether a failed stage is replaced; otherwise requests end
+        # Requests that ran when the newest stage was lost, with the number of losses that ended
+        # them.
         self.blamed: dict[int, int] = {}
 
     def resolve(self, decoding: Decoding | None) -> ResolvedDecoding:
-        """What a request's decoding means here. Raises ValueError for what cannot be had."""
+        """Return a request's decoding with the defaults set. Raises ValueError if it cannot run."""
         decoding, own = decoding or self.decoding, self.decoding.strategy
         if find_strategy(decoding.strategy).without is not find_strategy(own).without:
             raise ValueError(
@@ -115,18 +116,18 @@ class Head:
         return resolve_decoding(decoding, self.drafters)
 
     def drafter_of(self, decoding: ResolvedDecoding) -> Drafter:
-        """The drafter as the decoding wants it, with or without n-gram branches."""
+        """Return the drafter for a decoding, with or without n-gram branches."""
         drafters = self.merged if decoding.merges else self.drafters
         return drafters[decoding.drafter]
 
     def calibration_of(self, decoding: ResolvedDecoding) -> Calibration | None:
-        """What requests of this decoding have learnt together; None where nothing is learnt."""
+        """Return the calibration that requests of this decoding share; None if it is off."""
         if decoding.drafter == "none" or not decoding.drafting.calibrate:
             return None
         return self.calibrations.setdefault(decoding, Calibration())
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """Take one message in. Messages of another epoch are ignored."""
+        """Process one message. Messages of another epoch are ignored."""
         self.pipe.now = now
         if epoch_of(message) not in (None, self.pipe.epoch):
             return ()
@@ -147,9 +148,9 @@ class Head:
                 self.pipe.start((message.request, message.seq_no))
             case Exit():
                 self._exit(message)
-            case Features():
+            case HiddenStates():
                 with self.failures.of(message.request):
-                    self._features(message)
+                    self._hidden_states(message)
             case DraftSubtree():
                 with self.failures.of(message.request):
                     self._subtree(message)
@@ -161,7 +162,7 @@ class Head:
     def _obey(
         self, message: Submit | AbortRequest | ForgetCosts | Suspend | Resume, now: float
     ) -> Sequence[Send]:
-        """What the client or the head's own process wants."""
+        """Process a message of the client or of the head's own process."""
         match message:
             case Submit():
                 return self._submit(message.request, now)
@@ -176,7 +177,7 @@ class Head:
         return ()
 
     def poll(self, now: float) -> Step | None:
-        """The next decision: a batch first, so that the pipe never waits for the drafter."""
+        """Return the next decision: a batch first, so that the pipe never waits for the drafter."""
         self.pipe.now = now
         if self.outage is not None:
             return None
@@ -202,14 +203,14 @@ class Head:
                 drafter = self.drafter_of(own[0].request.decoding)
                 work = draft_work(drafter, self.pipe, own, self.failures, self._end_failed)
                 return Step(work=work)
-            # "nothing more to draft" may be what a strategy was waiting for
+            # A strategy may have waited to learn that there is nothing more to draft.
             batch = self.scheduler.next_batch()
         return Step(sends=[Send(FIRST_STAGE, together(batch))]) if batch else None
 
     # Beginnings ----------------------------------------------------------------------------------
 
     def _submit(self, request: Request, now: float) -> Sequence[Send]:
-        """Queue a request; whatever is wrong with it ends it here."""
+        """Queue a request, or end it at once if it cannot run."""
         if not self.newest_id < request.id < 2**63:
             cause = f"request id {request.id} must be above the last, {self.newest_id}"
             return [_refusal(request, Failure(cause=cause, kind=FailureKind.REFUSED))]
@@ -221,7 +222,7 @@ class Head:
         return ()
 
     def _new_state(self, request: Request, now: float) -> RequestState:
-        """Raises ValueError where the request can never run."""
+        """Return the state of a new request. Raises ValueError if it can never run."""
         decoding = self.resolve(request.decoding)
         rule_of(request.sampling)
         return RequestState(
@@ -235,7 +236,7 @@ class Head:
         )
 
     def _start(self, request: RequestState, now: float) -> Sequence[Send]:
-        """The oldest waiting request runs, with what a kept one has in common with it."""
+        """Start the oldest waiting request, reusing the common prefix of a cached one."""
         evicted, succeeded, started = [], [], []
         with self.failures.of(request.id):
             start = self.scheduler.start(request)
@@ -256,7 +257,7 @@ class Head:
         return sends
 
     def _close(self, requests: Sequence[int]) -> list[Send]:
-        """Free kept requests on the stages."""
+        """Free cached requests on the stages."""
         epoch = self.pipe.epoch
         self.pipe.num_closes += len(requests)
         return [Send(FIRST_STAGE, FinishRequest(epoch=epoch, request=old)) for old in requests]
@@ -281,8 +282,8 @@ class Head:
         if segments and message.rows:
             self.pipe.cost.record(message.slowest_rows, message.slowest_ms)
 
-    def _features(self, message: Features) -> None:
-        """True hidden states; those of a kept request complete what its next turn can reuse."""
+    def _hidden_states(self, message: HiddenStates) -> None:
+        """Take hidden states of true tokens; the next turn of a cached request needs them too."""
         request = self.scheduler.running.get(message.request)
         request = request or self.scheduler.cache.requests.get(message.request)
         if request is None:
@@ -290,10 +291,10 @@ class Head:
         by_position = {}
         for node, hidden in zip(message.nodes, message.hidden, strict=True):
             by_position[request.locate(node)] = hidden
-        request.drafter.accept_features(message.layer, by_position)
+        request.drafter.accept_hidden_states(message.layer, by_position)
 
     def _subtree(self, message: DraftSubtree) -> None:
-        """A drafter has pushed guesses; those of a request that is over are ignored."""
+        """Take guesses that a drafter has pushed; those of finished requests are ignored."""
         request = self.scheduler.running.get(message.request)
         if request is not None and self.drafter_pushes(request):
             entries = tuple(zip(message.parents, message.tokens, message.logprobs, strict=True))
@@ -301,13 +302,13 @@ class Head:
             request.take_subtree(message.position, message.path, subtree)
 
     def drafter_pushes(self, request: RequestState) -> bool:
-        """Whether the request's drafter is a core of its own that is never asked."""
+        """Whether the request's drafter is a core of its own, which pushes and is never asked."""
         return bool(getattr(self.drafters[request.decoding.drafter], "pushes", False))
 
     def _tell_drafter(
         self, request: RequestState, position: int, tokens: Sequence[int], *, is_over: bool = False
     ) -> list[Send]:
-        """Tell a drafter that pushes which tokens are true; others are told by their sessions."""
+        """Tell a pushing drafter which tokens are true; sessions tell the others."""
         if not self.drafter_pushes(request):
             return []
         context = DraftContext(
@@ -341,7 +342,7 @@ class Head:
     def _accept(
         self, request: RequestState, verdict: Reroot, now: float
     ) -> tuple[list[int], int | None]:
-        """The verdict's new tokens, and how many of them the tree held; None: the prompt's."""
+        """Return a verdict's new tokens and how many of them were drafted (None: the prompt's)."""
         tree = request.tree
         if not request.is_decoding:
             tree.plant(verdict.parent, verdict.token, verdict.position)
@@ -362,8 +363,8 @@ class Head:
     ) -> tuple[TokensOut, FinishReason | None]:
         """Apply the stop rules in order of position; nothing after the end is counted.
 
-        Of the new tokens the first `num_drafted` were in the tree; None: the prompt's verdict.
-        Returns what the client is told, and why the request ends, where it does.
+        The first `num_drafted` of the new tokens were in the tree; None means the prompt's verdict.
+        Returns the event for the client and the finish reason, if the request ends.
         """
         end_ids = request.request.eos_token_ids or ()
         new = new[: request.max_new_tokens - len(request.tokens)]
@@ -397,7 +398,7 @@ class Head:
         now: float,
         error: Failure | None = None,
     ) -> list[Send]:
-        """A running request is over: its memory is free at once, or kept for a next turn."""
+        """End a running request: free its memory at once, or keep it for a next turn."""
         epoch, cache = self.pipe.epoch, self.scheduler.cache
         del self.scheduler.running[request.id]
         end = self._end(request, reason, now, error)
@@ -419,7 +420,7 @@ class Head:
         now: float,
         error: Failure | None = None,
     ) -> Send:
-        """The request's output; it is on no stage any more, or has just been freed there."""
+        """Return the request's output. It is on no stage any more, or has just been freed there."""
         output = request.finish(reason, now, error)
         self.finished[request.id] = {}
         if len(self.finished) > MAX_FINISHED:
@@ -427,7 +428,7 @@ class Head:
         return Send(CLIENT, output)
 
     def _end_failed(self, now: float) -> list[Send]:
-        """End the requests whose own work has failed; a kept one is given up."""
+        """End requests whose own work has failed; evict failed ones from the prefix cache."""
         sends: list[Send] = []
         for number, error in self.failures.take().items():
             failure = own_failure(error)
@@ -447,17 +448,17 @@ class Head:
         return ()
 
     def _forget_costs(self) -> None:
-        """Learn costs and calibration anew; only where no request is open."""
+        """Forget learnt costs and calibration; does nothing while requests are open."""
         if not self.scheduler.running and not self.scheduler.waiting:
             self.pipe.forget()
             self.calibrations.clear()
 
     def _suspend(self, failure: Failure, now: float, *, blames: bool = False) -> list[Send]:
-        """A stage is lost, and every request's rows with it; the accepted tokens are here.
+        """Stop sending after the loss of a stage: the rows of every request are lost with it.
 
-        With `blames` a request may have been the cause. One alone cannot be told from the others
-        that ran, so all are suspects: they start again one at a time, those with most losses
-        first, and one that the losses condemn (head/losses.py) ends here.
+        The accepted tokens are here. With `blames` a request may have been the cause. It cannot be
+        told from the others that ran, so all are suspects: they start again one at a time, those
+        with most losses first. A request that its losses condemn (head/losses.py) ends here.
         """
         self.outage = failure
         self.pipe.begin_epoch()
@@ -481,9 +482,9 @@ class Head:
         return sends
 
     def _resume(self, message: Resume, now: float) -> Sequence[Send]:
-        """The layers are covered again: requests start anew as memory allows, prefixes first."""
+        """Go on with a complete pipeline: requests start anew as memory allows, prefixes first."""
         if self.outage is None:
-            self._suspend(Failure(cause=""), now)  # nobody is to blame, so nobody ends
+            self._suspend(Failure(cause=""), now)  # nobody is to blame, so no request ends
         self.outage = None
         self.blamed.clear()
         if message.num_stages != self.pipe.num_stages:
@@ -500,7 +501,7 @@ class Head:
         return sends
 
     def _abandon(self, failure: Failure, now: float) -> Sequence[Send]:
-        """Every request ends here; the client has what was generated."""
+        """End every request; the client keeps what was generated."""
         sends: list[Send] = []
         for request in list(self.scheduler.running.values()):
             sends += self._finish(request, FinishReason.ERROR, now, failure)
@@ -510,7 +511,7 @@ class Head:
         return sends
 
     def _failed(self, message: Failed, now: float) -> Sequence[Send]:
-        """A stage cannot serve one request, or (request 0) none."""
+        """Handle a stage that cannot serve one request, or (request 0) any request."""
         failure = Failure(cause=message.text, rank=message.stage)
         if self.resumes and not message.request:
             return self._suspend(failure, now, blames=not message.num_lost)
@@ -524,7 +525,7 @@ class Head:
 
 
 def failure_of(error: Exception) -> Failure:
-    """What an exception says of a request: a ValueError is the request's own fault."""
+    """Return the failure of a request: a ValueError is its own fault, anything else the head's."""
     if isinstance(error, TooLargeError):
         return Failure(cause=str(error), kind=FailureKind.TOO_LARGE)
     if isinstance(error, ValueError):
@@ -533,12 +534,12 @@ def failure_of(error: Exception) -> Failure:
 
 
 def own_failure(error: Exception) -> Failure:
-    """What a client is told of an exception in the head's work for its request."""
+    """Return what a client is told of an exception in the head's work for its request."""
     return Failure(cause=cause_of(error), rank=0)
 
 
 def after_losses(failure: Failure, count: int) -> Failure:
-    """Why a request ends that may be the cause of a device's loss; a log follows in its place."""
+    """Return the failure of a request that may have caused the loss of a device."""
     first, newline, log = failure.cause.partition("\n")
     cause = (
         f"{first}; a device was lost {count} times while it served this request, which is not "
@@ -548,7 +549,7 @@ def after_losses(failure: Failure, count: int) -> Failure:
 
 
 def _refusal(request: Request, failure: Failure) -> Send:
-    """The end of a request that was never queued."""
+    """Return the end of a request that was never queued."""
     output = RequestOutput(
         request=request.id,
         reason=FinishReason.ERROR,

@@ -9,7 +9,7 @@ from flowspec.runtime.failures import Failures
 
 @dataclass(slots=True)
 class PrefixCache:
-    """At most `max_size` finished requests, oldest first."""
+    """Holds at most `max_size` finished requests, oldest first."""
 
     max_size: int = 0
     requests: dict[int, RequestState] = field(default_factory=dict)
@@ -26,13 +26,13 @@ class PrefixCache:
 
     @property
     def num_kv_tokens(self) -> int:
-        """What their caches take on every stage."""
+        """Tokens that the cached requests take on every stage."""
         return sum(request.num_kv_tokens for request in self)
 
     def find(self, new: RequestState) -> tuple[RequestState | None, int]:
-        """The request with the longest beginning in common with `new`, and its length.
+        """Return the request that shares the longest prefix with `new`, and the prefix's length.
 
-        Only one of equal decoding has a drafter session that `new` can go on with.
+        Only requests of equal decoding count, since `new` goes on with their drafter session.
         """
         best: RequestState | None = None
         longest = 0
@@ -46,14 +46,14 @@ class PrefixCache:
         return best, longest
 
     def is_next_turn(self, request: RequestState, num_cached_tokens: int) -> bool:
-        """Whether a request that reuses `num_cached_tokens` of `request` is its next turn.
+        """Return whether a request that reuses `num_cached_tokens` of `request` is its next turn.
 
-        Otherwise they only begin alike, as all prompts of one chat template do.
+        Otherwise both only begin alike, as all prompts of one chat template do.
         """
         return 2 * num_cached_tokens >= request.num_committed
 
     def add(self, request: RequestState) -> list[int]:
-        """Keep a finished request; returns the ids of those given up for it."""
+        """Keep a finished request; return the ids of those evicted for it."""
         self.requests[request.id] = request
         gone = list(self.requests)[: max(0, len(self.requests) - self.max_size)]
         for old in gone:
@@ -61,9 +61,9 @@ class PrefixCache:
         return gone
 
     def remove(self, request: int) -> RequestState | None:
-        """Give one up; None: it was not kept."""
+        """Remove and return a request; None if it was not cached."""
         return self.requests.pop(request, None)
 
     def clear(self) -> None:
-        """The stages are lost, and all rows with them."""
+        """Forget all requests: the stages and their rows are lost."""
         self.requests.clear()

@@ -1,8 +1,7 @@
-"""RequestState: what became of one request, from its submission to its end.
+"""RequestState: the state of one request from its submission to its end.
 
-It owns the request's tokens, text, statistics, draft tree and drafter session. Strategies decide by
-what they see of it; only the head and its scheduler change it. Once it is finished the prefix cache
-may keep it.
+It owns the request's tokens, text, statistics, draft tree and drafter session. Strategies read it;
+only the head and its scheduler change it. The prefix cache may keep it once it is finished.
 """
 
 from collections.abc import Container, Iterable, Sequence
@@ -43,35 +42,36 @@ from flowspec.speculation.tree import DraftTree, Node
 from flowspec.tokenizer import TextStream
 
 MIN_TREE_TOKENS = 256
-CLEARED_AFTER = 2  # verdicts since it began: an earlier loss of a stage was not its doing
-FORGOTTEN_AFTER_S = 60.0  # of service without a loss: nor were those before
+# A request is cleared of earlier losses of stages after so many verdicts, or so much service.
+CLEARED_AFTER = 2
+FORGOTTEN_AFTER_S = 60.0
 _LOGPROB = itemgetter(1)
 
 
 class RequestStatus(Enum):
-    """Where a request is in its life."""
+    """The stages in the life of a request."""
 
     WAITING = "waiting"
     RUNNING = "running"
-    PREEMPTED = "preempted"  # its stages were lost; it waits to run again from its tokens
+    PREEMPTED = "preempted"  # its stages were lost; it waits to go on from its tokens
     FINISHED = "finished"
 
 
 def max_tree_tokens(config: StrategyConfig) -> int:
-    """Most tree tokens of one request that a stage's cache must hold at once."""
+    """Return the most tree tokens of one request that a stage's cache must hold at once."""
     size = config.num_draft_tokens if isinstance(config, DraftingConfig) else 0
     return max(MIN_TREE_TOKENS, size + 1)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class RequestState:
-    """One request in the head. Times in seconds of the driver's clock."""
+    """One request in the head. Times are in seconds of the event loop's clock."""
 
     request: Request
     decoding: ResolvedDecoding
     text: TextStream
     pipe: Pipeline
-    max_new_tokens: int  # as asked, at most what the context has room for
+    max_new_tokens: int  # at most what the context has room for
     vocab_size: int = 0  # of the target; 0: not known
     stats: DecodeStats = field(default_factory=DecodeStats)
     status: RequestStatus = RequestStatus.WAITING
@@ -79,26 +79,24 @@ class RequestState:
     losses: Losses = field(default_factory=Losses)  # of stages, while it ran
     lost_at: float | None = None  # when its stages were lost, until its next token
 
-    # Of the present run; a request that was preempted begins these anew.
+    # Fields of the present run; they begin anew after a preemption.
     strategy: "Strategy[RequestState] | None" = None
     drafter: DraftSession = field(default_factory=NoDraftSession)
     forecasts: Forecasts | None = None  # corrects the drafter's scores
-    prefix: tuple[int, ...] = ()  # tokens known when it began to run
+    prefix: tuple[int, ...] = ()  # tokens known when the run began
     tree: DraftTree = field(default_factory=DraftTree)
-    verdict: Reroot | None = None  # the newest
-    flights: set[int] = field(default_factory=set)  # sequence numbers sent and not back
+    verdict: Reroot | None = None  # the newest one
+    flights: set[int] = field(default_factory=set)  # sequence numbers in flight
     num_segments: int = 0  # sent, those of the prefix included
     num_prefix_sent: int = 0
     num_verdicts: int = 0
     first_verdict_at: float = 0.0
     last_was_hit: bool = False  # the newest verdict's token was in the tree
-    last_was_unsent: bool = False  # and not in flight
-    root_proposal: Proposal | Subtree | None = (
-        None  # the drafter's newest proposal for a root's children
-    )
-    num_aux_hidden_state_layers: int = 0  # that the drafter wants the hidden states of
+    last_was_unsent: bool = False  # and was not in flight
+    root_proposal: Proposal | Subtree | None = None  # the newest proposal for the root's children
+    num_aux_hidden_state_layers: int = 0  # number of layers whose hidden states the drafter needs
     positions: dict[NodeId, int] = field(default_factory=dict)  # of accepted nodes, see `locate`
-    num_layers_come: dict[NodeId, int] = field(default_factory=dict)  # of nodes, where not all
+    num_layers_come: dict[NodeId, int] = field(default_factory=dict)  # while some are missing
 
     @property
     def id(self) -> int:
@@ -107,7 +105,7 @@ class RequestState:
 
     @property
     def context(self) -> int:
-        """Positions that exist: the prompt and every token that may be generated."""
+        """Number of positions: the prompt and every token that may be generated."""
         return len(self.request.prompt_tokens) + self.max_new_tokens
 
     @property
@@ -117,7 +115,7 @@ class RequestState:
 
     @property
     def num_tree_tokens_free(self) -> int:
-        """How many more tree tokens the stages' caches can hold."""
+        """Number of tree tokens that the stages' caches can still hold."""
         return max_tree_tokens(self.decoding.config) - self.tree.num_sent
 
     @property
@@ -132,44 +130,44 @@ class RequestState:
 
     @property
     def num_stages(self) -> int:
-        """Of the pipeline."""
+        """Number of stages of the pipeline."""
         return self.pipe.num_stages
 
     @property
     def num_in_flight(self) -> int:
-        """This request's segments sent and not back."""
+        """Number of this request's segments in flight."""
         return len(self.flights)
 
     @property
     def drained(self) -> bool:
-        """Nothing is in flight."""
+        """Whether nothing is in flight."""
         return not self.flights
 
     @property
     def round_over(self) -> bool:
-        """The pipe is empty and the root is a token the target has not seen: draft anew."""
+        """Whether the pipe is empty and the target has not seen the root: draft anew."""
         return self.drained and not self.tree.root.sent
 
     @property
     def draft_left_s(self) -> float:
-        """How much longer the running drafter forward is expected to take, or one begun now."""
+        """Expected rest of the running drafter forward, or the time of a new one."""
         return self.pipe.draft_left_s(self.decoding.drafter)
 
     @property
     def all_tokens(self) -> tuple[int, ...]:
-        """Prompt and what was generated."""
+        """Prompt and generated tokens."""
         return (*self.request.prompt_tokens, *self.tokens)
 
     @property
     def num_committed(self) -> int:
-        """Tokens whose rows every stage has committed once it knows the newest verdict."""
+        """Number of tokens whose rows every stage commits once it knows the newest verdict."""
         return 0 if self.verdict is None else self.verdict.position
 
     def num_reusable(self, prompt: Sequence[int]) -> int:
-        """Leading positions of another request's `prompt` that need not be computed again.
+        """Return how many leading positions of another request's `prompt` can be reused.
 
-        One less than the tokens in common, as an Opening wants it, and at most what the stages
-        have committed and the drafter has complete.
+        It is one less than the tokens in common, as an Opening needs it, and at most what the
+        stages have committed and the drafter has complete.
         """
         in_common = len(commonprefix([tuple(prompt), self.all_tokens]))
         return max(0, min(in_common - 1, self.num_committed, self.drafter.num_reusable))
@@ -188,7 +186,7 @@ class RequestState:
         """Begin to run, or begin again; the first `num_cached_tokens` are those of `reuse`.
 
         Returns the message that makes room for it on the stages. Sampling noise is keyed by
-        absolute position, so what follows does not depend on where a run begins.
+        absolute position, so the text does not depend on where a run begins.
         """
         if self.status is RequestStatus.PREEMPTED:
             self.stats.num_resumes += 1
@@ -239,7 +237,7 @@ class RequestState:
         self.last_was_hit = self.last_was_unsent = False
 
     def preempt(self, now: float) -> None:
-        """Its stages are lost; its tokens, text and statistics are not."""
+        """Leave the lost stages; tokens, text and statistics stay."""
         self.status = RequestStatus.PREEMPTED
         self.lost_at = now if self.lost_at is None else self.lost_at
         self._clear_run()
@@ -247,7 +245,7 @@ class RequestState:
     def finish(
         self, reason: FinishReason, now: float, error: Failure | None = None
     ) -> RequestOutput:
-        """It is over; what has come of it."""
+        """Finish the request and return its output."""
         self.end_outage(now)
         self.status = RequestStatus.FINISHED
         self.stats.finished_at = now
@@ -262,7 +260,7 @@ class RequestState:
         )
 
     def count_verdict(self, now: float) -> None:
-        """A verdict has come: with the second, stages have also computed rows of its tree."""
+        """Count a verdict: with the second one the stages have also computed rows of its tree."""
         self.num_verdicts += 1
         if self.num_verdicts == 1:
             self.first_verdict_at = now
@@ -272,13 +270,13 @@ class RequestState:
             self.losses.forget()
 
     def count_loss(self, *, alone: bool) -> None:
-        """A stage is lost, and may be by its doing."""
+        """Count a lost stage that the request may have caused."""
         self.losses.add(alone=alone, early=self.num_verdicts < CLEARED_AFTER)
 
     def end_outage(self, now: float) -> None:
-        """A token has come, or the request is over.
+        """End an outage: a token has come, or the request is over.
 
-        An outage before the first token is a part of the time to it and counted nowhere else.
+        An outage before the first token is part of the time to it and is counted nowhere else.
         """
         if self.lost_at is not None and self.stats.num_tokens:
             self.stats.resume_s += now - self.lost_at
@@ -287,7 +285,7 @@ class RequestState:
     # Hidden states -------------------------------------------------------------------------------
 
     def commit(self, nodes: Iterable[tuple[NodeId, int]]) -> None:
-        """Nodes (with their positions) are accepted: their features come, or have come before."""
+        """Mark nodes (with their positions) as accepted; their hidden states may have come."""
         for node, position in nodes:
             if self.num_layers_come.get(node, 0) < self.num_aux_hidden_state_layers:
                 self.positions[node] = position
@@ -295,13 +293,15 @@ class RequestState:
                 self.num_layers_come.pop(node, None)
 
     def locate(self, node: NodeId) -> int:
-        """Absolute position of a node whose features of one more layer have come.
+        """Return the absolute position of a node whose hidden states of one more layer have come.
 
-        It may be alive still, where they overtook its verdict. What has come in full is forgotten,
-        so that a long text does not fill the memory.
+        The node may still be alive if they overtook its verdict. Complete entries are forgotten, so
+        that a long text does not fill the memory.
         """
         alive = node in self.tree
-        assert alive or node in self.positions, f"features of node {node}, which was never accepted"
+        assert alive or node in self.positions, (
+            f"hidden states of node {node}, which was never accepted"
+        )
         position = self.tree[node].position if alive else self.positions[node]
         self.num_layers_come[node] = self.num_layers_come.get(node, 0) + 1
         if not alive and self.num_layers_come[node] == self.num_aux_hidden_state_layers:
@@ -313,7 +313,7 @@ class RequestState:
     def take_proposals(
         self, proposals: Sequence[Proposal | Subtree], *, expanded: Container[NodeId]
     ) -> None:
-        """The drafter's forward is done: what is below expanded nodes, and perhaps the root."""
+        """Add the results of a drafter forward: children of expanded nodes, perhaps the root's."""
         config = self.decoding.drafting
         below = [proposal for proposal in proposals if proposal.node in expanded]
         for proposal in proposals:
@@ -344,13 +344,13 @@ class RequestState:
             nodes.update({place: known[token] for place, token, _ in children if token in known})
 
     def take_subtree(self, position: int, path: Sequence[int], subtree: Subtree) -> None:
-        """Guesses that a drafter has pushed, below the text up to `position` and then `path`.
+        """Add guesses that a drafter has pushed, below the text up to `position` and then `path`.
 
-        `subtree.node` is not known to the drafter and is found here. The text has gone on since;
+        The drafter does not know `subtree.node`, which is found here. The text has gone on since;
         guesses below a path that has turned out wrong are dropped.
         """
         if not self.is_decoding or position > self.tree.root.position:
-            return  # the prompt's verdict has yet to come, or the drafter is ahead of the head
+            return  # the prompt has no verdict yet, or the drafter is ahead of the head
         known = self.all_tokens[position + 1 : self.tree.root.position + 1]
         if tuple(path[: len(known)]) != known[: len(path)] or len(path) < len(known):
             return
@@ -364,7 +364,7 @@ class RequestState:
         self.grow_subtree(found, floor_count=self.decoding.drafting.num_draft_tokens)
 
     def drop_tree(self) -> None:
-        """Forget all guesses but the root's children as last proposed: a new round begins."""
+        """Forget all guesses but the root's children as last proposed, for a new round."""
         self.tree.drop_descendants()
         proposal = self.root_proposal
         if proposal is not None and proposal.node == self.tree.root.id:
@@ -373,10 +373,11 @@ class RequestState:
     def grow(
         self, proposals: list[Proposal], *, floor_count: int, merged: bool = False
     ) -> list[Node]:
-        """Add proposed children that are among the `floor_count` best; returns those added.
+        """Add proposed children that are among the `floor_count` best; return those added.
 
-        `merged` children are not the drafter's, which may still expand the node. Tokens outside
-        the target's vocabulary are left out: it never chooses them, and has no embedding for them.
+        `merged` children are not the drafter's, which may still expand the node. Tokens outside the
+        target's vocabulary are left out: the target never chooses them and has no embedding for
+        them.
         """
         floor = float("-inf")
         if len(self.tree) > floor_count:
@@ -399,7 +400,7 @@ class RequestState:
         return added
 
     def merge_branches(self) -> None:
-        """Add the n-gram branches that need no drafter forward to the tree as it is now."""
+        """Add n-gram branches, which need no drafter forward, to the tree as it is now."""
         if not isinstance(self.drafter, MergedSession) or not self.is_decoding:
             return
         config = self.decoding.drafting
@@ -412,7 +413,7 @@ class RequestState:
             self.drafter.merge_branches(self.tree, grow, most=room, min_score=config.min_score)
 
     def learn(self, path: Sequence[Node], token: int) -> None:
-        """A verdict: `path`, from the old root down, is true, and `token` comes after it."""
+        """Calibrate by a verdict: `path`, from the old root down, is true; `token` follows."""
         if self.forecasts is not None:
             tokens = [*(node.token for node in path[1:]), token]
             self.forecasts.settle([node.id for node in path], tokens, self.tree.nodes)
@@ -420,7 +421,7 @@ class RequestState:
     def _calibrated(
         self, grown: Sequence[tuple[Node, Proposal]]
     ) -> Iterable[Sequence[tuple[int, float]]]:
-        """Each node's proposed children, with corrected scores where these are learnt."""
+        """Return each node's proposed children, with calibrated scores if calibration is on."""
         if self.forecasts is None:
             return [proposal.children for _, proposal in grown]
         above = self.tree.root.position - 1
@@ -436,14 +437,14 @@ class RequestState:
             children = list(zip(tokens, logprobs, strict=True))
             if self.forecasts.calibration.paths is not None:
                 self.forecasts.log_paths(self.tree.path(node.id), children)
-            children.sort(key=_LOGPROB, reverse=True)  # stable, also in reverse
+            children.sort(key=_LOGPROB, reverse=True)  # The sort is stable, also in reverse.
             found.append(children)
         return found
 
     # Segments ------------------------------------------------------------------------------------
 
     def tree_segment(self, nodes: Sequence[Node], *, verify: bool) -> Segment:
-        """Nodes of the tree as the next segment; they count as sent."""
+        """Return nodes of the tree as the next segment, and count them as sent."""
         self.tree.send(nodes)
         return self._segment(
             tuple(node.id for node in nodes),
@@ -455,7 +456,7 @@ class RequestState:
         )
 
     def prefix_segment(self, most: int) -> Segment | None:
-        """Up to `most` tokens of the prefix as the next segment; None: all of it is sent.
+        """Return up to `most` tokens of the prefix as the next segment; None if all of it is sent.
 
         Stages work on different pieces at the same time.
         """
@@ -503,7 +504,7 @@ class RequestState:
 
 
 def within(proposal: Proposal, vocab_size: int) -> Proposal:
-    """The proposal without tokens that the vocabulary does not have (size 0: not known)."""
+    """Return the proposal without tokens outside the vocabulary (size 0: not known)."""
     tokens = [token for token, _ in proposal.children]
     if not vocab_size or not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
         return proposal

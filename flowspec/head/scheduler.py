@@ -1,14 +1,14 @@
 """Scheduler: which requests run, which wait, and what goes into the next batch.
 
-Every stage keeps a KV cache of fixed capacity per request, known before the request begins. The
-budget is what the tightest stage can hold, in tokens of all requests together.
+Every stage keeps a KV cache of fixed capacity per request, which is known before the request
+begins. The budget is what the smallest stage can hold, in tokens of all requests together.
 
 A batch costs t(n), the time of the slowest stage for n rows. It is nearly flat up to a knee, so
-rows of other requests ride along for little. The scheduler maximises expected accepted tokens per
-time, the time on the line to the next stage included: a slow line makes every verdict later. Roots
-come first, since they are certain to be on the true path: a request whose verdict has come is in
-the very next batch. So none waits longer for its next token than a trip through the pipeline takes,
-and prompts advance by a chunk in every batch, the oldest request first.
+rows of other requests add little. The scheduler maximises expected accepted tokens per time. The
+time includes the link to the next stage, since a slow link delays every verdict. Roots come first,
+since they are certain to be on the true path: a request whose verdict has come is in the very next
+batch. So no request waits longer for its next token than one batch takes through the pipeline.
+Prompts advance by a chunk in every batch, the oldest request first.
 """
 
 from collections import deque
@@ -25,28 +25,28 @@ from flowspec.runtime.failures import Failures
 from flowspec.speculation.strategy import Outgoing, StrategyConfig
 from flowspec.speculation.tree import Node
 
-MAX_QUEUED = 64  # requests waiting for their turn
-MAX_SHARED_ROWS = 128  # of best-first rows, where several requests share a batch
+MAX_QUEUED = 64  # requests that wait to run
+MAX_SHARED_ROWS = 128  # best-first rows of a batch that several requests share
 
 
 class TooLargeError(ValueError):
-    """The stages' memory can never hold this request."""
+    """A request that the stages' memory can never hold."""
 
 
 @dataclass(slots=True)
 class Start:
-    """A waiting request may run now, reusing `num_cached_tokens` of a finished one."""
+    """A waiting request that may run now, reusing `num_cached_tokens` of a finished one."""
 
     request: RequestState
     reuse: RequestState | None = None
     num_cached_tokens: int = 0
-    evicted: list[int] = field(default_factory=list)  # from the prefix cache, before it starts
-    succeeded: list[int] = field(default_factory=list)  # and once it has started
+    evicted: list[int] = field(default_factory=list)  # cached requests to free before it starts
+    succeeded: list[int] = field(default_factory=list)  # and after it has started
 
 
 @dataclass(slots=True)
 class _Offer:
-    """Rows of one request that could go now."""
+    """Rows of one request that could be sent now."""
 
     request: RequestState
     outgoing: Outgoing
@@ -57,7 +57,7 @@ class _Offer:
 class Scheduler:
     """Runs up to `max_num_seqs` requests at once, in `max_kv_tokens` in all (0: no limit known).
 
-    `max_cached` finished requests stay on the stages, for prompts that begin with the same tokens.
+    `max_cached` finished requests stay on the stages, for prompts with the same first tokens.
     """
 
     pipe: Pipeline
@@ -72,7 +72,7 @@ class Scheduler:
     waiting: deque[RequestState] = field(default_factory=deque)
     running: dict[int, RequestState] = field(default_factory=dict)  # oldest first
     cache: PrefixCache = field(init=False)
-    _turn: int = 0  # who is asked first
+    _turn: int = 0  # the index of the request that is asked first
 
     def __post_init__(self) -> None:
         self.cache = PrefixCache(self.max_cached, failures=self.failures)
@@ -81,19 +81,19 @@ class Scheduler:
 
     @property
     def num_kv_tokens(self) -> int:
-        """What running requests take on every stage."""
+        """Tokens that running requests take on every stage."""
         return sum(request.num_kv_tokens for request in self.running.values())
 
     def limit_kv_tokens(self, num_kv_tokens: int) -> None:
-        """A stage can hold so many tokens of KV cache (0: it does not know)."""
+        """Lower the budget to what a stage can hold, in tokens (0: the stage has no limit)."""
         known = [count for count in (self.max_kv_tokens, num_kv_tokens) if count]
         self.max_kv_tokens = min(known, default=0)
 
     def check(self, request: Request, config: StrategyConfig) -> int:
-        """How many new tokens the request may have, at most as many as the context has room for.
+        """Return how many new tokens the request may have, as far as the context has room.
 
-        Raises ValueError, with what is needed and what there is, where it can never run or where
-        the queue is full. No memory is taken for what does not fit the context.
+        Raises ValueError, with what is needed and what there is, if it can never run or if the
+        queue is full. No memory is taken for a request that does not fit the context.
         """
         prompt = request.prompt_tokens
         if self.vocab_size:
@@ -123,16 +123,16 @@ class Scheduler:
         self.waiting.append(request)
 
     def withdraw(self, request: int) -> RequestState | None:
-        """Take a request out of the queue; None: it was not there."""
+        """Remove a request from the queue and return it; None if it was not there."""
         found = next((one for one in self.waiting if one.id == request), None)
         if found is not None:
             self.waiting.remove(found)
         return found
 
     def next_to_start(self) -> RequestState | None:
-        """The oldest waiting request, if it can run now beside the others.
+        """Return the oldest waiting request if it can run now beside the others.
 
-        Later ones wait for it even where they would fit, or a large one might never start. An
+        Later ones wait for it even if they would fit, or a large one might never start. An
         exclusive request waits until no other runs, and the others wait until it is over. The
         prefix cache may have to make room first.
         """
@@ -148,7 +148,7 @@ class Scheduler:
         return None if self.max_kv_tokens and needed > self.max_kv_tokens else request
 
     def start(self, request: RequestState) -> Start:
-        """The oldest waiting request runs from now on."""
+        """Move the oldest waiting request to the running ones."""
         oldest = self.waiting.popleft()
         assert oldest is request, "another one waits longer"
         reuse, num_cached_tokens = self.cache.find(request)
@@ -174,9 +174,10 @@ class Scheduler:
         return evicted
 
     def preempt_all(self, now: float, ended: Sequence[RequestState]) -> None:
-        """The stages are lost, and all rows with them: running requests wait again, first.
+        """Make all running requests wait again, first in the queue: their stages are lost.
 
-        `ended` ones do not. Those with most losses come first, so that they are tried alone.
+        Those in `ended` do not wait again. Requests with most losses come first, so that they are
+        tried alone.
         """
         again = [one for one in self.running.values() if one not in ended]
         for request in again:
@@ -187,13 +188,13 @@ class Scheduler:
         self.cache.clear()
 
     def forgive(self) -> None:
-        """The cause of the losses is found: the preempted requests are not suspects any more."""
+        """Forget the losses of preempted requests: their cause is found."""
         for request in self.waiting:
             if request.status is RequestStatus.PREEMPTED:
                 request.losses.forget()
 
     def take_too_large(self) -> list[RequestState]:
-        """Take out of the queue what the stages that are there now could never hold."""
+        """Remove requests from the queue that the present stages could never hold."""
         limit = self.max_kv_tokens
         too_large = [one for one in self.waiting if limit and one.num_kv_tokens > limit]
         for request in too_large:
@@ -203,12 +204,13 @@ class Scheduler:
     # Batching ------------------------------------------------------------------------------------
 
     def next_batch(self) -> list[Segment]:
-        """The segments to send together now; none: wait. A request that fails is left out."""
+        """Return the segments to send together now, or none. A request that fails is left out."""
         requests = list(self.running.values())
         if self.pipe.is_full or (len(requests) > 1 and self.pipe.num_waiting):
             return []
         offers = self._offers([request for request in requests if request.is_decoding])
-        # a strategy does not offer a whole segment twice, so others' early rows cannot hold it back
+        # A strategy does not offer a whole segment twice, so early rows of others must not hold it
+        # back.
         must_go = any(not o.outgoing.best_first and not o.outgoing.early for o in offers)
         if not must_go and any(offer.outgoing.early for offer in offers):
             return []
@@ -235,7 +237,7 @@ class Scheduler:
         return segments
 
     def _prefix_segments(self, requests: Sequence[RequestState]) -> list[Segment]:
-        """A chunk of prompt for the batch, oldest request first; short prompts share it."""
+        """Return a chunk of prompt for the batch, oldest request first; short prompts share it."""
         segments: list[Segment] = []
         left = self.chunked_prefill_size
         for request in requests:
@@ -247,7 +249,7 @@ class Scheduler:
         return segments
 
     def _offers(self, requests: Sequence[RequestState]) -> list[_Offer]:
-        """What each request would send; whole segments while one more would pay."""
+        """Return the rows that each request offers; whole segments only while one more pays."""
         offers: list[_Offer] = []
         whole: list[int] = []  # rows of each segment that may not be cut
         for place in range(len(requests)):
@@ -267,7 +269,7 @@ class Scheduler:
 
 
 def offers_of(offers: Sequence[_Offer]) -> list[tuple[list[float], bool]]:
-    """(probability of being true per row, may be cut) of each offer."""
+    """Return (probability of being true per row, whether it may be cut) of each offer."""
     return [
         ([exp(node.score) for node in offer.nodes], offer.outgoing.best_first) for offer in offers
     ]
@@ -281,14 +283,16 @@ def best_counts(
     row_ms: float = 0.0,
     least_rate: float = 0.0,
 ) -> list[int]:
-    """How many rows of each offer to send: most gain per time, sum(p) / (t(rows) + rows row_ms).
+    """Return how many rows of each offer to send, for the most gain per time.
 
-    An offer is its rows' probabilities, falling, and whether it may be cut. `num_fixed` rows go
-    along in any case (a piece of prompt: worth one token). `row_ms`: a row's time on the line.
+    The gain per time is sum(p) / (t(rows) + rows row_ms). An offer has the falling probabilities of
+    its rows, and whether it may be cut. `num_fixed` rows go along in any case (a piece of prompt,
+    worth one token). `row_ms` is a row's time on the link.
 
-    `least_rate`: guesses that bring less, in tokens per millisecond, do not go. A token that
-    becomes known while they are computed comes in the middle of that on average, and waits for the
-    rest; without them a trip brings one token. So they must bring half a token per trip's time.
+    Guesses that bring less than `least_rate` tokens per millisecond are not sent. A token that
+    becomes known while guesses are computed arrives halfway through on average and waits for the
+    rest. Without guesses one batch through the pipeline brings one token. So guesses must bring
+    half a token in that time.
     """
 
     def milliseconds(rows: int) -> float:
@@ -303,7 +307,8 @@ def best_counts(
         if can_cut
         for rank, p in enumerate(gains)
     ]
-    # by rank among equals: parents stay first, and roots come before guesses as sure as they
+    # Equal rows are ordered by rank: parents stay first, and roots precede guesses that are as
+    # sure.
     loose = [(-p, place) for p, _, place in sorted(ranked)]
     if sum(can_cut for _, can_cut in offers) > 1:
         del loose[MAX_SHARED_ROWS:]
@@ -313,7 +318,7 @@ def best_counts(
         rate = gain / milliseconds(num_rows + taken)
         if rate > best_rate:
             best, best_rate = taken, rate
-    # what is certain goes in any case, or a request could wait for ever beside a large one
+    # Certain rows go in any case, or a request could wait for ever beside a large one.
     certain = sum(p >= 1.0 for p, _ in loose)
     for _, place in loose[: max(best, certain)]:
         counts[place] += 1
@@ -321,7 +326,7 @@ def best_counts(
 
 
 def pays(cost: SegmentCost, whole: Sequence[int]) -> bool:
-    """Whether one more segment like the last would raise the gain per time of a slot of these."""
+    """Return whether one more segment like the last would raise the gain per time."""
     if not whole:
         return True
     num_rows, count = sum(whole), len(whole)

@@ -1,7 +1,7 @@
-"""ModelConfig: what the decoder needs to know, read from a HF `config.json`.
+"""ModelConfig: the decoder's sizes and switches, read from a HF `config.json`.
 
-What the block in `llama.py` does not compute is refused by name here, so that a model which loads
-is a model that runs as its authors meant.
+Features that the block in `llama.py` does not compute are refused by name here, so that a model
+that loads runs as its authors meant.
 """
 
 import json
@@ -28,14 +28,14 @@ _told: set[str] = set()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Family:
-    """What an architecture fixes; None: the switch in config.json decides."""
+    """The fixed properties of an architecture; None: a switch in config.json decides."""
 
     qkv_bias: bool | None = None
     output_bias: bool | None = None
     mlp_bias: bool | None = False
     qk_norm: bool = False
-    head_dim: int | None = None  # where config.json names none; None: hidden size over heads
-    max_positions: int = 32768  # likewise
+    head_dim: int | None = None  # if config.json names none; None: hidden size over heads
+    max_positions: int = 32768  # if config.json names none
 
 
 _FAMILIES = {
@@ -46,8 +46,8 @@ _FAMILIES = {
 }
 ARCHITECTURES = tuple(_FAMILIES)
 
-# A key that contains one of these words changes the forward pass when it is switched on. Files of
-# supported models hold some of them switched off.
+# A key with one of these words changes the forward pass when it is switched on. Files of supported
+# models hold some of them switched off.
 _FEATURE_WORDS = (
     "softcap",
     "expert",
@@ -80,7 +80,7 @@ num_attention_heads num_hidden_layers num_key_value_heads original_max_position_
 partial_rotary_factor rms_norm_eps rope_parameters rope_scaling rope_theta sliding_window
 tie_word_embeddings torch_dtype use_sliding_window vocab_size
 """
-# They tell nothing about the forward pass, or (biases) nothing that the tensors do not.
+# These say nothing about the forward pass, or (biases) nothing that the tensors do not.
 _KEYS_IDLE = """
 _name_or_path _attn_implementation _attn_implementation_autoset attention_dropout
 attn_implementation bias chunk_size_feed_forward do_sample embd_pdrop hidden_dropout id2label
@@ -114,13 +114,13 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048  # before a scaling of RoPE that it does not include
+    max_position_embeddings: int = 2048  # before RoPE scaling, unless the scaling includes it
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Check what relates one size to another; ValueError names the key of config.json."""
+        """Check sizes against one another. Raises ValueError naming the key of config.json."""
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {self.num_heads} is no multiple of "
@@ -133,7 +133,7 @@ class ModelConfig:
 
     @property
     def context_length(self) -> int:
-        """Tokens of a text, prompt and answer together, that the model was made for."""
+        """Tokens of prompt and answer together that the model was made for."""
         length = self.max_position_embeddings
         if self.rope_scaling is not None:
             length = self.rope_scaling.context_length(length)
@@ -143,8 +143,8 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any], *, warn: Warn | None = None) -> "ModelConfig":
         """Read the content of a HF `config.json`, of transformers 4 or 5.
 
-        `warn` is told what a reader should know; without it, that is logged once per process.
-        Raises ValueError naming the key for what is missing, out of range or not supported.
+        `warn` receives notes for the user; by default they are logged once per process. Raises
+        ValueError naming a key that is missing, out of range or not supported.
         """
         warn = warn or _warn_of_config
         hf = without_empty(hf, keep=("sliding_window",))
@@ -195,12 +195,12 @@ class ModelConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError when it is missing, damaged or no object."""
+    """Return the object in a JSON file. Raises ValueError if missing, damaged or no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; is {path.parent} a model folder?") from None
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets without end
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: brackets without end
         raise ValueError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, needed: a JSON object")
@@ -222,14 +222,14 @@ def _warn_of_config(text: str) -> None:
 
 
 def be_silent(text: str) -> None:
-    """Warn nobody: for parts of a model whose config its head has read already."""
+    """Ignore a warning, for parts of a model whose config the head has read already."""
     del text
 
 
 def read_config(folder: Path, *, warn: Warn | None = None) -> ModelConfig:
-    """Read `config.json` of a model folder, and the end tokens `generation_config.json` adds.
+    """Read `config.json` of a model folder, and the end tokens of `generation_config.json`.
 
-    Warns and raises ValueError as `ModelConfig.from_hf`.
+    Warns and raises ValueError as `ModelConfig.from_hf` does.
     """
     config = ModelConfig.from_hf(read_json(folder / "config.json"), warn=warn)
     generation = folder / "generation_config.json"
@@ -252,7 +252,7 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 
 
 def unsupported_features(hf: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for each key that would change the forward pass and is not built."""
+    """Yield a sentence for each key that would change the forward pass and is not supported."""
     for key, value in hf.items():
         if any(word in key for word in _FEATURE_WORDS) and not _is_off(key, value):
             yield _refusal(key, value)
@@ -284,11 +284,11 @@ def _refusal(key: str, value: Any) -> str:
 
 
 def unknown_keys(hf: Mapping[str, Any]) -> list[str]:
-    """Keys of which nothing is known: refusing them would turn away every author's note."""
+    """Return the keys without a known meaning; refusing them would reject every author's note."""
     return [
         key
         for key in sorted(hf.keys() - _KNOWN_KEYS)
-        if not any(word in key for word in _FEATURE_WORDS)  # one that is off, or it was refused
+        if not any(word in key for word in _FEATURE_WORDS)  # those are off, or were refused
     ]
 
 
@@ -300,7 +300,7 @@ def _is_off(key: str, value: Any) -> bool:
 
 
 def _positions(hf: Mapping[str, Any], family: _Family) -> int:
-    """The least of the lengths that the file names; the family's where it names none."""
+    """Return the least of the lengths that the file names, or the family's default."""
     others = [hf[key] for key in _LENGTH_KEYS if key in hf]
     lengths = [value for value in others if type(value) is int and value > 0]
     if "max_position_embeddings" in hf:
@@ -309,9 +309,10 @@ def _positions(hf: Mapping[str, Any], family: _Family) -> int:
 
 
 def _windows(hf: Mapping[str, Any], architecture: str, num_layers: int) -> tuple[int | None, ...]:
-    """Positions that each layer sees (None: all), as transformers reads it; () where all see all.
+    """Return the positions that each layer sees (None: all) as transformers reads it.
 
-    Raises ValueError for layer types unknown or at odds with the window.
+    Returns () if all layers see all positions. Raises ValueError for layer types that are unknown
+    or contradict the window.
     """
     size, first = _window(hf, architecture)
     types = hf.get("layer_types")
@@ -337,9 +338,9 @@ def _windows(hf: Mapping[str, Any], architecture: str, num_layers: int) -> tuple
 
 
 def _window(hf: Mapping[str, Any], architecture: str) -> tuple[int | None, int]:
-    """The sliding window (None: off) and the first layer that has it unless layer_types says."""
+    """Return the sliding window (None: off) and the first layer that has it by default."""
     if architecture == "MistralForCausalLM":
-        # Left out it is on; only null switches it off.
+        # It is on if the key is missing; only null switches it off.
         off = hf.get("sliding_window", 0) is None
         return None if off else whole_number(hf, "sliding_window", 4096), 0
     if architecture == "LlamaForCausalLM":
@@ -349,7 +350,7 @@ def _window(hf: Mapping[str, Any], architecture: str) -> tuple[int | None, int]:
                 "no window; remove them, or name the architecture that they belong to"
             )
         return None, 0
-    # Qwen files name a window also where it is switched off beside it.
+    # Qwen files name a window even if it is switched off beside it.
     if not flag(hf, "use_sliding_window"):
         return None, 0
     return whole_number(hf, "sliding_window"), whole_number(hf, "max_window_layers", 28, least=0)

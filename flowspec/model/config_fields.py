@@ -1,9 +1,9 @@
-"""Reading single values of a `config.json`, with one message for each way they can be wrong."""
+"""Reads single values of a `config.json`, with one message for each way they can be wrong."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# Sizes up to which a model's shapes can be written down without overflow and its layers listed.
+# Upper limits of sizes, so that shapes do not overflow and layers can be listed.
 _LARGEST = {
     "num_hidden_layers": 10_000,
     "hidden_size": 1 << 20,
@@ -17,9 +17,9 @@ _LARGEST_OTHER = (1 << 31) - 1
 
 
 def without_empty(hf: Mapping[str, Any], *, keep: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A copy without the keys whose value is null or empty, which count as absent.
+    """Return a copy without the keys whose value is null or empty, which count as absent.
 
-    `keep` names keys where null says something of its own.
+    `keep` names keys whose null has a meaning of its own.
     """
     empty: tuple[Any, ...] = (None, "", [], {})
     return {key: value for key, value in hf.items() if key in keep or value not in empty}
@@ -28,7 +28,7 @@ def without_empty(hf: Mapping[str, Any], *, keep: tuple[str, ...] = ()) -> dict[
 def whole_number(
     hf: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1
 ) -> int:
-    """The int under `key`, `default` where it is missing or null; ValueError names the key."""
+    """Return the int at `key`, or `default` if missing or null. Raises ValueError naming it."""
     value = hf.get(key)
     value = default if value is None else value
     most = _LARGEST.get(key, _LARGEST_OTHER)
@@ -42,9 +42,9 @@ def whole_number(
 def positive_number(
     hf: Mapping[str, Any], key: str, default: float | None = None, *, block: str = ""
 ) -> float:
-    """The number under `key`, `default` where it is missing or null.
+    """Return the number at `key`, or `default` if it is missing or null.
 
-    ValueError names the key, and `block`, the key of the object that holds it.
+    Raises ValueError naming the key and `block`, the key of the object that holds it.
     """
     value = hf.get(key)
     value = default if value is None else value
@@ -55,7 +55,7 @@ def positive_number(
 
 
 def flag(hf: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
-    """The bool under `key`, `default` where it is missing or null; ValueError names the key."""
+    """Return the bool at `key`, or `default` if missing or null. Raises ValueError naming it."""
     value = hf.get(key)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"config.json: {key} is {value!r}, needed: true or false")
@@ -63,7 +63,7 @@ def flag(hf: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
 
 
 def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """One token id or a list of them; ValueError names the key."""
+    """Return one token id or a list of them as a tuple. Raises ValueError naming the key."""
     value = hf.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < 1 << 31 for i in ids):

@@ -2,8 +2,8 @@
 
 Shapes: P committed rows, T tree rows behind them, n rows being added, S = P + T keys, g key/value
 heads, h query heads, d head dimension. Tree rows are named by their index 0..T-1 behind the prefix.
-A row attends to the whole prefix, its ancestors in the tree and itself; in a layer with a sliding
-window of w (arXiv 2310.06825) to those of them at the last w positions, its own included.
+A row attends to the whole prefix, its ancestors in the tree and itself. In a layer with a sliding
+window of w (arXiv 2310.06825) it attends only to those at the last w positions, its own included.
 """
 
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from flowspec.model.backend import COMMITTED, CacheFull
 from flowspec.model.llama import Attend
 
-STABLE_ROWS = 32  # of every forward in shape-stable mode
+STABLE_ROWS = 32  # rows of every forward in batch-invariant mode
 
 
 @dataclass(slots=True)
-class Window:
-    """The rows of one forward: where their keys go and what each may see."""
+class AttentionMetadata:
+    """One request's rows in a forward: the slots of their keys, and the keys that each sees."""
 
     cache: "TreeKVCache"
     start: int  # first slot written
@@ -31,11 +31,11 @@ class Window:
     paths: Tensor | None = (
         None  # batch-invariant mode: slots of each row's path by position, [n, S]
     )
-    # the masks of layers whose sliding window hides something from these rows, by its size
+    # masks of layers whose sliding window hides keys from these rows, by window size
     narrow: dict[int | None, Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int) -> Attend:
-        """The attention of local layer `layer`: stores k and v, looks back through the mask."""
+        """Return the attention of local layer `layer`: it stores k and v and applies the mask."""
         mask = self.narrow.get(self.cache.windows[layer], self.mask)
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,15 +51,15 @@ class Window:
 
 
 class JointAttentionMetadata:
-    """Windows of several requests whose rows run in one forward, one behind the other."""
+    """Attention metadata of several requests whose rows run in one forward, one after the other."""
 
-    def __init__(self, windows: Sequence[Window]) -> None:
-        self.windows = windows
-        self._sizes = [window.num_rows for window in windows]
+    def __init__(self, parts: Sequence[AttentionMetadata]) -> None:
+        self.parts = parts
+        self._sizes = [part.num_rows for part in parts]
 
     def attend(self, layer: int) -> Attend:
-        """The attention of local layer `layer`: every request over its own keys."""
-        runs = [window.attend(layer) for window in self.windows]
+        """Return the attention of local layer `layer`: each request attends to its own keys."""
+        runs = [part.attend(layer) for part in self.parts]
 
         def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pieces = zip(*(t.split(self._sizes) for t in (q, k, v)), strict=True)
@@ -69,7 +69,7 @@ class JointAttentionMetadata:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q [n, h, d] over k, v [g, S, d]; query heads of a group share its keys without a copy."""
+    """Attend q [n, h, d] to k, v [g, S, d]; query heads of a group share keys without a copy."""
     n, heads, d = q.shape
     groups = k.shape[0]
     share = heads // groups
@@ -81,9 +81,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, paths: Tensor, mask: Tensor | None) -> Tensor:
-    """Each row over its own path in position order, padded to one length: the same sums always.
+    """Attend each row to its own path in position order, padded to one length.
 
-    Costs a gathered copy of the context per row; only the batch-invariant mode pays it.
+    So the sums are always the same. It costs a gathered copy of the context per row; only
+    batch-invariant mode pays it.
     """
     n, heads, d = q.shape
     groups = k.shape[0]
@@ -95,7 +96,7 @@ def _attend_by_path(q: Tensor, k: Tensor, v: Tensor, paths: Tensor, mask: Tensor
 
 
 class TreeKVCache:
-    """Preallocated keys and values [L, g, capacity, d]; rows commit and die by compaction."""
+    """Preallocated keys and values [L, g, capacity, d]; rows are committed and dropped in place."""
 
     def __init__(
         self,
@@ -114,17 +115,17 @@ class TreeKVCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.capacity = capacity
         self.stable_context = stable_context  # batch-invariant mode: every path is padded to this
-        # of each layer, None where it sees all; the owner of a model with windows sets them
+        # sliding window of each layer, None if it sees all; the model that owns the cache sets them
         self.windows: Sequence[int | None] = (None,) * num_layers
         self.prefix_length = 0
         self.num_tree_rows = 0
         # ancestors[i, j]: tree row j is an ancestor of tree row i, or i itself
         self._ancestors = np.zeros((64, 64), dtype=bool)
 
-    def append_prefix(self, num_rows: int) -> Window:
-        """Rows known to be true: a chain behind the prefix, committed at once (no tree may stand).
+    def append_prefix(self, num_rows: int) -> AttentionMetadata:
+        """Append a chain of true rows to the prefix; there must be no tree rows.
 
-        Raises CacheFull when they do not fit.
+        Raises CacheFull if they do not fit.
         """
         assert self.num_tree_rows == 0, "prefix rows must come before tree rows"
         start = self.prefix_length
@@ -136,10 +137,10 @@ class TreeKVCache:
             return self._by_path(start, paths, lengths)
         return self._by_slot(start, np.tri(num_rows, start + num_rows, start, dtype=bool))
 
-    def append_tree(self, parents: Sequence[int]) -> Window:
-        """Rows of the tree, parents first; a parent is a tree row (also one of these) or COMMITTED.
+    def append_tree(self, parents: Sequence[int]) -> AttentionMetadata:
+        """Append tree rows, parents first; a parent is a tree row (also one of these) or COMMITTED.
 
-        Raises CacheFull when they do not fit.
+        Raises CacheFull if they do not fit.
         """
         n, first = len(parents), self.num_tree_rows
         self.check_room(n)
@@ -163,7 +164,7 @@ class TreeKVCache:
     def reroot(self, path: Sequence[int], keep: Sequence[int]) -> None:
         """Commit the tree rows `path` (root first), keep `keep` (ascending), forget all others.
 
-        Moves only rows behind the prefix, and of those only the ones not already in place.
+        Only rows behind the prefix move, and of those only the ones that are not in place.
         """
         order = [*path, *keep]
         still = 0
@@ -183,10 +184,10 @@ class TreeKVCache:
     def resized(
         self, capacity: int, *, prefix_length: int, stable_context: int | None = None
     ) -> "TreeKVCache":
-        """Another cache that begins with the first `prefix_length` committed rows of this one.
+        """Return another cache that begins with `prefix_length` committed rows of this one.
 
-        With `stable_context` it takes the padding of the shape-stable mode besides. Both exist
-        until the caller lets go of this one.
+        With `stable_context` it also has the padding of batch-invariant mode. Both caches exist
+        until the caller releases this one.
         """
         assert prefix_length <= min(self.prefix_length, capacity), "rows that are not there"
         num_layers, num_kv_heads, _, head_dim = self.keys.shape
@@ -206,18 +207,18 @@ class TreeKVCache:
         return other
 
     def with_ancestors(self, rows: Sequence[int]) -> list[int]:
-        """The tree rows `rows` and all their ancestors in the tree, ascending."""
+        """Return the tree rows `rows` and all their ancestors in the tree, ascending."""
         marked = self._ancestors[list(rows), : self.num_tree_rows].any(axis=0)
         return np.flatnonzero(marked).tolist()
 
     def drop_last(self, num_rows: int) -> None:
-        """Forget the newest rows (padding of the batch-invariant mode)."""
+        """Forget the newest rows (padding of batch-invariant mode)."""
         from_tree = min(num_rows, self.num_tree_rows)
         self.num_tree_rows -= from_tree
         self.prefix_length -= num_rows - from_tree
 
     def free(self) -> None:
-        """Nothing: the tensors go with the last reference to this cache."""
+        """Do nothing: the tensors go with the last reference to this cache."""
 
     @property
     def extent(self) -> tuple[int, int]:
@@ -225,13 +226,13 @@ class TreeKVCache:
         return self.prefix_length, self.num_tree_rows
 
     def cut_back(self, extent: tuple[int, int]) -> None:
-        """Forget the rows that were added since the cache had this `extent`; none left since."""
+        """Forget the rows added since the cache had this `extent`; none may be committed since."""
         assert extent[0] <= self.prefix_length, "committed rows are gone"
         assert extent[1] <= self.num_tree_rows, "tree rows are gone"
         self.prefix_length, self.num_tree_rows = extent
 
     def check_room(self, num_rows: int) -> None:
-        """Raise CacheFull where `num_rows` more rows do not fit."""
+        """Raise CacheFull if `num_rows` more rows do not fit."""
         needed = self.prefix_length + self.num_tree_rows + num_rows
         if needed > self.capacity:
             raise CacheFull(f"the KV cache holds {self.capacity} rows, {needed} are needed")
@@ -244,7 +245,7 @@ class TreeKVCache:
             self._ancestors = wider
 
     def _tree_paths(self, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Slots by position [n, context] and path lengths [n] of rows with ancestors `tail`."""
+        """Return path slots [n, context] and path lengths [n] of rows with ancestors `tail`."""
         assert self.stable_context is not None
         paths = np.zeros((len(tail), self.stable_context), dtype=np.int64)
         paths[:, : self.prefix_length] = np.arange(self.prefix_length)
@@ -255,34 +256,38 @@ class TreeKVCache:
             paths[row, self.prefix_length : lengths[row]] = slots
         return paths, lengths
 
-    def _by_slot(self, start: int, mask: np.ndarray) -> Window:
-        """Rows that look at all slots up to their own end through `mask` [n, S]."""
-        window = Window(self, start, len(mask), None if mask.all() else self._on_device(mask))
+    def _by_slot(self, start: int, mask: np.ndarray) -> AttentionMetadata:
+        """Return metadata of rows that see all slots up to their own end through `mask` [n, S]."""
+        metadata = AttentionMetadata(
+            self, start, len(mask), None if mask.all() else self._on_device(mask)
+        )
         if any(self.windows):
             tree = self._ancestors[: self.num_tree_rows, : self.num_tree_rows]
             of_tree = self.prefix_length - 1 + tree.sum(axis=1)
             positions = np.concatenate((np.arange(self.prefix_length), of_tree))
-            self._narrow(window, mask, rows=positions[start:], keys=positions)
-        return window
+            self._narrow(metadata, mask, rows=positions[start:], keys=positions)
+        return metadata
 
-    def _by_path(self, start: int, paths: np.ndarray, lengths: np.ndarray) -> Window:
-        """Rows that look at `paths` [n, context], the first `lengths` [n] of each."""
+    def _by_path(self, start: int, paths: np.ndarray, lengths: np.ndarray) -> AttentionMetadata:
+        """Return metadata of rows that see the first `lengths` [n] of `paths` [n, context]."""
         positions = np.arange(paths.shape[1])
         mask = positions[None, :] < lengths[:, None]
         paths = np.where(mask, paths, 0)
-        window = Window(self, start, len(paths), self._on_device(mask), self._on_device(paths))
-        self._narrow(window, mask, rows=lengths - 1, keys=positions)
-        return window
+        metadata = AttentionMetadata(
+            self, start, len(paths), self._on_device(mask), self._on_device(paths)
+        )
+        self._narrow(metadata, mask, rows=lengths - 1, keys=positions)
+        return metadata
 
     def _narrow(
-        self, window: Window, mask: np.ndarray, *, rows: np.ndarray, keys: np.ndarray
+        self, metadata: AttentionMetadata, mask: np.ndarray, *, rows: np.ndarray, keys: np.ndarray
     ) -> None:
-        """Give `window` the masks of sliding windows; positions of its rows [n] and keys [S]."""
+        """Add the masks of sliding windows to `metadata`; rows [n] and keys [S] are positions."""
         for size in set(self.windows) - {None}:
             assert size is not None
             hidden = keys[None, :] <= rows[:, None] - size
             if hidden.any():
-                window.narrow[size] = self._on_device(mask & ~hidden)
+                metadata.narrow[size] = self._on_device(mask & ~hidden)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.keys.device, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Linear layers: how a weight is stored and multiplied, by the name of the quantization.
+"""Linear layers: the name of a quantization decides how weights are stored and multiplied.
 
 A `Linear` has the shape of the layer and leaves the rest to its method. A quantization chooses a
-method for each layer of a model by the layer's name, since formats mix several in one model. The
-method takes the checkpoint's own tensors when the layer is filled, and converts them.
+method for each layer by the layer's name, since some formats mix several in one model. The method
+takes the checkpoint's own tensors when the layer is filled, and converts them.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,19 +17,19 @@ LM_HEAD_NAME = "lm_head"
 
 
 class LinearMethod(Protocol):
-    """How the weight of a linear layer is stored and multiplied. It keeps nothing of a layer."""
+    """Stores and multiplies the weight of a linear layer. It keeps no state of a layer."""
 
     def create_weights(self, layer: "Linear", *, bias: bool) -> None:
         """Register the parameters and buffers of `layer`, on the device of the current context."""
 
     def checkpoint_shapes(self, layer: "Linear") -> Mapping[str, tuple[int, ...]]:
-        """The tensors that `load_weights` takes, by their names below the layer's."""
+        """Return the shapes of the tensors that `load_weights` takes, by name below the layer's."""
 
     def load_weights(self, layer: "Linear", tensors: Mapping[str, Tensor]) -> None:
         """Fill `layer` from the tensors named by `checkpoint_shapes`, on their device."""
 
     def apply(self, layer: "Linear", x: Tensor) -> Tensor:
-        """x [..., in] times the weight, plus the bias if there is one: [..., out], dtype of x."""
+        """Map x [..., in] to [..., out] in the dtype of x, with the bias if there is one."""
 
 
 class Linear(nn.Linear):
@@ -42,14 +42,14 @@ class Linear(nn.Linear):
         bias: bool = True,
         method: LinearMethod | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's, which would make a plain weight
+        nn.Module.__init__(self)  # nn.Linear's would make a plain weight
         self.in_features, self.out_features = in_features, out_features
         self.has_bias = bias
         self.method = PLAIN if method is None else method
         self.method.create_weights(self, bias=bias)
 
     def use(self, method: LinearMethod) -> None:
-        """Store and multiply by another method; the weights have to be loaded after that."""
+        """Store and multiply by another method; weights must be loaded after that."""
         if method is self.method:
             return
         for name in [*self._parameters, *self._buffers]:
@@ -58,20 +58,20 @@ class Linear(nn.Linear):
         method.create_weights(self, bias=self.has_bias)
 
     def reset_parameters(self) -> None:
-        """Random weights, except on the meta device: torch imports 70 MB of compiler for that."""
+        """Make random weights, except on the meta device: torch imports 70 MB of compiler there."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Map x [..., in] to [..., out]."""
         return self.method.apply(self, x)
 
 
 class PlainLinear:
-    """The weight as it lies in the checkpoint: out x in numbers of the model's dtype."""
+    """Keeps the weight as in the checkpoint: [out, in] in the model's dtype."""
 
     def create_weights(self, layer: Linear, *, bias: bool) -> None:
-        """Random ones, as nn.Linear makes them."""
+        """Make random weights as nn.Linear does."""
         layer.weight = nn.Parameter(torch.empty(layer.out_features, layer.in_features))
         if bias:
             layer.bias = nn.Parameter(torch.empty(layer.out_features))
@@ -80,7 +80,7 @@ class PlainLinear:
         layer.reset_parameters()
 
     def checkpoint_shapes(self, layer: Linear) -> Mapping[str, tuple[int, ...]]:
-        """`weight` [out, in], and `bias` [out] if there is one."""
+        """Return the shapes of `weight` [out, in], and of `bias` [out] if there is one."""
         shapes: dict[str, tuple[int, ...]] = {"weight": (layer.out_features, layer.in_features)}
         if layer.has_bias:
             shapes["bias"] = (layer.out_features,)
@@ -91,7 +91,7 @@ class PlainLinear:
         layer.load_state_dict(dict(tensors), assign=True)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        """One matrix product in the weight's dtype."""
+        """Compute one matrix product in the weight's dtype."""
         return F.linear(x, layer.weight, layer.bias)
 
 
@@ -100,7 +100,7 @@ PLAIN: LinearMethod = PlainLinear()
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which method each linear layer of a model has.
+    """Chooses the method of each linear layer of a model.
 
     `method_of` gets the layer's name in the checkpoint, such as `model.layers.3.mlp.up_proj`.
     """
@@ -110,12 +110,12 @@ class Quantization:
 
 
 NONE = Quantization(lambda name: PLAIN, "weights in the model's dtype")
-# Adding one: a file with its method, and a row here.
+# A new quantization takes a file with its method and a row here.
 QUANTIZATIONS: dict[str, Quantization] = {"none": NONE}
 
 
 def find_quantization(name: str) -> Quantization:
-    """The row of the table. Raises ValueError listing the known names."""
+    """Return a row of the table. Raises ValueError listing the known names."""
     if name not in QUANTIZATIONS:
         raise ValueError(f"unknown quantization {name!a}; known: {', '.join(QUANTIZATIONS)}")
     return QUANTIZATIONS[name]
@@ -124,7 +124,7 @@ def find_quantization(name: str) -> Quantization:
 def quantize(net: nn.Module, quantization: Quantization, *, tied_head: bool) -> None:
     """Give every Linear of `net` the method that `quantization` chooses; weights come later.
 
-    A head that is tied to the embedding stays plain: a row of the embedding is looked up, too.
+    A head that is tied to the embedding stays plain, since single rows of the embedding are read.
     """
     for name, layer in net.named_modules():
         if isinstance(layer, Linear) and not (tied_head and name == LM_HEAD_NAME):
@@ -132,7 +132,7 @@ def quantize(net: nn.Module, quantization: Quantization, *, tied_head: bool) -> 
 
 
 def checkpoint_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape by name of every tensor that `load_weights` needs for `net`; tied ones come once."""
+    """Return the shape of every tensor that `load_weights` needs, by name; tied ones come once."""
     shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}
     for prefix, layer in _converted(net).items():
         for name in [name for name in shapes if name.startswith(f"{prefix}.")]:
@@ -151,13 +151,13 @@ def load_weights(net: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for prefix, layer in _converted(net).items():
         names = layer.method.checkpoint_shapes(layer)
         layer.method.load_weights(layer, {name: plain.pop(f"{prefix}.{name}") for name in names})
-    # Not strict: of two tied names only one is given, and the converted layers have theirs.
+    # Not strict: of two tied names only one is given, and converted layers have their own.
     net.load_state_dict(plain, strict=False, assign=True)
     net.requires_grad_(False)
 
 
 def _converted(net: nn.Module) -> dict[str, Linear]:
-    """The layers whose method does not take the checkpoint's tensors as they are, by name."""
+    """Return the layers whose method converts the checkpoint's tensors, by name."""
     return {
         name: layer
         for name, layer in net.named_modules()

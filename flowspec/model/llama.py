@@ -1,9 +1,9 @@
 """The Llama decoder block, shared by every supported family, the drafters and training.
 
-Shapes: `...` is [n] for the rows of a segment or [B, T] for a training batch; H hidden size,
-h query heads, g key/value heads, d head dimension. What differs between families (biases, norms of
-queries and keys, explicit head_dim, RoPE scaling) comes from `ModelConfig`; how rows see one
-another comes from `attend`.
+Shapes: `...` is [n] for the rows of a segment or [B, T] for a training batch; H hidden size, h
+query heads, g key/value heads, d head dimension. `ModelConfig` has what differs between families
+(biases, norms of queries and keys, explicit head_dim, RoPE scaling). The caller's `attend` decides
+which rows see which.
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that leaves weights without memory alone, for modules to be filled from disk."""
+    """nn.Embedding that skips initialisation on the meta device, for modules filled from disk."""
 
     def reset_parameters(self) -> None:
-        """Random weights, except on the meta device, as in Linear."""
+        """Make random weights, except on the meta device."""
         if not self.weight.is_meta:
             super().reset_parameters()
 
@@ -45,7 +45,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies [d/2] in fp32, scaled as the config asks for."""
+    """Return inverse frequencies [d/2] in fp32, scaled as the config asks for."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponent)
     if config.rope_scaling is None:
@@ -54,7 +54,7 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 
 
 def rope_angles(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """(cos, sin), each [..., 1, d], for positions [...]; the middle 1 broadcasts over heads."""
+    """Return (cos, sin), each [..., 1, d], for positions [...]; the 1 broadcasts over heads."""
     angles = positions.float().unsqueeze(-1) * frequencies
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -68,7 +68,7 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; who sees whom is the caller's `attend`."""
+    """Grouped-query attention; the caller's `attend` decides which rows see which."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.score_factor = 1.0 if scaling is None else scaling.attention_factor**2
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """x [..., H] -> [..., H]."""
+        """Map x [..., H] to [..., H]."""
         split = (-1, self.head_dim)
         q = self.q_proj(x).unflatten(-1, split)
         k = self.k_proj(x).unflatten(-1, split)
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-        if self.score_factor != 1.0:  # of queries and of keys, here at once
+        if self.score_factor != 1.0:  # of queries and of keys, applied here at once
             q = q * self.score_factor
         return self.o_proj(attend(q, k, v).flatten(-2))
 
@@ -112,7 +112,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(inner, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., H] -> [..., H]."""
+        """Map x [..., H] to [..., H]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -127,6 +127,6 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """x [..., H] -> [..., H]."""
+        """Map x [..., H] to [..., H]."""
         x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))

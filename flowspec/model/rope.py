@@ -1,8 +1,8 @@
-"""RoPE scaling: the ways in which a model stretches its rotary positions beyond its training.
+"""RoPE scaling: the ways in which a model extends its rotary positions beyond its training.
 
-Each type is its parameters and its formula over the base frequencies [d/2] (d head dimension).
+Each type has its parameters and its formula over the base frequencies [d/2] (d head dimension).
 `attention_factor` multiplies rotated queries and keys. `context_length` is the number of positions
-that the stretched model was made for.
+that the scaled model was made for.
 """
 
 import math
@@ -27,11 +27,11 @@ class LinearRopeScaling:
     attention_factor: ClassVar[float] = 1.0
 
     def context_length(self, max_positions: int) -> int:
-        """`max_position_embeddings` is that of the model before scaling."""
+        """Return the scaled length; `max_position_embeddings` is the length before scaling."""
         return int(max_positions * self.factor)
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Frequencies [d/2] -> [d/2]."""
+        """Scale frequencies [d/2]."""
         del theta
         return frequencies / self.factor
 
@@ -47,17 +47,17 @@ class Llama3RopeScaling:
     attention_factor: ClassVar[float] = 1.0
 
     def context_length(self, max_positions: int) -> int:
-        """`max_position_embeddings` is that of the stretched model."""
+        """Return `max_positions`: `max_position_embeddings` is that of the scaled model."""
         return max_positions
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Long waves are stretched by `factor`, short ones kept, those between blended."""
+        """Divide low frequencies by `factor`, keep high ones, and blend those between."""
         del theta
         turns = self.original_max_position_embeddings * frequencies / (2 * torch.pi)
         span = self.high_freq_factor - self.low_freq_factor
         if span > 0:
             keep = ((turns - self.low_freq_factor) / span).clamp(0.0, 1.0)
-        else:  # there is nothing between the two borders to blend
+        else:  # there is nothing to blend between equal borders
             keep = (turns >= self.low_freq_factor).to(frequencies.dtype)
         return keep * frequencies + (1.0 - keep) * frequencies / self.factor
 
@@ -74,12 +74,12 @@ class YarnRopeScaling:
     truncate: bool = True
 
     def context_length(self, max_positions: int) -> int:
-        """The context before scaling is among the parameters, so `max_positions` says nothing."""
+        """Return the scaled length from the parameters; `max_positions` is not used."""
         del max_positions
         return int(self.original_max_position_embeddings * self.factor)
 
     def scale(self, frequencies: Tensor, theta: float) -> Tensor:
-        """Dimensions that turn over `beta_fast` times are kept, below `beta_slow` stretched."""
+        """Keep dimensions that turn over `beta_fast` times; scale those below `beta_slow` turns."""
         dim = 2 * len(frequencies)
         low = self._dimension(self.beta_fast, dim, theta)
         high = self._dimension(self.beta_slow, dim, theta)
@@ -93,7 +93,7 @@ class YarnRopeScaling:
         return (1.0 - stretch) * frequencies + stretch * frequencies / self.factor
 
     def _dimension(self, turns: float, dim: int, theta: float) -> float:
-        """The dimension that turns `turns` times over the original context."""
+        """Return the dimension that turns `turns` times over the original context."""
         waves = self.original_max_position_embeddings / (turns * 2 * math.pi)
         return dim * math.log(waves) / (2 * math.log(theta))
 
@@ -111,7 +111,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
         "finetuned",  # says how the model came about
     ),
 }
-_NEEDED = {  # what has no default, and what to write
+_NEEDED = {  # keys without a default, and what to write
     "factor": "a number from 1: the stretched context over the one before, such as 4.0",
     "low_freq_factor": "a number above 0, such as 1.0 of Llama 3.1",
     "high_freq_factor": "a number above low_freq_factor, such as 4.0 of Llama 3.1",
@@ -121,11 +121,11 @@ _NEEDED = {  # what has no default, and what to write
 def read_rope(
     hf: Mapping[str, Any], *, max_positions: int, warn: Warn
 ) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before).
+    """Return base and scaling, from `rope_parameters` (transformers 5) or `rope_scaling` (before).
 
-    `max_positions` is the config's `max_position_embeddings`. Where transformers goes on with a
-    warning, so does this, with what transformers computes; `warn` is told. Raises ValueError naming
-    the type or key that is unknown, missing or out of range.
+    `max_positions` is the config's `max_position_embeddings`. If transformers goes on with a
+    warning, so does this with transformers' result, and `warn` is told. Raises ValueError naming a
+    type or key that is unknown, missing or out of range.
     """
     block, rope = _parameters(hf, warn)
     theta = positive_number({"rope_theta": hf.get("rope_theta"), **rope}, "rope_theta", 10000.0)
@@ -159,7 +159,7 @@ def read_rope(
 
 
 def _parameters(hf: Mapping[str, Any], warn: Warn) -> tuple[str, dict[str, Any]]:
-    """The block that counts: its key, and what it holds without empty values."""
+    """Return the key of the block that counts, and its content without empty values."""
     found: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
         part = hf.get(key) or {}
@@ -173,7 +173,7 @@ def _parameters(hf: Mapping[str, Any], warn: Warn) -> tuple[str, dict[str, Any]]
 
 
 def _type(rope: dict[str, Any], warn: Warn) -> str:
-    """Takes the type out of the block. Raises ValueError for one that is not supported."""
+    """Remove the type from the block and return it. Raises ValueError if it is not supported."""
     old = rope.pop("type", "default")
     kind = rope.pop("rope_type", old)
     if old not in ("default", kind):
@@ -194,8 +194,8 @@ def _type(rope: dict[str, Any], warn: Warn) -> str:
 
 
 def _remedy(kind: object) -> str:
-    """What to do about a type that is not supported."""
-    if kind == "dynamic":  # which begins to scale beyond the original context
+    """Return what to do about a type that is not supported."""
+    if kind == "dynamic":  # it begins to scale beyond the original context
         return "delete rope_scaling to run the model as it is, up to max_position_embeddings tokens"
     if kind in ("longrope", "su"):
         return "its frequencies depend on a text's length; use another checkpoint"
@@ -203,7 +203,7 @@ def _remedy(kind: object) -> str:
 
 
 def _unused(key: str, kind: str) -> str:
-    """A sentence on a key that the type has not, with what may have been meant."""
+    """Return a sentence on a key that the type does not have, with what may have been meant."""
     near = get_close_matches(key, _KEYS[kind], n=1, cutoff=0.7)
     owners = [name for name, keys in _KEYS.items() if key in keys]
     if near:
@@ -218,7 +218,7 @@ def _unused(key: str, kind: str) -> str:
 def _settle_original(
     rope: dict[str, Any], hf: Mapping[str, Any], max_positions: int, warn: Warn
 ) -> None:
-    """The context before scaling: that outside of the block, that inside, or the model's."""
+    """Return the context before scaling: outside of the block, inside it, or the model's."""
     inside, outside = rope.get(_ORIGINAL), hf.get(_ORIGINAL)
     if outside is not None and inside not in (None, outside):
         warn(
@@ -267,7 +267,7 @@ def _yarn(
     def default_factor(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    # Zero or absent: not set, as transformers reads them.
+    # Zero or absent means not set, as transformers reads them.
     weights = [rope[key] for key in ("mscale", "mscale_all_dim") if rope.get(key)]
     attention = default_factor(1.0)
     if len(weights) == 2:

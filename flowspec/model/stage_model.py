@@ -1,9 +1,9 @@
-"""StageModel: the consecutive layers that one stage runs in torch, with the model's ends it owns.
+"""StageModel: the consecutive layers of one stage in torch, with the embedding or head it owns.
 
 It is the stage backend named `torch` (flowspec/model/backend.py).
 
-Parameter names are those of the HF checkpoint, layer indices global, so that a stage's state dict
-is a plain subset of the model's.
+Parameter names are those of the HF checkpoint and layer indices are global, so that a stage's state
+dict is a plain subset of the model's.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.attention_metadata import in_fixed_sizes, run_batch
 from flowspec.model.backend import RequestRows
-from flowspec.model.kv_cache import STABLE_ROWS, JointAttentionMetadata, TreeKVCache, Window
+from flowspec.model.kv_cache import (
+    STABLE_ROWS,
+    AttentionMetadata,
+    JointAttentionMetadata,
+    TreeKVCache,
+)
 from flowspec.model.linear import NONE, Linear, Quantization, quantize
 from flowspec.model.llama import Block, Embedding, RMSNorm, rope_angles, rope_frequencies
 
-FINAL_NORM = -1  # as a feature layer: the hidden state after the model's last norm
+FINAL_NORM = -1  # as a hidden-state layer: the output of the model's last norm
 
 
 class StageModel(nn.Module):
@@ -41,7 +46,7 @@ class StageModel(nn.Module):
         super().__init__()
         self.config = config
         self.first_layer, self.last_layer = first_layer, last_layer
-        body: Any = nn.Module()  # its parts are named as in the checkpoint, and not all are here
+        body: Any = nn.Module()  # named as in the checkpoint; some parts are missing here
         if with_embedding:
             body.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks = {str(i): Block(config) for i in range(first_layer, last_layer)}
@@ -58,12 +63,12 @@ class StageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states that leave, and of all weights that are not quantized."""
+        """The dtype of the hidden states that leave, and of all weights that are not quantized."""
         if self.lm_head is not None:
             return self.model.norm.weight.dtype
         return self.model.layers[str(self.first_layer)].input_layernorm.weight.dtype
@@ -75,14 +80,14 @@ class StageModel(nn.Module):
 
     @property
     def kv_bytes_per_row(self) -> int:
-        """What one row of a request takes in its cache here."""
+        """Bytes that one row of a request takes in its cache here."""
         config, layers = self.config, self.last_layer - self.first_layer
         return 2 * layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
 
     def new_cache(self, capacity: int, *, stable_context: int | None = None) -> TreeKVCache:
-        """An empty cache for one request of at most `capacity` rows, tree rows included.
+        """Return an empty cache for one request of at most `capacity` rows, tree rows included.
 
-        With `stable_context` it takes the padding of the shape-stable mode besides.
+        With `stable_context` it also has the padding of batch-invariant mode.
         """
         cache = TreeKVCache(
             num_layers=self.last_layer - self.first_layer,
@@ -97,8 +102,8 @@ class StageModel(nn.Module):
             cache.windows = self.config.windows[self.first_layer : self.last_layer]
         return cache
 
-    def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
-        """Those of `layers` (output-of-layer ids, or FINAL_NORM) that this stage can give."""
+    def owned_hidden_states(self, layers: Collection[int]) -> tuple[int, ...]:
+        """Return those of `layers` (layer ids, or FINAL_NORM) whose outputs this stage can give."""
         return tuple(
             layer
             for layer in layers
@@ -111,14 +116,14 @@ class StageModel(nn.Module):
         self,
         x: Tensor,
         positions: Tensor,
-        window: Window | JointAttentionMetadata,
+        metadata: AttentionMetadata | JointAttentionMetadata,
         *,
-        features: Collection[int] = (),
+        aux_hidden_state_layers: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Run n rows: x is tokens [n] where the stage has the embedding, else hidden [n, H].
+        """Run n rows: x is tokens [n] if the stage has the embedding, else hidden [n, H].
 
-        Returns the hidden states [n, H] (after the last norm where the stage has it) and those of
-        `features` that it owns, each [n, H].
+        Returns the hidden states [n, H] (after the last norm if the stage has it) and the outputs
+        [n, H] of the layers in `aux_hidden_state_layers` that it owns.
         """
         if x.dtype == torch.int64:
             x = self.model.embed_tokens(x)
@@ -128,12 +133,12 @@ class StageModel(nn.Module):
         owned: dict[int, Tensor] = {}
         blocks = self.model.layers
         for index in range(self.first_layer, self.last_layer):
-            x = blocks[str(index)](x, rope, window.attend(index - self.first_layer))
-            if index in features:
+            x = blocks[str(index)](x, rope, metadata.attend(index - self.first_layer))
+            if index in aux_hidden_state_layers:
                 owned[index] = x
         if self.lm_head is not None:
             x = self.model.norm(x)
-            if FINAL_NORM in features:
+            if FINAL_NORM in aux_hidden_state_layers:
                 owned[FINAL_NORM] = x
         return x, owned
 
@@ -142,14 +147,14 @@ class StageModel(nn.Module):
         requests: Sequence[RequestRows[TreeKVCache]],
         x: Tensor,
         *,
-        features: Collection[int] = (),
+        aux_hidden_state_layers: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
-        """Run the rows of several requests in one forward, as StageBackend.run."""
-        return run_batch(self, requests, x, features=features)
+        """Run the rows of several requests in one forward, as StageBackend.run does."""
+        return run_batch(self, requests, x, aux_hidden_state_layers=aux_hidden_state_layers)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:
-        """hidden [n, H] after the last norm -> logits [n, V] in fp32."""
+        """Return logits [n, V] in fp32 of hidden [n, H] after the last norm."""
         if batch_invariant:
             return in_fixed_sizes(self.logits, hidden)
         assert self.lm_head is not None, "only the last stage has the lm_head"

@@ -248,10 +248,10 @@ class Exit(OfEpoch):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Features(OfEpoch):
-    """A stage to head: hidden states [n, H] of accepted nodes at feature layer `layer`."""
+class HiddenStates(OfEpoch):
+    """A stage to head: hidden states [n, H] of accepted nodes at hidden-state layer `layer`."""
 
-    kind: Literal["features"] = "features"
+    kind: Literal["hidden_states"] = "hidden_states"
     request: Count
     layer: Int32
     nodes: Nodes
@@ -420,7 +420,7 @@ WireMessage: TypeAlias = (
     | Reroot
     | Started
     | Exit
-    | Features
+    | HiddenStates
     | DraftContext
     | DraftSubtree
     | Status

@@ -1,7 +1,8 @@
-"""Lanes: what one rank sends another is numbered, so that nothing is lost or doubled unnoticed.
+"""SequenceNumbers: the messages from one rank to another are numbered to detect losses.
 
-A connection keeps the order of what it carries, but one that breaks and comes back has lost what
-was on its way. A gap would be a hole in a prompt, or a verdict that never comes: it ends the epoch.
+A connection keeps the order of its messages, but one that breaks and comes back has lost those that
+were on their way. A gap means a hole in a prompt or a missing verdict, so it ends the epoch. A
+message that comes twice is dropped.
 """
 
 from dataclasses import dataclass, field, replace
@@ -11,43 +12,49 @@ from flowspec.request import rank_name
 
 
 @dataclass(slots=True)
-class Lanes:
-    """One rank's side: numbers what it sends, checks what it receives. Data and control apart."""
+class SequenceNumbers:
+    """Numbers the messages that one rank sends and checks those that it receives.
+
+    Data and control messages, the two kinds, are numbered apart.
+    """
 
     rank: int
-    _sent: dict[tuple[int, bool], int] = field(default_factory=dict)  # by receiver and lane
+    _sent: dict[tuple[int, bool], int] = field(default_factory=dict)  # by receiver and kind
     _sent_epoch: int = 0
-    _received: dict[tuple[int, bool], int] = field(default_factory=dict)  # by sender and lane
+    _received: dict[tuple[int, bool], int] = field(default_factory=dict)  # by sender and kind
     _epoch: int = 0
     _broken: set[tuple[int, bool]] = field(default_factory=set)
 
     def number(self, to: int, message: Message) -> Message:
-        """The message as it goes to rank `to`; numbers begin at 1 in each epoch."""
+        """Return the message with its number for rank `to`; numbers begin at 1 in each epoch."""
         if not isinstance(message, OfEpoch):
             return message
         if message.epoch > self._sent_epoch:
             self._sent.clear()
             self._sent_epoch = message.epoch
-        lane = to, isinstance(message, DATA)
-        self._sent[lane] = self._sent.get(lane, 0) + 1
-        return replace(message, source=self.rank, number=self._sent[lane])
+        channel = to, isinstance(message, DATA)
+        self._sent[channel] = self._sent.get(channel, 0) + 1
+        return replace(message, source=self.rank, number=self._sent[channel])
 
     def take(self, message: Message) -> Message | None:
-        """What has come; None: it came before, or after a gap. Failed, to the head: a gap."""
+        """Return the message, None if it is to be dropped, or a Failed for the head after a gap.
+
+        A message is dropped if it came before or if an earlier one was lost.
+        """
         if not isinstance(message, OfEpoch) or not message.number or message.epoch < self._epoch:
             return message  # not numbered, or for the core to drop
         if message.epoch > self._epoch:
             self._received.clear()
             self._broken.clear()
             self._epoch = message.epoch
-        lane = message.source, isinstance(message, DATA)
-        expected = self._received.get(lane, 0) + 1
-        if lane in self._broken or message.number < expected:
+        channel = message.source, isinstance(message, DATA)
+        expected = self._received.get(channel, 0) + 1
+        if channel in self._broken or message.number < expected:
             return None
         if message.number == expected:
-            self._received[lane] = expected
+            self._received[channel] = expected
             return message
-        self._broken.add(lane)
+        self._broken.add(channel)
         return Failed(
             epoch=message.epoch,
             stage=message.source or self.rank,

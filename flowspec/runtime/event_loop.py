@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from flowspec.protocol.messages import CLIENT, EVERY_STAGE, HEAD, Message, Status, Stop
-from flowspec.protocol.sequencing import Lanes
+from flowspec.protocol.sequencing import SequenceNumbers
 from flowspec.runtime.core import Core, Send, Work
 from flowspec.runtime.recorder import OFF, Trace
 from flowspec.transport.base import Transport
@@ -56,7 +56,7 @@ class EventLoop:
         self.trace = trace
         self._records = trace is not OFF
         self.transport = transport
-        self.numbers = Lanes(core.rank)
+        self.numbers = SequenceNumbers(core.rank)
         self.to_client: deque[Message] = deque()
         self.stopped = False
         self.last_progress = time.monotonic()  # statuses are no progress; work here is
@@ -73,7 +73,7 @@ class EventLoop:
     def go_on(self, transport: Transport, num_stages: int) -> None:
         """Continue over another network with other stages; running work and client output stay."""
         self.transport = transport
-        self.numbers = Lanes(self.core.rank)
+        self.numbers = SequenceNumbers(self.core.rank)
         self._stages = [rank for rank in range(1, num_stages + 1) if rank != self.core.rank]
         self._follow_pace()
 

@@ -15,7 +15,7 @@ from flowspec.protocol.codec import encode
 from flowspec.protocol.messages import (
     HEAD,
     Exit,
-    Features,
+    HiddenStates,
     Message,
     RequestOutput,
     Reroot,
@@ -174,7 +174,7 @@ def message_key(message: Message) -> tuple[Any, ...]:
         return "Segment", segments[0].request, segments[0].seq_no
     ids = (getattr(message, name, None) for name in ("request", "stage", "seq_no", "position"))
     known = [number for number in ids if isinstance(number, int)]
-    if isinstance(message, Features):
+    if isinstance(message, HiddenStates):
         known += [message.layer, *message.nodes[:1]]
     return type(message).__name__, *known
 
@@ -194,7 +194,7 @@ def describe(message: Message, *, whole: bool) -> dict[str, Any]:
             return {"position": message.position, "parent": message.parent, "token": message.token}
         case Exit():
             return {"rows": message.rows}
-        case Features():
+        case HiddenStates():
             return {"layer": message.layer, "rows": len(message.nodes)}
         case TokensOut():
             return {"tokens": len(message.tokens)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from flowspec.protocol.messages import CLIENT, DATA, HEAD, Message, Resume, Status, Suspend
-from flowspec.protocol.sequencing import Lanes
+from flowspec.protocol.sequencing import SequenceNumbers
 from flowspec.request import Failure
 from flowspec.runtime.core import Core
 from flowspec.simulator.simulator import ChargeLink, ChargeWork, Simulator
@@ -67,7 +67,7 @@ class FaultySimulator(Simulator):
         self.epoch_of_head: Callable[[], int] = lambda: 0
         self.outage_of_head: Callable[[], object | None] = lambda: None
         self.is_idle: Callable[[], bool] = lambda: False
-        self._lanes = {rank: Lanes(rank) for rank in cores}
+        self._numbers = {rank: SequenceNumbers(rank) for rank in cores}
         self._cuts: dict[tuple[int, int], float] = {}  # when a connection was cut last
         self._arrivals: dict[tuple[int, int, bool], float] = {}  # newest, by (from, to, is data)
         self._moved_at = 0.0
@@ -84,7 +84,7 @@ class FaultySimulator(Simulator):
         """Deliver by sequence number: drop what came twice, report a gap to the head."""
         if rank not in self.actors:
             return
-        taken = self._lanes[rank].take(message)
+        taken = self._numbers[rank].take(message)
         if taken is None:
             self.totals.add("dropped again")
         elif taken is not message and rank != HEAD:
@@ -102,7 +102,7 @@ class FaultySimulator(Simulator):
             return
         if source not in self.actors:
             return
-        message = self._lanes[source].number(to, message)
+        message = self._numbers[source].number(to, message)
         plan, random = self.plan, self.random
         sent_at, copies, overtakes = self.now, 1, False
         if self.now < plan.until_s:
@@ -188,7 +188,7 @@ class FaultySimulator(Simulator):
         for rank in range(1, self.num_stages + 1):
             if rank not in self.actors:
                 self.replace(self.new_stage(rank, self.num_stages, self.epoch_of_head()))
-                self._lanes[rank] = Lanes(rank)
+                self._numbers[rank] = SequenceNumbers(rank)
         self.totals.add("resume" if self.num_stages == before else "resume with another number")
         self._moved_at = self.now
         self.deliver(HEAD, Resume(num_stages=self.num_stages))

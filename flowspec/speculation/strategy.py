@@ -1,4 +1,4 @@
-"""What a strategy is: its configuration, the segment it offers, the decisions it takes."""
+"""The seam of a strategy: its configuration, the segments it offers and the decisions it takes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flowspec.speculation.tree import Node
 
-MAX_ROWS = 1024  # of a segment, a tree, a drafter forward
+MAX_ROWS = 1024  # limit of a segment, a tree and a drafter forward
 
 Rows = Annotated[int, Field(ge=1, le=MAX_ROWS)]
 
 
 class StrategyConfig(BaseModel):
-    """The parameters of a strategy. This base has none: `ar` takes no parameter."""
+    """The parameters of a strategy. This base has none, for `ar`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DraftingConfig(StrategyConfig):
-    """What every strategy with a draft tree takes; none of it changes the text."""
+    """The parameters of every strategy with a draft tree; none of them changes the text."""
 
     num_draft_tokens: Rows = 60  # nodes below the root, kept or drafted per round
     draft_topk: Rows = 10  # children proposed per node; nodes of a round's beam
@@ -32,7 +32,7 @@ class DraftingConfig(StrategyConfig):
 
 
 class RoundConfig(DraftingConfig):
-    """A strategy that drafts a tree level by level, round by round, takes its depth as well."""
+    """Adds the depth, for strategies that draft a tree level by level, round by round."""
 
     num_draft_steps: Rows = 6  # levels below the root that one draft grows
 
@@ -47,16 +47,16 @@ class RoundConfig(DraftingConfig):
 
 
 class SegmentedRoundConfig(RoundConfig):
-    """A strategy that cuts the round's tree into segments takes their least size as well."""
+    """Adds the least segment size, for strategies that cut a round's tree into segments."""
 
     segment_size: Rows = 16  # least number of tree rows in a segment
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedDecoding:
-    """How one request is decoded: a strategy by name with its parameters, a drafter by name.
+    """The decoding of one request: a strategy with its parameters and a drafter, by name.
 
-    Requests with equal ones learn together and may reuse one another's work.
+    Requests with equal decoding learn together and may reuse one another's work.
     """
 
     strategy: str
@@ -81,25 +81,25 @@ class Outgoing:
 
     nodes: Sequence[Node]
     verify: bool = True
-    best_first: bool = False  # the scheduler may send only the first of them and ask again
-    early: bool = False  # best first, and drafting on before the slot comes would choose better
+    best_first: bool = False  # the scheduler may send only the first ones and ask again
+    early: bool = False  # best first, but a choice closer to the slot would be better
 
 
 State_contra = TypeVar("State_contra", contravariant=True)
 
 
 class Strategy(Protocol[State_contra]):
-    """One per request. Both decisions are asked for whenever something has changed."""
+    """Decides for one request. Both decisions are asked for whenever something has changed."""
 
     def next_segment(self, request: State_contra) -> Outgoing | None:
-        """What to send now, or nothing yet."""
+        """Return the nodes to send now, or None."""
 
     def next_draft(self, request: State_contra) -> Sequence[Node]:
-        """Nodes to expand in one drafter forward now, or none.
+        """Return the nodes to expand in one drafter forward now, or none.
 
-        True rows that are due run in the same forward; a strategy that wants to know them first
+        True rows that are due run in the same forward; a strategy that needs their results first
         waits.
         """
 
     def on_verdict(self, request: State_contra) -> None:
-        """The tree has a new root; `request.last_was_hit`: its token was in the tree."""
+        """Note that the tree has a new root; `request.last_was_hit`: its token was in the tree."""

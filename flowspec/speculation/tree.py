@@ -1,8 +1,8 @@
-"""DraftTree: the living tree of guesses of one request, rooted at the newest known token.
+"""DraftTree: the draft tree of one request, rooted at the newest known token.
 
-Nodes are never renumbered or reused. `score` is the log-probability, as the drafter sees it, that a
-node is on the true path given the root; a child never scores above its parent and is always
-younger, so ordering by (-score, id) puts ancestors first, ties included.
+Nodes are never renumbered or reused. `score` is the drafter's log-probability that a node is on the
+true path given the root. A child never scores above its parent and is always younger, so ordering
+by (-score, id) puts ancestors first, ties included.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from flowspec.request import NO_NODE, NodeId
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One guessed (or, at the root, known) token. `position` is absolute in the text."""
+    """One drafted token, or the known token at the root. `position` is absolute in the text."""
 
     id: NodeId
     parent: NodeId
@@ -25,14 +25,14 @@ class Node:
     score: float  # sum of logprobs from the root's child down to here
     sent: bool = False
     expanded: bool = False  # the drafter has proposed its children
-    expandable: bool = True  # and can: it has its parent's (a merged branch it has not drafted)
-    children: dict[int, NodeId] = field(default_factory=dict)  # by token, as they were proposed
-    # What the children were drawn from, as (token, probability); empty: they were not drawn.
+    expandable: bool = True  # it has proposed this node, not only a merged branch
+    children: dict[int, NodeId] = field(default_factory=dict)  # by token, in the order of proposal
+    # The distribution of the children, as (token, probability); empty: they were not drawn.
     drawn_from: tuple[tuple[int, float], ...] = ()
 
 
 def by_score(node: Node) -> tuple[float, int]:
-    """Sort key, best last: ancestors beat descendants, elder beats younger on ties."""
+    """Return a sort key, best last: ancestors beat descendants, elder beats younger on ties."""
     return node.score, -node.id
 
 
@@ -40,19 +40,19 @@ _SCORE = attrgetter("score")
 
 
 class DraftTree:
-    """Alive nodes by id, in order of age; what is outside the root's subtree is forgotten at once.
+    """Alive nodes by id, in order of age; nodes outside the root's subtree are forgotten.
 
-    The ranking of all nodes is kept from one question to the next: a tree of a thousand is asked
-    about several times per segment, and changes little in between.
+    The ranking of all nodes is kept between questions, because a tree of a thousand nodes is asked
+    several times per segment and changes little in between.
     """
 
     def __init__(self) -> None:
         self.nodes: dict[NodeId, Node] = {}
         self._next_id = 0
         self._root = NO_NODE
-        self.num_sent = 0  # alive nodes that were given to the pipe
+        self.num_sent = 0  # alive nodes that were sent
         self._ranked: list[Node] | None = None  # None: scores or nodes have changed since
-        self._unranked: list[Node] = []  # added since, so younger than all that are ranked
+        self._unranked: list[Node] = []  # added since, so younger than all ranked ones
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -65,11 +65,11 @@ class DraftTree:
 
     @property
     def root(self) -> Node:
-        """The newest known token: accepted by the target, its own successor not known yet."""
+        """The newest known token: accepted by the target, with an unknown successor."""
         return self.nodes[self._root]
 
     def new_id(self) -> NodeId:
-        """An id never used in this request before."""
+        """Return an id that was never used in this request."""
         self._next_id += 1
         return NodeId(self._next_id - 1)
 
@@ -83,7 +83,7 @@ class DraftTree:
         return node
 
     def add(self, parent: NodeId, token: int, logprob: float) -> Node:
-        """The child of `parent` with `token`; an existing one is rescored instead of doubled."""
+        """Add the child of `parent` with `token`; an existing one is rescored instead."""
         return self.extend(self.nodes[parent], [(token, logprob)])[0]
 
     def extend(
@@ -94,9 +94,10 @@ class DraftTree:
         floor: float = float("-inf"),
         expandable: bool | None = None,
     ) -> list[Node]:
-        """Children (token, logprob) of a living node: new ones that score `floor` or more.
+        """Add children (token, logprob) of a living node: new ones that score `floor` or more.
 
-        Existing ones are rescored instead of doubled. Returns both, `expandable` if that is given.
+        Existing ones are rescored instead of doubled. Returns both, marked `expandable` if that is
+        given.
         """
         found = []
         known, score, position = above.children, above.score, above.position + 1
@@ -121,12 +122,12 @@ class DraftTree:
         return found
 
     def child(self, parent: NodeId, token: int) -> Node | None:
-        """The child of a living node with `token`, if the tree holds it."""
+        """Return the child of a living node with `token`, or None."""
         child = self.nodes[parent].children.get(token)
         return None if child is None else self.nodes[child]
 
     def send(self, nodes: Iterable[Node]) -> None:
-        """These nodes are given to the pipe."""
+        """Mark nodes as sent."""
         for node in nodes:
             self.num_sent += not node.sent
             node.sent = True
@@ -142,7 +143,7 @@ class DraftTree:
             below.score = self.nodes[below.parent].score + below.logprob
 
     def subtree(self, node: Node) -> Iterator[Node]:
-        """`node` and its descendants, parents first."""
+        """Yield `node` and its descendants, parents first."""
         stack = [node]
         while stack:
             top = stack.pop()
@@ -150,7 +151,7 @@ class DraftTree:
             stack.extend(self.nodes[child] for child in top.children.values())
 
     def path(self, node: NodeId) -> list[Node]:
-        """From the root to `node`, both included; node must be alive."""
+        """Return the nodes from the root to `node`, both included; `node` must be alive."""
         path = [self.nodes[node]]
         while path[-1].id != self._root:
             path.append(self.nodes[path[-1].parent])
@@ -158,7 +159,7 @@ class DraftTree:
         return path
 
     def reroot(self, parent: NodeId, token: int) -> tuple[list[Node], bool]:
-        """The truth after `parent` is `token`: commit the path down to it, forget all else.
+        """Commit the path down to `parent`, which `token` follows, and forget all other nodes.
 
         Returns the path (old root to parent) and whether the new root was in the tree.
         """
@@ -199,14 +200,14 @@ class DraftTree:
             if node.sent:
                 kept.append(node)
                 continue
-            # what hangs below is unsent and worse, so it goes in its turn
+            # Nodes below are unsent and worse, so they are removed too.
             del self.nodes[node.id]
             if (above := self.nodes.get(node.parent)) is not None:
                 del above.children[node.token]
         self._ranked = kept
 
     def drop_descendants(self) -> None:
-        """Forget everything below the root, also what is in flight: it will be drafted anew."""
+        """Forget everything below the root, in-flight nodes included; it will be drafted anew."""
         root = self.root
         root.children.clear()
         root.drawn_from = ()
@@ -216,31 +217,31 @@ class DraftTree:
         self._ranked = None
 
     def ranked(self) -> list[Node]:
-        """All nodes, best first, the elder first among equals; not to be changed."""
+        """Return all nodes, best first, the elder first among equals; do not change the list."""
         if self._ranked is None:
             self._ranked = sorted(self.nodes.values(), key=_SCORE, reverse=True)
             self._unranked.clear()
         elif self._unranked:
             self._ranked = self._ranked + self._unranked
-            self._ranked.sort(key=_SCORE, reverse=True)  # is stable, and fast on what is in order
+            self._ranked.sort(key=_SCORE, reverse=True)  # stable, and fast on sorted input
             self._unranked.clear()
         return self._ranked
 
     def level(self, position: int, count: int) -> list[Node]:
-        """The `count` best nodes at an absolute position that can be expanded, best first."""
+        """Return the `count` best expandable nodes at an absolute position, best first."""
         at = (n for n in self.ranked() if n.position == position and n.expandable)
         return list(islice(at, count))
 
     def unsent(self) -> Iterable[Node]:
-        """Nodes not yet given to the pipe, in no order."""
+        """Return the nodes that were not sent yet, in no order."""
         return (node for node in self.nodes.values() if not node.sent)
 
     def best_unsent(self, count: int) -> list[Node]:
-        """The `count` best unsent nodes, best first: parents come before children."""
+        """Return the `count` best unsent nodes, best first: parents come before children."""
         return list(islice((node for node in self.ranked() if not node.sent), count))
 
     def best_unexpanded(self, count: int) -> list[Node]:
-        """The `count` best nodes below the root that are yet to expand and can be, best first."""
+        """Return the `count` best unexpanded nodes below the root that can be expanded."""
         open_nodes = (
             n for n in self.ranked() if not n.expanded and n.expandable and n.id != self._root
         )

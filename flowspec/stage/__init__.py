@@ -1,1 +1,1 @@
-"""A stage: it runs its layers over rows that come in and hands them on."""
+"""The stages: each runs its layers over the rows that come in and sends the results on."""

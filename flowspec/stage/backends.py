@@ -1,4 +1,4 @@
-"""The stage backends by name. Adding one: one file with its class, one row in the table."""
+"""The table of stage backends. A new backend takes one file with its class and one row here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from flowspec.weights.load import load_stage_range
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSource:
-    """What a stage's layers are loaded from, and how they are kept."""
+    """The source of a stage's layers, and the form in which they are kept."""
 
     folder: Path  # of the split model
     first_layer: int
@@ -24,7 +24,7 @@ class StageSource:
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """How a backend is loaded; `load` raises ValueError naming what is missing or does not fit."""
+    """How a backend is loaded. `load` raises ValueError naming what is missing or does not fit."""
 
     load: Callable[[StageSource], StageBackend[Any]]
     about: str
@@ -48,7 +48,7 @@ BACKENDS: dict[str, BackendSpec] = {
 
 
 def find_backend(name: str) -> BackendSpec:
-    """The row of the table. Raises ValueError listing the known names."""
+    """Return a row of the table. Raises ValueError listing the known names."""
     if name not in BACKENDS:
         raise ValueError(f"unknown stage backend {name!a}; known: {', '.join(BACKENDS)}")
     return BACKENDS[name]

@@ -1,4 +1,4 @@
-"""Forward: one run of a stage's layers over the rows of one or several requests."""
+"""The executor runs a stage's layers over the rows of one or several requests."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from flowspec.stage.stage_request_state import StageRequestState
 
 @dataclass(slots=True)
 class Part:
-    """One request's share of what came down the pipe; without a state the request is over."""
+    """One request's segment as it came; `state` is None if the request is over."""
 
     state: StageRequestState | None
     segment: Segment
@@ -25,28 +25,28 @@ class Part:
 
 @dataclass(slots=True)
 class Share:
-    """A part whose rows are really run, and what comes of them."""
+    """The rows of one request in a forward, and their results."""
 
     segment: Segment
     state: StageRequestState
     rows: RequestRows[StageCache]
     inputs: Tensor  # tokens [n] or hidden states [n, H]
     hidden: Tensor | None = None  # [n, H] for the next stage
-    features: Mapping[int, Tensor] = field(default_factory=dict)  # [n, H] by layer
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)  # [n, H] by layer
     choices: list[int] = field(default_factory=list)  # the target's tokens after the asked rows
 
     @property
     def num_asked(self) -> int:
-        """Of how many of its last rows the next token is asked for."""
+        """Number of rows, counted from the end, whose next token is chosen."""
         if self.segment.prefix:
             return 1 if self.segment.verify else 0
         return len(self.segment.nodes)
 
 
 class Forward:
-    """Rows in, hidden states out; where `choose`, also the target's token after each row.
+    """One forward: rows in, hidden states out, and with `choose` the target's token after each row.
 
-    A request whose share cannot be computed is left out, and its exception is in `errors`.
+    A request whose rows cannot be computed is left out; its exception is in `errors`.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Forward:
         self.parts = parts
         self.num_rows = sum(len(part.segment.nodes) for part in parts)
         self.shares: list[Share] = []
-        self.errors: dict[int, Exception] = {}  # by request: why its rows were not run
+        self.errors: dict[int, Exception] = {}  # by request
         self._choose = choose
         self._batch_invariant = batch_invariant
 
     def run(self) -> None:
-        """Compute; everything that changes a request's state but the verdict happens here."""
+        """Compute. All changes of a request's state happen here, except those by a verdict."""
         for part in self.parts:
             if part.state is None or not part.segment.nodes:
                 continue
@@ -85,7 +85,7 @@ class Forward:
             self._run_apart(error)
 
     def _run_apart(self, error: Exception) -> None:
-        """The joint forward has failed: who fails by itself too is the cause."""
+        """Run each request alone after the joint forward has failed, to find the cause."""
         alone = len(self.shares) == 1
         done = []
         for share in self.shares:
@@ -107,7 +107,7 @@ class Forward:
             verifier.observe(segment.nodes, segment.parents, segment.tokens, choices)
 
     def outgoing(self, elapsed_ms: float, failed: Container[int]) -> list[Part]:
-        """The parts as they leave: with their hidden states, emptied where the request `failed`."""
+        """Return the parts with their hidden states; parts of requests that `failed` are empty."""
         hidden = {share.segment.request: share.hidden for share in self.shares}
         parts = []
         for part in self.parts:
@@ -122,7 +122,7 @@ class Forward:
         return parts
 
     def _enter(self, state: StageRequestState, segment: Segment) -> Share:
-        """Give every row of one request its place. Raises where there is none for it."""
+        """Add the rows of one request to its cache. Raises CacheFull if there is no room."""
         if segment.hidden is None:
             vocab_size = self.model.config.vocab_size
             check_token_ids(segment.tokens, vocab_size, of="a row")
@@ -133,24 +133,26 @@ class Forward:
         return Share(segment, state, RequestRows(state.cache, positions, parents), inputs)
 
     def _compute(self, shares: Sequence[Share]) -> None:
-        """One forward over the rows of `shares`."""
+        """Run one forward over the rows of `shares`."""
         layers = {layer for share in shares for layer in share.state.aux_hidden_state_layers}
         rows = [share.rows for share in shares]
         inputs = torch.cat([share.inputs for share in shares])
-        hidden, features = self.model.run(rows, inputs, features=layers)
+        hidden, hidden_states = self.model.run(rows, inputs, aux_hidden_state_layers=layers)
         sizes = [len(share.rows.positions) for share in shares]
         own_hidden = hidden.split(sizes)
-        own_features = {layer: whole.split(sizes) for layer, whole in features.items()}
+        own_hidden_states = {layer: whole.split(sizes) for layer, whole in hidden_states.items()}
         if self._choose:
             self._choose_tokens(shares, own_hidden)
         elif hidden.is_cuda:
             torch.cuda.synchronize(hidden.device)  # here, where its time is measured
         for place, share in enumerate(shares):
             share.hidden = None if self._choose else own_hidden[place]
-            share.features = {layer: pieces[place] for layer, pieces in own_features.items()}
+            share.hidden_states = {
+                layer: pieces[place] for layer, pieces in own_hidden_states.items()
+            }
 
     def _choose_tokens(self, shares: Sequence[Share], hidden: Sequence[Tensor]) -> None:
-        """The target's token after each row; of a prompt only the last row matters."""
+        """Choose the target's token after each row; of a prompt only after the last row."""
         asked = [(share, own) for share, own in zip(shares, hidden, strict=True) if share.num_asked]
         if not asked:
             return

@@ -1,4 +1,4 @@
-"""Sampler: on the last stage, how one request's tokens are chosen, and what that depends on."""
+"""Sampler: chooses the tokens of one request on the last stage."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,8 +14,8 @@ from flowspec.speculation.processors.base import PathStates
 class Sampler:
     """The committed tokens of a request, and the processors' states at its nodes if there are any.
 
-    `cached` are the tokens of the committed rows that another request has left. The tokens are kept
-    whatever the processors are: a later request that begins with them may have others.
+    `cached` are the tokens of the committed rows of a reused request. Tokens are kept for every
+    request, since a later request that reuses them may need other processors.
     """
 
     def __init__(self, opened: AddRequest, cached: Sequence[int] = ()) -> None:
@@ -27,11 +27,11 @@ class Sampler:
 
     @property
     def num_states(self) -> int:
-        """At nodes of the tree."""
+        """Number of tree nodes with a state."""
         return 0 if self._states is None else len(self._states)
 
     def extend(self, tokens: Sequence[int], *, is_end: bool) -> None:
-        """The next tokens of the prefix; with the last ones, the states begin."""
+        """Append tokens of the prefix; after the last ones (`is_end`) the states begin."""
         self.tokens += tokens
         if is_end:
             count = self._num_prompt_tokens or len(self.tokens)
@@ -39,21 +39,21 @@ class Sampler:
             self._states = None if begun is None else PathStates(begun)
 
     def enter(self, segment: Segment) -> None:
-        """Rows of the tree, parents first."""
+        """Add rows of the tree, parents first."""
         if self._states is not None:
             for row in zip(segment.nodes, segment.parents, segment.tokens, strict=True):
                 self._states.enter(*row)
 
     def reroot(self, path: Iterable[int], tip: NodeId, alive: Iterable[NodeId]) -> None:
-        """The tokens `path` down to node `tip` are committed; of the other nodes `alive` stay."""
+        """Commit the tokens `path` down to node `tip`; of the other nodes those in `alive` stay."""
         self.tokens += path
         if self._states is not None:
             self._states.reroot(tip, alive)
 
     def choose(self, logits: Tensor, positions: Sequence[int], segment: Segment) -> list[int]:
-        """The target's tokens at `positions` [n] from the logits [n, V] of the segment's last rows.
+        """Choose the target's tokens at `positions` [n] from logits [n, V] of the last rows.
 
-        These are all of its rows, or of a prefix the last one.
+        These are all rows of the segment, or the last row of a prefix. Returns n token ids.
         """
         states = []
         if self._states is not None:

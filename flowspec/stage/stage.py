@@ -1,11 +1,11 @@
-"""Stage: a filter. Rows come in, rows go out; a `Reroot` says which of them are dead.
+"""Stage: runs rows through its layers and drops those that a `Reroot` has made dead.
 
-A sans-IO core (see runtime/core.py). It knows nothing of the head's tree or strategy. Rows of
-several requests may come as one batch and then run in one forward. Rows of dead or unknown parents
-are dropped just before it; an emptied segment still travels on, so that the head's counts stay
-right. The last stage also holds the verifiers and makes the verdicts.
+It is a sans-IO core (runtime/core.py). It does not know the head's tree or strategy. Rows of
+several requests may come as one batch and then run in one forward. Rows with dead or unknown
+parents are dropped just before it. An empty segment still travels on, so that the head's counts
+stay right. The last stage also holds the verifiers and makes the verdicts.
 
-What fails in the work for one request ends that request here, and the head is told
+An exception in the work for one request ends that request here, and the head is told
 (runtime/failures.py).
 """
 
@@ -25,9 +25,9 @@ from flowspec.protocol.messages import (
     Batch,
     Exit,
     Failed,
-    Features,
     FinishRequest,
     FreeRequest,
+    HiddenStates,
     Message,
     Ping,
     Reroot,
@@ -47,21 +47,21 @@ from flowspec.stage.sampler import Sampler
 from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
 
-MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more is a broken peer
+MAX_QUEUED = 256  # segments; the head keeps far fewer in flight, so more means a broken peer
 MAX_TREE_ROWS = 4096  # of one request, beside its context
 STATUS_INTERVAL_S = 0.25
 
 
 @dataclass(slots=True)
 class RequestCounts:
-    """What this stage has done for one request; `busy_s` counts its rows of the draft tree."""
+    """The work of this stage for one request; `busy_s` counts its rows of the draft tree."""
 
     num_rows_run: int = 0
     num_rows_pruned: int = 0
     busy_s: float = 0.0
 
     def add(self, share: Share, elapsed: float) -> None:
-        """Rows of the request were run; `elapsed` is their share of the forward."""
+        """Count rows of the request that were run; `elapsed` is their share of the forward."""
         self.num_rows_run += len(share.rows.positions)
         if not share.segment.prefix:
             self.busy_s += elapsed
@@ -70,8 +70,8 @@ class RequestCounts:
 class Stage:
     """Rank 1..num_stages of the pipeline; the backend `model` computes its layers.
 
-    `num_kv_tokens`, if set, is what all requests' caches together may take, in rows; 0: no limit.
-    A stage that takes the place of a lost one begins with the head's `epoch`.
+    `num_kv_tokens` limits the rows of all requests' caches together; 0 means no limit. A stage that
+    replaces a lost one begins with the head's `epoch`.
     """
 
     def __init__(
@@ -87,28 +87,28 @@ class Stage:
         self.num_stages = num_stages
         self.model = model
         self.batch_invariant = batch_invariant
-        self.epoch = epoch  # what is older concerns a pipeline that is no more
+        self.epoch = epoch  # older messages concern a pipeline that is gone
         self.num_kv_tokens = 0
-        self.requests: dict[int, StageRequestState] = {}  # kept ones included
+        self.requests: dict[int, StageRequestState] = {}  # cached ones included
         self.failures = Failures(on_failure=self._forget)
         self.queue: deque[AddRequest | Segment | Batch | FinishRequest] = deque()
         self.busy_s = 0.0
         self.num_segments = 0
         self.num_rows_run = 0
         self.num_rows_pruned = 0
-        self.num_closes = 0  # of this epoch
-        self.counts: dict[int, RequestCounts] = {}  # of requests whose end has yet to come
-        self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process; its driver knows
+        self.num_closes = 0  # in this epoch
+        self.counts: dict[int, RequestCounts] = {}  # of requests that have not ended
+        self.peak_memory_bytes: Callable[[], int] = lambda: 0  # of the process
         self._status_due = 0.0
 
     @property
     def is_last(self) -> bool:
-        """Whether verdicts are made here."""
+        """Whether this stage makes the verdicts."""
         return self.rank == self.num_stages
 
     @property
     def next_rank(self) -> int:
-        """Where rows go from here, unless this is the last stage."""
+        """Rank of the next stage; there is none after the last."""
         return self.rank + 1
 
     @property
@@ -117,7 +117,7 @@ class Stage:
         return sum(state.opened.capacity for state in self.requests.values())
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """Verdicts act at once; what came down the pipe waits for its turn."""
+        """Process one message: verdicts act at once, data messages wait for their turn."""
         if not self._is_current(message):
             return ()
         sends = self._take_in(message, now)
@@ -138,7 +138,7 @@ class Stage:
         return ()
 
     def _is_current(self, message: Message) -> bool:
-        """Whether it is of this epoch; the first of a newer one ends all requests of the old."""
+        """Return whether a message is of this epoch; one of a newer epoch ends old requests."""
         epoch = epoch_of(message)
         if epoch is not None and epoch > self.epoch:
             self.epoch, self.num_closes = epoch, 0
@@ -149,7 +149,7 @@ class Stage:
         return epoch in (None, self.epoch)
 
     def poll(self, now: float) -> Step | None:
-        """The next message from the pipe."""
+        """Return the work for the next message of the data channel."""
         if not self.queue:
             return None
         step = self._next_step(self.queue.popleft(), now)
@@ -174,16 +174,16 @@ class Stage:
 
     def _begin(self, message: AddRequest) -> Sequence[Send]:
         assert message.request not in self.requests, f"request {message.request} is already open"
-        before = self.requests.get(message.reuse)  # its own Close frees it
+        before = self.requests.get(message.reuse)  # its own FinishRequest frees it
         error = self._refusal(message, before)
         if error:
             return self._fail(message.request, error)
-        layers = self.model.owned_features(message.aux_hidden_state_layers)
+        layers = self.model.owned_hidden_states(message.aux_hidden_state_layers)
         state = StageRequestState(
             opened=message,
             cache=self._new_cache(message, before),
             aux_hidden_state_layers=layers,
-            features={layer: [] for layer in layers},
+            hidden_states={layer: [] for layer in layers},
             verifier=Verifier() if self.is_last else None,
             sampler=self._new_sampler(message, before) if self.is_last else None,
         )
@@ -210,14 +210,14 @@ class Stage:
         return Sampler(message, before.sampler.tokens[: message.num_cached_tokens])
 
     def _forget(self, request: int) -> None:
-        """Free what is held of the request, if anything is."""
+        """Free the request if it is here."""
         state = self.requests.pop(request, None)
         if state is not None:
             state.cache.free()
 
     def _refusal(self, message: AddRequest, before: StageRequestState | None) -> str:
-        """Why this request cannot have the cache it asks for; checked before memory is taken."""
-        # How long a request may be, its head decides; whether there is memory is checked below.
+        """Return why a request cannot have its cache; nothing is allocated before this check."""
+        # The head decides how long a request may be; memory is checked below.
         asked = f"a context of {message.context} was asked for"
         if message.context > LONGEST_CONTEXT:
             return f"{asked}, needed: at most {LONGEST_CONTEXT}"
@@ -244,7 +244,7 @@ class Stage:
         return ""
 
     def _close(self, message: FinishRequest) -> list[Send]:
-        """Free the request, or keep what is committed of it."""
+        """Free the request, or keep its committed rows for the prefix cache."""
         self.num_closes += 1
         sends: list[Send] = []
         if not message.keep:
@@ -257,7 +257,7 @@ class Stage:
         return [] if self.is_last else [Send(self.next_rank, message)]
 
     def _forward(self, segments: Sequence[Segment]) -> Step:
-        """Drop the dead rows, run the living ones, hand them on."""
+        """Drop the dead rows, run the others, and send them on."""
         sends: list[Send] = []
         if self.rank == 1:
             first = segments[0]
@@ -265,7 +265,8 @@ class Stage:
             sends.append(Send(HEAD, started))
         parts = []
         for segment in segments:
-            if segment.verdict is not None:  # control may be late; rows must not pile up
+            # Its control message may be late, and dead rows must not pile up.
+            if segment.verdict is not None:
                 sends += self._reroot(segment.verdict)
             parts.append(self._admit(segment))
         forward = Forward(
@@ -284,7 +285,7 @@ class Stage:
         return Step(sends=sends, work=work)
 
     def _finish(self, forward: Forward, now: float, elapsed: float) -> Sequence[Send]:
-        """What follows: rows on, features of prompt rows, and on the last stage the verdicts."""
+        """Return the messages after a forward: rows, hidden states of prompts, and verdicts."""
         self.busy_s += elapsed
         self.num_segments += 1
         self.num_rows_run += sum(len(share.rows.positions) for share in forward.shares)
@@ -296,32 +297,32 @@ class Stage:
             self.failures.add(error, request)
         for share in forward.shares:
             with self.failures.of(share.segment.request):
-                sends += self._keep_features(share)
+                sends += self._keep_hidden_states(share)
                 forward.observe(share)
         sends += self._hand_on(forward.outgoing(elapsed * 1e3, self.failures))
         if now >= self._status_due:
             sends.append(self._status(now))
         return [*sends, *self._tell_failed()]
 
-    def _keep_features(self, share: Share) -> list[Send]:
-        """Prompt rows are true: their features leave now; others wait for their verdict."""
+    def _keep_hidden_states(self, share: Share) -> list[Send]:
+        """Return the hidden states of prompt rows, which are true; keep those of other rows."""
         segment, sends = share.segment, []
         for layer in share.state.aux_hidden_state_layers:
-            own = share.features[layer]
+            own = share.hidden_states[layer]
             if segment.prefix:
-                sends.append(self._features(segment.request, layer, segment.nodes, own))
+                sends.append(self._hidden_states(segment.request, layer, segment.nodes, own))
             else:
-                share.state.features[layer].extend(own)
+                share.state.hidden_states[layer].extend(own)
         return sends
 
     def _admit(self, segment: Segment) -> Part:
-        """The segment with the rows that are alive here."""
+        """Return the segment with the rows that are alive here."""
         alive: Sequence[int] = ()
         state = self.requests.get(segment.request)
         with self.failures.of(segment.request):
             if state is not None:
                 alive = range(len(segment.nodes)) if segment.prefix else state.admit(segment)
-        state = self.requests.get(segment.request)  # none, if that has failed
+        state = self.requests.get(segment.request)  # None if the request has failed
         num_pruned = len(segment.nodes) - len(alive)
         self.num_rows_pruned += num_pruned
         if (counts := self.counts.get(segment.request)) is not None:
@@ -332,7 +333,7 @@ class Stage:
         return Part(state, segment)
 
     def _hand_on(self, parts: Sequence[Part]) -> list[Send]:
-        """After this stage: on to the next, or out of the pipe with the verdicts that are due."""
+        """Send the rows to the next stage, or out of the pipe with the verdicts that are due."""
         if not self.is_last:
             return [Send(self.next_rank, together([part.segment for part in parts]))]
         sends: list[Send] = []
@@ -370,7 +371,7 @@ class Stage:
         return [to_head, *self._reroot(verdict), Send(EVERY_STAGE, verdict)]
 
     def _reroot(self, verdict: Reroot) -> list[Send]:
-        """Apply a verdict; a late or doubled one changes nothing. Returns the features it freed."""
+        """Apply a verdict, return hidden states of accepted rows; a stale one changes nothing."""
         state = self.requests.get(verdict.request)
         if state is None or verdict.position <= state.verdict_position:
             return []
@@ -379,27 +380,29 @@ class Stage:
         return []
 
     def _commit(self, state: StageRequestState, verdict: Reroot) -> list[Send]:
-        features = state.features
+        hidden_states = state.hidden_states
         nodes_before, rows_before = state.nodes, state.rows
         path = state.reroot(verdict)
         path_nodes = [nodes_before[row] for row in path]
         sends = []
         for layer in state.aux_hidden_state_layers:
-            rows = features[layer]
+            rows = hidden_states[layer]
             if path:
                 hidden = torch.stack([rows[row] for row in path])
-                sends.append(self._features(verdict.request, layer, path_nodes, hidden))
-            features[layer] = [rows[rows_before[node]] for node in state.nodes]
+                sends.append(self._hidden_states(verdict.request, layer, path_nodes, hidden))
+            hidden_states[layer] = [rows[rows_before[node]] for node in state.nodes]
         return sends
 
-    def _features(self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor) -> Send:
-        message = Features(
+    def _hidden_states(
+        self, request: int, layer: int, nodes: Sequence[NodeId], hidden: Tensor
+    ) -> Send:
+        message = HiddenStates(
             epoch=self.epoch, request=request, layer=layer, nodes=tuple(nodes), hidden=hidden
         )
         return Send(HEAD, message)
 
     def _status(self, now: float, *, finished: int = 0) -> Send:
-        """Totals, and the counts of a request that is over on this stage, once."""
+        """Return the totals, with the counts of a request that has just ended here."""
         self._status_due = now + STATUS_INTERVAL_S
         counts = self.counts.pop(finished, None)
         status = Status(
@@ -420,7 +423,7 @@ class Stage:
         return Send(HEAD, status)
 
     def _tell_failed(self) -> list[Send]:
-        """The requests that have failed here are forgotten already; the head ends them."""
+        """Return messages about requests that have failed here; the head ends them."""
         return [
             send
             for request, error in self.failures.take().items()

@@ -1,4 +1,4 @@
-"""StageRequestState: what a stage keeps of a request: its cache, and which node is in which row."""
+"""StageRequestState: a request's cache on a stage, and the node of each of its rows."""
 
 from dataclasses import dataclass, field
 
@@ -13,32 +13,32 @@ from flowspec.stage.verifier import Verifier
 
 @dataclass(slots=True)
 class StageRequestState:
-    """One request on one stage. Lists run parallel to the cache's tree rows."""
+    """One request on one stage. The lists are parallel to the cache's tree rows."""
 
     opened: AddRequest
     cache: StageCache
     aux_hidden_state_layers: tuple[int, ...]
-    verifier: Verifier | None  # on the last stage, as is the sampler
+    verifier: Verifier | None  # on the last stage, like the sampler
     sampler: Sampler | None = None
-    tip: NodeId = NO_NODE  # newest committed node
+    tip: NodeId = NO_NODE  # the newest committed node
     tip_position: int = -1
-    next_token: int | None = None  # the verdict after the tip, once known
+    next_token: int | None = None  # the verdict after `tip`, once known
     verdict_position: int = -1
     nodes: list[NodeId] = field(default_factory=list)
     parents: list[NodeId] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     rows: dict[NodeId, int] = field(default_factory=dict)
-    features: dict[int, list[Tensor]] = field(default_factory=dict)
+    hidden_states: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def is_alive(self, parent: NodeId, token: int) -> bool:
-        """Whether a row under `parent` may still be true, as far as this stage knows."""
+        """Return whether a row under `parent` may still be true, as far as this stage knows."""
         if parent == self.tip:
             return self.next_token is None or token == self.next_token
         return parent in self.rows
 
     def admit(self, segment: Segment) -> list[int]:
-        """Indices of the segment's rows that are alive; a row's parent may be in the segment."""
+        """Return the indices of the rows that are alive; a row's parent may be in the segment."""
         admitted: set[NodeId] = set()
         alive = []
         rows = zip(segment.nodes, segment.parents, segment.tokens, strict=True)
@@ -49,7 +49,7 @@ class StageRequestState:
         return alive
 
     def enter(self, segment: Segment) -> tuple[list[int], list[int] | None]:
-        """Enter a segment's rows: their positions, and their parents as rows (None: prefix)."""
+        """Add a segment's rows; return their positions and their parents' rows (None: prefix)."""
         if not segment.prefix:
             parents = self.add_rows(segment)
             if self.sampler is not None:
@@ -62,7 +62,7 @@ class StageRequestState:
         return list(range(first, first + n)), None
 
     def add_rows(self, segment: Segment) -> list[int]:
-        """Enter the rows; returns each one's parent as a row of the cache."""
+        """Add tree rows; return the cache row of each one's parent."""
         above = []
         for node, parent, token in zip(segment.nodes, segment.parents, segment.tokens, strict=True):
             row = self.rows.get(parent, COMMITTED)
@@ -76,7 +76,7 @@ class StageRequestState:
         return above
 
     def reroot(self, verdict: Reroot) -> list[int]:
-        """Commit the path to the verdict's parent, forget the dead; returns the path's rows."""
+        """Commit the path to the verdict's parent and forget dead rows; return the path's rows."""
         path: list[int] = []
         node = verdict.parent
         while node != self.tip:

@@ -198,7 +198,7 @@ class _HeadCauses:
         yield start, end, self._awaited(kinds, end, until)
 
     def _awaited(self, kinds: set[str], end: float, until: float) -> str:
-        if not kinds or kinds & {"Reroot", "Features", "AbortRequest"}:
+        if not kinds or kinds & {"Reroot", "HiddenStates", "AbortRequest"}:
             return VERDICT
         in_flight = bisect_right(self.sent_at, end) - bisect_right(self.exited_at, until)
         return PIPE_FULL if in_flight > 0 else DRAINING

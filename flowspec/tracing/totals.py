@@ -168,7 +168,7 @@ def _cause(process: Process, arrivals: Sequence[Hop], start: float, until: float
     first = bisect_left(arrivals, start, key=lambda hop: hop.received.when)
     last = bisect_right(arrivals, min(acts), key=lambda hop: hop.received.when)
     weighty = (
-        ("Reroot", "Features")
+        ("Reroot", "HiddenStates")
         if process.rank == HEAD
         else ("Segment", "AddRequest", "FinishRequest")
     )

@@ -93,7 +93,7 @@ class Pair:
         """Give the drafter the hidden states of rows at these positions, with rows of `hidden`."""
         for layer in self.drafter.aux_hidden_state_layers:
             rows = hidden if layer == FINAL_NORM else taps[layer]
-            session.accept_features(layer, {p: rows[row] for p, row in where.items()})
+            session.accept_hidden_states(layer, {p: rows[row] for p, row in where.items()})
 
 
 def grow(
@@ -122,7 +122,9 @@ def verify(
     tokens = torch.tensor([node.token for node in nodes])
     where = [node.position for node in nodes]
     layers = pair.drafter.aux_hidden_state_layers
-    hidden, taps = run_rows(model, cache, tokens, where, parents=parents, features=layers)
+    hidden, taps = run_rows(
+        model, cache, tokens, where, parents=parents, aux_hidden_state_layers=layers
+    )
     truth = choose(model.logits(hidden), [p + 1 for p in where], sampling)
     path, following = [tree.root], [truth[0]]
     while following[-1] in path[-1].children:
@@ -152,7 +154,9 @@ def decode(
     ids = torch.tensor(list(prompt))
     layers = pair.drafter.aux_hidden_state_layers
     where = range(len(prompt))
-    hidden, taps = run_rows(pair.target, cache, ids, where, parents=None, features=layers)
+    hidden, taps = run_rows(
+        pair.target, cache, ids, where, parents=None, aux_hidden_state_layers=layers
+    )
     text = choose(pair.target.logits(hidden[-1:]), [len(prompt)], sampling)
     session.accept(list(prompt) + text)
     pair.feed(session, hidden, taps, {position: position for position in where})
@@ -161,7 +165,7 @@ def decode(
     while len(text) < max_new and pair.eos not in text:
         proposal = None
         while session.num_rows_ready:
-            proposal = session.absorb(tree)
+            proposal = session.prefill(tree)
         assert proposal is not None, "the root's features are known"
         grow(session, tree, proposal.children, shape)
         path, following = verify(pair, cache, tree, sampling, session)

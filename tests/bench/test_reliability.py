@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flowspec.bench.reliability import before_and_after, reliability, settled
 from flowspec.cli.main import app, main
 from flowspec.cli.reliability import _figure
-from flowspec.head.calibration import Outcome, PathForecast
+from flowspec.head.calibration import PathForecast, SettledForecast
 from tests.support.checkpoints import save_checkpoint
 
 
@@ -55,7 +55,7 @@ def test_paths_come_true_as_a_whole_or_not_at_all():
 
 def test_before_is_the_drafters_word_and_after_the_calibrated_one():
     """The two are not mixed up."""
-    before, after = before_and_after([Outcome("x", log(0.9), log(0.1), False)])
+    before, after = before_and_after([SettledForecast("x", log(0.9), log(0.1), False)])
     assert before.error == pytest.approx(0.9)
     assert after.error == pytest.approx(0.1)
 

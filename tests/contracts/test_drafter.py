@@ -31,7 +31,7 @@ ALL_DRAFTERS = (*MODEL_DRAFTERS, *SCRIPTS)
 
 
 @lru_cache(maxsize=1024)
-def feature(layer: int, position: int) -> Tensor:
+def hidden_state(layer: int, position: int) -> Tensor:
     """Return a possible hidden state of the target at that position."""
     generator = torch.Generator().manual_seed(1000 * (layer + 2) + position)
     return torch.randn(CONFIG.hidden_size, generator=generator)
@@ -64,7 +64,7 @@ class Play:
         self.session = drafter.open(opening)
         self.tree = DraftTree()
         self.tokens = list(prompt)
-        self.num_known = num_cached_tokens  # positions whose features have come
+        self.num_known = num_cached_tokens  # positions whose hidden states have come
         self.session.accept(prompt)
 
     def plant(self, token: int) -> None:
@@ -94,15 +94,15 @@ class Play:
         if random is not None:
             random.shuffle(due)
         for layer, at in due:
-            self.session.accept_features(layer, {at: feature(layer, at)})
+            self.session.accept_hidden_states(layer, {at: hidden_state(layer, at)})
         self.num_known = max(self.num_known, end)
 
-    def absorb(self) -> list[Proposal]:
-        """Absorb all that is ready."""
+    def prefill(self) -> list[Proposal]:
+        """Prefill all that is ready."""
         found = []
         while self.session.num_rows_ready:
             before = self.session.num_rows_ready
-            found += draft(self.drafter, [DraftJob(self.session, self.tree, absorbs=True)])[0]
+            found += draft(self.drafter, [DraftJob(self.session, self.tree, prefills=True)])[0]
             assert self.session.num_rows_ready < before
         return found
 
@@ -155,7 +155,7 @@ def check_fresh(play: Play) -> None:
     """Check that it drafts like a fresh session: root, children, grandchildren."""
     play.give()
     other = play.fresh()
-    (got,), (want,) = play.absorb()[-1:], other.absorb()
+    (got,), (want,) = play.prefill()[-1:], other.prefill()
     assert got.node == play.tree.root.id
     check_same([got], [want])
     used = {play.tree[n].token for n in play.tree.root.children.values()}
@@ -172,12 +172,12 @@ PROMPT = (3, 14, 15, 9, 26, 5, 35)
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("name", ALL_DRAFTERS)
 def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingParams) -> None:
-    """The root's once all is absorbed, then one per expanded node, in order."""
+    """The root's once all is prefilled, then one per expanded node, in order."""
     play = Play(drafter_named(name), PROMPT, sampling=sampling, draft_topk=4)
     play.plant(8)
     play.give()
     assert play.session.num_rows_ready > 0
-    (proposal,) = play.absorb()
+    (proposal,) = play.prefill()
     assert proposal.node == play.tree.root.id
     children = play.grow(play.tree.root, [1, 2, 40])
     proposals = play.expand(children[::-1])
@@ -191,7 +191,7 @@ def test_proposals_are_for_the_nodes_asked_for(name: str, sampling: SamplingPara
 
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
-def test_absorbing_in_pieces_is_absorbing_at_once(name: str) -> None:
+def test_prefilling_in_pieces_is_prefilling_at_once(name: str) -> None:
     """Hidden states and tokens come in any order and portion; the root comes up exactly once."""
     for seed in range(6):
         random = Random(seed)
@@ -203,28 +203,28 @@ def test_absorbing_in_pieces_is_absorbing_at_once(name: str) -> None:
                 play.plant(8)
             play.give(random.randrange(4), random=random)
             if random.random() < 0.5:
-                found += play.absorb()
+                found += play.prefill()
         play.give(random=random)
-        found += play.absorb()
-        check_same(found, play.fresh().absorb())
+        found += play.prefill()
+        check_same(found, play.fresh().prefill())
 
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_a_long_prompt_comes_in_bounded_forwards(name: str) -> None:
-    """The end state equals that of absorbing as the hidden states come."""
+    """The end state equals that of prefilling as the hidden states come."""
     play = Play(drafter_named(name), [(5 * n) % VOCAB for n in range(200)])
     play.plant(8)
     play.give()
     ready = play.session.num_rows_ready
-    assert draft(play.drafter, [DraftJob(play.session, play.tree, absorbs=True)]) == [[]]
+    assert draft(play.drafter, [DraftJob(play.session, play.tree, prefills=True)]) == [[]]
     assert play.session.num_rows_ready == ready - 128
     slow = Play(play.drafter, play.asked.prompt)
     slow.plant(8)
     found = []
     while slow.num_known < len(play.asked.prompt):
         slow.give(50)
-        found += slow.absorb()
-    check_same(play.absorb(), found)
+        found += slow.prefill()
+    check_same(play.prefill(), found)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 4])
@@ -235,7 +235,7 @@ def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int)
     play = Play(drafter_named(name), PROMPT, sampling=T1)
     play.plant(8)
     play.give()
-    play.absorb()
+    play.prefill()
     node = play.tree.root
     path = [node]
     for level in range(depth + 2):
@@ -252,13 +252,13 @@ def test_a_verdict_leaves_nothing_false_behind(name: str, hit: bool, depth: int)
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_true_rows_beside_guesses_change_neither(name: str) -> None:
-    """The root's proposal equals that of absorbing alone, a guess's equals the one before."""
+    """The root's proposal equals that of prefilling alone, a guess's equals the one before."""
     joint, apart = (Play(drafter_named(name), PROMPT, sampling=T1) for _ in range(2))
     found = []
     for play in (joint, apart):
         play.plant(8)
         play.give()
-        play.absorb()
+        play.prefill()
         first, other = play.grow(play.tree.root, [1, 2])
         play.expand([first, other])
         below = play.grow(first, [3, 4])
@@ -267,9 +267,9 @@ def test_true_rows_beside_guesses_change_neither(name: str) -> None:
         play.verdict(play.tree.root, 1)
         play.give()
         if play is apart:
-            found = [*play.absorb(), *found]
+            found = [*play.prefill(), *found]
             continue
-        job = DraftJob(play.session, play.tree, below, absorbs=True)
+        job = DraftJob(play.session, play.tree, below, prefills=True)
         (got,) = draft(play.drafter, [job])
         assert [p.node for p in got] == [first.id, *(node.id for node in below)]
     check_same(got, found)
@@ -281,7 +281,7 @@ def test_true_rows_beside_guesses_change_neither(name: str) -> None:
 def act(play: Play, seed: int) -> DraftJob | None:
     """Cause a random event of a generation; return its forward, if any."""
     random = Random(seed)
-    kind = random.choice(["grow", "grow", "verdict", "some features", "features"])
+    kind = random.choice(["grow", "grow", "verdict", "some hidden states", "hidden states"])
     if kind == "verdict" and len(play.tokens) < len(play.asked.prompt) + MAX_NEW_TOKENS - 8:
         nodes = sorted(play.tree.nodes.values(), key=lambda node: node.id)
         node, token = random.choice(nodes), random.randrange(4)
@@ -289,19 +289,19 @@ def act(play: Play, seed: int) -> DraftJob | None:
             node, token = play.tree.root, random.choice(drafted)
         play.verdict(node, token)
         play.give(random.choice([0, None]), random=random)
-    elif kind == "some features":
+    elif kind == "some hidden states":
         play.give(2, random=random)
-    elif kind == "features":
+    elif kind == "hidden states":
         play.give(random=random)
-    absorbs = play.session.num_rows_ready > 0 and random.random() < 0.8
-    if absorbs and random.random() < 0.5:
-        return DraftJob(play.session, play.tree, absorbs=True)
+    prefills = play.session.num_rows_ready > 0 and random.random() < 0.8
+    if prefills and random.random() < 0.5:
+        return DraftJob(play.session, play.tree, prefills=True)
     grown = [n for n in play.tree.nodes.values() if n is not play.tree.root]
     nodes = [n for n in grown if play.tree[n.parent].expanded]
     picked = random.sample(nodes, min(len(nodes), random.randint(1, 4)))
-    if not picked and not absorbs:
+    if not picked and not prefills:
         return None
-    return DraftJob(play.session, play.tree, picked, absorbs)
+    return DraftJob(play.session, play.tree, picked, prefills)
 
 
 def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) -> None:
@@ -309,7 +309,7 @@ def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) 
     random = Random(seed)
     expanded = [n.id for n in job.nodes]
     assert [p.node for p in proposals][len(proposals) - len(expanded) :] == expanded
-    assert len(proposals) <= len(expanded) + job.absorbs
+    assert len(proposals) <= len(expanded) + job.prefills
     for proposal in proposals:
         check_shape(proposal, play.tree[proposal.node], play.draft_topk)
         play.grow(play.tree[proposal.node], random.sample(range(4), 2))
@@ -318,7 +318,7 @@ def settle(play: Play, job: DraftJob, proposals: Sequence[Proposal], seed: int) 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 @pytest.mark.parametrize("seed", range(4))
 def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> None:
-    """Absorbing and expanding are mixed; afterwards each request drafts like a fresh one."""
+    """Prefilling and expanding are mixed; afterwards each request drafts like a fresh one."""
     drafter = drafter_named(name)
     prompts = [PROMPT, PROMPT[:2], (9, 9, 4, 1), tuple(range(20))]
     plays = [[Play(drafter, own, sampling=T1) for own in prompts] for _ in range(2)]
@@ -337,7 +337,7 @@ def test_one_forward_for_many_requests_is_one_for_each(name: str, seed: int) -> 
         joint = draft(drafter, [jobs[0] for _, _, jobs in found])
         single = [draft(drafter, [jobs[1]])[0] for _, _, jobs in found]
         num_joint += len(found) > 1
-        num_both += any(jobs[0].absorbs and jobs[0].nodes for _, _, jobs in found)
+        num_both += any(jobs[0].prefills and jobs[0].nodes for _, _, jobs in found)
         for (index, step, jobs), got, want in zip(found, joint, single, strict=True):
             check_same(got, want)
             settle(plays[0][index], jobs[0], got, step)
@@ -356,17 +356,17 @@ def test_the_next_turn_goes_on_where_the_last_ended(name: str, late: int) -> Non
     first = Play(drafter_named(name), PROMPT)
     first.plant(8)
     first.give()
-    first.absorb()
+    first.prefill()
     children = first.grow(first.tree.root, [1, 2])
     first.expand(children)
     first.verdict(children[0], 30)
     first.give()
-    first.absorb()
+    first.prefill()
     first.verdict(first.tree.root, 31)
     first.verdict(first.tree.root, 32)
-    first.give(late)  # come too late to be absorbed
+    first.give(late)  # come too late to be prefilled
     most = first.session.num_reusable
-    assert most >= len(PROMPT) + 1, "all that was absorbed counts"
+    assert most >= len(PROMPT) + 1, "all that was prefilled counts"
     assert most < len(first.tokens)
     for num_cached_tokens in (most, most - 1, len(PROMPT), 2, 1, 0):
         prompt = [*first.tokens[: num_cached_tokens + 1], 40, 41, 42]
@@ -386,7 +386,7 @@ def test_reusing_what_is_not_shared_is_noticed(name: str) -> None:
     first = Play(drafter_named(name), PROMPT)
     first.plant(8)
     first.give()
-    first.absorb()
+    first.prefill()
     with pytest.raises(AssertionError, match="first 6 tokens"):
         Play(first.drafter, [*PROMPT[:5], 1, 2], reuse=first.session, num_cached_tokens=5)
     with pytest.raises(AssertionError, match="reusable"):

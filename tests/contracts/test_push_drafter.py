@@ -150,7 +150,7 @@ class SubtreeDraft:
         session, tree = job.session, job.tree
         assert isinstance(session, ScriptedSession)
         nodes = list(job.nodes)
-        if job.absorbs:
+        if job.prefills:
             session.take_ready()
             nodes = [*([tree.root] if len(tree) else []), *nodes]
         start = tree.root.position if len(tree) else 0

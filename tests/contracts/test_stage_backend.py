@@ -225,12 +225,12 @@ def test_room_is_known_before_rows_run(pieces) -> None:
 def test_layers_give_their_outputs_where_they_lie(pieces) -> None:
     """Each stage those that it has; the last one also what follows the norm."""
     stages = pieces(2)
-    assert [stage.owned_features((1, 5, -1)) for stage in stages] == [(1,), (5, -1)]
+    assert [stage.owned_hidden_states((1, 5, -1)) for stage in stages] == [(1,), (5, -1)]
     x = torch.tensor(PROMPT)
     for stage in stages:
         rows = RequestRows(stage.new_cache(16), range(len(PROMPT)), None)
-        x, taps = stage.run([rows], x, features=(1, 5, -1))
-        assert taps.keys() == set(stage.owned_features((1, 5, -1)))
+        x, taps = stage.run([rows], x, aux_hidden_state_layers=(1, 5, -1))
+        assert taps.keys() == set(stage.owned_hidden_states((1, 5, -1)))
         assert all(len(own) == len(PROMPT) for own in taps.values())
         rows.cache.free()
     assert torch.equal(taps[-1], x)

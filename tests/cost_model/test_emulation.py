@@ -10,7 +10,7 @@ import torch
 from flowspec.cost_model.emulation import Emulation, load_emulation
 from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
-from flowspec.protocol.messages import Exit, Features, Segment
+from flowspec.protocol.messages import Exit, HiddenStates, Segment
 from flowspec.request import NodeId, RequestOutput
 from flowspec.runtime.core import Work
 from flowspec.simulator.simulator import Simulator, instant_link, unit_work
@@ -142,8 +142,10 @@ def test_messages_weigh_what_the_emulated_model_would_send():
     bed = reference()
     assert bed.message_bytes(segment(10)) == 64 + 10 * (20 + 8192)
     assert bed.message_bytes(segment(10, hidden=False)) == 64 + 10 * 20
-    features = Features(request=1, layer=-1, nodes=(NodeId(1),) * 3, hidden=torch.zeros(3, 8))
-    assert bed.message_bytes(features) == 64 + 3 * (8 + 8192)
+    hidden_states = HiddenStates(
+        request=1, layer=-1, nodes=(NodeId(1),) * 3, hidden=torch.zeros(3, 8)
+    )
+    assert bed.message_bytes(hidden_states) == 64 + 3 * (8 + 8192)
     left = Exit(request=1, seq_no=1, rows=1, slowest_rows=1, slowest_ms=1.0)
     passage = bed.link(4, 0, left)
     assert (passage.latency_s, passage.num_bytes, passage.rate_out) == (0.3e-3, 64, 125e6)

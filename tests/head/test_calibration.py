@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowspec.bench.reliability import before_and_after, reliability
-from flowspec.head.calibration import Calibration, Forecast, Forecasts, NodeForecast, Outcome
+from flowspec.head.calibration import (
+    Calibration,
+    Forecast,
+    Forecasts,
+    NodeForecast,
+    SettledForecast,
+)
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.tree import DraftTree
 
@@ -171,7 +177,7 @@ def test_an_overconfident_drafter_is_more_reliable_afterwards():
         p = random.random()
         forecast, happened = child(log(p)), random.random() < p * p
         calibrated = applied(calibration, forecast)
-        outcomes.append(Outcome("eagle", forecast.logprob, calibrated, happened))
+        outcomes.append(SettledForecast("eagle", forecast.logprob, calibrated, happened))
         calibration.record([(forecast, happened)])
     before, after = before_and_after(outcomes)
     assert after.error < before.error / 2

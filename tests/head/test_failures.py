@@ -91,9 +91,11 @@ HEAD_POINTS = {
     "strategy, a verdict": broken(Streaming, "on_verdict", second()),
     "drafter, open": broken(ScriptedDrafter, "open", lambda d, opening: opening.request.id == BAD),
     "drafter, accept": broken(ScriptedSession, "accept", lambda s, tokens: of_bad(s)),
-    "drafter, features": broken(ScriptedSession, "accept_features", lambda s, *rest: of_bad(s)),
+    "drafter, hidden states": broken(
+        ScriptedSession, "accept_hidden_states", lambda s, *rest: of_bad(s)
+    ),
     "drafter, rows": broken(ScriptedSession, "num_rows", lambda s, *rest: of_bad(s)),
-    "drafter, absorb": broken(ScriptedSession, "absorb", lambda s, tree: of_bad(s)),
+    "drafter, prefill": broken(ScriptedSession, "prefill", lambda s, tree: of_bad(s)),
     "drafter, expand": broken(ScriptedSession, "expand", lambda s, *rest: of_bad(s)),
     "branches": broken(MergedSession, "merge_branches", lambda s, *rest: of_bad(s.base)),
     "merged branches": broken(MergedSession, "merged", lambda s, *rest: of_bad(s.base)),
@@ -111,7 +113,9 @@ STAGE_POINTS = {
     "admit": broken(StageRequestState, "admit", lambda state, segment: stage_of(state)),
     "enter": broken(StageRequestState, "enter", lambda state, segment: stage_of(state)),
     "reroot": broken(StageRequestState, "reroot", lambda state, verdict: stage_of(state)),
-    "features": broken(Stage, "_keep_features", lambda stage, share: stage_of(share.state)),
+    "hidden states": broken(
+        Stage, "_keep_hidden_states", lambda stage, share: stage_of(share.state)
+    ),
     "sampling": broken(
         flowspec.stage.sampler, "choose", lambda logits, positions, sampling: sampling.seed == SEED
     ),
@@ -200,12 +204,12 @@ def test_a_forward_that_fails_finds_who_is_the_cause(num_stages: int, monkeypatc
     joint = []
     forward = StageModel.forward
 
-    def raising(self: Any, x: Any, positions: Any, window: Any, **fields: Any) -> Any:
-        caches = [one.cache for one in getattr(window, "windows", [window])]
+    def raising(self: Any, x: Any, positions: Any, metadata: Any, **fields: Any) -> Any:
+        caches = [one.cache for one in getattr(metadata, "parts", [metadata])]
         if any(getattr(cache, "is_bad", False) for cache in caches):
             joint.append(len(caches))
             raise IndexError("index out of range in self")
-        return forward(self, x, positions, window, **fields)
+        return forward(self, x, positions, metadata, **fields)
 
     new_cache = Stage._new_cache
 
@@ -234,10 +238,10 @@ def test_a_draft_models_joint_forward_fails_for_one_alone(phase: str, monkeypatc
     if phase == "forward":
         forward = DraftModelDrafter.forward
 
-        def raising(self: Any, tokens: Any, positions: Any, window: Any, shares: Any) -> Any:
-            if any(own is BAD_CACHE.get("own") for own in caches_of(window)):
+        def raising(self: Any, tokens: Any, positions: Any, metadata: Any, shares: Any) -> Any:
+            if any(own is BAD_CACHE.get("own") for own in caches_of(metadata)):
                 raise IndexError("index out of range in self")
-            return forward(self, tokens, positions, window, shares)
+            return forward(self, tokens, positions, metadata, shares)
 
         opening = DraftModelDrafter.open
 
@@ -265,9 +269,9 @@ def test_a_draft_models_joint_forward_fails_for_one_alone(phase: str, monkeypatc
 BAD_CACHE: dict[str, Any] = {}
 
 
-def caches_of(window: Any) -> list[Any]:
+def caches_of(metadata: Any) -> list[Any]:
     """The caches that a forward looks into."""
-    return [one.cache for one in getattr(window, "windows", [window])]
+    return [one.cache for one in getattr(metadata, "parts", [metadata])]
 
 
 def test_a_drafter_that_does_not_say_whose_fault_it_is_ends_those_it_drafted_for() -> None:

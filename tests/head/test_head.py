@@ -14,7 +14,7 @@ from flowspec.protocol.messages import (
     CLIENT,
     AbortRequest,
     Exit,
-    Features,
+    HiddenStates,
     Message,
     Reroot,
     Started,
@@ -275,7 +275,7 @@ def late_messages(number: int) -> Iterator[Message]:
     yield Reroot(request=number, position=200, parent=3, token=1)
     yield Started(request=number, seq_no=0)
     yield Exit(request=number, seq_no=0, rows=3, slowest_rows=3, slowest_ms=9e9)
-    yield Features(request=number, layer=-1, nodes=(3,), hidden=hidden)
+    yield HiddenStates(request=number, layer=-1, nodes=(3,), hidden=hidden)
 
 
 @pytest.mark.parametrize("active", [False, True])

@@ -1,4 +1,4 @@
-"""What travels between head and stages: features, failures, bounds, counts."""
+"""What travels between head and stages: hidden states, failures, bounds, counts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from flowspec.engine.engine import generate
 from flowspec.protocol.messages import (
     Exit,
     Failed,
-    Features,
     FinishRequest,
     FreeRequest,
+    HiddenStates,
     Message,
     Segment,
     Status,
@@ -22,7 +22,13 @@ from flowspec.request import Failure, FinishReason, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.stage.stage import Stage
-from tests.support.clusters import Watch, check_empty, check_features, make_cluster, run_watched
+from tests.support.clusters import (
+    Watch,
+    check_empty,
+    check_hidden_states,
+    make_cluster,
+    run_watched,
+)
 from tests.support.scripted import SCRIPTS, ScriptedDrafter, perfect
 from tests.support.tiny import PROMPT, T0, request, truth
 
@@ -42,22 +48,24 @@ def test_streaming_keeps_at_most_one_segment_before_the_first_stage(drafter):
     assert first.max_queued == 1
 
 
-def test_features_are_the_targets_own_of_accepted_nodes_from_the_owning_stage():
-    """EAGLE-3 needs layers of different stages; a wrong or doubled feature spoils every draft."""
+def test_hidden_states_are_the_targets_own_of_accepted_nodes_from_the_owning_stage():
+    """EAGLE-3 needs layers of several stages; a wrong or doubled hidden state spoils drafts."""
     layers = (1, 5, -1)
     drafter = ScriptedDrafter(perfect, aux_hidden_state_layers=layers)
     asked = request(max_new_tokens=10)
     _, watches = run_watched({"num_stages": 4, "drafter": drafter}, asked)
     session = drafter.sessions[1]
-    check_features(session)
+    check_hidden_states(session)
     for layer in layers:  # in order on this clock: all accepted before the last verdict
-        assert sorted(session.features[layer]) == list(range(len(session.features[layer])))
-        assert len(session.features[layer]) > len(PROMPT)
+        assert sorted(session.hidden_states[layer]) == list(
+            range(len(session.hidden_states[layer]))
+        )
+        assert len(session.hidden_states[layer]) > len(PROMPT)
     senders = {
         (send.message.layer, watch.rank)
         for watch in watches
         for send in watch.sent
-        if isinstance(send.message, Features)
+        if isinstance(send.message, HiddenStates)
     }
     assert senders == {(1, 1), (5, 3), (-1, 4)}
 

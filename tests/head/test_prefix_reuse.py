@@ -12,7 +12,7 @@ from flowspec.protocol.messages import AddRequest, FinishRequest, Reroot, Segmen
 from flowspec.request import Decoding
 from flowspec.simulator.simulator import adversarial
 from flowspec.speculation.strategies import STRATEGIES
-from tests.support.clusters import Watch, check_features, make_cluster, truth
+from tests.support.clusters import Watch, check_hidden_states, make_cluster, truth
 from tests.support.scripted import SCRIPTS, ScriptedDrafter, perfect
 from tests.support.tiny import PROMPT, T0, T1, expected, request
 from tests.support.tiny_drafters import MODEL_DRAFTERS, model_drafter
@@ -65,7 +65,7 @@ def test_a_conversation_computes_each_token_once(strategy, sampling):
         for number, session in drafter.sessions.items():
             session.truth = truth(tuple(session.tokens), sampling)
             assert number in (1, 2, 3)
-            check_features(session)
+            check_hidden_states(session)
 
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
@@ -86,7 +86,7 @@ def test_model_drafters_go_on_where_the_last_turn_ended(name):
 )
 @settings(max_examples=25, deadline=None)
 def test_no_timing_spoils_what_is_kept(seed, strategy, script, stages):
-    """Late verdicts, late features: a stage keeps exactly what the head believes it has."""
+    """Late verdicts, late hidden states: a stage keeps exactly what the head believes it has."""
     drafter = ScriptedDrafter(SCRIPTS[script], seed=seed, aux_hidden_state_layers=LAYERS)
     cluster = kept(stages, strategy, drafter=drafter, charges=adversarial(seed))
     conversation(cluster, 3, sampling=T1, new=5)

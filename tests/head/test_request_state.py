@@ -131,7 +131,7 @@ def test_grow_ends_with_the_context() -> None:
 
 
 def test_drop_tree_keeps_the_newest_word_on_the_root() -> None:
-    """A new round begins from the true feature's proposal, without another forward."""
+    """A new round begins from the true hidden state's proposal, without another forward."""
     session = make_session()
     proposal = root_proposal(session, (1, -0.1), (2, -1.0))
     session.grow([proposal], floor_count=10)
@@ -177,8 +177,8 @@ def test_pipe_state() -> None:
     assert pipe.num_in_flight == 1
 
 
-def test_positions_are_known_until_all_features_have_come() -> None:
-    """Features may overtake a node's verdict or trail it; either way nothing is kept for long."""
+def test_positions_are_known_until_all_hidden_states_have_come() -> None:
+    """Hidden states may come before or after a node's verdict; nothing is kept for long."""
     session = make_session()
     session.num_aux_hidden_state_layers = 2
     root = session.tree.root.id

@@ -28,7 +28,7 @@ def check(strategy: str, drafter: IncrementalDrafter) -> int:
 @pytest.mark.parametrize("drafter", MODEL_DRAFTERS)
 @pytest.mark.parametrize("strategy", DRAFTING)
 def test_text_is_the_targets_own(strategy: str, drafter: str) -> None:
-    """Features from one stage, from three, or none; guesses that are right and wrong."""
+    """Hidden states from one stage, from three, or none; guesses that are right and wrong."""
     assert check(strategy, model_drafter(drafter)) > 0, "the drafter was never right"
 
 

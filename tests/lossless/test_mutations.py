@@ -18,7 +18,13 @@ from flowspec.simulator.simulator import adversarial, instant_link, unit_work
 from flowspec.stage.stage import Stage
 from flowspec.stage.stage_request_state import StageRequestState
 from flowspec.stage.verifier import Verifier
-from tests.support.clusters import check_empty, check_features, make_cluster, run_watched, whole_run
+from tests.support.clusters import (
+    check_empty,
+    check_hidden_states,
+    make_cluster,
+    run_watched,
+    whole_run,
+)
 from tests.support.scripted import SCRIPTS, ScriptedDrafter
 from tests.support.tiny import PROMPT, T0, T1, request, truth
 
@@ -35,7 +41,7 @@ SCENARIOS = [  # seed of the delays (None: a regular clock), strategy, drafter
 ]
 CAUGHT = (AssertionError, ClusterError, KeyError, IndexError, RuntimeError)
 NUM_TOKENS = 16
-FEATURE_LAYERS = (1, 5, -1)
+AUX_LAYERS = (1, 5, -1)
 Patch = pytest.MonkeyPatch
 
 
@@ -43,14 +49,14 @@ Patch = pytest.MonkeyPatch
 def references() -> None:
     """The target's own tokens, keys and values, computed before anything is broken."""
     for sampling in (T0, T1):
-        for layers in ((), FEATURE_LAYERS):
+        for layers in ((), AUX_LAYERS):
             whole_run(truth(PROMPT, sampling), layers)
 
 
 def fault_of(seed: int | None, strategy: str, name: str, *, watched: bool) -> str:
     """What one run of the harness complains about; empty when it finds nothing."""
     asked = request(sampling=T0 if seed is None else T1, max_new_tokens=NUM_TOKENS)
-    drafter = ScriptedDrafter(SCRIPTS[name], seed=seed or 0, aux_hidden_state_layers=FEATURE_LAYERS)
+    drafter = ScriptedDrafter(SCRIPTS[name], seed=seed or 0, aux_hidden_state_layers=AUX_LAYERS)
     setup = {
         "num_stages": 3,
         "strategy": strategy,
@@ -60,7 +66,7 @@ def fault_of(seed: int | None, strategy: str, name: str, *, watched: bool) -> st
     try:
         if watched:
             completion, _ = run_watched(setup, asked)
-            check_features(drafter.sessions[asked.id])
+            check_hidden_states(drafter.sessions[asked.id])
         else:
             cluster = make_cluster(**setup)
             completion = generate(cluster, asked)
@@ -109,11 +115,11 @@ def see_siblings(patch: Patch) -> None:
     append = TreeKVCache.append_tree
 
     def wide(self, parents):
-        window = append(self, parents)
-        if window.mask is not None:
-            window.mask[:] = True
-            window.mask[:] = window.mask.tril(window.start)
-        return window
+        metadata = append(self, parents)
+        if metadata.mask is not None:
+            metadata.mask[:] = True
+            metadata.mask[:] = metadata.mask.tril(metadata.start)
+        return metadata
 
     patch.setattr(TreeKVCache, "append_tree", wide)
 
@@ -251,14 +257,14 @@ def never_close(patch: Patch) -> None:
     patch.setattr(Head, "_finish", silent)
 
 
-def mix_up_features(patch: Patch) -> None:
-    """The features of a path are named from its end."""
-    features = Stage._features
+def mix_up_hidden_states(patch: Patch) -> None:
+    """The hidden states of a path are named from its end."""
+    hidden_states = Stage._hidden_states
 
     def backwards(self, request, layer, nodes, hidden):
-        return features(self, request, layer, nodes[::-1], hidden)
+        return hidden_states(self, request, layer, nodes[::-1], hidden)
 
-    patch.setattr(Stage, "_features", backwards)
+    patch.setattr(Stage, "_hidden_states", backwards)
 
 
 SEEN_IN_THE_TEXT: Sequence[Callable[[Patch], None]] = (
@@ -278,7 +284,7 @@ SEEN_BY_INVARIANTS: Sequence[Callable[[Patch], None]] = (
     admit_everything,
     keep_dead_siblings,
     never_close,
-    mix_up_features,
+    mix_up_hidden_states,
 )
 
 

@@ -30,7 +30,12 @@ def run(model: StageModel, chunk: int, sizes: Sequence[int], *, stable: bool) ->
 
     def one(tokens: list[int], where: Sequence[int], parents: list[int] | None) -> None:
         out, owned = run_rows(
-            model, cache, torch.tensor(tokens), where, parents=parents, features=(1, FINAL_NORM)
+            model,
+            cache,
+            torch.tensor(tokens),
+            where,
+            parents=parents,
+            aux_hidden_state_layers=(1, FINAL_NORM),
         )
         hidden.append(out)
         middle.append(owned[1])
@@ -106,7 +111,9 @@ def test_padding_leaves_no_trace(count: int) -> None:
     """The filler rows are gone from outputs, features and cache."""
     cache = FP32.new_cache(128, stable_context=CONTEXT)
     tokens = torch.arange(count) % 64
-    hidden, owned = run_rows(FP32, cache, tokens, range(count), parents=None, features=(0,))
+    hidden, owned = run_rows(
+        FP32, cache, tokens, range(count), parents=None, aux_hidden_state_layers=(0,)
+    )
     assert hidden.shape[0] == owned[0].shape[0] == cache.prefix_length == count
     run_rows(FP32, cache, tokens, [count] * count, parents=[COMMITTED] * count)
     assert (cache.prefix_length, cache.num_tree_rows) == (count, count)

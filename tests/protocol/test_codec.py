@@ -24,9 +24,9 @@ from flowspec.protocol.messages import (
     DraftSubtree,
     Exit,
     Failed,
-    Features,
     FinishRequest,
     FreeRequest,
+    HiddenStates,
     Ping,
     Ready,
     Reroot,
@@ -184,10 +184,10 @@ def subtrees(draw: st.DrawFn) -> DraftSubtree:
 
 
 @st.composite
-def feature_messages(draw: st.DrawFn) -> Features:
-    """Features of a few nodes."""
+def hidden_state_messages(draw: st.DrawFn) -> HiddenStates:
+    """Hidden states of a few nodes."""
     (nodes,) = draw(rows(I64))
-    return Features(
+    return HiddenStates(
         epoch=draw(U32),
         request=draw(COUNT),
         layer=draw(I32),
@@ -216,7 +216,7 @@ CONTEXTS = st.builds(
     is_over=st.booleans(),
 )
 COUNTED = st.one_of(
-    FIXED, OPEN, segments(), BATCHES, feature_messages(), CONTEXTS, subtrees()
+    FIXED, OPEN, segments(), BATCHES, hidden_state_messages(), CONTEXTS, subtrees()
 )  # kinds whose length is known
 MESSAGES = st.one_of(COUNTED, TEXTS)
 
@@ -249,7 +249,7 @@ SEGMENT = Segment(
     tokens=(5, 6),
     hidden=torch.ones(2, 4, dtype=torch.bfloat16),
 )
-FEATURES = Features(request=1, layer=-1, nodes=(NodeId(3),), hidden=torch.ones(1, 4))
+HIDDEN_STATES = HiddenStates(request=1, layer=-1, nodes=(NodeId(3),), hidden=torch.ones(1, 4))
 
 
 @given(MESSAGES)
@@ -277,7 +277,7 @@ def test_every_kind_is_covered() -> None:
     }
     assert set(get_args(WireMessage)) == made | {
         Segment,
-        Features,
+        HiddenStates,
         Batch,
         DraftContext,
         DraftSubtree,
@@ -306,7 +306,7 @@ def test_bytes_are_pinned() -> None:
 def test_contiguous_hidden_is_not_copied() -> None:
     """Hidden states are most of the bytes; they go out from where they lie, and come in so too."""
     hidden = torch.randn(4, 8)
-    frame = encode(replace(FEATURES, nodes=(1, 2, 3, 4), hidden=hidden))[1]
+    frame = encode(replace(HIDDEN_STATES, nodes=(1, 2, 3, 4), hidden=hidden))[1]
     assert np.frombuffer(frame, dtype=np.uint8).ctypes.data == hidden.data_ptr()
     frames = as_bytes(SEGMENT)
     arrived = decode(frames)
@@ -377,7 +377,7 @@ def test_a_frame_serves_one_tensor() -> None:
         decode([header.replace(b'"frame":2', b'"frame":1'), first, second])
 
 
-@pytest.mark.parametrize("message", [SEGMENT, FEATURES, Stop()])
+@pytest.mark.parametrize("message", [SEGMENT, HIDDEN_STATES, Stop()])
 def test_wrong_number_of_frames(message: WireMessage) -> None:
     """Frames missing or too many."""
     frames = as_bytes(message)
@@ -386,7 +386,7 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
             decode(wrong)
 
 
-@pytest.mark.parametrize("message", [SEGMENT, FEATURES], ids=["segment", "features"])
+@pytest.mark.parametrize("message", [SEGMENT, HIDDEN_STATES], ids=["segment", "hidden states"])
 @pytest.mark.parametrize(
     ("shape", "error"),
     [
@@ -399,7 +399,7 @@ def test_wrong_number_of_frames(message: WireMessage) -> None:
     ],
 )
 def test_claimed_sizes_allocate_nothing(
-    message: Segment | Features, shape: tuple[int, ...], error: str
+    message: Segment | HiddenStates, shape: tuple[int, ...], error: str
 ) -> None:
     """A few bytes that claim gigabytes are refused before any of them is allocated."""
     header, hidden = as_bytes(message)

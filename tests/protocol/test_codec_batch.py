@@ -9,7 +9,7 @@ import pytest
 from flowspec.protocol import codec
 from flowspec.protocol.codec import WireError, decode
 from flowspec.protocol.messages import Batch, Segment
-from tests.protocol.test_codec import BEGIN, FEATURES, SEGMENT, as_bytes
+from tests.protocol.test_codec import BEGIN, HIDDEN_STATES, SEGMENT, as_bytes
 
 BARE = replace(SEGMENT, hidden=None)
 
@@ -44,7 +44,7 @@ def test_each_segment_has_a_frame_for_its_hidden_states() -> None:
         (batch_of([part(), part()]), "two segments of one request"),
         (batch_of([part(), part(epoch=1, request=2)]), "another epoch"),
         (batch_of([part()], epoch=1), "another epoch"),
-        (batch_of([part(FEATURES)]), "segments.0"),
+        (batch_of([part(HIDDEN_STATES)]), "segments.0"),
         (batch_of([part(), {"kind": "stop"}]), r"segments\.1"),
         (
             batch_of([part(request=n) for n in range(1, codec.MAX_BATCH + 2)]),

@@ -12,7 +12,7 @@ from flowspec.protocol.messages import (
     CLIENT,
     AddRequest,
     Exit,
-    Features,
+    HiddenStates,
     Ping,
     Reroot,
     Segment,
@@ -37,7 +37,7 @@ MESSAGES = (
     Reroot(request=7, position=12, parent=5, token=1),
     Started(request=7, seq_no=3),
     Exit(request=7, seq_no=3, rows=2, slowest_rows=2, slowest_ms=1.0),
-    Features(request=7, layer=-1, nodes=(5, 6), hidden=torch.zeros(2, 4)),
+    HiddenStates(request=7, layer=-1, nodes=(5, 6), hidden=torch.zeros(2, 4)),
     Status(stage=2, busy_s=1.0, num_segments=1, num_rows_run=1, num_rows_pruned=0, num_requests=1),
     Ping(rank=0),
 )

@@ -13,7 +13,15 @@ from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.head.request_state import RequestState
 from flowspec.model.stage_model import FINAL_NORM
-from flowspec.protocol.messages import HEAD, AddRequest, Batch, Features, Message, Reroot, Segment
+from flowspec.protocol.messages import (
+    HEAD,
+    AddRequest,
+    Batch,
+    HiddenStates,
+    Message,
+    Reroot,
+    Segment,
+)
 from flowspec.request import Decoding, FailureKind, RequestOutput
 from flowspec.runtime.core import Core, Send, Step
 from flowspec.simulator.ablated import DecidingHead, UnprunedStage
@@ -212,9 +220,9 @@ def test_the_last_stage_decides_nothing_and_sends_hidden_states():
     cluster, _ = answered(HEAD_VERDICT, num_stages=1, wrap=wrap)
     assert cluster.stages[0].model.lm_head is None
     kinds = {type(message) for message in cores[1].sent}
-    assert {Segment, Features} <= kinds
+    assert {Segment, HiddenStates} <= kinds
     assert Reroot not in kinds
-    assert {m.layer for m in cores[1].sent if isinstance(m, Features)} == {2}
+    assert {m.layer for m in cores[1].sent if isinstance(m, HiddenStates)} == {2}
     assert all(m.hidden is not None for m in cores[1].sent if isinstance(m, Segment) and m.nodes)
 
 

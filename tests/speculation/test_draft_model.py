@@ -77,7 +77,7 @@ class Play:
 
     def run(self, nodes: Sequence[Node] | None) -> tuple[list[Proposal], int]:
         """One job: its proposals, and how many rows of the model it took."""
-        job = DraftJob(self.session, self.tree, nodes or (), absorbs=nodes is None)
+        job = DraftJob(self.session, self.tree, nodes or (), prefills=nodes is None)
         with torch.inference_mode():
             share = self.session.begin(job)
             (output,) = self.drafter.run([share])
@@ -124,13 +124,13 @@ def test_a_generation_equals_computing_anew(seed: int, sampling: SamplingParams)
     drafted = {play.tree.root.id}
     for _ in range(20):
         nodes = list(play.tree.nodes.values())
-        kind = random.choice(["grow", "grow", "grow", "verdict", "drop", "absorb"])
+        kind = random.choice(["grow", "grow", "grow", "verdict", "drop", "prefill"])
         if kind == "verdict" and len(play.tokens) < len(PROMPT) + 50:
             play.verdict(random.choice(nodes), random.randrange(3))
         elif kind == "drop" and play.tree.root.id in drafted:
             play.tree.drop_descendants()
             play.grow(play.tree.root, [0, 1])
-        elif kind == "absorb" and play.session.num_rows_ready:
+        elif kind == "prefill" and play.session.num_rows_ready:
             for proposal in play.run(None)[0]:
                 drafted.add(proposal.node)
                 play.grow(play.tree.root, random.sample(range(3), 2))
@@ -165,7 +165,7 @@ def test_rows_of_right_guesses_are_not_computed_again() -> None:
 
 
 def test_a_node_drafted_before_keeps_its_children() -> None:
-    """Drafting again, as `flowspec` does after each verdict, costs nothing: no feature changed."""
+    """Drafting again, as `flowspec` does after each verdict, costs nothing: no row changed."""
     play = begun()
     nodes = play.grow(play.tree.root, [1, 2, 3])
     first, _ = play.run(nodes[:2])
@@ -215,7 +215,7 @@ def test_padding_of_either_vocabulary_is_no_token(vocab_size: int) -> None:
     tree = DraftTree()
     tree.plant(NO_NODE, VOCAB - 1, len(asked.prompt))
     session.accept([*asked.prompt, VOCAB - 1])
-    proposal = session.absorb(tree)
+    proposal = session.prefill(tree)
     assert proposal is not None
     shared = min(vocab_size, VOCAB)
     assert sorted(token for token, _ in proposal.children) == list(range(shared))

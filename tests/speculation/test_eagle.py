@@ -1,8 +1,8 @@
 """The incremental drafter against the whole thing computed anew, with a plain causal mask.
 
-"Guessed" features are the net's own outputs. Where the true features are made equal to them, rows
-kept over a verdict are exact, and every proposal must equal the full computation; where they
-differ, those below newly absorbed rows must.
+"Guessed" hidden states are the net's own outputs. If the true hidden states are made equal to them,
+rows kept over a verdict are exact, and every proposal must equal the full computation. If they
+differ, the proposals below newly prefilled rows must.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from flowspec.model.stage_model import FINAL_NORM
 from flowspec.request import NodeId, Request, SamplingParams
 from flowspec.speculation.acceptance.gumbel_coupled import draft_scores
 from flowspec.speculation.drafters.base import Opening, Proposal
-from flowspec.speculation.drafters.cached import MAX_ABSORBED_ROWS, SPARE_ROWS
-from flowspec.speculation.drafters.hidden_states import FeatureSession
+from flowspec.speculation.drafters.cached import MAX_PREFILL_ROWS, SPARE_ROWS
+from flowspec.speculation.drafters.hidden_states import HiddenStateSession
 from flowspec.speculation.tree import DraftTree, Node
 from tests.support.models import TINY, make_drafter, make_model
 from tests.support.tiny_drafters import causal_attend
@@ -30,12 +30,12 @@ HIDDEN, VOCAB = TINY.hidden_size, TINY.vocab_size
 TOLERANCE = 1e-5
 
 
-def run_anew(tokens: Sequence[int], features: Sequence[Tensor], path: Sequence[int]) -> Tensor:
-    """Guessed feature [H] of the last of `tokens` + `path`.
+def run_anew(tokens: Sequence[int], hidden_states: Sequence[Tensor], path: Sequence[int]) -> Tensor:
+    """Guessed hidden state [H] of the last of `tokens` + `path`.
 
-    Row i is tokens[i + 1] over features[i]; each of `path` goes over the guess before it.
+    Row i is tokens[i + 1] over hidden states[i]; each of `path` goes over the guess before it.
     """
-    ids, below = list(tokens[1:]), list(features[: len(tokens) - 1])
+    ids, below = list(tokens[1:]), list(hidden_states[: len(tokens) - 1])
     for token in [None, *path]:
         if token is not None:
             ids.append(token)
@@ -46,7 +46,7 @@ def run_anew(tokens: Sequence[int], features: Sequence[Tensor], path: Sequence[i
     return guess
 
 
-def random_features(count: int, seed: int) -> list[Tensor]:
+def random_hidden_states(count: int, seed: int) -> list[Tensor]:
     """What the target might give."""
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randn(count, HIDDEN, generator=generator))
@@ -59,15 +59,15 @@ class Play:
         self, prompt: Sequence[int], *, sampling: SamplingParams, coupled: bool, exact: bool
     ) -> None:
         request = Request(id=1, prompt=tuple(prompt), sampling=sampling, max_new_tokens=64)
-        self.session: FeatureSession = DRAFTER.open(
+        self.session: HiddenStateSession = DRAFTER.open(
             Opening(request=request, draft_topk=VOCAB, coupled=coupled)
         )
         self.sampling, self.coupled, self.exact = sampling, coupled, exact
         self.tree = DraftTree()
         self.tokens = list(prompt)
-        self.truth = random_features(len(prompt), seed=len(prompt))  # by position
+        self.truth = random_hidden_states(len(prompt), seed=len(prompt))  # by position
         self.session.accept(prompt)
-        self.late = list(range(len(prompt)))  # positions whose feature has not been given yet
+        self.late = list(range(len(prompt)))  # positions whose hidden state has not been given yet
         self.fresh: set[NodeId] = set()  # nodes whose row is what a full computation gives
 
     def plant(self, token: int) -> None:
@@ -76,17 +76,17 @@ class Play:
         self.session.accept([token])
         self.tokens.append(token)
 
-    def give_features(self, positions: Sequence[int]) -> None:
-        """Some of the late features arrive, in this order."""
+    def give_hidden_states(self, positions: Sequence[int]) -> None:
+        """Some of the late hidden states arrive, in this order."""
         for position in positions:
-            self.session.accept_features(FINAL_NORM, {position: self.truth[position]})
+            self.session.accept_hidden_states(FINAL_NORM, {position: self.truth[position]})
             self.late.remove(position)
 
-    def absorb(self) -> list[Proposal]:
+    def prefill(self) -> list[Proposal]:
         """All that is ready; the root's proposal, if it comes, is compared."""
         proposals = []
         while self.session.num_rows_ready:
-            proposal = self.session.absorb(self.tree)
+            proposal = self.session.prefill(self.tree)
             if not self.exact:
                 self.fresh.clear()  # what was guessed over guesses is stale now
             if proposal is not None:
@@ -128,12 +128,12 @@ class Play:
         assert ordered == sorted(ordered, reverse=True), "children come best first"
 
     def verdict(self, parent: Node, token: int) -> None:
-        """The truth is the path to `parent` and then `token`; its features come later."""
+        """The truth is the path to `parent` and then `token`; its hidden states come later."""
         path = [node.token for node in self.tree.path(parent.id)]
-        for depth in range(len(path)):  # features of root .. parent
+        for depth in range(len(path)):  # hidden states of root .. parent
             exact = run_anew(self.tokens, self.truth, path[1 : depth + 1])
             position = self.tree.root.position + depth
-            value = exact if self.exact else exact + 0.3 * random_features(1, position)[0]
+            value = exact if self.exact else exact + 0.3 * random_hidden_states(1, position)[0]
             self.late.append(position)
             self.pending = [*getattr(self, "pending", []), value]
         self.tree.reroot(parent.id, token)
@@ -164,8 +164,8 @@ def add_children(play: Play, node: Node, tokens: Sequence[int]) -> None:
     st.integers(1, 4),
 )
 @settings(max_examples=30)
-def test_absorbing_in_any_order_is_computing_at_once(prompt, random, chunk: int) -> None:
-    """Features in any order, before or after their tokens, in any chunks: the same proposal."""
+def test_prefilling_in_any_order_is_computing_at_once(prompt, random, chunk: int) -> None:
+    """The order and the chunks in which hidden states come do not change the proposals."""
     play = Play(prompt, sampling=GREEDY, coupled=False, exact=False)
     order = list(range(len(prompt)))
     random.shuffle(order)
@@ -175,30 +175,30 @@ def test_absorbing_in_any_order_is_computing_at_once(prompt, random, chunk: int)
         if turn == plant_after:
             play.plant(9)
         if turn < len(order):
-            play.give_features([order[turn]])
+            play.give_hidden_states([order[turn]])
         if turn % chunk == 0:
-            proposals += play.absorb()
-    proposals += play.absorb()
+            proposals += play.prefill()
+    proposals += play.prefill()
     assert len(proposals) == 1
-    assert play.session.num_absorbed == len(prompt)
-    assert not play.session.features, "features are let go once absorbed"
+    assert play.session.num_prefilled == len(prompt)
+    assert not play.session.hidden_states, "hidden states are let go once prefilled"
 
 
-def test_a_long_prompt_is_absorbed_in_pieces() -> None:
+def test_a_long_prompt_is_prefilled_in_pieces() -> None:
     """No single forward keeps the head from its inbox for long."""
-    prompt = [(5 * n) % VOCAB for n in range(2 * MAX_ABSORBED_ROWS + 10)]
+    prompt = [(5 * n) % VOCAB for n in range(2 * MAX_PREFILL_ROWS + 10)]
     play = Play(prompt, sampling=GREEDY, coupled=False, exact=False)
     play.plant(3)
-    play.give_features(range(len(prompt)))
-    assert play.session.absorb(play.tree) is None
-    assert play.session.num_rows_ready == MAX_ABSORBED_ROWS + 10
-    (proposal,) = play.absorb()
+    play.give_hidden_states(range(len(prompt)))
+    assert play.session.prefill(play.tree) is None
+    assert play.session.num_rows_ready == MAX_PREFILL_ROWS + 10
+    (proposal,) = play.prefill()
     assert proposal.node == play.tree.root.id
 
 
 ACTIONS = st.lists(
     st.tuples(
-        st.sampled_from(["grow", "grow", "grow", "verdict", "features", "some features"]),
+        st.sampled_from(["grow", "grow", "grow", "verdict", "hidden states", "some hidden states"]),
         st.integers(0, 999),
         st.integers(0, 5),
     ),
@@ -210,10 +210,10 @@ ACTIONS = st.lists(
 def act(play: Play, action: str, number: int, token: int) -> None:
     """One step of a generation."""
     nodes = sorted(play.tree.nodes.values(), key=lambda node: node.id)
-    if action == "features":
-        play.give_features(sorted(play.late))
-    elif action == "some features":
-        play.give_features(sorted(play.late)[: len(play.late) // 2 + 1])
+    if action == "hidden states":
+        play.give_hidden_states(sorted(play.late))
+    elif action == "some hidden states":
+        play.give_hidden_states(sorted(play.late)[: len(play.late) // 2 + 1])
     elif action == "verdict":
         play.verdict(nodes[number % len(nodes)], token)
     elif grow := play.growable():
@@ -223,7 +223,7 @@ def act(play: Play, action: str, number: int, token: int) -> None:
         play.expand(picked)
         for node in picked:
             add_children(play, node, [token, (token + 1) % 6])
-    for proposal in play.absorb():
+    for proposal in play.prefill():
         play.tree[proposal.node].expanded = True
         add_children(play, play.tree.root, [token, (token + 2) % 6, (token + 3) % 6])
 
@@ -231,17 +231,17 @@ def act(play: Play, action: str, number: int, token: int) -> None:
 @given(ACTIONS, st.booleans(), st.booleans())
 @settings(max_examples=60)
 def test_a_generation_equals_computing_anew(actions, exact: bool, coupled: bool) -> None:
-    """Growing, re-growing, verdicts that hit and miss, features late and in parts.
+    """Growing, re-growing, verdicts that hit and miss, hidden states late and in parts.
 
     With `exact` rows that survive a verdict are compared as well: kept, moved, and nothing of what
-    is dead or absorbed is seen twice.
+    is dead or prefilled is seen twice.
     """
     play = Play([1, 2, 3], sampling=WARM if coupled else GREEDY, coupled=coupled, exact=exact)
     play.plant(4)
-    act(play, "features", 0, 0)
+    act(play, "hidden states", 0, 0)
     for action in actions:
         act(play, *action)
-    act(play, "features", 0, 0)
+    act(play, "hidden states", 0, 0)
     assert play.tree.root.id in play.fresh
 
 
@@ -249,7 +249,7 @@ def grown(*, exact: bool) -> Play:
     """Root with children 10 and 11; 10 has 12 and 13, 12 has 14."""
     play = Play([1, 2, 3], sampling=GREEDY, coupled=False, exact=exact)
     play.plant(4)
-    act(play, "features", 0, 0)
+    act(play, "hidden states", 0, 0)
     root = play.tree.root
     root.children.clear()
     play.tree.nodes = {root.id: root}
@@ -272,10 +272,10 @@ def test_surviving_rows_are_kept() -> None:
     slot = session.cache.prefix_length + row
     key = session.cache.keys[:, :, slot].clone()
     play.verdict(root, 10)
-    play.give_features(sorted(play.late))
+    play.give_hidden_states(sorted(play.late))
     assert session.num_rows_ready == 1
-    play.absorb()
-    # rows of 12 and 13 live on; that of 10 is absorbed, that of 11 dead
+    play.prefill()
+    # rows of 12 and 13 live on; that of 10 is prefilled, that of 11 dead
     assert session.cache.num_tree_rows == 2
     slot = session.cache.prefix_length + session._rows[ten.children[13]]
     assert torch.equal(session.cache.keys[:, :, slot], key)
@@ -285,8 +285,8 @@ def test_surviving_rows_are_kept() -> None:
 
 
 @pytest.mark.parametrize("num_given", [0, 1, 2])
-def test_features_in_parts_show_each_token_once(num_given: int) -> None:
-    """Absorbed halfway to the new root, a survivor sees of each accepted node its row or its guess.
+def test_hidden_states_in_parts_show_each_token_once(num_given: int) -> None:
+    """A survivor sees each accepted node's row or guess when prefill is halfway to the root.
 
     The guesses are exact here: seeing both, or neither, would change the result.
     """
@@ -295,10 +295,10 @@ def test_features_in_parts_show_each_token_once(num_given: int) -> None:
     fourteen = play.tree[twelve.children[14]]
     play.expand([fourteen])
     add_children(play, fourteen, [15])
-    play.verdict(twelve, 14)  # tokens 10, 12, 14; the first two have rows to absorb
-    play.give_features(sorted(play.late)[:num_given])
-    assert play.absorb() == []
-    assert play.session.num_absorbed == len(play.tokens) - 4 + num_given
+    play.verdict(twelve, 14)  # tokens 10, 12, 14; the first two have rows to prefill
+    play.give_hidden_states(sorted(play.late)[:num_given])
+    assert play.prefill() == []
+    assert play.session.num_prefilled == len(play.tokens) - 4 + num_given
     if num_given == 0:
         play.session._keep_rows(play.tree, path=())  # as when room runs out
     assert fourteen is play.tree.root
@@ -309,11 +309,11 @@ def test_features_in_parts_show_each_token_once(num_given: int) -> None:
 
 
 def test_expanding_again_makes_a_row_fresh() -> None:
-    """After true features a survivor may be drafted again: then it is exact, and not doubled."""
+    """After true hidden states a survivor may be drafted again; it is exact and not doubled."""
     play = grown(exact=False)
     play.verdict(play.tree.root, 10)
-    play.give_features(sorted(play.late))
-    play.absorb()
+    play.give_hidden_states(sorted(play.late))
+    play.prefill()
     root = play.tree.root
     twelve = play.tree[root.children[12]]
     assert twelve.id not in play.fresh
@@ -328,7 +328,7 @@ def test_expanding_again_makes_a_row_fresh() -> None:
 
 
 def test_dead_rows_are_cleared_when_room_runs_out() -> None:
-    """A long wait for features must not fill the cache with guesses that died."""
+    """A long wait for hidden states must not fill the cache with guesses that died."""
     play = grown(exact=False)
     children = [play.tree[node] for node in play.tree.root.children.values()]
     for _ in range(SPARE_ROWS):
@@ -343,8 +343,8 @@ def test_the_noise_ranks_the_children() -> None:
     for coupled in (False, True):
         play = Play([1, 2, 3], sampling=WARM, coupled=coupled, exact=False)
         play.plant(4)
-        play.give_features([0, 1, 2])
-        (proposal,) = play.absorb()
+        play.give_hidden_states([0, 1, 2])
+        (proposal,) = play.prefill()
         orders.append([token for token, _ in proposal.children])
     assert orders[0] != orders[1]
 
@@ -358,14 +358,14 @@ def test_draft_topk_bounds_the_children() -> None:
         tree = DraftTree()
         tree.plant(NodeId(-1), 5, 2)
         session.accept([1, 2, 5])
-        session.accept_features(FINAL_NORM, dict(enumerate(random_features(2, 0))))
-        proposal = session.absorb(tree)
+        session.accept_hidden_states(FINAL_NORM, dict(enumerate(random_hidden_states(2, 0))))
+        proposal = session.prefill(tree)
         assert proposal is not None
         assert len(proposal.children) == want
 
 
-def test_only_asked_features_are_taken() -> None:
-    """Features of another layer would be silent nonsense."""
+def test_only_asked_hidden_states_are_taken() -> None:
+    """Hidden states of another layer would be silent nonsense."""
     play = Play([1, 2], sampling=GREEDY, coupled=False, exact=False)
     with pytest.raises(AssertionError, match="layer 3"):
-        play.session.accept_features(3, {0: torch.zeros(HIDDEN)})
+        play.session.accept_hidden_states(3, {0: torch.zeros(HIDDEN)})

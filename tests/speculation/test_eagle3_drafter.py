@@ -1,4 +1,4 @@
-"""The EAGLE-3 drafter against its net run anew; features come layer by layer."""
+"""The EAGLE-3 drafter against its net run anew; hidden states come layer by layer."""
 
 from collections.abc import Sequence
 from random import Random
@@ -11,14 +11,14 @@ from flowspec.model.llama import rope_angles
 from flowspec.request import NO_NODE, Request, SamplingParams
 from flowspec.speculation.acceptance.gumbel_coupled import draft_scores
 from flowspec.speculation.drafters.base import Opening, Proposal
-from flowspec.speculation.drafters.hidden_states import FeatureSession
+from flowspec.speculation.drafters.hidden_states import HiddenStateSession
 from flowspec.speculation.tree import DraftTree, Node
 from tests.support.tiny import CONFIG, PROMPT, T0, T1, VOCAB
 from tests.support.tiny_drafters import DRAFT_TO_TARGET, causal_attend, eagle3_drafter
 
 DRAFTER = eagle3_drafter()
 LAYERS = DRAFTER.net.aux_hidden_state_layers
-FEATURES = torch.randn(
+HIDDEN_STATES = torch.randn(
     3, len(PROMPT), CONFIG.hidden_size, generator=torch.Generator().manual_seed(0)
 )  # low, middle, high
 
@@ -27,12 +27,14 @@ FEATURES = torch.randn(
 def scores_anew(path: Sequence[int], sampling: SamplingParams) -> list[float]:
     """log-probabilities [Vd] after the prompt, its verdict 8 and then `path`, without a cache."""
     net = DRAFTER.net
-    features = net.fuse(torch.cat(tuple(FEATURES), dim=-1))
+    hidden_states = net.fuse(torch.cat(tuple(HIDDEN_STATES), dim=-1))
     tokens = [*PROMPT[1:], 8]
     for step in range(len(path) + 1):
         rope = rope_angles(DRAFTER.frequencies, torch.arange(len(tokens)), torch.float32)
-        states = net(torch.tensor(tokens), features, rope, causal_attend)
-        features = torch.cat((features, states[-1:]))  # a draft step feeds its own output back
+        states = net(torch.tensor(tokens), hidden_states, rope, causal_attend)
+        hidden_states = torch.cat(
+            (hidden_states, states[-1:])
+        )  # a draft step feeds its own output back
         tokens += path[step : step + 1]
     where = [len(PROMPT) + 1 + len(path)]
     ids = torch.tensor(DRAFT_TO_TARGET)
@@ -46,8 +48,8 @@ def check(proposal: Proposal, path: Sequence[int], sampling: SamplingParams) -> 
     assert dict(proposal.children) == pytest.approx(want, abs=1e-4)
 
 
-def planted(sampling: SamplingParams) -> tuple[FeatureSession, DraftTree]:
-    """The prompt and its verdict are known, no feature yet."""
+def planted(sampling: SamplingParams) -> tuple[HiddenStateSession, DraftTree]:
+    """The prompt and its verdict are known, no hidden state yet."""
     asked = Request(id=1, prompt=PROMPT, sampling=sampling, max_new_tokens=20)
     session = DRAFTER.open(Opening(request=asked, draft_topk=VOCAB, coupled=True))
     tree = DraftTree()
@@ -66,28 +68,28 @@ def test_a_position_waits_for_its_three_layers(seed: int, sampling: SamplingPara
     given: list[tuple[int, int]] = []
     proposals = []
     for which, at in due:
-        session.accept_features(LAYERS[which], {at: FEATURES[which, at]})
+        session.accept_hidden_states(LAYERS[which], {at: HIDDEN_STATES[which, at]})
         given.append((which, at))
         whole = 0
         while all((n, whole) in given for n in range(3)):
             whole += 1
-        assert session.num_absorbed + session.num_rows_ready == whole
+        assert session.num_prefilled + session.num_rows_ready == whole
         if len(given) % 4 == 0 and session.num_rows_ready:
-            proposals.append(session.absorb(tree))
+            proposals.append(session.prefill(tree))
     if session.num_rows_ready:
-        proposals.append(session.absorb(tree))
+        proposals.append(session.prefill(tree))
     assert proposals[:-1] == [None] * (len(proposals) - 1)
     assert proposals[-1] is not None
     check(proposals[-1], [], sampling)
-    assert not session.features, "features are let go once absorbed"
+    assert not session.hidden_states, "hidden states are let go once prefilled"
 
 
 def test_guesses_feed_on_the_heads_own_states() -> None:
     """A tree below the root, at temperature 1: each node as if its path were a text."""
     session, tree = planted(T1)
     for which, layer in enumerate(LAYERS):
-        session.accept_features(layer, dict(enumerate(FEATURES[which])))
-    assert session.absorb(tree) is not None
+        session.accept_hidden_states(layer, dict(enumerate(HIDDEN_STATES[which])))
+    assert session.prefill(tree) is not None
     level: list[Node] = [tree.add(tree.root.id, token, -1.0) for token in (1, 2)]
     for _ in range(3):
         for node, proposal in zip(level, session.expand(level, tree), strict=True):
@@ -97,7 +99,7 @@ def test_guesses_feed_on_the_heads_own_states() -> None:
 
 
 def test_only_asked_layers_are_taken() -> None:
-    """Features of another layer would be silent nonsense."""
+    """Hidden states of another layer would be silent nonsense."""
     session, _ = planted(T0)
     with pytest.raises(AssertionError, match="layer 2"):
-        session.accept_features(2, {0: FEATURES[0, 0]})
+        session.accept_hidden_states(2, {0: HIDDEN_STATES[0, 0]})

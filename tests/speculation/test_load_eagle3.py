@@ -107,7 +107,7 @@ def test_sizes_and_biases_are_the_tensors(tmp_path) -> None:
 
 @pytest.mark.parametrize("origin", ["official", "specforge", "speculators"])
 @pytest.mark.parametrize("empty", [[], None])
-def test_no_feature_layers_are_the_usual_ones(tmp_path, origin, empty) -> None:
+def test_no_aux_hidden_state_layers_are_the_usual_ones(tmp_path, origin, empty) -> None:
     """An empty list says no more than a key that is not there, at either level of the config."""
     names = {"eagle_aux_hidden_state_layer_ids": empty, "draft_vocab_size": None, "head_dim": None}
     hf = {"eagle_config": names} if origin == "specforge" else names
@@ -219,11 +219,11 @@ def turned(x: Tensor, positions: Tensor, base: float) -> Tensor:
 
 
 def plain_outputs(
-    w: dict[str, Tensor], layout, tokens: Tensor, features: Tensor, *, base: float
+    w: dict[str, Tensor], layout, tokens: Tensor, hidden_states: Tensor, *, base: float
 ) -> Tensor:
-    """a_i [n, Hd] of every row, for the features [n, Hd] that the layer takes."""
+    """a_i [n, Hd] of every row, for the hidden states [n, Hd] that the layer takes."""
     embedded = norm(w["embed_tokens.weight"][tokens], w["midlayer.input_layernorm.weight"])
-    normed = norm(features, w["midlayer.hidden_norm.weight"])
+    normed = norm(hidden_states, w["midlayer.hidden_norm.weight"])
     x = torch.cat((embedded, normed), dim=-1)
     n, where = len(tokens), torch.arange(len(tokens))
     q, k, v = (x @ w[f"midlayer.self_attn.{p}_proj.weight"].T for p in "qkv")
@@ -238,20 +238,24 @@ def plain_outputs(
         scores = scores.masked_fill(torch.ones(n, n).triu(1).bool(), float("-inf"))
         heads.append(scores.softmax(-1) @ v.view(n, 2, 16)[:, h // 2])
     x = torch.cat(heads, dim=-1) @ w["midlayer.self_attn.o_proj.weight"].T
-    x = x + (normed if layout.norm_before_residual else features)
+    x = x + (normed if layout.norm_before_residual else hidden_states)
     y = norm(x, w["midlayer.post_attention_layernorm.weight"])
     gate, up = (y @ w[f"midlayer.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
     return x + (F.silu(gate) * up) @ w["midlayer.mlp.down_proj.weight"].T
 
 
-def plain_fused(w: dict[str, Tensor], layout, features: Tensor) -> Tensor:
-    """g_i of the target's features [n, 3, Ht]."""
+def plain_fused(w: dict[str, Tensor], layout, hidden_states: Tensor) -> Tensor:
+    """g_i of the target's hidden states [n, 3, Ht]."""
     if layout.norm_before_fc:
-        features = norm(features.flatten(1), w["input_norm.weight"]).view(features.shape)
+        hidden_states = norm(hidden_states.flatten(1), w["input_norm.weight"]).view(
+            hidden_states.shape
+        )
     if layout.fc_norm:
         weights = [w[f"fc_norm.{i}.weight"] for i in range(3)]
-        features = torch.stack([norm(features[:, i], weights[i]) for i in range(3)], dim=1)
-    return features.flatten(1) @ w["fc.weight"].T
+        hidden_states = torch.stack(
+            [norm(hidden_states[:, i], weights[i]) for i in range(3)], dim=1
+        )
+    return hidden_states.flatten(1) @ w["fc.weight"].T
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -285,16 +289,16 @@ def test_the_net_computes_the_formulas(tmp_path, origin) -> None:
     true = torch.randn(5, 3, HIDDEN, generator=generator)
     tokens = torch.randint(0, CONFIG.vocab_size, (8,), generator=generator)
     with torch.no_grad():
-        features, mine = plain_fused(w, layout, true), net.fuse(true.flatten(1))
+        hidden_states, mine = plain_fused(w, layout, true), net.fuse(true.flatten(1))
         for n in range(5, 9):
-            outputs = plain_outputs(w, layout, tokens[:n], features, base=base)
+            outputs = plain_outputs(w, layout, tokens[:n], hidden_states, base=base)
             logits = norm(outputs[-1], w["norm.weight"]) @ w["lm_head.weight"].T
             handed = norm(outputs, w["norm.weight"]) if layout.norm_output else outputs
             rope = rope_angles(rope_frequencies(net.config), torch.arange(n), torch.float32)
             states = net(tokens[:n], mine, rope, causal)
             assert torch.allclose(states, handed, atol=2e-5), n
             assert torch.allclose(net.logits(states[-1]), logits, atol=2e-4), n
-            features = torch.cat((features, handed[-1:]))
+            hidden_states = torch.cat((hidden_states, handed[-1:]))
             mine = torch.cat((mine, states[-1:]))
 
 
@@ -305,7 +309,7 @@ def test_the_norm_flags_change_what_is_computed(tmp_path) -> None:
         save_eagle3(tmp_path, CONFIG, hf=flags)
         net = load(tmp_path)
         rope = rope_angles(rope_frequencies(net.config), torch.arange(4), torch.float32)
-        features = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(2))
-        results.append(net(torch.arange(4), features, rope, causal))
+        hidden_states = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(2))
+        results.append(net(torch.arange(4), hidden_states, rope, causal))
     assert not torch.allclose(results[0], results[1], atol=0.01)
     assert not torch.allclose(results[0], results[2], atol=0.01)

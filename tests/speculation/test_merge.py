@@ -38,7 +38,7 @@ DRAFTING = [name for name, spec in STRATEGIES.items() if spec.drafts]
 
 
 class StrictDrafter(ScriptedDrafter):
-    """Expands only nodes whose parents it has proposed children for, as a feature head must."""
+    """Expands only nodes whose parents it has proposed children for, as EAGLE heads must."""
 
     def open(self, opening: Opening) -> "StrictSession":
         """See Drafter.open."""
@@ -52,11 +52,11 @@ class StrictSession(ScriptedSession):
         super().__init__(drafter, request, draft_topk)
         self.spoken: set[NodeId] = set()
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
+    def prefill(self, tree: DraftTree) -> Proposal | None:
+        """See DraftSession.prefill."""
         if len(tree):
             self.spoken.add(tree.root.id)
-        return super().absorb(tree)
+        return super().prefill(tree)
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
         """See DraftSession.expand."""
@@ -95,7 +95,7 @@ def check_tree(tree: DraftTree) -> None:
 
 
 def test_a_branch_follows_the_text_without_a_forward():
-    """Before the root's features are there, the tree has what the text suggests."""
+    """Before the root's hidden states are there, the tree has what the text suggests."""
     text = [1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3]
     session, _ = session_of(text)
     session.merge_branches()
@@ -110,7 +110,7 @@ def test_the_drafters_own_word_makes_a_merged_child_expandable():
     """First the root's children, then theirs: a merged branch is met level by level."""
     session, inner = session_of([1, 2, 3, 4, 5, 9, 1, 2, 3], "perfect")
     session.merge_branches()
-    proposal = inner.absorb(session.tree)
+    proposal = inner.prefill(session.tree)
     assert proposal is not None
     session.grow([proposal], floor_count=50)
     below = [session.tree[n] for n in session.tree.root.children.values()]
@@ -186,7 +186,7 @@ def test_a_batch_of_jobs_reaches_the_base_drafter_as_one():
         session.accept(text)
         tree = DraftTree()
         tree.plant(NO_NODE, text[-1], len(text) - 1)
-        jobs.append(DraftJob(session, tree, absorbs=True))
+        jobs.append(DraftJob(session, tree, prefills=True))
     first, second = draft(drafter, jobs)
     assert calls == [2]
     assert 3 in dict(first[0].children)

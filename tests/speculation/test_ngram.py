@@ -40,7 +40,7 @@ def test_before_the_first_token_there_is_nothing_to_propose():
     assert session.num_rows_ready == 0
     session.accept(PROMPT)
     assert session.num_rows_ready == len(PROMPT)
-    assert session.absorb(DraftTree()) is None
+    assert session.prefill(DraftTree()) is None
     assert session.num_rows_ready == 0
 
 
@@ -48,7 +48,7 @@ def test_what_followed_the_longest_context_comes_first():
     """1 2 3 was followed by 4, whatever else followed 3 alone, and however often."""
     text = [1, 2, 3, 4, 0, 3, 5, 0, 3, 5, 0, 1, 2, 3]
     session, tree = opened(text)
-    proposal = session.absorb(tree)
+    proposal = session.prefill(tree)
     assert proposal is not None
     assert proposal.node == tree.root.id
     assert [token for token, _ in proposal.children] == [4, 5]
@@ -58,7 +58,7 @@ def test_a_guess_is_followed_like_text():
     """Children of a guessed node continue the text and the path down to it."""
     text = [1, 2, 3, 4, 5, 6, 9, 1, 2, 3]
     session, tree = opened(text)
-    session.absorb(tree)
+    session.prefill(tree)
     node = tree.root
     for token in (4, 5):
         node = tree.add(node.id, token, -0.1)
@@ -71,7 +71,7 @@ def test_a_guess_is_followed_like_text():
 def test_new_text_replaces_what_was_known_of_a_living_guess():
     """A verdict brings tokens; a path's context is then a longer one, and counts have grown."""
     session, tree = opened([7, 1, 2, 8, 1, 2])
-    session.absorb(tree)
+    session.prefill(tree)
     node = tree.add(tree.root.id, 8, -0.1)
     (before,) = session.expand([node], tree)
     assert [token for token, _ in before.children] == [1]
@@ -81,7 +81,7 @@ def test_new_text_replaces_what_was_known_of_a_living_guess():
     tree.reroot(tree.root.id, 1)
     session.accept([1])
     assert session.num_rows_ready == 2
-    after = session.absorb(tree)
+    after = session.prefill(tree)
     assert after is not None
     assert after.node == below.id
     assert after.children[0][0] == 2
@@ -96,7 +96,7 @@ def test_confidence_grows_with_length_and_with_count(more):
     logprobs = []
     for known in (less, text[more]):
         session, tree = opened(known)
-        proposal = session.absorb(tree)
+        proposal = session.prefill(tree)
         assert proposal is not None
         logprobs.append(dict(proposal.children)[9])
     assert logprobs[0] < logprobs[1] < 0.0
@@ -105,7 +105,7 @@ def test_confidence_grows_with_length_and_with_count(more):
 def test_of_equal_continuations_the_most_recent_comes_first():
     """As prompt lookup has it."""
     session, tree = opened([1, 2, 5, 0, 1, 2, 6, 0, 4, 1, 2])
-    proposal = session.absorb(tree)
+    proposal = session.prefill(tree)
     assert proposal is not None
     assert [token for token, _ in proposal.children][:2] == [6, 5]
 
@@ -114,7 +114,7 @@ def test_of_equal_continuations_the_most_recent_comes_first():
 def test_proposals_are_probabilities_best_first(text, path, draft_topk):
     """At most draft_topk different tokens of the text, together at most certain, in order."""
     session, tree = opened(text, draft_topk)
-    session.absorb(tree)
+    session.prefill(tree)
     node = tree.root
     for token in path:
         node = tree.add(node.id, token, -0.1)

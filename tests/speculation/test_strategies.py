@@ -137,15 +137,15 @@ class Listening(ScriptedDrafter):
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "streaming-apart"])
-def test_streaming_alone_drafts_while_it_absorbs(strategy):
-    """The published ones begin with the true features that a verdict brought."""
+def test_streaming_alone_drafts_while_it_prefills(strategy):
+    """The published ones begin with the true hidden states that a verdict brought."""
     drafter = Listening()
     slow = (lambda rank, work: 1.0, instant_link)  # so that there is always a leaf to draft at
     cluster = make_cluster(3, strategy, drafter=drafter, charges=slow)
     generate(cluster, request(sampling=T1, max_new_tokens=24))
-    both = sum(job.absorbs and bool(job.nodes) for job in drafter.jobs)
+    both = sum(job.prefills and bool(job.nodes) for job in drafter.jobs)
     assert (both > 3) == (strategy == "streaming"), both
-    assert any(job.absorbs for job in drafter.jobs) == (strategy != "ar")
+    assert any(job.prefills for job in drafter.jobs) == (strategy != "ar")
 
 
 def test_settings_of_a_benchmark_reach_the_strategies_that_take_them():

@@ -262,7 +262,7 @@ def test_what_is_known_or_in_flight_is_not_removed() -> None:
 
 
 def test_expanded_nodes_are_not_proposed_again() -> None:
-    """The drafter is asked for each node once; the root's children come with its features."""
+    """The drafter is asked for each node once; the root's children come with its hidden states."""
     tree = DraftTree()
     root = tree.plant(NodeId(-1), 0, 5)
     first, second = tree.add(root.id, 1, -1.0), tree.add(root.id, 2, -2.0)

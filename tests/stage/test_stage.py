@@ -12,8 +12,8 @@ from flowspec.protocol.messages import (
     AddRequest,
     Exit,
     Failed,
-    Features,
     FinishRequest,
+    HiddenStates,
     Message,
     Reroot,
     Segment,
@@ -244,28 +244,28 @@ def test_a_verdict_on_a_row_that_never_ran_ends_its_request(first):
     assert not first.requests
 
 
-def test_features_leave_for_accepted_rows_alone_in_path_order(only):
-    """Siblings' features never leave; those of survivors wait for their own verdict."""
+def test_hidden_states_leave_for_accepted_rows_alone_in_path_order(only):
+    """Siblings' hidden states never leave; those of survivors wait for their own verdict."""
     assert {s.message.layer for s in give(only, rows((ROOT, ROOT - 1, wrong(0))))
-            if isinstance(s.message, Features)} == set()  # fmt: skip
+            if isinstance(s.message, HiddenStates)} == set()  # fmt: skip
     chain = [(ROOT + i, ROOT + i - 1, GREEDY[i]) for i in range(3)]
     segment = rows(chain[0], (ROOT + 9, ROOT, wrong(1)), *chain[1:], seq_no=2)
-    features = [s.message for s in give(only, segment) if isinstance(s.message, Features)]
+    hidden_states = [s.message for s in give(only, segment) if isinstance(s.message, HiddenStates)]
     own = whole_run(truth(PROMPT, T0), (2, -1))[2]
-    assert [m.layer for m in features] == [2, -1]
-    for message in features:
+    assert [m.layer for m in hidden_states] == [2, -1]
+    for message in hidden_states:
         assert message.nodes == (ROOT, ROOT + 1, ROOT + 2)
         want = own[message.layer][ROOT : ROOT + 3]
         torch.testing.assert_close(message.hidden, want, atol=1e-4, rtol=1e-4)
 
 
-def test_prompt_features_leave_at_once():
+def test_prompt_hidden_states_leave_at_once():
     """The prompt is true by definition."""
     stage = Stage(2, 2, stage_models(2)[1])
     hidden = torch.zeros(4, 32)
     sends = give(stage, opened(layers=(1, 6, -1)), prompt(0, 4, verify=False, hidden=hidden))
-    features = [s.message for s in sends if isinstance(s.message, Features)]
-    assert [(m.layer, m.nodes) for m in features] == [(6, (0, 1, 2, 3)), (-1, (0, 1, 2, 3))]
+    hidden_states = [s.message for s in sends if isinstance(s.message, HiddenStates)]
+    assert [(m.layer, m.nodes) for m in hidden_states] == [(6, (0, 1, 2, 3)), (-1, (0, 1, 2, 3))]
 
 
 def test_a_full_cache_is_reported_and_the_request_given_up():

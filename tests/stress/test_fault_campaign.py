@@ -3,7 +3,7 @@
 import pytest
 
 from flowspec.protocol.messages import Failed, FreeRequest, Message, Ping, Reroot  # noqa: E402
-from flowspec.protocol.sequencing import Lanes  # noqa: E402
+from flowspec.protocol.sequencing import SequenceNumbers  # noqa: E402
 from tests.stress.fault_campaign import PLANS, run_seed
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ def test_whatever_fails_every_answer_is_the_targets_own(seed: int) -> None:
 
 def test_the_campaign_notices_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without sequence numbers, doubled messages must show, or the runs above prove nothing."""
-    monkeypatch.setattr(Lanes, "take", lambda self, message: message)
+    monkeypatch.setattr(SequenceNumbers, "take", lambda self, message: message)
     doubling = list(PLANS).index("duplicate")
     seeds = range(FIRST + doubling, FIRST + doubling + 4 * len(PLANS), len(PLANS))
     assert any(run_seed(seed).wrong for seed in seeds)
@@ -28,7 +28,7 @@ def test_the_campaign_notices_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_lane_takes_each_message_once_and_in_order() -> None:
     """A doubled message is dropped; after a gap, nothing is taken until the next epoch."""
-    ours, theirs = Lanes(2), Lanes(1)
+    ours, theirs = SequenceNumbers(2), SequenceNumbers(1)
 
     def sent(request: int, epoch: int = 0) -> Message:
         return ours.number(1, FreeRequest(epoch=epoch, request=request))
@@ -52,12 +52,12 @@ def test_a_lane_takes_each_message_once_and_in_order() -> None:
 
 def test_lanes_are_counted_apart() -> None:
     """Receivers, senders, control and data have separate numbers; local messages have none."""
-    ours, theirs = Lanes(1), Lanes(0)
+    ours, theirs = SequenceNumbers(1), SequenceNumbers(0)
     verdict = Reroot(request=1, position=3, parent=2, token=5)
     assert ours.number(2, verdict) == ours.number(0, verdict)
     ping = Ping(rank=0)
     assert ours.number(0, ping) is ping
     assert theirs.take(ping) is ping
     for sender in (1, 2):
-        message = Lanes(sender).number(0, verdict)
+        message = SequenceNumbers(sender).number(0, verdict)
         assert theirs.take(message) is message

@@ -96,7 +96,13 @@ class Watch:
 def check_request(state: StageRequestState, *, pruned: bool = True) -> None:
     """Check what must hold for a request on a stage while nothing of it is computed."""
     count = len(state.nodes)
-    lists = (state.parents, state.tokens, state.positions, state.rows, *state.features.values())
+    lists = (
+        state.parents,
+        state.tokens,
+        state.positions,
+        state.rows,
+        *state.hidden_states.values(),
+    )
     assert all(len(column) == count for column in lists), "the row lists are not parallel"
     assert state.cache.num_tree_rows == count, "cache and row lists disagree"
     assert state.cache.prefix_length == state.tip_position + 1, "the path was not committed"
@@ -126,12 +132,12 @@ def check_keys(stage: Stage, state: StageRequestState, true: tuple[int, ...]) ->
         assert close, f"stage {stage.rank}: committed keys or values are not the target's"
 
 
-def check_features(session: ScriptedSession) -> None:
+def check_hidden_states(session: ScriptedSession) -> None:
     """Check that the drafter was given the target's own hidden states of accepted positions."""
-    _, _, own = whole_run(session.truth, tuple(session.features))
-    for layer, features in session.features.items():
-        assert all(position < len(session.tokens) - 1 for position in features), "not accepted"
-        for position, hidden in features.items():
+    _, _, own = whole_run(session.truth, tuple(session.hidden_states))
+    for layer, hidden_states in session.hidden_states.items():
+        assert all(position < len(session.tokens) - 1 for position in hidden_states), "not accepted"
+        for position, hidden in hidden_states.items():
             close = torch.allclose(hidden, own[layer][position], atol=1e-3)
             assert close, f"layer {layer}, position {position}: not the target's own"
 
@@ -144,7 +150,9 @@ def whole_run(
     model = whole_model()
     cache = model.new_cache(len(tokens))
     rows = torch.tensor(tokens)
-    _, own = run_rows(model, cache, rows, range(len(tokens)), parents=None, features=layers)
+    _, own = run_rows(
+        model, cache, rows, range(len(tokens)), parents=None, aux_hidden_state_layers=layers
+    )
     return cache.keys, cache.values, own
 
 

@@ -48,7 +48,7 @@ class IntegerStage:
         del stable_context
         return TreeKVCache(num_layers=1, num_kv_heads=1, head_dim=1, capacity=capacity)
 
-    def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
+    def owned_hidden_states(self, layers: Collection[int]) -> tuple[int, ...]:
         """Return the layers among `layers` that this stage computes."""
         ends = (self.first_layer, self.last_layer)
         return tuple(n for n in layers if ends[0] <= n < ends[1] or (n == -1 and self.is_last))
@@ -58,7 +58,7 @@ class IntegerStage:
         requests: Sequence[RequestRows[TreeKVCache]],
         x: Tensor,
         *,
-        features: Collection[int] = (),
+        aux_hidden_state_layers: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """Tokens [n] or pairs [n, 2] in, pairs out; every layer's hidden state is the pair."""
         for rows in requests:
@@ -70,7 +70,7 @@ class IntegerStage:
         if x.dtype == torch.int64:
             x = torch.stack([x, positions], dim=1).float()
         assert torch.equal(x[:, 1], positions.float()), "a row is not where its parent says"
-        return x, dict.fromkeys(self.owned_features(features), x)
+        return x, dict.fromkeys(self.owned_hidden_states(aux_hidden_state_layers), x)
 
     def logits(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:
         """One at the next token: [n, 2] -> [n, V]."""
@@ -135,14 +135,14 @@ class IntegerSession(CountingSession):
         complete = set.intersection(*self.hidden.values())
         return next(p for p in range(len(self.tokens) + 1) if p not in complete)
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
         """Check and count the hidden states of a layer."""
-        for position, hidden in features.items():
+        for position, hidden in hidden_states.items():
             assert position not in self.hidden[layer], f"layer {layer}: {position} came twice"
             self.hidden[layer].add(position)
             assert int(hidden[1]) == position, "a hidden state of another position"
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
+    def prefill(self, tree: DraftTree) -> Proposal | None:
         """Propose children of the newest accepted token."""
         self.take_ready()
         return self._propose(tree.root) if len(tree) else None

@@ -33,5 +33,5 @@ class CountingSession:
 
     def take_ready(self) -> None:
         """Count the ready rows as computed."""
-        assert self.num_rows_ready > 0, "nothing was ready to absorb"
+        assert self.num_rows_ready > 0, "nothing was ready to prefill"
         self.num_rows_ready = 0

@@ -89,13 +89,18 @@ def make_drafter(model: StageModel, *, seed: int = 1) -> EagleDrafter:
 
 
 def full_forward(
-    model: StageModel, tokens: Sequence[int], *, features: Sequence[int] = ()
+    model: StageModel, tokens: Sequence[int], *, hidden_states: Sequence[int] = ()
 ) -> tuple[Tensor, Mapping[int, Tensor]]:
     """Return hidden states [n, H] of a text in one forward, and those of the given layers."""
     cache = model.new_cache(len(tokens))
     where = range(len(tokens))
     return run_rows(
-        model, cache, torch.tensor(tokens), where, parents=None, features=tuple(features)
+        model,
+        cache,
+        torch.tensor(tokens),
+        where,
+        parents=None,
+        aux_hidden_state_layers=tuple(hidden_states),
     )
 
 

@@ -63,9 +63,11 @@ class Worker:
     def _free(self, number: int) -> None:
         self.caches.pop(number).free()
 
-    def _run(self, rows: Sequence[tuple[int, Any, Any]], x: Tensor, features: Any) -> Any:
+    def _run(
+        self, rows: Sequence[tuple[int, Any, Any]], x: Tensor, aux_hidden_state_layers: Any
+    ) -> Any:
         requests = [RequestRows(self.caches[number], where, above) for number, where, above in rows]
-        found = self.model.run(requests, x, features=features)
+        found = self.model.run(requests, x, aux_hidden_state_layers=aux_hidden_state_layers)
         if self.fails(len(requests)):
             raise MemoryError("no memory for the next layer")
         return found
@@ -148,7 +150,7 @@ class RemoteBackend:
         self.kv_bytes_per_row, self.weight_bytes = model.kv_bytes_per_row, model.weight_bytes
         self._ends = (model.first_layer, model.last_layer, model.lm_head is not None)
 
-    def owned_features(self, layers: Collection[int]) -> tuple[int, ...]:
+    def owned_hidden_states(self, layers: Collection[int]) -> tuple[int, ...]:
         """See StageBackend."""
         first, last, with_norm = self._ends
         return tuple(n for n in layers if first <= n < last or (n == -1 and with_norm))
@@ -164,7 +166,7 @@ class RemoteBackend:
         requests: Sequence[RequestRows[RemoteCache]],
         x: Tensor,
         *,
-        features: Collection[int] = (),
+        aux_hidden_state_layers: Collection[int] = (),
     ) -> tuple[Tensor, Mapping[int, Tensor]]:
         """See StageBackend."""
         rows = []
@@ -172,7 +174,7 @@ class RemoteBackend:
             above = None if one.parents is None else list(one.parents)
             one.cache.add(len(one.positions), to_tree=above is not None)
             rows.append((one.cache._number, list(one.positions), above))
-        hidden, taps = self._ask("run", rows, x.clone(), set(features))
+        hidden, taps = self._ask("run", rows, x.clone(), set(aux_hidden_state_layers))
         return hidden.clone(), {layer: own.clone() for layer, own in taps.items()}
 
     def logits(self, hidden: Tensor, *, batch_invariant: bool = False) -> Tensor:

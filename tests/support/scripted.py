@@ -75,39 +75,43 @@ class ScriptedDrafter(LookupDrafter):
             assert isinstance(reuse, ScriptedSession)
             assert num_cached_tokens <= reuse.num_reusable
             assert tuple(reuse.tokens[:num_cached_tokens]) == request.prompt[:num_cached_tokens]
-            for layer, features in reuse.features.items():
-                session.features[layer] = {p: features[p] for p in range(num_cached_tokens)}
+            for layer, hidden_states in reuse.hidden_states.items():
+                session.hidden_states[layer] = {
+                    p: hidden_states[p] for p in range(num_cached_tokens)
+                }
         self.sessions[request.id] = session
         return session
 
 
 class ScriptedSession(CountingSession):
-    """One request; `features[layer][position]` holds what came in, each position once."""
+    """One request; `hidden_states[layer][position]` holds what came in, each position once."""
 
     def __init__(self, drafter: ScriptedDrafter, request: Request, draft_topk: int) -> None:
         super().__init__()
         self.script, self.draft_topk = drafter.script, draft_topk
         self.random = Random(drafter.seed)
         self.truth = drafter.true or truth(request.prompt, request.sampling)
-        self.features: dict[int, dict[int, Tensor]] = {
+        self.hidden_states: dict[int, dict[int, Tensor]] = {
             n: {} for n in drafter.aux_hidden_state_layers
         }
 
     @property
     def num_reusable(self) -> int:
-        """Positions as far as the features of every layer have come."""
+        """Positions as far as the hidden states of every layer have come."""
         most = len(self.tokens)
-        for features in self.features.values():
-            most = next((p for p in range(most) if p not in features), most)
+        for hidden_states in self.hidden_states.values():
+            most = next((p for p in range(most) if p not in hidden_states), most)
         return most
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """Remember features by layer and position."""
-        doubled = self.features[layer].keys() & features.keys()
-        assert not doubled, f"layer {layer}: features of positions {sorted(doubled)} came twice"
-        self.features[layer].update(features)
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
+        """Remember hidden states by layer and position."""
+        doubled = self.hidden_states[layer].keys() & hidden_states.keys()
+        assert not doubled, (
+            f"layer {layer}: hidden states of positions {sorted(doubled)} came twice"
+        )
+        self.hidden_states[layer].update(hidden_states)
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
+    def prefill(self, tree: DraftTree) -> Proposal | None:
         """Take the due rows; propose children of the root, if there is one."""
         self.take_ready()
         return self._propose(tree.root, tree) if len(tree) else None

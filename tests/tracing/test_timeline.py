@@ -98,7 +98,7 @@ def test_a_plain_pipeline_by_hand(work_s, link_s):
 
 
 def test_a_slow_drafter_by_hand():
-    """The stages wait for the drafter: the prompt is absorbed, then 2 forwards of 5 s follow.
+    """The stages wait for the drafter: the prompt is prefilled, then 2 forwards of 5 s follow.
 
     The prompt's verdict is taken in after 2.75 s, while the first draft runs until 5 s. The second
     one ends at 10 s, and the last token's trip takes 2.75 s more.

@@ -1,6 +1,6 @@
-"""The acceptance rules by name, and the one way from logits to tokens.
+"""The table of acceptance rules, and `choose`, which turns logits into tokens.
 
-Adding a rule: one file here, one row in the table.
+A new rule takes one file here and one row in the table.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ RULES: dict[str, AcceptanceRule] = {"gumbel_coupled": GUMBEL_COUPLED, "greedy": 
 
 
 def find_rule(name: str) -> AcceptanceRule:
-    """The row of the table. Raises ValueError listing the known names."""
+    """Return a row of the table. Raises ValueError listing the known names."""
     if name not in RULES:
         raise ValueError(f"unknown acceptance rule {name!a}; known: {', '.join(RULES)}")
     return RULES[name]
 
 
 def rule_of(sampling: SamplingParams) -> AcceptanceRule:
-    """The rule that a request's tokens are chosen by; at temperature 0 it is always greedy.
+    """Return the rule that chooses a request's tokens; at temperature 0 it is always greedy.
 
-    Raises ValueError where the name is unknown, at any temperature.
+    Raises ValueError if the name is unknown, at any temperature.
     """
     rule = find_rule(sampling.acceptance)
     return GREEDY if sampling.temperature == 0.0 else rule
@@ -43,10 +43,10 @@ def choose(
     states: Sequence[PathState] = (),
     candidates: Sequence[Candidates] = (),
 ) -> list[int]:
-    """The tokens at `positions` [n] from the target's logits [n, V]; row k decides positions[k].
+    """Choose the tokens at `positions` [n] from logits [n, V]; row k decides positions[k].
 
-    `states` are the rows' processor states, none where no processor has one. `candidates` are those
-    that came with the rows; without them a rule that needs some finds a row without children.
+    `states` are the rows' processor states, empty if no processor has one. `candidates` came with
+    the rows; without them a rule that needs some finds a row without children. Returns n token ids.
     """
     if states:
         rows = zip(states, logits, strict=True)

@@ -1,9 +1,9 @@
-"""What an acceptance rule is: it says which token follows a row of the tree.
+"""The seam of an acceptance rule, which decides the token that follows a row of the tree.
 
-A drafted child is accepted when it is that token. The rule sees the row's processed logits, the
+A drafted child is accepted if it is that token. The rule sees the row's processed logits, the
 candidates that were fixed when the row was sent, and the key of its noise. Children that the tree
-got later only match the token that is chosen already. So a choice depends on the schedule of what
-was sent, never on what came first here. Shapes: n rows, V vocabulary.
+got later only match the token that is already chosen. So a choice depends on the schedule of what
+was sent, never on the order of arrival. Shapes: n rows, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,17 +17,17 @@ from flowspec.protocol.messages import Candidates
 
 
 class CandidateNeeds(Enum):
-    """What a rule must know of a row's candidates; no more than that travels."""
+    """The part of a row's candidates that a rule needs; nothing else travels."""
 
     NOTHING = "nothing"
     TOKENS = "tokens"
-    DISTRIBUTION = "distribution"  # the tokens, and what they were drawn from
+    DISTRIBUTION = "distribution"  # the tokens and their distribution
 
 
-# (logits [n, V], positions [n], seed, candidates [n] or, where the rule needs nothing, none)
-# -> tokens [n]; row k decides the token at positions[k]. The logits are over temperature and
-# filtered; at temperature 0, where the rule is greedy, they are neither. All noise comes from
-# `noise.uniforms` of seed and position, a rule's coins from NoiseStream.ACCEPT.
+# (logits [n, V], positions [n], seed, candidates [n], or none if the rule needs none) -> tokens
+# [n]; row k decides the token at positions[k]. The logits are divided by temperature and filtered,
+# except at temperature 0, where the rule is greedy. All noise comes from `noise.uniforms` of seed
+# and position, a rule's coins from NoiseStream.ACCEPT.
 Choose: TypeAlias = Callable[[Tensor, Sequence[int], int, Sequence[Candidates]], list[int]]
 
 
@@ -35,8 +35,9 @@ Choose: TypeAlias = Callable[[Tensor, Sequence[int], int, Sequence[Candidates]],
 class AcceptanceRule:
     """A row of the table.
 
-    `is_exact`: each token is that of the target alone, whatever was drafted. A rule that needs the
-    DISTRIBUTION also needs a drafter that draws its children, and a tree that keeps all of them.
+    `is_exact`: each token is the one that the target alone would give, whatever was drafted. A rule
+    that needs the DISTRIBUTION also needs a drafter that draws its children, and a tree that keeps
+    all of them.
     """
 
     choose: Choose

@@ -1,4 +1,4 @@
-"""On the head: what the rows of a segment carry for the acceptance rule."""
+"""Candidates: the children that the rows of a segment carry for the acceptance rule."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from flowspec.speculation.tree import Node
 
 
 def candidates_of(sampling: SamplingParams, nodes: Sequence[Node]) -> tuple[Candidates, ...]:
-    """The children of `nodes` as they are now, in the order in which they were proposed.
+    """Return the present children of `nodes` in the order of proposal.
 
-    Empty where the request's rule needs none. Of more than MAX_CANDIDATES children the first ones
-    count. Raises ValueError where a drafter has drawn from more than MAX_SUPPORT tokens.
+    Empty if the request's rule needs none. Of more than MAX_CANDIDATES children the first ones
+    count. Raises ValueError if a drafter has drawn from more than MAX_SUPPORT tokens.
     """
     needs = rule_of(sampling).needs
     if needs is CandidateNeeds.NOTHING:

@@ -1,4 +1,4 @@
-"""The likeliest token follows. It is what temperature 0 uses."""
+"""Greedy choice: the likeliest token follows. Temperature 0 uses it."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from flowspec.speculation.acceptance.base import AcceptanceRule, CandidateNeeds
 def choose(
     logits: Tensor, positions: Sequence[int], seed: int, candidates: Sequence[Candidates]
 ) -> list[int]:
-    """The arg-max of logits [n, V], without noise."""
+    """Return the arg-max [n] of logits [n, V], without noise."""
     del positions, seed, candidates
     return logits.argmax(-1).tolist()
 

@@ -1,9 +1,9 @@
-"""Coupled sampling: the target's next token as a pure function of logits, seed and position.
+"""Coupled sampling: the target's next token is a pure function of logits, seed and position.
 
 token_i = argmax(log p_i + g_i) with g_i Gumbel noise from (seed, i) alone is an exact sample of p_i
 (the Gumbel-max trick), whatever the tree, the schedule or the device (arXiv 2408.07978). Greedy is
-its limit at temperature 0. The drafter may use the same noise: it then ranks children by
-log q + g, which only changes how often it is right. Shapes: n rows, V vocabulary.
+its limit at temperature 0. The drafter may use the same noise and rank children by log q + g, which
+only changes how often it is right. Shapes: n rows, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ from flowspec.speculation.processors import warp
 
 @lru_cache(maxsize=256)
 def gumbel_noise(seed: int, position: int, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise [V] in fp32 for the token at absolute `position`; the same everywhere."""
+    """Return Gumbel(0, 1) noise [V] in fp32 for absolute `position`; the same on every device."""
     uniform = uniforms(seed, position, vocab_size, NoiseStream.TARGET)
     return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
 
 
 def noise_rows(seed: int, positions: Sequence[int], vocab_size: int) -> Tensor:
-    """Gumbel noise [n, V] of the tokens at `positions`."""
+    """Return Gumbel noise [n, V] of the tokens at `positions`."""
     return torch.stack([gumbel_noise(seed, position, vocab_size) for position in positions])
 
 
 def choose(
     logits: Tensor, positions: Sequence[int], seed: int, candidates: Sequence[Candidates]
 ) -> list[int]:
-    """Samples of the distributions with logits [n, V], by the noise of seed and position alone."""
+    """Sample from logits [n, V] by the noise of seed and position alone; returns tokens [n]."""
     del candidates
     noise = noise_rows(seed, positions, logits.shape[-1]).to(logits.device)
     return (logits + noise).argmax(-1).tolist()
@@ -54,13 +54,13 @@ def draft_scores(
     coupled: bool,
     target_ids: Tensor | None = None,
 ) -> Tensor:
-    """The drafter's log-probabilities [n, V] that its tokens at `positions` are the target's.
+    """Return the drafter's log-probabilities [n, V] that its tokens are the target's choices.
 
     Uncoupled: log q at the request's temperature, as published (at temperature 0: log softmax).
-    Coupled: log softmax(logits + T g): where the drafter's logits are right up to Gumbel-like
-    errors, the chance that the token wins the target's own argmax with the same noise. A drafter
-    with a vocabulary of its own says which tokens of the target its V columns are: `target_ids`
-    [V], on the CPU.
+    Coupled: log softmax(logits + T g). If the drafter's logits are right up to Gumbel-like errors,
+    this is the chance that the token wins the target's own argmax with the same noise. For a
+    drafter with its own vocabulary, `target_ids` [V], on the CPU, has the target's token of each
+    column.
     """
     logits = logits.float()
     temperature = sampling.temperature

@@ -1,4 +1,4 @@
-"""The drafters by name. Adding one: one file here, one row in the table."""
+"""The table of drafters. A new drafter takes one file here and one row in the table."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ Net = TypeVar("Net")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftSource:
-    """What a drafter is loaded from."""
+    """The files that a drafter is loaded from."""
 
     folder: Path  # of the draft model
     target: HeadPart
@@ -66,7 +66,7 @@ def _load_draft_model(source: DraftSource) -> Drafter:
     return DraftModelDrafter(model, vocab_size=source.target.config.vocab_size)
 
 
-SWITCHES = ("merge", "calibrate")  # decode settings that any drafter's name may carry
+SWITCHES = ("merge", "calibrate")  # decoding settings that any drafter's name may carry
 DRAFTERS: dict[str, DrafterSpec] = {
     "ngram": DrafterSpec(lambda source: NgramDrafter(), "", "the text so far, no model"),
     "eagle": DrafterSpec(_load_eagle, "models/demo/eagle", "EAGLE-1/2 head"),
@@ -79,20 +79,20 @@ DRAFTERS: dict[str, DrafterSpec] = {
 
 
 def find_drafter(name: str) -> DrafterSpec:
-    """The row of the table. Raises ValueError listing the known names."""
+    """Return a row of the table. Raises ValueError listing the known names."""
     if name not in DRAFTERS:
         raise ValueError(f"unknown drafter {name!a}; known: {', '.join(DRAFTERS)}")
     return DRAFTERS[name]
 
 
 def current_drafter(text: str) -> str:
-    """`text`, as `parse_drafter` takes it, with the names that its switches have now."""
+    """Return `text`, as `parse_drafter` takes it, with the present names of its switches."""
     name, *switches = text.split("+")
     return "+".join((name, *map(new_name, switches)))
 
 
 def parse_drafter(text: str) -> tuple[str, dict[str, bool]]:
-    """`eagle+merge` is drafter eagle with the decode settings {"merge": True, "calibrate": False}.
+    """Split `eagle+merge` into "eagle" and {"merge": True, "calibrate": False}.
 
     Raises ValueError listing the known names.
     """

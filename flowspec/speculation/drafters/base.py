@@ -1,4 +1,4 @@
-"""What a drafter is to the head: it proposes children of tree nodes, one forward at a time."""
+"""The seam of a drafter, which proposes children of tree nodes, one forward at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Proposal:
 
     node: NodeId
     children: tuple[tuple[int, float], ...]
-    sources: tuple[str, ...] = ()  # who says so, child by child; empty: the drafter itself
-    # what the children were drawn from, as (token, probability); empty: they were not drawn
+    sources: tuple[str, ...] = ()  # of each child; empty: the drafter itself
+    # The children's distribution, as (token, probability); empty: they were not drawn.
     drawn_from: tuple[tuple[int, float], ...] = ()
 
 
@@ -27,8 +27,8 @@ class Proposal:
 class Subtree:
     """Several levels proposed at once below one node, parents before children.
 
-    Entry i is (parent, token, log-probability): `parent` is the index of an earlier entry, or -1
-    for the node itself; the log-probability is that of the token, given that its parent is true.
+    Entry i is (parent, token, log-probability). `parent` is the index of an earlier entry, or -1
+    for the node itself. The log-probability of the token holds given that its parent is true.
     """
 
     node: NodeId
@@ -39,81 +39,80 @@ class Subtree:
             assert -1 <= parent < place, f"entry {place} comes before its parent {parent}"
 
     def levels(self) -> Iterator[tuple[int, list[tuple[int, int, float]]]]:
-        """(parent, its children as (index, token, log-probability)), parents first."""
+        """Yield (parent, its children as (index, token, log-probability)), parents first."""
         below: dict[int, list[tuple[int, int, float]]] = {}
         for place, (parent, token, logprob) in enumerate(self.entries):
             below.setdefault(parent, []).append((place, token, logprob))
         yield from below.items()
 
 
-# What one drafter forward gives for one job, or the exception that ended it.
+# The result of one drafter forward for one job, or the exception that ended it.
 Proposed: TypeAlias = Sequence[Proposal | Subtree] | Exception
 
 
 class DraftSession(Protocol):
-    """The drafter's side of one request. Methods that compute are `absorb` and `expand`.
+    """The drafter's side of one request. `prefill` and `expand` compute.
 
-    While a forward begun for it has not finished, the text may grow and features may come.
-
-    A model's `num_reusable` is below the number of its tokens: the last row needs features (or a
+    While a forward that has begun is not finished, the text may grow and hidden states may come. A
+    model's `num_reusable` is below the number of its tokens: the last row needs hidden states (or a
     successor) that only the next request brings.
     """
 
     @property
     def num_rows_ready(self) -> int:
-        """True tokens waiting to be absorbed (0: nothing to do)."""
+        """Number of true tokens that `prefill` can compute (0: nothing to do)."""
 
     @property
     def num_reusable(self) -> int:
-        """Leading positions whose work is complete, see Opening."""
+        """Number of leading positions whose work is complete, for `Opening.num_cached_tokens`."""
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Tokens now known to be true, behind those known before (first the prompt)."""
+        """Append true tokens to those known before (first the prompt)."""
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """True features [H] by absolute position, each position once, any order."""
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
+        """Take true hidden states [H] by absolute position, each position once, in any order."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """Rows to compute now to expand `nodes`, or (None) to absorb."""
+        """Return the number of rows to expand `nodes`, or (None) to prefill."""
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
-        """One forward over true tokens; the root's children if it got as far as the root."""
+    def prefill(self, tree: DraftTree) -> Proposal | None:
+        """Run one forward over true tokens; return the root's children if it reaches the root."""
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """One forward over alive nodes whose parents are expanded."""
+        """Run one forward over alive nodes whose parents are expanded."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftJob:
-    """One request's share of a drafter forward: true rows to absorb, nodes to expand, or both."""
+    """One request's share of a drafter forward: true rows to prefill, nodes to expand, or both."""
 
     session: DraftSession
     tree: DraftTree
-    nodes: Sequence[Node] = ()  # not the root: its children come of absorbing its row
-    absorbs: bool = False
+    nodes: Sequence[Node] = ()  # not the root, whose children come from its true row
+    prefills: bool = False
 
     def __post_init__(self) -> None:
-        assert self.absorbs or self.nodes, "a job of nothing"
+        assert self.prefills or self.nodes, "a job of nothing"
 
     @property
     def num_rows(self) -> int:
-        """That it would compute now."""
-        absorbed = self.session.num_rows(self.tree) if self.absorbs else 0
-        return absorbed + (self.session.num_rows(self.tree, self.nodes) if self.nodes else 0)
+        """Number of rows that it would compute now."""
+        prefilled = self.session.num_rows(self.tree) if self.prefills else 0
+        return prefilled + (self.session.num_rows(self.tree, self.nodes) if self.nodes else 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opening:
-    """What a session begins with: `draft_topk` children per node, by the shared noise if coupled.
+    """The beginning of a session: `draft_topk` children per node, by shared noise if coupled.
 
     `prefix` is the tokens known when it begins: the prompt, and what was generated before a stage
     was lost.
 
-    `reuse`, a session of the same drafter that is over, gives its work on the first
-    `num_cached_tokens` positions (at most its `num_reusable`). The new prompt must have the same
-    first `num_cached_tokens + 1` tokens: a head's row at position i holds feature i beside token i
-    + 1. Then features of positions from `num_cached_tokens` on are all that is still needed;
-    `accept` brings every token anyway.
+    `reuse`, a finished session of the same drafter, gives its work on the first `num_cached_tokens`
+    positions (at most its `num_reusable`). The new prompt must have the same first
+    `num_cached_tokens + 1` tokens, since a head's row at position i holds hidden state i beside
+    token i + 1. Then only hidden states of positions from `num_cached_tokens` on are needed;
+    `accept` brings every token in any case.
     """
 
     request: Request
@@ -125,45 +124,45 @@ class Opening:
 
     @property
     def known_tokens(self) -> tuple[int, ...]:
-        """What is known when the session begins."""
+        """The tokens that are known when the session begins."""
         return self.prefix or self.request.prompt_tokens
 
 
 class Draft(Protocol):
-    """A drafter forward that has begun. Between `begin` and `finish` no other may."""
+    """A drafter forward that has begun. Until it is finished no other one may begin."""
 
-    looked_up: bool  # `run` has nothing to compute: not worth a thread of its own
+    looked_up: bool  # `run` computes nothing and needs no thread
 
     def run(self) -> None:
-        """Compute. In a thread of its own, perhaps: it touches the draft model's tensors alone."""
+        """Compute, perhaps in a thread of its own; it uses only the draft model's tensors."""
 
     def finish(self) -> list[Proposed]:
-        """The proposals of each job: the root's, if it has absorbed that, then its nodes'.
+        """Return the proposals of each job: the root's, if it was reached, then its nodes'.
 
-        Also for nodes that have died since. A job whose share of the forward failed gives the
-        exception instead, and its session is of no more use; the others are not touched by it.
+        Nodes that have died since are included. A job whose share of the forward failed gives the
+        exception instead, and its session is not used again; the others are not affected.
         """
 
 
 class Drafter(Protocol):
-    """A loaded draft model (or method)."""
+    """A loaded draft model or another method of drafting."""
 
     name: str
-    aux_hidden_state_layers: tuple[int, ...]  # which of the target's hidden states it needs
-    # A drafter may also have `pushes = True`: it is never asked, see NoDrafter.
+    aux_hidden_state_layers: tuple[int, ...]  # layers whose hidden states it needs from the target
+    # A drafter may also have `pushes = True`; it is never asked, see NoDrafter.
 
     def open(self, opening: Opening) -> DraftSession:
-        """Begin with a request."""
+        """Begin a session for one request."""
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """Begin with all jobs, in one forward where the method has one.
+        """Begin all jobs, in one forward if the method has one.
 
-        At most one job per session.
+        A session has at most one job.
         """
 
 
 def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
-    """The proposals of each job, from begin to finish."""
+    """Run a whole forward and return the proposals of each job."""
     begun = drafter.begin(jobs)
     begun.run()
     found = (settled(one) for one in begun.finish())
@@ -171,7 +170,7 @@ def draft(drafter: Drafter, jobs: Sequence[DraftJob]) -> list[list[Proposal]]:
 
 
 class Lookup:
-    """A Draft that is done as soon as it has begun, one job after the other: nothing to compute."""
+    """A Draft without a forward: it looks up one job after the other when it begins."""
 
     looked_up = True
 
@@ -179,20 +178,20 @@ class Lookup:
         self._proposals = look_up(jobs)
 
     def run(self) -> None:
-        """Nothing."""
+        """Do nothing; everything was looked up at the beginning."""
 
     def finish(self) -> list[Proposed]:
-        """See Draft."""
+        """Return the proposals of each job."""
         return self._proposals
 
 
 def look_up(jobs: Sequence[DraftJob]) -> list[Proposed]:
-    """The proposals of one job after the other, each by its session alone."""
+    """Return the proposals of each job, from its session alone."""
     return [attempt(partial(_look_up_one, job)) for job in jobs]
 
 
 def _look_up_one(job: DraftJob) -> list[Proposal]:
-    root = job.session.absorb(job.tree) if job.absorbs else None
+    root = job.session.prefill(job.tree) if job.prefills else None
     below = job.session.expand(job.nodes, job.tree) if job.nodes else []
     return [*([] if root is None else [root]), *below]
 
@@ -200,8 +199,8 @@ def _look_up_one(job: DraftJob) -> list[Proposal]:
 class NoDrafter:
     """Drafts nothing when asked.
 
-    It serves `ar`; under another name it stands for a drafter that pushes: a core of its own, which
-    hears of the accepted tokens by DraftContext and sends DraftSubtree whenever it has one.
+    It serves `ar`. Under another name it stands for a drafter that pushes: a core of its own, which
+    learns the accepted tokens by DraftContext and sends a DraftSubtree whenever it has one.
     """
 
     def __init__(self, name: str = "none", *, pushes: bool = False) -> None:
@@ -210,36 +209,36 @@ class NoDrafter:
     aux_hidden_state_layers: tuple[int, ...] = ()
 
     def open(self, opening: Opening) -> "NoDraftSession":
-        """A session that never has anything to say."""
+        """Return a session that proposes nothing."""
         del opening
         return NoDraftSession()
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
+        """Return a Draft that gives no proposals."""
         return Lookup(jobs)
 
 
 class NoDraftSession:
-    """See NoDrafter."""
+    """A session that proposes nothing."""
 
     num_rows_ready = 0
-    num_reusable = 2**31  # there is nothing to do again
+    num_reusable = 2**31  # there is nothing to compute again
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """Nothing depends on the text."""
+        """Ignore the tokens: nothing depends on the text."""
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """No features were asked for."""
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
+        """Ignore the hidden states: none were asked for."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """Nothing is ever computed."""
+        """Return 0: nothing is ever computed."""
         del tree, nodes
         return 0
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
-        """Never called: num_rows_ready stays 0."""
-        raise AssertionError("nothing was ready to absorb")
+    def prefill(self, tree: DraftTree) -> Proposal | None:
+        """Fail: it is never called, since num_rows_ready stays 0."""
+        raise AssertionError("nothing was ready to prefill")
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """No children."""
+        """Return no children."""
         return [Proposal(node.id, ()) for node in nodes]

@@ -1,8 +1,8 @@
-"""A small language model as drafter (arXiv 2211.17192): same vocabulary, own cache, no features.
+"""A small language model as drafter (arXiv 2211.17192), with the target's vocabulary.
 
-Its rows depend on tokens alone. So the row of a guess that came true is the true row: it moves into
-the prefix and is not computed again, and a node drafted before keeps its children. Positions beyond
-the model's context get no row; from there on it has nothing to propose.
+It needs no hidden states: its rows depend on tokens alone. So the row of a guess that came true is
+the true row. It moves into the prefix without being computed again, and a node drafted before keeps
+its children. Positions beyond the model's context get no row; from there on it proposes nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from flowspec.model.architecture import ModelConfig
-from flowspec.model.kv_cache import JointAttentionMetadata, TreeKVCache, Window
+from flowspec.model.kv_cache import AttentionMetadata, JointAttentionMetadata, TreeKVCache
 from flowspec.model.stage_model import StageModel
 from flowspec.request import NO_NODE, NodeId
 from flowspec.speculation.drafters.base import DraftJob, Opening, Proposal
-from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, Share
+from flowspec.speculation.drafters.cached import IncrementalDrafter, IncrementalSession, JobRows
 from flowspec.speculation.tree import DraftTree, Node
 
-SHOWN = 3  # of the tokens that differ between two vocabularies
+SHOWN = 3  # tokens that a message shows of two different vocabularies
 
 
 class DraftModelDrafter(IncrementalDrafter):
-    """A whole model; of its vocabulary the first `vocab_size` tokens are the target's."""
+    """A whole model; the first `vocab_size` tokens of its vocabulary are the target's."""
 
     name = "draft_model"
 
@@ -32,57 +32,59 @@ class DraftModelDrafter(IncrementalDrafter):
         self.vocab_size = min(vocab_size, model.config.vocab_size)
 
     def new_cache(self, capacity: int) -> TreeKVCache:
-        """See IncrementalDrafter."""
+        """Return an empty cache for one request."""
         return self.model.new_cache(capacity)
 
     def open(self, opening: Opening) -> "DraftModelSession":
-        """See Drafter.open."""
+        """Begin a session for one request."""
         return DraftModelSession(self, opening)
 
     def forward(
         self,
         tokens: Tensor,
         positions: Tensor,
-        window: Window | JointAttentionMetadata,
-        shares: Sequence[Share],
+        metadata: AttentionMetadata | JointAttentionMetadata,
+        shares: Sequence[JobRows],
     ) -> Tensor:
-        """See IncrementalDrafter."""
+        """Run the rows of all `shares` through the model; returns states [n, H]."""
         del shares
-        # the target's padding has tokens that the draft model may not know
+        # The target's padding has tokens that the draft model may not have.
         known = tokens.clamp(max=self.model.config.vocab_size - 1)
-        return self.model(known, positions, window)[0]
+        return self.model(known, positions, metadata)[0]
 
     def logits(self, states: Tensor) -> Tensor:
-        """See IncrementalDrafter."""
+        """Return logits [n, Vd] of the tokens that follow states [n, H]."""
         return self.model.logits(states)[:, : self.vocab_size]
 
 
 class DraftModelSession(IncrementalSession):
-    """One request's rows, and the children of those that are guesses."""
+    """One request's rows, and the children of its guesses."""
 
     def __init__(self, drafter: DraftModelDrafter, opening: Opening) -> None:
         super().__init__(drafter, opening)
-        self._tip = NO_NODE  # node of the prefix's last row, if it is known
+        self._tip = NO_NODE  # node of the prefix's last row, if known
         self._drafted: dict[tuple[NodeId, int], NodeId] = {}  # nodes by parent and token
         self._children: dict[NodeId, tuple[tuple[int, float], ...]] = {}  # proposed, by node
 
-    def finish(self, job: DraftJob, share: Share, states: Tensor, logits: Tensor) -> list[Proposal]:
-        """See IncrementalSession."""
+    def finish(
+        self, job: DraftJob, share: JobRows, states: Tensor, logits: Tensor
+    ) -> list[Proposal]:
+        """Return the job's proposals, and keep those of guesses for later."""
         proposals = super().finish(job, share, states, logits)
         if share.true is not None:
-            at_root = self._is_root(job.tree, self.num_absorbed)
+            at_root = self._is_root(job.tree, self.num_prefilled)
             self._tip = job.tree.root.id if at_root else NO_NODE
         return proposals
 
     def _known_path(self, tree: DraftTree) -> list[int]:
         path: list[int] = []
         node = self._tip
-        for token in self.tokens[self.num_absorbed :]:
+        for token in self.tokens[self.num_prefilled :]:
             node = self._drafted.get((node, token), NO_NODE)
             if node not in self._rows:
                 return path
             path.append(self._rows[node])
-        # the tree may have dropped that node and guessed the same token again, under another id
+        # The tree may have dropped a node and guessed its token again under another id.
         return path if node == tree.root.id else path[:-1]
 
     def _known_children(self, node: Node) -> tuple[tuple[int, float], ...] | None:
@@ -100,7 +102,7 @@ class DraftModelSession(IncrementalSession):
         del states
         for node, proposal in zip(nodes, proposals, strict=True):
             if node.id not in self._rows:
-                continue  # the root: its row is in the prefix
+                continue  # the root, whose row is in the prefix
             self._drafted[node.parent, node.token] = node.id
             self._children[node.id] = proposal.children
 
@@ -108,9 +110,10 @@ class DraftModelSession(IncrementalSession):
 def check_vocabulary(
     target: Mapping[str, int], draft: Mapping[str, int], draft_config: ModelConfig
 ) -> None:
-    """The tokenizers' ids by token. Raises ValueError where a token has not the same id in both.
+    """Raise ValueError unless each token has the same id in both tokenizers.
 
-    Also where the draft model's embedding is smaller than its tokenizer; a larger one is padded.
+    Also raises if the draft model's embedding is smaller than its tokenizer; a larger one is
+    padded.
     """
     ids = {**draft, **target}
     differ = [token for token in ids if target.get(token) != draft.get(token)]

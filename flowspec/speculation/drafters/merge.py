@@ -1,10 +1,10 @@
-"""Long branches from the text so far, merged into any drafter's tree without a forward.
+"""Merges n-gram branches from the text so far into any drafter's tree, without a forward.
 
-The model drafter proposes as ever. Where it has spoken, the n-gram session's word on the same node
-is merged into its proposal; where it has not, `merge_branches` adds some without a forward: below a
-root whose features are still on their way, and deeper than the drafter has come. The drafter can
-expand a merged node once it has proposed its parent's children (`Node.expandable`); its own word
-then replaces the text's.
+The model drafter proposes as ever. If it has proposed a node's children, the n-gram session's
+proposal for the same node is merged into them. Otherwise `merge_branches` adds n-gram branches
+without a forward: below a root whose hidden states are still on their way, and deeper than the
+drafter has come. The drafter can expand a merged node once it has proposed its parent's children
+(`Node.expandable`); its own proposal then replaces the n-gram one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,20 +29,20 @@ from flowspec.speculation.drafters.base import (
 from flowspec.speculation.drafters.ngram.drafter import NgramDrafter, NgramSession
 from flowspec.speculation.tree import DraftTree, Node
 
-# Sources of a child besides the drafter's own name: each is calibrated by itself.
-MERGED = "merged"  # the text's, where the drafter has not spoken
+# Sources of a child besides the drafter's own name; each is calibrated by itself.
+MERGED = "merged"  # from the text, at a node that the drafter has not expanded
 AGREED = "agreed"  # proposed by both
-OUTSIDER = "outsider"  # the text's, and none of the drafter's best
+OUTSIDER = "outsider"  # from the text, and not among the drafter's best
 
-WIDTH = 3  # children of the text per node: the text rarely knows more that are worth a row
-MAX_DEPTH = 16  # tokens below the root; repeated text would go on for ever
+WIDTH = 3  # children from the text per node; more are rarely worth a row
+MAX_DEPTH = 16  # tokens below the root, since repeated text would go on for ever
 MAX_MERGED = 48  # rows per call
-LEAST_SCORE = 0.02  # path probability of a merged node; less would crowd out the drafter's own
+LEAST_SCORE = 0.02  # path probability of a merged node; less would displace the drafter's own nodes
 LEAST_LEFT = 1e-4  # probability that a drafter leaves to tokens it has not named
 
 
 class MergedDrafter:
-    """`base` with branches from the text."""
+    """The drafter `base` with n-gram branches from the text."""
 
     def __init__(self, base: Drafter) -> None:
         self.base = base
@@ -51,19 +51,19 @@ class MergedDrafter:
         self.ngram = NgramDrafter()
 
     def open(self, opening: Opening) -> "MergedSession":
-        """See Drafter.open."""
+        """Begin a session for one request."""
         before = opening.reuse
         if isinstance(before, MergedSession):
             opening = replace(opening, reuse=before.base)
         return MergedSession(self.base.open(opening), self.ngram.open(opening), self.name)
 
     def begin(self, jobs: Sequence[DraftJob]) -> "MergedDraft":
-        """See Drafter.begin."""
+        """Begin the base drafter's forward with all jobs."""
         return MergedDraft(self.base, jobs)
 
 
 class MergedDraft:
-    """The base drafter's forward, its proposals merged with the text's word; see Draft."""
+    """The base drafter's forward, whose proposals are merged with those from the text."""
 
     def __init__(self, base: Drafter, jobs: Sequence[DraftJob]) -> None:
         self._parts: list[tuple[MergedSession, DraftTree]] = []
@@ -76,11 +76,11 @@ class MergedDraft:
         self.looked_up = self._base.looked_up
 
     def run(self) -> None:
-        """See Draft."""
+        """Run the base drafter's forward."""
         self._base.run()
 
     def finish(self) -> list[Proposed]:
-        """See Draft."""
+        """Return the merged proposals of each job, or the exception that ended it."""
         return [
             own if isinstance(own, Exception) else attempt(partial(_merge_all, session, tree, own))
             for (session, tree), own in zip(self._parts, self._base.finish(), strict=True)
@@ -98,46 +98,46 @@ class MergedSession:
 
     def __init__(self, base: DraftSession, ngram: NgramSession, name: str) -> None:
         self.base, self.ngram, self.name = base, ngram, name
-        self._asked: set[NodeId] = set()  # nodes that the text, as it is now, was asked about
+        self._asked: set[NodeId] = set()  # nodes that the present text was asked about
 
     @property
     def num_rows_ready(self) -> int:
-        """The base drafter's: the text is taken in on the way."""
+        """The base drafter's number of rows; the text is read on the way."""
         return self.base.num_rows_ready
 
     @property
     def num_reusable(self) -> int:
-        """The base drafter's."""
+        """The base drafter's number."""
         return self.base.num_reusable
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
+        """Append true tokens in both sessions."""
         self.base.accept(tokens)
         self.ngram.accept(tokens)
         self._asked.clear()
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """See DraftSession.accept_features."""
-        self.base.accept_features(layer, features)
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
+        """Pass the hidden states to the base drafter's session."""
+        self.base.accept_hidden_states(layer, hidden_states)
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """The base drafter's."""
+        """Return the base drafter's number of rows."""
         return self.base.num_rows(tree, nodes)
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb."""
-        proposal = self.base.absorb(tree)
+    def prefill(self, tree: DraftTree) -> Proposal | None:
+        """Run the base drafter's forward over true tokens, and merge the root's proposal."""
+        proposal = self.base.prefill(tree)
         return None if proposal is None else self.merged(proposal, tree)
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Run the base drafter's forward over nodes, and merge the proposals."""
         return [self.merged(proposal, tree) for proposal in self.base.expand(nodes, tree)]
 
     def merged(self, proposal: Proposal, tree: DraftTree) -> Proposal:
-        """The drafter's proposal with the text's word on the same node.
+        """Return the drafter's proposal merged with that from the text for the same node.
 
-        Of a text that has ended before the tree's root (its last verdict went beyond) there is
-        none.
+        If the text ends before the tree's root (its last verdict went beyond), there is nothing to
+        merge.
         """
         if proposal.node not in tree or self.ngram.num_tokens != tree.root.position + 1:
             return proposal
@@ -153,8 +153,8 @@ class MergedSession:
     ) -> None:
         """Offer up to `most` branch nodes to `grow`, below the most probable nodes first.
 
-        None has a path probability below `min_score`. `grow` adds the children it wants to the
-        tree and returns them.
+        None has a path probability below `min_score`. `grow` adds the children it wants to the tree
+        and returns them.
         """
         deepest, left = tree.root.position + MAX_DEPTH, min(most, MAX_MERGED)
         least = log(max(min_score, LEAST_SCORE))
@@ -177,10 +177,10 @@ class MergedSession:
 
 
 def merge(own: Proposal, text: Proposal, name: str) -> Proposal:
-    """Both words on one node, best first, each child with its source.
+    """Merge two proposals for one node, best first, each child with its source.
 
-    A child that both name keeps the higher of its two probabilities. One that only the text names
-    gets its share of what the drafter has left for all it has not named.
+    A child in both keeps the higher of its two probabilities. A child that only the text proposes
+    gets its share of the probability that the drafter has left for tokens it has not named.
     """
     probable = dict(own.children)
     left = log(max(LEAST_LEFT, 1.0 - sum(exp(p) for p in probable.values())))

@@ -1,6 +1,6 @@
-"""The logits processors by name, in the order in which they apply.
+"""The table of logits processors, in the order in which they apply.
 
-Adding one: one file here, one row in the table, and the field of SamplingParams that it reads.
+A new processor takes one file here, one row in the table, and a field of SamplingParams.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PROCESSORS: dict[str, LogitsFilter | PathProcessor] = {
 def begin_path(
     sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int] = ()
 ) -> PathState | None:
-    """The state at the last token of prompt and answer; None where no processor needs one."""
+    """Return the state after prompt and answer; None if no processor needs one."""
     states = [
         row.begin(sampling, prompt)
         for row in PROCESSORS.values()
@@ -37,10 +37,10 @@ def begin_path(
 
 
 def warp(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """logits [n, V] -> logits [n, V] over temperature, filtered tokens at -inf.
+    """Divide logits [n, V] by the temperature and set filtered tokens to -inf.
 
-    The filters apply in the order of the table. Needs temperature > 0: greedy decoding needs no
-    distribution.
+    The filters apply in the order of the table. The temperature must be above 0, since greedy
+    decoding needs no distribution. Returns logits [n, V].
     """
     assert sampling.temperature > 0.0, "greedy decoding takes the arg-max of the raw logits"
     for row in PROCESSORS.values():

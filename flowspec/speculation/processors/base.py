@@ -1,7 +1,7 @@
-"""What a logits processor is: it changes what the target says at one node, given the node's path.
+"""The seam of a logits processor, which changes the target's logits at a node of the tree.
 
 A filter needs the logits alone. A path processor also needs the tokens before: it keeps a state per
-node of the tree, forked from the parent's, so that no path is ever walked twice. Shapes: n rows, V
+node of the tree, forked from the parent's, so that no path is walked twice. Shapes: n rows, V
 vocabulary.
 """
 
@@ -15,13 +15,13 @@ from flowspec.request import NodeId, SamplingParams
 
 
 class PathState(Protocol):
-    """What a processor knows at one node; never changed, since siblings share their parent's."""
+    """A processor's state at one node; it never changes, since siblings share their parent's."""
 
     def fork(self, token: int) -> "PathState":
-        """The state at the child with `token`."""
+        """Return the state at the child with `token`."""
 
     def apply(self, logits: Tensor) -> Tensor:
-        """Logits [V] of what follows this node -> logits [V]; the argument stays as it is.
+        """Return the processed logits [V] of the token after this node; `logits` stays as it is.
 
         At least one token must stay above -inf.
         """
@@ -31,7 +31,7 @@ class PathState(Protocol):
 class LogitsFilter:
     """A processor without state: logits [n, V] -> logits [n, V], for rows of one request.
 
-    It sees what the filters before it in the table have left. The likeliest token always stays, so
+    It sees the results of the filters before it in the table. The likeliest token always stays, so
     that greedy decoding needs no filter.
     """
 
@@ -44,8 +44,8 @@ class LogitsFilter:
 class PathProcessor:
     """A processor with a state per node. It runs before the filters, also at temperature 0.
 
-    `begin` gives the state after a prompt. The tokens of the answer are then forked, one by one,
-    also those that were generated before a stage was lost.
+    `begin` gives the state after a prompt. The tokens of the answer are then forked one by one,
+    including those that were generated before a stage was lost.
     """
 
     applies: Callable[[SamplingParams], bool]
@@ -60,11 +60,11 @@ class StateChain:
     states: tuple[PathState, ...]
 
     def fork(self, token: int) -> "StateChain":
-        """Each state forked."""
+        """Return the chain with each state forked."""
         return StateChain(tuple(state.fork(token) for state in self.states))
 
     def apply(self, logits: Tensor) -> Tensor:
-        """In the order of the table."""
+        """Apply the states in the order of the table."""
         for state in self.states:
             logits = state.apply(logits)
         return logits
@@ -73,7 +73,7 @@ class StateChain:
 class PathStates:
     """The states at the nodes of one request's tree.
 
-    The last stage has one for its alive rows; a drafter on the head may keep its own for the nodes
+    The last stage has one for its alive rows. A drafter on the head may keep its own for the nodes
     that it expands, to draft what the target's processors leave.
     """
 
@@ -85,17 +85,17 @@ class PathStates:
         return len(self._nodes)
 
     def at(self, node: NodeId) -> PathState:
-        """The state at a node that was entered, or else at the newest committed one."""
+        """Return the state at an entered node, or else at the newest committed one."""
         return self._nodes.get(node, self._tip)
 
     def enter(self, node: NodeId, parent: NodeId, token: int) -> None:
-        """A node whose parent was entered before, or is the newest committed one."""
+        """Add a node whose parent was entered before or is the newest committed one."""
         self._nodes[node] = self.at(parent).fork(token)
 
     def follow(self, path: Iterable[tuple[NodeId, int]]) -> PathState:
-        """The state at the end of a path of (node, token) below the newest committed node.
+        """Return the state at the end of a path of (node, token) below the newest committed node.
 
-        What is missing on the way is entered: on the head, `((n.id, n.token) for n in
+        Missing nodes on the way are entered. On the head the path is `((n.id, n.token) for n in
         tree.path(node))`.
         """
         state = self._tip
@@ -107,6 +107,6 @@ class PathStates:
         return state
 
     def reroot(self, tip: NodeId, alive: Iterable[NodeId]) -> None:
-        """The path down to `tip` is committed; of the other nodes those in `alive` stay."""
+        """Commit the path down to `tip`; of the other nodes those in `alive` stay."""
         self._tip = self.at(tip)
         self._nodes = {node: self._nodes[node] for node in alive if node in self._nodes}

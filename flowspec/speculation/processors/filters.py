@@ -19,10 +19,10 @@ def _top_k(logits: Tensor, sampling: SamplingParams) -> Tensor:
 
 
 def _top_p(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    # sorted as logits: near ones may round to equal probabilities
+    # sorted as logits, since close ones may round to equal probabilities
     ordered, index = logits.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.softmax(-1)
-    # a token goes when those before it already hold top_p
+    # a token is dropped if those before it already hold top_p
     outside = ordered.cumsum(-1) - ordered >= sampling.top_p
     outside[..., 0] = False
     return logits.masked_fill(outside.scatter(-1, index, outside), float("-inf"))

@@ -1,4 +1,4 @@
-"""The decoding strategies by name. Adding one takes one file here and one row in the table."""
+"""The table of decoding strategies. A new one takes one file here and one row in the table."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class StrategySpec:
     defaults: StrategyConfig
     about: str
     without: Without | None = None
-    takes_pushed: bool = False  # whether it can do with a drafter that is never asked
+    takes_pushed: bool = False  # whether it works with a drafter that pushes
 
     @property
     def drafts(self) -> bool:
@@ -86,7 +86,7 @@ def _streaming(
     return StrategySpec(make, StreamingConfig(**defaults), about, without)
 
 
-# streaming without one of its mechanisms each; these are found by name and listed nowhere
+# Ablations of streaming lack one mechanism each; they are found by name and listed nowhere.
 ABLATIONS: dict[str, StrategySpec] = {
     "streaming-ticking": _streaming("with a barrier", Ticking),
     "streaming-queued": _streaming("with a segment waiting before the first stage", Queued),
@@ -94,7 +94,7 @@ ABLATIONS: dict[str, StrategySpec] = {
     "streaming-eager": _streaming("without just-in-time choice", Eager),
     "streaming-fixed-size": _streaming("without knee-sized segments", FixedSize),
     "streaming-apart": _streaming("with true rows and guesses in forwards of their own", Apart),
-    "streaming-stale": _streaming("without feature refresh", refresh=False),
+    "streaming-stale": _streaming("without hidden state refresh", refresh=False),
     "streaming-uncalibrated": _streaming("without calibrated scores", calibrate=False),
     "streaming-uncoupled": _streaming("without the shared noise", coupled_drafting=False),
     "streaming-narrow": _streaming("with four nodes a drafter forward", draft_width=4),
@@ -107,7 +107,7 @@ ABLATIONS: dict[str, StrategySpec] = {
 
 
 def find_strategy(name: str) -> StrategySpec:
-    """The row of the table. Raises ValueError listing the known names."""
+    """Return a row of the table. Raises ValueError listing the known names."""
     if name in ABLATIONS:
         return ABLATIONS[name]
     if name not in STRATEGIES:
@@ -116,7 +116,7 @@ def find_strategy(name: str) -> StrategySpec:
 
 
 def check_parameter(name: str, parameter: str, *, where: str) -> None:
-    """Raise ValueError naming what strategy `name` takes where `parameter` is not among it."""
+    """Raise ValueError, with the valid names, if strategy `name` does not take `parameter`."""
     spec = find_strategy(name)
     if parameter not in spec.parameters:
         takes = ", ".join(spec.parameters) or "nothing"
@@ -126,7 +126,7 @@ def check_parameter(name: str, parameter: str, *, where: str) -> None:
 
 
 def strategy_config(name: str, parameters: Mapping[str, Any], *, where: str) -> StrategyConfig:
-    """The defaults of strategy `name` with `parameters` set.
+    """Return the defaults of strategy `name` with `parameters` set.
 
     Raises ValueError naming `where`, the parameter, and what the strategy takes.
     """
@@ -138,7 +138,7 @@ def strategy_config(name: str, parameters: Mapping[str, Any], *, where: str) -> 
 def resolve_decoding(
     decoding: Decoding, drafters: Mapping[str, object], *, where: str = "decoding"
 ) -> ResolvedDecoding:
-    """What `decoding` means where `drafters` are loaded; the first one is the default.
+    """Return `decoding` with its defaults set; the first of `drafters` is the default.
 
     Raises ValueError for an unknown strategy or parameter, or a drafter that is not loaded.
     """
@@ -165,7 +165,7 @@ def resolve_decoding(
 
 
 def check_runs_for_real(name: str) -> None:
-    """Raise ValueError for a strategy that is unknown, or lacks what every real pipeline has."""
+    """Raise ValueError for a strategy that is unknown or runs on an emulated pipeline only."""
     without = find_strategy(name).without
     if without is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""streaming with one mechanism taken away, to show what it is worth; for benchmarks only."""
+"""Ablations: `streaming` without one mechanism each, to show its worth; for benchmarks only."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,14 +11,14 @@ from flowspec.speculation.tree import Node
 
 
 class Without(Enum):
-    """What the pipeline itself lacks; on the simulator's clock alone (simulator/ablated.py)."""
+    """What the pipeline itself lacks; only the simulator can do that (simulator/ablated.py)."""
 
     PRUNING = "in-flight pruning"
     LAST_STAGE_VERDICT = "the verdict on the last stage"
 
 
 class Draining(Streaming):
-    """After a miss nothing is sent before all that was in flight is back."""
+    """Sends nothing after a miss until everything in flight has come back."""
 
     def __init__(self, config: StreamingConfig) -> None:
         super().__init__(config)
@@ -46,14 +46,14 @@ class Ticking(Streaming):
         return super().next_segment(request)
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
-        """One forward a tick, before its segment is sent; then the stages compute."""
+        """Expand one level per step, before its segment is sent; then the stages compute."""
         if request.pipe.num_in_flight >= request.num_stages:
             return []
         return super().next_draft(request)
 
 
 class Apart(Streaming):
-    """True rows have a drafter forward of their own; guesses wait for it, segments as ever."""
+    """Gives true rows a drafter forward of their own; guesses wait for it."""
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
         """Wait while true rows are due."""
@@ -61,7 +61,7 @@ class Apart(Streaming):
 
 
 class Queued(Streaming):
-    """One segment more than there are stages: it waits before the first stage, its rows chosen."""
+    """Sends one segment more than there are stages; it waits before the first stage."""
 
     def most_in_flight(self, request: RequestState) -> int:
         """One segment more than there are stages."""
@@ -69,7 +69,7 @@ class Queued(Streaming):
 
 
 class Eager(Streaming):
-    """A segment is chosen as soon as there are rows, not when the first stage can take it."""
+    """Chooses a segment as soon as there are rows, not when the first stage can take it."""
 
     def may_wait(self, request: RequestState) -> bool:
         """Never wait for a better choice."""
@@ -77,7 +77,7 @@ class Eager(Streaming):
 
 
 class FixedSize(Streaming):
-    """Segments are as large as they may be, whatever their rows cost the slowest stage."""
+    """Sends the largest allowed segments, whatever their rows cost the slowest stage."""
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
         """Forbid the scheduler to cut the segment."""

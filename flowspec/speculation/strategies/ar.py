@@ -1,4 +1,4 @@
-"""ar: plain pipeline, one token per trip."""
+"""ar: plain pipeline decoding; one token per pass through the pipeline."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,19 @@ from flowspec.speculation.tree import Node
 
 
 class Ar:
-    """Send the root; its verdict is the next root."""
+    """Sends the root; its verdict is the next root."""
 
     def __init__(self, config: StrategyConfig) -> None:
         del config
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """The root, once."""
+        """Return the root, once."""
         return None if request.tree.root.sent else Outgoing([request.tree.root])
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
-        """Nothing is ever drafted."""
+        """Return no nodes: nothing is ever drafted."""
         del request
         return []
 
     def on_verdict(self, request: RequestState) -> None:
-        """Nothing to prepare."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What several strategies share: a round's tree and its segments."""
+"""The tree of a drafting round and its segments, which several strategies share."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -9,11 +9,11 @@ from flowspec.speculation.tree import Node
 
 
 class TreeRound:
-    """One round's tree, grown level by level as EAGLE-2 does (arXiv 2406.16858, section 4).
+    """One round's tree, grown level by level as in EAGLE-2 (arXiv 2406.16858, section 4).
 
-    Level 1 is the root's `draft_topk` children; then the `draft_topk` best of the newest level are
-    expanded, `num_draft_steps` times; the `num_draft_tokens` best of all are kept. Ancestors of a
-    kept node are kept.
+    Level 1 is the root's `draft_topk` children. Then the `draft_topk` best nodes of the newest
+    level are expanded, `num_draft_steps` times. The `num_draft_tokens` best of all nodes are kept,
+    with their ancestors.
     """
 
     def __init__(self, config: RoundConfig) -> None:
@@ -27,7 +27,7 @@ class TreeRound:
         self.depth, self.grown = 0, False
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
-        """The next beam; empty while true rows or the root's children are due, and when grown."""
+        """Return the next beam; none if true rows or the root's children are due, or when grown."""
         if self.grown or not request.tree.root.expanded or request.drafter.num_rows_ready:
             return []
         if self.depth < self.config.num_draft_steps:
@@ -42,7 +42,7 @@ class TreeRound:
 
 
 class ScoredRound(TreeRound):
-    """A round whose tree is handed out best nodes first, in N + 1 segments (FlowSpec)."""
+    """A round whose tree is sent best nodes first, in N + 1 segments (FlowSpec)."""
 
     def __init__(self, config: SegmentedRoundConfig) -> None:
         super().__init__(config)
@@ -50,12 +50,12 @@ class ScoredRound(TreeRound):
         self.segments: list[list[Node]] = []
 
     def restart(self, request: RequestState) -> None:
-        """Begin again from the root; what is left of the tree's segments is dead."""
+        """Begin again from the root; the rest of the tree's segments is dead."""
         super().restart(request)
         self.segments.clear()
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """What lives of the next segment; they are cut when the tree is grown, the pipe empty."""
+        """Return the living nodes of the next segment; segments are cut when the pipe is empty."""
         if self.grown and request.round_over and not self.segments:
             best_first = request.tree.best_unsent(len(request.tree))
             self.segments = pieces(best_first, request.num_stages + 1, self.segment_size)
@@ -67,6 +67,6 @@ class ScoredRound(TreeRound):
 
 
 def pieces(nodes: Sequence[Node], count: int, least: int) -> list[list[Node]]:
-    """At most `count` near-equal runs of `nodes`, at least `least` in each but the last."""
+    """Cut `nodes` into at most `count` near-equal runs of at least `least`, except the last."""
     size = max(ceil(len(nodes) / count), min(least, len(nodes)), 1)
     return [list(nodes[start : start + size]) for start in range(0, len(nodes), size)]

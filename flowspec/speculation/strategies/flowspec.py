@@ -1,9 +1,9 @@
 """flowspec: the published algorithm (arXiv 2507.02620, sections 3.2 and 3.3), with its defaults.
 
 A round begins with a tree of `num_draft_tokens` nodes, cut by score into segments. While every
-verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root,
+verdict stays in the tree, each one triggers a re-draft of `EXPAND_SIZE` nodes from the new root
 with the new true hidden states; the new nodes follow as one appended segment. A token outside the
-tree ends the round: the pipe drains and the next tree is drafted before anything is sent. Of equal
+tree ends the round: the pipe drains, and the next tree is drafted before anything is sent. Of equal
 scores the elder node wins, so no node is sent without its parent, and every row is masked to its
 own path (the official code errs in both).
 """
@@ -25,7 +25,7 @@ class FlowSpecConfig(SegmentedRoundConfig):
 
 
 class FlowSpec:
-    """Continuous segments of one living tree, in rounds."""
+    """Sends continuous segments of one living tree, in rounds."""
 
     def __init__(self, config: FlowSpecConfig) -> None:
         self.config = config
@@ -35,7 +35,7 @@ class FlowSpec:
         self.redraft_again = False
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """The first tree's segments, then whatever a finished re-draft has added."""
+        """Return the first tree's segments, then the nodes that a finished re-draft has added."""
         if (first := self.round.next_segment(request)) is not None:
             return first
         if self.level or not self.round.grown:
@@ -44,7 +44,7 @@ class FlowSpec:
         return Outgoing(appended) if appended else None
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
-        """Serial at a round's begin; afterwards the levels of the re-draft."""
+        """Return the next level: of a round's first tree, later of the re-draft."""
         if not self.round.grown:
             return self.round.next_draft(request) if request.round_over else []
         if request.drafter.num_rows_ready:
@@ -67,7 +67,7 @@ class FlowSpec:
         return beam
 
     def on_verdict(self, request: RequestState) -> None:
-        """In the tree: draft on from the new root. Off the tree: the round is over."""
+        """Draft on from the new root if it was in the tree; otherwise end the round."""
         if request.last_was_hit:
             self.redraft_again = True
             return
@@ -75,7 +75,7 @@ class FlowSpec:
         self.round.restart(request)
 
     def _trim(self, request: RequestState) -> None:
-        """Of what was drafted but not sent, keep the best EXPAND_SIZE."""
+        """Keep the best EXPAND_SIZE of the unsent nodes."""
         for node in sorted(request.tree.unsent(), key=by_score, reverse=True)[EXPAND_SIZE:]:
             if node.id in request.tree:
                 request.tree.remove(node)

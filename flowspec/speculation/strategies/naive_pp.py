@@ -1,6 +1,6 @@
-"""naive_pp: the tree in chunks, one verdict per round: FlowSpec's baseline ("Chunk-PP").
+"""naive_pp: FlowSpec's baseline "Chunk-PP": the tree in chunks, one verdict per round.
 
-Chunks are in level order; the stages work on different chunks at once, but nothing is pruned and
+Chunks are in level order. The stages work on different chunks at once, but nothing is pruned and
 drafting waits for the verdict (arXiv 2507.02620, baselines).
 """
 
@@ -19,14 +19,14 @@ class NaivePpConfig(RoundConfig):
 
 
 class NaivePp:
-    """Draft, send in chunks, wait for the last, begin again."""
+    """Drafts, sends in chunks, waits for the last one, and begins again."""
 
     def __init__(self, config: NaivePpConfig) -> None:
         self.round = TreeRound(config)
         self.chunks: list[list[Node]] = []
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """The next chunk; only the last one asks for the verdict."""
+        """Return the next chunk; only the last one asks for the verdict."""
         if self.round.grown and request.round_over:
             in_levels = sorted(
                 request.tree.nodes.values(), key=lambda node: (node.position, node.id)
@@ -42,5 +42,5 @@ class NaivePp:
         return self.round.next_draft(request) if request.round_over else []
 
     def on_verdict(self, request: RequestState) -> None:
-        """The round is decided: draft anew from the new root."""
+        """Draft anew from the new root: the round is decided."""
         self.round.restart(request)

@@ -1,7 +1,7 @@
-"""pruned_pp: FlowSpec without growth: score-ordered segments, a verdict and a pruning after each.
+"""pruned_pp: FlowSpec without growth: segments in score order, pruned after each verdict.
 
-The round goes on while the truth is in the tree; the next one is drafted when the pipe has drained
-(arXiv 2507.02620, ablation).
+The round goes on while the true path is in the tree. The next one is drafted when the pipe has
+drained (arXiv 2507.02620, ablation).
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ class PrunedPpConfig(SegmentedRoundConfig):
 
 
 class PrunedPp:
-    """Draft, send the best first, prune with every verdict, begin again when all is decided."""
+    """Drafts, sends the best first, prunes with every verdict, and begins again at the end."""
 
     def __init__(self, config: PrunedPpConfig) -> None:
         self.round = ScoredRound(config)
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """The round's next segment."""
+        """Return the round's next segment."""
         return self.round.next_segment(request)
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
@@ -36,7 +36,7 @@ class PrunedPp:
         return self.round.next_draft(request)
 
     def on_verdict(self, request: RequestState) -> None:
-        """Off the round's tree: what is left of it is dead."""
+        """Drop the rest of the round's tree if the token was not in it."""
         root = request.tree.root
         if not root.sent and not any(root in segment for segment in self.round.segments):
             self.round.restart(request)

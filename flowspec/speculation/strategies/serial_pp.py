@@ -1,6 +1,6 @@
 """serial_pp: the whole draft tree as one segment, round by round.
 
-What vLLM and SGLang do across pipeline ranks: one drafted tree, one trip, one verdict.
+vLLM and SGLang do this across pipeline ranks: one drafted tree, one pass, one verdict.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ from flowspec.speculation.tree import Node
 
 
 class SerialPp:
-    """Draft, send all, wait, begin again."""
+    """Drafts, sends all, waits, and begins again."""
 
     def __init__(self, config: RoundConfig) -> None:
         self.round = TreeRound(config)
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """Root and tree together, when the tree is grown and the pipe empty."""
+        """Return root and tree together, when the tree is grown and the pipe empty."""
         if not (self.round.grown and request.round_over):
             return None
         return Outgoing(request.tree.best_unsent(len(request.tree)))
@@ -28,5 +28,5 @@ class SerialPp:
         return self.round.next_draft(request) if request.round_over else []
 
     def on_verdict(self, request: RequestState) -> None:
-        """The round is decided: draft anew from the new root."""
+        """Draft anew from the new root: the round is decided."""
         self.round.restart(request)

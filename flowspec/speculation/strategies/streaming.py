@@ -1,9 +1,9 @@
-"""streaming: ours. Asynchronous, best-first, never drained.
+"""streaming: this project's own strategy: asynchronous, best nodes first, never drained.
 
-Whenever the first stage can take a segment, it gets the best unsent nodes of the tree as known now.
-The number of rows is the one with the most expected accepted tokens per time of the slowest stage.
-The head drafts while the pipe verifies. A miss sends the known token at once; whatever is then in
-flight is dead and is dropped where it is met.
+Whenever the first stage can take a segment, it gets the best unsent nodes of the present tree. The
+number of rows is the one with the most expected accepted tokens per time of the slowest stage. The
+head drafts while the pipe verifies. A miss sends the known token at once; rows in flight are then
+dead and are dropped by the first stage that knows.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from flowspec.head.request_state import RequestState
 from flowspec.speculation.strategy import MAX_ROWS, DraftingConfig, Outgoing, Rows
 from flowspec.speculation.tree import Node
 
-MOST_OVER = 1.5  # times its size a tree may grow before it is cut back to that
+MOST_OVER = 1.5  # times its size that a tree may grow to before it is cut back
 
 
 class StreamingConfig(DraftingConfig):
-    """Large segments of a large tree: the scheduler cuts them where a row does not pay."""
+    """The parameters: large segments of a large tree, which the scheduler cuts as rows pay."""
 
     num_draft_tokens: Rows = 800
     segment_size: Rows = 80  # most tree rows in a segment
@@ -29,20 +29,20 @@ class StreamingConfig(DraftingConfig):
     min_score: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.001
     coupled_drafting: bool = True
     calibrate: bool = True
-    # Segments in the pipe at once. 0: one per stage (at least two), or, where head and stages share
-    # a machine, as many as its cores compute at the same time.
+    # Segments in the pipe at once. 0: one per stage (at least two), or, if head and stages share a
+    # machine, as many as its cores compute at the same time.
     max_in_flight: Annotated[int, Field(ge=0, le=MAX_ROWS)] = 0
 
 
 class Streaming:
-    """Best nodes first, just in time."""
+    """Sends the best nodes first, as late as possible."""
 
     def __init__(self, config: StreamingConfig) -> None:
         self.config = config
         self.least = log(config.min_score) if config.min_score else float("-inf")
 
     def next_segment(self, request: RequestState) -> Outgoing | None:
-        """The best nodes; one, where there is time to draft on before the first stage is free.
+        """Return the best nodes; only the first, marked `early`, while a later choice is better.
 
         The scheduler decides how many of them pay.
         """
@@ -62,24 +62,24 @@ class Streaming:
         return Outgoing(best, best_first=True, early=early)
 
     def most_in_flight(self, request: RequestState) -> int:
-        """One segment per stage; more would wait in a queue, chosen earlier than necessary.
+        """Return the limit of segments in flight: one per stage, since more would wait in a queue.
 
         Prefill of other requests does not count against the limit.
         """
         return max(2, request.num_stages)
 
     def may_wait(self, request: RequestState) -> bool:
-        """While the first stage computes there is time to draft on, and then to choose better."""
+        """Return whether the first stage computes long enough to draft and choose better."""
         return request.pipe.first_stage_busy_s > request.draft_left_s
 
     def next_draft(self, request: RequestState) -> Sequence[Node]:
-        """The most probable leaves, beside whatever true rows are due."""
+        """Return the most probable leaves; true rows that are due run beside them."""
         return self.leaves(request)
 
     def leaves(self, request: RequestState) -> Sequence[Node]:
-        """The most probable unexpanded nodes that are worth a row, at any depth.
+        """Return the most probable unexpanded nodes that are worth a row, at any depth.
 
-        A text that is easy to guess is in flight many tokens deep, and a level takes a forward.
+        The in-flight part of a predictable text is many tokens deep, and a level takes a forward.
         """
         if len(request.tree) > MOST_OVER * self.config.num_draft_tokens:
             request.tree.keep_best(self.config.num_draft_tokens)
@@ -87,5 +87,5 @@ class Streaming:
         return [node for node in best if node.score >= self.least]
 
     def on_verdict(self, request: RequestState) -> None:
-        """Make room: guesses that were not worth a row until now give way to the new root's."""
+        """Make room: drop guesses that are not worth a row for those below the new root."""
         request.tree.keep_best(self.config.num_draft_tokens // 2)

@@ -1,1 +1,1 @@
-"""What a draft checkpoint is, decided by its tensors and its config."""
+"""Recognises a draft checkpoint by its tensors and its config."""

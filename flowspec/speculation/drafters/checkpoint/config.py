@@ -1,8 +1,7 @@
-"""The sizes of a draft head, from its tensors, and where its config contradicts them.
+"""Reads the sizes of a draft head from its tensors, and finds contradictions in its config.
 
-A finding is one of three: `error`, with which the head cannot run; `contradiction`, where the
-config says one thing and the tensors another, and the tensors are believed; `note`, what a reader
-should know.
+A finding is one of three. With an `error` the head cannot run. In a `contradiction` the config and
+the tensors differ, and the tensors are believed. A `note` is information for the user.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from flowspec.model.rope import RopeScaling, read_rope
 
 ERROR, CONTRADICTION, NOTE = "error", "contradiction", "note"
 ROPE = "RoPE"  # the group of notes that a loader passes on too
-# Read by the loaders of heads, or written by trainers of heads beside what a head computes.
+# Keys that loaders of heads read, or that trainers write beside what a head computes.
 _HEAD_KEYS = """
 add_para_norm auto_map aux_hidden_state_layer_ids bias draft_vocab_size eagle_config
 eagle_aux_hidden_state_layer_ids embed_requires_grad fc_norm fusion_bias has_no_defaults_at_init
@@ -31,12 +30,12 @@ input_norm layernorms norm_before_fc norm_before_residual norm_output qkv_bias s
 speculators_model_type speculators_version target_hidden_size target_model_type target_vocab_size
 transformer_layer_architecture transformer_layer_config use_aux_hidden_state
 """
-# Where a file keeps keys of a head one level below; the layer's own sizes count most.
+# Files that keep keys of a head one level below; the layer's own sizes take precedence.
 _PARTS = ("eagle_config", "", "transformer_layer_config")
 
 
 def flatten(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """All keys of a head's config on one level; null and empty values count as absent."""
+    """Return all keys of a head's config on one level; null and empty values count as absent."""
     flat: dict[str, Any] = {}
     for name in _PARTS:
         part = hf.get(name) if name else hf
@@ -45,7 +44,7 @@ def flatten(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def renamed(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors with each of these beginnings of a name changed for the other."""
+    """Return the tensors with each of these prefixes of a name replaced."""
     found = {}
     for name, tensor in tensors.items():
         old = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
@@ -64,11 +63,11 @@ class Finding:
 
 @dataclass(slots=True)
 class Sizes:
-    """Reads sizes off the tensors of one layer, and collects what does not fit.
+    """Reads sizes from the tensors of one layer, and collects what does not fit.
 
-    `has_config` is false where the config could not be read; then `hf` is empty, and nothing
-    follows from what it does not say. `about` is for people: only what was read, or what the format
-    means where a config that was read says nothing, which is told.
+    `has_config` is false if the config could not be read; then `hf` is empty and its silence means
+    nothing. `about` is for the user: values that were read, and the format's defaults for keys that
+    a readable config leaves out.
     """
 
     hf: Mapping[str, Any]
@@ -79,16 +78,16 @@ class Sizes:
     about: list[str] = field(default_factory=list)
 
     def dim(self, name: str, axis: int = 0) -> int | None:
-        """Size of a matrix along `axis`; None where it is missing or no matrix."""
+        """Return the size of a matrix along `axis`; None if it is missing or no matrix."""
         tensor = self.tensors.get(name)
         return None if tensor is None or tensor.dim() != 2 else tensor.shape[axis]
 
     def has(self, name: str) -> bool:
-        """Whether the layer has this tensor."""
+        """Return whether the layer has this tensor."""
         return self.layer + name in self.tensors
 
     def number(self, key: str) -> int | None:
-        """A whole number of the config; what else is there is an error."""
+        """Return a whole number of the config; any other value is an error."""
         value = self.hf.get(key)
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
@@ -96,21 +95,21 @@ class Sizes:
         return None
 
     def add(self, severity: str, detail: str, what: str = "config.json") -> None:
-        """One more finding."""
+        """Add one finding."""
         self.findings.append(Finding(severity, what, detail))
 
     def settle(self, key: str, measured: int | None, default: int) -> int:
-        """The measured size, else the config's, else `default`; says where the two differ."""
+        """Return the measured size, else the config's, else `default`; note a difference."""
         stated = self.number(key)
         if measured is not None and stated is not None and measured != stated:
             self.add(CONTRADICTION, f"{key} is {stated}, the tensors say {measured}")
         return measured or stated or default
 
     def settle_flag(self, key: str, measured: bool, *, needed: str = "") -> bool:
-        """Whether the tensors have it; says where the config differs.
+        """Return whether the tensors have it; note a difference from the config.
 
-        `needed` names a tensor without which the head would compute something else than the config
-        says: where the config asks for it and it is not there, that is an error.
+        `needed` names a tensor without which the head would not compute what the config asks for.
+        If the config asks for it and the tensor is missing, that is an error.
         """
         stated = self.hf.get(key)
         if stated is None or bool(stated) == measured:
@@ -125,9 +124,9 @@ class Sizes:
 
 
 def head_config(sizes: Sizes, *, hidden: int, num_heads: int, target: ModelConfig) -> ModelConfig:
-    """The head's config: sizes from tensors, RoPE and norm from its own config alone.
+    """Return the head's config: sizes from tensors, RoPE and norm from its own config alone.
 
-    `num_heads` is for a config that names none. Nothing is raised: `sizes` collects what is wrong.
+    `num_heads` is for a config that names none. Nothing is raised: `sizes` collects the errors.
     """
     stated_heads = sizes.number("num_attention_heads")
     heads = stated_heads or num_heads
@@ -184,16 +183,17 @@ def head_config(sizes: Sizes, *, hidden: int, num_heads: int, target: ModelConfi
 
 
 def _refuse(sizes: Sizes) -> None:
-    """What changes a head's computation and is not built: shorter than the list of whole models.
+    """Refuse keys that change a head's computation and are not supported.
 
-    `auto_map` names code that whoever wrote the file reads it with: the tensors say what it is.
+    The list is shorter than that of whole models. `auto_map` names the code that the author reads
+    the file with; the tensors show what it is.
     """
     own = {key: value for key, value in sizes.hf.items() if key not in _HEAD_KEYS.split()}
     for sentence in unsupported_features(own):
         sizes.add(ERROR, sentence)
     types = sizes.hf.get("layer_types")
     first = types[0] if isinstance(types, list) else "full_attention"
-    # What whole models do without layer types: in the layers from max_window_layers on.
+    # Whole models without layer types do this in the layers from max_window_layers on.
     slides = sizes.hf.get("use_sliding_window") is True and sizes.hf.get("max_window_layers") == 0
     if first != "full_attention" or (types is None and slides):
         what = "layer_types" if types else "use_sliding_window"
@@ -209,7 +209,7 @@ def _refuse(sizes: Sizes) -> None:
 
 
 def _rope(sizes: Sizes, target: ModelConfig, positions: int) -> tuple[float, RopeScaling | None]:
-    """The head's own; a plain one, which is not shown, where it cannot be read."""
+    """Return the head's own RoPE, or a plain one, which is not shown, if it cannot be read."""
     plain = 10000.0, None
     if not sizes.has_config:
         return plain
@@ -228,7 +228,7 @@ def _rope(sizes: Sizes, target: ModelConfig, positions: int) -> tuple[float, Rop
 
 
 def _where_base(hf: Mapping[str, Any]) -> str:
-    """Nothing where the config names a base."""
+    """Return a note on the source of the base; empty if the config names a base."""
     parts = [hf.get("rope_scaling"), hf.get("rope_parameters")]
     named = any(isinstance(part, Mapping) and "rope_theta" in part for part in (hf, *parts))
     return "" if named else " (the default: the config names none)"
@@ -243,7 +243,7 @@ def _norm_eps(sizes: Sizes) -> float:
 
 
 def _kv_heads(sizes: Sizes, heads: int, head_dim: int) -> int:
-    """Key/value heads from k_proj's rows; a number that fits where those do not."""
+    """Return the key/value heads from k_proj's rows, or a number that fits if those do not."""
     k_rows = sizes.dim(f"{sizes.layer}self_attn.k_proj.weight")
     if k_rows is not None and k_rows % head_dim:
         sizes.add(ERROR, f"k_proj has {k_rows} rows, no multiple of head_dim {head_dim}")
@@ -257,7 +257,7 @@ def _kv_heads(sizes: Sizes, heads: int, head_dim: int) -> int:
 def compare_tensors(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]
 ) -> list[Finding]:
-    """Every tensor that is missing, unexpected or of the wrong shape."""
+    """Report every tensor that is missing, unexpected or of the wrong shape."""
     findings = [
         Finding(ERROR, "missing tensor", f"{name} {list(expected[name])}")
         for name in sorted(expected.keys() - found.keys())
@@ -274,12 +274,12 @@ def compare_tensors(
 
 
 def parameter_shapes(net: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The tensors that a net is filled with."""
+    """Return the shapes of the tensors that a net is filled with, by name."""
     return {name: tuple(tensor.shape) for name, tensor in net.named_parameters()}
 
 
 def settle_findings(findings: list[Finding], path: Path) -> None:
-    """Raises ValueError with the first errors, if there are any; warns of what RoPE leaves out."""
+    """Raise ValueError with the first errors, if there are any; warn of RoPE notes."""
     errors = [f"{f.what}: {f.detail}" for f in findings if f.severity == ERROR]
     if errors:
         more = f" and {len(errors) - 4} more" if len(errors) > 4 else ""

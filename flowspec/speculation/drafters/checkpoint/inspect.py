@@ -1,4 +1,4 @@
-"""Everything that can be said of a draft checkpoint without running it."""
+"""Inspects a draft checkpoint without running it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from flowspec.speculation.drafters.eagle3.load import Eagle3Plan, plan_eagle3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadReport:
-    """What a checkpoint is and all that is wrong with it; `about` names its form and sizes."""
+    """The kind of a checkpoint and everything wrong with it; `about` has its form and sizes."""
 
     path: Path
     kind: DraftKind
@@ -27,14 +27,14 @@ class HeadReport:
 
     @property
     def loads(self) -> bool:
-        """Whether it can be drafted with."""
+        """Whether it can be used for drafting."""
         return all(finding.severity != ERROR for finding in self.findings)
 
 
 def inspect_head(folder: Path, target: ModelConfig) -> HeadReport:
-    """Recognise the checkpoint in `folder` and hold it against its target.
+    """Recognise the checkpoint in `folder` and compare it with its target.
 
-    Raises ValueError only where there is nothing to look at: no weights, or damaged ones.
+    Raises ValueError only if there is nothing to inspect: no weights, or damaged ones.
     """
     path = draft_weights(folder)
     tensors = read_draft(path)
@@ -59,7 +59,7 @@ def inspect_head(folder: Path, target: ModelConfig) -> HeadReport:
 
 
 def _config(folder: Path, findings: list[Finding]) -> dict[str, object] | None:
-    """The config, or None and the reason."""
+    """Return the config; if it cannot be read, None, with the reason in `findings`."""
     try:
         return read_json(folder / "config.json")
     except ValueError as error:

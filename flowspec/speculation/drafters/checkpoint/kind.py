@@ -1,7 +1,7 @@
-"""What a draft checkpoint is, decided by its tensors.
+"""Recognises the kind of a draft checkpoint by its tensors.
 
-The configs published with draft heads name a Llama model whatever they hold, so names and shapes of
-the tensors are what counts.
+The configs published with draft heads name a Llama model in any case, so the names and shapes of
+the tensors decide.
 """
 
 import re
@@ -44,19 +44,19 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True, slots=True)
 class DraftKind:
-    """A family and what shows it: names of tensors, with shapes where these decide."""
+    """A family, and the evidence for it: names of tensors, with shapes if these decide."""
 
     family: str
     evidence: tuple[str, ...]
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The name for users."""
         return FAMILIES[self.family].title
 
 
 def draft_weights(folder: Path) -> Path:
-    """The file that holds a draft checkpoint's tensors. Raises ValueError when there is none."""
+    """Return the file with a draft checkpoint's tensors. Raises ValueError if there is none."""
     names = (*_FILES, _MEDUSA_FILE)
     path = next((folder / name for name in names if (folder / name).exists()), None)
     if path is None:
@@ -71,14 +71,14 @@ def draft_weights(folder: Path) -> Path:
 def read_draft(
     path: Path, *, device: torch.device | str = "cpu", dtype: str | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of that file. Raises ValueError when it is damaged."""
+    """Return the tensors of that file. Raises ValueError if it is damaged."""
     if path.name == _MEDUSA_FILE:
         return load_bin(path)
     return read_tensors(path, device=device, dtype=dtype)
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> DraftKind:
-    """The family of a checkpoint with these tensors; "unknown" when nothing fits."""
+    """Return the family of a checkpoint with these tensors; "unknown" if nothing fits."""
     if marks := [name for name in tensors if _MEDUSA_NAME.fullmatch(name)]:
         return DraftKind("medusa", _few(marks))
     if "mask_hidden" in tensors:
@@ -97,7 +97,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> DraftKind:
 
 
 def require(kind: DraftKind, family: str, path: Path) -> None:
-    """Raises ValueError, naming what to use instead, unless `kind` is of `family`."""
+    """Raise ValueError, naming what to use instead, unless `kind` is of `family`."""
     if kind.family == family:
         return
     drafter = FAMILIES[kind.family].drafter
@@ -113,7 +113,7 @@ def require(kind: DraftKind, family: str, path: Path) -> None:
 
 
 def refuse_head(folder: Path) -> None:
-    """Raise ValueError where a language model is wanted and `folder` holds a draft head."""
+    """Raise ValueError if `folder` holds a draft head; a language model is needed."""
     for path in (folder / name for name in _FILES):
         if path.exists():
             kind = recognise(read_draft(path))
@@ -122,7 +122,7 @@ def refuse_head(folder: Path) -> None:
 
 
 def _block_marks(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """One-forward heads norm the fused features, and have no lm_head of their own."""
+    """Return the evidence of a one-forward head: norms of hidden states, and no lm_head."""
     own = _few(name for name in tensors if name.startswith(_BLOCK_MARKS))
     if own:
         return own

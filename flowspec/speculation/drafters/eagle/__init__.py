@@ -1,1 +1,1 @@
-"""EAGLE-1 and EAGLE-2."""
+"""The EAGLE-1 and EAGLE-2 drafter."""

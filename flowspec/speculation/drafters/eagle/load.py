@@ -1,4 +1,4 @@
-"""Loading public EAGLE-1/2 draft heads (arXiv 2401.15077, 2406.16858)."""
+"""Loads public EAGLE-1/2 draft heads (arXiv 2401.15077, 2406.16858)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ _EXTRA_NORMS = ("embedding_layernorm.", "pre_lm_head_layernorm.", "hidden_states
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EaglePlan:
-    """What a checkpoint is, and all that is wrong with it; `net` is empty (meta device)."""
+    """The reading of a checkpoint, with all that is wrong; `net` is empty (meta device)."""
 
     net: EagleNet
     tensors: Mapping[str, Tensor]  # the parameters, under the net's names
@@ -55,9 +55,9 @@ def load_eagle(
     device: torch.device | str = "cpu",
     dtype: str | None = None,
 ) -> EagleNet:
-    """An EAGLE-1/2 head for the target of `target_config`.
+    """Load an EAGLE-1/2 head for the target of `target_config`.
 
-    `embedding` [V, H] is the target's, used where the checkpoint has none of its own. Raises
+    `embedding` [V, H] is the target's, used if the checkpoint has none of its own. Raises
     ValueError for another kind of head, for tensors missing or unknown, and for a head that was
     made for another target.
     """
@@ -80,9 +80,9 @@ def load_eagle(
 def plan_eagle(
     hf: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], target: ModelConfig
 ) -> EaglePlan:
-    """Reads config and tensors of an EAGLE-1/2 head against its target; raises nothing.
+    """Read config and tensors of an EAGLE-1/2 head against its target, without raising errors.
 
-    `hf` None: the config could not be read.
+    `hf` None means that the config could not be read.
     """
     named = renamed(tensors, _RENAMED)
     sizes = Sizes(flatten(hf or {}), named, _LAYER, has_config=hf is not None)
@@ -93,7 +93,7 @@ def plan_eagle(
         sizes.add(ERROR, f"the head's hidden size is {hidden}, the target's {target.hidden_size}; "
                   "it was made for another target")  # fmt: skip
     config = head_config(sizes, hidden=hidden, num_heads=target.num_heads, target=target)
-    # The official code has a switch of another name for the biases on q, k and v.
+    # The official code has another name for the switch of the biases on q, k and v.
     config = replace(config, qkv_bias=sizes.settle_flag("qkv_bias", config.qkv_bias))
     bias = "fusion_bias" if "fusion_bias" in sizes.hf else "bias"
     with torch.device("meta"):
@@ -110,7 +110,7 @@ def plan_eagle(
 
 
 def _refuse_norms(sizes: Sizes) -> None:
-    """Variants with norms around the fusion and before the lm_head compute something else."""
+    """Refuse variants with norms around the fusion or before the lm_head."""
     norms = [name for name in sizes.tensors if name.startswith(_EXTRA_NORMS)]
     key = next((key for key in ("layernorms", "add_para_norm") if sizes.hf.get(key)), None)
     if norms or key:
@@ -124,7 +124,7 @@ def _refuse_norms(sizes: Sizes) -> None:
 
 
 def _check_lm_head(sizes: Sizes, lm_head: Tensor, target: ModelConfig) -> None:
-    """Some files have a copy of the target's, which the format says is what is used."""
+    """Check the file's copy of lm_head, if any; the format says that the target's is used."""
     needed = [target.vocab_size, target.hidden_size]
     if list(lm_head.shape) != needed:
         sizes.add(ERROR, f"{_LM_HEAD} is {list(lm_head.shape)}, the target's is {needed}",

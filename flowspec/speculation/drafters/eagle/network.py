@@ -1,8 +1,8 @@
-"""EAGLE-1/2 draft head (arXiv 2401.15077): one decoder layer over (token embedding, feature).
+"""EAGLE-1/2 draft head (arXiv 2401.15077): one decoder layer over (embedding, hidden state).
 
-Tensor names are those of the public checkpoints. Row of a node v: the embedding of v's token beside
-the feature of v's parent; its output approximates v's own feature, and the target's lm_head turns
-that into a guess of v's children. RoPE position is the parent's.
+Tensor names are those of the public checkpoints. The row of a node v has the embedding of v's token
+beside the hidden state of v's parent. Its output approximates v's own hidden state, and the
+target's lm_head turns that into a guess of v's children. RoPE position is the parent's.
 """
 
 import torch
@@ -22,13 +22,13 @@ class EagleLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """x [..., H] -> [..., H]."""
+        """Map x [..., H] to [..., H]."""
         x = x + self.self_attn(x, rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class EagleNet(nn.Module):
-    """The whole head; the target's lm_head is applied to its output by the caller."""
+    """The whole head; the caller applies the target's lm_head to its output."""
 
     def __init__(self, config: ModelConfig, *, fc_bias: bool) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class EagleNet(nn.Module):
         self.fc = Linear(2 * config.hidden_size, config.hidden_size, bias=fc_bias)
         self.layers = nn.ModuleList([EagleLayer(config)])
 
-    def forward(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """tokens [...], features [..., H] of the parents -> guessed features [..., H]."""
-        x = self.fc(torch.cat((self.embed_tokens(tokens), features), dim=-1))
+    def forward(self, tokens: Tensor, hidden_states: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """Map tokens [...] and the parents' hidden states [..., H] to guessed ones [..., H]."""
+        x = self.fc(torch.cat((self.embed_tokens(tokens), hidden_states), dim=-1))
         return self.layers[0](x, rope, attend)

@@ -1,1 +1,1 @@
-"""EAGLE-3."""
+"""The EAGLE-3 drafter."""

@@ -1,13 +1,13 @@
-"""EAGLE-3 drafter (arXiv 2503.01840): three of the target's layers fused, own lm_head."""
+"""EAGLE-3 drafter (arXiv 2503.01840): hidden states of three target layers, its own lm_head."""
 
 from torch import Tensor
 
 from flowspec.model.llama import Attend, Rope
 from flowspec.speculation.drafters.eagle3.network import Eagle3Net
-from flowspec.speculation.drafters.hidden_states import FeatureDrafter
+from flowspec.speculation.drafters.hidden_states import HiddenStateDrafter
 
 
-class Eagle3Drafter(FeatureDrafter):
+class Eagle3Drafter(HiddenStateDrafter):
     """An EAGLE-3 head, with its own vocabulary and RoPE."""
 
     name = "eagle3"
@@ -19,14 +19,14 @@ class Eagle3Drafter(FeatureDrafter):
         self.aux_hidden_state_layers = tuple(net.aux_hidden_state_layers)
         self.target_ids = net.draft_to_target.cpu()
 
-    def fuse(self, features: Tensor) -> Tensor:
-        """See FeatureDrafter."""
-        return self.net.fuse(features)
+    def fuse(self, hidden_states: Tensor) -> Tensor:
+        """Map true hidden states [n, 3*Ht] to the head's input [n, H]."""
+        return self.net.fuse(hidden_states)
 
-    def rows(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """See FeatureDrafter."""
-        return self.net(tokens, features, rope, attend)
+    def rows(self, tokens: Tensor, hidden_states: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """Map tokens [n] and hidden states [n, H] to guessed hidden states [n, H]."""
+        return self.net(tokens, hidden_states, rope, attend)
 
     def logits(self, states: Tensor) -> Tensor:
-        """See IncrementalDrafter."""
+        """Return logits [n, Vd] of guessed hidden states [n, H]."""
         return self.net.logits(states)

@@ -1,9 +1,9 @@
-"""Loading EAGLE-3 draft heads (arXiv 2503.01840): official, SpecForge and speculators checkpoints.
+"""Loads EAGLE-3 draft heads (arXiv 2503.01840): official, SpecForge and speculators files.
 
 They differ in names (`midlayer.` or `layers.0.`), in where the config keeps the layer's sizes, and
-in what a feature layer's id counts: SpecForge and SGLang the layer whose output is meant,
-speculators and vLLM the layer whose input is meant. Here it is always the output. Newer files of
-speculators say more (norms, feature layers) than older ones, in the same form.
+in the meaning of a hidden-state layer's id. SpecForge and SGLang count layers by their outputs,
+speculators and vLLM by their inputs; this module always means the output. Newer files of
+speculators say more (norms, hidden-state layers) than older ones, in the same form.
 """
 
 import logging
@@ -35,7 +35,7 @@ from flowspec.speculation.drafters.checkpoint.kind import (
     recognise,
     require,
 )
-from flowspec.speculation.drafters.eagle3.network import NUM_FEATURES, Eagle3Layout, Eagle3Net
+from flowspec.speculation.drafters.eagle3.network import NUM_HIDDEN_STATES, Eagle3Layout, Eagle3Net
 from flowspec.weights.load import fill
 
 logger = logging.getLogger(__name__)
@@ -44,14 +44,14 @@ _LAYER = "midlayer."
 _EMBEDDING = "embed_tokens.weight"
 _RENAMED = {"layers.0.": _LAYER, "draft_id_to_target_id": "d2t"}
 _LAYER_ID_KEYS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
-_TRAINING = "verifier_"  # tensors of the target's, which some trainers leave in the file
-# A speculators config leaves out what a Llama config has by default.
+_TRAINING = "verifier_"  # tensors of the target that some trainers leave in the file
+# A speculators config leaves out the defaults of a Llama config.
 _SPECULATORS_HEADS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eagle3Plan:
-    """What a checkpoint is, and all that is wrong with it; `net` is empty (meta device)."""
+    """The reading of a checkpoint, with all that is wrong; `net` is empty (meta device)."""
 
     net: Eagle3Net
     tensors: Mapping[str, Tensor]  # the parameters, under the net's names
@@ -68,9 +68,9 @@ def load_eagle3(
     device: torch.device | str = "cpu",
     dtype: str | None = None,
 ) -> Eagle3Net:
-    """An EAGLE-3 head for the target of `target_config`.
+    """Load an EAGLE-3 head for the target of `target_config`.
 
-    `embedding` [V, H] is the target's, used where the checkpoint has none of its own. Raises
+    `embedding` [V, H] is the target's, used if the checkpoint has none of its own. Raises
     ValueError for another kind of head, for tensors missing, unknown or of a wrong shape, and for a
     config that leaves open what the head computes.
     """
@@ -87,7 +87,7 @@ def load_eagle3(
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()})
     if len(dtypes) > 1:
         raise ValueError(f"{path} mixes {', '.join(dtypes)}; choose one dtype to load it in")
-    logger.info("%s: %s EAGLE-3 head, features are the outputs of layers %s", path, plan.origin,
+    logger.info("%s: %s EAGLE-3 head over the outputs of layers %s", path, plan.origin,
                 plan.net.aux_hidden_state_layers)  # fmt: skip
     net = fill(plan.net, weights, path)
     net.draft_to_target = net.draft_to_target.to(device)
@@ -97,9 +97,9 @@ def load_eagle3(
 def plan_eagle3(
     hf: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], target: ModelConfig
 ) -> Eagle3Plan:
-    """Reads config and tensors of an EAGLE-3 head against its target; raises nothing.
+    """Read config and tensors of an EAGLE-3 head against its target, without raising errors.
 
-    `hf` None: the config could not be read.
+    `hf` None means that the config could not be read.
     """
     named = renamed(tensors, _RENAMED)
     raw = hf or {}
@@ -115,7 +115,7 @@ def plan_eagle3(
     _check_kind(sizes)
     _check_target_size(sizes, target)
     layout = Eagle3Layout(
-        aux_hidden_state_layers=_feature_layers(
+        aux_hidden_state_layers=_aux_hidden_state_layers(
             sizes, target.num_layers, counts_inputs=speculators
         ),
         target_hidden_size=target.hidden_size,
@@ -158,7 +158,7 @@ def _check_kind(sizes: Sizes) -> None:
 
 
 def _input_norm(sizes: Sizes) -> bool:
-    """One norm over all three features; files know the flag under two names."""
+    """Return whether one norm covers all three hidden states; files have two names for it."""
     stored = "input_norm.weight" in sizes.tensors
     for key in ("norm_before_fc", "input_norm"):
         sizes.settle_flag(key, stored, needed="input_norm.weight")
@@ -167,9 +167,9 @@ def _input_norm(sizes: Sizes) -> bool:
 
 def _check_target_size(sizes: Sizes, target: ModelConfig) -> None:
     wide = sizes.dim("fc.weight", 1)
-    if wide is not None and wide != NUM_FEATURES * target.hidden_size:
-        needed = NUM_FEATURES * target.hidden_size
-        sizes.add(ERROR, f"fc.weight reads {wide} values, three features of this target have "
+    if wide is not None and wide != NUM_HIDDEN_STATES * target.hidden_size:
+        needed = NUM_HIDDEN_STATES * target.hidden_size
+        sizes.add(ERROR, f"fc.weight reads {wide} values, three hidden states of this target have "
                   f"{needed}; it was made for another target")  # fmt: skip
     stated = sizes.number("target_hidden_size")
     if stated not in (None, target.hidden_size):
@@ -177,8 +177,10 @@ def _check_target_size(sizes: Sizes, target: ModelConfig) -> None:
                   f"{target.hidden_size}")  # fmt: skip
 
 
-def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tuple[int, ...]:
-    """Output-of-layer ids; the official choice where the config names none or nonsense."""
+def _aux_hidden_state_layers(
+    sizes: Sizes, num_layers: int, *, counts_inputs: bool
+) -> tuple[int, ...]:
+    """Return output-of-layer ids; the official ones if the config names none or invalid ones."""
     official = (1, num_layers // 2 - 1, num_layers - 4)
     key = next((key for key in _LAYER_ID_KEYS if key in sizes.hf), None)
     ids: Any = None if key is None else sizes.hf[key]
@@ -188,12 +190,14 @@ def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tu
         sizes.add(ERROR, f"{key} is {ids!r}, needed: a list of layer ids")
         return official
     layers = tuple(i - counts_inputs for i in ids)
-    if len(layers) != NUM_FEATURES or len(set(layers)) != len(layers):
-        sizes.add(ERROR, f"feature layers {ids} are {len(set(layers))}, needed: {NUM_FEATURES}")
+    if len(layers) != NUM_HIDDEN_STATES or len(set(layers)) != len(layers):
+        sizes.add(
+            ERROR, f"hidden-state layers {ids} are {len(set(layers))}, needed: {NUM_HIDDEN_STATES}"
+        )
         return official
     if not all(0 <= layer < num_layers for layer in layers):
         first = int(counts_inputs)
-        sizes.add(ERROR, f"feature layers {ids} do not all lie in {first} to "
+        sizes.add(ERROR, f"hidden-state layers {ids} do not all lie in {first} to "
                   f"{num_layers - 1 + first}; the target has {num_layers} layers")  # fmt: skip
         return official
     if key:
@@ -201,7 +205,7 @@ def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tu
     if sizes.has_config:
         default = "" if key else " (the usual ones: the config names none)"
         sizes.about.append(
-            f"features are the outputs of layers {', '.join(map(str, layers))}{default}"
+            f"hidden states are the outputs of layers {', '.join(map(str, layers))}{default}"
         )
     return layers
 
@@ -209,12 +213,12 @@ def _feature_layers(sizes: Sizes, num_layers: int, *, counts_inputs: bool) -> tu
 def _note_convention(
     sizes: Sizes, layers: tuple[int, ...], ids: list[int], official: tuple[int, ...], inputs: bool
 ) -> None:
-    """Converted files are known to keep the ids of the other convention."""
+    """Note the convention of the ids; converted files may keep those of the other convention."""
     other = tuple(i + (1 if inputs else -1) for i in layers)
     counted = "input" if inputs else "output"
-    sizes.add(NOTE, f"feature layers {ids} count layers by {counted}: the outputs of {layers}")
+    sizes.add(NOTE, f"hidden-state layers {ids} count layers by {counted}: the outputs of {layers}")
     if other == official and layers != official:
-        sizes.add(CONTRADICTION, f"feature layers {ids} would be the usual ones if they counted "
+        sizes.add(CONTRADICTION, f"hidden-state layers {ids} would be the usual ones if counting "
                   f"layers the other way, not by {counted}; a conversion may have kept them: "
                   "compare tau with both")  # fmt: skip
 
@@ -236,7 +240,7 @@ def _output_flag(sizes: Sizes, *, speculators: bool) -> bool:
 
 
 def _draft_vocabulary(sizes: Sizes, vocab: int) -> Tensor:
-    """The target's id of each draft id [Vd]; the identity where the checkpoint says nothing."""
+    """Return the target's id of each draft id [Vd]; the identity if the checkpoint names none."""
     measured = sizes.dim("lm_head.weight")
     size = sizes.settle("draft_vocab_size", measured, vocab)
     if measured is not None:

@@ -1,10 +1,10 @@
-"""EAGLE-3 draft head (arXiv 2503.01840): one decoder layer over (token embedding, fused features).
+"""EAGLE-3 draft head (arXiv 2503.01840): one layer over (embedding, fused hidden states).
 
-Row of a node v: the embedding of v's token beside the fused target features of v's parent, or,
-beyond the last verdict, beside the head's own output for the parent; RoPE position is the parent's.
-It has its own lm_head, over its own vocabulary, and its own RoPE. Tensor names are those of the
-official checkpoints; EAGLE-3.1's norms (arXiv 2605.09992) are switches. Shapes: n rows, Hd the
-head's hidden size, Ht the target's, Vd draft vocabulary.
+The row of a node v has the embedding of v's token beside the fused target hidden states of v's
+parent, or, beyond the last verdict, beside the head's own output for the parent. RoPE position is
+the parent's. It has its own lm_head, over its own vocabulary, and its own RoPE. Tensor names are
+those of the official checkpoints; EAGLE-3.1's norms (arXiv 2605.09992) are switches. Shapes: n
+rows, Hd the head's hidden size, Ht the target's, Vd draft vocabulary.
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from flowspec.model.architecture import ModelConfig
 from flowspec.model.llama import MLP, Attend, Attention, RMSNorm, Rope
 
-NUM_FEATURES = 3  # low, middle, high
+NUM_HIDDEN_STATES = 3  # low, middle, high
 
 
 class Eagle3Attention(Attention):
-    """Attention over (embedding, feature): q, k and v read 2*Hd, o writes Hd."""
+    """Attention over (embedding, hidden state): q, k and v read 2*Hd, o writes Hd."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -29,7 +29,7 @@ class Eagle3Attention(Attention):
 
 
 class Eagle3Layer(nn.Module):
-    """The decoder layer; the residual stream is the feature's, before or after its norm."""
+    """The decoder layer; its residual stream is the hidden state, before or after its norm."""
 
     def __init__(self, config: ModelConfig, *, norm_before_residual: bool) -> None:
         super().__init__()
@@ -40,10 +40,12 @@ class Eagle3Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, embedded: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """embedded and features [..., Hd] -> [..., Hd]."""
-        normed = self.hidden_norm(features)
-        residual = normed if self.norm_before_residual else features
+    def forward(
+        self, embedded: Tensor, hidden_states: Tensor, rope: Rope, attend: Attend
+    ) -> Tensor:
+        """Map embedded and hidden states [..., Hd] to [..., Hd]."""
+        normed = self.hidden_norm(hidden_states)
+        residual = normed if self.norm_before_residual else hidden_states
         both = torch.cat((self.input_layernorm(embedded), normed), dim=-1)
         x = residual + self.self_attn(both, rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -51,14 +53,14 @@ class Eagle3Layer(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eagle3Layout:
-    """What tells one EAGLE-3 head from another, beside its sizes."""
+    """The properties that distinguish one EAGLE-3 head from another, besides its sizes."""
 
     aux_hidden_state_layers: tuple[int, ...]  # output-of-layer ids of the target: low, middle, high
     target_hidden_size: int
-    norm_before_residual: bool = False  # the residual stream starts at hidden_norm(feature)
-    norm_before_fc: bool = False  # one norm over the concatenated features: input_norm
-    fc_norm: bool = False  # one norm per feature (EAGLE-3.1)
-    norm_output: bool = False  # a draft step hands on the normed state (EAGLE-3.1)
+    norm_before_residual: bool = False  # the residual stream starts at hidden_norm(hidden state)
+    norm_before_fc: bool = False  # one norm over the concatenated hidden states: input_norm
+    fc_norm: bool = False  # one norm per hidden state (EAGLE-3.1)
+    norm_output: bool = False  # a draft step gives the normed state to the next (EAGLE-3.1)
     fc_bias: bool = False
 
 
@@ -71,42 +73,42 @@ class Eagle3Net(nn.Module):
         self, config: ModelConfig, layout: Eagle3Layout, *, draft_to_target: Tensor
     ) -> None:
         super().__init__()
-        assert len(layout.aux_hidden_state_layers) == NUM_FEATURES, layout
+        assert len(layout.aux_hidden_state_layers) == NUM_HIDDEN_STATES, layout
         self.config, self.layout = config, layout
         self.aux_hidden_state_layers = layout.aux_hidden_state_layers
         size, eps = config.hidden_size, config.rms_norm_eps
-        wide = NUM_FEATURES * layout.target_hidden_size
+        wide = NUM_HIDDEN_STATES * layout.target_hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.input_norm = RMSNorm(wide, eps) if layout.norm_before_fc else None
         self.fc_norm: nn.ModuleList | None = None
         if layout.fc_norm:
-            norms = [RMSNorm(layout.target_hidden_size, eps) for _ in range(NUM_FEATURES)]
+            norms = [RMSNorm(layout.target_hidden_size, eps) for _ in range(NUM_HIDDEN_STATES)]
             self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(wide, size, bias=layout.fc_bias)
         self.midlayer = Eagle3Layer(config, norm_before_residual=layout.norm_before_residual)
         self.norm = RMSNorm(size, eps)
         self.lm_head = nn.Linear(size, len(draft_to_target), bias=False)
-        # No parameter: files hold offsets, and the loader has made ids of them.
+        # A buffer, not a parameter: files hold offsets, and the loader has made ids of them.
         self.register_buffer("draft_to_target", draft_to_target, persistent=False)
 
-    def fuse(self, features: Tensor) -> Tensor:
-        """The target's features [n, 3*Ht], low, middle and high side by side -> [n, Hd]."""
+    def fuse(self, hidden_states: Tensor) -> Tensor:
+        """Fuse the target's hidden states [n, 3*Ht] (low, middle, high side by side) to [n, Hd]."""
         if self.input_norm is not None:
-            features = self.input_norm(features)
+            hidden_states = self.input_norm(hidden_states)
         if self.fc_norm is not None:
-            parts = features.chunk(NUM_FEATURES, dim=-1)
+            parts = hidden_states.chunk(NUM_HIDDEN_STATES, dim=-1)
             normed = [norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)]
-            features = torch.cat(normed, dim=-1)
-        return self.fc(features)
+            hidden_states = torch.cat(normed, dim=-1)
+        return self.fc(hidden_states)
 
-    def forward(self, tokens: Tensor, features: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        """Target ids [n] and the parents' features [n, Hd] -> states [n, Hd].
+    def forward(self, tokens: Tensor, hidden_states: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """Map target ids [n] and the parents' hidden states [n, Hd] to states [n, Hd].
 
-        `features` are fused ones, or the states of an earlier draft step.
+        `hidden_states` are fused ones, or the states of an earlier draft step.
         """
-        states = self.midlayer(self.embed_tokens(tokens), features, rope, attend)
+        states = self.midlayer(self.embed_tokens(tokens), hidden_states, rope, attend)
         return self.norm(states) if self.layout.norm_output else states
 
     def logits(self, states: Tensor) -> Tensor:
-        """states [n, Hd] -> logits [n, Vd] over the draft vocabulary, in the head's dtype."""
+        """Return logits [n, Vd] of states [n, Hd], over the draft vocabulary."""
         return self.lm_head(states if self.layout.norm_output else self.norm(states))

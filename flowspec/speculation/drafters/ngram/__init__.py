@@ -1,1 +1,1 @@
-"""Drafting from the text so far."""
+"""The n-gram drafter, which drafts from the text so far."""

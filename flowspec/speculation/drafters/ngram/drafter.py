@@ -1,11 +1,11 @@
-"""ngram drafter: what followed the same words before, in the prompt or in the answer so far.
+"""ngram drafter: proposes what followed the same tokens before, in prompt or answer.
 
-No model: continuations come from a suffix automaton of the text (as in SAM-Decoding, arXiv
-2411.10666). Prompt lookup (the last n tokens' most recent earlier occurrence) is the special case
-of one context length and one occurrence; here every occurrence of the longest context counts, the
-most recent one first among equals, and shorter contexts fill in. So there is one mode, not two.
+It needs no model: continuations come from a suffix automaton of the text (as in SAM-Decoding, arXiv
+2411.10666). Prompt lookup (the most recent earlier occurrence of the last n tokens) is the special
+case of one context length and one occurrence. Here every occurrence of the longest context counts,
+the most recent one first among equals, and shorter contexts fill in. So there is one mode, not two.
 
-The shared noise of coupled drafting is not used: contexts mostly have one or two continuations, and
+The shared noise of coupled drafting is not used. Contexts mostly have one or two continuations, and
 re-ranking these by log p + g left the share of hits as it was (0.227 and 0.224 to 0.230 of the
 first choices at temperature 1).
 """
@@ -21,8 +21,8 @@ from flowspec.speculation.drafters.ngram.suffix_automaton import Match, SuffixAu
 from flowspec.speculation.tree import DraftTree, Node
 
 MAX_CONTEXTS = 3  # the longest known context and the next shorter ones; more change nothing
-# A context of l tokens seen C times is doubted like l-th parts of four occurrences that said
-# something else. On texts of the bundled model what this says comes true as often as it says.
+# A context of l tokens seen C times competes with 4/l occurrences of shorter contexts. On texts of
+# the bundled model these probabilities come true as often as they say.
 DOUBT = 4.0
 
 
@@ -33,58 +33,58 @@ class NgramDrafter:
     aux_hidden_state_layers: tuple[int, ...] = ()
 
     def open(self, opening: Opening) -> "NgramSession":
-        """See Drafter.open; `accept` brings every token, which is all there is to do."""
+        """Begin a session for one request; `accept` brings every token."""
         return NgramSession(opening.draft_topk)
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
+        """Look up the proposals of all jobs."""
         return Lookup(jobs)
 
 
 class NgramSession:
-    """One request's text. Where a node's path leads in it is kept until the text grows."""
+    """One request's text. The match of a node's path is kept until the text grows."""
 
-    num_reusable = 2**31  # nothing is computed from features
+    num_reusable = 2**31  # nothing is computed from hidden states
 
     def __init__(self, draft_topk: int) -> None:
         self.draft_topk = draft_topk
         self.automaton = SuffixAutomaton()
-        self._new: list[int] = []  # true tokens not taken in yet
+        self._new: list[int] = []  # true tokens that the automaton has not read
         self._matches: dict[NodeId, Match] = {}
 
     @property
     def num_rows_ready(self) -> int:
-        """See DraftSession."""
+        """Number of true tokens that `prefill` can read."""
         return len(self._new)
 
     @property
     def num_tokens(self) -> int:
-        """Of the text so far."""
+        """Number of tokens of the text so far."""
         return len(self.automaton) + len(self._new)
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """See DraftSession.accept."""
+        """Append true tokens to those known before."""
         self._new.extend(tokens)
 
-    def accept_features(self, layer: int, features: Mapping[int, Tensor]) -> None:
-        """No features were asked for."""
+    def accept_hidden_states(self, layer: int, hidden_states: Mapping[int, Tensor]) -> None:
+        """Ignore the hidden states: none were asked for."""
 
     def num_rows(self, tree: DraftTree, nodes: Sequence[Node] | None = None) -> int:
-        """See DraftSession.num_rows; each is a lookup."""
+        """Return the number of lookups, one per node."""
         del tree
         return len(self._new) if nodes is None else len(nodes)
 
-    def absorb(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.absorb; all tokens at once, some microseconds each."""
+    def prefill(self, tree: DraftTree) -> Proposal | None:
+        """Read all new tokens, some microseconds each; return the root's children."""
         self._take_in()
         return self.propose(tree.root, tree) if len(tree) else None
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand; here any living node will do."""
+        """Return the children of any living nodes."""
         return [self.propose(node, tree) for node in nodes]
 
     def propose(self, node: Node, tree: DraftTree) -> Proposal:
-        """What followed the longest known end of the text and the path down to `node`."""
+        """Return what followed the longest known suffix of the text and the path to `node`."""
         self._take_in()
         assert len(self.automaton) == tree.root.position + 1, "the root is not the text's end"
         probabilities = predict(self.automaton, self._match(node, tree))
@@ -98,7 +98,7 @@ class NgramSession:
             self._matches.clear()
 
     def _match(self, node: Node, tree: DraftTree) -> Match:
-        """The longest known end of the text and the path from the root down to `node`."""
+        """Return the longest known suffix of the text and the path from the root to `node`."""
         path = []
         while node.id != tree.root.id and node.id not in self._matches:
             path.append(node)
@@ -110,17 +110,17 @@ class NgramSession:
 
 
 def extend(automaton: SuffixAutomaton, tokens: Iterable[int]) -> None:
-    """The text goes on with `tokens`."""
+    """Append `tokens` to the automaton's text."""
     for token in tokens:
         automaton.extend(token)
 
 
 def predict(automaton: SuffixAutomaton, match: Match) -> dict[int, float]:
-    """Probabilities of the tokens that followed `match`, the more recent first among equals.
+    """Return probabilities of the tokens that followed `match`, the recent first among equals.
 
     p_l(t) = (c_l(t) + k p_shorter(t)) / (C_l + k), k = DOUBT / l, where token t followed the
-    context of l tokens c_l(t) of C_l times: counts smoothed by those of shorter contexts. What is
-    missing to 1 belongs to tokens never seen there.
+    context of l tokens c_l(t) of C_l times: counts are smoothed by those of shorter contexts. The
+    rest to 1 belongs to tokens that were never seen there.
     """
     contexts: list[Match] = []
     context: Match | None = match
