@@ -305,7 +305,7 @@ def test_a_prefix_that_is_used_again_counts_as_prompt(strategy: str, sampling: A
             strategy,
             drafter=drafter_named("ngram"),
             charges=adversarial(9),
-            limits={"max_kept": 2},
+            limits={"max_cached": 2},
         )
         before = replace(sampling, no_echo=False, penalty=0.0) if first_has_none else sampling
         said: tuple[int, ...] = PROMPT

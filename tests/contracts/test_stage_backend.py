@@ -258,7 +258,7 @@ def test_every_strategy_says_what_torch_says(pieces, strategy: str, sampling) ->
             drafter=drafter_named("mixed"),
             charges=adversarial(len(strategy)),
             backends=parts,
-            limits={"max_kept": 2},
+            limits={"max_cached": 2},
         )
         texts.append(answers(cluster, sampling))
         for stage in cluster.stages:
