@@ -278,7 +278,7 @@ def play(strategy: str, seed: int, *, graft: bool = False) -> tuple[list[int], l
     """One answer by the coin under a schedule: its tokens, and all that stage 1 was sent."""
     asked = request(sampling=sampling_of("coin"), max_new_tokens=20)
     setup = {"num_stages": 3, "strategy": strategy, "drafter": drafter_named("mixed", seed=4)}
-    tokens, messages = run_seen({**setup, "charges": adversarial(seed), "graft": graft}, asked)
+    tokens, messages = run_seen({**setup, "charges": adversarial(seed), "merge": graft}, asked)
     return tokens, [str(message) for message in messages]
 
 
@@ -286,9 +286,9 @@ def play(strategy: str, seed: int, *, graft: bool = False) -> tuple[list[int], l
 def test_the_same_schedule_gives_the_same_text(strategy: str) -> None:
     """Whatever was computed before; another schedule may give another text, and that has an end."""
     for seed in range(3):
-        tokens, messages = play(strategy, seed, graft=seed == 2)
+        tokens, messages = play(strategy, seed, merge=seed == 2)
         choose(logits_of(3), range(3), sampling_of("coin"))
-        assert play(strategy, seed, graft=seed == 2) == (tokens, messages)
+        assert play(strategy, seed, merge=seed == 2) == (tokens, messages)
         assert len(tokens) == 20
 
 
@@ -313,7 +313,7 @@ def test_later_children_change_no_choice(monkeypatch: pytest.MonkeyPatch) -> Non
         chosen.clear()
         asked = request(sampling=sampling_of("coin"), max_new_tokens=20)
         drafter = drafter_named("mixed", seed=seed)
-        setup = {"num_stages": 3, "strategy": "streaming", "drafter": drafter, "graft": True}
+        setup = {"num_stages": 3, "strategy": "streaming", "drafter": drafter, "merge": True}
         _, messages = run_seen({**setup, "charges": adversarial(seed)}, asked)
         texts: dict[int, tuple[int, ...]] = {-1: ()}
         sent: dict[int, Candidates] = {}
@@ -364,7 +364,7 @@ def test_an_unknown_rule_is_refused_with_the_known_names() -> None:
     """A stage and the target alone refuse it, also at temperature 0."""
     asked = request(sampling=SamplingParams(acceptance="wish"))
     completion = generate(make_cluster(2), asked)
-    assert "unknown acceptance rule 'wish'; known: gumbel_coupled, greedy" in completion.error
+    assert "unknown acceptance rule 'wish'; known: gumbel_coupled, greedy" in completion.error.cause
     with pytest.raises(ValueError, match="unknown acceptance rule 'wish'"):
         expected(asked)
     assert AddRequest(request=1, capacity=1, context=1).sampling.acceptance == "gumbel_coupled"
