@@ -274,11 +274,11 @@ def test_an_exact_rule_says_what_the_target_alone_says(name: str, strategy: str)
     assert list(completion.tokens) == expected(asked)
 
 
-def play(strategy: str, seed: int, *, graft: bool = False) -> tuple[list[int], list[str]]:
+def play(strategy: str, seed: int, *, merge: bool = False) -> tuple[list[int], list[str]]:
     """One answer by the coin under a schedule: its tokens, and all that stage 1 was sent."""
     asked = request(sampling=sampling_of("coin"), max_new_tokens=20)
     setup = {"num_stages": 3, "strategy": strategy, "drafter": drafter_named("mixed", seed=4)}
-    tokens, messages = run_seen({**setup, "charges": adversarial(seed), "merge": graft}, asked)
+    tokens, messages = run_seen({**setup, "charges": adversarial(seed), "merge": merge}, asked)
     return tokens, [str(message) for message in messages]
 
 

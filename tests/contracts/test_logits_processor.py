@@ -282,16 +282,16 @@ def test_every_strategy_says_what_the_target_alone_says(strategy: str, sampling:
     drafter=st.sampled_from(["mixed", "hostile", "ngram", "eagle"]),
     num_stages=st.integers(1, 5),
     chunk=st.integers(1, 12),
-    graft=st.booleans(),
+    merge=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_any_order_of_events_gives_the_targets_text(
-    sampling, strategy, drafter, num_stages, chunk, graft, seed
+    sampling, strategy, drafter, num_stages, chunk, merge, seed
 ) -> None:
     """Verdicts may overtake segments or trail far behind them."""
     asked = request(sampling=sampling, max_new_tokens=14)
     setup = {**setup_of(asked, seed, drafter), "num_stages": num_stages, "strategy": strategy}
-    completion, _ = run_watched({**setup, "prefill_chunk": chunk, "graft": graft}, asked)
+    completion, _ = run_watched({**setup, "prefill_chunk": chunk, "merge": merge}, asked)
     assert list(completion.tokens) == expected(asked)
 
 
