@@ -1,8 +1,8 @@
-"""Configuration: pydantic models read from YAML and flags; an unknown key is refused by name.
+"""Configuration: pydantic models read from YAML and flags; unknown keys are refused by name.
 
-`EngineConfig` is what a head runs. It holds `NumericsConfig`, which decides the bits of a result
-and travels whole to every stage, and `DeviceConfig`, which belongs to one machine. A setting stands
-here once: its default, its limits and its help text.
+`EngineConfig` is the configuration of a head. It holds `NumericsConfig`, which decides the bits of
+a result and travels whole to every stage, and `DeviceConfig`, which belongs to one machine. A
+setting is defined here once, with its default, its limits and its help text.
 """
 
 import json
@@ -48,7 +48,7 @@ _told: set[str] = set()
 
 
 def new_name(name: str) -> str:
-    """The name that `name` has now; says so on stderr, once a process, where it is an old one."""
+    """Return the present name of `name`; warn once per process if it is an old one."""
     if name not in RENAMED:
         return name
     tell_renamed(name, RENAMED[name])
@@ -56,9 +56,9 @@ def new_name(name: str) -> str:
 
 
 def with_new_names(values: Mapping[Any, T]) -> dict[Any, T]:
-    """`values` with the names that their keys have now.
+    """Return `values` with the present names of their keys.
 
-    Raises ValueError where a setting is given by its old and by its new name.
+    Raises ValueError if a setting is given by its old and its new name.
     """
     found: dict[Any, T] = {}
     for key, value in values.items():
@@ -70,7 +70,7 @@ def with_new_names(values: Mapping[Any, T]) -> dict[Any, T]:
 
 
 def tell_renamed(old: str, new: str) -> None:
-    """Say that something has another name now, once a process."""
+    """Warn that something has another name now, once per process."""
     if old not in _told:
         _told.add(old)
         log.warning("%s is now called %s; the old name will go", old, new)
@@ -88,7 +88,7 @@ class _PlainLoader(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """One node, if it is plain."""
+        """Compose one node. Raises YAMLError unless it is plain."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "anchor", None) is not None:  # an alias names its anchor too
             raise yaml.YAMLError("anchors and aliases are not supported; write the value out")
@@ -103,7 +103,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
-    """The value in `text`. Raises ValueError naming `where`."""
+    """Return the value in `text`. Raises ValueError naming `where`."""
     try:
         loader = _PlainLoader(text)
         try:
@@ -111,12 +111,12 @@ def parse_yaml(text: str, *, where: str) -> Any:
         finally:
             loader.dispose()  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        # dates that do not exist and numbers too long to be read are plain ValueErrors
+        # Dates that do not exist and numbers that are too long are plain ValueErrors.
         raise ValueError(f"{where} is not YAML: {_in_one_line(error)}") from None
 
 
 def _in_one_line(error: Exception) -> str:
-    """PyYAML's errors are spread over many, with the text between them."""
+    """Return PyYAML's error, which has several lines, in one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return " ".join(str(error).split())
@@ -129,7 +129,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a file. Raises ValueError naming it: missing, too large or damaged."""
+    """Return the value in a file. Raises ValueError if it is missing, too large or damaged."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
@@ -148,7 +148,7 @@ def read_yaml(path: Path) -> Any:
 
 # Checking ---------------------------------------------------------------------------------------
 
-_NEEDED = {  # by the beginning of pydantic's kind of error
+_NEEDED = {  # what pydantic's error needed, by the beginning of its kind
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -156,7 +156,7 @@ _NEEDED = {  # by the beginning of pydantic's kind of error
 }
 _LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # pydantic's names
 MAX_TIMEOUT_S = 86400.0
-MAX_COUNT = 1_000_000  # stages, threads, tokens: beyond, it is a typing error
+MAX_COUNT = 1_000_000  # stages, threads, tokens: larger values are typing errors
 MAX_TEXT = 4096  # characters of a text, such as a path
 
 
@@ -185,7 +185,7 @@ def _one_of(*names: str) -> AfterValidator:
 
 
 def _sentence(error: Any) -> str:
-    """One of pydantic's errors, with what is needed and what there was."""
+    """Return one of pydantic's errors as a sentence with what is needed and what was found."""
     name = ".".join(str(part) for part in error["loc"])
     kind = str(error["type"]).partition("_")[0]
     if error["type"] == "named":
@@ -203,7 +203,7 @@ def _sentence(error: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it was given, unless it would fill the screen; look-alikes are spelled out."""
+    """Return a value as given, cut to a readable length; look-alike characters are escaped."""
     if isinstance(value, int) and abs(value) >= 10**12:
         return "one so long"
     plain = value is None or isinstance(value, str | int | float)
@@ -218,7 +218,7 @@ def _names(kind: type) -> tuple[str, ...]:
 
 
 def _sections(kind: type) -> dict[str, type]:
-    """The fields of a model that are configurations themselves, with their types."""
+    """Return the fields of a model that are configurations themselves, with their types."""
     found = {} if is_dataclass(kind) else kind.model_fields  # type: ignore[attr-defined]
     types = {name: one.annotation for name, one in found.items()}
     return {
@@ -231,7 +231,7 @@ def _sections(kind: type) -> dict[str, type]:
 def _split(
     kind: type, values: Mapping[Any, Any]
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The values of `kind` itself, and by section those that were given without naming it."""
+    """Split values into those of `kind` itself and those of its sections, by section."""
     own: dict[str, Any] = {}
     inner: dict[str, dict[str, Any]] = {}
     names, sections = _names(kind), _sections(kind)
@@ -245,10 +245,10 @@ def _split(
 
 
 def override(config: T, values: Mapping[str, Any], *, where: str) -> T:
-    """A copy with `values` set; an unknown key or a wrong type is a ValueError naming it.
+    """Return a copy with `values` set. Raises ValueError for an unknown key or a wrong type.
 
     A key of a section, such as `dtype` of `numerics`, may stand beside the section's own name. An
-    old name of a key is understood, with a hint.
+    old name of a key is understood, with a hint. The error names the key.
     """
     known = _names(type(config))
     try:
@@ -275,12 +275,12 @@ C = TypeVar("C", bound="Config")
 
 
 class Config(BaseModel):
-    """What every configuration is: frozen, with known keys alone and texts of bounded length."""
+    """Base of the configurations: frozen, known keys only, texts of bounded length."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_max_length=MAX_TEXT)
 
     def __init__(self, **values: Any) -> None:
-        """Raises ValueError with one sentence, as `override` does."""
+        """Raise ValueError with one sentence, as `override` does."""
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -289,7 +289,7 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _take_flat_keys(cls, values: Any) -> Any:
-        """Put keys of a section, given without naming it, into it."""
+        """Move keys of a section, given without naming it, into the section."""
         if not isinstance(values, Mapping):
             return values
         own, inner = _split(cls, values)
@@ -301,7 +301,7 @@ class Config(BaseModel):
         return own
 
     def changed(self: C, **values: Any) -> C:
-        """A checked copy with these values. Raises ValueError."""
+        """Return a checked copy with these values. Raises ValueError."""
         return override(self, values, where="configuration")
 
 
@@ -312,7 +312,7 @@ CountOrNone = Annotated[int, _between(0, MAX_COUNT)]
 
 
 class NumericsConfig(Config):
-    """What decides the bits of a result: equal on every stage, sent to it whole, and hashed."""
+    """The settings that decide the bits of a result: equal on every stage, and hashed."""
 
     dtype: Annotated[str, _one_of("float32", "bfloat16", "float16")] = Field(
         default="float32",
@@ -330,11 +330,11 @@ class NumericsConfig(Config):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all of it."""
+        """Return a hash of all settings."""
         return sha256(self.model_dump_json().encode()).hexdigest()
 
     def refusal(self, found: str) -> str:
-        """How `found`, the JSON of a stage's own, differs from this; empty where it does not."""
+        """Return how `found`, the JSON of a stage's numerics, differs from this; empty if equal."""
         needed = self.model_dump_json()
         if found == needed:
             return ""
@@ -354,7 +354,7 @@ class NumericsConfig(Config):
 
 
 class DeviceConfig(Config):
-    """What belongs to one machine; a head decides on it for the processes that it starts itself."""
+    """The settings of one machine; a head sets them for the processes that it starts itself."""
 
     device: str = Field(default="cpu", description="cpu or cuda[:n].")
     threads: Count = Field(default=1, description="CPU threads of each process.")
@@ -364,7 +364,7 @@ class DeviceConfig(Config):
 
 
 class EngineConfig(Config):
-    """One run: which model, cut how, decoded how, within which limits."""
+    """The configuration of a head: model, stages, decoding and limits."""
 
     model: str = Field(
         default="models/demo/target",
@@ -383,7 +383,7 @@ class EngineConfig(Config):
     strategy: str = "streaming"
     drafter: str = "eagle"
     numerics: NumericsConfig = NumericsConfig()
-    local: DeviceConfig = DeviceConfig()  # of the processes that this head starts, and its own
+    local: DeviceConfig = DeviceConfig()  # for the processes that this head starts, and its own
     transport: Annotated[str, _one_of("zmq", "gloo", "nccl")] = Field(
         default="zmq",
         description="zmq, gloo or nccl; the latter two are torch.distributed, which neither "
@@ -421,7 +421,7 @@ class EngineConfig(Config):
     )
     trace: str = Field(default="", description="Write a trace of the run there, for Perfetto.")
     sampling: SamplingParams = Field(default_factory=SamplingParams)
-    # overrides of the strategy's defaults
+    # override the strategy's defaults
     decode: Annotated[Mapping[str, Any], AfterValidator(with_new_names)] = Field(
         default_factory=dict
     )
@@ -443,7 +443,7 @@ class EngineConfig(Config):
 
 
 def read_engine_config(path: Path) -> EngineConfig:
-    """An EngineConfig from YAML. Raises ValueError naming file and key."""
+    """Read an EngineConfig from YAML. Raises ValueError naming file and key."""
     path = find_bundled(path)
     data = read_yaml(path) or {}
     if not isinstance(data, dict):
@@ -452,5 +452,5 @@ def read_engine_config(path: Path) -> EngineConfig:
 
 
 def as_yaml(config: EngineConfig) -> str:
-    """The effective configuration, in the form `read_engine_config` takes."""
+    """Return the effective configuration in the form that `read_engine_config` takes."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)

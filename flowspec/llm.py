@@ -40,12 +40,12 @@ Params: TypeAlias = SamplingParams | Sequence[SamplingParams]
 
 
 class LLM:
-    """A model behind an engine: head and stages on this machine, or a cluster that runs already.
+    """A model behind an engine: head and stages on this machine, or a running cluster.
 
-    `model` is a folder, an HF id, or a split model; without one it is the bundled demo model.
+    `model` is a folder, an HF id, or a split model; the default is the bundled demo model.
     `options` are those of `flowspec run`, by name (`drafter`, `strategy`, `dtype`, `transport`,
-    `context`, ...). Raises ValueError for what cannot be, OSError where a file is missing, and
-    ClusterError where a stage does not start. Use it with `with`, or call `close`.
+    `context`, ...). Raises ValueError for invalid options, OSError if a file is missing, and
+    ClusterError if a stage does not start. Use it with `with`, or call `close`.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class LLM:
     def connect(
         cls, head: str, *, token: str | None = None, token_file: Path | None = None
     ) -> "LLM":
-        """The cluster whose head is at `head` (HOST:PORT).
+        """Connect to the cluster whose head is at `head` (HOST:PORT).
 
         The token is that of `flowspec serve`: given here, in a file, or in FLOWSPEC_TOKEN. Raises
-        ClusterError where the head cannot be reached.
+        ClusterError if the head cannot be reached.
         """
         host, port = parse_address(head, default_port=DEFAULT_PORT)
         return cls.over(RemoteEngine(host, port, derive_keys(token or read_token(token_file))))
 
     @classmethod
     def over(cls, engine: Engine) -> "LLM":
-        """Over an engine that is there already; `close` closes it."""
+        """Make an LLM over an existing engine; `close` closes the engine too."""
         llm = cls.__new__(cls)
         llm._engine = engine
         llm._defaults = Request(prompt="?")
@@ -101,16 +101,16 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End every process that was started for it. Safe to call twice."""
+        """End every process that was started for it. It is safe to call twice."""
         self._engine.close()
 
     @property
     def engine(self) -> Engine:
-        """What answers: for streams, statuses and draining."""
+        """The engine, for streams, statuses and draining."""
         return self._engine
 
     def status(self) -> EngineStatus:
-        """The engine now."""
+        """Return the engine's present status."""
         return self._engine.status()
 
     # All at once ---------------------------------------------------------------------------------
@@ -122,11 +122,10 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one prompt or several, in their order; they run at the same time.
+        """Return the answers to one prompt or several, in their order; they run at the same time.
 
-        A prompt is a text, which the model's chat template makes a user's message of, or token
-        ids. Raises ValueError for a request that cannot be served and ClusterError where a
-        process fails.
+        A prompt is a text, which the model's chat template makes a user's message of, or token ids.
+        Raises ValueError for a request that cannot be served and ClusterError if a process fails.
         """
         return self._answers(_prompts(prompts), sampling_params, decoding)
 
@@ -137,7 +136,7 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> list[RequestOutput]:
-        """The next message of one conversation or several; see `generate`.
+        """Return the next message of one conversation or several, as `generate` does.
 
         A message is a mapping with "role" (system, user, assistant) and "content".
         """
@@ -168,7 +167,7 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> Iterator[str]:
-        """The text of one answer as it comes; leaving the loop ends the request."""
+        """Yield the text of one answer as it comes; leaving the loop ends the request."""
         with self.submit(prompt, sampling_params, decoding=decoding) as stream:
             for event in stream:
                 if isinstance(event, TokensOut) and event.text:
@@ -182,7 +181,7 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> Stream:
-        """One request's stream of events: tokens, notices, and its RequestOutput at the end."""
+        """Return one request's stream of events: tokens, notices, and its RequestOutput."""
         (request,) = self._requests([prompt], sampling_params, decoding)
         return self._engine.submit(request)
 
@@ -195,7 +194,7 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> RequestOutput:
-        """The answer to one prompt; cancelling the task ends the request."""
+        """Return the answer to one prompt; cancelling the task ends the request."""
         stream = await self._submitted(prompt, sampling_params, decoding)
         with stream:
             async for _ in stream:
@@ -209,7 +208,7 @@ class LLM:
         *,
         decoding: Decoding | None = None,
     ) -> AsyncIterator[str]:
-        """The text of one answer as it comes; leaving the loop ends the request."""
+        """Yield the text of one answer as it comes; leaving the loop ends the request."""
         stream = await self._submitted(prompt, sampling_params, decoding)
         with stream:
             async for event in stream:
@@ -223,7 +222,7 @@ class LLM:
         params: SamplingParams | None,
         decoding: Decoding | None,
     ) -> Stream:
-        """Rendering a long prompt takes time, which the event loop does not have."""
+        """Submit in a thread: rendering a long prompt would block the event loop."""
         return await asyncio.to_thread(self.submit, prompt, params, decoding=decoding)
 
     def _requests(
@@ -248,28 +247,28 @@ class LLM:
 
 
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt or several, as several."""
+    """Return one prompt or several as several."""
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
         return [cast(Prompt, prompts)]
     return cast(Sequence[Prompt], prompts)
 
 
 def _conversations(messages: Conversation | Sequence[Conversation]) -> Sequence[Conversation]:
-    """One conversation or several, as several."""
+    """Return one conversation or several as several."""
     if messages and isinstance(messages[0], Mapping):
         return [cast(Conversation, messages)]
     return cast(Sequence[Conversation], messages)
 
 
 def _as_sequence(prompt: Sequence[int] | Conversation) -> tuple[int, ...] | list[ChatMessage]:
-    """Token ids as a tuple, messages as a list: that is how a request tells them apart."""
+    """Return token ids as a tuple and messages as a list; a request tells them apart by this."""
     if prompt and isinstance(prompt[0], int):
         return tuple(cast(Sequence[int], prompt))
     return list(cast(Conversation, prompt))
 
 
 def _checked(output: RequestOutput) -> RequestOutput:
-    """The output; raises what its error stands for."""
+    """Return the output, or raise the exception that its error stands for."""
     if output.error is not None:
         raise output.error.exception()
     return output

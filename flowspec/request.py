@@ -1,4 +1,4 @@
-"""What a user asks for and what comes back: parameters, requests, completions, statistics."""
+"""Requests, sampling parameters, results, statistics and errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,21 +11,21 @@ from pydantic import FailFast, Field
 StopText: TypeAlias = Annotated[str, Field(max_length=200)]
 
 ACCURACY = 0.01
-SHORTEST_S = 1e-6  # what is shorter counts as 0
+SHORTEST_S = 1e-6  # shorter times count as 0
 LONGEST_S = 1e6
 _RATIO = log((1 + ACCURACY) / (1 - ACCURACY))
 
 
 @dataclass(slots=True)
 class Latencies:
-    """How many times fell into each bin; at most about 1,400 bins."""
+    """Counts of times by bin; there are at most about 1,400 bins."""
 
     bins: dict[int, int] = field(default_factory=dict)
     num_zero: int = 0
     count: int = 0
 
     def add(self, seconds: float, count: int = 1) -> None:
-        """Something took `seconds`, `count` times."""
+        """Count `count` times of `seconds` each."""
         self.count += count
         if seconds < SHORTEST_S:
             self.num_zero += count
@@ -34,7 +34,7 @@ class Latencies:
         self.bins[index] = self.bins.get(index, 0) + count
 
     def quantile(self, share: float) -> float:
-        """The time that at least `share` (0 to 1) of all do not exceed; 0 where there are none."""
+        """Return the time that a `share` (0 to 1) of all does not exceed; 0 if there are none."""
         assert 0.0 <= share <= 1.0
         seen, wanted = self.num_zero, max(1, ceil(share * self.count - 1e-9))
         if seen >= wanted or not self.count:
@@ -43,14 +43,14 @@ class Latencies:
             seen += self.bins[index]
             if seen >= wanted:
                 break
-        # of a bin's times none is further than ACCURACY from here
+        # within ACCURACY of every time in the bin
         return exp(index * _RATIO) * (1 - ACCURACY)
 
 
 NodeId = NewType("NodeId", int)
 NO_NODE = NodeId(-1)  # the parent of a request's first token
 LONGEST_NAME = 64  # characters of the name of an acceptance rule
-LONGEST_CONTEXT = 1 << 24  # tokens of a prompt and its answer; no model was made for so many
+LONGEST_CONTEXT = 1 << 24  # tokens of prompt and answer; no model was made for so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,15 +58,15 @@ class SamplingParams:
     """How the next token is chosen from the logits; at temperature 0 the filters do nothing.
 
     Filters apply in this order: temperature, top-k, top-p, min-p (speculation/processors/).
-    `acceptance` names the rule by which a token is chosen (speculation/acceptance/); at temperature
-    0 it is greedy. `max_tokens` and `stop` are for callers who know them from vLLM: a Request takes
-    them for its own `max_new_tokens` and `stop`.
+    `acceptance` names the rule that chooses a token (speculation/acceptance/); at temperature 0 it
+    is greedy. `max_tokens` and `stop` are for callers who know them from vLLM: a Request takes them
+    over as its own `max_new_tokens` and `stop`.
     """
 
     temperature: float = 0.0
     top_k: int = 0  # 0: off
     top_p: float = 1.0
-    min_p: float = 0.0  # of the most likely token's probability
+    min_p: float = 0.0  # relative to the most likely token's probability
     seed: int = 0
     acceptance: Annotated[str, Field(max_length=64)] = "gumbel_coupled"
     max_tokens: int | None = None
@@ -99,9 +99,9 @@ Parameter: TypeAlias = bool | int | float
 class Decoding:
     """How a request is decoded. It changes the speed and never the text.
 
-    `parameters` are those of the strategy, by name; the others have its defaults. `drafter` names
-    a drafter that the engine has loaded; "" is the first one. `calibrate` and `merge` of the
-    parameters belong to the drafter's tree.
+    `parameters` are those of the strategy, by name; the others have its defaults. `drafter` names a
+    drafter that the engine has loaded; "" is the first one. The parameters `calibrate` and `merge`
+    belong to the drafter's tree.
     """
 
     strategy: str = "streaming"
@@ -109,16 +109,17 @@ class Decoding:
     drafter: str = ""
 
 
-ChatMessage: TypeAlias = Mapping[str, str]  # of a conversation: role and content
+ChatMessage: TypeAlias = Mapping[str, str]  # a message with role and content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked: one generation.
+    """One generation that is asked for.
 
     `prompt` is token ids, a text, or the messages of a conversation; an engine makes tokens of the
-    latter two. The engine sets `id`. `stop` strings end the text and are left out of it. None of
-    `decoding` and `eos_token_ids` means the engine's own. An `exclusive` request runs alone.
+    latter two. The engine sets `id`. `stop` strings end the text and are left out of it. If
+    `decoding` or `eos_token_ids` is None, the engine's own applies. An `exclusive` request runs
+    alone.
     """
 
     prompt: tuple[int, ...] | str | Sequence[ChatMessage]
@@ -140,7 +141,7 @@ class Request:
             raise ValueError("a stop string must not be empty")
 
     def _take_limits(self) -> None:
-        """Take `max_tokens` and `stop` out of the sampling parameters, where they are given."""
+        """Move `max_tokens` and `stop` out of the sampling parameters, if they are given."""
         sampling, stop = self.sampling, self.sampling.stop
         if sampling.max_tokens is None and not stop:
             return
@@ -168,44 +169,45 @@ class FinishReason(str, Enum):
 
 @dataclass(slots=True, kw_only=True)
 class DecodeStats:
-    """Counts of one request as the head saw them; times in seconds of the driver's clock."""
+    """Counts of one request as the head saw them; times in seconds of the event loop's clock."""
 
     num_tokens: int = 0
     num_verdicts: int = 0
     num_segments: int = 0
     num_rows_sent: int = 0
     num_draft_forwards: int = 0
-    draft_s: float = 0.0  # that these took, but for those of the prompt
-    num_prompt_reused: int = 0  # prompt tokens that an earlier turn had computed already
-    run_length: int = 0  # tokens found in the tree since the last one that was not
+    draft_s: float = 0.0  # time of these, without those of the prompt
+    num_prompt_reused: int = 0  # prompt tokens whose rows came from an earlier turn
+    run_length: int = 0  # tokens found in the tree since the last miss
     runs: list[int] = field(default_factory=list)  # finished runs, each ended by a miss
     num_not_drafted: int = 0  # tokens after the first that the tree did not hold
-    num_not_in_flight: int = 0  # that it held, but that were not sent yet
-    num_nodes_alive: int = 0  # summed over verdicts, as each one came
+    num_not_in_flight: int = 0  # tokens that it held, but that were not sent yet
+    num_nodes_alive: int = 0  # summed over verdicts, at the arrival of each
     inter_token: Latencies = field(default_factory=Latencies)  # tokens that come together: 0 apart
     submitted_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     finished_at: float = 0.0
-    num_resumes: int = 0  # times the prefix was computed again because a stage was lost
+    num_resumes: int = 0  # times the prefix was computed again after the loss of a stage
     resume_s: float = 0.0  # from a loss to the next token; before the first one it is no outage
     num_prefills: int = 0  # verdicts on a whole prefix: the prompt's, and one per resume
 
     @property
     def mean_accepted_length(self) -> float:
-        """Tokens per verdict (tau): the accepted drafts and the one the target adds.
+        """Tokens per verdict (tau): the accepted drafts and the one that the target adds.
 
         The first token comes from the prompt and counts for no verdict, as does the first after a
-        resume. Strategies that ask for a verdict more often than once a round have a smaller tau
-        at the same acceptance.
+        resume. Strategies that ask for more than one verdict per round have a smaller tau at the
+        same acceptance.
         """
         num_decoded = self.num_tokens - max(1, self.num_prefills)
         return num_decoded / self.num_verdicts if self.num_verdicts else 0.0
 
     def count_verdict(self, num_drafted: int, *, missed: bool, unsent: bool = False) -> None:
-        """A verdict found `num_drafted` new tokens in the tree; `missed`: and then one outside.
+        """Count a verdict that found `num_drafted` new tokens in the tree.
 
-        `unsent`: the last of those found was not in flight.
+        `missed`: one more token was outside the tree. `unsent`: the last of those found was not in
+        flight.
         """
         self.num_verdicts += 1
         self.run_length += num_drafted
@@ -216,7 +218,7 @@ class DecodeStats:
             self.run_length = 0
 
     def count_tokens(self, count: int, now: float) -> None:
-        """`count` tokens came together; the first of all comes after the prompt, not a token."""
+        """Count tokens that came together; the first of all follows the prompt, not a token."""
         if not count:
             return
         if self.num_tokens:
@@ -229,27 +231,28 @@ class DecodeStats:
 
     @property
     def time_to_first_token_s(self) -> float:
-        """From the request's coming; waiting for its turn counts."""
+        """Seconds from the request's submission; waiting for its turn counts."""
         return max(0.0, self.first_token_at - self.submitted_at)
 
     @property
     def mu(self) -> tuple[float, float]:
-        """Shares of the tokens after the first that were in no branch in flight when their verdict
-        came: not drafted, and drafted but not sent.
+        """Shares of the tokens after the first that were in no in-flight branch at their verdict.
+
+        The two shares are: not drafted, and drafted but not sent.
         """
         after_first = max(1, self.num_tokens - 1)
         return self.num_not_drafted / after_first, self.num_not_in_flight / after_first
 
     @property
     def mean_nodes_alive(self) -> float:
-        """Size of the tree when a verdict came."""
+        """Mean size of the tree at the arrival of a verdict."""
         return self.num_nodes_alive / self.num_verdicts if self.num_verdicts else 0.0
 
     @property
     def tokens_per_s(self) -> float:
-        """Decode speed: tokens after the first over the time since the first, less outages.
+        """Decode speed: tokens after the first over the time since the first, without outages.
 
-        0 below two tokens: a request may be over before its first one.
+        It is 0 below two tokens, since a request may end before its first one.
         """
         if self.num_tokens < 2:
             return 0.0
@@ -257,10 +260,10 @@ class DecodeStats:
         return (self.num_tokens - 1) / elapsed if elapsed > 0 else 0.0
 
     def acceptance_by_depth(self) -> list[float]:
-        """alpha_d, d = 1, 2, ...: of the runs that reached depth d-1, the share reaching d.
+        """alpha_d, d = 1, 2, ...: the share of the runs that reached depth d-1 that reach d.
 
-        A run is the tokens found in the tree between two misses, whatever the verdicts between.
-        The run that the end of the text cut off counts as far as it went.
+        A run is the tokens found in the tree between two misses, whatever the verdicts between. The
+        run that the end of the text cuts off counts as far as it went.
         """
         last = self.run_length
         alphas = []
@@ -271,11 +274,11 @@ class DecodeStats:
 
 
 class FailureKind(str, Enum):
-    """What kind of thing went wrong, for whoever has to react to it."""
+    """The kind of a failure, which decides how to react to it."""
 
-    REFUSED = "refused"  # by what was asked; another request may be served
+    REFUSED = "refused"  # the request was wrong; another one may be served
     BAD_PROMPT = "bad_prompt"  # the chat template or the tokenizer does not take the prompt
-    TOO_LARGE = "too_large"  # the stages' memory can never hold it
+    TOO_LARGE = "too_large"  # it exceeds the stages' memory
     FAILED = "failed"  # the head or a device failed
 
 
@@ -283,7 +286,7 @@ class FailureKind(str, Enum):
 class Failure:
     """Why a request ended with an error, and where: `rank` 0 is the head, k is stage k.
 
-    `device` is the name of the device that holds the stage, where it has one.
+    `device` is the name of the device that holds the stage, if it has one.
     """
 
     cause: str
@@ -293,7 +296,7 @@ class Failure:
 
     @property
     def place(self) -> str:
-        """How a person calls the process that failed; empty where none did."""
+        """The name of the process that failed, for users; empty if none did."""
         if self.rank is None:
             return ""
         name = rank_name(self.rank)
@@ -303,7 +306,7 @@ class Failure:
         return f"{self.place}: {self.cause}" if self.rank is not None else self.cause
 
     def exception(self) -> "ValueError | ClusterError":
-        """The exception that it stands for: the request's own fault, or a process's."""
+        """Return a ValueError if the request is at fault, otherwise a ClusterError."""
         if self.rank is None:
             return ValueError(self.cause)
         return ClusterError(self.place, self.cause, rank=self.rank)
@@ -320,7 +323,7 @@ class TokensOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """What a generation gave. `text` ends before a stop string; `tokens` excludes nothing."""
+    """The result of a generation. `text` ends before a stop string; `tokens` excludes nothing."""
 
     request: int
     tokens: tuple[int, ...] = ()
@@ -333,21 +336,21 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCounts:
-    """What one stage did for one request that is over; times in seconds."""
+    """The work of one stage for one finished request; times in seconds."""
 
     num_rows_run: int = 0  # prompt rows included
-    num_rows_pruned: int = 0  # dropped before this stage ran them
-    busy_s: float = 0.0  # forwards in which rows of the draft tree took part, by their share
+    num_rows_pruned: int = 0  # rows that were dead before this stage ran them
+    busy_s: float = 0.0  # share of the forwards with rows of the draft tree
 
 
 E = TypeVar("E", bound="ClusterError")
 
 
 class ClusterError(RuntimeError):
-    """A device or link failed: names the process and the cause.
+    """A device or link failed; it names the process and the cause.
 
-    `rank` is the stage (0: the head; None: no process of the pipeline). `tokens` keeps what was
-    generated, by request.
+    `rank` is the stage (0: the head; None: no process of the pipeline). `tokens` keeps the
+    generated tokens, by request.
     """
 
     def __init__(
@@ -364,16 +367,16 @@ class ClusterError(RuntimeError):
 
     @classmethod
     def of_rank(cls: type[E], rank: int, cause: str) -> E:
-        """A failure of one process of the pipeline: 0 is the head, k stage k."""
+        """Return the failure of one process of the pipeline: 0 is the head, k stage k."""
         return cls(rank_name(rank), cause, rank=rank)
 
 
 class RefusedError(ClusterError):
-    """The head will never take this one: another token, another version."""
+    """The head will never accept this client or device: its token or version differs."""
 
 
 def cause_of(error: Exception) -> str:
-    """For another process to tell: a ValueError is a sentence, others need their kind beside it."""
+    """Return the cause for another process: a ValueError's text; others with their type's name."""
     text, kind = str(error), type(error).__name__
     if not text:
         return kind
@@ -387,9 +390,9 @@ def check_token_ids(
     of: str = "the prompt",
     text_of: Callable[[int], str] = lambda token: "",
 ) -> None:
-    """Raises ValueError where a token id has no row in the model's embedding.
+    """Raise ValueError if a token id has no row in the model's embedding.
 
-    `text_of` gives a token's text for the message, "" where it is not known.
+    `text_of` gives a token's text for the message, "" if it is not known.
     """
     if not ids or (min(ids) >= 0 and max(ids) < vocab_size):
         return
@@ -402,5 +405,5 @@ def check_token_ids(
 
 
 def rank_name(rank: int) -> str:
-    """How a person calls rank `rank`."""
+    """Return the name of rank `rank`, for users."""
     return {-1: "client", 0: "head"}.get(rank, f"stage {rank}")

@@ -1,8 +1,8 @@
-"""Tokenizers from model folders, read from the vocabulary file alone and compared with it.
+"""Tokenizers are read from the vocabulary file of a model folder alone and compared with it.
 
-The class that tokenizer_config.json names decides nothing: some releases of transformers rebuild a
-tokenizer by that class and lose spaces. transformers and its like are imported here alone, and
-late, since that takes seconds.
+The class that tokenizer_config.json names decides nothing, because some releases of transformers
+rebuild a tokenizer by that class and lose spaces. transformers and similar packages are imported
+only here, and late, since that takes seconds.
 """
 
 import codecs
@@ -20,23 +20,23 @@ from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 from unicodedata import normalize
 
-MAX_HELD_TOKENS = 16  # no character needs more; beyond, the bytes are no text
-MAX_REASON_CHARS = 500  # of what a template says
+MAX_HELD_TOKENS = 16  # no character needs more; longer sequences of bytes are no text
+MAX_REASON_CHARS = 500  # of a template's error
 
 
 class Tokenizer(Protocol):
-    """The two calls the head needs."""
+    """The call that the head needs."""
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Text of tokens."""
+        """Return the text of tokens."""
 
 
 class PromptError(ValueError):
-    """What was asked cannot be turned into tokens; it says why."""
+    """A prompt that cannot be turned into tokens, with the reason."""
 
 
 def check_text(text: str, where: str) -> str:
-    """`text`, if it can be written as UTF-8. Raises PromptError naming `where`.
+    """Return `text` if UTF-8 can write it. Raises PromptError naming `where`.
 
     A byte of the command line that is not UTF-8 arrives as a lone surrogate, and a JSON text may
     hold one.
@@ -55,10 +55,10 @@ def check_text(text: str, where: str) -> str:
 
 
 def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-    """Token ids of a conversation, ready for the assistant's turn.
+    """Return the token ids of a conversation, ready for the assistant's turn.
 
     Uses the tokenizer's chat template; without one, the messages' contents line by line. Raises
-    PromptError where the template refuses the conversation or makes no tokens of it, or the text
+    PromptError if the template refuses the conversation or makes no tokens of it, or if the text
     cannot be encoded.
     """
     for message in messages:
@@ -71,7 +71,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[
         text, options = "\n".join(message["content"] for message in messages), {}
     try:
         ids = tuple(tokenizer.encode(text, **options))
-    except Exception as error:  # the libraries raise of any kind
+    except Exception as error:  # the libraries raise errors of any type
         raise PromptError(f"the tokenizer cannot encode the prompt: {_reason(error)}") from error
     if has_template and not ids:
         raise PromptError(
@@ -87,7 +87,7 @@ def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> st
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # a template is the model's own program, and may raise anything
+    except Exception as error:  # a template is the model's own program and may raise anything
         refuses = type(error).__name__ == "TemplateError"  # what its raise_exception() raises
         what = "refuses this conversation" if refuses else f"fails with {type(error).__name__}"
         raise PromptError(f"the model's chat template {what}: {_reason(error)}") from error
@@ -95,15 +95,16 @@ def _apply_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> st
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in one line of a readable length."""
+    """Return what an error says, in one line of a readable length."""
     return " ".join(str(error).split())[:MAX_REASON_CHARS] or type(error).__name__
 
 
 class TextStream:
     """Incremental detokenizer with stop strings.
 
-    Text leaves only when later tokens can no longer change it: incomplete UTF-8 and what may be the
-    beginning of a stop string are held back. Decodes a short tail, so the cost per token is flat.
+    Text is given out only when later tokens can no longer change it: incomplete UTF-8 and possible
+    beginnings of a stop string are held back. It decodes a short tail, so the cost per token is
+    flat.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
@@ -117,9 +118,9 @@ class TextStream:
         self.stopped = False
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Take tokens in; returns the text now certain and how many tokens were used.
+        """Add tokens; return the text that is now certain and the number of tokens used.
 
-        Fewer than given are used where a stop string was completed.
+        Fewer tokens than given are used if a stop string was completed.
         """
         given = len(self.text)
         for used, token in enumerate(tokens, start=1):
@@ -129,7 +130,7 @@ class TextStream:
         return self.text[given:], len(tokens)
 
     def flush(self) -> str:
-        """The text held back, at the end of the generation."""
+        """Return the text held back, at the end of the generation."""
         if self.stopped or self._tokenizer is None:
             return ""
         rest = self._pending + self._decode_new(final=True)
@@ -171,7 +172,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that begins `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:size]):
             return size
@@ -181,19 +182,19 @@ def _overlap(text: str, stop: str) -> int:
 JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 VOCABULARY_FILE, MERGES_FILE = "vocab.json", "merges.txt"
-_FORMS = (JSON_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)  # the first that is there is read
+_FORMS = (JSON_FILE, SENTENCEPIECE_FILE, VOCABULARY_FILE)  # the first one that exists is read
 _SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEXT_FILES = (
     *(JSON_FILE, VOCABULARY_FILE, MERGES_FILE, *_SMALL_FILES),
     *("config.json", "chat_template.json", "chat_template.jinja"),
 )
-_NO_LIMIT = 2**62  # of a text's length: the context's limit is checked elsewhere
+_NO_LIMIT = 2**62  # of a text's length; the context's limit is checked elsewhere
 _SENTENCEPIECE_BPE = 2  # model_type in its trainer's settings
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _LFS_POINTER = b"version https://git-lfs"
 _BYTE_LEVEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
-# Spaces in a row, before punctuation and at line ends; digits, accents, other scripts, an emoji,
-# and a ligature, which NFKC takes apart.
+# A sample with repeated spaces, spaces before punctuation and at line ends, digits, accents, other
+# scripts, an emoji, and a ligature that NFKC splits.
 SAMPLE = (
     "Anna has 3 boxes , 12 apples; she did n't count.\n\n\tnaïve café,  Ünïcode 你好 мир 😀 0.5 ﬁn"
 )
@@ -202,7 +203,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Reference:
-    """How the vocabulary file's own library encodes and decodes."""
+    """The encoding and decoding of the vocabulary file's own library."""
 
     library: str
     encode: Callable[[str], list[int]]
@@ -210,10 +211,10 @@ class _Reference:
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer in `folder`, compared with its file.
+    """Return the tokenizer in `folder`, compared with its file.
 
-    Raises ValueError where there is none, a file is damaged, a package is missing, or the
-    tokenizer does not encode and decode a sample as the file says.
+    Raises ValueError if there is none, a file is damaged, a package is missing, or the tokenizer
+    does not encode and decode a sample as the file says.
     """
     folder = Path(folder)
     form = _find_form(folder)
@@ -244,7 +245,7 @@ def load_tokenizer(folder: str | Path) -> Any:
 
 
 class _FormError(ValueError):
-    """A vocabulary file that is not of a form that is read, in this module's own words."""
+    """A vocabulary file in a form that is not supported, in this module's own words."""
 
 
 def _find_form(folder: Path) -> str:
@@ -258,7 +259,7 @@ def _find_form(folder: Path) -> str:
 
 
 def _check_files(folder: Path, form: str) -> None:
-    """Raises ValueError naming a file that is no JSON, a Git LFS pointer or missing."""
+    """Raise ValueError naming a file that is no JSON, a Git LFS pointer or missing."""
     with (folder / form).open("rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
@@ -275,7 +276,7 @@ def _check_files(folder: Path, form: str) -> None:
 
 @contextmanager
 def _without_marks(folder: Path) -> Iterator[Path]:
-    """`folder`, or a temporary one without the byte order marks of its files.
+    """Give `folder`, or a temporary copy without the byte order marks of its files.
 
     The libraries do not read a file that begins with such a mark.
     """
@@ -301,7 +302,7 @@ def _has_mark(path: Path) -> bool:
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """What a JSON file in `folder` holds; nothing where there is none."""
+    """Return the content of a JSON file in `folder`; an empty dict if it is missing."""
     path = folder / name
     return dict(_read_small(path)) if path.exists() else {}
 
@@ -367,12 +368,12 @@ def _read_sentencepiece(folder: Path, readable: Path) -> tuple[Any, _Reference]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # its package is missing, or was barred from being imported
+    except (ImportError, ValueError):  # its package is missing, or its import was blocked
         return False
 
 
 def _read_vocabulary(folder: Path, readable: Path) -> tuple[Any, None]:
-    """Byte-level BPE. The two files do not tell how words are cut, so the class's name must."""
+    """Read byte-level BPE; the class name decides how words are cut: the files do not say."""
     import transformers
 
     named = str(_settings(folder, "tokenizer_config.json").get("tokenizer_class") or "")
@@ -391,7 +392,7 @@ def _read_vocabulary(folder: Path, readable: Path) -> tuple[Any, None]:
 
 
 def _compare(tokenizer: Any, reference: _Reference, path: Path) -> None:
-    """Raises ValueError with both values where the sample's tokens or text are not the file's."""
+    """Raise ValueError, with both results, if a sample's tokens or text differ from the file's."""
     found = list(tokenizer.encode(SAMPLE, add_special_tokens=False))
     needed = reference.encode(SAMPLE)
     texts = [tokenizer.decode(found, skip_special_tokens=False), reference.decode(needed)]
@@ -404,7 +405,7 @@ def _compare(tokenizer: Any, reference: _Reference, path: Path) -> None:
         if _loses_spaces(texts[1]):
             _log.warning("%s loses the spaces of a text: it makes %r of %r", path, texts[1], SAMPLE)
         return
-    if path.name == SENTENCEPIECE_FILE:  # its settings may be others than the class computes
+    if path.name == SENTENCEPIECE_FILE:  # its settings may differ from what the class computes
         remedy = f"give a folder of the same model that has {JSON_FILE}"
     else:
         remedy = "install the versions of requirements.txt, or fetch the tokenizer's files again"
@@ -415,7 +416,7 @@ def _compare(tokenizer: Any, reference: _Reference, path: Path) -> None:
 
 
 def _check_round_trip(tokenizer: Any, path: Path) -> None:
-    """Bytes are never lost, so the sample must come back as it was. Raises ValueError."""
+    """Raise ValueError unless the sample comes back as it was; bytes are never lost."""
     ids = tokenizer.encode(SAMPLE, add_special_tokens=False)
     text = tokenizer.decode(ids, skip_special_tokens=False)
     if text != SAMPLE:
@@ -426,13 +427,13 @@ def _check_round_trip(tokenizer: Any, path: Path) -> None:
 
 
 def _loses_spaces(text: str) -> bool:
-    """Whether `text`, made of the sample, has its characters but not its spaces."""
+    """Return whether `text`, made of the sample, has its characters but not its spaces."""
     found, whole = (normalize("NFKC", "".join(one.split()).lower()) for one in (text, SAMPLE))
     is_whole = found == whole
     return is_whole and len(text.split()) < len(SAMPLE.split())
 
 
 def _one_line(error: Exception) -> str:
-    """The first line of what a library says, without the full stop."""
+    """Return the first line of a library's message, without the full stop."""
     lines: Sequence[str] = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")

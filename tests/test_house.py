@@ -420,7 +420,8 @@ PLAIN = (
     *("system", "runtime", "transport", "weights", "tracing", "cost_model", "simulator"),
     *("training", "bench", "cli", "cluster.membership", "cluster.device"),
     *("cluster.doctor", "cluster.discovery", "cluster.hosts", "cluster.network"),
-    *("head", "stage", "model", "speculation"),
+    *("head", "stage", "model", "speculation", "protocol", "engine", "cluster.controller"),
+    *("request", "config", "tokenizer", "llm"),
 )
 NOT_PLAIN = (  # modules of these families that are still to be rewritten
     "bench.statistics",

@@ -116,7 +116,8 @@ def table_commands() -> set[str]:
 
 def examples() -> Iterator[str]:
     """Return the command lines in the README's blocks of code; of shell code only flowspec's."""
-    for block in re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for block in (text for language, text in blocks if not language):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.strip()
             if line.startswith("bash run_pipe.sh"):  # `flowspec run` after a set-up

@@ -1,1 +1,1 @@
-"""Engines: a head with its stages, wherever these run, behind one interface."""
+"""The engines, which run a head with its stages behind one interface, wherever these are."""

@@ -1,4 +1,4 @@
-"""Composition root: builds the cores of a cluster from a split model and a configuration."""
+"""Builds head and stages from a split model and a configuration."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class HeadParts:
-    """What the head holds in memory besides its core."""
+    """The parts of a head in memory besides its core."""
 
     folder: Path
     manifest: Manifest
     tokenizer: Any
-    drafters: Mapping[str, Drafter]  # by name; the first one is that of requests that name none
+    drafters: Mapping[str, Drafter]  # by name; the first one is the default
     max_context: int
     eos_token_ids: tuple[int, ...]
-    draft_hash: str = ""  # of the draft model's files, where somebody asks for it
-    code_hash: str = ""  # of the package's sources, likewise
+    draft_hash: str = ""  # of the draft model's files, if needed
+    code_hash: str = ""  # of the package's sources, if needed
     vocab_size: int = 0  # rows of the target's embedding; 0: not known
-    # Rendering has a lock of its own: fast tokenizers fail where two threads encode at once.
+    # Rendering has its own lock: fast tokenizers fail if two threads encode at once.
     _renders: Lock = field(default_factory=Lock)
 
     def render(self, request: Request) -> Request:
-        """The request with its prompt as tokens and the model's end tokens, unless it has its own.
+        """Return the request with its prompt as tokens and, unless it has its own, the end tokens.
 
-        Raises PromptError where the prompt cannot be made into tokens.
+        Raises PromptError if the prompt cannot be made into tokens.
         """
         prompt = request.prompt
         if isinstance(prompt, str):
@@ -60,7 +60,7 @@ class HeadParts:
         )
 
     def prompt_of(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """A conversation as tokens that the model has, ready for the assistant's turn.
+        """Return a conversation as tokens that the model has, ready for the assistant's turn.
 
         Raises PromptError, whatever the chat template or the tokenizer raises.
         """
@@ -74,26 +74,26 @@ class HeadParts:
         return ids
 
     def text_of(self, token: int) -> str:
-        """The text of one token, for messages; "" where the tokenizer does not know it."""
+        """Return the text of one token for messages; "" if the tokenizer does not know it."""
         try:
             return str(self.tokenizer.decode([token], skip_special_tokens=False))
-        except Exception:  # whatever a tokenizer raises for an id that it does not have
+        except Exception:  # a tokenizer may raise anything for an id that it does not have
             return ""
 
     def new_text(self, request: Request) -> TextStream:
-        """A detokenizer for one request."""
+        """Return a detokenizer for one request."""
         return TextStream(self.tokenizer, request.stop)
 
 
 def decoding_of(config: EngineConfig) -> Decoding:
-    """How requests that name no decoding are decoded. Raises ValueError for what cannot be."""
+    """Return the decoding of requests that name none. Raises ValueError if it is invalid."""
     strategy_config(config.strategy, config.decode, where="decode")
     drafter = config.drafter if find_strategy(config.strategy).drafts else ""
     return Decoding(strategy=config.strategy, parameters=config.decode, drafter=drafter)
 
 
 def check_run(config: EngineConfig) -> None:
-    """Raise ValueError for what can be said before anything is loaded."""
+    """Raise ValueError for errors that are known before anything is loaded."""
     drafts = find_strategy(config.strategy).drafts
     decoding_of(config)
     check_runs_for_real(config.strategy)
@@ -111,7 +111,7 @@ def check_run(config: EngineConfig) -> None:
 
 
 def max_context(asked: int, model: ModelConfig) -> int:
-    """Most tokens of a request: as asked for, which may be more, or what the model was made for."""
+    """Return the most tokens of a request: as asked for, or what the model was made for."""
     made_for = model.context_length
     if asked > made_for:
         warn_once(
@@ -122,7 +122,7 @@ def max_context(asked: int, model: ModelConfig) -> int:
 
 
 def load_head_parts(config: EngineConfig, split_folder: Path) -> HeadParts:
-    """Tokenizer and drafter. Raises ValueError naming what is missing or does not fit."""
+    """Load tokenizer and drafters. Raises ValueError naming what is missing or does not fit."""
     check_run(config)
     part = load_head_part(split_folder, device=config.local.device, dtype=config.numerics.dtype)
     drafters: dict[str, Drafter] = {}
@@ -148,7 +148,7 @@ def load_head_parts(config: EngineConfig, split_folder: Path) -> HeadParts:
 
 
 def _known_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    """The end tokens that the model can choose; others are told, and can be left out."""
+    """Return the end tokens that the model has; others are logged and left out."""
     for token in ids:
         if not 0 <= token < vocab_size:
             log.warning(
@@ -161,7 +161,7 @@ def _known_ends(ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
 
 
 def build_head(config: EngineConfig, parts: HeadParts) -> Head:
-    """The head's core."""
+    """Return the head's core."""
     scheduler = Scheduler(
         pipe=Pipeline(len(parts.manifest.layers)),
         max_context=parts.max_context,
@@ -181,7 +181,7 @@ def build_stage(
     device: str = "cpu",
     numerics: NumericsConfig | None = None,
 ) -> tuple[Stage, str]:
-    """A stage's core and the model hash of the split it belongs to."""
+    """Return a stage's core and the model hash of the split it belongs to."""
     numerics = numerics or NumericsConfig()
     manifest = read_manifest(split_folder)
     first, last = manifest.layer_range(rank)
@@ -201,5 +201,5 @@ def build_stage(
 def new_stage(
     rank: int, num_stages: int, model: StageBackend[Any], numerics: NumericsConfig
 ) -> Stage:
-    """A stage's core for loaded layers, however its process was started."""
+    """Return a stage's core for loaded layers; all ways to start a stage use it."""
     return Stage(rank, num_stages, model, batch_invariant=numerics.batch_invariant)

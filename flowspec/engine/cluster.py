@@ -1,7 +1,7 @@
-"""ClusterEngine: a head whose stages are joined devices; requests outlive the loss of a device.
+"""ClusterEngine: a head whose stages are joined devices; requests survive the loss of a device.
 
-The membership core decides which device holds which layers, epoch by epoch; its effects come in by
-`obey`. Each epoch has a data plane of its own.
+The membership core decides which device holds which layers, epoch by epoch. Its effects come in by
+`obey`. Each epoch has its own data channel.
 """
 
 import logging
@@ -46,7 +46,7 @@ from flowspec.weights.manifest import HEAD_FOLDER
 
 @dataclass(frozen=True, slots=True)
 class HeadBound:
-    """The head's data sockets for this epoch."""
+    """The head's data sockets for this epoch are open."""
 
     epoch: int
     addresses: Addresses
@@ -63,14 +63,14 @@ class StageLost:
 
 @dataclass(frozen=True, slots=True)
 class TokenCrossed:
-    """A token has come through every stage of this epoch; told once for each."""
+    """A token has come through every stage of this epoch; sent for each token."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class RequestBlamed:
-    """A request has ended, for in each of these epochs a device was lost by its doing."""
+    """A request was ended because a device was lost in each of these epochs while it ran."""
 
     epochs: tuple[int, ...]
 
@@ -80,7 +80,7 @@ EngineEvent: TypeAlias = HeadBound | StageLost | TokenCrossed | RequestBlamed
 
 
 class NoTransport:
-    """The network between two epochs: nothing can be sent, nothing comes."""
+    """The transport between two epochs: nothing is sent and nothing comes."""
 
     def __init__(self) -> None:
         self._woken = threading.Event()
@@ -89,7 +89,7 @@ class NoTransport:
         """Drop a message for stages that are gone."""
 
     def receive(self, timeout_s: float) -> Sequence[WireMessage]:
-        """Wait for `wake`."""
+        """Wait until `wake` is called."""
         self._woken.wait(timeout_s)
         self._woken.clear()
         return ()
@@ -99,19 +99,19 @@ class NoTransport:
         self._woken.set()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 log = logging.getLogger(__name__)
 PROBE_EVERY_S = 10.0
-PROBE_AGAIN_S = 1.0  # after one that failed
-CAUSE_S = 0.3  # for a lost device's own word, which may come after its connection has broken
+PROBE_AGAIN_S = 1.0  # after a failed one
+CAUSE_S = 0.3  # wait for a lost device's message, which may come after its connection has broken
 
 
 class ClusterEngine(HeadEngine):
-    """Start with `start`; `close` ends it.
+    """Runs a head over joined devices: `start` starts it and `close` ends it.
 
-    Its thread calls `tell` with what the membership core must know.
+    Its thread calls `tell` with the events that the membership core must know.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class ClusterEngine(HeadEngine):
         self.epoch = 0
         self._host, self._port, self._tell = host, port, tell
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
-        self._taken: deque[Order] = deque()  # orders that are looked at, not yet obeyed
+        self._taken: deque[Order] = deque()  # orders that are read but not yet executed
         hidden_size = read_config(parts.folder / HEAD_FOLDER).hidden_size
         self._row_bytes = hidden_size * (4 if config.numerics.dtype == "float32" else 2)
-        self._lost_epochs: dict[int, list[int]] = {}  # of open requests, in which they ran
+        self._lost_epochs: dict[int, list[int]] = {}  # epochs in which open requests lost a device
         self._first_epochs: dict[int, int] = {}  # in which they came; 0: between two
         self._probe: int | None = None
         self._probe_failed_at = 0.0
-        self._crossed_epoch = 0  # the newest that a token has crossed
+        self._crossed_epoch = 0  # the newest epoch that a token has crossed
         self._num_stages = 0
         self._members: Sequence[Member] = ()
         self._book: AddressBook = {}
@@ -154,26 +154,26 @@ class ClusterEngine(HeadEngine):
         self.start_thread()
 
     def obey(self, order: Order) -> None:
-        """Have an effect of the membership core done, in order."""
+        """Queue an effect of the membership core; they are executed in order."""
         self._orders.put(order)
         self.post(lambda: None)
 
     def close(self) -> None:
-        """End the thread and the data plane; open requests end with an error."""
+        """End the thread and the data channel; open requests end with an error."""
         super().close()
         self._drop_transport()
 
     def first_epoch(self, request: int) -> int:
-        """The epoch in which a request came; 0: between two, or it is not known any more."""
+        """Return the epoch in which a request came; 0: between two, or not known any more."""
         return self._first_epochs.get(request, 0)
 
     @property
     def num_running(self) -> int:
-        """Clients' requests on the stages: the probe is nobody's."""
+        """Return the number of clients' requests on the stages, without the probe."""
         return sum(number != self._probe for number in tuple(self.head.scheduler.running))
 
     def named(self, failure: Failure) -> Failure:
-        """The failure with the name of the device that holds the stage."""
+        """Return the failure with the name of the device that holds the stage."""
         names = {member.rank: member.place.name for member in self._members}
         if failure.rank and failure.rank in names and not failure.device:
             return replace(failure, device=names[failure.rank])
@@ -182,10 +182,10 @@ class ClusterEngine(HeadEngine):
     # The engine's thread -------------------------------------------------------------------------
 
     def turn(self, timeout_s: float) -> None:
-        """Obey membership, then one turn of the core, and a look at whether anything moves."""
+        """Execute orders, run one turn of the core, and check for progress."""
         while (order := self._next_order()) is not None:
             self._do(order)
-            timeout_s = 0.0  # a client may have woken the network of before
+            timeout_s = 0.0  # a client may have woken the previous transport
         if not self._is_live:
             self.loop.transport.receive(timeout_s)
             return
@@ -196,7 +196,7 @@ class ClusterEngine(HeadEngine):
         self._submit_probe()
 
     def lose(self, error: ClusterError | WireError) -> None:
-        """A stage that takes nothing, or has failed, is the end of this epoch alone."""
+        """End this epoch: a stage takes nothing or has failed."""
         if isinstance(error, WireError):
             log.warning("dropped: %s", error)
             return
@@ -237,7 +237,7 @@ class ClusterEngine(HeadEngine):
         self._tell(HeadBound(order.epoch, Addresses(control=ends["control"], data=ends["data"])))
 
     def _resume(self, order: ResumeEpoch) -> None:
-        """All stages are there: go on where the accepted tokens end."""
+        """Go on from the accepted tokens: all stages are ready."""
         if self._transport is None:
             return
         for rank, there in enumerate(order.addresses):
@@ -250,7 +250,7 @@ class ClusterEngine(HeadEngine):
         self.head.pipe.link_row_ms = self._row_bytes / min(rates) * 1e3 if rates else 0.0
         self._is_live, self._pinged_at, self.epoch_at = True, 0.0, time.monotonic()
         self._probe_failed_at = 0.0
-        self.loop.last_progress = self.epoch_at  # the silence before is not of these stages
+        self.loop.last_progress = self.epoch_at  # earlier silence is not the fault of these stages
         self._submit_probe()
 
     def _halt(self, order: Halt) -> None:
@@ -258,7 +258,7 @@ class ClusterEngine(HeadEngine):
         self._suspend(order.failure, blames=not order.in_order)
 
     def _suspend(self, failure: Failure, *, blames: bool = False) -> None:
-        """The stages are lost; what is accepted is here, and goes on with the next ones."""
+        """Suspend the head: the stages are lost, accepted tokens go on with the next ones."""
         self._drop_transport()
         self.inject(Suspend(failure=failure, blames=blames))
         self._tell_blamed()
@@ -267,7 +267,7 @@ class ClusterEngine(HeadEngine):
         self.deliver()
 
     def _tell_blamed(self) -> None:
-        """Note who ran as the stages were lost; tell of those that have ended with it."""
+        """Note which requests ran when the stages were lost; report those that ended for it."""
         blamed, self.head.blamed = self.head.blamed, {}
         for number, num_losses in blamed.items():
             epochs = self._lost_epochs.setdefault(number, [])
@@ -283,14 +283,14 @@ class ClusterEngine(HeadEngine):
         self._use(NoTransport())
 
     def _use(self, transport: Transport) -> None:
-        """Go on over another network; events that clients have not been given yet stay."""
+        """Switch to another transport; events that clients have not read stay."""
         num_stages = 0 if isinstance(transport, NoTransport) else self._num_stages
         self.loop.go_on(transport, num_stages)
 
     def _waiting_halt(self) -> Halt | None:
-        """What the control connections say of a loss that is noticed here, if soon enough.
+        """Return the loss that the control connections report, if it comes soon enough.
 
-        A device tells there what has happened to it; here its connections only break.
+        A device reports there what has happened to it; here its connections only break.
         """
         until = time.monotonic() + CAUSE_S
         while True:
@@ -307,7 +307,7 @@ class ClusterEngine(HeadEngine):
                 return None
 
     def _check_progress(self) -> None:
-        """Nothing has moved for half the timeout: ask all stages; who stays silent hangs."""
+        """Ask all stages after half the timeout without progress; a silent one hangs."""
         now = time.monotonic()
         if not self.head.scheduler.running:
             self.loop.last_progress = now
@@ -327,7 +327,7 @@ class ClusterEngine(HeadEngine):
         raise ClusterError.of_rank(silent[0] if silent else 1, cause)
 
     def _submit_probe(self) -> None:
-        """While nobody asks anything, a token goes through all stages now and then."""
+        """Send a token through all stages from time to time while no request is open."""
         now = time.monotonic()
         recent = self.crossed_at is not None and now - self.crossed_at < PROBE_EVERY_S
         if self._probe is not None or self.is_busy or (recent and self.head.statuses):
@@ -338,13 +338,13 @@ class ClusterEngine(HeadEngine):
             if self._streams:
                 return  # a client's request is on its way to the core
             self._probe = self._new_id()
-        # it is aborted at its first token, so that it is not kept for a next turn
+        # The probe is aborted at its first token, so that it is not cached.
         eos = self.parts.eos_token_ids
         prompt = (eos[0] if eos else 0,)
         self.inject(Submit(request=Request(id=self._probe, prompt=prompt, max_new_tokens=2)))
 
     def register(self, request: Request) -> None:
-        """Note in which epoch a request has come; a probe gives way to it."""
+        """Note the epoch in which a request has come; a probe gives way to it."""
         self._first_epochs[request.id] = self.epoch if self._is_live else 0
         while len(self._first_epochs) > MAX_REMEMBERED:
             del self._first_epochs[next(iter(self._first_epochs))]
@@ -352,7 +352,7 @@ class ClusterEngine(HeadEngine):
         super().register(request)
 
     def forget_now(self) -> None:
-        """In the engine's thread; what a probe learns would be in use."""
+        """Forget learnt costs, after aborting the probe; runs in the engine's thread."""
         self._abort_probe()
         super().forget_now()
 
@@ -361,7 +361,7 @@ class ClusterEngine(HeadEngine):
             self.inject(AbortRequest(request=self._probe))
 
     def take_event(self, event: TokensOut | RequestOutput) -> None:
-        """Pass an event on; the probe's own are used here."""
+        """Pass an event on; those of the probe are used here."""
         if isinstance(event, TokensOut) and event.tokens:
             self._note_crossing()
         if event.request != self._probe:

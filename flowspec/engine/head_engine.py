@@ -1,4 +1,4 @@
-"""HeadEngine: a head's core in a thread of its own, and the streams of its requests."""
+"""HeadEngine: runs a head's core in its own thread, with the streams of its requests."""
 
 import contextlib
 import logging
@@ -33,30 +33,30 @@ from flowspec.runtime.event_loop import EventLoop
 
 log = logging.getLogger(__name__)
 TURN_S = 0.2  # longest wait for a message while requests are open
-IDLE_S = 0.5  # and while none is
+IDLE_S = 0.5  # and while none is open
 JOIN_S = 5.0
 FORGET_S = 5.0
 POLL_S = 0.2
-COUNTS_S = 2.0  # for the stages to say what they did for a request that is over
+COUNTS_S = 2.0  # for the stages to report their work for a finished request
 
 Command: TypeAlias = Callable[[], None]
 
 
 class HeadEngine(ABC):
-    """Runs `loop` in a thread; subclasses say how its stages are watched and replaced.
+    """Runs `loop` in a thread; subclasses watch the stages and replace lost ones.
 
-    Clients come from any thread. What they want is done by the engine's own thread, in order.
+    Clients may call from any thread. The engine's own thread executes their commands in order.
     """
 
     def __init__(self, head: Head, parts: HeadParts, loop: EventLoop, *, name: str) -> None:
         self.head, self.parts, self.loop = head, parts, loop
-        self.failure: Exception | None = None  # of the thread: nothing is served any more
-        self._lock = threading.Lock()  # of `_streams`, `_closed` and the next id
+        self.failure: Exception | None = None  # of the thread; nothing is served any more
+        self._lock = threading.Lock()  # for `_streams`, `_closed` and the next id
         self._streams: dict[int, Stream] = {}
         self._next_id = 1
-        self._counts_due: dict[int, tuple[Stream, float]] = {}  # and until when
+        self._counts_due: dict[int, tuple[Stream, float]] = {}  # and their deadlines
         self._num_finished = self._num_failed = 0
-        self._closed = ""  # why no more requests are taken
+        self._closed = ""  # the reason why no more requests are taken
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._num_threads = torch.get_num_threads()  # torch keeps it per thread
@@ -65,19 +65,19 @@ class HeadEngine(ABC):
     # Any thread ----------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Stream:
-        """Begin with a request while others run.
+        """Begin a request while others run.
 
-        Raises ValueError for what is wrong with it and known at once, ClusterError where the
+        Raises ValueError for errors in the request that are known at once, and ClusterError if the
         engine is closed or has failed.
         """
         self._check_open()
         self.head.resolve(request.decoding)
         request = self.parts.render(request)
         with self._lock:
-            self._check_open()  # whoever closes the engine ends what is registered before
+            self._check_open()  # closing the engine ends the requests registered before
             stream = Stream(self._new_id(), abort=self.abort)
             self._streams[stream.request] = stream
-            # inside the lock: the core wants the ids in their order
+            # inside the lock, so that the core gets the ids in order
             self.post(lambda: self._submit(replace(request, id=stream.request)))
         return stream
 
@@ -87,21 +87,21 @@ class HeadEngine(ABC):
             raise ClusterError("head", f"it takes no more requests: {self._closed}", rank=0)
 
     def _new_id(self) -> int:
-        """The next request's number, under the lock."""
+        """Return the next request's number; the caller holds the lock."""
         number, self._next_id = self._next_id, self._next_id + 1
         return number
 
     def abort(self, request: int) -> None:
-        """End a request now; one that is over stays as it is."""
+        """End a request now; a finished one stays as it is."""
         self.post(lambda: self.inject(AbortRequest(request=request)))
 
     def check(self) -> None:
-        """Raises ClusterError where the engine's thread has failed."""
+        """Raise ClusterError if the engine's thread has failed."""
         if self.failure is not None:
             raise ClusterError("head", f"{cause_of(self.failure)}; see its log", rank=0)
 
     def status(self) -> EngineStatus:
-        """The engine now."""
+        """Return the engine's present status."""
         outage = self.head.outage
         why = self._closed or ("" if self.failure is None else cause_of(self.failure))
         if not why and outage is not None:
@@ -124,20 +124,20 @@ class HeadEngine(ABC):
 
     @property
     def num_stages_now(self) -> int:
-        """Stages that serve; 0 while some are missing."""
+        """Return the number of serving stages; 0 while some are missing."""
         return self.head.pipe.num_stages if self.head.outage is None else 0
 
     @property
     def num_running(self) -> int:
-        """Clients' requests on the stages."""
+        """Return the number of clients' requests on the stages."""
         return len(self.head.scheduler.running)
 
     def stages_status(self) -> dict[int, StageStatus]:
-        """The newest totals of each stage, by rank."""
+        """Return the newest totals of each stage, by rank."""
         return {rank: stage_status(one) for rank, one in dict(self.head.statuses).items()}
 
     def drain(self, timeout_s: float) -> bool:
-        """Take no more requests and wait for the open ones; whether all of them have ended."""
+        """Take no more requests and wait for the open ones; return whether all have ended."""
         with self._lock:
             self._closed = self._closed or "it is draining"
         end = time.monotonic() + timeout_s
@@ -146,10 +146,10 @@ class HeadEngine(ABC):
         return not self._streams
 
     def forget(self) -> None:
-        """Forget what was learnt of costs and acceptance.
+        """Forget learnt costs and acceptance.
 
-        Raises ValueError where requests are open, ClusterError where the engine is closed, has
-        failed or does not answer.
+        Raises ValueError if requests are open, and ClusterError if the engine is closed, has failed
+        or does not answer.
         """
         done = threading.Event()
         num_open: list[int] = []
@@ -177,54 +177,54 @@ class HeadEngine(ABC):
             raise ValueError(f"{num_open} requests are open; what they have learnt is in use")
 
     def close(self) -> None:
-        """End the thread; open requests end with an error. Safe to call twice."""
+        """End the thread; open requests end with an error. It is safe to call twice."""
         self.stop_thread("the engine was closed")
 
     def post(self, command: Command) -> None:
-        """Have the engine's thread do something, in order."""
+        """Queue a command for the engine's thread; commands run in order."""
         self._commands.put(command)
         self.loop.transport.wake()
 
     # The engine's thread -------------------------------------------------------------------------
 
     def start_thread(self) -> None:
-        """Begin to serve."""
+        """Start the engine's thread."""
         self._thread.start()
 
     def stop_thread(self, why: str) -> None:
-        """End the thread, if it runs, and then what is open."""
+        """Stop the thread, if it runs, and end the open requests."""
         with self._lock:
             self._closed = why if not self._stopping.is_set() else self._closed
         self._stopping.set()
         self.post(lambda: None)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(timeout=JOIN_S)
-        self._end_all(Failure(cause=why, rank=0))  # those of a thread that never ran, or hangs
+        self._end_all(Failure(cause=why, rank=0))  # those of a thread that never ran or hangs
 
     @property
     def is_stopping(self) -> bool:
-        """Whether the thread is asked to end: long waits in it end then."""
+        """Return whether the thread is asked to stop; long waits in it end then."""
         return self._stopping.is_set()
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request is open in the core."""
+        """Return whether a request is open in the core."""
         return bool(self.head.scheduler.running or self.head.scheduler.waiting)
 
     @abstractmethod
     def turn(self, timeout_s: float) -> None:
-        """One turn of the loop, and a look at the stages. Raises ClusterError where one is lost."""
+        """Run one turn of the loop and check the stages. Raises ClusterError if one is lost."""
 
     @abstractmethod
     def lose(self, error: ClusterError | WireError) -> None:
-        """A turn or a command has met a lost stage, or a frame that is no message."""
+        """Handle a lost stage, or a frame that is no message, in a turn or a command."""
 
     def named(self, failure: Failure) -> Failure:
-        """The failure with the name of the device that holds the stage, where it has one."""
+        """Return the failure with the name of the stage's device, if it has one."""
         return failure
 
     def forget_now(self) -> None:
-        """In the engine's thread, while no client's request is open."""
+        """Forget learnt costs, in the engine's thread, while no client's request is open."""
         self.inject(ForgetCosts())
 
     def inject(self, message: Message) -> None:
@@ -242,7 +242,7 @@ class HeadEngine(ABC):
                     self.lose(error)
                 self.deliver()
             if self.is_busy:
-                with contextlib.suppress(ClusterError):  # of a stage that is gone
+                with contextlib.suppress(ClusterError):  # of a lost stage
                     self.abandon(Failure(cause=self._closed, rank=0))
         except Exception as error:
             log.exception("the head has failed")
@@ -267,10 +267,10 @@ class HeadEngine(ABC):
         self.register(request)
 
     def _why_it_waits(self, request: Request) -> str:
-        """For a person, where a request waits although there is room; else empty."""
+        """Return for the user why a request waits although there is room; "" if it does not."""
         scheduler = self.head.scheduler
         if not any(one.id == request.id for one in scheduler.waiting):
-            return ""  # it is over: the core has refused it
+            return ""  # the core has refused it, so it is over
         states = [*scheduler.running.values(), *scheduler.waiting]
         others = [one.request for one in states if one.id != request.id]
         if others and request.exclusive:
@@ -280,13 +280,13 @@ class HeadEngine(ABC):
         return ""
 
     def register(self, request: Request) -> None:
-        """A request has come to the core; its reader is told where it waits for others."""
+        """Tell a new request's reader if it waits for others."""
         stream = self._streams.get(request.id)
         if stream is not None and (why := self._why_it_waits(request)):
             stream.put(Notice(text=why))
 
     def deliver(self) -> None:
-        """Give the streams what the core has for its clients."""
+        """Give the streams the core's events for its clients."""
         events = self.loop.to_client
         while events:
             event = events.popleft()
@@ -300,7 +300,7 @@ class HeadEngine(ABC):
                 stream.put_counts(dict(counts) if counts is not None and is_whole else None)
 
     def take_event(self, event: TokensOut | RequestOutput) -> None:
-        """One event of a request; those of requests without a stream are ignored."""
+        """Pass on one event of a request; those of requests without a stream are ignored."""
         stream = self._streams.get(event.request)
         if stream is None:
             return
@@ -321,10 +321,10 @@ class HeadEngine(ABC):
             stream.put(output)
 
     def abandon(self, failure: Failure) -> None:
-        """End every open request with this failure; the core has what was generated."""
+        """End every open request with this failure; the core keeps their tokens."""
         try:
             self.inject(AbandonRequests(failure=failure))
-        finally:  # clients hear of it though a stage does not
+        finally:  # clients are told even if a stage is not
             self.deliver()
 
     def _end_all(self, failure: Failure) -> None:
@@ -355,7 +355,7 @@ class HeadEngine(ABC):
 
 
 def failure_of_loss(error: ClusterError | WireError) -> Failure:
-    """What a lost stage, or a frame that is no message, is to the requests that it ends."""
+    """Return the failure of requests that a lost stage, or a frame that is no message, ends."""
     if isinstance(error, ClusterError):
         return Failure(cause=error.cause, rank=error.rank)
     return Failure(cause=str(error), rank=0)

@@ -1,4 +1,4 @@
-"""What torchrun has told this process of itself, read without torch."""
+"""Reads what torchrun has told this process, without importing torch."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """This process's place among those that torchrun has started."""
+    """The place of this process among those that torchrun has started."""
 
     rank: int
     local_rank: int  # on this machine
@@ -15,7 +15,7 @@ class Launch:
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
-    """What torchrun's environment says; None where there is none."""
+    """Return the launch that torchrun's environment describes; None without torchrun."""
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None
     rank, local_rank, size = (

@@ -1,4 +1,4 @@
-"""LocalEngine: the head in this process, one process per stage beside it, a transport between."""
+"""LocalEngine: the head in this process and one process per stage, with a transport between."""
 
 import contextlib
 import logging
@@ -40,19 +40,19 @@ class StageProcess(Protocol):
 
     @property
     def pid(self) -> object:
-        """The process number, for errors."""
+        """The process id, for errors."""
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """Return the exit code; None while the process runs."""
 
     def terminate(self) -> None:
-        """Ask it to end."""
+        """Ask the process to end."""
 
     def kill(self) -> None:
-        """End it."""
+        """Kill the process."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait until it has ended."""
+        """Wait until the process has ended; return its exit code."""
 
 
 ROUNDS = 8  # the quickest one counts
@@ -60,7 +60,7 @@ ANSWER_TIMEOUT_S = 0.2
 
 
 def ping_clocks(driver: EventLoop, head: Head, ranks: Iterable[int]) -> None:
-    """Exchange a few pings with each stage, one at a time; does nothing where no trace is made."""
+    """Exchange a few pings with each stage, one at a time; do nothing without a trace."""
     if driver.trace is OFF:
         return
     for rank in ranks:
@@ -70,34 +70,34 @@ def ping_clocks(driver: EventLoop, head: Head, ranks: Iterable[int]) -> None:
             driver.trace.sent(sent_at, rank, ping)
             while head.heard_at.get(rank, 0.0) < sent_at:
                 if time.monotonic() > sent_at + ANSWER_TIMEOUT_S:
-                    return  # it hangs or computes; what is known of the clocks must do
+                    return  # the stage hangs or computes, and the known clocks must do
                 driver.turn(ANSWER_TIMEOUT_S / 4)
 
 
 logger = logging.getLogger(__name__)
 
-START_TIMEOUT_S = 120.0  # and the time that reading the weights from a slow disk takes
+START_TIMEOUT_S = 120.0  # and the time to read the weights from a slow disk
 SLOW_DISK_BYTES_PER_S = 50e6
 POLL_S = 0.2
-LOOK_EVERY_S = 0.05  # at the stage processes: each look is a system call per stage
+LOOK_EVERY_S = 0.05  # between looks at the stage processes: each look is a system call per stage
 STOP_TIMEOUT_S = 2.0
-EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of the process behind it
+EXIT_TIMEOUT_S = 0.5  # from a broken connection to the end of its process
 LOG_TAIL_LINES = 8
-OWN_FILES, FILES_PER_STAGE = 32, 4  # that the head has open: 20 and 2 were seen
+OWN_FILES, FILES_PER_STAGE = 32, 4  # open files of the head: 20 and 2 were seen
 
 
 def check_files_for(num_stages: int) -> None:
-    """Raises OSError where the head of so many stages could not open what it needs."""
+    """Raise OSError if the head of so many stages cannot open the files it needs."""
     check_open_files(OWN_FILES + FILES_PER_STAGE * num_stages)
 
 
 class LocalEngine(HeadEngine):
-    """Start with `with`; leaving ends every process, whatever happened inside.
+    """Runs stage processes inside `with`; leaving it ends every process.
 
-    With `trace_folder` every process records there what it does (runtime/recorder.py). With
+    With `trace_folder` every process records its work there (runtime/recorder.py). With
     `config.emulate` all keep the pace of an emulated cluster. A stage that dies or hangs is
     restarted, up to `config.max_restarts` times in all, and requests go on from their accepted
-    tokens; not in a traced run, whose records would have a hole.
+    tokens. A traced run does not restart, since its records would have a hole.
     """
 
     shares_cores = True  # head and stages run on this machine's processor
@@ -116,8 +116,8 @@ class LocalEngine(HeadEngine):
             threads = config.local.threads
             head.pipe.max_in_flight = segments_at_once(self.num_stages, threads=threads)
         self.children: dict[int, StageProcess] = {}
-        self.num_kv_tokens: dict[int, int] = {}  # what each stage can hold
-        self.restarts: list[str] = []  # why, each time
+        self.num_kv_tokens: dict[int, int] = {}  # capacity of each stage
+        self.restarts: list[str] = []  # the reason of each restart
         self._totals = StageTotals()
         self._looked_at = 0.0
         can_restart = config.transport == "zmq" and trace_folder is None
@@ -126,7 +126,7 @@ class LocalEngine(HeadEngine):
         check_files_for(self.num_stages)
         self.folder = ""
         self._hold = signals.Hold(self._kill)  # until `close` has ended the processes
-        # mkdtemp makes it for this user alone: who may enter may speak to the cluster
+        # mkdtemp makes it for this user alone: access to the folder is access to the cluster
         self.folder = tempfile.mkdtemp(prefix="flowspec-")
         try:
             self.transport = self._make_transport()
@@ -168,7 +168,7 @@ class LocalEngine(HeadEngine):
             signals.check()
 
     def stages_status(self) -> dict[int, StageStatus]:
-        """The totals of each stage; what it did before it was restarted counts too."""
+        """Return the totals of each stage, its work before a restart included."""
         totals = self._totals.of(dict(self.head.statuses))
         return {rank: stage_status(status) for rank, status in totals.items()}
 
@@ -188,19 +188,19 @@ class LocalEngine(HeadEngine):
             raise ClusterError(outage.place or "head", outage.cause, rank=outage.rank)
 
     def lose(self, error: ClusterError | WireError) -> None:
-        """Restart what is lost, if that is allowed. A corrupt frame ends all requests."""
+        """Restart lost stages if that is allowed. A corrupt frame ends all requests."""
         if isinstance(error, WireError):
             self.abandon(failure_of_loss(error))
         else:
             self._recover(self._explain(error))
 
     def _recover(self, error: ClusterError) -> None:
-        """Restart what is lost and let the requests go on; they end where that is over.
+        """Restart lost stages and let requests go on, or end them if no restart is left.
 
         A loss while no request is open is noted; the next request finds the stage lost.
         """
         while True:
-            self.stages_status()  # the last totals of those that are lost
+            self.stages_status()  # the last totals of the lost stages
             self.inject(Suspend(failure=failure_of_loss(error), blames=True))
             self.deliver()
             if not self.head.scheduler.waiting or self.is_stopping:
@@ -227,7 +227,7 @@ class LocalEngine(HeadEngine):
         self.loop.last_progress = time.monotonic()
 
     def _lost_ranks(self, error: ClusterError) -> set[int]:
-        """The stages that have ended, at once or soon, and the one that the error names."""
+        """Return the stages that have ended, at once or soon, and the one that the error names."""
         named = {error.rank} & set(self.children) if error.rank else set()
         _await_exit([self.children[rank] for rank in named], EXIT_TIMEOUT_S)
         return named | {rank for rank, child in self.children.items() if child.poll() is not None}
@@ -238,7 +238,7 @@ class LocalEngine(HeadEngine):
         try:
             running = [rank for rank, child in self.children.items() if child.poll() is None]
             for rank in running:
-                with contextlib.suppress(ClusterError):  # some may be gone: go on to the others
+                with contextlib.suppress(ClusterError):  # some may be gone; go on to the others
                     self.transport.send(rank, Stop())
             _await_exit(self.children.values(), STOP_TIMEOUT_S if running else 0.0)
         finally:
@@ -254,7 +254,7 @@ class LocalEngine(HeadEngine):
             self._hold.release()
 
     def _kill(self) -> None:
-        """Where a second signal ends this process: leave nothing behind."""
+        """Kill all stages when a second signal ends this process."""
         for child in list(self.children.values()):
             child.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -271,13 +271,13 @@ class LocalEngine(HeadEngine):
         command = [sys.executable, "-m", "flowspec", "stage", str(self._write_config(rank))]
         with self._log_path(rank).open("wb") as log:
             # A session of its own: Ctrl-C reaches the head alone, which then ends the stages. The
-            # pipe on stdin tells a stage when the head is gone without a word.
+            # pipe on stdin tells a stage when the head has died.
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
             )
 
     def _write_config(self, rank: int) -> Path:
-        """The file that tells a stage all it has to know; only this user may read its folder."""
+        """Write a stage's configuration file; only this user may read its folder."""
         config = self.config
         device = rank_device(config.transport, config.local.device, rank)
         stage = StageConfig(
@@ -298,7 +298,7 @@ class LocalEngine(HeadEngine):
         return file
 
     def _await_ready(self, ranks: set[int]) -> None:
-        """Until each of these stages has loaded the right model."""
+        """Wait until each of these stages has loaded the right model."""
         ready: set[int] = set()
         size = sum(file.bytes for file in self.parts.manifest.files.values())
         timeout_s = START_TIMEOUT_S + size / SLOW_DISK_BYTES_PER_S
@@ -324,7 +324,7 @@ class LocalEngine(HeadEngine):
                 raise ClusterError.of_rank(late, cause)
 
     def _refusal(self, ready: Ready) -> str:
-        """Why a stage that is ready cannot be part of this run; empty where it can."""
+        """Return why a stage that is ready cannot be part of this run; empty if it can."""
         if ready.model != self.parts.manifest.model_hash:
             return "has loaded another split"
         return self.config.numerics.refusal(ready.numerics)
@@ -346,7 +346,7 @@ class LocalEngine(HeadEngine):
             raise self._explain(error) from error
 
     def _explain(self, error: ClusterError) -> ClusterError:
-        """How the process ended, where all that is known is that its connection broke."""
+        """Add how the process ended, if only its broken connection is known."""
         lost = [child for rank, child in self.children.items() if rank == error.rank]
         if lost and error.cause.startswith(LOST):
             _await_exit(lost, EXIT_TIMEOUT_S)
@@ -357,14 +357,14 @@ class LocalEngine(HeadEngine):
         return error
 
     def _hear_last_words(self) -> None:
-        """A stage that fails in order says why before it ends."""
-        with contextlib.suppress(LostPeer):  # that it is gone is known
+        """Read the messages in which failing stages say why they end."""
+        with contextlib.suppress(LostPeer):  # its loss is known already
             for message in self.transport.receive(POLL_S):
                 if isinstance(message, Failed) and message.epoch == self.head.pipe.epoch:
                     raise ClusterError.of_rank(message.stage, message.text)
 
     def _check_progress(self) -> None:
-        """No answer about the request for half the timeout: ask all; who stays silent hangs."""
+        """Ask all stages after half the timeout without an answer; a silent one hangs."""
         now, moved_at, limit = time.monotonic(), self.loop.last_progress, self.config.timeout_s
         step, silent = self._watchdog.step(
             now, moved_at=moved_at, ranks=self.children, heard_at=self.head.heard_at
@@ -397,7 +397,7 @@ class LocalEngine(HeadEngine):
         return Path(self.folder) / f"stage_{rank}.log"
 
     def _log(self, rank: int) -> str:
-        """The end of a stage's own output, to follow an error."""
+        """Return the end of a stage's own output, to follow an error."""
         try:
             lines = self._log_path(rank).read_text(errors="replace").splitlines()
         except OSError:

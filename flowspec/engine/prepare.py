@@ -1,7 +1,6 @@
-"""What an engine is made from: the model of a configuration, cut into stages, and its draft model.
+"""Prepares the models of an engine: the target, cut into stages, and its draft model.
 
-A split is made where it is not there yet, in the folder `out`. `say` is told of it, since that may
-take a while.
+A missing split is made in the folder `out`. `say` is told, since that may take a while.
 """
 
 import filecmp
@@ -26,21 +25,21 @@ log = logging.getLogger(__name__)
 
 
 def bundled(name: str) -> str:
-    """`name`, or where the package's own copy of it lies if it does not exist here."""
+    """Return `name`, or the path of the package's own copy if it does not exist here."""
     found = find_bundled(name)
     return name if found == Path(name) else str(found)
 
 
 def draft_folder(config: EngineConfig, *, offline: bool = False) -> str:
-    """Where the draft model lies: as configured, else the drafter's own for the bundled model.
+    """Return the folder of the draft model: the configured one, or the bundled model's own.
 
-    Raises ValueError where a model of one's own comes without its draft model.
+    Raises ValueError if a model of the user's own comes without its draft model.
     """
     spec = find_drafter(config.drafter)
     if not spec.bundled or not find_strategy(config.strategy).drafts:
         return config.draft
     if not config.draft and not is_bundled(config.model):
-        check_model(config.model, offline=offline)  # what is not there needs no draft model
+        check_model(config.model, offline=offline)  # a missing model needs no draft model
         raise ValueError(
             f"drafter {config.drafter} needs --draft with a model of your own: the folder of a "
             "draft model made for it; --drafter ngram needs none"
@@ -49,7 +48,7 @@ def draft_folder(config: EngineConfig, *, offline: bool = False) -> str:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether `model` is the package's own, by name, as a copy of it or as a split of it."""
+    """Return whether `model` is the package's own, by name, as a copy or as a split of it."""
     own, folder = DEMO / "target", find_bundled(model)
     if not folder.is_dir() or not own.is_dir():
         return False
@@ -61,9 +60,9 @@ def is_bundled(model: str) -> bool:
 
 
 def count_stages(config: EngineConfig) -> int:
-    """How many stages `split_folder` will find or make; nothing is loaded or split for it.
+    """Return the number of stages that `split_folder` will find or make.
 
-    A model that has yet to be downloaded is taken for one that is not split.
+    Nothing is loaded or split. A model that is not downloaded yet counts as one that is not split.
     """
     if config.layers:
         return len(parse_layers(config.layers))
@@ -74,7 +73,7 @@ def count_stages(config: EngineConfig) -> int:
 
 
 def split_folder(config: EngineConfig, *, say: Say = log.info) -> Path:
-    """The split model that `config` names; it is made now where it is not there yet."""
+    """Return the split model that `config` names; it is made now if it is missing."""
     folder = resolve_model(bundled(config.model))
     if (folder / MANIFEST_NAME).exists():
         have = read_manifest(folder).layers
@@ -94,7 +93,7 @@ def split_folder(config: EngineConfig, *, say: Say = log.info) -> Path:
     cut = "+".join(str(count) for count in layers)
     out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
     if not (out / MANIFEST_NAME).exists():
-        load_tokenizer(folder)  # or say what it lacks by the model's own name, before it is split
+        load_tokenizer(folder)  # or name what it lacks by the model's own name, before the split
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
         say(f"splitting {name} into {stages} of {cut} layers: {out}")
     plan = plan_split(checkpoint, layers=layers, dtype=None)
@@ -110,9 +109,9 @@ def split_folder(config: EngineConfig, *, say: Say = log.info) -> Path:
 
 
 def layerwise_folder(config: EngineConfig, *, offline: bool = False, say: Say = log.info) -> Path:
-    """The model split with every layer by itself, made now where it is not there yet.
+    """Return the model split into single layers, made now if it is missing.
 
-    Raises ValueError where it is cut already, but not so.
+    Raises ValueError if it is already cut in another way.
     """
     folder = resolve_model(bundled(config.model), offline=offline)
     is_split = (folder / MANIFEST_NAME).exists()

@@ -1,4 +1,4 @@
-"""The target model alone, in this process: the reference every strategy must equal."""
+"""ReferenceEngine: the target model alone, in this process, which every strategy must equal."""
 
 import logging
 import threading
@@ -47,11 +47,11 @@ class LocalTarget:
     batch_invariant: bool = False
 
     def stream(self, request: Request) -> Iterator[tuple[int, Tensor]]:
-        """Each next token with the logits [V] that chose it, without end: stop rules are above.
+        """Yield each next token with the logits [V] that chose it, without end.
 
-        The logits are those that the processors with a state have left; filters come after them.
-
-        Raises ValueError where the prompt has a token that the model has not.
+        The caller applies the stop rules. The logits are those that processors with a state have
+        left; filters come after them. Raises ValueError if the prompt has a token that the model
+        does not have.
         """
         prompt = request.prompt_tokens
         check_token_ids(prompt, self.model.config.vocab_size)
@@ -84,9 +84,9 @@ class LocalTarget:
         request: Request,
         new_text: Callable[[Request], TextStream] = lambda request: TextStream(None),
     ) -> tuple[list[int], FinishReason, str]:
-        """Tokens, reason and text under the same stop rules as the head's.
+        """Return tokens, finish reason and text under the same stop rules as the head's.
 
-        Raises ValueError where the prompt fills the context.
+        Raises ValueError if the prompt fills the context.
         """
         limit = min(request.max_new_tokens, self.max_context - len(request.prompt_tokens))
         if limit < 1:
@@ -108,7 +108,7 @@ class LocalTarget:
 
 @dataclass(slots=True, kw_only=True)
 class _OpenRequest:
-    """A request that is not over, and what it has so far."""
+    """An open request and its results so far."""
 
     request: Request
     stream: Stream
@@ -120,9 +120,9 @@ class _OpenRequest:
 
 
 class ReferenceEngine:
-    """The target alone as an engine: a token of a request is computed when its stream is read.
+    """The target alone as an engine: a token is computed when its request's stream is read.
 
-    Decoding changes no text, so any known strategy is taken, and none is used.
+    Decoding does not change the text, so every known strategy is accepted and ignored.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class ReferenceEngine:
         self._closed = ""
 
     def submit(self, request: Request) -> Stream:
-        """Begin with a request. Raises ValueError and ClusterError as `Engine.submit` does."""
+        """Begin a request. Raises ValueError and ClusterError as `Engine.submit` does."""
         if (decoding := request.decoding) is not None:
             strategy_config(decoding.strategy, decoding.parameters, where="decoding")
             if decoding.drafter:
@@ -165,7 +165,7 @@ class ReferenceEngine:
         return stream
 
     def _advance(self, number: int) -> bool:
-        """The next token of one request; False where it is over."""
+        """Compute the next token of one request; return False if it is over."""
         with self._lock:
             state = self._open.get(number)
             if state is None:
@@ -184,7 +184,7 @@ class ReferenceEngine:
             return True
 
     def _next_token(self, state: _OpenRequest) -> FinishReason | None:
-        """Compute a token and give it to the reader; returns why the request ends, if it does."""
+        """Compute a token and give it to the reader; return the finish reason, if any."""
         if state.limit < 1:
             raise ValueError(f"the prompt fills the context of {self.target.max_context} tokens")
         token, _ = next(state.chosen)
@@ -225,7 +225,7 @@ class ReferenceEngine:
         state.stream.put_counts({})
 
     def status(self) -> EngineStatus:
-        """The engine now; it has no stages."""
+        """Return the present status; it has no stages."""
         with self._lock:
             return EngineStatus(
                 healthy=not self._closed,
@@ -247,7 +247,7 @@ class ReferenceEngine:
         return not self._open
 
     def forget(self) -> None:
-        """Nothing is learnt here. Raises as `Engine.forget` does."""
+        """Do nothing, since nothing is learnt. Raises as `Engine.forget` does."""
         with self._lock:
             if self._open:
                 raise ValueError(f"{len(self._open)} requests are open")
@@ -255,7 +255,7 @@ class ReferenceEngine:
                 raise ClusterError("reference", CLOSED)
 
     def close(self) -> None:
-        """End open requests with an error; they keep the tokens that they have."""
+        """End open requests with an error; they keep their tokens."""
         with self._lock:
             self._closed = CLOSED
             for state in list(self._open.values()):

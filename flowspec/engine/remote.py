@@ -1,4 +1,4 @@
-"""RemoteEngine: a head somewhere else as an engine, over its encrypted control connection."""
+"""RemoteEngine: the client of a head elsewhere, over its encrypted control connection."""
 
 import contextlib
 import logging
@@ -58,19 +58,19 @@ from flowspec.transport.secure.keys import Keys
 
 log = logging.getLogger(__name__)
 HANDSHAKE_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 5.0  # of a question that a head answers at once
+ANSWER_TIMEOUT_S = 5.0  # for a question that a head answers at once
 POLL_S = 0.2
 MIN_FILES = 32
 HUNG_UP = "this client has hung up"
-SILENCE_S = 10.0  # of a head that serves requests, until it is asked whether it is there
-FORGOTTEN_AFTER = 3  # statuses, each after so long a silence, that say it serves nobody
-MAX_REMEMBERED = 256  # requests that are over, whose stage counts and epochs may be asked for
-MAX_REPLIES = 16  # that wait for who has asked
+SILENCE_S = 10.0  # silence of a serving head after which it is asked
+FORGOTTEN_AFTER = 3  # statuses, each after so long a silence, without open requests
+MAX_REMEMBERED = 256  # finished requests whose stage counts and epochs may be asked for
+MAX_REPLIES = 16  # that wait to be read
 
 
 @dataclass(slots=True)
 class _RemoteRequest:
-    """A request that is not over, and what has come of its answer."""
+    """An open request, and its answer so far."""
 
     stream: Stream
     tokens: list[int] = field(default_factory=list)
@@ -80,8 +80,8 @@ class _RemoteRequest:
 class RemoteEngine:
     """A connection to the head at host:port. Use it with `with`.
 
-    Raises ClusterError where it cannot be had, with why; RefusedError where the token is another.
-    The head's own place in errors is its address.
+    Raises ClusterError, with the reason, if it cannot connect, and RefusedError if the token is
+    wrong. Errors name the head by its address.
     """
 
     def __init__(self, host: str, port: int, keys: Keys) -> None:
@@ -91,15 +91,15 @@ class RemoteEngine:
         if reason := self.control.connect(HANDSHAKE_TIMEOUT_S):
             self.control.close()
             raise (RefusedError if WRONG_TOKEN in reason else ClusterError)("head", reason)
-        self.epochs: dict[int, tuple[int, int]] = {}  # of finished requests: first and last
+        self.epochs: dict[int, tuple[int, int]] = {}  # first and last epoch of finished requests
         self._ids = count(1)
         self._lock = threading.Lock()
         self._open: dict[int, _RemoteRequest] = {}
-        self._over: dict[int, Stream] = {}  # the newest that have ended
+        self._over: dict[int, Stream] = {}  # the newest finished requests
         self._outbox: queue.SimpleQueue[Control] = queue.SimpleQueue()
         self._replies: queue.Queue[Control] = queue.Queue(MAX_REPLIES)
         self._asking = threading.Lock()  # one question at a time waits for `_replies`
-        self._error: ClusterError | None = None  # why nothing more can be asked
+        self._error: ClusterError | None = None  # the reason why nothing more can be asked
         self._closing = threading.Event()
         self._draining = False
         self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
@@ -120,15 +120,16 @@ class RemoteEngine:
     # Any thread ----------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> Stream:
-        """Ask the head; the prompt is made into tokens there.
+        """Send a request to the head, which makes its prompt into tokens.
 
-        Raises ValueError for what no head takes, ClusterError where the connection is lost.
+        Raises ValueError for a request that no head accepts, and ClusterError if the connection is
+        lost.
         """
         self._check_open()
         ask = ask_of(request, next(self._ids))
         stream = Stream(ask.id, abort=self._drop, ask_counts=self._ask_counts)
         with self._lock:
-            self._check_open()  # whoever ends the connection ends what is registered before
+            self._check_open()  # ending the connection ends the requests registered before
             if not self._open:
                 self._heard_at, self._has_asked, self._num_idle = time.monotonic(), False, 0
             self._open[ask.id] = _RemoteRequest(stream)
@@ -136,7 +137,7 @@ class RemoteEngine:
         return stream
 
     def status(self) -> EngineStatus:
-        """The cluster now. Raises ClusterError where the head does not answer or refuses."""
+        """Return the cluster's status. Raises ClusterError if the head gives none."""
         now = self.cluster_status()
         return EngineStatus(
             healthy=now.healthy,
@@ -162,7 +163,7 @@ class RemoteEngine:
         )
 
     def cluster_status(self) -> ClusterStatus:
-        """All that the head says of its devices. Raises like `status`."""
+        """Return the head's full status of its devices. Raises as `status` does."""
         found = self._question(AskStatus(version=flowspec.__version__), ClusterStatus)
         assert isinstance(found, ClusterStatus)
         return found
@@ -176,9 +177,9 @@ class RemoteEngine:
         return not self._open
 
     def forget(self) -> None:
-        """Have the head learn costs and acceptance anew.
+        """Make the head forget learnt costs and acceptance.
 
-        Raises ValueError where it serves requests, ClusterError where it does not answer.
+        Raises ValueError if it serves requests, and ClusterError if it does not answer.
         """
         question = Forget(id=next(self._ids))
         found = self._question(question, Forgotten)
@@ -187,7 +188,7 @@ class RemoteEngine:
             raise ValueError(found.why)
 
     def close(self) -> None:
-        """Hang up; what is open ends. Safe to call twice."""
+        """Close the connection; open requests end. It is safe to call twice."""
         self._closing.set()
         self.control.wake()
         if self._thread is not threading.current_thread():
@@ -206,7 +207,7 @@ class RemoteEngine:
 
     def _check(self) -> None:
         if self._error is not None:
-            raise self._error.with_traceback(None)  # else it grows with every time
+            raise self._error.with_traceback(None)  # otherwise it grows every time
         if self._closing.is_set():
             raise ClusterError(self.where, HUNG_UP)
 
@@ -216,7 +217,7 @@ class RemoteEngine:
             raise ClusterError(self.where, "this client takes no more requests: it is draining")
 
     def _question(self, message: Control, kind: type[Control]) -> Control:
-        """The answer to a question that a head answers at once."""
+        """Return the answer to a question that a head answers at once."""
         with self._asking:
             self._check()
             self._clear_replies()
@@ -266,7 +267,7 @@ class RemoteEngine:
             self.control.close()
 
     def _fail(self, error: ClusterError) -> None:
-        """Nothing more can be asked; what is open ends."""
+        """End open requests: nothing more can be asked."""
         with self._lock:
             self._error = error
         self._end_all(Failure(cause=error.cause, rank=0))
@@ -291,7 +292,7 @@ class RemoteEngine:
             case Refuse() if self._open and not self._asking.locked():
                 raise RefusedError(self.where, message.why)
             case Refuse() | ClusterStatus() | Forgotten():
-                with contextlib.suppress(queue.Full):  # nobody waits for it
+                with contextlib.suppress(queue.Full):  # no thread waits for it
                     self._replies.put_nowait(message)
 
     def _piece(self, message: Piece) -> None:
@@ -350,10 +351,10 @@ class RemoteEngine:
         for request in list(self._open):
             self._end(request, FinishReason.ERROR, error=failure)
         for stream in list(self._over.values()):
-            stream.put_counts(None)  # nobody says them any more
+            stream.put_counts(None)  # they will never come
 
     def _watch(self) -> None:
-        """Ask a head that says nothing whether it is there; raises ClusterError where it is not."""
+        """Ask a silent head whether it is there. Raises ClusterError if it is not."""
         if not self.control.is_connected:
             raise ClusterError(self.where, "connection lost")
         if not self._open:
@@ -367,9 +368,9 @@ class RemoteEngine:
             raise ClusterError(self.where, f"no word from it for {silence_s:.0f} s")
 
     def _note_word(self, message: Control) -> None:
-        """The head lives. Raises ClusterError where it says again and again that it serves nobody.
+        """Note a sign of life. Raises ClusterError if the head keeps saying that it serves none.
 
-        A status that another thread has asked for says nothing of the open requests.
+        A status that another thread has asked for says nothing about open requests.
         """
         if isinstance(message, ClusterStatus) and not self._has_asked:
             return
@@ -383,7 +384,7 @@ class RemoteEngine:
 
 
 def ask_of(request: Request, number: int) -> Ask:
-    """A request as a control message. Raises ValueError for what cannot be sent."""
+    """Return a request as a control message. Raises ValueError for what cannot be sent."""
     prompt = request.prompt
     turns: Sequence[object] = ()
     tokens: tuple[int, ...] = ()
@@ -422,7 +423,7 @@ def ask_of(request: Request, number: int) -> Ask:
 
 
 def _why_invalid(error: ValidationError) -> str:
-    """The first thing that is wrong with an Ask, for a person."""
+    """Return the first error of an Ask, for the user."""
     first = error.errors(include_url=False)[0]
     place, value, limits = first["loc"], first["input"], first.get("ctx", {})
     kind = first["type"]
@@ -451,7 +452,7 @@ def _too_long(size: int) -> str:
 
 
 def _sampling_fields(sampling: SamplingParams) -> dict[str, object]:
-    """What an Ask has of it: a request has taken the limits out."""
+    """Return the fields of an Ask; a request has taken the limits out of the parameters."""
     fields = asdict(sampling)
     return {name: value for name, value in fields.items() if name not in ("max_tokens", "stop")}
 

@@ -33,7 +33,7 @@ class SimulatedEngine:
     """Head and stages under one Simulator; reading a stream advances the clock.
 
     Times in its statistics are virtual seconds. What an ablation of the head's own strategy takes
-    away from the pipeline itself is taken away here (simulator/ablated.py).
+    away from the pipeline is taken away here (simulator/ablated.py).
     """
 
     def __init__(  # noqa: PLR0913 - what a simulator charges, by kind
@@ -59,18 +59,18 @@ class SimulatedEngine:
         )
         self._lock = threading.RLock()
         self._newest_id = 0
-        self._newest_at = 0.0  # when the newest request begins
+        self._newest_at = 0.0  # begin of the newest request
         self._streams: dict[int, Stream] = {}
-        self._begins: dict[int, float] = {}  # when each of them begins
+        self._begins: dict[int, float] = {}  # begin of each request
         self._counts_due: dict[int, Stream] = {}
         self._num_finished = self._num_failed = 0
         self._closed = ""
 
     def submit(self, request: Request, *, at: float | None = None) -> Stream:
-        """Begin with a request now, or `at` a later virtual time in seconds.
+        """Begin a request now, or `at` a later virtual time in seconds.
 
-        A request that brings an id keeps it; it must be above those before. Raises ValueError
-        where its time is before that of an earlier one: the head takes ids in rising order.
+        A request that brings an id keeps it; it must be above earlier ones. Raises ValueError if
+        its time is before that of an earlier request, since the head takes ids in rising order.
         Otherwise raises as `Engine.submit` does.
         """
         with self._lock:
@@ -95,21 +95,21 @@ class SimulatedEngine:
         return stream
 
     def abort(self, request: int) -> None:
-        """End a request, at the earliest when it begins; what is on its way still arrives."""
+        """End a request, at the earliest when it begins; messages in flight still arrive."""
         with self._lock:
             self.simulator.submit(AbortRequest(request=request), at=self._begins.get(request))
             while request in self._streams and self.step():
                 pass
 
     def step(self) -> bool:
-        """One event; False when nothing is left to happen.
+        """Process one event; return False if none is left.
 
-        Open requests then end with an error: the pipeline has stopped without a reason.
+        Then open requests end with an error: the pipeline has stopped without a reason.
         """
         with self._lock:
             try:
                 went_on = self.simulator.step()
-            except ClusterError as error:  # it is busy without end
+            except ClusterError as error:  # it never becomes idle
                 self._end_all(Failure(cause=error.cause, rank=0))
                 return False
             self._deliver_all()
@@ -134,7 +134,7 @@ class SimulatedEngine:
             self._counts_due[event.request] = stream
         stream.put(event)
         if not self._streams:
-            self.simulator.run()  # what is on its way still arrives
+            self.simulator.run()  # messages in flight still arrive
 
     def _deliver_counts(self) -> None:
         for request, stream in list(self._counts_due.items()):
@@ -145,24 +145,24 @@ class SimulatedEngine:
                 stream.put_counts(counts)
 
     def _abandon(self, failure: Failure) -> None:
-        """Open requests end with this failure and with what was generated so far."""
+        """End open requests with this failure; they keep their tokens."""
         self.simulator.deliver(HEAD, AbandonRequests(failure=failure))
         self._deliver_all()
         self._end_all(failure)
 
     def _end_all(self, failure: Failure) -> None:
-        """Requests that are still open end with this failure, whatever the head knows of them."""
+        """End open requests with this failure, even those that the head does not know."""
         for request, stream in list(self._streams.items()):
             del self._streams[request], self._begins[request]
             self._num_failed += 1
             stream.put(RequestOutput(request=request, reason=FinishReason.ERROR, error=failure))
 
     def stages_status(self) -> dict[int, StageStatus]:
-        """The newest totals of each stage, by rank."""
+        """Return the newest totals of each stage, by rank."""
         return {rank: stage_status(one) for rank, one in self.head.statuses.items()}
 
     def status(self) -> EngineStatus:
-        """The engine now, in virtual time."""
+        """Return the present status, in virtual time."""
         scheduler = self.head.scheduler
         return EngineStatus(
             healthy=not self._closed,
@@ -213,9 +213,9 @@ class SimulatedEngine:
 def emulated_engine(
     config: EngineConfig, parts: HeadParts, stages: Sequence[Stage], emulation: Emulation
 ) -> SimulatedEngine:
-    """A fresh head and fresh stages over loaded models, on the clock of `emulation`.
+    """Return a fresh head and fresh stages over loaded models, on the clock of `emulation`.
 
-    Raises ValueError where the split has another number of stages.
+    Raises ValueError if the split has another number of stages.
     """
     emulation.check_stages(len(stages))
     fresh = [

@@ -1,4 +1,4 @@
-"""A stage process: loads its layers, then serves until told to stop or its parent is gone."""
+"""A stage process loads its layers and serves until it is told to stop or its parent is gone."""
 
 import traceback
 from pathlib import Path
@@ -21,7 +21,7 @@ IDLE_WAIT_S = 5.0  # an idle stage wakes this often; messages wake it at once
 
 
 class StageConfig(Config):
-    """What the process of a stage is started with: its place, and how and where it computes."""
+    """The configuration of a stage process: its place, its numerics and its device."""
 
     split_folder: Path
     socket_folder: str = ""
@@ -37,7 +37,7 @@ class StageConfig(Config):
 
 
 def read_stage_config(file: Path) -> StageConfig:
-    """What the head has written for a stage. Raises ValueError."""
+    """Read the configuration that the head has written for a stage. Raises ValueError."""
     text = file.read_bytes()
     if len(text) > MAX_BYTES:
         raise ValueError(f"{file} is larger than {MAX_BYTES} bytes; is it a stage's configuration?")
@@ -45,7 +45,7 @@ def read_stage_config(file: Path) -> StageConfig:
 
 
 def run_worker(config: StageConfig) -> int:
-    """Serve as stage `rank` of a local cluster; returns the exit code."""
+    """Serve as stage `rank` of a local cluster; return the exit code."""
     transport = local_transport(
         config.transport,
         config.rank,
@@ -60,7 +60,7 @@ def run_worker(config: StageConfig) -> int:
 
 
 def serve(config: StageConfig, transport: Transport, pace: Pace | None = None) -> int:
-    """Load, serve until told to stop, return the exit code. The head learns of every failure."""
+    """Load and serve until told to stop; return the exit code. The head is told every failure."""
     torch.set_num_threads(config.local.threads)
     trace = open_trace(config.trace_file, config.rank)
     epoch, stage = config.epoch, None
@@ -90,7 +90,7 @@ def serve(config: StageConfig, transport: Transport, pace: Pace | None = None) -
         _report_lost(config, transport, error, stage.epoch if stage else epoch)
         return 1
     except Exception as error:
-        # The head must hear of it whatever it was; the traceback is for this process's log.
+        # The head must be told of any error; the traceback is for this process's log.
         traceback.print_exc()
         text, epoch = cause_of(error), stage.epoch if stage else epoch
         transport.send(HEAD, Failed(epoch=epoch, stage=config.rank, request=0, text=text))

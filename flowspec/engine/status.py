@@ -1,4 +1,4 @@
-"""What engines say of their stages, from the stages' own messages."""
+"""Turns the stages' own messages into the status that engines report."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -11,7 +11,7 @@ _COUNTED = ("busy_s", "num_segments", "num_rows_run", "num_rows_pruned")
 
 
 def stage_status(status: Status) -> StageStatus:
-    """A stage's totals, as clients see them."""
+    """Return a stage's totals in the form that clients see."""
     return StageStatus(
         busy_s=status.busy_s,
         num_segments=status.num_segments,
@@ -24,7 +24,7 @@ def stage_status(status: Status) -> StageStatus:
 
 
 def progress_of(running: Iterable[RequestState]) -> RunningProgress:
-    """What the running requests have come to together."""
+    """Return the progress of the running requests taken together."""
     stats = [request.stats for request in list(running) if request.stats.num_tokens]
     return RunningProgress(
         num_decoded=sum(one.num_tokens - 1 for one in stats),
@@ -34,19 +34,19 @@ def progress_of(running: Iterable[RequestState]) -> RunningProgress:
 
 
 class StageTotals:
-    """Adds to a stage's status what the processes before its present one had counted."""
+    """Adds the counts of a stage's earlier processes to its present status."""
 
     def __init__(self) -> None:
         self._newest: dict[int, Status] = {}  # of each stage's present process
-        self._ended: dict[int, Status] = {}  # sums over those before it
+        self._ended: dict[int, Status] = {}  # sums over its earlier processes
 
     def of(self, statuses: Mapping[int, Status]) -> dict[int, Status]:
-        """`statuses` with the counts of all processes; they are remembered for `lose`."""
+        """Return `statuses` with the counts of all processes, and remember them for `lose`."""
         self._newest.update(statuses)
         return {rank: self._sum(rank, status) for rank, status in statuses.items()}
 
     def lose(self, ranks: Iterable[int]) -> None:
-        """These stages' processes have ended; the next ones begin at 0."""
+        """Note that these stages' processes have ended; the next ones begin at 0."""
         for rank in ranks:
             if (last := self._newest.pop(rank, None)) is not None:
                 self._ended[rank] = self._sum(rank, last)

@@ -15,12 +15,12 @@ from flowspec.system import signals
 
 log = logging.getLogger(__name__)
 POLL_S = 0.2  # between two looks at the signals while an event is awaited
-STAGE_COUNTS_S = 3.0  # that the answer to `stage_stats` may take; engines know after 2 s
+STAGE_COUNTS_S = 3.0  # limit for the answer to `stage_stats`; engines know after 2 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """Why an answer waits, for a person: a device is lost, layers are on their way."""
+    """Why an answer waits, for the user: a device is lost, or layers are on their way."""
 
     text: str
 
@@ -29,11 +29,11 @@ Event: TypeAlias = TokensOut | Notice | RequestOutput
 
 
 class Stream:
-    """One request of an engine. The last event is its RequestOutput.
+    """The events of one request of an engine. The last event is its RequestOutput.
 
-    A reader that is slow gets tokens that came meanwhile as one event, so the memory that waits
-    for it is bounded by the answer's own. `advance`, where an engine has a clock of its own, is
-    called instead of waiting; it returns False when nothing is left to happen.
+    A slow reader gets the tokens that came meanwhile as one event, so the memory that waits for it
+    is bounded by the answer's own. An engine with its own clock gives `advance`, which is called
+    instead of waiting; it returns False when no event is left.
     """
 
     def __init__(
@@ -45,21 +45,21 @@ class Stream:
         advance: Callable[[], bool] | None = None,
     ) -> None:
         self.request = request
-        self.output: RequestOutput | None = None  # once it is over
+        self.output: RequestOutput | None = None  # once the request is over
         self._abort, self._ask_counts, self._advance = abort, ask_counts, advance
         self._changed = threading.Condition()
         self._tokens: list[int] = []  # not read yet
-        self._texts: list[str] = []  # that of these tokens
+        self._texts: list[str] = []  # the text of these tokens
         self._notices: list[Notice] = []  # not read yet
-        self._is_read = False  # the output has been given out
+        self._is_read = False  # the output was read
         self._counts: Mapping[int, StageCounts] | None = None
-        self._is_counted = False  # the counts are here, or will never be
+        self._is_counted = False  # the counts have come, or never will
         self._listeners: list[Callable[[], None]] = []
 
     # The engine's side ---------------------------------------------------------------------------
 
     def put(self, event: Event) -> None:
-        """Something has happened. Nothing happens after the output."""
+        """Add an event. Nothing may follow the output."""
         with self._changed:
             if self.output is not None:
                 return
@@ -75,7 +75,7 @@ class Stream:
             self._wake()
 
     def put_counts(self, counts: Mapping[int, StageCounts] | None) -> None:
-        """What each stage did for the request, which is over; None: they will not say."""
+        """Add the stages' work for the finished request; None: it will not come."""
         with self._changed:
             if not self._is_counted:
                 self._counts, self._is_counted = counts, True
@@ -95,7 +95,7 @@ class Stream:
     # The reader's side ---------------------------------------------------------------------------
 
     def abort(self) -> None:
-        """End the request now. Its output says `cancelled`; one that is over stays as it is."""
+        """End the request now. Its output says `cancelled`; a finished one stays as it is."""
         if self.output is None:
             self._abort(self.request)
 
@@ -108,7 +108,7 @@ class Stream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Whoever leaves before the end takes the request back."""
+        """Abort the request if the reader leaves before the end."""
         self.abort()
 
     def __iter__(self) -> Iterator[Event]:
@@ -116,7 +116,7 @@ class Stream:
             yield event
 
     def poll(self) -> Event | None:
-        """The next event, if there is one now."""
+        """Return the next event, or None if there is none now."""
         with self._changed:
             return self._take()
 
@@ -128,7 +128,7 @@ class Stream:
                 listener()
 
     def result(self, timeout_s: float | None = None) -> RequestOutput:
-        """The whole answer. Raises TimeoutError where it is not over after `timeout_s`."""
+        """Return the whole answer. Raises TimeoutError if it is not over after `timeout_s`."""
         end = None if timeout_s is None else time.monotonic() + timeout_s
         while self.output is None:
             if end is not None and time.monotonic() >= end:
@@ -149,7 +149,7 @@ class Stream:
             yield event
 
     async def _arrival(self) -> None:
-        """Until there may be something to read."""
+        """Wait until there may be something to read."""
         if self._advance is not None:
             if not self._advance() and not self._has_event() and not self._is_read:
                 raise self._stands_still()
@@ -175,9 +175,9 @@ class Stream:
         return self._is_counted
 
     def stage_stats(self, timeout_s: float = STAGE_COUNTS_S) -> Mapping[int, StageCounts] | None:
-        """What each stage did for the request, by rank, once it is over.
+        """Return each stage's work for the finished request, by rank.
 
-        None where the stages have not said so within `timeout_s`: a lost stage never does.
+        Returns None if the stages have not reported it within `timeout_s`; a lost stage never does.
         """
         self.result()
         if not self._is_counted:
@@ -189,7 +189,7 @@ class Stream:
         return self._counts
 
     def _next(self) -> Event | None:
-        """Waits for the next event; None after the last one."""
+        """Wait for the next event and return it; None after the last one."""
         while True:
             event = self.poll()
             if event is not None or self._is_read:
@@ -218,7 +218,7 @@ class Stream:
         return None
 
     def _wait(self, is_there: Callable[[], bool], timeout_s: float = POLL_S) -> bool:
-        """Wait a little; False where nothing is left to happen."""
+        """Wait a little; return False if no event is left."""
         signals.check()
         if self._advance is not None:
             return self._advance()

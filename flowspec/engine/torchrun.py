@@ -1,6 +1,6 @@
-"""A cluster whose processes torchrun has started: rank 0 is the head, every other one a stage.
+"""TorchrunEngine: a cluster whose processes torchrun has started; rank 0 is the head.
 
-All run the same command. The head prepares the split and tells the stages where they all meet.
+All processes run the same command. The head prepares the split and tells the stages where it is.
 """
 
 import os
@@ -26,14 +26,14 @@ from flowspec.transport.torch_dist import TorchDistTransport, hear, meet_by_torc
 from flowspec.transport.torch_link import Meeting
 from flowspec.weights.split_plan import parse_layers
 
-PREPARE_TIMEOUT_S = 3600.0  # the head may have to fetch and split a model first
+PREPARE_TIMEOUT_S = 3600.0  # the head may have to download and split a model first
 START_TIMEOUT_S = 120.0
 HEAR_S = 1.0  # torch waits in C, where no signal is noticed
 _ORDER = "order"
 
 
 class Order(Config):
-    """What the head tells every stage; on what and with how many threads is each machine's own."""
+    """The head's settings for every stage; devices and threads are each machine's own."""
 
     split: str  # folder, the same on every machine
     traces: str  # folder; empty: no trace
@@ -41,18 +41,18 @@ class Order(Config):
 
 
 def own_device(config: EngineConfig, launch: Launch) -> str:
-    """What this process computes on."""
+    """Return the device of this process."""
     return rank_device(config.transport, config.local.device, launch.local_rank)
 
 
 def _meet(config: EngineConfig, launch: Launch) -> Meeting:
-    """Where all of them meet. Raises ValueError where torch or this machine cannot do it."""
+    """Return the meeting point. Raises ValueError if torch or this machine cannot do it."""
     gpu = own_device(config, launch) if config.transport == "nccl" else ""
     return meet_by_torchrun(gpu=gpu)
 
 
 def fit_to_launch(config: EngineConfig, launch: Launch) -> EngineConfig:
-    """The run that torchrun's processes make. Raises ValueError where the two contradict."""
+    """Return the run of torchrun's processes. Raises ValueError if the two contradict."""
     have = f"torchrun started {launch.num_stages + 1} processes"
     if launch.num_stages < 1:
         raise ValueError(f"{have}; a head and one stage are 2: --nproc_per_node 2 or more")
@@ -68,7 +68,7 @@ def fit_to_launch(config: EngineConfig, launch: Launch) -> EngineConfig:
 
 
 def serve_rank(config: EngineConfig, launch: Launch) -> int:
-    """Be a stage until the head says stop or is lost; returns the exit code."""
+    """Be a stage until the head stops it or is lost; return the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the head ends the stages
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     meeting = _meet(config, launch)
@@ -78,7 +78,7 @@ def serve_rank(config: EngineConfig, launch: Launch) -> int:
         return 1
     order = Order.model_validate_json(text)
     traces = Path(order.traces)
-    # on another machine than the head's there is no such folder, and nobody to collect from it
+    # on another machine the folder does not exist, and nothing collects from it
     trace_file = trace_path(traces, launch.rank) if order.traces and traces.is_dir() else None
     stage = StageConfig(
         split_folder=Path(order.split),
@@ -94,14 +94,14 @@ def serve_rank(config: EngineConfig, launch: Launch) -> int:
 
 @dataclass(slots=True)
 class Elsewhere:
-    """A stage that somebody else started and ends; its connection says whether it is there."""
+    """A stage process that torchrun starts and ends; its connection shows whether it lives."""
 
     pid: str
     is_lost: Callable[[], bool]
     stopping: bool = field(default=False)
 
     def poll(self) -> int | None:
-        """The exit code 0 once it is told to stop and its connection has ended, else None."""
+        """Return 0 once it is told to stop and its connection has ended, otherwise None."""
         return 0 if self.stopping and self.is_lost() else None
 
     def terminate(self) -> None:
@@ -140,7 +140,8 @@ class TorchrunEngine(LocalEngine):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # When a process has died torchrun sends all others SIGTERM: who it was is worth telling.
+        # When a process has died torchrun sends SIGTERM to all others; the error names the dead
+        # one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         ended = kind is not None and issubclass(kind, signals.EndedBySignal)
         lost = self._find_lost() if ended else None
@@ -159,10 +160,10 @@ class TorchrunEngine(LocalEngine):
         return None
 
     def _explain(self, error: ClusterError) -> ClusterError:
-        return error  # how the process ended is torchrun's to know
+        return error  # only torchrun knows how the process ended
 
     def close(self) -> None:
-        """Tell the stages to stop and wait a little for them to go. Safe to call twice."""
+        """Tell the stages to stop and wait a little for them. It is safe to call twice."""
         for child in self.children.values():
             assert isinstance(child, Elsewhere)
             child.stopping = True

@@ -1,1 +1,1 @@
-"""Messages between head and stages, and between head, devices and clients."""
+"""The messages between head and stages, and between head, devices and clients."""

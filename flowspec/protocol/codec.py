@@ -1,8 +1,8 @@
 """Data messages as frames: a JSON header, and each tensor's bytes as a raw frame after it.
 
 The header is the protocol's name, one byte with its version, and the message as JSON (see
-schema.py). No pickle. Nothing is allocated for what a header only claims: a tensor is a view of a
-frame that has come, so its shape and dtype must account for each of the frame's bytes.
+schema.py). Nothing is pickled. Nothing is allocated for what a header claims: a tensor is a view of
+a frame that has come, so its shape and dtype must account for each of the frame's bytes.
 docs/wire_protocol.md describes the messages.
 """
 
@@ -44,24 +44,24 @@ _CODEC: MessageCodec[WireMessage] = MessageCodec(WireMessage, max_bytes=MAX_HEAD
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in _DTYPES.items()}
 
-# Frames are read-only and so is the use of the tensors that look into them.
+# Frames are read-only, and the tensors that view them are only read.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
 def encode(message: WireMessage) -> list[Frame]:
-    """Frames of a message. A tensor that lies contiguous on the CPU is not copied."""
+    """Return the frames of a message. A tensor that is contiguous on the CPU is not copied."""
     return [_on_host(frame) for frame in encode_tensors(message)]
 
 
 def encode_tensors(message: WireMessage) -> list[Frame | Tensor]:
-    """Like `encode`, but a tensor is a flat tensor of bytes on the device where it lies."""
+    """Encode like `encode`, but give each tensor as a flat tensor of bytes on its own device."""
     tensors = _Leaving()
     header = _BEGIN + _CODEC.encode(message, tensors)
     return [header, *tensors.frames]
 
 
 def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
-    """The message in `frames`, as of either encoder. Raises WireError naming what is wrong."""
+    """Return the message in `frames` of either encoder. Raises WireError naming what is wrong."""
     if not 1 <= len(frames) <= MAX_FRAMES:
         raise WireError(f"a message has 1 to {MAX_FRAMES} frames, not {len(frames)}")
     tensors = _Arrived(frames[1:])
@@ -71,7 +71,7 @@ def decode(frames: Sequence[Frame | Tensor]) -> WireMessage:
 
 
 def _json_of(header: Frame | Tensor) -> bytes:
-    """The JSON of a header whose beginning and length are right."""
+    """Return the JSON of a header after checking its beginning and length."""
     if isinstance(header, Tensor):
         raise WireError("the header is a tensor")
     begin = bytes(header[: len(_BEGIN)])
@@ -96,23 +96,23 @@ class _Leaving:
         self.frames: list[Tensor] = []
 
     def put(self, tensor: Tensor) -> TensorRef:
-        """Add a frame with the tensor's bytes; how the header refers to it."""
+        """Add a frame with the tensor's bytes; return the header's reference to it."""
         shape, name = tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype]
         tensor = tensor.detach().contiguous()
-        # a dimension of one element may keep any stride, which view(uint8) would refuse
+        # A dimension of one element may keep any stride, which view(uint8) would refuse.
         flat = tensor.as_strided((tensor.numel(),), (1,))
         self.frames.append(flat.view(torch.uint8))
         return TensorRef(frame=len(self.frames), dtype=name, shape=shape)
 
 
 class _Arrived:
-    """Gives the frames of a message that is being decoded as tensors, each once."""
+    """Gives the frames of a message that is being decoded as tensors, each one once."""
 
     def __init__(self, frames: Sequence[Frame | Tensor]) -> None:
         self._frames: list[Frame | Tensor | None] = list(frames)
 
     def take(self, ref: TensorRef) -> Tensor:
-        """The tensor that `ref` describes. Raises ValueError where its frame is not that."""
+        """Return the tensor that `ref` describes. Raises ValueError if its frame does not match."""
         if ref.frame > len(self._frames):
             raise ValueError(f"frame {ref.frame} is named, {len(self._frames)} follow the header")
         frame, self._frames[ref.frame - 1] = self._frames[ref.frame - 1], None
@@ -131,7 +131,7 @@ class _Arrived:
         return torch.frombuffer(frame, dtype=dtype).view(ref.shape)
 
     def check_all_taken(self) -> None:
-        """Raises WireError where a frame belongs to no tensor of the message."""
+        """Raise WireError if a frame belongs to no tensor of the message."""
         if left := sum(frame is not None for frame in self._frames):
             raise WireError(f"{left} of {len(self._frames)} frames after the header are not named")
 

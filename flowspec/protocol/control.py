@@ -1,7 +1,7 @@
 """The control protocol of a cluster: JSON objects over the encrypted control socket.
 
-Activations never travel here; they have the data plane. Every text and list has a length cap, the
-frame itself is capped by the socket before it is read. docs/cluster.md has the order.
+Activations travel on the data channel, never here. Every text and list has a length cap, and the
+socket caps the frame itself before it is read. docs/cluster.md has the order of the messages.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,7 @@ from flowspec.request import DecodeStats, Decoding, Failure, FailureKind, Finish
 from flowspec.system.address import as_seen_here
 
 MAX_MESSAGE_BYTES = 1 << 20
-MAX_ASK_BYTES = (
-    16 << 20
-)  # a conversation alone may be so long: over 100 bytes for each of 128k tokens
+MAX_ASK_BYTES = 16 << 20  # a conversation may be so long: over 100 bytes for each of 128k tokens
 MAX_STAGES = 256
 
 Words = Annotated[str, Field(max_length=4000)]
@@ -26,17 +24,17 @@ LongText = Annotated[str, Field(max_length=MAX_ASK_BYTES)]
 
 
 class Strict(BaseModel):
-    """Nothing is converted, an unknown key is refused."""
+    """Base of the messages: nothing is converted, and unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-MAX_TOKENS = 1 << 16  # of an answer with figures: all lists below are bounded by it
+MAX_TOKENS = 1 << 16  # of an answer with figures; all lists below are bounded by it
 MAX_BINS = 1500
 MAX_PARAMETERS = 64
 MAX_PROMPT = 1 << 20  # tokens
 MAX_CAUSE = 4000  # characters
-COPIED = (  # from DecodeStats as they are
+COPIED = (  # fields copied from DecodeStats as they are
     *("num_tokens", "num_verdicts", "num_segments", "num_rows_sent", "num_draft_forwards"),
     *("num_prompt_reused", "run_length", "num_not_drafted", "num_not_in_flight"),
     *("num_nodes_alive", "num_resumes", "num_prefills", "resume_s", "draft_s"),
@@ -47,14 +45,14 @@ Value = bool | Int64 | Annotated[float, Field(allow_inf_nan=False)]
 
 
 class DecodingSpec(Strict):
-    """Which strategy, with which parameters, and which drafter answer a request."""
+    """The strategy, its parameters and the drafter that answer a request."""
 
     strategy: Name
     parameters: Annotated[Mapping[Name, Value], Field(max_length=MAX_PARAMETERS)] = {}
-    drafter: Name = ""  # the first one that is loaded
+    drafter: Name = ""  # empty: the first one that is loaded
 
     def decoding(self) -> Decoding:
-        """As the head takes it."""
+        """Return the decoding in the head's form."""
         return Decoding(
             strategy=self.strategy, parameters=dict(self.parameters), drafter=self.drafter
         )
@@ -69,19 +67,19 @@ class FailureReport(Strict):
     device: Name = ""
 
     def failure(self) -> Failure:
-        """As engines give it to their clients."""
+        """Return the failure in the form that engines give to clients."""
         return Failure(cause=self.cause, kind=self.kind, rank=self.rank, device=self.device)
 
 
 def report_of(failure: Failure) -> FailureReport:
-    """As a control message may hold it: cut, and without what UTF-8 cannot write."""
+    """Return the failure cut to the message's limits, without what UTF-8 cannot write."""
     cause = failure.cause[:MAX_CAUSE].encode(errors="replace").decode()
     device = failure.device[:200].encode(errors="replace").decode()
     return FailureReport(cause=cause, kind=failure.kind, rank=failure.rank, device=device)
 
 
 class StageFigures(Strict):
-    """What one stage did for one request that is over (`request.StageCounts`)."""
+    """The work of one stage for one finished request (`request.StageCounts`)."""
 
     rank: Annotated[int, Field(ge=1, le=MAX_STAGES)]
     rows_run: Count
@@ -90,10 +88,10 @@ class StageFigures(Strict):
 
 
 class Figures(Strict):
-    """A request's statistics (`request.DecodeStats`), its times counted from its submission.
+    """A request's statistics (`request.DecodeStats`), with times counted from its submission.
 
-    `epoch` is of the stages on which it ended, `first_epoch` of those that were there when it came
-    (0: it came between two).
+    `epoch` is the epoch in which it ended, `first_epoch` the one in which it came (0: between two
+    epochs).
     """
 
     num_tokens: Count
@@ -121,7 +119,7 @@ class Figures(Strict):
 
 
 def figures_of(stats: DecodeStats, *, epoch: int = 0, first_epoch: int = 0) -> Figures:
-    """What a client is told of a request that is over."""
+    """Return the figures that a client receives about a finished request."""
     return Figures(
         **{name: getattr(stats, name) for name in COPIED},
         **{name: max(0.0, getattr(stats, name) - stats.submitted_at) for name in MOMENTS},
@@ -134,7 +132,7 @@ def figures_of(stats: DecodeStats, *, epoch: int = 0, first_epoch: int = 0) -> F
 
 
 def stats_of(figures: Figures) -> DecodeStats:
-    """The statistics they were made from, submitted at 0."""
+    """Return the statistics that the figures were made from, with submission at time 0."""
     bins = dict(figures.latency_bins)
     count = sum(bins.values()) + figures.num_zero_latencies
     return DecodeStats(
@@ -145,11 +143,11 @@ def stats_of(figures: Figures) -> DecodeStats:
 
 
 PROTOCOL_VERSION = 4
-_ASK = b'{"kind":"ask",'  # what `pack` begins it with: no other message may be as long
+_ASK = b'{"kind":"ask",'  # the beginning that `pack` writes; no other message may be as long
 
 
 class ControlError(WireError):
-    """Bytes that are no message of the control protocol."""
+    """Bytes that are not a message of the control protocol."""
 
 
 class Interface(Strict):
@@ -161,7 +159,7 @@ class Interface(Strict):
 
 
 class Link(Strict):
-    """What was measured between a device and the head; 0: not measured."""
+    """The measurements between a device and the head; 0: not measured."""
 
     latency_s: Seconds = 0.0  # half of a small message's round trip
     up_bytes_per_s: Rate = 0.0  # device to head
@@ -169,13 +167,13 @@ class Link(Strict):
 
     @property
     def slower_bytes_per_s(self) -> float:
-        """The slower way that was measured; 0: neither."""
+        """The rate of the slower direction that was measured; 0: none was."""
         rates = [rate for rate in (self.up_bytes_per_s, self.down_bytes_per_s) if rate]
         return min(rates, default=0.0)
 
 
 class DeviceReport(Strict):
-    """What a device has."""
+    """The hardware of a device."""
 
     hostname: Name
     kind: Name  # board or CPU
@@ -183,7 +181,7 @@ class DeviceReport(Strict):
     torch_device: Name = "cpu"
     memory_available_bytes: Count
     memory_total_bytes: Count
-    unified_memory: bool = False  # CPU and GPU share it
+    unified_memory: bool = False  # CPU and GPU share the memory
     disk_free_bytes: Count = 0
     power_mode: Name = ""
     bandwidth_bytes_per_s: Rate = 0.0  # of the memory that weights are read from, measured
@@ -195,39 +193,39 @@ class DeviceReport(Strict):
 
 
 class ModelCard(Strict):
-    """Which model a cluster serves, and how; devices compare it with what they hold."""
+    """The model that a cluster serves and its numerics; devices compare it with what they hold."""
 
     model_id: Name
     model_hash: Name
     stored_dtype: Name = ""
-    numerics: NumericsConfig = NumericsConfig()  # it is computed by
+    numerics: NumericsConfig = NumericsConfig()  # used for computing
 
     def is_same_weights(self, other: "ModelCard") -> bool:
-        """Whether one's files serve the other; what is computed in may differ."""
+        """Return whether the files of one serve the other; the numerics may differ."""
         mine = (self.model_hash, self.stored_dtype)
         return mine == (other.model_hash, other.stored_dtype)
 
 
 class Hello(Strict):
-    """Device to head, first: who it is and what it has."""
+    """Device to head, first: its name and hardware."""
 
     kind: Literal["hello"] = "hello"
     protocol: Count = PROTOCOL_VERSION
     version: Name
-    session: Name  # of this process, random: tells a return from a copy
+    session: Name  # random, of this process: tells a reconnection from a second copy
     name: Name
     report: DeviceReport
     clock: Seconds  # seconds since 1970
-    model: ModelCard | None = None  # what it still holds from before
-    layers: tuple[Count, Count] | None = None  # first and last (exclusive) of what it holds
+    model: ModelCard | None = None  # the model it still holds from before
+    layers: tuple[Count, Count] | None = None  # first and last (exclusive) layer that it holds
     pinned: bool = False  # offline: it can use no other model than `model`
 
 
 class Welcome(Strict):
-    """Head to device: you are in; this is the rhythm of heartbeats."""
+    """Head to device: it is accepted; this is the rhythm of heartbeats."""
 
     kind: Literal["welcome"] = "welcome"
-    name: Name  # how the head calls it: its own, or with a number where two have the same
+    name: Name  # the device's name on the head: its own, or with a number added if two are equal
     version: Name
     heartbeat_s: Seconds
     dead_after_s: Seconds
@@ -235,7 +233,7 @@ class Welcome(Strict):
 
 
 class Refuse(Strict):
-    """Head to a device, or a client of another version: no, and why. `retry`: later perhaps."""
+    """Head to a device or client: it is refused, and why. `retry`: it may try again later."""
 
     kind: Literal["refuse"] = "refuse"
     why: Words
@@ -243,7 +241,7 @@ class Refuse(Strict):
 
 
 class Assign(Strict):
-    """Head to device: these layers are yours in this epoch; fetch what is missing, load them."""
+    """Head to device: its layers in this epoch; it fetches what is missing and loads them."""
 
     kind: Literal["assign"] = "assign"
     epoch: Count
@@ -254,11 +252,11 @@ class Assign(Strict):
     model: ModelCard
     manifest_sha256: Name
     shards: Name  # address of the shard server
-    kv_memory_mb: Count = 0  # for a device that was given none of its own
+    kv_memory_mb: Count = 0  # for a device without a limit of its own
 
 
 class Progress(Strict):
-    """Device to head: how far it is. `phase`: fetch or load."""
+    """Device to head: its progress. `phase`: fetch or load."""
 
     kind: Literal["progress"] = "progress"
     epoch: Count
@@ -269,30 +267,30 @@ class Progress(Strict):
 
 
 class Addresses(Strict):
-    """Where a process listens for its peers."""
+    """The addresses where a process listens for its peers."""
 
     control: Name
     data: Name
 
     def seen_here(self, via: str, zone: str = "") -> "Addresses":
-        """As this machine must write them, which reaches that one, or its head, at `via`."""
+        """Return the addresses for this machine, which reaches that one, or its head, at `via`."""
         control, data = (as_seen_here(url, via, zone) for url in (self.control, self.data))
         return Addresses(control=control, data=data)
 
 
 class StageReady(Strict):
-    """Device to head: loaded and listening at `addresses`."""
+    """Device to head: it has loaded its layers and listens at `addresses`."""
 
     kind: Literal["ready"] = "ready"
     epoch: Count
     model_hash: Name
-    numerics: NumericsConfig  # it computes by
+    numerics: NumericsConfig  # it computes with these
     addresses: Addresses
     num_kv_tokens: Count = 0
 
 
 class Serve(Strict):
-    """Head to device: all are ready; `addresses[k]` is where rank k listens."""
+    """Head to device: all stages are ready; rank k listens at `addresses[k]`."""
 
     kind: Literal["serve"] = "serve"
     epoch: Count
@@ -300,21 +298,21 @@ class Serve(Strict):
 
 
 class Release(Strict):
-    """Head to device: this epoch is over; keep what you have loaded and wait."""
+    """Head to device: this epoch is over; keep the loaded layers and wait."""
 
     kind: Literal["release"] = "release"
     epoch: Count
 
 
 class Standby(Strict):
-    """Head to device: nothing for you now, and why."""
+    """Head to device: it has no work now, and why."""
 
     kind: Literal["standby"] = "standby"
     why: Words
 
 
 class Trouble(Strict):
-    """Device to head: this epoch cannot go on. `lost` is the rank it cannot reach, -1: itself."""
+    """Device to head: this epoch cannot go on. `lost` is the unreachable rank, -1: the device."""
 
     kind: Literal["trouble"] = "trouble"
     epoch: Count
@@ -323,30 +321,30 @@ class Trouble(Strict):
 
 
 class Beat(Strict):
-    """Both ways: alive. The head sends a device's `sent_at` back, which gives the round trip."""
+    """Both ways: heartbeat. The head returns a device's `sent_at`, which gives the round trip."""
 
     kind: Literal["beat"] = "beat"
     sent_at: Seconds = 0.0
     memory_available_bytes: Count = 0
     power_w: Rate = 0.0  # 0: no sensor
-    round_trip_s: Seconds = 0.0  # as the device measured it last
+    round_trip_s: Seconds = 0.0  # the newest that the device measured
 
 
 class Bye(Strict):
-    """Both ways: leaving in order, and why."""
+    """Both ways: the sender leaves in order, and why."""
 
     kind: Literal["bye"] = "bye"
     why: Words
 
 
 class WhoAreYou(Strict):
-    """Head to a peer it does not know (any more): say hello again."""
+    """Head to a peer that it does not know (any more): send Hello again."""
 
     kind: Literal["who"] = "who"
 
 
 class Echo(Strict):
-    """Anybody with the token to the head, which sends it back: round trip and rate of the link."""
+    """Any client or device to the head, which returns it: measures round trip and rate."""
 
     kind: Literal["echo"] = "echo"
     payload: Text = ""
@@ -361,10 +359,10 @@ class Turn(Strict):
 
 
 class Ask(Strict):
-    """Client to head: answer this. `id` is the client's own.
+    """Client to head: answer this request. `id` is the client's own.
 
-    One of `turns` (a conversation) and `prompt` (token ids) is given. `end_ids` replaces the
-    model's own end tokens. An `exclusive` request runs alone.
+    Either `turns` (a conversation) or `prompt` (token ids) is given. `end_ids` replaces the model's
+    own end tokens. An `exclusive` request runs alone.
     """
 
     kind: Literal["ask"] = "ask"
@@ -382,7 +380,7 @@ class Ask(Strict):
     acceptance: Name = "gumbel_coupled"
     stop: Annotated[tuple[Name, ...], Field(max_length=16), FailFast()] = ()
     end_ids: Annotated[tuple[Count, ...], Field(max_length=64, fail_fast=True)] | None = None
-    decoding: DecodingSpec | None = None  # None: as the cluster was served
+    decoding: DecodingSpec | None = None  # None: the cluster's default
     exclusive: bool = False
 
     @model_validator(mode="after")
@@ -393,7 +391,7 @@ class Ask(Strict):
 
 
 class Piece(Strict):
-    """Head to client: more of an answer."""
+    """Head to client: the next part of an answer."""
 
     kind: Literal["piece"] = "piece"
     id: Count
@@ -410,14 +408,14 @@ class Note(Strict):
 
 
 class Done(Strict):
-    """Head to client: the answer is over. `failure` is set where the reason is `error`."""
+    """Head to client: the answer is complete. `failure` is set if the reason is `error`."""
 
     kind: Literal["done"] = "done"
     id: Count
     reason: FinishReason = Field(strict=False)
     failure: FailureReport | None = None
-    prompt_tokens: Count = 0  # 0 where the head did not look at the prompt
-    figures: Figures | None = None  # None where it never came to the head's core
+    prompt_tokens: Count = 0  # 0 if the head did not process the prompt
+    figures: Figures | None = None  # None if it never reached the head's core
 
 
 class Drop(Strict):
@@ -428,14 +426,14 @@ class Drop(Strict):
 
 
 class AskCounts(Strict):
-    """Client to head: what did the stages do for my request `id`, which is over?"""
+    """Client to head: asks for the stages' work for the finished request `id`."""
 
     kind: Literal["ask_counts"] = "ask_counts"
     id: Count
 
 
 class Counts(Strict):
-    """Head to client: what the stages did for a request; None: they have not said so."""
+    """Head to client: the stages' work for a request; None: they have not reported it."""
 
     kind: Literal["counts"] = "counts"
     id: Count
@@ -443,14 +441,14 @@ class Counts(Strict):
 
 
 class Forget(Strict):
-    """Client to head: learn costs and acceptance anew. `id` is the client's own."""
+    """Client to head: forget learnt costs and acceptance. `id` is the client's own."""
 
     kind: Literal["forget"] = "forget"
     id: Count
 
 
 class Forgotten(Strict):
-    """Head to client: it is done, or (with `why`) cannot be done now."""
+    """Head to client: it has forgotten them, or (with `why`) cannot do so now."""
 
     kind: Literal["forgotten"] = "forgotten"
     id: Count
@@ -458,7 +456,7 @@ class Forgotten(Strict):
 
 
 class AskStatus(Strict):
-    """Client to head: how are you? `what` status, or plan for the devices' table."""
+    """Client to head: asks for the status; `what`: status, or plan for the table of devices."""
 
     kind: Literal["ask_status"] = "ask_status"
     protocol: Count = PROTOCOL_VERSION
@@ -466,7 +464,7 @@ class AskStatus(Strict):
 
 
 class ModelSizes(Strict):
-    """Of the model that is served, for planning elsewhere."""
+    """The sizes of the served model, for planning elsewhere."""
 
     layers: Count
     hidden_size: Count
@@ -478,7 +476,7 @@ class ModelSizes(Strict):
 
 
 class DeviceStatus(Strict):
-    """One device as the head sees it."""
+    """One device in the head's view."""
 
     name: Name
     state: Literal["serving", "loading", "spare", "too small", "lost"]
@@ -489,20 +487,20 @@ class DeviceStatus(Strict):
     heartbeat_age_s: Seconds = 0.0
     round_trip_s: Seconds = 0.0
     power_w: Rate = 0.0
-    busy_s: Seconds = 0.0  # computing, since the epoch began
+    busy_s: Seconds = 0.0  # time of computing since the epoch began
     num_kv_tokens: Count = 0
     num_kv_tokens_used: Count = 0
     peak_memory_bytes: Count = 0
 
 
 class ClusterStatus(Strict):
-    """Head to client: the cluster now."""
+    """Head to client: the present status of the cluster."""
 
     kind: Literal["status"] = "status"
     version: Name
     protocol: Count = PROTOCOL_VERSION
     healthy: bool
-    why: Words  # it is, or is not
+    why: Words  # why it is healthy or not
     epoch: Count
     epoch_age_s: Seconds = 0.0
     model: ModelCard
@@ -510,7 +508,7 @@ class ClusterStatus(Strict):
     max_context: Count = 0  # tokens of prompt and answer together
     strategy: Name
     drafter: Name
-    draft_hash: Name = ""  # of the draft model's files; empty where there is none
+    draft_hash: Name = ""  # of the draft model's files; empty if there are none
     code_hash: Name = ""  # of the head's sources
     uptime_s: Seconds
     probe_age_s: Seconds | None  # since a token last crossed every stage
@@ -532,11 +530,11 @@ _CODEC: MessageCodec[Control] = MessageCodec(
 
 
 def pack(message: Control) -> bytes:
-    """A message as one frame."""
+    """Return a message as one frame."""
     return _CODEC.encode(message)
 
 
 def unpack(frame: bytes) -> Control:
-    """The message in a frame. Raises ControlError saying what is wrong with it."""
+    """Return the message in a frame. Raises ControlError saying what is wrong with it."""
     is_ask = frame.startswith(_ASK)
     return _CODEC.decode(frame, max_bytes=MAX_ASK_BYTES if is_ask else MAX_MESSAGE_BYTES)

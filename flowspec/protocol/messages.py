@@ -1,7 +1,7 @@
 """The messages between head and stages: frozen dataclasses, most with the id of their request.
 
-Those of WireMessage travel between processes: flowspec/protocol/codec.py encodes them by the types
-of their fields, so each of these has bounds. docs/wire_protocol.md describes the fields. Shapes:
+The messages in WireMessage travel between processes. flowspec/protocol/codec.py encodes them by the
+types of their fields, so each type has bounds. docs/wire_protocol.md describes the fields. Shapes:
 n rows, H hidden size.
 """
 
@@ -30,18 +30,18 @@ from flowspec.request import (
     TokensOut,
 )
 
-CLIENT = -1  # rank of whoever submitted a request, seen from the head
+CLIENT = -1  # rank of the sender of requests, as seen from the head
 HEAD = 0
 DRAFTER = -3  # a drafter that pushes its drafts, beside the head or elsewhere
-EVERY_STAGE = -2  # as a destination: stages 1..N, the sender left out
+EVERY_STAGE = -2  # as a destination: stages 1..N without the sender
 
 if TYPE_CHECKING:
     from torch import Tensor
 else:  # importing torch takes seconds, and a client of a head has no tensors
     from flowspec.protocol.schema import TensorField as Tensor
 
-MAX_ROWS = 4096  # of a segment, and of a batch in all
-MAX_BATCH = 16  # segments in a batch, so requests in it
+MAX_ROWS = 4096  # of a segment, and of a whole batch
+MAX_BATCH = 16  # segments, and so requests, in a batch
 MAX_LAYERS = 4096
 MAX_CONTEXT_TOKENS = 1 << 20  # of a prompt and its answer, in one message
 
@@ -52,7 +52,7 @@ TokenIds: TypeAlias = Annotated[tuple[Int32, ...], Field(max_length=MAX_ROWS), F
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfEpoch:
-    """A message of one epoch, which is one life of the pipeline: a lost stage ends it.
+    """A message of one epoch. An epoch is one life of the pipeline; the loss of a stage ends it.
 
     A receiver drops messages of older epochs than the newest that it knows. `source` is the rank
     that sends the message. `number` counts the sender's messages to one receiver (see
@@ -66,26 +66,26 @@ class OfEpoch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddRequest(OfEpoch):
-    """Head to stages, along the pipe: make room for a request."""
+    """Head to stages, along the pipe: allocate the cache of a request."""
 
     kind: Literal["add_request"] = "add_request"
     request: Count
     capacity: UInt32  # KV rows, tree rows included
     context: UInt32  # longest path: prompt and every token that may be generated
     sampling: SamplingParams = SamplingParams()
-    # output-of-layer ids the drafter wants, -1: after the norm
+    # output-of-layer ids that the drafter needs, -1: after the last norm
     aux_hidden_state_layers: Annotated[
         tuple[Int32, ...], Field(max_length=MAX_LAYERS), FailFast()
     ] = ()
-    reuse: Count = 0  # a kept request: its first num_cached_tokens rows are copied; it stays
+    reuse: Count = 0  # a cached request, whose first num_cached_tokens rows are copied; it stays
     num_cached_tokens: UInt32 = 0
-    # Leading tokens of the prefix that are the prompt; the rest was generated before a stage was
-    # lost. 0: all of it is.
+    # Number of leading prefix tokens that are the prompt; the rest was generated before a stage was
+    # lost. 0: all of the prefix.
     num_prompt_tokens: UInt32 = 0
 
 
 MAX_CANDIDATES = 64  # of a row
-MAX_SUPPORT = 1024  # tokens of the distribution that a row's candidates were drawn from
+MAX_SUPPORT = 1024  # tokens of the distribution of a row's candidates
 Drawn: TypeAlias = tuple[Int32, Annotated[float, Field(ge=0.0, le=1.0)]]
 
 
@@ -94,7 +94,7 @@ class Candidates:
     """The child tokens that the choice after a row may consider, in the drafter's order.
 
     `drawn_from` is the distribution that they were drawn from, as (token, probability) of all its
-    tokens; empty: they were not drawn, and each counts as certain to be proposed.
+    tokens. If it is empty they were not drawn, and each counts as certain to be proposed.
     """
 
     tokens: Annotated[tuple[Int32, ...], Field(max_length=MAX_CANDIDATES), FailFast()] = ()
@@ -103,10 +103,10 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment(OfEpoch):
-    """Rows of the tree, or with `prefix` accepted tokens, that travel through the stages.
+    """Rows that travel through the stages: tree rows, or accepted tokens with `prefix`.
 
     `hidden` is None before stage 1. Parents come before children. An empty segment still travels.
-    Raises ValueError where nodes, parents, tokens and hidden states are not as many, or where the
+    Raises ValueError if nodes, parents, tokens and hidden states differ in number, or if the
     verdict is on another request.
     """
 
@@ -119,10 +119,10 @@ class Segment(OfEpoch):
     hidden: "Tensor | None" = None  # [n, H]
     prefix: bool = False
     verify: bool = True  # False: the verifier keeps its verdict for a later segment
-    slowest_rows: UInt32 = 0  # the slowest forward on the way so far: its rows and milliseconds
+    slowest_rows: UInt32 = 0  # rows and milliseconds of the slowest forward so far
     slowest_ms: Milliseconds = 0.0
-    verdict: "Reroot | None" = None  # newest one the head knew: bounds how late a stage learns it
-    # of each row, fixed when it was sent; empty where the request's acceptance rule needs none
+    verdict: "Reroot | None" = None  # the newest that the head knew: bounds a stage's delay
+    # Candidates of each row, fixed when it was sent; empty if the acceptance rule needs none.
     candidates: Annotated[
         tuple[Candidates, ...],
         Field(max_length=MAX_ROWS, exclude_if=lambda found: not found),
@@ -142,7 +142,7 @@ class Segment(OfEpoch):
         _check_verdict(self.verdict, self.request)
 
     def select(self, rows: Sequence[int]) -> "Segment":
-        """The segment with only these of its rows."""
+        """Return the segment with only these of its rows."""
         if len(rows) == len(self.nodes):
             return self
         hidden = self.hidden
@@ -160,11 +160,11 @@ class Segment(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(OfEpoch):
-    """Segments of several requests that travel and run as one, so that weights are read once.
+    """Segments of several requests that run in one forward, so that weights are read once.
 
-    The first one speaks for all in `Started`, `Exit` and `slowest_*`. One segment alone travels
-    without a batch. Raises ValueError for segments of two epochs, two of one request, or more than
-    MAX_ROWS rows in all.
+    `Started`, `Exit` and `slowest_*` name the first one for all. A single segment travels without a
+    batch. Raises ValueError for segments of two epochs, two of one request, or more than MAX_ROWS
+    rows in all.
     """
 
     kind: Literal["batch"] = "batch"
@@ -184,14 +184,14 @@ class Batch(OfEpoch):
 class FinishRequest(OfEpoch):
     """Head to stages, along the pipe: a request is over.
 
-    Its memory is free, unless `keep`: then what is committed by `verdict` stays for an `AddRequest`
-    that reuses it, or until a second `FinishRequest`.
+    Its memory is freed, unless `keep` is set. Then the rows committed by `verdict` stay for an
+    `AddRequest` that reuses them, or until a second `FinishRequest`.
     """
 
     kind: Literal["finish_request"] = "finish_request"
     request: Count
     keep: bool = False
-    verdict: "Reroot | None" = None  # newest one the head knew
+    verdict: "Reroot | None" = None  # the newest that the head knew
 
     def __post_init__(self) -> None:
         _check_verdict(self.verdict, self.request)
@@ -199,7 +199,7 @@ class FinishRequest(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeRequest(OfEpoch):
-    """Head to stages: free a request at once, also its rows on the way. FinishRequest follows."""
+    """Head to stages: free a request at once, with its rows in flight. FinishRequest follows."""
 
     kind: Literal["free_request"] = "free_request"
     request: Count
@@ -207,16 +207,17 @@ class FreeRequest(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reset(OfEpoch):
-    """Head to stages: forget every request of an older epoch; the weights stay loaded."""
+    """Head to stages: free every request of an older epoch; the weights stay loaded."""
 
     kind: Literal["reset"] = "reset"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reroot(OfEpoch):
-    """Last stage to everybody: the path down to `parent` is committed, `token` comes next.
+    """The verdict, last stage to all: the path down to `parent` is committed, `token` follows.
 
-    `position` is the token's; what does not descend from parent's child with that token is dead.
+    `position` is the token's. Every row is dead that does not descend from parent's child with that
+    token.
     """
 
     kind: Literal["reroot"] = "reroot"
@@ -237,7 +238,7 @@ class Started(OfEpoch):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exit(OfEpoch):
-    """Last stage to head: this segment (or its batch) left with `rows` of its rows alive."""
+    """Last stage to head: this segment (or its batch) left with `rows` living rows."""
 
     kind: Literal["exit"] = "exit"
     request: Count
@@ -265,7 +266,7 @@ class HiddenStates(OfEpoch):
 class DraftContext(OfEpoch):
     """Head to a drafter that pushes: the tokens from `position` on are true.
 
-    The first one of a request begins at position 0. `is_over`: no more of this request is wanted.
+    The first one of a request begins at position 0. `is_over`: no more guesses are wanted.
     """
 
     kind: Literal["draft_context"] = "draft_context"
@@ -281,7 +282,7 @@ class DraftSubtree(OfEpoch):
 
     The path begins with the token after the one at `position`, which the drafter knew to be true.
     Entry i of `parents`, `tokens` and `logprobs` is one guess; its parent is an earlier entry, or
-    -1 for the end of the path. What the head knows better by now is dropped there.
+    -1 for the end of the path. The head drops guesses that newer verdicts contradict.
     """
 
     kind: Literal["draft_subtree"] = "draft_subtree"
@@ -308,12 +309,12 @@ class Status:
     busy_s: Seconds
     num_segments: Count
     num_rows_run: Count
-    num_rows_pruned: Count  # dropped in flight: dead before this stage ran them
-    num_requests: Count  # caches held now, kept ones included
-    num_kv_tokens_used: Count = 0  # that those caches take
+    num_rows_pruned: Count  # rows that were dead before this stage ran them
+    num_requests: Count  # caches held now, those kept for reuse included
+    num_kv_tokens_used: Count = 0  # tokens in those caches
     peak_memory_bytes: Count = 0  # of the process, 0: not known
-    num_closes: Count = 0  # `FinishRequest`s taken in, of this epoch
-    finished_request: Count = 0  # whose FinishRequest this status answers; 0: none's
+    num_closes: Count = 0  # `FinishRequest`s of this epoch that were processed
+    finished_request: Count = 0  # the request whose FinishRequest this answers; 0: none
     finished_rows_run: Count = 0  # rows of that request that this stage ran
     finished_rows_pruned: Count = 0  # and dropped
     finished_busy_s: Seconds = 0.0  # its share of forwards with rows of the draft tree
@@ -326,27 +327,27 @@ class Failed(OfEpoch):
     kind: Literal["failed"] = "failed"
     stage: Int32
     request: Count
-    num_lost: Count = 0  # messages that a connection has lost, which is no request's doing
+    num_lost: Count = 0  # messages that a connection has lost, which no request caused
     text: CutText
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A stage to head: loaded and listening.
+    """A stage to head: it has loaded its layers and listens.
 
-    `model` is the manifest's model hash, `numerics` the JSON of the NumericsConfig it computes by.
+    `model` is the manifest's model hash, `numerics` the JSON of the NumericsConfig that it uses.
     """
 
     kind: Literal["ready"] = "ready"
     stage: Int32
     model: Name
     numerics: CutText = ""  # the stage's NumericsConfig, as JSON
-    num_kv_tokens: Count = 0  # of all requests together that its memory holds; 0: no limit known
+    num_kv_tokens: Count = 0  # most tokens of all requests together; 0: no limit known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ping:
-    """Head to a stage that has been silent: it answers with a Status between two forwards."""
+    """Head to a silent stage, which answers with a Status between two forwards."""
 
     kind: Literal["ping"] = "ping"
     rank: Int32
@@ -354,49 +355,49 @@ class Ping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop:
-    """Head to stages: end."""
+    """Head to stages: end the process."""
 
     kind: Literal["stop"] = "stop"
 
 
-# Between the head and its client or process, inside one process; these have no bytes.
+# Messages within one process, between the head and its client or owner; they have no bytes.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
-    """Client to head: generate."""
+    """Client to head: generate an answer."""
 
     request: Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbortRequest:
-    """Client to head: end this request now, keep what it has."""
+    """Client to head: end this request now and keep its tokens."""
 
     request: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetCosts:
-    """Client to head: learn costs and calibration anew. A head that serves requests ignores it."""
+    """Client to head: forget learnt costs and calibration. Ignored while requests are open."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suspend:
-    """Its process to the head: a stage is lost; nothing more is sent until `Resume`.
+    """Owner to head: a stage is lost; nothing more is sent until `Resume`.
 
-    A new epoch begins. Requests that ran wait again, ahead of those that had not begun. With
+    A new epoch begins. Running requests wait again, ahead of those that had not begun. With
     `blames` one of them may be the cause: it ends if this happens to it again at once.
     """
 
-    failure: Failure  # which device, and what became of it
+    failure: Failure  # which device, and what happened to it
     blames: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
-    """Its process to the head: the layers are covered again, by this many stages.
+    """Owner to head: the pipeline is complete again, with this many stages.
 
-    `num_kv_tokens` is what the tightest one holds (0: no limit known). A head that serves already
-    may be told too: it then suspends itself first.
+    `num_kv_tokens` is what the smallest one holds (0: no limit known). A head that already serves
+    may be told too; it then suspends itself first.
     """
 
     num_stages: int
@@ -405,7 +406,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbandonRequests:
-    """Its process to the head: end every request with this failure; what was generated stays."""
+    """Owner to head: end every request with this failure; their tokens stay."""
 
     failure: Failure
 
@@ -440,24 +441,24 @@ Message: TypeAlias = (
     | TokensOut
     | RequestOutput
 )
-# these keep their order from head to last stage; the rest may overtake
+# These keep their order from head to last stage; others may overtake them.
 DATA = (AddRequest, Segment, Batch, FinishRequest, DraftContext)
 
 
 def segments_of(message: Message) -> tuple[Segment, ...]:
-    """The segments that travel in a message."""
+    """Return the segments that travel in a message."""
     if isinstance(message, Batch):
         return message.segments
     return (message,) if isinstance(message, Segment) else ()
 
 
 def epoch_of(message: Message) -> int | None:
-    """The epoch a message belongs to; None: to no one in particular."""
+    """Return the epoch of a message; None if it belongs to none."""
     return message.epoch if isinstance(message, OfEpoch) else None
 
 
 def together(segments: Sequence[Segment]) -> Segment | Batch:
-    """What carries `segments` (at least one)."""
+    """Return the message that carries `segments` (at least one)."""
     if len(segments) == 1:
         return segments[0]
     return Batch(epoch=segments[0].epoch, segments=tuple(segments))

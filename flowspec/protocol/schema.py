@@ -1,9 +1,9 @@
-"""What both protocols share: bounded field types, and the codec between messages and JSON.
+"""The common part of both protocols: bounded field types, and the codec to and from JSON.
 
 A message is a dataclass or pydantic model with a field `kind` that names it. Its fields are its
 wire format: a new field needs a type with bounds and nothing else. pydantic validates strictly: it
-converts nothing, refuses unknown keys, and refuses numbers that are not finite. This module does
-not import torch: a client of a head has no tensors, and importing torch takes seconds.
+converts nothing, and refuses unknown keys and numbers that are not finite. This module does not
+import torch: a client of a head has no tensors, and importing torch takes seconds.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from pydantic import FieldSerializationInfo as SerializationInfo
 
 MAX_TEXT = 65536  # characters
 MAX_DIMENSION = 65536  # of a tensor
-MAX_ERRORS = 50  # that are looked at before one is named
-MAX_ERROR_TEXT = 300  # characters of it
+MAX_ERRORS = 50  # that are read before one is named
+MAX_ERROR_TEXT = 300  # characters of an error
 
 M = TypeVar("M")
 
@@ -40,11 +40,11 @@ Name = Annotated[str, Field(max_length=200)]
 
 
 class WireError(ValueError):
-    """Bytes that cannot be a message of this protocol version."""
+    """Bytes that are not a message of this protocol version."""
 
 
 def _sendable(text: str) -> str:
-    """At most MAX_TEXT characters; what UTF-8 cannot hold (stray bytes of file names) is "?"."""
+    """Cut the text to MAX_TEXT characters; stray bytes that UTF-8 cannot hold become "?"."""
     return text[:MAX_TEXT].encode(errors="replace").decode()
 
 
@@ -54,7 +54,7 @@ CutText = Annotated[str, Field(max_length=MAX_TEXT), PlainSerializer(_sendable, 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """How the header describes a tensor, whose bytes are a frame of their own."""
+    """The header's description of a tensor, whose bytes are a frame of their own."""
 
     frame: Annotated[int, Field(ge=1, le=255)]  # its place in the message; the header is frame 0
     dtype: Literal["float32", "float16", "bfloat16"]
@@ -82,7 +82,7 @@ TensorField = Annotated[
 
 
 class MessageCodec(Generic[M]):
-    """Messages of one union as JSON and back; `kind` tells its members apart."""
+    """Converts the messages of one union to JSON and back; `kind` tells its members apart."""
 
     def __init__(self, union: Any, *, max_bytes: int, error: type[WireError] = WireError) -> None:
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -91,17 +91,17 @@ class MessageCodec(Generic[M]):
         self._max_bytes, self._error = max_bytes, error
 
     def encode(self, message: M, context: Any = None) -> bytes:
-        """The message as JSON. `context` takes its tensors.
+        """Return the message as JSON. `context` takes its tensors.
 
-        Raises PydanticSerializationError where a field holds another type than its own, which only
-        a bug of the sender can bring about.
+        Raises PydanticSerializationError if a field holds another type than its own, which only a
+        bug of the sender can cause.
         """
         return self.adapter.dump_json(message, context=context, warnings="error")
 
     def decode(self, frame: bytes, context: Any = None, *, max_bytes: int = 0) -> M:
-        """The message in a frame of at most `max_bytes` (0: the codec's own limit).
+        """Return the message in a frame of at most `max_bytes` (0: the codec's own limit).
 
-        `context` has its tensors. Raises the codec's error, which names the field that is wrong.
+        `context` has its tensors. Raises the codec's error, which names the wrong field.
         """
         limit = max_bytes or self._max_bytes
         if len(frame) > limit:
@@ -113,7 +113,7 @@ class MessageCodec(Generic[M]):
 
 
 def first_error(error: ValidationError) -> str:
-    """The first thing that is wrong, with its place in the message: `segment.tokens.3: ...`."""
+    """Return the first error with its place in the message: `segment.tokens.3: ...`."""
     if (count := error.error_count()) > MAX_ERRORS:
         return f"message: {count} fields are wrong or unknown"  # listing them would take memory
     first = error.errors(include_input=False, include_url=False, include_context=False)[0]

@@ -1,4 +1,4 @@
-"""What every acceptance rule promises: a choice follows from the row and what was sent with it.
+"""The contract of acceptance rules: a choice follows from the row and what was sent with it.
 
 The rows of the table, and one more: it takes the first candidate that a coin of its own noise
 accepts, else a sample of the target. Such a rule's text depends on the schedule; equality with the
@@ -164,7 +164,7 @@ def test_streams_of_noise_are_apart() -> None:
 
 
 def test_candidates_are_the_children_in_their_order() -> None:
-    """As they are when the row is sent, and only as much as the rule asks for."""
+    """Candidates are fixed when the row is sent, and only as far as the rule needs them."""
     tree = DraftTree()
     root = tree.plant(NO_NODE, 4, 0)
     tree.extend(root, [(9, -2.0), (3, -0.1), (7, -1.0)])
@@ -181,7 +181,7 @@ def test_candidates_are_the_children_in_their_order() -> None:
 
 
 def test_what_candidates_were_drawn_from_goes_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a rule asks for it; it is bounded, and so is the number of candidates."""
+    """The distribution travels if a rule needs it, with bounds."""
     monkeypatch.setitem(RULES, "coin", replace(COIN, needs=CandidateNeeds.DISTRIBUTION))
     tree = DraftTree()
     root = tree.plant(NO_NODE, 4, 0)
@@ -195,7 +195,7 @@ def test_what_candidates_were_drawn_from_goes_along(monkeypatch: pytest.MonkeyPa
 
 
 def test_rows_take_their_candidates_along() -> None:
-    """Where others are dropped."""
+    """The selected rows keep their candidates."""
     sent = (Candidates((1, 2)), Candidates(), Candidates((3,)))
     ids = (NodeId(5), NodeId(6), NodeId(7))
     rows = Segment(request=1, seq_no=0, nodes=ids, parents=ids, tokens=(1, 2, 3), candidates=sent)
@@ -204,7 +204,7 @@ def test_rows_take_their_candidates_along() -> None:
 
 
 def test_an_emulated_link_charges_for_candidates() -> None:
-    """As it does for the other parts of a row; without any, a row costs what it did."""
+    """Candidates cost link time like the rest of a row; a row without any costs as before."""
     emulation = load_emulation("jetson-5", "vicuna-7b", drafter="ngram")
     ids = (NodeId(5), NodeId(6))
     bare = Segment(request=1, seq_no=0, nodes=ids, parents=ids, tokens=(1, 2))
@@ -217,14 +217,14 @@ class Drawn(ScriptedDrafter):
     """Says what its children were drawn from."""
 
     def open(self, opening):  # type: ignore[no-untyped-def]
-        """See Drafter.open."""
+        """Open a session that draws its children."""
         session = super().open(opening)
         session.__class__ = DrawnSession
         return session
 
 
 class DrawnSession(ScriptedSession):
-    """See Drawn."""
+    """Draft children that were drawn."""
 
     def _propose(self, node, tree):  # type: ignore[no-untyped-def]
         found = super()._propose(node, tree)
@@ -236,7 +236,7 @@ class DrawnSession(ScriptedSession):
 def test_rows_carry_what_the_rule_asks_for(
     needs: CandidateNeeds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the drafter's word to the last stage."""
+    """Candidates come from the drafter's proposal to the last stage."""
     seen: list[Candidates] = []
 
     def look(logits, positions, seed, candidates):  # type: ignore[no-untyped-def]
@@ -340,7 +340,7 @@ def alone(text: Sequence[int], sampling: SamplingParams, sent: Candidates) -> in
 
 @pytest.mark.parametrize("at", [40, 71])
 def test_an_answer_goes_on_after_a_stage_is_lost(at: int) -> None:
-    """What was accepted stays; the rest is chosen by the rows of the new schedule."""
+    """Accepted tokens stay; the rest is chosen by the rows of the new schedule."""
     texts = []
     for fails in (False, True, True):
         cluster = make_cluster(3, "streaming", drafter=drafter_named("mixed", seed=2))
@@ -361,7 +361,7 @@ def test_an_answer_goes_on_after_a_stage_is_lost(at: int) -> None:
 
 
 def test_an_unknown_rule_is_refused_with_the_known_names() -> None:
-    """By whoever chooses: a stage, and the target alone; also at temperature 0."""
+    """A stage and the target alone refuse it, also at temperature 0."""
     asked = request(sampling=SamplingParams(acceptance="wish"))
     completion = generate(make_cluster(2), asked)
     assert "unknown acceptance rule 'wish'; known: gumbel_coupled, greedy" in str(completion.error)

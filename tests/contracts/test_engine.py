@@ -1,4 +1,4 @@
-"""What every engine promises its clients, whatever answers behind it.
+"""The contract of engines, which all five keep to.
 
 An engine knows most of what is wrong with a request before it begins: `submit` raises ValueError.
 A remote engine's head knows it alone: there the same words come as the output's error.
@@ -61,14 +61,14 @@ def target(model: TinyModel) -> LocalTarget:
 
 @contextmanager
 def a_local(model: TinyModel) -> Iterator[Engine]:
-    """With two stage processes."""
+    """Start an engine with two stage processes."""
     with LocalEngine(model.config, model.parts) as engine:
         yield engine
 
 
 @contextmanager
 def a_cluster(model: TinyModel) -> Iterator[Engine]:
-    """With two devices that have joined."""
+    """Start an engine with two devices that have joined."""
     with cluster(model, "ada", "bob") as running:
         yield running.engine
 
@@ -131,7 +131,7 @@ def fresh(kind: str, model: TinyModel) -> Iterator[Engine]:
 
 @pytest.fixture
 def truth(model: TinyModel, target: LocalTarget) -> Callable[[Request], tuple[Any, ...]]:
-    """What the target alone answers: tokens, text and why it ends."""
+    """Return the answer of the target alone: tokens, text and finish reason."""
 
     def answer(request: Request) -> tuple[Any, ...]:
         asked = model.parts.render(request)
@@ -158,7 +158,7 @@ def answer_of(output: RequestOutput) -> tuple[Any, ...]:
 @pytest.mark.parametrize("sampling", [SamplingParams(), T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("form", PROMPTS)
 def test_an_answer_is_the_target_s(engine, truth, model, form, sampling):
-    """To a text, a conversation, and tokens."""
+    """Every engine answers a text, a conversation and tokens."""
     request = ask(PROMPTS[form], sampling=sampling, max_new_tokens=24)
     output = generate(engine, request)
     assert answer_of(output) == truth(request)
@@ -167,7 +167,7 @@ def test_an_answer_is_the_target_s(engine, truth, model, form, sampling):
 
 
 def test_the_length_is_exact(engine, truth):
-    """At its least, and where the context ends."""
+    """Every engine keeps to the least limit and to the end of the context."""
     for count in (1, 2, 7):
         request = ask(max_new_tokens=count)
         output = generate(engine, request)
@@ -176,7 +176,7 @@ def test_the_length_is_exact(engine, truth):
 
 
 def test_a_stop_string_ends_the_text(engine, truth):
-    """And is left out, whatever follows."""
+    """A stop string ends the text and is left out."""
     whole = ask(sampling=T1, max_new_tokens=40)
     _, text, _ = truth(whole)
     stop = text[len(text) // 2 :][:2]
@@ -188,7 +188,7 @@ def test_a_stop_string_ends_the_text(engine, truth):
 
 
 def test_an_end_token_of_the_request_s_own_ends_it(engine, truth):
-    """In the place of the model's."""
+    """A request's end tokens replace the model's."""
     tokens, _, _ = truth(ask(sampling=T1))
     request = ask(sampling=T1, eos_token_ids=(tokens[4],))
     output = generate(engine, request)
@@ -224,7 +224,7 @@ def test_threads_submit_while_others_run(engine, truth):
 
 
 def test_each_request_has_its_own_decoding(engine, truth):
-    """At once, and none changes the text."""
+    """Requests with different decodings run at once, and none changes the text."""
     decodings = [
         None,
         Decoding(strategy="ar"),
@@ -279,7 +279,7 @@ def test_streams_are_read_by_asyncio(engine, truth):
 
 
 def test_a_reader_that_comes_late_gets_all_at_once(engine, truth):
-    """What waits for it is no longer than the answer."""
+    """A late reader gets one event with all tokens, and the output."""
     request = ask(sampling=T1)
     stream = engine.submit(request)
     stream.result()
@@ -328,7 +328,7 @@ def test_a_request_may_be_aborted_before_it_has_begun(engine, kind):
 
 
 def test_the_status_is_true(engine, kind):
-    """Before, while and after a request is open."""
+    """Status is truthful before, while and after a request is open."""
     before = engine.status()
     assert before.healthy
     assert before.max_context == 400
@@ -353,7 +353,7 @@ def test_the_status_is_true(engine, kind):
 
 
 def test_stages_say_what_they_did_for_a_request(engine, kind):
-    """As much as their totals grew meanwhile."""
+    """The stage counts of a request are the growth of the stages' totals."""
     first = engine.submit(ask("warm up"))
     first.result(SOON_S)
     first.stage_stats()
@@ -437,7 +437,7 @@ def test_what_the_model_cannot_take_is_the_output_s_error(engine, prompt, words)
 
 @pytest.mark.parametrize("prompt", [(), "", []])
 def test_an_empty_prompt_is_no_request(prompt):
-    """For no engine."""
+    """A request without tokens is refused before it reaches an engine."""
     with pytest.raises(ValueError, match="the prompt has no tokens"):
         ask(prompt)
 
@@ -446,7 +446,7 @@ def test_an_empty_prompt_is_no_request(prompt):
 
 
 def test_an_engine_drains(fresh, truth):
-    """What is open ends as it would have; nothing new begins."""
+    """Open requests end as usual, and nothing new begins."""
     requests = [ask(f"fox {number}", sampling=T1, max_new_tokens=25) for number in range(3)]
     streams = [fresh.submit(request) for request in requests]
     assert fresh.drain(SOON_S)
@@ -457,7 +457,7 @@ def test_an_engine_drains(fresh, truth):
 
 
 def test_closing_ends_what_is_open(fresh, kind, truth):
-    """With an error and the tokens that there are; nobody hangs, and nothing new begins."""
+    """Open requests end with an error and their tokens, and nothing new begins."""
     request = ask(sampling=T1, max_new_tokens=LONG)
     streams = [fresh.submit(request), fresh.submit(ask("another", max_new_tokens=LONG))]
     first = next(event for event in streams[0] if isinstance(event, TokensOut))

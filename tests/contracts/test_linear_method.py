@@ -1,4 +1,4 @@
-"""What every linear method promises: it loads a checkpoint's tensors, multiplies, and stays exact.
+"""The contract of linear methods: they load a checkpoint's tensors and multiply exactly.
 
 The rows of the table, and a second method: int8 with one scale per output channel.
 """
@@ -41,7 +41,7 @@ class Int8Linear:
     """Whole numbers of -127 to 127, and what one of them is worth in each row."""
 
     def create_weights(self, layer: Linear, *, bias: bool) -> None:
-        """See LinearMethod."""
+        """Register int8 weights and scales."""
         shape = layer.out_features, layer.in_features
         layer.weight = nn.Parameter(torch.empty(shape, dtype=torch.int8), requires_grad=False)
         layer.register_buffer("scale", torch.empty(layer.out_features))
@@ -50,11 +50,11 @@ class Int8Linear:
             layer.bias = nn.Parameter(torch.empty(layer.out_features), requires_grad=False)
 
     def checkpoint_shapes(self, layer: Linear) -> Mapping[str, tuple[int, ...]]:
-        """See LinearMethod."""
+        """Return the shapes of the checkpoint's tensors."""
         return PLAIN.checkpoint_shapes(layer)
 
     def load_weights(self, layer: Linear, tensors: Mapping[str, Tensor]) -> None:
-        """See LinearMethod."""
+        """Convert the tensors to int8."""
         weight = tensors["weight"].float()
         scale = weight.abs().amax(dim=1) / 127
         layer.scale = scale.to(tensors["weight"].dtype)
@@ -64,7 +64,7 @@ class Int8Linear:
             layer.bias = nn.Parameter(tensors["bias"], requires_grad=False)
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        """See LinearMethod."""
+        """Multiply by the int8 weight."""
         y = F.linear(x, layer.weight.to(x.dtype)) * layer.scale
         return y if layer.bias is None else y + layer.bias
 
@@ -103,7 +103,7 @@ def test_it_multiplies_by_the_weight_of_the_checkpoint(
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_method_can_be_given_to_a_layer_that_has_another(name: str) -> None:
-    """Nothing of the first one is left."""
+    """No weight of the first method is left."""
     layer = Linear(6, 4, bias=True, method=Int8Linear())
     method = ALL[name].method_of("model.layers.0.mlp.up_proj")
     layer.use(method)

@@ -1,4 +1,4 @@
-"""What every logits processor promises, and that stages and the target alone apply the same ones.
+"""The contract of logits processors; stages and the target alone apply the same ones.
 
 The rows of the table, and two path processors: one forbids the token emitted two places before on
 the node's own path, one makes tokens of the answer less likely and those of the prompt more likely.
@@ -38,7 +38,7 @@ LESS = 2.5  # by which a token's logit falls for each time that it was generated
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked(SamplingParams):
-    """What SamplingParams will have once such processors are in the table."""
+    """The fields that SamplingParams will have with such processors."""
 
     no_echo: bool = False
     penalty: float = 0.0
@@ -51,11 +51,11 @@ class NoEcho:
     last: tuple[int, ...]
 
     def fork(self, token: int) -> "NoEcho":
-        """See PathState."""
+        """Return the state at a child."""
         return NoEcho((*self.last, token)[-2:])
 
     def apply(self, logits: Tensor) -> Tensor:
-        """See PathState."""
+        """Return the processed logits."""
         if len(self.last) < 2:
             return logits
         changed = logits.clone()
@@ -72,13 +72,13 @@ class Penalty:
     counts: tuple[tuple[int, int], ...] = ()
 
     def fork(self, token: int) -> "Penalty":
-        """See PathState."""
+        """Return the state at a child."""
         counts = dict(self.counts)
         counts[token] = counts.get(token, 0) + 1
         return Penalty(self.by, self.prompt, tuple(counts.items()))
 
     def apply(self, logits: Tensor) -> Tensor:
-        """See PathState."""
+        """Return the processed logits."""
         changed = logits.clone()
         for token, count in self.counts:
             changed[token] -= self.by * count

@@ -1,4 +1,4 @@
-"""What every stage backend promises: rows see their own paths, whatever else is in their caches.
+"""The contract of stage backends: rows see their own paths, whatever their caches hold.
 
 The rows of the table, and two more: the whole numbers of tests/support/integer_model.py, and one
 that computes in a thread of its own.
@@ -80,13 +80,13 @@ class Caches:
         return self._run([t for t, _ in rows], places, [parent for _, parent in rows])
 
     def reroot(self, path: Sequence[int], keep: Sequence[int]) -> None:
-        """On every stage."""
+        """Commit a path on every stage."""
         for cache in self.caches:
             cache.reroot(path, keep)
         self.depths = [self.depths[row] for row in keep]
 
     def free(self) -> None:
-        """On every stage."""
+        """Free the caches on every stage."""
         for cache in self.caches:
             cache.free()
 
@@ -249,7 +249,7 @@ def answers(cluster: SimulatedEngine, sampling) -> list[list[int]]:
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_says_what_torch_says(pieces, strategy: str, sampling) -> None:
-    """In any order of events; requests share the pipe, and a prefix is used again."""
+    """Events come in any order; requests share the pipe, and a prefix is used again."""
     texts = []
     for parts in (pieces(3), integer_stages(3) if is_integers(pieces) else stage_models(3)):
         cluster = make_cluster(
@@ -313,7 +313,7 @@ def test_a_joint_forward_that_fails_elsewhere_runs_again_apart(sampling) -> None
 
 
 def test_a_forward_that_fails_elsewhere_ends_its_request() -> None:
-    """What it held is freed over there too; the stage serves on."""
+    """A failed request is freed in the backend too, and the stage serves on."""
     backend = RemoteBackend(stage_models(1)[0])
     stage = Stage(1, 1, backend)
     stage.handle(AddRequest(request=1, capacity=64, context=64), 0.0)

@@ -32,7 +32,7 @@ def limited(max_rows: int, **limits: int):
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers():
-    """At once, and the others go on."""
+    """A refused request ends at once, and the others go on."""
     cluster = limited(300)
     small, large = request(1, max_new_tokens=8), request(2, max_new_tokens=100)
     answers = generate_all(cluster, [small, large])

@@ -23,7 +23,7 @@ HISTORY = st.lists(st.tuples(LOGPROBS, st.integers(0, 9), st.booleans()), max_si
 
 
 def child(logprob: float, *, rank: int = 0, depth: int = 1, source: str = "eagle") -> Forecast:
-    """What a drafter says."""
+    """Return a forecast of a drafter."""
     return Forecast(source, depth, rank, logprob)
 
 
@@ -63,7 +63,7 @@ def test_a_child_never_scores_above_its_parent(history, logprob, rank, depth):
 
 @given(history=HISTORY, logprob=LOGPROBS, happened=st.booleans())
 def test_evidence_pulls_its_own_way(history, logprob, happened):
-    """After one more hit no forecast of its kind is thought less probable; after a miss, not more.
+    """One more hit never lowers a forecast of its kind, and one more miss never raises it.
 
     But for the forecast's own share: a hit that was foretold teaches nothing.
     """
@@ -108,7 +108,7 @@ def test_a_drafter_that_changes_is_followed():
 
 
 def test_sources_ranks_and_depths_are_learnt_apart():
-    """What one drafter, rank or depth gets wrong is not held against another's own record."""
+    """The errors of one drafter, rank or depth do not change the record of another."""
     calibration = Calibration()
     for _ in range(1500):
         calibration.record([(child(log(0.5), rank=0), True)])

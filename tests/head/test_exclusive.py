@@ -34,7 +34,7 @@ def run(
     *,
     meanwhile: Callable[[int], None] = lambda count: None,
 ) -> list[set[int]]:
-    """To the end; the sets of requests that ran together, in order.
+    """Run to the end; return the sets of requests that ran together, in order.
 
     `meanwhile` is called after each event with how many there have been in which the exclusive
     request ran.
@@ -81,7 +81,7 @@ def test_it_runs_alone_and_the_others_wait_and_then_run(charges):
 
 
 def test_it_takes_the_time_that_it_takes_without_company():
-    """What is measured is the request, whoever waits for it."""
+    """Waiting requests do not change what is measured for the exclusive one."""
     engine = make_cluster(3)
     [engine.submit(one).result() for one in asked()[:1]]
     alone = engine.submit(asked()[ALONE - 1]).result().stats
@@ -123,7 +123,7 @@ def test_aborting_it_lets_the_others_run(count):
 @pytest.mark.parametrize("blames", [False, True])
 @pytest.mark.parametrize("count", [1, 25, 60])
 def test_it_goes_on_alone_when_a_stage_was_lost(count, blames):
-    """It is the first to run again, and still nobody runs beside it."""
+    """A preempted exclusive request is the first to run again, and it still runs alone."""
     engine = make_cluster(2)
     streams = [engine.submit(one) for one in asked()]
     lost = []
@@ -162,7 +162,7 @@ def test_exclusive_ones_follow_each_other():
 
 
 def test_one_that_fails_lets_the_others_run():
-    """Its stage refuses it; whoever waited for it is answered."""
+    """When its stage refuses an exclusive request, the waiting ones are answered."""
     engine = make_cluster(2)
     several = asked()
     unknown = replace(several[ALONE - 1], prompt=(*PROMPT, VOCAB))  # only a stage looks at it

@@ -43,7 +43,7 @@ Patch = pytest.MonkeyPatch
 
 
 class Broken(Exception):
-    """What nobody expects."""
+    """An exception that no code expects."""
 
 
 def asked() -> list[Request]:
@@ -130,13 +130,13 @@ class Text(TextStream):
     point = ""
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """See TextStream."""
+        """Raise, for one request."""
         if self.point == "push":
             raise Broken("it broke")
         return super().push(tokens)
 
     def flush(self) -> str:
-        """See TextStream."""
+        """Raise, for one request."""
         if self.point == "flush":
             raise Broken("it broke")
         return super().flush()
@@ -192,7 +192,7 @@ def test_a_detokenizer_that_fails_ends_one_request(point: str) -> None:
 
 @pytest.mark.parametrize("point", STAGE_POINTS)
 def test_what_fails_on_a_stage_ends_one_request(point: str, monkeypatch: Patch) -> None:
-    """Also where its rows run together with those of others; the error names the stage."""
+    """A stage's error names the stage, even if its rows run together with those of others."""
     STAGE_POINTS[point](monkeypatch)
     cluster = make_cluster(2, drafter=ScriptedDrafter(mixed, aux_hidden_state_layers=(1,)))
     check_only_the_bad_one_ends(cluster, ranks=(1, 2))
@@ -281,7 +281,7 @@ def test_a_drafter_that_does_not_say_whose_fault_it_is_ends_those_it_drafted_for
         fails = True
 
         def begin(self, jobs: Sequence[DraftJob]) -> Any:
-            """See Drafter.begin."""
+            """Begin, and raise for one job."""
             if self.fails:
                 raise Broken("it broke")
             return super().begin(jobs)
@@ -297,17 +297,17 @@ def test_a_drafter_that_does_not_say_whose_fault_it_is_ends_those_it_drafted_for
 
 
 def test_a_kept_request_that_fails_is_given_up_and_nobody_ends() -> None:
-    """What the last turn left is of no use to the next one, which is served all the same."""
+    """A next turn is served even if the last turn left nothing that it can use."""
 
     class Forgetful(ScriptedSession):
         @property
         def num_reusable(self) -> int:
-            """See DraftSession."""
+            """Raise, for one request."""
             raise Broken("it broke")
 
     class Keeping(ScriptedDrafter):
         def open(self, opening: Any) -> ScriptedSession:
-            """See Drafter.open."""
+            """Open a session that raises."""
             return Forgetful(self, opening.request, opening.draft_topk)
 
     cluster = make_cluster(2, drafter=Keeping(mixed), limits={"max_cached": 2})
@@ -345,7 +345,7 @@ def test_a_kept_request_that_a_stage_has_lost_is_given_up() -> None:
     ],
 )
 def test_tokens_that_the_model_has_not_are_refused_by_name(fields: dict[str, Any], of: str) -> None:
-    """Before anything is computed, with text, id and the vocabulary's size."""
+    """The request is refused before anything is computed, with text, id and vocabulary size."""
     limits: dict[str, Any] = {"vocab_size": VOCAB, "text_of": lambda token: "[PAD]"}
     cluster = make_cluster(2, limits=limits)
     (done,) = generate_all(cluster, [request(**fields)])
@@ -372,7 +372,7 @@ def test_proposals_outside_the_vocabulary_never_enter_the_tree(merge: bool) -> N
 
 
 def test_a_stage_fails_a_row_without_an_embedding_before_it_runs() -> None:
-    """On a GPU the lookup itself would end the process: the ids are looked at first."""
+    """On a GPU the lookup itself would end the process, so ids are checked first."""
     cluster = make_cluster(2, "ar")  # a head that does not know the vocabulary
     several = [request(1), request(BAD, prompt=(*PROMPT, VOCAB)), request(3, prompt=PROMPT[3:])]
     done = {c.request: c for c in generate_all(cluster, several)}
@@ -416,7 +416,7 @@ def serve_with_poison(
 
 @pytest.mark.parametrize("poison", [1, 2, 3])
 def test_a_request_that_kills_a_stage_is_found_after_two_losses(poison: int) -> None:
-    """Of several that are served, wherever it stands among them; the others lose nothing."""
+    """One of several requests fails, wherever it stands among them; the others lose nothing."""
     cluster = make_cluster(2)
     several = asked()
     done, deaths = serve_with_poison(cluster, several, poison)
@@ -464,7 +464,7 @@ def serve_with_late_losses(
 
 
 def test_a_long_answer_survives_many_losses_far_apart() -> None:
-    """After a minute of service the losses before are forgotten, whatever came of them."""
+    """After a minute of service the earlier losses are forgotten."""
     long = request(max_new_tokens=40)
     done, losses = serve_with_late_losses([long], long.id, seconds_per_work=20.0)
     assert losses > 10

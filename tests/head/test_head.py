@@ -76,7 +76,7 @@ def test_stages_work_on_different_chunks_of_the_prompt_at_once():
 
 @pytest.mark.parametrize("chunk", [1, 4, len(PROMPT), 64])
 def test_the_size_of_prefill_chunks_does_not_change_the_text(chunk):
-    """Where the prompt is cut is a matter of speed."""
+    """The chunks of the prompt change the speed and not the text."""
     setup = {"num_stages": 2, "strategy": "streaming", "chunked_prefill_size": chunk}
     completion, _ = run_watched(setup, request(max_new_tokens=8))
     assert list(completion.tokens) == own_tokens(8)
@@ -145,7 +145,7 @@ def test_stop_strings_end_the_text_wherever_tokens_part(strategy, length):
 
 
 def test_text_without_a_stop_is_whole_and_given_out_piece_by_piece():
-    """What was held back as a possible stop string appears at the latest with the end."""
+    """Text held back as a possible stop string appears at the end at the latest."""
     own = letters(own_tokens(9))
     asked = request(max_new_tokens=9, stop=(own[-2:] + "#", "#"))
     events = list(serve(make_cluster(2, new_text=new_text), [asked]))
@@ -223,7 +223,7 @@ def test_cancelling_keeps_what_there_is_and_frees_every_stage(strategy):
 
 
 def test_an_abandoned_stream_does_not_leak_into_the_next_answer():
-    """Each stream has its own events, also where nobody reads one of them any more."""
+    """Each stream has its own events, even if one of them is not read any more."""
     cluster = make_cluster(2)
     abandoned = cluster.submit(request(1, max_new_tokens=6))
     next(iter(abandoned))
@@ -280,7 +280,7 @@ def late_messages(number: int) -> Iterator[Message]:
 
 @pytest.mark.parametrize("active", [False, True])
 def test_late_messages_of_a_finished_request_are_ignored(active):
-    """They arrive when nobody or somebody else is served; neither may notice."""
+    """They arrive while no request or another one runs, and change nothing."""
     cluster = make_cluster(2, "streaming")
     generate(cluster, request(1, max_new_tokens=3))
     if active:

@@ -1,4 +1,4 @@
-"""What travels between head and stages: hidden states, failures, bounds, counts."""
+"""Tests of the messages between head and stages: hidden states, failures, bounds, counts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +40,7 @@ def own_tokens(count: int, sampling: Any = T0) -> list[int]:
 
 @pytest.mark.parametrize("drafter", ["perfect", "hostile"])
 def test_streaming_keeps_at_most_one_segment_before_the_first_stage(drafter):
-    """What waits is chosen too early: rows are picked when the stage can take them."""
+    """Segments that wait are chosen too early: rows are picked when the stage can take them."""
     setup = {"num_stages": 4, "strategy": "streaming", "chunked_prefill_size": 64}
     asked = request(max_new_tokens=14)
     _, watches = run_watched({**setup, "drafter": ScriptedDrafter(SCRIPTS[drafter])}, asked)
@@ -77,11 +77,11 @@ class SmallStage:
         self.core, self.capacity, self.rank = core, capacity, core.rank
 
     def handle(self, message: Message, now: float) -> Sequence[Send]:
-        """See Core."""
+        """Handle a message of the core."""
         return self.core.handle(message, now)
 
     def poll(self, now: float) -> Step | None:
-        """See Core."""
+        """Return the next step of the core."""
         if 1 in self.core.requests:
             self.core.requests[1].cache.capacity = self.capacity
         return self.core.poll(now)
@@ -89,7 +89,7 @@ class SmallStage:
 
 @pytest.mark.parametrize("capacity", [3, len(PROMPT) + 1])
 def test_a_full_cache_ends_the_request_with_the_stages_name(capacity):
-    """In the prompt or behind it: the user learns where and why, the cluster serves on."""
+    """A failure in prompt or answer is reported with its place, and the cluster serves on."""
 
     def wrap(core: Core) -> Core:
         return SmallStage(core, capacity) if isinstance(core, Stage) and core.rank == 2 else core

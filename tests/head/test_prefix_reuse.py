@@ -42,7 +42,7 @@ def kept(num_stages: int, strategy: str, **setup) -> SimulatedEngine:
 @pytest.mark.parametrize("sampling", [T0, T1])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_conversation_computes_each_token_once(strategy, sampling):
-    """What stages and drafter have of the earlier turns is not sent again; the text is the same."""
+    """Rows of earlier turns are not sent again, and the text is the same."""
     drafter = ScriptedDrafter(perfect, aux_hidden_state_layers=LAYERS)
     watches = []
 
@@ -144,7 +144,7 @@ def test_a_refused_turn_leaves_nothing_behind():
 
 
 def test_the_oldest_is_given_up_first():
-    """At most `max_cached` are kept; the stages free what the head gives up."""
+    """At most `max_cached` requests are cached; the stages free the evicted ones."""
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
     for number in range(1, 5):
         generate(cluster, request(number, prompt=(number, *PROMPT), max_new_tokens=4))
@@ -153,7 +153,7 @@ def test_the_oldest_is_given_up_first():
 
 
 def test_memory_for_a_new_request_goes_before_memory_kept():
-    """What is kept is given up where it stands in the way, and only then."""
+    """Cached requests are evicted only when their memory is needed."""
     cluster = kept(2, "streaming", drafter=ScriptedDrafter(perfect))
     rows = len(PROMPT) + 14 + 256
     cluster.head.scheduler.limit_kv_tokens(2 * rows)

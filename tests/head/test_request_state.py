@@ -1,4 +1,4 @@
-"""What strategies decide by: the learnt cost of a segment, the floor of growth, the pipe."""
+"""Tests of what strategies decide by: learnt costs, the floor of growth, the pipe."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +28,7 @@ def root_proposal(session: RequestState, *children: tuple[int, float]) -> Propos
 
 
 def test_unknown_cost_is_one() -> None:
-    """Before the first segment is back, all sizes look alike: the whole budget may go out."""
+    """Before the first segment is back all sizes cost the same, so the whole budget may go."""
     assert {SegmentCost().milliseconds(n) for n in (1, 7, 1000)} == {1.0}
 
 
@@ -105,7 +105,7 @@ def test_grow_takes_what_beats_the_floor() -> None:
 
 
 def test_grow_rescores_what_is_there() -> None:
-    """A new word on a known child counts even below the floor."""
+    """A new forecast of a known child counts even below the floor."""
     session = make_session()
     session.grow([root_proposal(session, (1, -0.1), (2, -1.0))], floor_count=10)
     session.grow([root_proposal(session, (1, -0.2), (2, -5.0))], floor_count=1)
@@ -122,7 +122,7 @@ def test_grow_ignores_the_dead() -> None:
 
 
 def test_grow_ends_with_the_context() -> None:
-    """The last position's token needs no row of its own: nobody asks what follows it."""
+    """The last position's token needs no row of its own, since nothing follows it."""
     session = make_session(context=8)
     (child,) = session.grow([root_proposal(session, (1, -0.1))], floor_count=10)
     assert child.position == 6
@@ -158,7 +158,7 @@ def test_round_is_over_when_the_pipe_is_empty_and_the_root_is_new() -> None:
 
 
 def test_pipe_state() -> None:
-    """Waiting before the first stage, running in it, or gone; a batch is one trip."""
+    """A batch waits before the first stage, runs in it, or is gone."""
     pipe = Pipeline(3)
     pipe.cost.record(4, 100.0)
     pipe.depart(4, ((1, 0), (2, 0)))

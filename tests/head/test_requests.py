@@ -1,4 +1,4 @@
-"""Many requests in one pipeline: each text as alone, nobody starves, memory counted and freed."""
+"""Many requests in one pipeline: each text is as alone, none starves, memory is freed."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -44,7 +44,7 @@ def check_answers(asked: list[Request], completions: list[RequestOutput]) -> Non
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_text_is_as_alone(strategy, script):
-    """Whoever shares the segments, in every strategy, with every invariant checked on the way."""
+    """Each text is as alone, whatever shares the segments, in every strategy."""
     asked = several(4)
     setup = {"num_stages": 3, "strategy": strategy, "drafter": ScriptedDrafter(SCRIPTS[script])}
     completions, watches = run_all_watched(setup, asked)
@@ -66,7 +66,7 @@ def test_one_drafter_forward_serves_all(strategy, name):
 
 @pytest.mark.parametrize("name", MODEL_DRAFTERS)
 def test_a_drafter_forward_is_one_that_ran(name, monkeypatch):
-    """What was known needs no forward: none is counted, and none drags the mean time down."""
+    """Known proposals need no forward: none is counted, and the mean time stays."""
     drafter, ran = model_drafter(name), []
 
     def forward(tokens, *args):
@@ -152,7 +152,7 @@ def test_no_timing_mixes_them_up(seed, strategy, script, stages, count, active):
 
 
 def test_batch_invariant_batches_are_bit_equal():
-    """In bfloat16 a row has the same bits beside other requests' rows as alone."""
+    """A bfloat16 row has the same bits beside other requests' rows as alone."""
     asked = several(3, new=8)
     together = generate_all(make_cluster(2, bf16=True), asked)
     for one, completion in zip(asked, together, strict=True):
@@ -217,7 +217,7 @@ def test_a_long_prompt_does_not_stop_who_decodes(strategy):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_nobody_starves_beside_good_guessers(strategy):
-    """A request whose drafter is always wrong still gets a token per trip through the pipe."""
+    """A request whose drafter is always wrong gets a token per pass through the pipeline."""
 
     class Unequal(ScriptedDrafter):
         def open(self, opening):
@@ -238,7 +238,7 @@ def test_nobody_starves_beside_good_guessers(strategy):
 
 
 def test_a_lone_request_loses_nothing():
-    """Before and after company its text takes the same time."""
+    """A request takes the same time before and after it ran beside others."""
     cluster = make_cluster(3, "streaming", drafter=ScriptedDrafter(perfect))
 
     def seconds(number: int) -> float:
@@ -280,7 +280,7 @@ def test_a_slow_line_makes_segments_smaller():
 
 
 def test_guesses_that_cost_more_than_they_bring_stay():
-    """What is certain goes; guesses alone must be worth the wait of what comes meanwhile."""
+    """Certain rows always go; guesses must be worth the time that others wait."""
     cost = SegmentCost()
     for rows in (1, 2, 4, 8, 16, 32):
         cost.record(rows, 10.0)

@@ -13,7 +13,7 @@ TOKENS = 12
 
 
 def check(strategy: str, drafter: IncrementalDrafter) -> int:
-    """At temperature 0 and 1; returns how many tokens were found in the tree."""
+    """Compare texts at temperature 0 and 1; return how many tokens were in the tree."""
     found = 0
     for sampling in (T0, T1):
         asked = request(sampling=sampling, max_new_tokens=TOKENS)

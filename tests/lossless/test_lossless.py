@@ -48,7 +48,7 @@ def test_text_is_the_targets_own(strategy, drafter):
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("strategy", ABLATIONS)
 def test_a_mechanism_taken_away_changes_the_speed_alone(strategy, sampling):
-    """What benchmarks compare is the same text, and an end is always reached."""
+    """Every strategy gives the same text and reaches an end."""
     asked = request(sampling=sampling, max_new_tokens=TOKENS)
     completion, _ = run_watched({"num_stages": 3, "strategy": strategy}, asked)
     assert list(completion.tokens) == expected(asked)
@@ -70,7 +70,7 @@ def test_shared_noise_in_the_drafter_changes_the_drafts_alone(strategy):
 
 @pytest.mark.parametrize("strategy", ["ar", "serial_pp", "streaming"])
 def test_batch_invariant_mode_is_exact_in_bfloat16(strategy):
-    """In 16 bits sums depend on kernel shapes; with fixed shapes equality holds all the same."""
+    """In 16 bits sums depend on kernel shapes; with fixed shapes texts are equal."""
     alone = replace(local_target(), model=whole_model_bf16(), batch_invariant=True)
     for sampling in (T0, T1):
         asked = request(sampling=sampling, max_new_tokens=6)

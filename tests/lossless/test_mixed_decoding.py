@@ -244,7 +244,7 @@ def test_no_timing_mixes_them_up(seed, cases, scripts, num_stages, most):
 
 
 class Broken(Exception):
-    """What nobody expects."""
+    """An exception that no code expects."""
 
 
 class Failing(ScriptedDrafter):

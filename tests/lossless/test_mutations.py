@@ -54,7 +54,7 @@ def references() -> None:
 
 
 def fault_of(seed: int | None, strategy: str, name: str, *, watched: bool) -> str:
-    """What one run of the harness complains about; empty when it finds nothing."""
+    """Return the complaints of one run of the harness; empty if it finds nothing."""
     asked = request(sampling=T0 if seed is None else T1, max_new_tokens=NUM_TOKENS)
     drafter = ScriptedDrafter(SCRIPTS[name], seed=seed or 0, aux_hidden_state_layers=AUX_LAYERS)
     setup = {
@@ -215,7 +215,7 @@ def drop_empty_segments(patch: Patch) -> None:
 
 
 def forget_deferred_verdicts(patch: Patch) -> None:
-    """What is verified without a verdict is forgotten before the verdict is due."""
+    """Rows verified without a verdict are forgotten before the verdict is due."""
     verdict = Stage._verdict
 
     def forgetful(self, state, segment):

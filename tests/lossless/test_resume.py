@@ -123,7 +123,7 @@ def test_another_number_of_stages_takes_over(num_stages: int, sampling: Sampling
 
 
 def test_losses_one_after_the_other() -> None:
-    """Also before the prefix is through again, and while nothing covers the layers."""
+    """A stage may be lost before the prefix is through again, or while layers are missing."""
     cluster = make_cluster(2, "streaming", drafter=drafter_named("eagle"))
     asked = pair(sampling=T1, max_new_tokens=20)
 

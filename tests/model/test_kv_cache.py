@@ -292,7 +292,7 @@ class Moved(TorchDispatchMode):
 
 
 def elements_moved(context: int, path: Sequence[int], keep: Sequence[int]) -> int:
-    """What a re-rooting writes behind `context` committed rows."""
+    """Return the slots that a re-rooting writes behind `context` committed rows."""
     cache = TreeKVCache(num_layers=3, num_kv_heads=2, head_dim=8, capacity=context + 64)
     cache.append_prefix(context)
     cache.append_tree([COMMITTED, 0, 1, 0, 3, 4])

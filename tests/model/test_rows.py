@@ -79,7 +79,7 @@ def test_stable_equals_plain_within_tolerance(chunk: int, sizes: list[int]) -> N
 @given(st.integers(1, 64), SIZES)
 @settings(max_examples=15)
 def test_stable_bits_do_not_depend_on_the_cut(chunk: int, sizes: list[int]) -> None:
-    """In bf16 a row has the same bits in every segment: strategies then agree exactly."""
+    """A bf16 row has the same bits in every segment, so strategies agree exactly."""
     for got, want in zip(
         run(BF16, chunk, sizes, stable=True), reference(torch.bfloat16), strict=True
     ):

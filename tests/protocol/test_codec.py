@@ -1,4 +1,4 @@
-"""What leaves is what arrives; what is no message is refused before it costs anything."""
+"""Messages arrive as they were sent, and bytes that are no message are refused cheaply."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def tensors(draw: st.DrawFn, rows: int) -> Tensor:
 
 @st.composite
 def rows(draw: st.DrawFn, *kinds: st.SearchStrategy[int]) -> list[tuple[int, ...]]:
-    """As many values of each kind, from none to a few."""
+    """Return equally many values of each kind, from none to a few."""
     n = draw(st.integers(0, 6))
     return [tuple(draw(st.lists(kind, min_size=n, max_size=n))) for kind in kinds]
 
@@ -97,7 +97,7 @@ OPEN = st.builds(
 
 @st.composite
 def closes(draw: st.DrawFn) -> FinishRequest:
-    """With and without a verdict, of the same request."""
+    """Return segments with and without a verdict of the same request."""
     epoch, request, verdict = draw(U32), draw(COUNT), draw(st.none() | REROOT)
     known = None if verdict is None else replace(verdict, epoch=epoch, request=request)
     return FinishRequest(epoch=epoch, request=request, keep=draw(st.booleans()), verdict=known)
@@ -135,7 +135,7 @@ TEXTS = st.one_of(
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
-    """Also empty ones, ones without hidden states, with and without a verdict."""
+    """Return segments, also empty ones and ones without hidden states."""
     epoch, request = draw(U32), draw(COUNT)
     nodes, parents, tokens = draw(rows(I64, I64, I32))
     verdict = draw(st.none() | REROOT)
@@ -200,7 +200,7 @@ SEGMENTS = st.lists(segments(), min_size=2, max_size=4, unique_by=lambda one: on
 
 
 def in_one_epoch(parts: list[Segment]) -> tuple[Segment, ...]:
-    """As a batch holds them."""
+    """Return segments that fit one batch."""
     epoch = parts[0].epoch
     verdicts = [p.verdict and replace(p.verdict, epoch=epoch) for p in parts]
     return tuple(replace(p, epoch=epoch, verdict=v) for p, v in zip(parts, verdicts, strict=True))
@@ -444,7 +444,7 @@ LONG = codec.MAX_HEADER_BYTES - 200
     ],
 )
 def test_long_headers_are_refused_in_one_line(body: bytes, error: str) -> None:
-    """What fails in a hundred thousand places takes memory in proportion and says one thing."""
+    """A message with a hundred thousand errors takes proportional memory and names one."""
     tracemalloc.start()
     try:
         with pytest.raises(WireError, match=error) as caught:

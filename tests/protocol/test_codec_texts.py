@@ -49,7 +49,7 @@ def test_times_are_numbers(value: bytes) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_time_that_is_none_does_not_arrive(value: float) -> None:
-    """Also where its sender holds one by a bug."""
+    """A time that is not finite is refused, even if its sender holds one by a bug."""
     message = Exit(request=1, seq_no=2, rows=3, slowest_rows=4, slowest_ms=value)
     with pytest.raises(WireError, match="exit.slowest_ms"):
         decode(as_bytes(message))

@@ -80,7 +80,7 @@ def test_noise_does_not_depend_on_the_order_of_calls(pairs: list[tuple[int, int]
 
 
 def test_choices_leave_the_noise_alone() -> None:
-    """The noise is cached; whoever used it must not have written into it."""
+    """The noise is cached, so its users must not write into it."""
     before = gumbel_noise(5, 9, 8).clone()
     params = SamplingParams(temperature=1.0, top_k=3, seed=5)
     choose(torch.zeros(1, 8), [9], params)
@@ -209,7 +209,7 @@ def test_draft_scores_are_log_probabilities() -> None:
 
 
 def test_coupling_finds_the_token_more_often() -> None:
-    """What the coupling is for: a drafter with errors is right more often than by the mode of q."""
+    """Coupling makes a drafter with errors right more often than the mode of q is."""
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(300, 32, generator=generator) * 2
     guesses = logits + 0.5 * torch.randn(300, 32, generator=generator)

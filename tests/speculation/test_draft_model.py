@@ -69,7 +69,7 @@ class Play:
         self.session.accept([token])
 
     def verdict(self, parent: Node, token: int) -> None:
-        """The truth goes on."""
+        """Append a true token."""
         path, _ = self.tree.reroot(parent.id, token)
         new = [*(node.token for node in path[1:]), token]
         self.tokens += new

@@ -47,7 +47,7 @@ def run_anew(tokens: Sequence[int], hidden_states: Sequence[Tensor], path: Seque
 
 
 def random_hidden_states(count: int, seed: int) -> list[Tensor]:
-    """What the target might give."""
+    """Return hidden states that the target might give."""
     generator = torch.Generator().manual_seed(seed)
     return list(torch.randn(count, HIDDEN, generator=generator))
 
@@ -128,7 +128,7 @@ class Play:
         assert ordered == sorted(ordered, reverse=True), "children come best first"
 
     def verdict(self, parent: Node, token: int) -> None:
-        """The truth is the path to `parent` and then `token`; its hidden states come later."""
+        """Accept the path to `parent` and then `token`; its hidden states come later."""
         path = [node.token for node in self.tree.path(parent.id)]
         for depth in range(len(path)):  # hidden states of root .. parent
             exact = run_anew(self.tokens, self.truth, path[1 : depth + 1])
@@ -309,7 +309,7 @@ def test_hidden_states_in_parts_show_each_token_once(num_given: int) -> None:
 
 
 def test_expanding_again_makes_a_row_fresh() -> None:
-    """After true hidden states a survivor may be drafted again; it is exact and not doubled."""
+    """A survivor drafted again after true hidden states is exact and not doubled."""
     play = grown(exact=False)
     play.verdict(play.tree.root, 10)
     play.give_hidden_states(sorted(play.late))
@@ -350,7 +350,7 @@ def test_the_noise_ranks_the_children() -> None:
 
 
 def test_draft_topk_bounds_the_children() -> None:
-    """And tokens that the filters forbid are no children at all."""
+    """Tokens that the filters forbid are no children."""
     for draft_topk, top_k, want in ((3, 0, 3), (8, 5, 5), (1000, 0, VOCAB)):
         sampling = SamplingParams(temperature=1.0, top_k=top_k, seed=1)
         request = Request(id=1, prompt=(1, 2), sampling=sampling, max_new_tokens=4)

@@ -61,7 +61,7 @@ def planted(sampling: SamplingParams) -> tuple[HiddenStateSession, DraftTree]:
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_position_waits_for_its_three_layers(seed: int, sampling: SamplingParams) -> None:
-    """From three stages, in any order; no row before low, middle and high are there."""
+    """Hidden states come from three stages in any order; a row needs all three."""
     session, tree = planted(sampling)
     due = [(which, at) for which in range(3) for at in range(len(PROMPT))]
     Random(seed).shuffle(due)

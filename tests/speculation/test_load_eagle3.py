@@ -26,7 +26,7 @@ OFFICIAL = (1, 3, 4)
 
 
 def load(folder, **changes) -> Eagle3Net:
-    """With the target's embedding at hand."""
+    """Load a head with the target's embedding."""
     given = {"target_config": CONFIG, "embedding": EMBEDDING} | changes
     return load_eagle3(folder, **given)
 
@@ -116,7 +116,7 @@ def test_no_aux_hidden_state_layers_are_the_usual_ones(tmp_path, origin, empty) 
 
 
 def test_the_layers_own_config_counts_most(tmp_path) -> None:
-    """Beside it a file of speculators has the defaults of transformers, which say nothing."""
+    """A speculators config has the defaults of transformers, which say nothing."""
     save_eagle3(tmp_path, CONFIG, "speculators", hf={"rope_theta": 1.0, "rms_norm_eps": 0.5})
     content = json.loads((tmp_path / "config.json").read_text())
     content["transformer_layer_config"]["rope_theta"] = 250000.0

@@ -41,25 +41,25 @@ class StrictDrafter(ScriptedDrafter):
     """Expands only nodes whose parents it has proposed children for, as EAGLE heads must."""
 
     def open(self, opening: Opening) -> "StrictSession":
-        """See Drafter.open."""
+        """Open a strict session."""
         return StrictSession(self, opening.request, opening.draft_topk)
 
 
 class StrictSession(ScriptedSession):
-    """See StrictDrafter."""
+    """A session that expands only nodes whose parents it has proposed children for."""
 
     def __init__(self, drafter: ScriptedDrafter, request: Request, draft_topk: int) -> None:
         super().__init__(drafter, request, draft_topk)
         self.spoken: set[NodeId] = set()
 
     def prefill(self, tree: DraftTree) -> Proposal | None:
-        """See DraftSession.prefill."""
+        """Prefill, and remember the expandable nodes."""
         if len(tree):
             self.spoken.add(tree.root.id)
         return super().prefill(tree)
 
     def expand(self, nodes: Sequence[Node], tree: DraftTree) -> list[Proposal]:
-        """See DraftSession.expand."""
+        """Expand nodes after checking that they can be expanded."""
         for node in nodes:
             assert node.parent in self.spoken, f"node {node.id}: its parent was never expanded"
         self.spoken.update(node.id for node in nodes)
@@ -82,7 +82,7 @@ def session_of(
 
 
 def check_tree(tree: DraftTree) -> None:
-    """What must hold of any draft tree, merged or not."""
+    """Check the invariants of any draft tree, merged or not."""
     for node in tree.nodes.values():
         if node.id == tree.root.id:
             continue
@@ -95,7 +95,7 @@ def check_tree(tree: DraftTree) -> None:
 
 
 def test_a_branch_follows_the_text_without_a_forward():
-    """Before the root's hidden states are there, the tree has what the text suggests."""
+    """Before the root's hidden states come, the tree has the branches from the text."""
     text = [1, 2, 3, 4, 5, 6, 7, 9, 1, 2, 3]
     session, _ = session_of(text)
     session.merge_branches()
@@ -140,7 +140,7 @@ def test_merged_branches_never_fill_the_tree_beyond_its_size(room):
 
 
 def test_an_unlikely_branch_is_not_worth_a_row():
-    """Nothing below the least path score."""
+    """No branch has a path score below the least one."""
     session, _ = session_of([1, 2, 3, 4, 1, 9, 1, 7, 1], min_score=0.3)
     session.merge_branches()
     assert all(exp(node.score) >= 0.3 - 1e-9 for node in session.tree.nodes.values())

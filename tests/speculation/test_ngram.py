@@ -103,7 +103,7 @@ def test_confidence_grows_with_length_and_with_count(more):
 
 
 def test_of_equal_continuations_the_most_recent_comes_first():
-    """As prompt lookup has it."""
+    """Return the proposal of prompt lookup."""
     session, tree = opened([1, 2, 5, 0, 1, 2, 6, 0, 4, 1, 2])
     proposal = session.prefill(tree)
     assert proposal is not None
@@ -112,7 +112,7 @@ def test_of_equal_continuations_the_most_recent_comes_first():
 
 @given(text=TOKENS, path=st.lists(st.integers(0, 5), max_size=6), draft_topk=st.integers(1, 4))
 def test_proposals_are_probabilities_best_first(text, path, draft_topk):
-    """At most draft_topk different tokens of the text, together at most certain, in order."""
+    """At most draft_topk different tokens are proposed, in order, with a sum of at most 1."""
     session, tree = opened(text, draft_topk)
     session.prefill(tree)
     node = tree.root
@@ -131,7 +131,7 @@ def test_proposals_are_probabilities_best_first(text, path, draft_topk):
 @pytest.mark.parametrize("strategy", [name for name, spec in STRATEGIES.items() if spec.drafts])
 @pytest.mark.parametrize("sampling", [T0, T1], ids=["T0", "T1"])
 def test_alone_it_changes_the_speed_and_not_the_text(strategy, sampling):
-    """On a text that repeats itself most tokens are found, and all are the target's own."""
+    """On a repetitive text most tokens are found, and all are the target's own."""
     looping = truth(PROMPT, T0, 40)
     asked = request(prompt=looping, sampling=sampling, max_new_tokens=8)
     setup = {"num_stages": 3, "strategy": strategy, "drafter": NgramDrafter()}

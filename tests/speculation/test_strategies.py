@@ -131,7 +131,7 @@ class Listening(ScriptedDrafter):
         self.jobs: list[DraftJob] = []
 
     def begin(self, jobs: Sequence[DraftJob]) -> Draft:
-        """See Drafter.begin."""
+        """Begin the jobs, and count them."""
         self.jobs += jobs
         return super().begin(jobs)
 

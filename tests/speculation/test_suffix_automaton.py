@@ -21,13 +21,13 @@ def built(text: list[int]) -> SuffixAutomaton:
 
 
 def ends(text: list[int], context: list[int]) -> list[int]:
-    """Where `context` ends in `text` (index of its last token), oldest first."""
+    """Return where `context` ends in `text` (index of its last token), oldest first."""
     size = len(context)
     return [end - 1 for end in range(size, len(text) + 1) if text[end - size : end] == context]
 
 
 def followers(text: list[int], context: list[int]) -> dict[int, tuple[int, int]]:
-    """What follows `context` in `text`: token -> (count, index of the newest)."""
+    """Return what follows `context` in `text`: token -> (count, index of the newest)."""
     places = [end + 1 for end in ends(text, context) if end + 1 < len(text)]
     counts = Counter(text[place] for place in places)
     return {t: (n, max(p for p in places if text[p] == t)) for t, n in counts.items()}

@@ -33,7 +33,7 @@ OPERATIONS = st.lists(
 
 @dataclass
 class Guess:
-    """What the model knows of one node."""
+    """The model's record of one node."""
 
     id: int
     logprob: float

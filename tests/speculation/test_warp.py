@@ -93,12 +93,12 @@ def test_warp_equals_naive(
     ],
 )
 def test_each_filter_alone(params: dict[str, float], expected: list[int]) -> None:
-    """By hand, over 0.5, 0.3, 0.15, 0.05."""
+    """Filters of 0.5, 0.3, 0.15, 0.05 give the values computed by hand."""
     assert kept([0.5, 0.3, 0.15, 0.05], **params) == expected
 
 
 def test_top_k_comes_before_top_p() -> None:
-    """Of 0.4, 0.3 top-k leaves 0.57, 0.43, so that top-p 0.5 needs one; top-p first needs two."""
+    """Top-k of 0.4, 0.3 leaves 0.57, 0.43, so top-p 0.5 needs one; top-p first needs two."""
     assert kept([0.4, 0.3, 0.2, 0.1], top_k=2, top_p=0.5) == [0]
     assert kept([0.4, 0.3, 0.2, 0.1], top_p=0.5) == [0, 1]
 

@@ -153,7 +153,7 @@ def test_prompt_chunks_give_one_verdict_at_the_end():
 
 
 def test_the_choice_is_coupled_to_the_seed_and_the_position():
-    """At temperature 1 the verdict is the target's own sample, whatever else is in the segment."""
+    """At temperature 1 the verdict is the target's own sample, whatever the segment has."""
     own = truth(PROMPT, T1)[len(PROMPT) :]
     stage = Stage(1, 1, stage_models(1)[0])
     give(stage, opened(sampling=T1), prompt())
@@ -194,7 +194,7 @@ def test_an_emptied_segment_still_travels(first, segment):
 
 
 def test_segments_of_an_unknown_request_travel_on_empty():
-    """They trail a Close, or a stage gave the request up; nobody behind may run them."""
+    """Rows that follow a FinishRequest or a failed request run on no later stage."""
     stage = Stage(1, 2, stage_models(2)[0])
     for segment in (rows((ROOT, ROOT - 1, 3)), prompt()):
         sends = give(stage, segment)
@@ -293,7 +293,7 @@ def test_the_queue_is_bounded():
 
 
 def test_close_frees_and_is_passed_on(first):
-    """In order with the data, so that nothing of the request comes behind it."""
+    """A failure travels in order with the data, so that no row of the request follows it."""
     sends = give(first, FinishRequest(request=1))
     assert sends == [Send(2, FinishRequest(request=1))]
     assert not first.requests

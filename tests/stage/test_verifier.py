@@ -109,7 +109,7 @@ def test_walk_reaches_what_the_rows_show(
 
 
 def dead_rows(rows: list[Row], tip: NodeId, token: int) -> set[int]:
-    """What does not descend from the tip's child with `token`, the tip left out."""
+    """Return the nodes that do not descend from the tip's child with `token`, without the tip."""
     alive: set[int] = set()
     for row in rows:
         if row.parent in alive or (row.parent == tip and row.token == token):

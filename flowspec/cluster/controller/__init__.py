@@ -1,1 +1,1 @@
-"""The head of a cluster: devices and clients on one side, the core on the other."""
+"""The head of a cluster, which serves devices and clients."""

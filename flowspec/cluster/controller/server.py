@@ -1,4 +1,4 @@
-"""The head as a server: devices and clients in one thread, the engine's core in another."""
+"""HeadServer: serves devices and clients in one thread, beside the engine's thread."""
 
 import logging
 import queue
@@ -83,15 +83,15 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 MAX_OPEN_PER_CLIENT = 64
 DRAIN_POLL_S = 0.05
-MIN_CHARACTERS, CHARACTERS_PER_TOKEN = 262_144, 32  # that a prompt may have, by the context
-MAX_REMEMBERED = 256  # requests that are over, whose stage counts may be asked for
+MIN_CHARACTERS, CHARACTERS_PER_TOKEN = 262_144, 32  # limit of a prompt, by the context
+MAX_REMEMBERED = 256  # finished requests whose stage counts may be asked for
 MAX_WORDS = 4000  # characters of a sentence in a message
 MAX_PIECE, MAX_PIECE_TEXT = 4096, 200_000  # tokens and characters in a message
 
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A client's request: its connection, its own number for it, and the stream once it runs."""
+    """A client's request: its connection, the client's number, and the stream once it runs."""
 
     peer: bytes
     id: int
@@ -101,10 +101,10 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Submitted:
-    """The engine has taken a request, or not."""
+    """The engine has accepted or refused a request."""
 
     call: _Call
-    outcome: Stream | Failure | None  # None: its client has taken it back before
+    outcome: Stream | Failure | None  # None: its client has withdrawn it before
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ _Event: TypeAlias = EngineEvent | _Submitted | _Readable | _Answered
 
 
 class HeadServer:
-    """Start with `start`; `close` drains and ends it.
+    """Serves devices and clients: `start` starts it, `close` drains and ends it.
 
-    `on_say` and `on_progress` are called from the control thread, for whoever watches.
+    `on_say` and `on_progress` are called from the control thread, for observers.
     """
 
     def __init__(
@@ -142,15 +142,15 @@ class HeadServer:
         on_progress: Callable[[str, Progress], None] = lambda name, progress: None,
     ) -> None:
         self.control, self.membership = control, membership
-        self.failure: Exception | None = None  # of its thread: nothing is served any more
+        self.failure: Exception | None = None  # of its thread; nothing is served any more
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self.engine = new_engine(self._hear)
         self._sizes = sizes
         self._on_say, self._on_progress = on_say, on_progress
-        self._calls: list[_Call] = []  # that are not over
+        self._calls: list[_Call] = []  # the open ones
         self._over: deque[_Call] = deque(maxlen=MAX_REMEMBERED)
         self._counts_due: dict[tuple[bytes, int], Stream] = {}  # by who asks, and the number there
-        # Prompts are rendered and slow questions answered here: heartbeats do not wait for them.
+        # Prompts are rendered and slow questions answered here, so that heartbeats do not wait.
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="clients")
         self._num_done = self._num_failed = 0
         self._started_at = time.monotonic()
@@ -160,12 +160,12 @@ class HeadServer:
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
 
     def start(self) -> None:
-        """Take devices and clients."""
+        """Begin to serve devices and clients."""
         self.engine.start()
         self._thread.start()
 
     def check(self) -> None:
-        """Raises ClusterError where one of its threads has failed."""
+        """Raise ClusterError if one of its threads has failed."""
         if failure := self.failure or self.engine.failure:
             raise ClusterError.of_rank(0, f"{cause_of(failure)}; see its log")
 
@@ -177,7 +177,7 @@ class HeadServer:
     def drain(
         self, why: str, timeout_s: float, in_a_hurry: Callable[[], bool] = lambda: False
     ) -> bool:
-        """Take no new requests and wait for the open ones; whether all have ended."""
+        """Take no new requests and wait for the open ones; return whether all have ended."""
         self._draining = why
         end = time.monotonic() + timeout_s
         while self._calls and self._thread.is_alive() and time.monotonic() < end:
@@ -187,7 +187,7 @@ class HeadServer:
         return not self._calls
 
     def close(self) -> None:
-        """Tell everybody and end. Devices keep their layers and wait for a head."""
+        """Tell all peers and end. Devices keep their layers and wait for a head."""
         self._draining = self._draining or "it was stopped"
         self._closing.set()
         self.control.wake()
@@ -240,7 +240,7 @@ class HeadServer:
             self._on_progress(self._name(peer), message)
 
     def _seen_here(self, peer: bytes, ready: StageReady) -> StageReady:
-        """Where a stage listens, as this machine must write it."""
+        """Return the addresses of a stage in the form that this machine needs."""
         if not (host := self.control.host_of(peer)):
             return ready
         return ready.model_copy(update={"addresses": ready.addresses.seen_here(host)})
@@ -270,7 +270,7 @@ class HeadServer:
     # Clients -------------------------------------------------------------------------------------
 
     def _serve_client(self, peer: bytes, message: Control) -> None:
-        """Serve one message; what fails here is about this client alone, which is told."""
+        """Process one message; an error concerns this client alone, which is told."""
         try:
             self._take_from_client(peer, message)
         except Exception as error:
@@ -324,7 +324,7 @@ class HeadServer:
         self._workers.submit(self._submit, call, ask)
 
     def _submit(self, call: _Call, ask: Ask) -> None:
-        """In a worker's thread: render the prompt and give the request to the engine."""
+        """Render the prompt and give the request to the engine, in a worker's thread."""
         outcome: Stream | Failure
         if call.is_dropped:
             self._hear(_Submitted(call, None))
@@ -338,13 +338,13 @@ class HeadServer:
         self._hear(_Submitted(call, outcome))
 
     def _drop(self, call: _Call) -> None:
-        """The client has turned away, or cannot be told."""
+        """End a call: its client has left or cannot be told."""
         call.is_dropped = True
         if call.stream is not None:
             call.stream.abort()
 
     def _ask_counts(self, peer: bytes, number: int) -> None:
-        """Tell what the stages did for a request that is over, once they have said so."""
+        """Report the stages' work for a finished request once it is known."""
         found = next((c for c in self._over if (c.peer, c.id) == (peer, number)), None)
         if found is None or found.stream is None:
             self._send(peer, Counts(id=number, stages=None))
@@ -352,7 +352,7 @@ class HeadServer:
             self._counts_due[peer, number] = found.stream
 
     def _tell_counts(self) -> None:
-        """Answer who has asked for counts that are there by now, or will never be."""
+        """Answer clients whose counts have come, or never will."""
         for (peer, number), stream in list(self._counts_due.items()):
             if stream.is_counted:
                 del self._counts_due[peer, number]
@@ -361,7 +361,7 @@ class HeadServer:
                 self._send(peer, Counts(id=number, stages=stages))
 
     def _forget(self, peer: bytes, number: int) -> None:
-        """In a worker's thread: have costs learnt anew, where no request is open."""
+        """Forget learnt costs while no request is open, in a worker's thread."""
         why = ""
         try:
             self.engine.forget()
@@ -386,7 +386,7 @@ class HeadServer:
             crossed_at=self.engine.crossed_at,
             statuses=dict(self.engine.head.statuses),
             num_active=engine.num_running,
-            # also those whose prompts are not rendered yet
+            # prompts that are not rendered yet count too
             num_waiting=max(engine.num_waiting, len(self._calls) - engine.num_running),
             num_done=self._num_done,
             num_failed=self._num_failed,
@@ -428,7 +428,7 @@ class HeadServer:
         call.stream.listen(lambda: self._hear(_Readable(call)))
 
     def _pass_on(self, call: _Call) -> None:
-        """Send a client what its stream has; an answer that cannot be told ends, and no other."""
+        """Send a client its stream's events; an answer that cannot be sent ends alone."""
         assert call.stream is not None, "it is readable"
         try:
             while call in self._calls and (event := call.stream.poll()) is not None:
@@ -445,7 +445,7 @@ class HeadServer:
             self._end(call, _failed_output(Failure(cause=cause_of(error), rank=0)))
 
     def _send_tokens(self, call: _Call, event: TokensOut) -> None:
-        """In pieces of a size that a message may have."""
+        """Send tokens in pieces that a message can hold."""
         tokens, text = event.tokens, event.text
         while tokens or text:
             piece = Piece(id=call.id, tokens=tokens[:MAX_PIECE], text=text[:MAX_PIECE_TEXT])
@@ -474,7 +474,7 @@ class HeadServer:
 
 
 def version_refusal(protocol: int, version: str) -> str:
-    """Why this head does not serve a client of that protocol and version; empty where it does."""
+    """Return why this head refuses a client of that protocol and version; empty if it does not."""
     own = flowspec.__version__
     if protocol != PROTOCOL_VERSION:
         return f"the head speaks control protocol {PROTOCOL_VERSION}, this client {protocol}"
@@ -484,9 +484,9 @@ def version_refusal(protocol: int, version: str) -> str:
 
 
 def request_of(ask: Ask, max_context: int) -> Request:
-    """What a client asks for. Raises ValueError for what cannot be sampled so.
+    """Return the request of an Ask. Raises ValueError for invalid sampling parameters.
 
-    Far more text than the context could hold is not made into tokens.
+    A text that is far longer than the context is not made into tokens.
     """
     most = max(MIN_CHARACTERS, CHARACTERS_PER_TOKEN * max_context)
     if (length := sum(len(turn.content) for turn in ask.turns)) > most:
@@ -513,7 +513,7 @@ def request_of(ask: Ask, max_context: int) -> Request:
 
 
 def refusal_of(error: Exception) -> Failure:
-    """Why a request could not begin: a ValueError says what is wrong with it."""
+    """Return why a request could not begin; a ValueError's text names the reason."""
     if isinstance(error, PromptError):
         return Failure(cause=str(error), kind=FailureKind.BAD_PROMPT)
     if isinstance(error, ValueError):
@@ -524,9 +524,9 @@ def refusal_of(error: Exception) -> Failure:
 
 
 def stage_figures(counts: Mapping[int, StageCounts]) -> tuple[StageFigures, ...] | None:
-    """What the stages did for a request, as a control message has it.
+    """Return the stages' work for a request, as a control message.
 
-    None where a device says what no message may hold.
+    Returns None if a device reports values that a message cannot hold.
     """
     try:
         return tuple(
@@ -543,12 +543,12 @@ def stage_figures(counts: Mapping[int, StageCounts]) -> tuple[StageFigures, ...]
 
 
 def _failed_output(failure: Failure) -> RequestOutput:
-    """The end of a request that never came to the core."""
+    """Return the end of a request that never reached the core."""
     return RequestOutput(request=0, reason=FinishReason.ERROR, error=failure)
 
 
 def _done(number: int, output: RequestOutput, *, epoch: int = 0, first_epoch: int = 0) -> Done:
-    """The end of a client's request `number`."""
+    """Return the end of a client's request `number` as a control message."""
     figures = None
     if output.request:
         figures = figures_of(output.stats, epoch=epoch, first_epoch=first_epoch)

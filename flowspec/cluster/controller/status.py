@@ -1,4 +1,4 @@
-"""What `flowspec status` shows, put together from membership and core."""
+"""Builds the status that `flowspec status` shows, from membership and core."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from flowspec.cluster.membership.roster import Device
 from flowspec.protocol.control import ClusterStatus, DeviceReport, DeviceStatus, ModelSizes
 from flowspec.protocol.messages import Status
 
-MAX_BUSY_S, MAX_COUNT = 1e12, 2**62  # as a control message may hold them (protocol/schema.py)
+MAX_BUSY_S, MAX_COUNT = 1e12, 2**62  # limits of a control message (protocol/schema.py)
 PROBE_LIMIT_S = 30.0  # without a token across all stages for longer, the cluster is not healthy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadFacts:
-    """What the core's side of the head knows. Times as of the monotonic clock."""
+    """The core's part of the status. Times are of the monotonic clock."""
 
-    strategy: str  # of requests that name none
+    strategy: str  # default strategy
     max_context: int
-    drafter: str  # that is loaded
+    drafter: str  # the loaded drafter
     draft_hash: str
     code_hash: str
     sizes: ModelSizes
     uptime_s: float
-    epoch_at: float | None  # when the epoch began
+    epoch_at: float | None  # begin of the epoch
     crossed_at: float | None
     statuses: Mapping[int, Status]
     num_active: int
@@ -35,7 +35,7 @@ class HeadFacts:
 
 
 def cluster_status(membership: Membership, facts: HeadFacts, now: float) -> ClusterStatus:
-    """The cluster at `now`."""
+    """Return the cluster's status at time `now`."""
     probe_age_s = None if facts.crossed_at is None else max(0.0, now - facts.crossed_at)
     why = _why_unhealthy(membership, probe_age_s)
     devices = [_device(d, membership, facts, now) for d in membership.devices.values()]
@@ -105,7 +105,7 @@ def _device(device: Device, membership: Membership, facts: HeadFacts, now: float
 
 
 def _can_be(status: Status) -> bool:
-    """Whether a person can be shown it: a device says whatever it says."""
+    """Return whether values that a device reports can be shown."""
     counts = (status.num_kv_tokens_used, status.peak_memory_bytes)
     return 0.0 <= status.busy_s <= MAX_BUSY_S and all(0 <= count <= MAX_COUNT for count in counts)
 
