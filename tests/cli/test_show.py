@@ -52,7 +52,6 @@ class ScriptedEngine:
         """`refused` is the request at whose submission the engine fails."""
         self.scripts, self.refused = scripts, refused
         self.aborted: list[int] = []
-        self.fails = False
 
     def submit(self, asked: Request) -> Stream:
         """Return the stream with the request's script."""
@@ -61,14 +60,12 @@ class ScriptedEngine:
         return ScriptedStream(asked.id, self.scripts[asked.id], self.aborted.append)
 
     def status(self) -> EngineStatus:
-        """Return a status without figures, or fail."""
-        if self.fails:
-            raise ClusterError("stage 2", "gone")
+        """Return a status without figures."""
         return EngineStatus()
 
     def fail(self) -> None:
-        """Fail from now on."""
-        self.fails = True
+        """Raise the error of a lost stage."""
+        raise ClusterError("stage 2", "gone")
 
     def drain(self, timeout_s: float) -> bool:
         """Nothing runs."""

@@ -218,8 +218,8 @@ def _note_convention(
     counted = "input" if inputs else "output"
     sizes.add(NOTE, f"hidden-state layers {ids} count layers by {counted}: the outputs of {layers}")
     if other == official and layers != official:
-        sizes.add(CONTRADICTION, f"hidden-state layers {ids} would be the usual ones if counting "
-                  f"layers the other way, not by {counted}; a conversion may have kept them: "
+        sizes.add(CONTRADICTION, f"hidden-state layers {ids} would be the usual ones if counted "
+                  f"the other way, not by {counted}; a conversion may have kept them: "
                   "compare tau with both")  # fmt: skip
 
 
