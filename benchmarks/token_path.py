@@ -58,13 +58,13 @@ def tick() -> int:
 
 
 def read(folder: Path) -> dict[str, Ticks]:
-    """Return, by process (its command or its rank), the executed lines with their times."""
+    """Return, by process (its command, or its stage), the executed lines with their times."""
     found: dict[str, Ticks] = {}
     for file in folder.glob("*.json"):
         data = json.loads(file.read_text())
-        name = " ".join(data["arguments"][1:2])
-        if "--rank" in data["arguments"]:
-            name += " " + data["arguments"][data["arguments"].index("--rank") + 1]
+        name = data["arguments"][1]
+        if name == "stage":
+            name = Path(data["arguments"][2]).stem  # its configuration file, such as stage_1.json
         name = name if name not in found else f"{name} ({file.stem})"
         found[name] = {
             (path, line): ticks for path, lines in data["lines"].items() for line, ticks in lines

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import token_path
-from benchmarks.token_path import between, describe, medians, read, tick
+from benchmarks.token_path import between, describe, measure, medians, read, tick
 
+# What one token of streaming, EAGLE and ZeroMQ may pass through, of the package.
+MODULES, EXECUTED_LINES = 48, 1550
 INNER = """\
 import threading
 def work(n):
@@ -49,3 +51,11 @@ def test_the_probe_notes_lines_of_threads_and_of_their_time(
     assert describe(executed) == {"modules": 1, "executed": 8, "module_lines": 9}
     few = {("__init__.py", 3)}
     assert medians([executed, few, few])["executed"] == 1
+
+
+@pytest.mark.slow
+def test_a_token_s_way_stays_short() -> None:
+    """Head and stages together execute few modules and lines for a token."""
+    way = medians(measure(stages=2, tokens=64)["all"])
+    assert way["modules"] <= MODULES
+    assert way["executed"] <= EXECUTED_LINES
