@@ -304,6 +304,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
             "num_draft_tokens": options.num_draft_tokens,
             "segment_size": options.segment_size,
             "draft_topk": options.draft_topk,
+            "max_in_flight": STAGES,  # whatever the cores of this machine are
         },
         kept_prefixes=0,
     )
