@@ -1,5 +1,6 @@
 """The head: prompts in chunks, stop rules, limits, cancellation, queues, late messages."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 import flowspec.head.scheduler
-from flowspec.engine.engine import generate, generate_all
+from flowspec.engine.engine import generate
 from flowspec.engine.simulated import SimulatedEngine
 from flowspec.protocol.messages import (
     CLIENT,
@@ -22,7 +23,6 @@ from flowspec.protocol.messages import (
 )
 from flowspec.request import (
     Decoding,
-    FailureKind,
     FinishReason,
     Request,
     RequestOutput,
@@ -328,12 +328,11 @@ def test_requests_with_different_strategies_run_at_once():
         (Decoding(drafter="none"), "needs a drafter"),
     ],
 )
-def test_a_decoding_that_cannot_be_had_ends_its_request_alone(decoding, why):
+def test_a_decoding_that_cannot_be_had_is_refused_alone(decoding, why):
     """The error names what is wrong; the request beside it is answered."""
     cluster = make_cluster(2)
-    good, bad = request(1, max_new_tokens=5), replace(request(2), decoding=decoding)
-    answered, refused = generate_all(cluster, [good, bad])
-    assert list(answered.tokens) == own_tokens(5)
-    assert refused.error.kind is FailureKind.REFUSED
-    assert why in str(refused.error)
+    stream = cluster.submit(request(1, max_new_tokens=5))
+    with pytest.raises(ValueError, match=re.escape(why)):
+        cluster.submit(replace(request(2), decoding=decoding))
+    assert list(stream.result().tokens) == own_tokens(5)
     check_empty(cluster)
