@@ -199,8 +199,11 @@ def make_split(folder: Path) -> Path:
 class Meter:
     """Measures the processor time of the head between segments, and of the stages."""
 
-    def __init__(self, engine: LocalEngine, drafter: ScriptedDrafter) -> None:
-        self.drafter = drafter
+    def __init__(
+        self, engine: LocalEngine, drafter: ScriptedDrafter, profile: cProfile.Profile | None
+    ) -> None:
+        """`profile` begins in the head's thread, at its first segment."""
+        self.drafter, self.profile = drafter, profile
         self.stages = [psutil.Process(child.pid) for child in engine.children.values()]
         self.marks: list[float] = []  # the head's processor time at each segment sent
         self._send = engine.transport.send
@@ -209,6 +212,8 @@ class Meter:
     def _watch(self, to: int, message: WireMessage) -> None:
         self._send(to, message)
         if isinstance(message, Segment) and not segments_of(message)[0].prefix:
+            if self.profile and not self.marks:
+                self.profile.enable()
             self.marks.append(self.head_s())
 
     def head_s(self) -> float:
@@ -221,7 +226,7 @@ class Meter:
 
 
 def measure(
-    engine: LocalEngine, meter: Meter, request: Request, profile: cProfile.Profile | None
+    engine: LocalEngine, meter: Meter, request: Request
 ) -> tuple[dict[str, Any], tuple[int, ...]]:
     """Return the figures of one request from its first token to its last, and its tokens."""
     meter.marks.clear()
@@ -229,11 +234,7 @@ def measure(
     next(iter(stream))
     start, head, stages = time.monotonic(), meter.head_s(), meter.stages_s()
     drafter_s = meter.drafter.cpu_s
-    if profile:
-        profile.enable()
     answer = stream.result()
-    if profile:
-        profile.disable()
     wall, head, stats = time.monotonic() - start, meter.head_s() - head, answer.stats
     count = len(meter.marks)
     each = sorted((b - a) * 1e3 for a, b in zip(meter.marks[:-1], meter.marks[1:], strict=True))
@@ -320,7 +321,7 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], bool
     with LocalEngine(config, parts) as engine:
         if options.cost == "flat":
             engine.head.pipe.cost = FlatCost()
-        figures, tokens = measure(engine, Meter(engine, drafter), request, profile)
+        figures, tokens = measure(engine, Meter(engine, drafter, profile), request)
     if profile:
         profile.dump_stats(options.profile)
     return figures, [*prompt, *tokens] == truth
