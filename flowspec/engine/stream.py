@@ -47,7 +47,9 @@ class Stream:
         self.request = request
         self.output: RequestOutput | None = None  # once the request is over
         self._abort, self._ask_counts, self._advance = abort, ask_counts, advance
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # there is something to read
+        self._over = threading.Condition(lock)  # the output or the stages' counts have come
         self._tokens: list[int] = []  # not read yet
         self._texts: list[str] = []  # the text of these tokens
         self._notices: list[Notice] = []  # not read yet
@@ -72,17 +74,19 @@ class Stream:
                     self._notices = [*self._notices[-7:], event]
                 case RequestOutput():
                     self.output = event
-            self._wake()
+            self._wake(is_over=self.output is not None)
 
     def put_counts(self, counts: Mapping[int, StageCounts] | None) -> None:
         """Add the stages' work for the finished request; None: it will not come."""
         with self._changed:
             if not self._is_counted:
                 self._counts, self._is_counted = counts, True
-                self._wake()
+                self._wake(is_over=True)
 
-    def _wake(self) -> None:
+    def _wake(self, *, is_over: bool) -> None:
         self._changed.notify_all()
+        if is_over:
+            self._over.notify_all()
         for listener in list(self._listeners):
             try:
                 listener()
@@ -134,7 +138,8 @@ class Stream:
             if end is not None and time.monotonic() >= end:
                 raise TimeoutError(f"request {self.request} is not over after {timeout_s:g} s")
             left_s = POLL_S if end is None else min(POLL_S, end - time.monotonic())
-            if not self._wait(lambda: self.output is not None, left_s) and self.output is None:
+            is_there = self._wait(self._over, lambda: self.output is not None, left_s)
+            if not is_there and self.output is None:
                 raise self._stands_still()
         return self.output
 
@@ -184,7 +189,7 @@ class Stream:
             self._ask_counts(self.request)
         end = time.monotonic() + timeout_s
         while not self._is_counted and (left_s := end - time.monotonic()) > 0:
-            if not self._wait(lambda: self._is_counted, min(POLL_S, left_s)):
+            if not self._wait(self._over, lambda: self._is_counted, min(POLL_S, left_s)):
                 break
         return self._counts
 
@@ -194,7 +199,8 @@ class Stream:
             event = self.poll()
             if event is not None or self._is_read:
                 return event
-            if not self._wait(self._has_event) and not self._has_event() and not self._is_read:
+            is_there = self._wait(self._changed, self._has_event)
+            if not is_there and not self._has_event() and not self._is_read:
                 raise self._stands_still()
 
     def _stands_still(self) -> RuntimeError:
@@ -217,12 +223,14 @@ class Stream:
             return self.output
         return None
 
-    def _wait(self, is_there: Callable[[], bool], timeout_s: float = POLL_S) -> bool:
-        """Wait a little; return False if no event is left."""
+    def _wait(
+        self, news: threading.Condition, is_there: Callable[[], bool], timeout_s: float = POLL_S
+    ) -> bool:
+        """Wait a little for `news`; return False if no event is left."""
         signals.check()
         if self._advance is not None:
             return self._advance()
-        with self._changed:
+        with news:
             if not is_there():
-                self._changed.wait(timeout_s)
+                news.wait(timeout_s)
         return True
