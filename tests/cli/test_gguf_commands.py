@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flowspec.cli.common import split_folder
+from flowspec.cli.common import layerwise_folder, split_folder
 from flowspec.cli.main import app
 from flowspec.config import EngineConfig
-from flowspec.weights.checkpoint import check_model, open_checkpoint
+from flowspec.weights.checkpoint import check_model
 from flowspec.weights.manifest import read_manifest
-from flowspec.weights.split_plan import plan_split
+from flowspec.weights.transfer.cache import ShardCache
 from tests.processes.test_run_command import flowspec_run
 from tests.support import families
 from tests.support.gguf_files import write_gguf
@@ -120,9 +120,19 @@ def test_plan_takes_the_sizes_of_a_file_and_of_a_split(file, tmp_path):
         assert re.search(r"0-\d \(\d\)", shown)
 
 
-def test_join_makes_layers_from_a_file_of_its_own(unknown, tmp_path):
+def test_serve_cuts_a_file_into_single_layers(unknown, tmp_path, monkeypatch):
+    """With the tokenizer that was given, from a file whose own is not rebuilt."""
+    monkeypatch.chdir(tmp_path)
+    other = write_json_form(tmp_path / "tokenizer")
+    config = EngineConfig(model=str(unknown), tokenizer=str(other), drafter="ngram")
+    folder = layerwise_folder(config, offline=True)
+    assert read_manifest(folder).layers == (1, 1, 1, 1)
+
+
+def test_join_makes_the_heads_layers_from_its_own_copy(unknown, tmp_path):
     """A device needs no tokenizer, so one that is not rebuilt does not matter there."""
+    other, split = write_json_form(tmp_path / "tokenizer"), tmp_path / "out"
+    flowspec("split", unknown, "--stages", "2", "--out", split, "--tokenizer", other)
     check_model(str(unknown))
-    checkpoint = open_checkpoint(unknown)
-    plan = plan_split(checkpoint, layers=(2, 2), dtype="float32", has_head=False)
-    assert {one.name.split("/")[0] for one in plan.files} == {"stage_1", "stage_2"}
+    cache = ShardCache(tmp_path / "cache")
+    assert cache.adopt(unknown, read_manifest(split), [1, 2]) == []

@@ -5,6 +5,7 @@ formulas, not from the reader under test.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,22 @@ def write_gguf(
     parts: int = 1,
     keys: dict[str, Any] | None = None,
     extra: str = "",
+    corpus: Sequence[str] = CORPUS,
+    vocab_size: int = 340,
 ) -> Path:
     """Write `model` with its matrices as `kind`, norms and biases as F32.
 
     `tokenizer` is the name of a pre-tokenizer, "llama" for SentencePiece, or "" for none. `keys`
     adds or (None) removes metadata; `extra` names one tensor more. Returns the path of the file,
-    or of the first of `parts`.
+    or of the first of `parts`. The tokenizer is trained on `corpus`.
     """
     config = model.config
     arch = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.num_hidden_layers)
-    metadata = {**_config_keys(arch, config), **_tokenizer_keys(path.parent, tokenizer)}
+    metadata = {
+        **_config_keys(arch, config),
+        **_tokenizer_keys(path.parent, tokenizer, corpus, vocab_size),
+    }
     metadata |= keys or {}
     tensors: dict[str, tuple[np.ndarray, Kind]] = {}
     if "llama3" in str(config.rope_parameters):
@@ -135,15 +141,19 @@ def _config_keys(arch: str, config: Any) -> dict[str, Any]:
     return {f"{arch}.{key}": value for key, value in found.items()}
 
 
-def _tokenizer_keys(folder: Path, name: str) -> dict[str, Any]:
+def _tokenizer_keys(
+    folder: Path, name: str, corpus: Sequence[str], vocab_size: int
+) -> dict[str, Any]:
     if not name:
         return {}
     prefix = "tokenizer.ggml"
     found = {"tokenizer.chat_template": TEMPLATE, f"{prefix}.add_bos_token": False}
     if name == "llama":
-        return found | _sentencepiece_keys(folder, prefix)
+        place = write_sentencepiece(folder / "spm", corpus=corpus, vocab_size=vocab_size)
+        return found | _sentencepiece_keys(place, prefix)
     special = ("<s>", "</s>", "<|im_end|>")
-    content = json.loads(byte_level(CORPUS, special=special).to_str())["model"]
+    trained = byte_level(corpus, vocab_size=vocab_size, special=special)
+    content = json.loads(trained.to_str())["model"]
     vocab = sorted(content["vocab"], key=content["vocab"].get)
     return {
         **found,
@@ -157,10 +167,9 @@ def _tokenizer_keys(folder: Path, name: str) -> dict[str, Any]:
     }
 
 
-def _sentencepiece_keys(folder: Path, prefix: str) -> dict[str, Any]:
+def _sentencepiece_keys(place: Path, prefix: str) -> dict[str, Any]:
     from sentencepiece import SentencePieceProcessor
 
-    place = write_sentencepiece(folder / "spm")
     own = SentencePieceProcessor(model_file=str(place / "tokenizer.model"))
     kinds = {own.is_control: 3, own.is_unknown: 2, own.is_byte: 6, own.is_unused: 5}
     tokens = range(own.get_piece_size())

@@ -132,7 +132,9 @@ def test_every_type_is_read_as_its_own_package_reads_it(tmp_path, kind):
     with TensorReader() as reader:
         for name, values in expected.items():
             stored = found[name]
-            data = bytearray(b"".join(bytes(piece) for piece in reader.pieces(stored)))
+            pieces = [bytes(piece) for piece in reader.pieces(stored)]
+            assert max(map(len, pieces)) <= 4 << 20, "more than a piece is in memory at once"
+            data = bytearray(b"".join(pieces))
             read = torch.frombuffer(data, dtype=getattr(torch, stored.dtype)).float()
             np.testing.assert_array_equal(read.numpy().reshape(1100, 1024), values)
 
