@@ -197,9 +197,14 @@ REFUSED = {
     "missing": ({"llama.block_count": None}, "lacks the key llama.block_count"),
     "kind": ({"llama.block_count": "four"}, "block_count is 'four', needed: a whole number"),
     "huge": ({"llama.block_count": 3_000_000}, "block_count is 3000000"),
-    "deeper": ({"llama.block_count": 5}, "lacks 9 tensors that its metadata requires"),
+    "deeper": (
+        {"llama.block_count": 5},
+        "block_count is 5, but there is no blk.4.attn_norm.weight",
+    ),
     "wider": ({"llama.embedding_length": 64}, "metadata asks for"),
     "heads": ({"llama.attention.head_count_kv": 3}, "no multiple"),
+    "shallower": ({"llama.block_count": 3}, "holds 9 tensors that LlamaForCausalLM does not have"),
+    "embeddings": ({"llama.attention.causal": False}, "attention.causal is false"),
     "parts": ({"split.count": 3}, "is one of 3 parts; name it as llama.cpp does"),
 }
 

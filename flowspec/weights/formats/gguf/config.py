@@ -17,13 +17,14 @@ ARCHITECTURES = {
 ROPE_FACTORS = "rope_freqs.weight"
 _KEYS = """
 vocab_size context_length embedding_length block_count feed_forward_length attention.head_count
-attention.head_count_kv attention.key_length attention.value_length attention.sliding_window
-attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scale_linear
+attention.causal attention.head_count_kv attention.key_length attention.value_length
+attention.sliding_window attention.layer_norm_rms_epsilon rope.dimension_count
+rope.freq_base rope.scale_linear
 rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.attn_factor
 rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow
 rope.scaling.yarn_ext_factor
 """
-_KEYS_IDLE = "rope.scaling.finetuned tensor_data_layout attention.causal pooling_type"
+_KEYS_IDLE = "rope.scaling.finetuned tensor_data_layout"
 _KNOWN_KEYS = frozenset((_KEYS + _KEYS_IDLE).split())
 # A key with one of these words changes the forward pass, unless its value is neutral.
 _FEATURE_WORDS = (
@@ -58,6 +59,11 @@ def read_hf_config(header: Header, tensors: Mapping[str, TensorPlace]) -> dict[s
     heads = _needed(header, f"{arch}.attention.head_count", most=1 << 16)
     context = _needed(header, f"{arch}.context_length")
     head_dim = _head_dim(header, arch, hidden, heads)
+    blocks = _needed(header, f"{arch}.block_count", most=10_000)
+    if (last := f"blk.{blocks - 1}.attn_norm.weight") not in tensors:
+        raise ValueError(
+            f"{header.path}: {arch}.block_count is {blocks}, but there is no {last}; fetch it again"
+        )
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[arch]],
         "model_type": arch,
@@ -65,7 +71,7 @@ def read_hf_config(header: Header, tensors: Mapping[str, TensorPlace]) -> dict[s
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
         "intermediate_size": _needed(header, f"{arch}.feed_forward_length", most=1 << 24),
-        "num_hidden_layers": _needed(header, f"{arch}.block_count", most=10_000),
+        "num_hidden_layers": blocks,
         "num_attention_heads": heads,
         "num_key_value_heads": header.whole(f"{arch}.attention.head_count_kv", least=1) or heads,
         "head_dim": head_dim,
@@ -105,6 +111,8 @@ def end_tokens(header: Header) -> list[int]:
 
 def _check_keys(header: Header, arch: str) -> None:
     """Refuse keys that change the forward pass and are not built; warn of unknown ones."""
+    if header.flag(f"{arch}.attention.causal") is False:
+        raise ValueError(f"{header.path} is no language model: {arch}.attention.causal is false")
     unknown = []
     for key in sorted(header.keys):
         own = key.removeprefix(f"{arch}.")
