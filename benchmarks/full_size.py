@@ -31,7 +31,8 @@ from flowspec.engine.local import LocalEngine
 from flowspec.engine.reference import LocalTarget
 from flowspec.model.architecture import ModelConfig
 from flowspec.request import Request, RequestOutput
-from flowspec.weights.checkpoint import TOKENIZER_FILES, part_shapes
+from flowspec.weights.checkpoint import part_shapes
+from flowspec.weights.formats.hugging_face import TOKENIZER_FILES
 from flowspec.weights.load import load_whole
 from flowspec.weights.tensor_files import header_bytes
 

@@ -368,10 +368,15 @@ class EngineConfig(Config):
 
     model: str = Field(
         default="models/demo/target",
-        description="HF id, or folder of a model or of a split model [default: bundled].",
+        description="HF id, GGUF file, or folder of a model or of a split model "
+        "[default: bundled].",
     )
     draft: str = Field(
         default="", description="Folder of the draft model [default: the bundled model's own]."
+    )
+    tokenizer: str = Field(
+        default="",
+        description="HF id or folder with the tokenizer, where the model has none that is read.",
     )
     stages: Annotated[int | None, _between(1, MAX_COUNT)] = Field(
         default=None,

@@ -269,6 +269,7 @@ SEAMS = (
     ("flowspec.stage.backends", "BACKENDS", "test_stage_backend"),
     ("flowspec.speculation.processors", "PROCESSORS", "test_logits_processor"),
     ("flowspec.speculation.acceptance", "RULES", "test_acceptance_rule"),
+    ("flowspec.weights.formats", "FORMATS", "test_checkpoint_format"),
 )
 
 
@@ -297,6 +298,7 @@ def test_stage_knows_no_head() -> None:
         ("bitsandbytes", "flowspec.model.quantize"),
         ("typer", "flowspec.cli"),
         ("rich", "flowspec.cli"),
+        ("gguf", "flowspec.weights.formats.gguf"),
     ],
 )
 def test_package_is_imported_at_home_alone(package: str, home: str) -> None:

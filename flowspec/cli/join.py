@@ -133,7 +133,7 @@ def join(
 
 def _check_folder(model: Path) -> None:
     """Raise ValueError if --model names no copy of a model."""
-    if not model.is_dir():
+    if not model.exists():
         raise ValueError(
             f"--model {model} is no folder on this device; name a copy of the model, split or not, "
             "or leave it out: the layers come from the head"

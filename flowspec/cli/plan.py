@@ -14,7 +14,12 @@ from flowspec.bench.predict import predict_speeds, stand_in_stages
 from flowspec.bench.prompts import load_prompts
 from flowspec.cli.chat import DEFAULT_PORT
 from flowspec.cli.common import BUNDLED, draft_folder, split_folder
-from flowspec.cluster.membership.device_planner import as_candidate, model_profile, needs_of
+from flowspec.cluster.membership.device_planner import (
+    as_candidate,
+    model_profile,
+    model_sizes,
+    needs_of,
+)
 from flowspec.cluster.membership.placement import (
     Candidate,
     Needs,
@@ -31,16 +36,20 @@ from flowspec.cost_model.profiles import (
     DeviceProfile,
     LinkProfile,
     ModelProfile,
+    is_profile,
     profile_names,
     read_cluster,
     read_model,
 )
 from flowspec.engine.build import load_head_parts
 from flowspec.engine.remote import RemoteEngine
+from flowspec.model.architecture import read_config
 from flowspec.speculation.drafters import DRAFTERS
 from flowspec.speculation.strategies import STRATEGIES
 from flowspec.system.address import parse_address
 from flowspec.transport.secure.token import derive_keys, read_token
+from flowspec.weights.checkpoint import read_model_config
+from flowspec.weights.manifest import HEAD_FOLDER, MANIFEST_NAME
 from flowspec.weights.split_plan import parse_layers
 
 STRATEGIES_SHOWN = "streaming,flowspec,serial_pp,ar"
@@ -61,9 +70,9 @@ def plan(
         str | None,
         typer.Option(help=f"Name or file of a cluster: {', '.join(profile_names('clusters'))}."),
     ] = None,
-    model: Annotated[str, typer.Option(help="With --cluster: name or file of a model.")] = (
-        "vicuna-7b"
-    ),
+    model: Annotated[
+        str, typer.Option(help="With --cluster: name or file of a profile, model folder, or GGUF.")
+    ] = "vicuna-7b",
     head: Annotated[
         str | None, typer.Option(help="HOST:PORT of a live head, whose devices are used.")
     ] = None,
@@ -130,7 +139,19 @@ def _from_profiles(cluster: str, model: str, size: dict[str, float]) -> _Questio
         )
     ]
     needs = needs_of("float16", **size)  # type: ignore[arg-type]
-    return _Question((profile.devices[0], profile.links[0]), candidates, read_model(model), needs)
+    sizes = _read_sizes(model, dtype="float16")
+    return _Question((profile.devices[0], profile.links[0]), candidates, sizes, needs)
+
+
+def _read_sizes(name: str, *, dtype: str) -> ModelProfile:
+    """Return the sizes of a profile, or of the checkpoint at a path, held in `dtype`."""
+    path = Path(name)
+    if is_profile("models", name) or not path.exists():
+        return read_model(name)
+    is_split = (path / MANIFEST_NAME).exists()
+    config = read_config(path / HEAD_FOLDER) if is_split else read_model_config(path)
+    shown = path.resolve().name if path.is_dir() else path.stem
+    return model_profile(shown, model_sizes(config), dtype)
 
 
 def _from_head(head: str, token: str, size: dict[str, float]) -> _Question:

@@ -40,7 +40,8 @@ DEFAULT_PROMPT = (
 
 
 @with_settings(
-    *("model", "draft", "stages", "layers", "strategy", "drafter", "max_new_tokens", "context"),
+    *("model", "tokenizer", "draft", "stages", "layers", "strategy", "drafter"),
+    *("max_new_tokens", "context"),
     *("max_num_seqs", *NUMERICS, "device", "threads", "kv_memory_mb", "max_restarts"),
     *("transport", "emulate", "trace"),
     strategy=f"One of {', '.join(STRATEGIES)}.",

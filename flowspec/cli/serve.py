@@ -80,7 +80,8 @@ HOSTS_END_S = 10.0  # in which devices over ssh must end after the head
 
 
 @with_settings(
-    *("draft", "drafter", "strategy", "context", "max_num_seqs", *NUMERICS, "device"),
+    *("tokenizer", "draft", "drafter", "strategy", "context", "max_num_seqs"),
+    *(*NUMERICS, "device"),
     strategy=f"One of {', '.join(STRATEGIES)}.",
     drafter=f"One of {', '.join(DRAFTERS)}.",
     context="Most tokens of a request, prompt and answer; the plan reserves caches for so many. "
@@ -89,7 +90,7 @@ HOSTS_END_S = 10.0  # in which devices over ssh must end after the head
 )
 def serve(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or HF id. [default: bundled model]")
+        str | None, typer.Argument(help="Folder, GGUF file or HF id. [default: bundled model]")
     ] = None,
     host: Annotated[str, typer.Option(help="Own address to listen at; *: all.")] = ALL_INTERFACES,
     port: Annotated[

@@ -16,41 +16,45 @@ from rich.progress import (
 )
 
 from flowspec.cli.common import bundled, is_bundled, say_on_stderr
+from flowspec.cli.settings import help_of
 from flowspec.system import signals
-from flowspec.tokenizer import load_tokenizer
-from flowspec.weights.checkpoint import open_checkpoint, resolve_model
+from flowspec.weights.checkpoint import open_checkpoint, resolve_model, resolve_tokenizer
 from flowspec.weights.manifest import Manifest
 from flowspec.weights.split import run_split
 from flowspec.weights.split_plan import SplitPlan, even_layers, parse_layers, plan_split
 
 
 def split(
-    model: Annotated[str, typer.Argument(help="Folder of a model, or its Hugging Face id.")],
+    model: Annotated[str, typer.Argument(help="Folder of a model, GGUF file, or Hugging Face id.")],
     stages: Annotated[
         int | None, typer.Option(help="Number of stages, layers shared out.", min=1)
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers per stage, as in 8+8+8+8.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the result.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default: as stored.")
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16; default: as stored, float32 if dequantized."
+        ),
     ] = None,
+    tokenizer: Annotated[str, typer.Option(help=help_of("tokenizer"))] = "",
     offline: Annotated[bool, typer.Option(help="Look for an id only in the local cache.")] = False,
 ) -> None:
     """Split MODEL into stage folders that the workers load."""
     if (stages is None) == (layers is None):
         raise ValueError("give either --stages N or --layers 8+8+8+8")
     model = bundled(model)
-    folder = resolve_model(model, offline=offline)
+    path = resolve_model(model, offline=offline)
+    checkpoint = open_checkpoint(path, tokenizer=resolve_tokenizer(tokenizer, offline=offline))
     # The manifest travels to other devices, so it has only the last part of the private path.
-    model_id = folder.resolve().name if Path(model).is_dir() else model
-    checkpoint = open_checkpoint(folder)
+    model_id = checkpoint.name if Path(model).exists() else model
     if layers is None:
         assert stages is not None
         counts = even_layers(checkpoint.config.num_layers, stages)
     else:
         counts = parse_layers(layers)
     plan = plan_split(checkpoint, layers=counts, dtype=dtype)
-    load_tokenizer(folder)  # raises before anything is written
+    checkpoint.check_tokenizer()  # raises before anything is written
     out = out or Path("out") / f"{model_id.rsplit('/', maxsplit=1)[-1]}-{len(counts)}stages"
     manifest = _run(plan, out, model_id)
     _report(manifest, out)

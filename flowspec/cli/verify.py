@@ -71,10 +71,10 @@ class _Plan:
         return [(n, name) for n in self.stages for name in drafters if self.rows(name, n)]
 
 
-@with_settings("context", *NUMERICS, "device")
+@with_settings("tokenizer", "context", *NUMERICS, "device")
 def verify(
     model: Annotated[
-        str | None, typer.Argument(help="Folder or HF id. [default: bundled model]")
+        str | None, typer.Argument(help="Folder, GGUF file or HF id. [default: bundled model]")
     ] = None,
     draft: Annotated[
         list[str] | None,

@@ -13,8 +13,13 @@ from flowspec.speculation.drafters import find_drafter
 from flowspec.speculation.strategies import find_strategy
 from flowspec.system import signals
 from flowspec.system.bundled import DEMO, find_bundled
-from flowspec.tokenizer import load_tokenizer
-from flowspec.weights.checkpoint import check_model, open_checkpoint, resolve_model
+from flowspec.weights.checkpoint import (
+    check_model,
+    open_checkpoint,
+    read_model_config,
+    resolve_model,
+    resolve_tokenizer,
+)
 from flowspec.weights.manifest import MANIFEST_NAME, read_manifest
 from flowspec.weights.split import is_split_of, run_split
 from flowspec.weights.split_plan import even_layers, parse_layers, plan_split
@@ -83,20 +88,28 @@ def split_folder(config: EngineConfig, *, say: Say = log.info) -> Path:
                 f"{folder} is split into {len(have)} stages of {have} layers, not as asked; "
                 "name the unsplit model instead, or split it again with `flowspec split`"
             )
+        if config.tokenizer:
+            raise ValueError(
+                f"{folder} is split, and has its tokenizer; give --tokenizer where the model is "
+                "split, or name the unsplit model"
+            )
         return folder
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, tokenizer=resolve_tokenizer(config.tokenizer))
     if config.layers:
         layers = parse_layers(config.layers)
     else:
         layers = even_layers(checkpoint.config.num_layers, config.stages or DEFAULT_STAGES)
-    name = folder.resolve().name
+    name = checkpoint.name
     cut = "+".join(str(count) for count in layers)
-    out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}"
+    # Values that are computed anyway are computed in the dtype of the run.
+    dtype = config.numerics.dtype if checkpoint.computes_values else None
+    kind = f"-{dtype}" if dtype else ""
+    out = Path("out") / f"{name}-{cut}-{checkpoint.fingerprint()[:8]}{kind}"
     if not (out / MANIFEST_NAME).exists():
-        load_tokenizer(folder)  # or name what it lacks by the model's own name, before the split
+        checkpoint.check_tokenizer()  # or say what it lacks by the model's name, before the split
         stages = "1 stage" if len(layers) == 1 else f"{len(layers)} stages"
         say(f"splitting {name} into {stages} of {cut} layers: {out}")
-    plan = plan_split(checkpoint, layers=layers, dtype=None)
+    plan = plan_split(checkpoint, layers=layers, dtype=dtype)
     with signals.undoing():
         run_split(
             plan,
@@ -121,5 +134,7 @@ def layerwise_folder(config: EngineConfig, *, offline: bool = False, say: Say = 
             f"{folder} is split into stages of {'+'.join(map(str, layers))} layers; name the "
             "unsplit model, or one split with every layer by itself"
         )
-    num_layers = len(layers) or open_checkpoint(folder).config.num_layers
-    return split_folder(config.changed(layers="+".join(["1"] * num_layers)), say=say)
+    num_layers = len(layers) or read_model_config(folder).num_layers
+    tokenizer = resolve_tokenizer(config.tokenizer, offline=offline) or ""
+    cut = "+".join(["1"] * num_layers)
+    return split_folder(config.changed(layers=cut, tokenizer=str(tokenizer)), say=say)

@@ -18,7 +18,7 @@ from flowspec.model.config_fields import (
     whole_number,
     without_empty,
 )
-from flowspec.model.rope import RopeScaling, Warn, read_rope
+from flowspec.model.rope import FactorsRopeScaling, RopeScaling, Warn, read_rope
 from flowspec.request import LONGEST_CONTEXT
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -128,6 +128,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim {self.head_dim} is odd; RoPE rotates pairs")
+        if isinstance(self.rope_scaling, FactorsRopeScaling) and (
+            len(self.rope_scaling.factors) != self.head_dim // 2
+        ):
+            raise ValueError(
+                f"config.json: RoPE has {len(self.rope_scaling.factors)} factors, needed: "
+                f"{self.head_dim // 2}, half of head_dim"
+            )
         if self.windows and len(self.windows) != self.num_layers:
             raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
 

@@ -98,7 +98,27 @@ class YarnRopeScaling:
         return dim * math.log(waves) / (2 * math.log(theta))
 
 
-RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactorsRopeScaling:
+    """Type `factors`: each base frequency is divided by a number of its own.
+
+    GGUF files store the result of `llama3` so; no config.json of transformers has this type.
+    """
+
+    factors: tuple[float, ...]  # [d/2]
+    attention_factor: ClassVar[float] = 1.0
+
+    def context_length(self, max_positions: int) -> int:
+        """`max_position_embeddings` is that of the stretched model."""
+        return max_positions
+
+    def scale(self, frequencies: Tensor, theta: float) -> Tensor:
+        """Frequencies [d/2] -> [d/2]."""
+        del theta
+        return frequencies / torch.tensor(self.factors, device=frequencies.device)
+
+
+RopeScaling = LinearRopeScaling | Llama3RopeScaling | YarnRopeScaling | FactorsRopeScaling
 Warn = Callable[[str], None]
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -110,6 +130,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
         *("attention_factor", "mscale", "mscale_all_dim"),
         "finetuned",  # says how the model came about
     ),
+    "factors": ("factors",),
 }
 _NEEDED = {  # keys without a default, and what to write
     "factor": "a number from 1: the stretched context over the one before, such as 4.0",
@@ -134,8 +155,8 @@ def read_rope(
     for key in sorted(rope.keys() - set(_KEYS[kind])):
         warn(f"the RoPE block: {_unused(key, kind)}")
         del rope[key]
-    if kind == "default":
-        return theta, None
+    if kind in ("default", "factors"):
+        return theta, _read_factors(rope, block) if rope else None
     if kind != "linear":
         _settle_original(rope, hf, max_positions, warn)
         ratio = max_positions / whole_number(rope, _ORIGINAL)
@@ -156,6 +177,14 @@ def read_rope(
     if kind == "llama3":
         return theta, _llama3(rope, block, max_positions, warn)
     return theta, _yarn(rope, block, theta, max_positions, warn)
+
+
+def _read_factors(rope: Mapping[str, Any], block: str) -> FactorsRopeScaling:
+    found = rope.get("factors")
+    numbers = found if isinstance(found, list) else []
+    if not numbers or not all(type(x) in (int, float) and 0 < x < 1e30 for x in numbers):
+        raise ValueError(f"config.json: {block}.factors must be a list of numbers above 0")
+    return FactorsRopeScaling(factors=tuple(float(x) for x in numbers))
 
 
 def _parameters(hf: Mapping[str, Any], warn: Warn) -> tuple[str, dict[str, Any]]:

@@ -1,42 +1,28 @@
-"""Checkpoint: an unsplit HF model, found by id or folder and checked against its own config."""
+"""Checkpoint: an unsplit model, found by id or path and checked against its own config."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowspec.model.architecture import DTYPES, ModelConfig, read_config, read_json
+from flowspec.model.architecture import DTYPES, ModelConfig, read_config
 from flowspec.model.stage_model import StageModel
+from flowspec.tokenizer import load_tokenizer
+from flowspec.weights.formats import TensorReader, find_model
+from flowspec.weights.formats.base import ModelFiles
+from flowspec.weights.formats.hugging_face import TOKENIZER_FILES, read_tokenizer_files, some
 from flowspec.weights.manifest import MANIFEST_NAME
-from flowspec.weights.tensor_files import StoredTensor, TensorReader, read_bin_header, read_header
+from flowspec.weights.tensor_files import StoredTensor
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "added_tokens.json",
-)
-# Old Llama files also store the RoPE frequencies, which follow from the config.
-_IGNORED_SUFFIX = "rotary_emb.inv_freq"
-_WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _SMALL_FILES = ("*.json", "tokenizer.model", "merges.txt", "*.jinja")
+_PART_NUMBER = re.compile(r"-\d{5}-of-\d{5}$")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -44,34 +30,67 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class Checkpoint:
     """A whole model on disk: its config and the place of each tensor that the config requires."""
 
-    folder: Path
+    path: Path  # a folder, or a file that holds everything
+    model: ModelFiles
     config: ModelConfig
     hf_config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     stored_dtype: str | None  # None if the tensors differ
+    computes_values: bool = False  # from quantized ones, so that any dtype is as good as stored
+    tokenizer_folder: Path | None = None  # in place of the model's own tokenizer
+
+    @property
+    def name(self) -> str:
+        """Return the name of the folder, or of the file without suffix and number of a part."""
+        if self.path.is_dir():
+            return self.path.resolve().name
+        return _PART_NUMBER.sub("", self.path.stem)
+
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Return the files of the tokenizer's folder, by name."""
+        if self.tokenizer_folder is not None:
+            return read_tokenizer_files(self.tokenizer_folder)
+        return self.model.tokenizer_files()
+
+    def check_tokenizer(self) -> None:
+        """Raise ValueError when the tokenizer cannot be loaded, before anything is split."""
+        if self.tokenizer_folder is not None:
+            load_tokenizer(self.tokenizer_folder)
+        else:
+            self.model.check_tokenizer()
 
     def fingerprint(self) -> str:
         """Return a text that changes with any file of the checkpoint (by size and time)."""
         files = {tensor.file for tensor in self.tensors.values()}
         folders = {path.parent for path in files}
-        files |= {folder / name for folder in folders for name in TOKENIZER_FILES}
-        files = {path for path in files if path.exists()}
-        stats = {path.name: path.resolve().stat() for path in files}
-        content = {
-            "config": self.hf_config,
-            "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
-        }
+        own = self.tokenizer_folder
+        if own is None:
+            files |= {folder / name for folder in folders for name in TOKENIZER_FILES}
+        content: dict[str, Any] = {"config": self.hf_config, "files": _stats(files)}
+        if own is not None:
+            content["tokenizer"] = _stats({own / name for name in TOKENIZER_FILES})
+        elif self.computes_values:  # also with the way in which it is rebuilt
+            content["tokenizer"] = {
+                name: hashlib.sha256(raw).hexdigest()
+                for name, raw in self.tokenizer_files().items()
+            }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _stats(files: set[Path]) -> dict[str, tuple[int, int]]:
+    """Return size and time of the files that exist, by name."""
+    stats = {path.name: path.resolve().stat() for path in files if path.exists()}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
 def resolve_model(name_or_path: str, *, offline: bool = False) -> Path:
-    """Return the folder of a model: the given folder, or the folder of the HF id in HF's cache.
+    """Return the path of a model: the given folder or file, or the folder of an id in HF's cache.
 
     The id is fetched unless it is cached; `offline` (or the variable HF_HUB_OFFLINE=1) looks only
-    into the cache. Raises ValueError when the name is neither a folder nor an available id.
+    into the cache. Raises ValueError when the name is neither a path nor an available id.
     """
-    if (folder := Path(name_or_path)).is_dir():
-        return folder
+    if (path := Path(name_or_path)).exists():
+        return path
     folder = _fetch(name_or_path, [*_SMALL_FILES, "*.safetensors"], offline=offline)
     if not any(folder.glob("*.safetensors")):
         folder = _fetch(name_or_path, [*_SMALL_FILES, "*.bin"], offline=offline)
@@ -83,11 +102,28 @@ def check_model(name_or_path: str, *, offline: bool = False) -> None:
 
     A folder must have the file that every model, split or not, begins with.
     """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = _fetch(name_or_path, ["config.json"], offline=offline)
-    if not (folder / MANIFEST_NAME).exists():
-        read_config(folder)
+    path = Path(name_or_path)
+    if not path.exists():
+        path = _fetch(name_or_path, ["config.json"], offline=offline)
+    if not (path / MANIFEST_NAME).exists():
+        read_model_config(path)
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read the config of an unsplit model, whose weights need not be there if it is a folder.
+
+    Raises ValueError as `open_checkpoint` does.
+    """
+    if (path / "config.json").exists():
+        return read_config(path)
+    return find_model(path)[1].model_config()
+
+
+def resolve_tokenizer(name_or_path: str, *, offline: bool = False) -> Path | None:
+    """Return the folder of a tokenizer, None for an empty name. Raises as `resolve_model` does."""
+    if not name_or_path or (path := Path(name_or_path)).is_dir():
+        return path if name_or_path else None
+    return _fetch(name_or_path, list(_SMALL_FILES), offline=offline)
 
 
 def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
@@ -115,32 +151,33 @@ def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
         ) from error
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read the config and headers of a HF model folder; no tensor is read.
+def open_checkpoint(path: Path, *, tokenizer: Path | None = None) -> Checkpoint:
+    """Read the config and headers of a model, a folder or a file; no tensor is read.
 
-    Raises ValueError that names the key, file or tensor that is missing, unknown, damaged or of
-    another shape than the config says.
+    `tokenizer` is a folder whose tokenizer takes the place of the model's own. Raises ValueError
+    that names the key, file or tensor that is missing, unknown, damaged or of another shape than
+    the config says.
     """
-    hf_config = read_json(folder / "config.json")
-    config = read_config(folder)
-    stored: dict[str, StoredTensor] = {}
-    for path in _weight_files(folder):
-        read = read_bin_header if path.suffix == ".bin" else read_header
-        for name, tensor in read(path).items():
-            if name in stored:
-                raise ValueError(f"{name} is both in {stored[name].file.name} and {path.name}")
-            if not name.endswith(_IGNORED_SUFFIX):
-                stored[name] = tensor
-    _check_tensors(folder, config, stored)
+    found, model = find_model(path)
+    hf_config = model.hf_config()
+    config = model.model_config()
+    stored = model.tensors()
+    _check_tensors(path, config, stored, "metadata" if found.computes_values else "config.json")
+    if tokenizer is not None:  # with it go the end tokens of generation_config.json
+        hf_config = {**hf_config, "eos_token_id": list(config.eos_token_ids)}
     if config.tie_word_embeddings and LM_HEAD in stored:
         _check_tied(stored[EMBEDDING], stored.pop(LM_HEAD))
     dtypes = {tensor.dtype for tensor in stored.values()}
+    one = next(iter(dtypes)) if len(dtypes) == 1 else None
     return Checkpoint(
-        folder=folder,
+        path=path,
+        model=model,
         config=config,
         hf_config=hf_config,
         tensors=stored,
-        stored_dtype=next(iter(dtypes)) if len(dtypes) == 1 else None,
+        stored_dtype=one or ("float32" if found.computes_values else None),
+        computes_values=found.computes_values,
+        tokenizer_folder=tokenizer,
     )
 
 
@@ -162,53 +199,28 @@ def part_shapes(
     return {name: tuple(tensor.shape) for name, tensor in stage.named_parameters()}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    for name in _WEIGHT_FILES:
-        path = folder / name
-        if not path.exists():
-            continue
-        return _shards(path) if name.endswith(".json") else [path]
-    found = sorted(path.name for path in folder.iterdir())[:12]
-    raise ValueError(f"{folder} has none of {', '.join(_WEIGHT_FILES)}; found: {found}")
-
-
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; fetch it again")
-    names = sorted({str(name) for name in weight_map.values()})
-    suffix = ".bin" if ".bin." in index.name else ".safetensors"
-    for name in names:
-        if Path(name).name != name or not name.endswith(suffix):
-            raise ValueError(f"{index} names {name!r}, needed: a {suffix} file beside it")
-    missing = [name for name in names if not (index.parent / name).exists()]
-    if missing:
-        raise ValueError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {_some(missing)}; "
-            "fetch them again"
-        )
-    return [index.parent / name for name in names]
-
-
-def _check_tensors(folder: Path, config: ModelConfig, stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(
+    path: Path, config: ModelConfig, stored: Mapping[str, StoredTensor], source: str
+) -> None:
+    """Compare names, shapes and dtypes with the config, which `source` holds. Raises ValueError."""
     expected = part_shapes(config, first_layer=0, last_layer=config.num_layers)
     allowed = {*expected, LM_HEAD} if config.tie_word_embeddings else set(expected)
     if missing := expected.keys() - stored.keys():
         raise ValueError(
-            f"{folder} lacks {len(missing)} tensors that its config.json requires: "
-            f"{_some(missing)}; fetch the checkpoint again, or correct config.json"
+            f"{path} lacks {len(missing)} tensors that its {source} requires: "
+            f"{some(set(missing))}; fetch the checkpoint again, or correct {source}"
         )
     if unknown := stored.keys() - allowed:
         raise ValueError(
-            f"{folder} holds {len(unknown)} tensors that {config.architecture} does not have: "
-            f"{_some(unknown)}; is config.json this model's?"
+            f"{path} holds {len(unknown)} tensors that {config.architecture} does not have: "
+            f"{some(set(unknown))}; is {source} this model's?"
         )
     for name, tensor in stored.items():
         shape = expected.get(name, expected[EMBEDDING])
         if tensor.shape != shape:
             raise ValueError(
-                f"{tensor.file}: {name} is {list(tensor.shape)}, config.json asks for "
-                f"{list(shape)}; is config.json this model's?"
+                f"{tensor.file}: {name} is {list(tensor.shape)}, {source} asks for "
+                f"{list(shape)}; is {source} this model's?"
             )
         if tensor.dtype not in DTYPES:
             raise ValueError(
@@ -229,9 +241,3 @@ def _check_tied(embedding: StoredTensor, lm_head: StoredTensor) -> None:
             "config.json says tie_word_embeddings, but the stored lm_head.weight is not the "
             "embedding; set tie_word_embeddings to false"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
-    return ", ".join(ordered[:5]) + rest

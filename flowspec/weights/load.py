@@ -22,7 +22,9 @@ from flowspec.model.linear import (
 )
 from flowspec.model.rope import Warn
 from flowspec.model.stage_model import StageModel
-from flowspec.weights.checkpoint import EMBEDDING, LM_HEAD, TOKENIZER_FILES, open_checkpoint
+from flowspec.weights.checkpoint import EMBEDDING, LM_HEAD, Checkpoint, open_checkpoint
+from flowspec.weights.formats import TensorReader
+from flowspec.weights.formats.hugging_face import TOKENIZER_FILES
 from flowspec.weights.manifest import (
     HEAD_FOLDER,
     MANIFEST_NAME,
@@ -36,6 +38,7 @@ from flowspec.weights.tensor_files import load_bin, read_header
 
 Net = TypeVar("Net", bound=nn.Module)
 _REMAP_BYTES = 32 << 20
+_MAPPED = (".safetensors", ".bin")  # suffixes of files that `read_tensors` maps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,30 +125,53 @@ def load_whole(
     quantization: str = "none",
     verify: bool = True,
 ) -> StageModel:
-    """Load the target alone: all layers, embedding and lm_head, of a HF folder or a split model.
+    """Load the target alone: all layers, embedding and lm_head, of a checkpoint or a split model.
 
     Raises ValueError as `open_checkpoint` and `load_stage_range` do.
     """
     chosen = find_quantization(quantization)
     folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
     if (folder / MANIFEST_NAME).exists():
         manifest = read_manifest(folder)
         config = _part_config(folder, manifest, HEAD_FOLDER, verify=verify)
         names = [f"{stage_folder(k + 1)}/{WEIGHTS_NAME}" for k in range(manifest.num_stages)]
-        paths = [check_file(folder, manifest, name, verify=verify) for name in names]
+        for name in names:
+            path = check_file(folder, manifest, name, verify=verify)
+            tensors.update(read_tensors(path, device=device, dtype=dtype))
     else:
         checkpoint = open_checkpoint(folder)
         config = checkpoint.config
-        paths = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-        dtype = dtype or checkpoint.stored_dtype
-        if dtype is None:
-            raise ValueError(f"{folder} mixes dtypes; choose one ({', '.join(DTYPES)})")
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        tensors.update(read_tensors(path, device=device, dtype=dtype))
+        tensors = _read_checkpoint(checkpoint, device=device, dtype=dtype)
     if config.tie_word_embeddings:
         tensors.pop(LM_HEAD, None)
     return _fill_stage(_empty_stage(config, 0, config.num_layers, chosen), tensors, folder)
+
+
+def _read_checkpoint(
+    checkpoint: Checkpoint, *, device: torch.device | str, dtype: str | None
+) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint, mapped where its format allows."""
+    dtype = dtype or checkpoint.stored_dtype
+    if dtype is None or dtype not in DTYPES:
+        what = "mixes dtypes" if dtype is None else f"cannot be loaded as {dtype!r}"
+        raise ValueError(f"{checkpoint.path} {what}; choose one ({', '.join(DTYPES)})")
+    tensors: dict[str, Tensor] = {}
+    files = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    if all(path.suffix in _MAPPED for path in files):
+        for path in files:
+            tensors.update(read_tensors(path, device=device, dtype=dtype))
+        return tensors
+    with TensorReader() as reader:
+        for name, stored in checkpoint.tensors.items():
+            values = torch.empty(stored.num_values, dtype=getattr(torch, dtype), device=device)
+            done = 0
+            for piece in reader.pieces(stored):
+                part = torch.frombuffer(piece, dtype=getattr(torch, stored.dtype))
+                values[done : done + len(part)] = part
+                done += len(part)
+            tensors[name] = values.view(stored.shape)
+    return tensors
 
 
 def load_head_part(

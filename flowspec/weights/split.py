@@ -17,6 +17,7 @@ from typing import Any
 from flowspec.model.architecture import read_json
 from flowspec.system.files import locked, replacing, whole_name
 from flowspec.weights.checkpoint import Checkpoint
+from flowspec.weights.formats import TensorReader
 from flowspec.weights.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -29,12 +30,7 @@ from flowspec.weights.manifest import (
     write_manifest,
 )
 from flowspec.weights.split_plan import OutputFile, SplitPlan, plan_split
-from flowspec.weights.tensor_files import (
-    HashedWriter,
-    TensorReader,
-    converted,
-    header_bytes,
-)
+from flowspec.weights.tensor_files import HashedWriter, converted, header_bytes
 
 JOURNAL_NAME = "split.partial.json"
 LOCK_NAME = "split.lock"

@@ -9,7 +9,6 @@ from flowspec.model.architecture import DTYPES
 from flowspec.weights.checkpoint import (
     EMBEDDING,
     LM_HEAD,
-    TOKENIZER_FILES,
     Checkpoint,
     part_shapes,
 )
@@ -76,10 +75,15 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def plan_split(
-    checkpoint: Checkpoint, *, layers: tuple[int, ...], dtype: str | None = None
+    checkpoint: Checkpoint,
+    *,
+    layers: tuple[int, ...],
+    dtype: str | None = None,
+    has_head: bool = True,
 ) -> SplitPlan:
     """Decide which tensors go into which file; `dtype` None keeps the stored one.
 
+    Without `has_head` the head's files, and so the tokenizer, are left out.
     Raises ValueError when `layers` does not add up to the model, or the dtype is unsupported or
     mixed.
     """
@@ -95,7 +99,8 @@ def plan_split(
         raise ValueError(f"the checkpoint mixes {', '.join(found)}; choose one with --dtype")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype!r} is not supported: {', '.join(DTYPES)}")
-    files = (*_head_files(checkpoint, layers, dtype), *_stage_files(checkpoint, layers, dtype))
+    head = _head_files(checkpoint, layers, dtype) if has_head else ()
+    files = (*head, *_stage_files(checkpoint, layers, dtype))
     return SplitPlan(checkpoint=checkpoint, layers=layers, dtype=dtype, files=files)
 
 
@@ -107,10 +112,8 @@ def _head_files(
     yield OutputFile(name=f"{HEAD_FOLDER}/{WEIGHTS_NAME}", tensors=tensors)
     about = {"part": "head", "num_stages": len(layers)}
     yield _config_file(checkpoint, HEAD_FOLDER, dtype, about)
-    for name in TOKENIZER_FILES:
-        path = checkpoint.folder / name
-        if path.exists():
-            yield OutputFile(name=f"{HEAD_FOLDER}/{name}", tensors={}, content=path.read_bytes())
+    for name, content in checkpoint.tokenizer_files().items():
+        yield OutputFile(name=f"{HEAD_FOLDER}/{name}", tensors={}, content=content)
 
 
 def _stage_files(

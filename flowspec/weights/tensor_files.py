@@ -1,8 +1,7 @@
-"""Reads checkpoint files piece by piece, and writes safetensors files the same way.
+"""Reads the headers of checkpoint files, and writes safetensors files piece by piece.
 
-Only headers are parsed; the tensors' bytes pass through one small buffer. torch maps `.bin` files
-(`weights_only=True` runs no code in them); they are mapped anew from time to time, because touched
-pages count as memory of this process until they are unmapped.
+Tensors' bytes pass through one small buffer (flowspec/weights/formats reads them). torch maps
+`.bin` files; `weights_only=True` runs no code in them.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from torch import Tensor
 CHUNK_BYTES = 1 << 20
 _MAX_HEADER_BYTES = 100 << 20
 _MAX_DIMENSIONS = 16
-_REMAP_BYTES = 128 << 20
 _ALIGNMENT = 64
 _DTYPE_CODES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CODE_OF = {name: code for code, name in _DTYPE_CODES.items()}
@@ -35,7 +33,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """The place of one tensor: `offset` into the file for safetensors, 0 for `.bin`."""
+    """The place of one tensor; `offset` is into the file, 0 for `.bin`."""
 
     name: str
     dtype: str
@@ -44,9 +42,14 @@ class StoredTensor:
     offset: int
 
     @property
+    def num_values(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def num_bytes(self) -> int:
-        """Return the size as stored (0 for a dtype that no stage can hold)."""
-        return math.prod(self.shape) * ITEM_BYTES.get(self.dtype, 0)
+        """Return the size of the values in `dtype` (0 for a dtype that no stage can hold)."""
+        return self.num_values * ITEM_BYTES.get(self.dtype, 0)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -131,66 +134,6 @@ def read_bin_header(path: Path) -> dict[str, StoredTensor]:
         )
         for name, tensor in load_bin(path).items()
     }
-
-
-class TensorReader:
-    """Yields tensors' bytes in pieces; keeps one source file open at a time."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
-        self._mapped: dict[str, Tensor] = {}
-        self._touched_bytes = 0
-
-    def __enter__(self) -> "TensorReader":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        self._open(None)
-
-    def pieces(self, tensor: StoredTensor) -> Iterator[memoryview]:
-        """Yield the bytes of `tensor` in order; a piece is valid until the next but one is read.
-
-        Raises ValueError when the file has become shorter since its header was read.
-        """
-        if tensor.file != self._path or self._touched_bytes > _REMAP_BYTES:
-            self._open(tensor.file)
-        if self._file is None:
-            self._touched_bytes += tensor.num_bytes
-            yield from _cut(self._mapped[tensor.name])
-            return
-        self._file.seek(tensor.offset)
-        buffers = [memoryview(bytearray(min(CHUNK_BYTES, tensor.num_bytes))) for _ in range(2)]
-        left, turn = tensor.num_bytes, 0
-        while left:
-            count = self._file.readinto(buffers[turn][: min(left, CHUNK_BYTES)])  # type: ignore[attr-defined]
-            if not count:
-                raise ValueError(f"{tensor.file} is truncated at {tensor.name}; fetch it again")
-            yield buffers[turn][:count]
-            left, turn = left - count, 1 - turn
-
-    def _open(self, path: Path | None) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file, self._mapped, self._touched_bytes = None, {}, 0
-        self._path = path
-        if path is None:
-            return
-        if path.suffix == ".bin":
-            self._mapped = load_bin(path)
-        else:
-            self._file = path.open("rb", buffering=0)
-
-
-def _cut(tensor: Tensor) -> Iterator[memoryview]:
-    raw = tensor.contiguous().flatten().view(torch.uint8).numpy().data
-    for start in range(0, len(raw), CHUNK_BYTES):
-        yield raw[start : start + CHUNK_BYTES]
 
 
 def converted(

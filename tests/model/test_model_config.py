@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from flowspec.model.architecture import ModelConfig, read_config
 from tests.support import families
@@ -84,6 +85,20 @@ def test_yarn_takes_the_context_before_scaling_from_the_model_and_zero_as_unset(
         for rope in (yarn, {"rope_type": "yarn", **full})
     ]
     assert configs[0] == configs[1]
+
+
+def test_rope_factors_divide_the_frequencies_one_by_one():
+    rope = {"rope_type": "factors", "factors": [1.0, 2.0, 4, 8.0], "rope_theta": 500.0}
+    config = ModelConfig.from_hf({**GOOD, "head_dim": 8, "rope_parameters": rope})
+    assert config.rope_theta == 500.0
+    assert config.rope_scaling is not None
+    scaled = config.rope_scaling.scale(torch.ones(4), 500.0)
+    assert scaled.tolist() == [1.0, 0.5, 0.25, 0.125]
+    assert config.context_length == config.max_position_embeddings
+    for wrong in ([1.0, 0.0, 1.0, 1.0], [1.0, True, 1.0, 1.0], "1", [1.0] * 3):
+        changed = {**rope, "factors": wrong}
+        with pytest.raises(ValueError, match="factors"):
+            ModelConfig.from_hf({**GOOD, "head_dim": 8, "rope_parameters": changed})
 
 
 def test_keys_that_nobody_knows_are_named_once(caplog):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from flowspec.weights.checkpoint import LM_HEAD, open_checkpoint, resolve_model
+from flowspec.weights.formats import TensorReader
 from flowspec.weights.load import load_whole
-from flowspec.weights.tensor_files import TensorReader
 from tests.support import families
 
 
@@ -83,8 +83,8 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 
 
 def test_a_folder_without_weights_says_what_it_has(checkpoint):
-    (checkpoint / "model.safetensors").rename(checkpoint / "weights.gguf")
-    with pytest.raises(ValueError, match="none of model.safetensors.*weights.gguf"):
+    (checkpoint / "model.safetensors").rename(checkpoint / "weights.onnx")
+    with pytest.raises(ValueError, match="none of model.safetensors.*weights.onnx"):
         open_checkpoint(checkpoint)
 
 
@@ -163,8 +163,8 @@ def test_only_one_source_file_is_open_at_a_time(tmp_path):
     with TensorReader() as reader:
         for tensor in tensors:
             assert sum(map(len, reader.pieces(tensor))) == tensor.num_bytes
-        last = reader._file
-    assert last.closed
+        last = reader._source
+    assert last._file.closed
 
 
 def test_an_id_goes_to_the_hub_and_its_safetensors_are_preferred(tmp_path, monkeypatch):

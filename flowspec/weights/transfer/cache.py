@@ -24,6 +24,7 @@ from flowspec.request import ClusterError
 from flowspec.system.files import partial_path, remove_stale
 from flowspec.system.home import home_folder
 from flowspec.weights.checkpoint import open_checkpoint
+from flowspec.weights.formats import TensorReader
 from flowspec.weights.manifest import (
     MANIFEST_NAME,
     WEIGHTS_NAME,
@@ -36,7 +37,6 @@ from flowspec.weights.manifest import (
 )
 from flowspec.weights.split import write_to
 from flowspec.weights.split_plan import plan_split
-from flowspec.weights.tensor_files import TensorReader
 
 HERE = "this device"
 RESERVE_BYTES = 64 << 20  # left free for other programs
@@ -314,7 +314,7 @@ class ShardCache:
         checkpoint = open_checkpoint(folder)
         if checkpoint.config.num_layers != sum(manifest.layers):
             return
-        plan = plan_split(checkpoint, layers=manifest.layers, dtype=manifest.dtype)
+        plan = plan_split(checkpoint, layers=manifest.layers, dtype=manifest.dtype, has_head=False)
         remove_stale(self._shards)
         files = [file for file in plan.files if file.name in wanted]
         self.check_room(sum(plan.file_bytes(file) for file in files))
