@@ -35,6 +35,7 @@ def test_a_long_text_is_no_matter_for_the_tokenizer(capfd: pytest.CaptureFixture
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_with_the_pins_of_python_3_10(pytestconfig: pytest.Config) -> None:
     """The same checks run in a separate environment, by this Python if there is no 3.10."""
     pins = pins_of(OLDEST)

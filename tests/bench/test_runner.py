@@ -79,6 +79,7 @@ def freeze_the_queue(*, at_the_end: bool) -> None:
             list(crew._arrived())
 
 
+@pytest.mark.slow
 def test_a_frozen_queue_ends_the_run(monkeypatch):
     """Its process is killed; the end is told as any lost worker is."""
     monkeypatch.setattr(runner, "FROZEN_S", 2.0)
@@ -86,6 +87,7 @@ def test_a_frozen_queue_ends_the_run(monkeypatch):
         freeze_the_queue(at_the_end=False)
 
 
+@pytest.mark.slow
 def test_a_queue_that_freezes_at_the_end_holds_nobody(monkeypatch):
     """All is done by then: nothing is told."""
     monkeypatch.setattr(runner, "STOP_S", 2.0)
@@ -105,6 +107,7 @@ def work_until(number: int) -> None:
             time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_wait_for_samples(monkeypatch):
     """The workers are killed, since they look at nothing before their sample is done."""
     monkeypatch.setattr(runner, "STOP_S", 40.0)
@@ -182,6 +185,7 @@ def freeze_a_worker() -> None:
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_frozen_worker_of_a_crew_is_ended(monkeypatch):
     """The run ends with a sentence, and does not wait for it."""
     monkeypatch.setattr(runner, "FROZEN_S", 4.0)

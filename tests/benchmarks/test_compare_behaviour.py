@@ -83,6 +83,7 @@ def test_it_asks_of_every_set() -> None:
     assert set(SETS) == set(DATASETS)
 
 
+@pytest.mark.slow
 def test_this_checkout_can_be_recorded(tmp_path: Path) -> None:
     """A moved class or a renamed figure breaks this test, not a later comparison."""
     out = tmp_path / "records.json"

@@ -57,6 +57,7 @@ def figures(samples: list[Sample]) -> list[dict[str, Any]]:
     return [{k: v for k, v in asdict(s).items() if k != "started_at"} for s in samples]
 
 
+@pytest.mark.slow
 def test_every_strategy_over_two_sets(bench):
     """A sample per turn, a row per strategy, set and mean; texts are the target's own."""
     result = bench("--json", "rows.json", "--temperatures", "0,1", "--limit", "1")

@@ -33,6 +33,7 @@ def test_what_computes_nothing_does_not_wait_for_torch(arguments: str) -> None:
     assert not found & SLOW
 
 
+@pytest.mark.slow
 def test_the_measure_sees_torch() -> None:
     """A command that computes needs it; if this one did not, the test above would see nothing."""
     assert "torch" in imported("run", "--show-config")
@@ -53,6 +54,7 @@ def test_no_line_of_help_is_cut(arguments: str, monkeypatch: pytest.MonkeyPatch)
         assert [tuple(line.split(maxsplit=1)) for line in ours] == listed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said", "shown"),
     [

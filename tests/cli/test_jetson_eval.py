@@ -80,6 +80,7 @@ def test_what_cannot_be_served_is_not_measured(jetson, tmp_path):
     assert "hosts" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", ["away", "gathering"])
 def test_a_cluster_that_does_not_come_is_not_waited_for_without_end(jetson, tmp_path, late):
     """Meanwhile it is said why; the head is ended."""

@@ -82,6 +82,7 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert expanded("run", ["--prompt", "x"], SAME) == ["--prompt", "x"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -104,6 +105,7 @@ def test_what_is_wrong_in_the_file_is_named(tmp_path: Path, text: str, words: li
     assert all(word in done.stderr for word in words), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "words", "shown"),
     [

@@ -146,6 +146,7 @@ BLOCKED = {  # code, and the signals after which it ends
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BLOCKED)
 def test_a_signal_ends_a_process_that_cannot_write(case: str) -> None:
     """Standard error is a full pipe: its last line is lost, and holds nobody."""

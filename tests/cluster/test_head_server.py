@@ -475,6 +475,7 @@ def test_forget_is_refused_while_requests_are_open(head):
     assert head.engine.forgets == [True]
 
 
+@pytest.mark.slow
 def test_what_is_remembered_of_requests_that_are_over_is_bounded(head):
     """A head lives for months."""
     for number in range(1, 301):

@@ -270,6 +270,7 @@ def test_every_strategy_says_what_the_target_alone_says(strategy: str, sampling:
     assert list(completion.tokens) == expected(asked)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     derandomize=True,

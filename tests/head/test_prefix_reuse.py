@@ -78,6 +78,7 @@ def test_model_drafters_go_on_where_the_last_turn_ended(name):
     assert reused[2] > reused[1]
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     strategy=st.sampled_from(list(STRATEGIES)),

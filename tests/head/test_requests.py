@@ -128,6 +128,7 @@ def test_sliding_windows_hold_in_batches_and_in_kept_caches(name):
         prompts = [(*one.prompt, *c.tokens, 7) for one, c in zip(asked, completions, strict=True)]
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     strategy=st.sampled_from(list(STRATEGIES)),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,7 @@ SETUPS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @CHECKED
 @given(
     setup=SETUPS,

@@ -204,6 +204,7 @@ CASES = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32),
     cases=st.lists(CASES, min_size=2, max_size=5),
