@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,7 @@ class Control:
     host, port = "127.0.0.1", 1
 
     def __init__(self) -> None:
-        self.frames: list[tuple[bytes, bytes]] = []
+        self.frames = deque[tuple[bytes, bytes]]()
         self.gone = set[bytes]()
         self.sent: list[tuple[bytes, Any]] = []
 
@@ -82,8 +83,7 @@ class Control:
         """All at once."""
         del timeout_s
         time.sleep(0.005)
-        frames, self.frames = self.frames, []
-        return frames
+        return [self.frames.popleft() for _ in range(len(self.frames))]
 
     def send(self, peer: bytes, message: bytes) -> None:
         """Raises UnreachableError for who is gone."""

@@ -88,7 +88,8 @@ def test_a_head_that_is_not_there_is_a_failure_of_the_cluster(words, taken, monk
 
 
 @pytest.mark.parametrize(
-    ("model", "names"), [("nowhere", "nowhere is no folder"), ("empty", "empty/config.json")]
+    ("model", "names"),
+    [("nowhere", "nowhere is no folder"), ("empty", "empty has none of model.safetensors")],
 )
 def test_a_copy_of_the_model_that_is_none_is_refused_at_once(
     model, names, tmp_path, monkeypatch, capsys
