@@ -128,6 +128,8 @@ def resolve_tokenizer(name_or_path: str, *, offline: bool = False) -> Path | Non
 
 def _fetch(name: str, patterns: list[str], *, offline: bool) -> Path:
     """Return the folder in HF's cache with these files of the id `name`. Raises ValueError."""
+    if name.endswith(".gguf"):
+        raise ValueError(f"there is no file {name}")
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name} is neither a folder nor a Hugging Face id (name or owner/name)")
     # Imported here, because a worker that is sent its layers needs no hub client.

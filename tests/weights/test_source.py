@@ -190,3 +190,5 @@ def test_an_id_that_cannot_be_had_names_both_ways_out(monkeypatch, tmp_path):
         resolve_model("nobody/nothing", offline=True)
     with pytest.raises(ValueError, match="neither a folder nor a Hugging Face id"):
         resolve_model("./no/such/folder")
+    with pytest.raises(ValueError, match="there is no file model.gguf"):
+        resolve_model("model.gguf")
