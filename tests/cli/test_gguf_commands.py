@@ -47,6 +47,7 @@ def unknown(tmp_path, model) -> Path:
     return write_gguf(tmp_path / "unknown.gguf", model, "Q8_0", keys=keys)
 
 
+@pytest.mark.slow
 def test_run_answers_exactly_as_the_target_alone(file, tmp_path):
     """End to end in processes: the file is split once, in the dtype of the run."""
     words = ("--model", str(file), "--drafter", "ngram", "--stages", "2", "--max-new-tokens", "12")

@@ -476,6 +476,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return tiny_model(tmp_path_factory.mktemp("remote"))
 
 
+@pytest.mark.slow
 def test_a_head_that_ends_in_mid_answer_is_told_and_its_successor_is_asked_anew(model):
     """The old connection is over; devices come back by themselves."""
     keys = derive_keys(new_token())

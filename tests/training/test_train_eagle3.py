@@ -180,6 +180,7 @@ def test_an_exported_head_is_taken_up_whole(target):
         make_head(target, torch.arange(40)).load(saved)
 
 
+@pytest.mark.slow
 def test_a_few_steps_of_training_lower_the_loss_at_every_depth(target):
     """All parts of the head are trained, and the smaller vocabulary does not prevent it."""
     ids = fast_eagle3.draft_vocabulary(samples(60), 64, 56)

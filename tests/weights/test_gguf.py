@@ -415,6 +415,7 @@ def test_a_damaged_file_is_read_or_refused(tiny):
     assert 40 < read < 360
 
 
+@pytest.mark.slow
 def test_random_damage_is_read_or_refused_in_bounded_memory(tiny):
     """Eight bytes that claim 2**63 of anything allocate nothing."""
     raw = tiny.read_bytes()
