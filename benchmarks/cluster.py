@@ -159,7 +159,9 @@ class Campaign:
         check = self.verdicts.check_cut if phase == "head" else self.verdicts.check
         check(answer, self.alone, where)
         for healer in self._healers:
-            healer.join()
+            healer.join(MAX_ANSWER_S)
+            if healer.is_alive():
+                self.verdicts.hangs.append(f"{where}: a fault is not healed")
         self._healers.clear()
         if not cluster.wait_whole(MAX_ANSWER_S):
             self.verdicts.hangs.append(f"{where}: the devices do not all come back")

@@ -27,6 +27,7 @@ from flowspec.transport.zmq import CONTROL, DATA_LANE, ZmqTransport, local_addre
 WAYS = ("ipc", "tcp", "tcp+curve")
 LIMIT_S = 60.0
 Book = dict[int, dict[str, str]]
+SILENCE_S = 300.0  # the other end has gone then
 
 
 def open_transport(way: str, rank: int, book: Book, token: str) -> ZmqTransport:
@@ -35,10 +36,12 @@ def open_transport(way: str, rank: int, book: Book, token: str) -> ZmqTransport:
 
 
 def echo(way: str, book: Book, token: str) -> None:
-    """Send every segment back until told to stop."""
+    """Send every segment back until told to stop, or nothing comes for SILENCE_S."""
     there = open_transport(way, 1, book, token)
-    while True:
+    heard_at = time.monotonic()
+    while time.monotonic() - heard_at < SILENCE_S:
         for message in there.receive(5.0):
+            heard_at = time.monotonic()
             if isinstance(message, Stop):
                 there.close()
                 return

@@ -47,6 +47,7 @@ CONFIG = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=10000.0,
 )
+SILENCE_S = 300.0  # the other end has gone then
 
 
 def make_stage() -> Stage:
@@ -171,10 +172,12 @@ def bench_transports(count: int, bare_ms: float) -> dict[str, list[float]]:
 
 
 def echo(transport: str, folder: str) -> None:
-    """Answer every segment with an Exit until told to stop."""
+    """Answer every segment with an Exit until told to stop, or nothing comes for SILENCE_S."""
     there = local_transport(transport, 1, num_stages=1, folder=folder, device="cpu")
-    while True:
+    heard_at = time.monotonic()
+    while time.monotonic() - heard_at < SILENCE_S:
         for message in there.receive(5.0):
+            heard_at = time.monotonic()
             if isinstance(message, Stop):
                 there.close()
                 return

@@ -43,6 +43,7 @@ from flowspec.weights.transfer.shards import ShardServer, fetch_shards
 
 NUM_SHARDS = 8
 CLONE_NEWNET = 0x40000000
+LIMIT_S = 600.0  # for each wait: a transfer takes far less
 BUFFER_BYTES = 1 << 20
 HERE, THERE = "10.199.0.1", "10.199.0.2"
 INSIDE = "FLOWSPEC_BENCH_INSIDE"
@@ -84,16 +85,19 @@ def raw_worker(host: str, port: int, pid: int | None, ready: Any, go: Any) -> No
     enter(pid)
     buffer = bytearray(BUFFER_BYTES)
     ready.release()
-    go.wait()
-    with socket.create_connection((host, port)) as stream:
+    if not go.wait(LIMIT_S):
+        raise SystemExit("no sign to begin has come")
+    with socket.create_connection((host, port), timeout=LIMIT_S) as stream:
         while stream.recv_into(buffer):
             pass
 
 
 def raw_sender(listener: socket.socket, num_bytes: int) -> None:
     """Send to every client that connects."""
+    listener.settimeout(LIMIT_S)
     connection, _ = listener.accept()
     content = memoryview(os.urandom(BUFFER_BYTES))
+    connection.settimeout(LIMIT_S)
     with connection:
         for _ in range(num_bytes // BUFFER_BYTES):
             connection.sendall(content)
@@ -107,7 +111,8 @@ def ship_worker(
     enter(pid)
     keys, store = derive_keys(token), ShardCache(Path(cache))
     ready.release()
-    go.wait()
+    if not go.wait(LIMIT_S):
+        raise SystemExit("no sign to begin has come")
     before = time.process_time()
     shards = range(1, NUM_SHARDS + 1)
     fetch_shards(address, keys, manifest, shards, store, timeout_s=60.0)
@@ -124,7 +129,10 @@ def timed(workers: list[Any], ready: Any, go: Any) -> float:
     start = time.perf_counter()
     go.set()
     for worker in workers:
-        worker.join()
+        worker.join(LIMIT_S)
+        if worker.exitcode is None:
+            worker.kill()
+            raise RuntimeError(f"a worker did not end within {LIMIT_S:.0f} s")
         if worker.exitcode:
             raise RuntimeError(f"a worker ended with exit code {worker.exitcode}")
     return time.perf_counter() - start
@@ -147,7 +155,7 @@ def raw_run(host: str, count: int, num_bytes: int, pid: int | None) -> float:
         ]
         took_s = timed(workers, ready, go)
         for sender in senders:
-            sender.join()
+            sender.join(LIMIT_S)
     return count * num_bytes / took_s / 1e6
 
 
@@ -169,7 +177,10 @@ def ship_run(
         ]
         before = time.process_time()
         took_s = timed(workers, ready, go)
-        head_s, worker_s = time.process_time() - before, sum(used.get() for _ in workers)
+        head_s, worker_s = (
+            time.process_time() - before,
+            sum(used.get(timeout=LIMIT_S) for _ in workers),
+        )
     finally:
         server.close()
         for cache in caches:

@@ -18,7 +18,7 @@ from flowspec.weights.split_plan import plan_split
 from flowspec.weights.tensor_files import header_bytes
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="reads memory figures of Linux"
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux with /proc/self/clear_refs"
 )
 HF = {
     "architectures": ["LlamaForCausalLM"],

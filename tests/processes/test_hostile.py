@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SECONDS = 0.4
 MAX_GROWTH_MB = 30.0
 linux_only = pytest.mark.skipif(
-    sys.platform != "linux", reason="addresses of 127.0.0.0/8 and socket filters are Linux's"
+    sys.platform != "linux", reason="needs Linux, for addresses of 127.0.0.0/8 and socket filters"
 )
 
 

@@ -244,7 +244,7 @@ def test_a_second_signal_leaves_no_process_and_no_folder(
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
+    sys.platform != "linux", reason="needs Linux, which tells a process of its parent's end"
 )
 def test_a_stage_ends_with_its_head_before_it_imports_torch() -> None:
     """The import takes seconds, in which the stage must not stay."""

@@ -126,7 +126,8 @@ def test_a_broken_reader_is_found_out(name, reader, replacement, error, monkeypa
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("atheris") is None, reason="no atheris for this Python and system"
+    importlib.util.find_spec("atheris") is None,
+    reason="needs the package atheris, which this Python or system lacks",
 )
 @pytest.mark.parametrize("name", ["wire", "tensors"])
 def test_the_guided_fuzzer_runs(name: str, tmp_path: Path) -> None:

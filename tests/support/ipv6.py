@@ -15,4 +15,4 @@ def _has_ipv6() -> bool:
 
 
 HAS_IPV6 = _has_ipv6()
-needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="this machine has no ::1, so IPv6 is off")
+needs_ipv6 = pytest.mark.skipif(not HAS_IPV6, reason="needs IPv6: this machine has no ::1")

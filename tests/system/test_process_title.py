@@ -15,7 +15,7 @@ name_process(sys.argv[1])
 print("named", flush=True)
 sys.stdin.read()
 """
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, for /proc")
 
 
 @linux_only
