@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from flowspec.request import LONGEST_CONTEXT, SamplingParams
 from flowspec.system.bundled import find_bundled
+from flowspec.system.config_file import read_config_text
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -78,7 +79,6 @@ def tell_renamed(old: str, new: str) -> None:
 
 # YAML -------------------------------------------------------------------------------------------
 
-MAX_BYTES = 65536
 MAX_DEPTH = 8
 
 
@@ -130,20 +130,7 @@ def _in_one_line(error: Exception) -> str:
 
 def read_yaml(path: Path) -> Any:
     """Return the value in a file. Raises ValueError if it is missing, too large or damaged."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"config file {path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"config file {path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes; is it a configuration?")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    return parse_yaml(text, where=str(path))
+    return parse_yaml(read_config_text(path), where=str(path))
 
 
 # Checking ---------------------------------------------------------------------------------------

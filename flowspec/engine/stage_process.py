@@ -6,13 +6,14 @@ from pathlib import Path
 import torch
 
 from flowspec.cluster.device.memory import num_kv_tokens, peak_bytes
-from flowspec.config import MAX_BYTES, Config, DeviceConfig, NumericsConfig
+from flowspec.config import Config, DeviceConfig, NumericsConfig
 from flowspec.cost_model.emulation import read_emulation
 from flowspec.engine.build import build_stage
 from flowspec.protocol.messages import HEAD, Failed, Ready
 from flowspec.request import ClusterError, cause_of
 from flowspec.runtime.event_loop import EventLoop, Pace
 from flowspec.runtime.recorder import open_trace
+from flowspec.system.config_file import MAX_BYTES
 from flowspec.transport.base import Transport
 from flowspec.transport.by_name import local_transport
 from flowspec.transport.emulated import EmulatedTransport

@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 from typing import Any
 
-MAX_BYTES = 65536
+from flowspec.system.config_file import read_config_text
+
 ALLOWED = "plain assignments alone: NAME = a number, text, True, False, None, or a list of these"
 
 
@@ -33,17 +34,9 @@ def read_assignments(path: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> ast.Module:
+    text = read_config_text(path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} is larger than {MAX_BYTES} bytes; is it a configuration?")
-    try:
-        return ast.parse(raw.decode("utf-8-sig"))
+        return ast.parse(text)
     except SyntaxError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}; {ALLOWED}") from None
     except (ValueError, RecursionError, MemoryError) as error:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from flowspec.system.assignments import MAX_BYTES, read_assignments
+from flowspec.system.assignments import read_assignments
+from flowspec.system.config_file import MAX_BYTES
 
 
 def read(tmp_path: Path, text: str | bytes) -> dict[str, object]:
